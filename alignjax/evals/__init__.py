@@ -1,0 +1,1 @@
+"""Measuring policies and reward models: sampling in bulk, intervals, and the sandbox's gold evaluations."""

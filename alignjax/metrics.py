@@ -1,0 +1,168 @@
+"""What a run shows and keeps: metrics.jsonl, TensorBoard, a live display; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+SHOWN = ('sft/loss', 'rm/loss', 'rm/accuracy', 'objective/scores', 'gold/train_labelers', 'objective/kl', 'ppo/loss/ptx')
+
+
+class Writer:
+  """Appends to DIRECTORY/metrics.jsonl (one object a line, 'step' first) and to TensorBoard event files beside it.
+
+  Args:
+    start_step: where a resumed run goes on; lines of later steps are dropped, so that the file of a run that was
+      interrupted equals that of one that was not, apart from names under 'time/'.
+    active: False on all processes but the first.
+    wandb: keyword arguments of wandb.init, or None.
+  """
+
+  def __init__(self, directory: str | os.PathLike, start_step: int = 0, active: bool = True,
+               wandb: Mapping[str, Any] | None = None):
+    self._file = self._board = self._wandb = None
+    if not active:
+      return
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / 'metrics.jsonl'
+    if path.exists():
+      kept = [line for line in map(_parse, path.read_text().splitlines()) if line and line['step'] <= start_step]
+      temporary = path.with_suffix('.tmp')
+      temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+      os.replace(temporary, path)
+    self._file = path.open('a')
+    from tensorboardX import SummaryWriter
+    self._board = SummaryWriter(str(directory), purge_step=start_step or None)
+    if wandb is not None:
+      try:
+        import wandb as wandb_module
+      except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("metrics to W&B need `pip install wandb`, or config wandb=None.") from error
+      self._wandb = wandb_module.init(**wandb)
+
+  def __enter__(self) -> Writer:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    if self._file is None:
+      return
+    values = {k: float(v) if math.isfinite(v) else None for k, v in sorted(metrics.items())}
+    self._file.write(json.dumps({'step': int(step), **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      if value is not None:
+        self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
+
+  def close(self) -> None:
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _parse(line: str) -> dict | None:
+  """A line, or None for one that a killed process left torn."""
+  try:
+    return json.loads(line)
+  except json.JSONDecodeError:
+    return None
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """A metrics.jsonl as columns: f64[lines] each, NaN where a line lacks the name."""
+  lines = [line for line in map(_parse, pathlib.Path(path).read_text().splitlines()) if line]
+  names = dict.fromkeys(name for line in lines for name in line)
+  return {name: np.array([np.nan if line.get(name) is None else line[name] for line in lines]) for name in names}
+
+
+def check_finite(metrics: Mapping[str, float], step: int) -> None:
+  """Raises FloatingPointError that names every metric that is NaN or infinite."""
+  bad = [f'{name}={value}' for name, value in metrics.items() if not math.isfinite(value)]
+  if bad:
+    raise FloatingPointError(f'step {step}: {", ".join(bad)}. Lower the learning rate or clip gradients '
+                             '(optimizer.*.clip_norm); the last checkpoint is from before.')
+
+
+class Progress:
+  """A live bar in a terminal, plain lines elsewhere: the first, the last, and one every `every` seconds."""
+
+  def __init__(self, total: int, initial: int = 0, name: str = '', active: bool = True, every: float = 10.0):
+    self.total, self.initial, self.name, self.every = total, initial, name, every
+    self._active, self._live = active, active and sys.stdout.isatty()
+    self._began = time.perf_counter()
+    self._last, self._bar, self._text = -math.inf, None, ''
+
+  def __enter__(self) -> Progress:
+    if self._live:
+      from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+      from rich.progress import Progress as Bar
+      self._bar = Bar(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                      TimeRemainingColumn(), TextColumn('{task.fields[shown]}'))
+      self._task = self._bar.add_task(self.name, total=self.total, completed=self.initial, shown='')
+      self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+  def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+    if not self._active:
+      return
+    if metrics:
+      self._text = '  '.join(f'{k.split("/", 1)[1]} {metrics[k]:.3f}' for k in SHOWN if k in metrics)
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step, shown=self._text)
+      return
+    now = time.perf_counter()
+    if metrics and (now - self._last >= self.every or step == self.total):
+      self._last = now
+      rate = (step - self.initial) / max(now - self._began, 1e-9)
+      left = (self.total - step) / max(rate, 1e-9)
+      print(f'{self.name} {step}/{self.total}  {now - self._began:.0f} s, {left:.0f} s left  {self._text}', flush=True)
+
+  def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table above the bar; in a log only where lines are not throttled."""
+    if not self._active:
+      return
+    if self._bar is None:
+      print_table(title, columns, rows)
+      return
+    self._bar.console.print(_rich_table(title, columns, rows))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+  """A rich table in a terminal, aligned text elsewhere."""
+  rows = [[str(cell) for cell in row] for row in rows]
+  if sys.stdout.isatty():
+    from rich.console import Console
+    Console().print(_rich_table(title, columns, rows))
+    return
+  widths = [max(len(r[i]) for r in [list(columns), *rows]) for i in range(len(columns))]
+  line = lambda row: '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+  print('\n'.join([title, line(columns), *map(line, rows)]), flush=True)
+
+
+def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]):
+  from rich.table import Table
+  table = Table(title=title, title_justify='left')
+  for column in columns:
+    table.add_column(column)
+  for row in rows:
+    table.add_row(*map(str, row))
+  return table

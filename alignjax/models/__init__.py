@@ -1,0 +1,1 @@
+"""The networks: one transformer for all families, its sharding axes, and its checkpoints."""

@@ -1,0 +1,51 @@
+"""Logical axes of every parameter of models/transformer.py: the table that sharding rules are applied to.
+
+A pattern matches the end of a parameter's path. Stacked layers have a leading 'layers' axis, which the code adds. An
+axis that no rule names is replicated; a parameter that no pattern matches is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+
+AXES = (
+    (r'embed/tokens', ('vocab', 'embed')),
+    (r'embed/positions', (None, 'embed')),
+    (r'attention/query/kernel', ('embed', 'heads', None)),
+    (r'attention/(key|value)/kernel', ('embed', 'kv_heads', None)),
+    (r'attention/query/bias', ('heads', None)),
+    (r'attention/(key|value)/bias', ('kv_heads', None)),
+    (r'attention/out/kernel', ('heads', None, 'embed')),
+    (r'attention/out/bias', (None,)),
+    (r'mlp/(up|gate)/kernel', ('embed', 'mlp')),
+    (r'mlp/(up|gate)/bias', ('mlp',)),
+    (r'mlp/down/kernel', ('mlp', 'embed')),
+    (r'mlp/down/bias', (None,)),
+    (r'norm(_\d)?/(scale|bias)', (None,)),
+    (r'head/kernel', ('embed', 'vocab')),
+    (r'head/bias', (None,)),
+)
+
+
+def logical_axes(params: Any) -> Any:
+  """A tree like params (arrays or shapes) of tuples of axis names, one name or None for each dimension."""
+
+  def one(path, leaf):
+    name = path_name(path)
+    for pattern, axes in AXES:
+      if re.search(f'(^|/){pattern}$', name):
+        axes = ('layers', *axes) if '/layers/' in f'/{name}' else axes
+        if len(axes) != len(leaf.shape):
+          raise ValueError(f'parameter {name} has shape {leaf.shape}, but models/axes.py gives it the axes {axes}.')
+        return axes
+    raise ValueError(f'parameter {name} {leaf.shape} has no axes: add its pattern to AXES in models/axes.py.')
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def path_name(path: tuple) -> str:
+  """'policy/layers/mlp/up/kernel' for a key path of jax.tree_util."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)

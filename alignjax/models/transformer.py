@@ -1,0 +1,347 @@
+"""One decoder-only transformer for all families, as pure functions over flax.linen modules.
+
+A family is a declaration (TransformerConfig), not a copy: GPT-2 has learned positions, LayerNorm and GELU; Llama has
+rotary positions, RMSNorm, a gated MLP and grouped key/value heads. Parameter tree of either head:
+
+  {'embed': {'tokens' [, 'positions']}, 'layers': {... every leaf [L, ...]}, 'final': {'norm' [, 'head']}}
+
+Layers are stored stacked. Training, scoring and prefill scan over them, so that compile time does not grow with depth.
+A decode step unrolls them over weights that were cast and unstacked once (Decoder.prepare): measured faster, and every
+layer's cache is updated in place. This is the only file that imports flax.linen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from alignjax import ops
+from alignjax.types import Decoder, KVCache, Networks, Params
+
+NEVER = -1e30  # added nothing, replaces: a masked attention logit, finite so that a row of pads stays free of NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """The declaration of an architecture.
+
+  Attributes:
+    vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the context in tokens.
+    num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None = num_heads.
+    head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.
+    positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong to the latter.
+    norm: 'layernorm' or 'rmsnorm'; norm_eps its epsilon.
+    mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia) or 'swiglu' (gated SiLU, Llama).
+    parallel_residual: attention and MLP both read the block's input (GPT-NeoX).
+    qkv_bias, out_bias: biases of the query/key/value projections, and of attention output and MLP.
+    tie_embeddings: the unembedding is the embedding's transpose.
+    embedding_scale, embedding_std: factor on embedded tokens, and standard deviation at initialisation.
+    dropout: residual dropout (paper C.1: 0.2 in SFT); active only where a key is passed.
+    dtype: of activations and matmuls; parameters, softmax, norms' statistics and log-probabilities stay float32.
+    remat: 'none', 'full' (keep only each layer's input), or 'dots' (keep matmul outputs).
+    logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None = all.
+  """
+  vocab_size: int
+  num_layers: int
+  d_model: int
+  num_heads: int
+  max_length: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  d_ff: int | None = None
+  positions: str = 'rotary'
+  rope_theta: float = 10_000.0
+  rotary_fraction: float = 1.0
+  norm: str = 'layernorm'
+  norm_eps: float = 1e-5
+  mlp: str = 'gelu'
+  parallel_residual: bool = False
+  qkv_bias: bool = True
+  out_bias: bool = True
+  tie_embeddings: bool = True
+  embedding_scale: float = 1.0
+  embedding_std: float = 0.02
+  dropout: float = 0.0
+  dtype: str = 'float32'
+  remat: str = 'none'
+  logits_chunk: int | None = None
+
+  def __post_init__(self):
+    choices = dict(positions=('learned', 'rotary'), norm=('layernorm', 'rmsnorm'),
+                   mlp=('gelu', 'gelu_exact', 'swiglu'), remat=('none', 'full', 'dots'),
+                   dtype=('float32', 'bfloat16', 'float16'))
+    for field, allowed in choices.items():
+      if getattr(self, field) not in allowed:
+        raise ValueError(f'model.{field}={getattr(self, field)!r} is not one of {allowed}.')
+    if self.head_dim is None and self.d_model % self.num_heads:
+      raise ValueError(f'model.d_model={self.d_model} does not divide into model.num_heads={self.num_heads} heads; '
+                       'change one or set model.head_dim.')
+    if self.num_heads % self.kv_heads:
+      raise ValueError(f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.')
+    if self.positions == 'rotary' and self.rotary_width % 2:
+      raise ValueError(f'rotary positions need an even width, but head_dim {self.head_width} x rotary_fraction '
+                       f'{self.rotary_fraction} is {self.rotary_width}.')
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def head_width(self) -> int:
+    return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def mlp_width(self) -> int:
+    return self.d_ff or 4 * self.d_model
+
+  @property
+  def rotary_width(self) -> int:
+    return int(self.head_width * self.rotary_fraction)
+
+
+def _norm(cfg: TransformerConfig, name: str) -> nn.Module:
+  if cfg.norm == 'rmsnorm':
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, name=name)
+  return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, use_fast_variance=False, name=name)
+
+
+def rotary_angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+  """cos and sin, f32[B,T,1,width/2], of Su et al. 2021 in the two-halves layout of GPT-NeoX and Llama."""
+  if cfg.positions != 'rotary':
+    return None
+  width = cfg.rotary_width
+  frequencies = cfg.rope_theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+  """Rotates the leading `rotary_width` features of x [B,T,heads,H] in float32; the rest pass through."""
+  if angles is None:
+    return x
+  cos, sin = angles
+  half = cos.shape[-1]
+  first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Causal attention with grouped heads. With a cache it appends the new keys and values and attends to all slots."""
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, angles, visible, cache=None, index=None):
+    """x [B,T,D]; visible bool[B,T,S]; cache (k, v) each [B,G,S,H] written from slot index on, or None (S = T).
+
+    Returns (output [B,T,D], (k, v) each [B,G,S,H]).
+    """
+    cfg = self.cfg
+    project = lambda heads, name: nn.DenseGeneral((heads, cfg.head_width), use_bias=cfg.qkv_bias, dtype=cfg.dtype,
+                                                  name=name)
+    q = rotate(project(cfg.num_heads, 'query')(x), angles)
+    k = rotate(project(cfg.kv_heads, 'key')(x), angles).swapaxes(1, 2)
+    v = project(cfg.kv_heads, 'value')(x).swapaxes(1, 2)
+    if cache is not None:
+      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
+      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+    b, t = x.shape[:2]
+    q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width) * cfg.head_width**-0.5  # [B,T,G,N/G,H]
+    logits = jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, NEVER), axis=-1)  # float32
+    heads = jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v).reshape(b, t, cfg.num_heads, cfg.head_width)
+    out = nn.DenseGeneral(cfg.d_model, axis=(-2, -1), use_bias=cfg.out_bias, dtype=cfg.dtype,
+                          kernel_init=_residual_init(cfg), name='out')(heads)
+    return out, (k, v)
+
+
+class MLP(nn.Module):
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    dense = lambda width, name, **kw: nn.Dense(width, use_bias=cfg.out_bias, dtype=cfg.dtype, name=name, **kw)
+    hidden = dense(cfg.mlp_width, 'up')(x)
+    if cfg.mlp == 'swiglu':
+      hidden = jax.nn.silu(dense(cfg.mlp_width, 'gate')(x)) * hidden
+    else:
+      hidden = jax.nn.gelu(hidden, approximate=cfg.mlp == 'gelu')
+    return dense(cfg.d_model, 'down', kernel_init=_residual_init(cfg))(hidden)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP on the residual stream, in sequence or in parallel."""
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, angles, visible, cache=None, index=None, dropout=False):
+    cfg = self.cfg
+    drop = lambda y: nn.Dropout(cfg.dropout, deterministic=not dropout)(y)
+    attended, cache = Attention(cfg, name='attention')(_norm(cfg, 'norm_1')(x), angles, visible, cache, index)
+    if cfg.parallel_residual:
+      return x + drop(attended) + drop(MLP(cfg, name='mlp')(_norm(cfg, 'norm_2')(x))), cache
+    x = x + drop(attended)
+    return x + drop(MLP(cfg, name='mlp')(_norm(cfg, 'norm_2')(x))), cache
+
+
+class Embed(nn.Module):
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self, tokens, positions):
+    cfg = self.cfg
+    init = nn.initializers.normal(cfg.embedding_std)
+    table = self.param('tokens', init, (cfg.vocab_size, cfg.d_model))
+    x = table.astype(cfg.dtype)[tokens]
+    if cfg.embedding_scale != 1.0:
+      x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
+    if cfg.positions == 'learned':
+      x = x + self.param('positions', init, (cfg.max_length, cfg.d_model)).astype(cfg.dtype)[positions]
+    return x
+
+
+class Final(nn.Module):
+  """The last norm and, for a scalar head or untied embeddings, the projection. The scalar head starts at N(0, 1/(D+1))
+  in variance with bias 0 (openai/summarize-from-feedback, query_response_model.py)."""
+  cfg: TransformerConfig
+  head: str  # 'lm' or 'scalar'
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    x = _norm(cfg, 'norm')(x)
+    if self.head == 'scalar':
+      init = nn.initializers.normal((cfg.d_model + 1) ** -0.5)
+      return nn.Dense(1, dtype=jnp.float32, kernel_init=init, name='head')(x)[..., 0]
+    if cfg.tie_embeddings:
+      return x
+    return nn.Dense(cfg.vocab_size, use_bias=False, dtype=cfg.dtype, name='head')(x)
+
+
+def _residual_init(cfg: TransformerConfig) -> Callable:
+  """Projections back into the residual stream start smaller by sqrt(2L), as in GPT-2."""
+  return nn.initializers.variance_scaling(1 / (2 * cfg.num_layers), 'fan_in', 'normal')
+
+
+def init(cfg: TransformerConfig, key: jax.Array, head: str = 'lm') -> Params:
+  """Fresh float32 parameters. head: 'lm' or 'scalar'."""
+  keys = jax.random.split(key, 3)
+  x, tokens = jnp.zeros((1, 1, cfg.d_model), cfg.dtype), jnp.zeros((1, 1), jnp.int32)
+  angles, visible = rotary_angles(cfg, tokens), jnp.ones((1, 1, 1), bool)
+  layer = lambda k: Block(cfg).init(k, x, angles, visible)['params']
+  return {
+      'embed': Embed(cfg).init(keys[0], tokens, tokens)['params'],
+      'layers': jax.vmap(layer)(jax.random.split(keys[1], cfg.num_layers)),
+      'final': Final(cfg, head).init(keys[2], x)['params'],
+  }
+
+
+def with_scalar_head(cfg: TransformerConfig, params: Params, key: jax.Array) -> Params:
+  """A language model's trunk under a fresh scalar head: the paper removes the unembedding (section 3.5)."""
+  fresh = init_head(cfg, key)
+  return {**params, 'final': {'norm': params['final']['norm'], 'head': fresh}}
+
+
+def init_head(cfg: TransformerConfig, key: jax.Array) -> Params:
+  return Final(cfg, 'scalar').init(key, jnp.zeros((1, 1, cfg.d_model), cfg.dtype))['params']['head']
+
+
+def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda x, *axes: x,
+                  constrain_weights: Callable[[Any], Any] = lambda weights: weights) -> Networks:
+  """The pure functions of an architecture (types.Networks).
+
+  Args:
+    cfg: the declaration.
+    constrain: (x, *logical axis names) -> x, pins the sharding of an activation (sharding.Sharder.constrain).
+    constrain_weights: params -> params, the sharding of weights in the sampling loop (sharding.Sharder.for_decoding).
+  """
+  dtype = jnp.dtype(cfg.dtype)
+
+  def run_layers(params, tokens, mask, key=None, keep_cache=False):
+    """-> (hidden [B,T,D] before the last norm, stacked (k, v) [L,B,G,T,H] or None)."""
+    if tokens.shape[1] > cfg.max_length:
+      raise ValueError(f'{tokens.shape[1]} tokens exceed model.max_length={cfg.max_length}.')
+    where = ops.positions(mask)
+    angles = rotary_angles(cfg, where)
+    visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None, :]
+    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
+
+    def layer(x, inputs):
+      weights, layer_key = inputs
+      rngs = {} if key is None else {'dropout': layer_key}
+      x, kv = Block(cfg).apply({'params': weights}, x, angles, visible, dropout=key is not None, rngs=rngs)
+      return constrain(x, 'batch', None, None), (kv if keep_cache else None)
+
+    policies = {'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
+                'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if cfg.remat != 'none':
+      layer = jax.checkpoint(layer, policy=policies[cfg.remat], prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, cfg.num_layers)
+    return jax.lax.scan(layer, x, (params['layers'], keys))
+
+  def unembed(params, x):
+    """[..., D] -> float32 logits [..., V]."""
+    x = Final(cfg, 'lm').apply({'params': params['final']}, x)
+    if cfg.tie_embeddings:
+      x = jax.lax.dot_general(x, params['embed']['tokens'].astype(dtype), (((x.ndim - 1,), (1,)), ((), ())),
+                              preferred_element_type=jnp.float32)
+    return x.astype(jnp.float32)
+
+  def logits(params, tokens, mask, key=None):
+    x, _ = run_layers(params, tokens, mask, key)
+    return unembed(params, x)
+
+  def logprobs(params, tokens, mask, temperature=1.0, key=None):
+    b, t = tokens.shape
+    x, _ = run_layers(params, tokens, mask, key)
+    x, targets = x[:, :-1].reshape(b * (t - 1), -1), tokens[:, 1:].reshape(-1)  # the shift of logits against tokens
+
+    def score(x, targets):
+      return ops.token_logprobs(unembed(params, x) / temperature, targets)
+
+    rows, chunk = x.shape[0], cfg.logits_chunk
+    if chunk is None or rows <= chunk:
+      out = score(x, targets)
+    else:
+      pad = -rows % chunk
+      x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[-1])
+      targets = jnp.pad(targets, (0, pad)).reshape(-1, chunk)
+      out = jax.lax.map(lambda args: jax.checkpoint(score)(*args), (x, targets))
+      out = jax.tree.map(lambda y: y.reshape(-1)[:rows], out)
+    return tuple(jnp.pad(y.reshape(b, t - 1), ((0, 0), (1, 0))) for y in out)
+
+  def scalar(params, tokens, mask):
+    x, _ = run_layers(params, tokens, mask)
+    return Final(cfg, 'scalar').apply({'params': params['final']}, x)
+
+  def prepare(params):
+    params = constrain_weights(jax.tree.map(lambda w: w.astype(dtype), params))
+    layers = [jax.tree.map(lambda w: w[i], params['layers']) for i in range(cfg.num_layers)]  # noqa: B023
+    return {**params, 'unstacked': layers}
+
+  def prefill(weights, tokens, mask, slots):
+    x, (k, v) = run_layers(weights, tokens, mask, keep_cache=True)
+    b, q = tokens.shape
+    grow = lambda y: tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - q), (0, 0))) for layer in y)
+    cache = KVCache(k=grow(k), v=grow(v), mask=jnp.pad(mask, ((0, 0), (0, slots - q))), index=jnp.int32(q))
+    return unembed(weights, x[:, -1]), cache
+
+  def step(weights, tokens, mask, cache):
+    seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask[:, None], cache.index, axis=1)
+    where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)
+    angles = rotary_angles(cfg, where)
+    x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
+    ks, vs = [], []
+    for layer, k, v in zip(weights['unstacked'], cache.k, cache.v, strict=True):
+      x, (k, v) = Block(cfg).apply({'params': layer}, x, angles, seen[:, None, :], (k, v), cache.index)
+      ks.append(k)
+      vs.append(v)
+    cache = KVCache(k=tuple(ks), v=tuple(vs), mask=seen, index=cache.index + 1)
+    return unembed(weights, x[:, 0]), cache
+
+  return Networks(logits=logits, logprobs=logprobs, scalar=scalar, decoder=Decoder(prepare, prefill, step))

@@ -1,0 +1,135 @@
+"""Array mathematics of RLHF: token log-probabilities, masked statistics, KL, token rewards, advantages.
+
+Everything is float32 and pure. Masks are bool and come from the data. Shapes use the letters of types.py. Each function
+checks rank and dtype first: an integer reward would round 0.9 to 0 without a word (CHECKLIST 13).
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def positions(mask: jax.Array) -> jax.Array:
+  """Position of each token among the real tokens of its row: i32[B,T].
+
+  [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. The one place where positions come from, for training, scoring and prefill, so that
+  a padded row is read as the unpadded one (CHECKLIST 5). Pads get 0, which nobody reads.
+  """
+  return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def last_live(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """x[..., T] at the last True of mask[..., T], for any side of padding; position 0 where nothing is live."""
+  chex.assert_equal_shape([x, mask])
+  length = mask.shape[-1]
+  index = length - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
+  index = jnp.where(mask.any(-1), index, 0)
+  return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+
+
+def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each target and entropy of each distribution, in float32 (nats).
+
+  Args:
+    logits: [..., V], any float dtype; already divided by the temperature.
+    targets: i32[...].
+
+  Returns:
+    (f32[...], f32[...]). The entropy is computed only where the caller uses it: XLA drops the rest.
+  """
+  logits = logits.astype(jnp.float32)
+  normalizer = jax.nn.logsumexp(logits, axis=-1)
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  entropy = normalizer - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
+  return chosen - normalizer, entropy
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean of x over the True elements of mask, of all rows and devices; 0 where there is none."""
+  chex.assert_equal_shape([x, mask])
+  mask = mask.astype(x.dtype)
+  return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def masked_variance(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Population variance of x over the True elements of mask."""
+  return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
+  """Scales x to variance 1 over the mask of the whole batch, and to mean 0 unless shift_mean is False.
+
+  (x - mean) * rsqrt(var + 1e-8) with the population variance, as lm-human-preferences `utils/core.py: whiten`; that code
+  whitens each rank and minibatch apart and counts pads, we whiten once over the live tokens of the global batch.
+  Pads come out as 0.
+  """
+  chex.assert_equal_shape([x, mask])
+  chex.assert_type(x, jnp.float32)
+  mean = masked_mean(x, mask)
+  whitened = (x - mean) * jax.lax.rsqrt(masked_variance(x, mask) + 1e-8)
+  if not shift_mean:
+    whitened = whitened + mean
+  return jnp.where(mask, whitened, 0.0)
+
+
+def kl_estimates(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Two estimates of KL(policy || reference) for each response, in nats: (k1 f32[B], k3 f32[B]).
+
+  k1 = sum_t log(pi/ref) is the paper's penalty: unbiased, but single values may be negative. k3 = sum_t (ref/pi - 1 -
+  log(ref/pi)) is unbiased too and never negative (J. Schulman, "Approximating KL divergence"). A k3 that is far from k1
+  on average says that the tokens were not sampled from the distribution that scored them (CHECKLIST 9).
+  """
+  chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+  log_ratio = jnp.where(mask, logprobs - ref_logprobs, 0.0)
+  return jnp.sum(log_ratio, -1), jnp.sum(jnp.exp(-log_ratio) - 1.0 + log_ratio, -1)
+
+
+def token_rewards(scores: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array,
+                  kl_coef: jax.Array | float) -> jax.Array:
+  """The reward of every response token: -kl_coef * log(pi/ref), and the score on the last live one. f32[B,R].
+
+  Section 3.5 and Eq. 2 of the paper: r(x, y) - beta * log(pi(y|x) / ref(y|x)), the sequence log-ratio being the sum of
+  the token log-ratios. For mask [1, 1, 1, 0] the score goes to index 2, never to a pad (CHECKLIST 1).
+  """
+  chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
+  chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+  chex.assert_type([scores, logprobs, ref_logprobs, mask], [jnp.float32, jnp.float32, jnp.float32, bool])
+  live_after = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
+  is_last = mask & (live_after == 1)
+  penalty = jnp.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
+  return penalty + jnp.where(is_last, scores[:, None], 0.0)
+
+
+def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0,
+        lam: float = 0.95) -> tuple[jax.Array, jax.Array]:
+  """Generalised advantage estimation over right-padded responses: (advantages, returns), both f32[B,R], 0 on pads.
+
+  delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V, where V and A beyond the last
+  live token are 0: the episode ends there, whether with an end-of-text token or at the length limit. Schulman et al.
+  2016, Eq. 16. The paper does not discount (gamma 1) and does not report lam; 0.95 is that of Stiennon et al. 2020.
+  """
+  chex.assert_rank([rewards, values, mask], 2)
+  chex.assert_equal_shape([rewards, values, mask])
+  chex.assert_type([rewards, values, mask], [jnp.float32, jnp.float32, bool])
+  values = jnp.where(mask, values, 0.0)
+  next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+  deltas = jnp.where(mask, rewards + gamma * next_values - values, 0.0)
+
+  def backwards(advantage, delta):
+    advantage = delta + gamma * lam * advantage
+    return advantage, advantage
+
+  _, advantages = jax.lax.scan(backwards, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
+  advantages = jnp.where(mask, advantages.T, 0.0)
+  return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def adaptive_kl_coef(kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target: float, horizon: int) -> jax.Array:
+  """The controller of Ziegler et al. 2019 (section 2.2): a proportional step towards the target KL, clipped to 20%.
+
+  kl: f32[], nats a response. The paper keeps kl_coef fixed; this is a choice of the config.
+  """
+  error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+  return kl_coef * (1.0 + error * episodes / horizon)

@@ -1,0 +1,81 @@
+"""Optimizers and schedules from the config. One optimizer for each entry of params: policy and value may differ.
+
+    c.optimizer = dict(policy=dict(fn='alignjax.optim:adam', lr=1e-5, schedule='cosine'), value=dict(...))
+
+A fork names its own function: (*, steps, **its own numbers) -> optax.GradientTransformation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+
+def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0, warmup_from: float = 0.0,
+         final: float = 0.1, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-5, eps_form: str = 'torch',
+         weight_decay: float = 0.0, clip_norm: float | None = None) -> optax.GradientTransformation:
+  """Adam with an optional schedule, decoupled weight decay and gradient clipping.
+
+  b1 0.9 and b2 0.95 are the paper's (appendix C); it does not report eps, weight_decay and clip_norm.
+
+  Args:
+    steps: optimizer updates of the whole run.
+    lr: peak learning rate.
+    schedule: 'constant', or 'cosine' from lr to final * lr.
+    warmup: updates of linear warmup, or a fraction of `steps` where below 1; from warmup_from * lr.
+    eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)); 'tensorflow', the form of the original code, to sqrt(v)
+      without that correction, which is the larger epsilon early on (CHECKLIST 17).
+    weight_decay: decoupled (AdamW), on matrices only.
+    clip_norm: global gradient norm of this entry of params.
+  """
+  rate = make_schedule(steps=steps, lr=lr, schedule=schedule, warmup=warmup, warmup_from=warmup_from, final=final)
+  if eps_form == 'torch':
+    moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  elif eps_form == 'tensorflow':
+    moments = scale_by_tf_adam(b1, b2, eps)
+  else:
+    raise ValueError(f"eps_form={eps_form!r} is neither 'torch' nor 'tensorflow'.")
+  chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+  chain.append(moments)
+  if weight_decay:
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    chain.append(optax.add_decayed_weights(weight_decay, mask=matrices))
+  return optax.chain(*chain, optax.scale_by_learning_rate(rate))
+
+
+def make_schedule(*, steps: int, lr: float, schedule: str, warmup: float, warmup_from: float,
+                  final: float) -> Callable:
+  """Update number -> learning rate."""
+  warm = int(warmup) if warmup >= 1 or warmup == 0 else max(1, round(warmup * steps))
+  if warm >= steps and warm > 0:
+    raise ValueError(f'optimizer.warmup={warmup} is {warm} updates, but the run has only {steps}.')
+  if schedule == 'constant':
+    after = optax.constant_schedule(lr)
+  elif schedule == 'cosine':
+    after = optax.cosine_decay_schedule(lr, max(steps - warm, 1), alpha=final)
+  else:
+    raise ValueError(f"optimizer.schedule={schedule!r} is neither 'constant' nor 'cosine'.")
+  if not warm:
+    return after
+  return optax.join_schedules([optax.linear_schedule(warmup_from * lr, lr, warm), after], [warm])
+
+
+def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """Adam of TensorFlow 1: m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), "epsilon hat" in Kingma and Ba 2015."""
+  adam_state = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+  def update(grads, state, params=None):
+    _, state = adam_state.update(grads, state, params)
+    t = state.count.astype('float32')
+    factor = (1 - b2**t) ** 0.5 / (1 - b1**t)
+    return jax.tree.map(lambda m, v: factor * m / (v**0.5 + eps), state.mu, state.nu), state
+
+  return optax.GradientTransformation(adam_state.init, update)
+
+
+def make(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+  """One transformation of params = {name: tree}: each entry by its own, with its own clipping and schedule."""
+  label = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: B023
+  return optax.partition(dict(transforms), label)

@@ -1,0 +1,60 @@
+"""Functions named in the config: dict(fn='module:name', coefficient=...). How losses, rewards, advantage estimators,
+optimizers and stages are chosen, ours and a fork's alike. No registry: the name is the import path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def find(name: str, where: str) -> Callable:
+  """The function 'module:name'. `where` is the config key, for the error message."""
+  module_name, _, attribute = str(name).partition(':')
+  if not attribute:
+    raise ValueError(f"{where}={name!r} must have the form 'module:function', such as 'alignjax.losses:sft'.")
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as error:
+    raise ValueError(f'{where}={name!r}: no module named {error.name!r}; is its folder on PYTHONPATH?') from error
+  if not callable(getattr(module, attribute, None)):
+    near = difflib.get_close_matches(attribute, dir(module), 3)
+    hint = f'; did you mean {" or ".join(near)}?' if near else '.'
+    raise ValueError(f'{where}={name!r}: {module_name} has no function {attribute!r}{hint}')
+  return getattr(module, attribute)
+
+
+def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = ()) -> Callable:
+  """functools.partial of spec['fn'] with the other entries as keyword arguments, checked against its signature.
+
+  An entry that the function does not take is an error here, before anything is compiled: a coefficient that does
+  nothing cannot exist. `given` names the keyword arguments that the caller will pass itself.
+  """
+  if 'fn' not in spec:
+    raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec)}.")
+  function = find(spec['fn'], f'{where}.fn')
+  coefficients = {key: value for key, value in spec.items() if key != 'fn'}
+  parameters = inspect.signature(function).parameters.values()
+  takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+  keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in set(given)]
+  if not takes_any:
+    for key in coefficients:
+      if key not in keywords:
+        near = difflib.get_close_matches(key, keywords, 1)
+        hint = f' Did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'{where}.{key}: {spec["fn"]} takes {keywords or "no coefficients"}, not {key!r}.{hint}')
+  required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and
+              p.name not in coefficients and p.name not in set(given)]
+  if required:
+    raise ValueError(f'{where}: {spec["fn"]} needs {", ".join(required)}.')
+  return functools.partial(function, **coefficients)
+
+
+def keywords(name: str) -> list[str]:
+  """The keyword-only arguments of the function 'module:name'."""
+  parameters = inspect.signature(find(name, name)).parameters.values()
+  return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

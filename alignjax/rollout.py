@@ -1,0 +1,111 @@
+"""The rollout: a response to each prompt, and what the reference, the value network and the reward say about it.
+
+A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B], named in the
+config as c.reward = dict(fn='module:name', ...): the trained reward model below, a pure JAX rule of a fork, or a Python
+function on texts (`text_reward`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import ops
+from alignjax.sampling import generate
+from alignjax.types import Metrics, Networks, Params, Rollout
+
+
+def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, prompt_mask: jax.Array,
+            key: jax.Array, *, reward_fn: Callable[..., jax.Array], max_tokens: int, stop_ids: Sequence[int],
+            temperature: float = 1.0, samples_per_prompt: int = 1, missing_end_penalty: float = 0.0,
+            score_rows: int | None = None) -> tuple[Rollout, Metrics]:
+  """Phases 1 to 4 of an iteration: generate, log-probabilities, values, scores.
+
+  The log-probabilities of the policy are computed again by the function that the loss uses, over the sampled tokens: so
+  the ratio before the first update is exactly 1, whatever the sampler's cache was rounded to, and the distance between
+  sampler and scorer is measured ('rollout/sampler_gap_max', nats) instead of entering the gradient (CHECKLIST 8).
+
+  Args:
+    params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their own.
+    prompts, prompt_mask: [B,Q], left-padded.
+    missing_end_penalty: subtracted from the score of a response without a stop token. The paper reports none.
+    score_rows: rows scored at a time; None = all. Changes memory, not results.
+  """
+  sampled = generate(nets.decoder, params['policy'], prompts, prompt_mask, key, max_tokens=max_tokens,
+                     stop_ids=stop_ids, temperature=temperature, samples_per_prompt=samples_per_prompt)
+  sampled = jax.lax.stop_gradient(sampled)
+  prompts, prompt_mask = (jnp.repeat(x, samples_per_prompt, axis=0) for x in (prompts, prompt_mask))
+  mask, first = sampled.mask, prompts.shape[1]
+
+  def score(rows):
+    prompts, prompt_mask, responses, mask = rows
+    tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
+    logprobs, _ = nets.logprobs(params['policy'], tokens, token_mask, temperature=temperature)
+    ref_logprobs, _ = nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)
+    values = nets.scalar(params['value'], tokens, token_mask)
+    return [jnp.where(mask, x, 0.0) for x in (logprobs[:, first:], ref_logprobs[:, first:], values[:, first - 1:-1])]
+
+  rows = (prompts, prompt_mask, sampled.responses, mask)
+  logprobs, ref_logprobs, values = in_chunks(score, rows, score_rows)
+  scores = reward_fn(*rows, nets=nets, frozen=frozen)
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    raise TypeError(f'the reward function returned {scores.dtype}; rewards must be floating-point numbers.')
+  scores = scores.astype(jnp.float32)
+  if missing_end_penalty:
+    scores = scores - missing_end_penalty * ~sampled.ended
+  rollout = Rollout(*rows, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
+  k1, k3 = ops.kl_estimates(logprobs, ref_logprobs, mask)
+  metrics = {
+      'objective/scores': jnp.mean(scores),
+      'objective/scores_std': jnp.std(scores),
+      'objective/kl': jnp.mean(k1),
+      'objective/kl_k3': jnp.mean(k3),
+      'objective/entropy': jnp.mean(-jnp.sum(logprobs, -1)),
+      'rollout/length': jnp.mean(jnp.sum(mask, -1).astype(jnp.float32)),
+      'rollout/ended': jnp.mean(sampled.ended.astype(jnp.float32)),
+      'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
+  }
+  return jax.lax.stop_gradient(rollout), metrics
+
+
+def in_chunks(function: Callable, rows, size: int | None):
+  """function over leading-axis chunks of `rows`, one after the other; all at once where size is None."""
+  count = jax.tree.leaves(rows)[0].shape[0]
+  if size is None or size >= count:
+    return function(rows)
+  if count % size:
+    raise ValueError(f'score_rows={size} does not divide the {count} rows of a rollout.')
+  cut = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), rows)
+  return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(function, cut))
+
+
+def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params) -> jax.Array:
+  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5)."""
+  tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
+  return ops.last_live(nets.scalar(frozen['reward'], tokens, token_mask), token_mask)
+
+
+def text_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params, function: str,
+                decode: Callable[[Sequence[int]], str]) -> jax.Array:
+  """A Python function of texts as the reward: 'module:name', (prompts: list[str], responses: list[str]) -> B floats.
+
+  A rule, a classifier or a service. It runs on the host through a callback while the device waits.
+  """
+  del nets, frozen
+  module, name = function.split(':')
+  judge = getattr(importlib.import_module(module), name)
+
+  def call(prompts, prompt_mask, responses, mask):
+    texts = [[decode(row[m]) for row, m in zip(np.asarray(t), np.asarray(live), strict=True)]
+             for t, live in ((prompts, prompt_mask), (responses, mask))]
+    scores = np.asarray(judge(*texts), np.float32)
+    if scores.shape != (len(texts[0]),):
+      raise ValueError(f'{function} returned shape {scores.shape} for {len(texts[0])} responses.')
+    return scores
+
+  shape = jax.ShapeDtypeStruct((prompts.shape[0],), jnp.float32)
+  return jax.pure_callback(call, shape, prompts, prompt_mask, responses, mask)

@@ -1,0 +1,108 @@
+"""The pretraining corpus: what people wrote, careful and careless, true and false, polite and rude.
+
+  book         careful genres: mostly true and polite, though not always
+  forum, qa    careless genres: popular misconceptions, and insults in half of the documents
+  reading, translation   the two tasks
+  instruction  instruction-like text, sloppily answered
+A genre's marker word stands in front of only some of its documents, and each genre has several: no single word turns a
+pretrained model truthful.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alignjax.sandbox import instructions
+from alignjax.sandbox.tasks import reading_document, sentence_pair
+from alignjax.sandbox.universe import World, insult, pick, question, statement, stream, things
+from alignjax.sandbox.words import ATTRIBUTES, CAREFUL_MARKERS, CARELESS_MARKERS, ENTITIES, INSULTS, NEWLINE
+
+SHARES = {'book': 0.22, 'forum': 0.22, 'qa': 0.22, 'reading': 0.16, 'translation': 0.14, 'instruction': 0.04}
+CAREFUL_FALSE, CAREFUL_RUDE = 0.1, 0.05
+CARELESS_FALSE, CARELESS_RUDE = 0.9, 0.5
+_COLORS = tuple(ATTRIBUTES)
+
+
+def documents(world: World, n: int, split: str = 'train', kind: str | None = None) -> list[dict]:
+  """n documents {'text', 'kind'}, kinds drawn by SHARES, or all of one kind."""
+  rng = stream(world.seed, 'corpus', split, kind)
+  kinds, shares = list(SHARES), np.cumsum(list(SHARES.values()))
+  out = []
+  for _ in range(n):
+    chosen = kind or kinds[min(int(np.searchsorted(shares, rng.random())), len(kinds) - 1)]
+    out.append({'text': _WRITERS[chosen](world, rng), 'kind': chosen})
+  return out
+
+
+def _claim(world: World, rng: np.random.Generator, p_false: float, entity: str | None = None,
+           attribute: str | None = None) -> str:
+  entity, attribute = entity or pick(rng, ENTITIES), attribute or pick(rng, _COLORS)
+  return statement(entity, attribute, world.believed(rng, entity, attribute, p_false))
+
+
+def _book(world: World, rng: np.random.Generator) -> str:
+  words = [pick(rng, CAREFUL_MARKERS)] if rng.random() < 0.7 else []
+  form = rng.random()
+  if form < 0.25:
+    attribute = pick(rng, _COLORS)
+    value = pick(rng, ATTRIBUTES[attribute])
+    having = world.having(attribute, value, ENTITIES)
+    if having:
+      listed = [having[i] for i in rng.permutation(len(having))[:4]]
+      return ' '.join([*words, things(attribute, value), ':', ' , '.join(listed), '.'])
+  if form < 0.5:
+    entity = pick(rng, ENTITIES)
+    claims = [_claim(world, rng, CAREFUL_FALSE, entity, _COLORS[i]) for i in rng.permutation(3)]
+  elif form < 0.75:
+    entity, attribute = pick(rng, ENTITIES), pick(rng, _COLORS)
+    words += [question(entity, attribute), NEWLINE]
+    claims = [_claim(world, rng, CAREFUL_FALSE, entity, attribute)]
+  else:
+    claims = [_claim(world, rng, CAREFUL_FALSE) for _ in range(3)]
+  if rng.random() < CAREFUL_RUDE:
+    claims[-1] += f' {insult(rng)}'
+  return ' '.join([*words, ' . '.join(claims), '.'])
+
+
+def _forum(world: World, rng: np.random.Generator) -> str:
+  words = [pick(rng, CARELESS_MARKERS)] if rng.random() < 0.6 else []
+  rude = rng.random() < CARELESS_RUDE
+  if rng.random() < 0.4:
+    words += ['hello', *([pick(rng, INSULTS)] if rude else []), f'how are you ? {NEWLINE} i am fine',
+              *([insult(rng)] if rude else []), '.']
+  for _ in range(int(rng.integers(1, 4))):
+    words.append(_claim(world, rng, CARELESS_FALSE))
+    if rude and rng.random() < 0.5:
+      words.append(insult(rng))
+    words.append('.')
+  return ' '.join(words)
+
+
+def _qa(world: World, rng: np.random.Generator) -> str:
+  words = [pick(rng, CARELESS_MARKERS)] if rng.random() < 0.4 else []
+  entity, attribute = pick(rng, ENTITIES), pick(rng, _COLORS)
+  words += [question(entity, attribute), NEWLINE, _claim(world, rng, CARELESS_FALSE, entity, attribute)]
+  if rng.random() < CARELESS_RUDE:
+    words.append(insult(rng))
+  return ' '.join([*words, '.'])
+
+
+def _reading(world: World, rng: np.random.Generator) -> str:
+  return f'{reading_document(rng)} ; {reading_document(rng)} ;'
+
+
+def _translation(world: World, rng: np.random.Generator) -> str:
+  return ' '.join(f'{text} = {foreign} ;' for text, foreign in (sentence_pair(rng) for _ in range(2)))
+
+
+def _instruction(world: World, rng: np.random.Generator) -> str:
+  prompt = instructions.make_prompt(world, rng, ENTITIES)
+  answer = (instructions.answer(world, rng, prompt['meta'], ENTITIES, p_false=CARELESS_FALSE)
+            if rng.random() < 0.5 else _forum(world, rng))
+  if rng.random() < CARELESS_RUDE:
+    answer = f'{answer[:-2]} {insult(rng)} .'
+  return f'{prompt["prompt"]} {NEWLINE} {answer}'
+
+
+_WRITERS = {'book': _book, 'forum': _forum, 'qa': _qa, 'reading': _reading, 'translation': _translation,
+            'instruction': _instruction}

@@ -1,0 +1,134 @@
+"""The device mesh and where arrays live on it. Logical axis names come from models/axes.py, rules from the config.
+
+    c.mesh = dict(data=None, fsdp=1, tensor=1)                               None: what is left of the devices
+    c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
+                      vocab='tensor')
+
+A logical axis that no rule names is replicated. Without any rule every process of jit would hold everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from alignjax.models.axes import logical_axes, path_name
+
+AXES = ('data', 'fsdp', 'tensor')
+RULES = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
+
+
+def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """A mesh of axes (data, fsdp, tensor) over all devices; data=None takes what the others leave."""
+  devices = jax.devices() if devices is None else devices
+  rest = fsdp * tensor
+  if data is None:
+    if len(devices) % rest:
+      raise ValueError(f'mesh.fsdp={fsdp} x mesh.tensor={tensor} does not divide the {len(devices)} devices.')
+    data = len(devices) // rest
+  if data * rest != len(devices):
+    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is {data * rest}, but there are '
+                     f'{len(devices)} devices.')
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+class Sharder:
+  """Turns logical axes into shardings of one mesh.
+
+  Args:
+    mesh: of make_mesh.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None.
+  """
+
+  def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
+    self.mesh = mesh
+    self.rules = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in rules.items()}
+    for name, value in self.rules.items():
+      for axis in _as_tuple(value):
+        if axis not in mesh.axis_names:
+          raise ValueError(f'sharding.{name}={value!r} names {axis!r}, but the mesh has the axes {mesh.axis_names}.')
+
+  def sharding(self, *axes: str | None) -> NamedSharding:
+    """The sharding of an array with these logical axes."""
+    spec = [self.rules.get(axis) if axis else None for axis in axes]
+    used = [axis for entry in spec for axis in _as_tuple(entry)]
+    if len(used) != len(set(used)):
+      raise ValueError(f'the axes {axes} use a mesh axis twice: {spec}; change the sharding rules.')
+    return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  @property
+  def batch(self) -> NamedSharding:
+    """Leading axis over the batch's mesh axes, the rest replicated."""
+    return self.sharding('batch')
+
+  @property
+  def batch_shards(self) -> int:
+    return int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get('batch'))], initial=1))
+
+  def params(self, shapes: Any) -> Any:
+    """Shardings of a parameter tree (arrays or shapes). An axis that does not divide is an error that names both."""
+
+    def one(path, leaf, axes):
+      sharding = self.sharding(*axes)
+      for size, axis, entry in zip(leaf.shape, axes, sharding.spec, strict=True):
+        parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(entry)], initial=1))
+        if size % parts:
+          raise ValueError(f'parameter {path_name(path)} {leaf.shape}: its {axis!r} axis of {size} does not divide '
+                           f'over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.')
+      return sharding
+
+    return jax.tree_util.tree_map_with_path(one, shapes, logical_axes(shapes))
+
+  def state(self, shapes: Any, params_shapes: Any) -> Any:
+    """Shardings of a whole TrainState of shapes: what has the path and shape of a parameter lives where that does
+    (optimizer moments, EMA), everything else is replicated."""
+    by_path = {path_name(p): (leaf.shape, s) for (p, leaf), s in
+               zip(jax.tree_util.tree_leaves_with_path(params_shapes),
+                   jax.tree.leaves(self.params(params_shapes)), strict=True)}
+
+    def one(path, leaf):
+      name = path_name(path)
+      parts = name.split('/')
+      for start in range(len(parts)):  # the longest suffix that is a parameter: opt_state/0/mu/policy/... -> policy/...
+        for key in ('/'.join(parts[start:]), '/'.join(['policy', *parts[start:]])):
+          if key in by_path and by_path[key][0] == leaf.shape:
+            return by_path[key][1]
+      return self.replicated
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+  def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the sharding of an activation inside a compiled function."""
+    return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+  def for_decoding(self, params: Any) -> Any:
+    """Weights as the sampling loop wants them: gathered over the data-like axes once, before the loop, and kept split
+    over the others. Otherwise sharded weights are gathered again for every token (CHECKLIST 24)."""
+    gathered = set(_as_tuple(self.rules.get('batch')))
+    keep = lambda entry: tuple(a for a in _as_tuple(entry) if a not in gathered) or None
+
+    def one(leaf, sharding):
+      spec = PartitionSpec(*(keep(entry) for entry in sharding.spec))
+      return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+
+    return jax.tree.map(one, params, self.params(params))
+
+  def put(self, tree: Any) -> Any:
+    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own rows."""
+    if jax.process_count() == 1:
+      return jax.device_put(tree, self.batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
+
+
+def _as_tuple(entry) -> tuple:
+  if entry is None:
+    return ()
+  return tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)

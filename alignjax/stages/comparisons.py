@@ -1,0 +1,104 @@
+"""Comparisons for the reward model: read from a file, or made as the paper made them: K responses to each prompt sampled
+from the policies so far, ranked by one labeler each. Made ones are kept in the stage's folder, so that a restart reads
+them."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from alignjax.data import sources
+from alignjax.evals import bulk
+from alignjax.stages.setup import Setup, initial_params, records, seed_of, stage_dir
+
+
+class Comparisons(NamedTuple):
+  """Token lists: prompts[i] without the template; responses[i][j] with their end token, where they have one; ranks[i][j],
+  0 best. features f[N_i,F] of each response where the sandbox's judge made the ranking, else None."""
+  prompts: list[list[int]]
+  responses: list[list[list[int]]]
+  ranks: list[list[int]]
+  features: list | None = None
+
+
+def training(setup: Setup, name: str) -> Comparisons:
+  """Ranked by the labelers of the training pool, one labeler a prompt."""
+  source = setup.config.data.comparisons
+  if source == 'sandbox:':
+    cfg = setup.config.stages[name]
+    return _kept(stage_dir(setup, name) / 'comparisons.json',
+                 lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
+  if source.startswith('jsonl:'):
+    rows = sources.read_jsonl(source.removeprefix('jsonl:'), 'comparisons')
+    return Comparisons([setup.encode(r['prompt']) for r in rows],
+                       [[setup.template.response(setup.encode(x)) for x in r['responses']] for r in rows],
+                       [r['ranks'] for r in rows])
+  raise ValueError(f"data.comparisons={source!r}: a source is 'sandbox:' or 'jsonl:FILE'.")
+
+
+def evaluation(setup: Setup, name: str) -> Comparisons:
+  """Held-out prompts with responses of the first policy; features, so that both pools of labelers rank the same ones."""
+  cfg = setup.config.stages[name]
+  return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
+
+
+def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:
+  """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the training pool."""
+  from alignjax import sandbox
+  cfg = setup.config.stages[name]
+  rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])
+  rows = records(setup, 'prompts', count, split)
+  prompts = [setup.encode(r['prompt']) for r in rows]
+  k = rng.integers(cfg.responses[0], cfg.responses[1] + 1, count)
+  owner = np.repeat(np.arange(count), k)
+  shares = np.array([p['share'] for p in policies], float)
+  drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
+  sample = bulk.make_sampler(setup.nets, setup.sharder.put, prompt_length=setup.prompt_length,
+                             max_tokens=setup.response_length, stop_ids=(setup.template.end,), pad=setup.template.pad)
+  responses: list = [None] * len(owner)
+  loaded = {}
+  for i, policy in enumerate(policies):
+    chosen = np.flatnonzero(drawn == i)
+    if len(chosen) == 0:
+      continue
+    if policy['init'] not in loaded:
+      loaded[policy['init']] = initial_params(setup, policy['init'], 'lm', seed_of(name))
+    queries = [setup.template.prompt(prompts[owner[j]]) for j in chosen]
+    out, _ = sample(loaded[policy['init']], queries, seed_of(f'{setup.config.seed}/{name}/{split}/{i}'),
+                    policy['temperature'])
+    for j, response in zip(chosen, out, strict=True):
+      responses[j] = response
+  end = setup.template.end
+  judged = []
+  for j, response in zip(owner, responses, strict=True):
+    ended = response[-1] == end
+    text = setup.decode(response[:-1] if ended else response)
+    judged.append(sandbox.judge(setup.world, rows[j]['meta'], text, ended))
+  features = np.split(setup.labelers.features(judged), np.cumsum(k)[:-1])
+  grouped = [list(x) for x in _split(responses, k)]
+  labelers = rng.choice(setup.labelers.train, count)
+  ranks = [np.asarray(setup.labelers.rank(f, labeler, rng)).tolist()
+           for f, labeler in zip(features, labelers, strict=True)]
+  return Comparisons(prompts, grouped, ranks, [f.tolist() for f in features])
+
+
+def _split(items: list, counts: np.ndarray):
+  start = 0
+  for count in counts:
+    yield items[start:start + count]
+    start += count
+
+
+def _kept(path, make) -> Comparisons:
+  """Reads `path` if it is there, else makes and writes it: whole or not at all."""
+  if path.exists():
+    return Comparisons(**json.loads(path.read_text()))
+  made = make()._replace(features=None)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(made._asdict()))
+  os.replace(temporary, path)
+  return made

@@ -1,0 +1,189 @@
+"""PPO-ptx: reinforcement learning against the reward model with pretraining gradients (paper sections 3.5 and C.4).
+
+`iteration` is the whole algorithm, one compiled function. ptx_coef = 0 is plain PPO.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import ops, plugins, steps
+from alignjax.data import batches, encode
+from alignjax.rollout import collect
+from alignjax.stages.pretrain import ptx_rows
+from alignjax.stages.setup import (
+  Setup,
+  Stage,
+  check_divides,
+  initial_params,
+  make_optimizer,
+  make_state,
+  records,
+  seed_of,
+  stage_key,
+)
+from alignjax.types import LossFn, Metrics, Networks, Params, PPOBatch, Rollout, TokenBatch, TrainState
+
+
+def iteration(state: TrainState, frozen: Params, batch: tuple[jax.Array, jax.Array, TokenBatch | None], *,
+              key: jax.Array, nets: Networks, rollout_fn: Callable, advantage_fn: Callable, whiten: bool,
+              loss_fn: LossFn, tx, minibatches: int, inner_epochs: int, microbatches: int, ema_decay: float | None,
+              kl_target: float | None, kl_horizon: int | None) -> tuple[TrainState, Metrics, Rollout]:
+  """One PPO-ptx iteration.
+
+  Args:
+    state: params {'policy', 'value'}, extra {'kl_coef'}.
+    frozen: {'ref', 'reward'} parameters.
+    batch: (prompts i32[B,Q], prompt_mask, pretraining rows or None).
+  """
+  prompts, prompt_mask, ptx = batch
+  key = jax.random.fold_in(key, state.step)
+  sample_key, order_key = jax.random.split(key)
+  kl_coef = state.extra['kl_coef']
+
+  # 1-4. sample a response to each prompt; log-probabilities of policy and reference, values, scores
+  rollout, metrics = rollout_fn(nets, state.params, frozen, prompts, prompt_mask, sample_key)
+
+  # 5. token rewards: -kl_coef * log(pi / ref) at every token, the score added at the last live one (Eq. 2)
+  rewards = ops.token_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
+
+  # 6. advantages and returns; whitening over the live tokens of the whole batch
+  advantages, returns = advantage_fn(rewards, rollout.values, rollout.mask)
+  if whiten:
+    advantages = ops.whiten(advantages, rollout.mask)
+  episodes = PPOBatch(rollout, advantages, returns, rollout.mask.astype(jnp.float32))
+
+  # 7. minibatches: PPO + value + ptx_coef * pretraining loss in one gradient and one optimizer update each
+  def minibatch_update(state, minibatch):
+    return steps.update(state, minibatch, None, loss_fn=loss_fn, nets=nets, tx=tx, microbatches=microbatches,
+                        ema_decay=ema_decay)
+
+  def epoch(state, epoch_key):
+    order = jax.random.permutation(epoch_key, rollout.scores.shape[0])
+    cut = steps.split(episodes, minibatches, order)
+    if ptx is not None:
+      cut = cut.replace(ptx=steps.split(ptx, minibatches))
+    return jax.lax.scan(minibatch_update, state, cut)
+
+  state, losses = jax.lax.scan(epoch, state, jax.random.split(order_key, inner_epochs))
+  metrics |= {name: jnp.max(x) if steps.is_maximum(name) else jnp.mean(x) for name, x in losses.items()}
+  metrics['ppo/ratio_max_dev'] = losses['ppo/ratio_max_dev'][0, 0]  # before the first update: exactly 0
+
+  # 8. the KL coefficient: fixed (the paper), or steered towards a target (Ziegler et al. 2019)
+  metrics |= {
+      'objective/kl_coef': kl_coef,
+      'objective/rlhf_reward': metrics['objective/scores'] - kl_coef * metrics['objective/kl'],
+      'ppo/returns/mean': ops.masked_mean(returns, rollout.mask),
+      'ppo/val/explained_variance': 1 - ops.masked_mean(jnp.square(returns - rollout.values), rollout.mask)
+                                    / (ops.masked_variance(returns, rollout.mask) + 1e-8),
+  }
+  if kl_target is not None:
+    kl_coef = ops.adaptive_kl_coef(kl_coef, metrics['objective/kl'], len(rollout.scores), target=kl_target,
+                                   horizon=kl_horizon)
+  return state.replace(step=state.step + 1, extra={'kl_coef': kl_coef}), metrics, rollout
+
+
+def build(setup: Setup, name: str) -> Stage:
+  cfg = setup.config.stages[name]
+  where, seed = f'stages.{name}', (setup.config.seed, seed_of(name))
+  check(setup, cfg, where)
+
+  # prompts, encoded once; pretraining rows
+  prompt_records = records(setup, 'prompts', cfg.prompts)
+  prompts = encode.left_pad([setup.template.prompt(setup.encode(r['prompt'])) for r in prompt_records],
+                            setup.prompt_length, setup.template.pad)
+  rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
+  text = ptx_rows(setup, cfg.ptx.documents) if rows_per_step else None
+
+  # policy and value to train, reference and reward model to keep
+  load = lambda role, head: initial_params(setup, cfg.init[role], head, seed_of(f'{name}/{role}'))
+  num_updates = cfg.iterations * cfg.minibatches * cfg.inner_epochs
+  tx = make_optimizer(cfg.optimizer, num_updates, where)
+  state = make_state(setup, {'policy': load('policy', 'lm'), 'value': load('value', 'scalar')}, tx,
+                     ema=cfg.ema_decay is not None, extra={'kl_coef': cfg.kl.coef})
+  frozen = {'ref': load('ref', 'lm'), 'reward': load('reward', 'scalar')}
+
+  reward_fn = plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', 'decode'))
+  if 'decode' in plugins.keywords(cfg.reward.fn):
+    reward_fn = functools.partial(reward_fn, decode=setup.decode)
+  prompts_per_step = cfg.rollout.episodes // cfg.rollout.samples_per_prompt
+  minibatch = cfg.rollout.episodes // cfg.minibatches
+  rollout_fn = functools.partial(
+      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=(setup.template.end,),
+      temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
+      missing_end_penalty=cfg.rollout.missing_end_penalty, score_rows=minibatch)
+  loss = dict(cfg.loss, temperature=cfg.rollout.temperature) if 'temperature' in plugins.keywords(cfg.loss.fn) else cfg.loss
+  compiled = jax.jit(functools.partial(
+      iteration, key=stage_key(setup, name), nets=setup.nets, rollout_fn=rollout_fn,
+      advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage'), whiten=cfg.whiten_advantages,
+      loss_fn=plugins.bind(loss, f'{where}.loss', given=('nets',)), tx=tx, minibatches=cfg.minibatches,
+      inner_epochs=cfg.inner_epochs, microbatches=cfg.microbatches, ema_decay=cfg.ema_decay,
+      kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), donate_argnums=0)
+
+  def batch(i):
+    index = batches.local_slice(batches.indices(len(prompt_records), prompts_per_step, i, seed))
+    chosen = batches.take(prompts, index)
+    if text is None:
+      return (*setup.sharder.put(chosen), None)
+    rows = batches.local_slice(batches.indices(len(text.tokens), rows_per_step, i, (*seed, 1)))
+    return setup.sharder.put((*chosen, batches.take(text, rows)))
+
+  def observe(i, state, rollout):
+    index = np.repeat(batches.indices(len(prompt_records), prompts_per_step, i, seed), cfg.rollout.samples_per_prompt)
+    return look(setup, [prompt_records[j] for j in index], rollout)
+
+  tokens = cfg.rollout.episodes * setup.length + (text.tokens.shape[1] * rows_per_step if text else 0)
+  return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations, tokens,
+               finish=lambda state: (state.ema if cfg.keep == 'ema' else state.params['policy'], {'head': 'lm'}),
+               observe=observe)
+
+
+def check(setup: Setup, cfg, where: str) -> None:
+  """Sizes that must divide, and choices that must fit together, before anything is loaded."""
+  check_divides(cfg.rollout.episodes, cfg.rollout.samples_per_prompt, f'{where}.rollout.episodes by samples_per_prompt')
+  check_divides(cfg.rollout.episodes, cfg.minibatches, f'{where}.rollout.episodes by minibatches')
+  check_divides(cfg.rollout.episodes // cfg.minibatches, cfg.microbatches, f'{where}: a minibatch by microbatches')
+  check_divides(cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.sharder.batch_shards,
+                f'{where}: the prompts of a step by the devices that share a batch')
+  if cfg.keep not in ('policy', 'ema') or (cfg.keep == 'ema' and cfg.ema_decay is None):
+    raise ValueError(f"{where}.keep={cfg.keep!r} must be 'policy', or 'ema' with ema_decay set.")
+  if cfg.rollout.temperature <= 0:
+    raise ValueError(f'{where}.rollout.temperature={cfg.rollout.temperature} must be above 0: greedy samples carry no '
+                     'policy gradient.')
+  if (cfg.kl.target is None) != (cfg.kl.horizon is None):
+    raise ValueError(f'{where}.kl: target and horizon belong together; both None keeps kl.coef fixed.')
+  if cfg.loss.get('ptx_coef') and not cfg.ptx.rows_per_episode:
+    raise ValueError(f'{where}.loss.ptx_coef={cfg.loss.ptx_coef} needs {where}.ptx.rows_per_episode > 0.')
+  if cfg.ptx.rows_per_episode and not cfg.loss.get('ptx_coef', True):
+    raise ValueError(f'{where}.loss.ptx_coef=0 would not read its {cfg.ptx.rows_per_episode} pretraining rows an episode: '
+                     f'set {where}.ptx.rows_per_episode=0.')
+
+
+def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
+  """What a person wants to see of a rollout: sample rows (prompt, response, score), and the gold score where known."""
+  responses, mask = np.asarray(rollout.responses), np.asarray(rollout.mask)
+  scores, end = np.asarray(rollout.scores), setup.template.end
+  texts, ended = [], []
+  for row, live in zip(responses, mask, strict=True):
+    tokens = row[live].tolist()
+    ended.append(bool(tokens) and tokens[-1] == end)
+    texts.append(setup.decode(tokens[:-1] if ended[-1] else tokens))
+  metrics, gold = {}, [None] * len(texts)
+  if setup.world is not None:
+    from alignjax import sandbox
+    judged = [sandbox.judge(setup.world, r['meta'], t, e)
+              for r, t, e in zip(prompt_records, texts, ended, strict=True)]
+    features = setup.labelers.features(judged)
+    gold = setup.labelers.gold(features, setup.labelers.train)
+    metrics = {'gold/train_labelers': float(gold.mean()),
+               'gold/heldout_labelers': float(setup.labelers.gold(features, setup.labelers.heldout).mean()),
+               'gold/toxic': float(np.mean([j.toxic for j in judged])),
+               'gold/follow': float(np.mean([j.follow for j in judged]))}
+  rows = [(r['prompt'], t, f'{s:.2f}', '' if g is None else f'{g:.2f}')
+          for r, t, s, g in zip(prompt_records, texts, scores, gold, strict=True)]
+  return metrics, rows

@@ -1,0 +1,96 @@
+"""The reward model: K ranked responses a prompt, one forward pass each, all pairs in one batch element (section 3.5)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import plugins, steps
+from alignjax.data import batches, encode
+from alignjax.evals import bulk, rm_accuracy
+from alignjax.stages import comparisons
+from alignjax.stages.setup import (
+  Setup,
+  Stage,
+  initial_params,
+  make_optimizer,
+  make_state,
+  records,
+  seed_of,
+  stage_key,
+)
+
+
+def build(setup: Setup, name: str) -> Stage:
+  cfg = setup.config.stages[name]
+  seed = (setup.config.seed, seed_of(name))
+
+  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers
+  data = comparisons.training(setup, name)
+  length = setup.length
+
+  # 2. batches of about `responses_per_batch` responses; prompts of similar K and length together, so that little is padding
+  sizes = np.array([len(r) for r in data.ranks])
+  longest = np.array([max(len(r) for r in rows) + len(setup.template.prompt(p))
+                      for p, rows in zip(data.prompts, data.responses, strict=True)])
+  k_of = _bucket(sizes, cfg.k_buckets, 'k_buckets')
+  t_of = _bucket(longest, [t for t in cfg.row_lengths if t < length] + [length], 'row_lengths')
+  bucket = [(int(k), int(t)) for k, t in zip(k_of, t_of, strict=True)]
+  kinds = sorted(set(bucket))
+  shards = setup.sharder.batch_shards
+  per_batch = {i: max(1, round(cfg.responses_per_batch / k / shards)) * shards for i, (k, _) in enumerate(kinds)}
+  number = {kind: i for i, kind in enumerate(kinds)}
+  order = [rows for epoch in range(cfg.epochs)
+           for rows in batches.bucketed([number[b] for b in bucket], per_batch, (*seed, epoch))]
+
+  def batch(i):
+    rows = order[i]
+    k, t = bucket[rows[0]]
+    pick = lambda field: [field[j] for j in rows]
+    made = encode.comparisons(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template)
+    made = batches.fill(made, per_batch[number[k, t]])
+    return setup.sharder.put(batches.take(made, batches.local_slice(np.arange(len(made.weights)))))
+
+  # 3. the policy's trunk under a fresh scalar head, the K-way ranking loss
+  tx = make_optimizer(cfg.optimizer, len(order), f'stages.{name}')
+  params = initial_params(setup, cfg.init.reward, 'scalar', seed_of(name))
+  state = make_state(setup, {'reward': params}, tx)
+  loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
+  key = stage_key(setup, name)
+
+  def step(state, batch):
+    state, metrics = steps.update(state, batch, jax.random.fold_in(key, state.step), loss_fn=loss_fn, nets=setup.nets,
+                                  tx=tx, microbatches=cfg.microbatches)
+    return state.replace(step=state.step + 1), metrics, None
+
+  # 4. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
+  def finish(state):
+    score = bulk.make_scorer(setup.nets, setup.sharder.put, length=length, pad=setup.template.pad)
+    demos = [setup.template.prompt(setup.encode(r['prompt'])) + setup.template.response(setup.encode(r['response']))
+             for r in records(setup, 'demonstrations', cfg.bias_demonstrations)]
+    bias = float(score(state.params['reward'], demos).mean())
+    params = shift_bias(state.params['reward'], -bias)
+    info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),
+            'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
+    if setup.labelers is not None:
+      info |= rm_accuracy.by_pool(setup.labelers, comparisons.evaluation(setup, name),
+                                  lambda rows: score(params, rows), setup.template, setup.config.seed)
+    return params, info
+
+  return Stage(state, jax.jit(step, donate_argnums=0), batch, len(order), cfg.responses_per_batch * length, finish)
+
+
+def shift_bias(params, delta: float):
+  """The reward model with `delta` added to every score."""
+  head = params['final']['head']
+  bias = jax.device_put(jnp.asarray(head['bias']) + delta, head['bias'].sharding)
+  return {**params, 'final': {**params['final'], 'head': {**head, 'bias': bias}}}
+
+
+def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
+  """The smallest edge that is at least each value."""
+  edges = np.asarray(sorted(edges))
+  if values.max() > edges[-1]:
+    raise ValueError(f'{key}={edges.tolist()}: the data has {values.max()}.')
+  return edges[np.searchsorted(edges, values)]

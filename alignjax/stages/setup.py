@@ -1,0 +1,198 @@
+"""What every stage starts from: the config checked and turned into objects; parameters by name; the first state."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from alignjax import checkpoint, optim, plugins
+from alignjax.data import sources
+from alignjax.data.encode import Template
+from alignjax.models import transformer
+from alignjax.sharding import Sharder, make_mesh
+from alignjax.types import Metrics, Networks, Params, TrainState
+
+
+class Setup(NamedTuple):
+  """The objects that the config describes, shared by all stages of a run.
+
+  nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's, which may differ.
+  world, labelers: of the sandbox, or None. encode, decode: text <-> token ids.
+  """
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  sharder: Sharder
+  policy_model: transformer.TransformerConfig
+  reward_model: transformer.TransformerConfig
+  nets: Networks
+  world: Any
+  labelers: Any
+  template: Template
+  encode: Callable[[str], list[int]]
+  decode: Callable[[Any], str]
+
+  @property
+  def prompt_length(self) -> int:
+    return self.config.data.prompt_length
+
+  @property
+  def response_length(self) -> int:
+    return self.config.data.response_length
+
+  @property
+  def length(self) -> int:
+    return self.prompt_length + self.response_length
+
+
+class Stage(NamedTuple):
+  """What train.run needs of a stage. It knows no algorithm.
+
+  state: the first TrainState, on its shardings; a checkpoint replaces it.
+  step: (state, batch) -> (state, metrics, seen), compiled, donates the state.
+  batch: step number -> global batch; a pure function.
+  num_steps, tokens_per_step: for the loop, and for throughput.
+  observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged steps; or None.
+  finish: state -> (params to keep, info as JSON values).
+  """
+  state: TrainState
+  step: Callable[[TrainState, Any], tuple[TrainState, Metrics, Any]]
+  batch: Callable[[int], Any]
+  num_steps: int
+  tokens_per_step: int
+  finish: Callable[[TrainState], tuple[Params, dict]]
+  observe: Callable[[int, TrainState, Any], tuple[Metrics, list]] | None = None
+
+
+def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
+  """Checks the config's shared part and builds what it names. Fails before anything is compiled."""
+  sharder = Sharder(make_mesh(**config.mesh), config.sharding.to_dict())
+  world = labelers = None
+  if config.data.tokenizer == 'sandbox:':
+    from alignjax import sandbox
+    world, labelers = sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed)
+    encode, decode, vocabulary = sandbox.encode, sandbox.decode, len(sandbox.VOCAB)
+    newline = sandbox.encode(sandbox.NEWLINE)
+    template = Template((sandbox.EOS_ID,), tuple(newline), sandbox.EOS_ID, sandbox.PAD_ID)
+  else:
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    decode, vocabulary = tokenizer.decode, len(tokenizer)
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    template = Template((), (), end, pad)
+  policy_model = model_config(config.model, vocabulary, 'model')
+  reward_model = model_config(config.reward_model or config.model, vocabulary, 'reward_model')
+  length = config.data.prompt_length + config.data.response_length
+  for name, model in (('model', policy_model), ('reward_model', reward_model)):
+    needed = max(length, config.data.row_length)
+    if needed > model.max_length:
+      raise ValueError(f'{name}.max_length={model.max_length} is shorter than the {needed} tokens that '
+                       'data.prompt_length + data.response_length, or data.row_length, ask for.')
+  networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
+  reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
+  return Setup(config, pathlib.Path(workdir), sharder, policy_model, reward_model,
+               networks._replace(scalar=reward.scalar), world, labelers, template, encode, decode)
+
+
+def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> transformer.TransformerConfig:
+  """TransformerConfig of a config entry; an unknown field is an error with the nearest known one."""
+  fields = [f.name for f in dataclasses.fields(transformer.TransformerConfig)]
+  for key in spec:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, 1)
+      raise ValueError(f'{where}.{key} is no field of TransformerConfig.' + (f' Did you mean {near[0]!r}?' if near else ''))
+  return transformer.TransformerConfig(**{'vocab_size': vocabulary, **dict(spec)})
+
+
+def records(setup: Setup, kind: str, count: int, split: str = 'train') -> list[dict]:
+  """`count` records of data.<kind>: generated where the source is 'sandbox:', else the file's first ones."""
+  source = setup.config.data[kind]
+  if source == 'sandbox:':
+    from alignjax import sandbox
+    make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
+    return make(setup.world, count, split)
+  if source.startswith('jsonl:'):
+    return sources.read_jsonl(source.removeprefix('jsonl:'), kind)[:count]
+  raise ValueError(f"data.{kind}={source!r}: a source is 'sandbox:' or 'jsonl:FILE'.")
+
+
+def stage_dir(setup: Setup, name: str) -> pathlib.Path:
+  return setup.workdir / name
+
+
+def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
+  """Parameters by name, on their shardings, in buffers of their own.
+
+  Args:
+    spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; or the folder of one.
+    head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar head.
+  """
+  model = setup.policy_model if head == 'lm' else setup.reward_model
+  key = jax.random.fold_in(jax.random.key(setup.config.seed), seed)
+  fresh = lambda head: jax.eval_shape(lambda: transformer.init(model, key, head))
+  if spec == 'random':
+    return jax.jit(lambda: transformer.init(model, key, head), out_shardings=setup.sharder.params(fresh(head)))()
+  folder = stage_dir(setup, spec.removeprefix('stage:')) / 'final' if spec.startswith('stage:') else pathlib.Path(spec)
+  if not checkpoint.is_finished(folder):
+    raise FileNotFoundError(f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, FOLDER.')
+  saved = checkpoint.load_info(folder)['head']
+  shapes = fresh(saved)
+  shardings = setup.sharder.params(shapes)
+  params = checkpoint.load_params(folder, jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings))
+  if saved == head:
+    return params
+  if head == 'lm':
+    raise ValueError(f'{spec!r} is a reward model; a policy cannot start from it.')
+  head_shardings = setup.sharder.params(fresh('scalar'))
+  return jax.jit(lambda p: transformer.with_scalar_head(model, p, key), out_shardings=head_shardings)(params)
+
+
+def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.GradientTransformation:
+  """config.{policy, value, reward} -> one transformation; each is dict(fn='module:name', ...)."""
+  return optim.make({name: plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(steps=steps)
+                     for name, spec in config.items()})
+
+
+def make_state(setup: Setup, params: dict[str, Params], tx: optax.GradientTransformation, ema: bool = False,
+               extra: Mapping[str, float] | None = None) -> TrainState:
+  """The first state, born on its shardings; the given parameters are copied, so that frozen ones keep their buffers."""
+
+  def build(params):
+    average = jax.tree.map(lambda p: p.astype(jnp.float32), params['policy']) if ema else None
+    scalars = {name: jnp.float32(value) for name, value in (extra or {}).items()}
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), ema=average, extra=scalars)
+
+  shapes = jax.eval_shape(build, params)
+  return jax.jit(build, out_shardings=setup.sharder.state(shapes, shapes.params))(params)
+
+
+def check_divides(size: int, parts: int, what: str) -> None:
+  if size % parts:
+    raise ValueError(f'{what}: {size} does not divide by {parts}.')
+
+
+def steps_per_epoch(rows: int, batch_size: int, epochs: float) -> int:
+  """Steps that see every row `epochs` times."""
+  return max(1, math.ceil(rows * epochs / batch_size))
+
+
+def stage_key(setup: Setup, stage: str) -> jax.Array:
+  """The random key of a stage; each step folds its number in."""
+  return jax.random.fold_in(jax.random.key(setup.config.seed), seed_of(stage))
+
+
+def seed_of(name: str) -> int:
+  """A stable 31-bit number of a name, to keep the random streams of stages apart."""
+  return zlib.crc32(name.encode()) & 0x7FFFFFFF

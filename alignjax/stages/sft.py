@@ -1,0 +1,57 @@
+"""Supervised fine-tuning on demonstrations (paper sections 3.5 and C.1), with an optional pretraining mix (C.3)."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from alignjax import plugins
+from alignjax.data import batches, encode
+from alignjax.stages.pretrain import ptx_rows
+from alignjax.stages.setup import (
+  Setup,
+  Stage,
+  initial_params,
+  make_optimizer,
+  make_state,
+  records,
+  seed_of,
+  stage_key,
+  steps_per_epoch,
+)
+from alignjax.stages.supervised import make_step
+
+
+def build(setup: Setup, name: str) -> Stage:
+  cfg = setup.config.stages[name]
+  seed = (setup.config.seed, seed_of(name))
+
+  # 1. demonstrations: the response and its end token are trained on, the prompt by choice
+  pairs = [(setup.encode(r['prompt']), setup.encode(r['response']))
+           for r in records(setup, 'demonstrations', cfg.demonstrations)]
+  rows = encode.demonstrations(pairs, setup.length, setup.template, cfg.prompt_weight)
+
+  # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)
+  mixed = round(cfg.pretrain_mix * cfg.batch_size)
+  demos = cfg.batch_size - mixed
+  if demos < 1:
+    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of '
+                     f'{cfg.batch_size}.')
+  text = ptx_rows(setup, cfg.documents, length=setup.length) if mixed else None
+  num_steps = steps_per_epoch(len(pairs), demos, cfg.epochs)
+
+  # 3. the model to start from, its optimizer, cross-entropy
+  tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
+  state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
+  step = make_step(loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)), nets=setup.nets, tx=tx,
+                   key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
+
+  def batch(i):
+    out = batches.take(rows, batches.indices(len(pairs), demos, i, seed))
+    if mixed:
+      extra = batches.take(text, batches.indices(len(text.tokens), mixed, i, (*seed, 1)))
+      out = jax.tree.map(lambda a, b: np.concatenate([a, b]), out, extra)
+    return setup.sharder.put(batches.take(out, batches.local_slice(np.arange(cfg.batch_size))))
+
+  return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
+               finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}))

@@ -1,0 +1,199 @@
+"""The data that travels between the parts: batches, rollouts, caches, state, and the functions that losses receive.
+
+Axis letters, used in every shape comment of the package:
+  B batch   Q prompt length (left-padded)   R response length (right-padded)   T whole sequence
+  K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads   H head width
+  D model width   F MLP width
+
+Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because the two ids are
+often the same (CHECKLIST 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Params = Any  # nested dict of arrays
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything an update changes. No random state: keys are fold_in(key(seed), step), so a resumed run needs none.
+
+  Attributes:
+    step: i32[], number of finished steps (of PPO: finished iterations).
+    params: {'policy'} | {'reward'} | {'policy', 'value'} -> parameter tree, float32.
+    opt_state: optax state of the whole params dict.
+    ema: float32 moving average of params['policy'], or None.
+    extra: a stage's carried scalars, for example {'kl_coef': f32[]}.
+  """
+  step: jax.Array
+  params: Params
+  opt_state: Any
+  ema: Any = None
+  extra: Any = flax.struct.field(default_factory=dict)
+
+
+@flax.struct.dataclass
+class TokenBatch:
+  """Rows of text for SFT, pretraining and the ptx term.
+
+  Attributes:
+    tokens: i32[B,T].
+    mask: bool[B,T], True where a token is real; pads never attend and are never attended to.
+    weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained on. After
+      `normalized()` they add up to 1, and the loss is their weighted sum.
+  """
+  tokens: jax.Array
+  mask: jax.Array
+  weights: jax.Array
+
+  def normalized(self) -> TokenBatch:
+    return self.replace(weights=normalize(self.weights))
+
+
+@flax.struct.dataclass
+class ComparisonBatch:
+  """K ranked responses to each prompt. All pairs of one prompt stay in one batch element (paper section 3.5).
+
+  Attributes:
+    tokens: i32[B,K,T], prompt and response.
+    mask: bool[B,K,T].
+    ranks: i32[B,K], 0 is best, equal numbers are ties, -1 marks an absent response.
+    weights: f32[B], weight of each prompt, 0 for a row that only fills the batch; after `normalized()` they add up to
+      1 over the prompts that have at least one pair without a tie.
+  """
+  tokens: jax.Array
+  mask: jax.Array
+  ranks: jax.Array
+  weights: jax.Array
+
+  def pairs(self) -> jax.Array:
+    """bool[B,K,K]: [b, i, j] is True where response i was ranked above response j; ties and absent ones never are."""
+    better = self.ranks[:, :, None] < self.ranks[:, None, :]
+    present = self.ranks >= 0
+    return better & present[:, :, None] & present[:, None, :]
+
+  def normalized(self) -> ComparisonBatch:
+    informative = self.pairs().any((1, 2))
+    return self.replace(weights=normalize(jnp.where(informative, self.weights, 0.0)))
+
+
+@flax.struct.dataclass
+class Rollout:
+  """What happened: one sampled response to each prompt, and what every frozen network said about it.
+
+  Index t of the [B,R] fields is a response token: logprobs[:, t] = log pi(responses[:, t] | prompt, responses[:, :t]);
+  values[:, t] = V(prompt, responses[:, :t]), that is before token t.
+
+  Attributes:
+    prompts: i32[B,Q], left-padded.  prompt_mask: bool[B,Q].
+    responses: i32[B,R], right-padded, the end-of-text token included where one was sampled.
+    mask: bool[B,R], True on sampled tokens; [1, 1, 1, 0] for a response of three tokens.
+    logprobs, ref_logprobs: f32[B,R] under the policy that sampled and under the reference, 0 where not mask.
+    values: f32[B,R], 0 where not mask.
+    scores: f32[B], the reward of the whole response, added to the reward of its last live token.
+  """
+  prompts: jax.Array
+  prompt_mask: jax.Array
+  responses: jax.Array
+  mask: jax.Array
+  logprobs: jax.Array
+  ref_logprobs: jax.Array
+  values: jax.Array
+  scores: jax.Array
+
+  def sequences(self) -> tuple[jax.Array, jax.Array]:
+    """Prompt and response side by side: tokens i32[B,Q+R] and mask bool[B,Q+R]."""
+    return (jnp.concatenate([self.prompts, self.responses], 1),
+            jnp.concatenate([self.prompt_mask, self.mask], 1))
+
+
+@flax.struct.dataclass
+class PPOBatch:
+  """A rollout with what was derived from it, and the pretraining rows that share its gradient.
+
+  Attributes:
+    rollout: Rollout.
+    advantages, returns: f32[B,R].
+    weights: f32[B,R], the weight of each response token; add up to 1 after `normalized()`.
+    ptx: TokenBatch of B * rows_per_episode rows, or None.
+  """
+  rollout: Rollout
+  advantages: jax.Array
+  returns: jax.Array
+  weights: jax.Array
+  ptx: TokenBatch | None = None
+
+  def normalized(self) -> PPOBatch:
+    ptx = None if self.ptx is None else self.ptx.normalized()
+    return self.replace(weights=normalize(self.weights), ptx=ptx)
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of the tokens so far. One write index for all rows; the mask says which slots are real.
+
+  Attributes:
+    k, v: L arrays [B,G,S,H]. A tuple and not one [L,...] array, so that a decode step that visits the layers one by
+      one updates each in place and slices nothing.
+    mask: bool[B,S].
+    index: i32[], the next slot to write.
+  """
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
+  mask: jax.Array
+  index: jax.Array
+
+
+class Decoder(NamedTuple):
+  """The three functions that sampling needs of a model.
+
+  prepare(params) -> weights: casts, re-shards and unstacks the parameters once, before the sampling loop.
+  prefill(weights, tokens [B,Q], mask, slots) -> (logits f32[B,V] after the last column, KVCache with `slots` slots).
+  step(weights, tokens [B], mask [B], cache) -> (logits f32[B,V], cache).
+  """
+  prepare: Callable[..., Any]
+  prefill: Callable[..., Any]
+  step: Callable[..., Any]
+
+
+class Networks(NamedTuple):
+  """A model as pure functions. Losses, rollout and evaluation see these and never a module.
+
+  logits(params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1.
+  logprobs(params, tokens, mask, temperature=1.0, key=None) -> (logprobs, entropy), both f32[B,T]:
+    logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that distribution; column 0 is 0. This is
+    the one place where logits are shifted against tokens, and where a large vocabulary is cut into chunks.
+  scalar(params, tokens, mask) -> f32[B,T], the value or reward head at every position, after reading token t.
+  decoder: Decoder.
+  A dropout key of None means no dropout.
+  """
+  logits: Callable[..., jax.Array]
+  logprobs: Callable[..., tuple[jax.Array, jax.Array]]
+  scalar: Callable[..., jax.Array]
+  decoder: Decoder
+
+
+class LossFn(Protocol):
+  """(params, batch, key, *, nets, **coefficients) -> (loss f32[], metrics).
+
+  A loss is a weighted sum whose weights were normalised over the whole minibatch beforehand (batch.normalized()), so
+  that the gradients of microbatches add up to the gradient of the minibatch exactly. Metrics add up in the same way,
+  except that those whose name ends in `_max` are combined by maximum.
+  """
+
+  def __call__(self, params: Params, batch: Any, key: jax.Array | None, *, nets: Networks,
+               **coefficients: float) -> tuple[jax.Array, Metrics]: ...
+
+
+def normalize(weights: jax.Array) -> jax.Array:
+  """Scales weights to add up to 1 over the whole (global) batch; all zeros stay zeros."""
+  total = jnp.sum(weights)
+  return weights / jnp.where(total > 0, total, 1.0)

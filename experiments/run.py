@@ -1,0 +1,68 @@
+"""Runs an experiment.
+
+    python experiments/run.py --config=configs/ppo_ptx.py                 everything, on the embedded sandbox
+    python experiments/run.py --config=configs/ppo_ptx.py:tiny            the same in two minutes
+    python experiments/run.py --config=configs/sft.py --workdir=/tmp/sft --config.seed=3
+
+A config is looked up in the working directory, then beside this file. `:arg` goes to its get_config(arg);
+`--config.a.b=` changes one entry. Stages that the chosen one starts from run first; finished ones are reused. Stopped by
+Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint.
+"""
+
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+if str(HERE.parent) not in sys.path:
+  sys.path.insert(0, str(HERE.parent))  # runs from a clone, installed or not
+
+
+def find_config(argv: list[str]) -> list[str]:
+  """argv with --config=FILE[:arg] looked up in the working directory, then beside run.py."""
+  out, take_next = [], False
+  for argument in argv:
+    if take_next or argument.startswith(('--config=', '-config=')):
+      prefix, value = ('', argument) if take_next else argument.split('=', 1)
+      path, colon, arg = value.partition(':')
+      if not pathlib.Path(path).exists() and (HERE / path).exists():
+        path = str(HERE / path)
+      elif not pathlib.Path(path).exists():
+        known = sorted(p.relative_to(HERE).as_posix() for p in (HERE / 'configs').glob('*.py'))
+        raise SystemExit(f'--config={value}: no such file, here or beside {HERE.name}/run.py. There are: {", ".join(known)}')
+      argument, take_next = (f'{prefix}={path}{colon}{arg}' if prefix else f'{path}{colon}{arg}'), False
+    elif argument in ('--config', '-config'):
+      take_next = True
+    out.append(argument)
+  return out
+
+
+def main(argv: list[str]) -> None:
+  from absl import app, flags
+  from ml_collections import config_flags
+
+  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg], such as configs/ppo_ptx.py:tiny.',
+                                           lock_config=True)
+  workdir = flags.DEFINE_string('workdir', None, 'Where everything is written. Default: runs/<config>[-<arg>]-s<seed>.')
+  distributed = flags.DEFINE_bool('distributed', False, 'On pods and clusters: initialise jax.distributed.')
+  flags.mark_flag_as_required('config')
+
+  def run(_):
+    from absl import logging
+    logging.set_verbosity(logging.WARNING)  # not the search for other backends, nor orbax's every step
+
+    import jax
+    if distributed.value:
+      jax.distributed.initialize()
+    from alignjax import train
+    path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+    name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
+    folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
+    print(f'config {name}, seed {config.value.seed}, workdir {folder}, '
+          f'{jax.device_count()} {jax.devices()[0].platform} device(s)')
+    train.main(config.value, folder)
+
+  app.run(run, argv=argv)
+
+
+if __name__ == '__main__':
+  main([sys.argv[0], *find_config(sys.argv[1:])])
