@@ -56,9 +56,10 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
            for task in (sandbox.reading_comprehension, sandbox.translation)]
   documents: dict[str, tuple] = {}
   texts = sandbox.documents(world, loss_documents, 'test')
+  longest = max(len(d['text'].split()) for d in texts) + 2
   for kind in sandbox.SHARES:
     rows = [sandbox.encode(d['text']) for d in texts if d['kind'] == kind]
-    documents[kind] = _rows([([template.end], r + [template.end]) for r in rows], 2 * row_length, template.pad)
+    documents[kind] = _rows([([template.end], r + [template.end]) for r in rows], longest, template.pad)
   return Evaluation(world, labelers, template, sample, likelihood,
                     bulk.make_response_logprobs(nets, put, length=room + response_length, pad=template.pad),
                     sandbox.prompts(world, win_prompts, 'test'), truth, truth_train,

@@ -116,7 +116,7 @@ def rotary_angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Arr
     return None
   width = cfg.rotary_width
   frequencies = cfg.rope_theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
   return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -268,7 +268,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
       raise ValueError(f'{tokens.shape[1]} tokens exceed model.max_length={cfg.max_length}.')
     where = ops.positions(mask)
     angles = rotary_angles(cfg, where)
-    visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None, :]
+    visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None] & mask[:, None, :]
     x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
 
     def layer(x, inputs):

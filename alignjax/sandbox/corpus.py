@@ -17,8 +17,8 @@ from alignjax.sandbox.tasks import reading_document, sentence_pair
 from alignjax.sandbox.universe import World, insult, pick, question, statement, stream, things
 from alignjax.sandbox.words import ATTRIBUTES, CAREFUL_MARKERS, CARELESS_MARKERS, ENTITIES, INSULTS, NEWLINE
 
-SHARES = {'book': 0.22, 'forum': 0.22, 'qa': 0.22, 'reading': 0.16, 'translation': 0.14, 'instruction': 0.04}
-CAREFUL_FALSE, CAREFUL_RUDE = 0.1, 0.05
+SHARES = {'book': 0.25, 'forum': 0.23, 'qa': 0.24, 'reading': 0.16, 'translation': 0.08, 'instruction': 0.04}
+CAREFUL_FALSE, CAREFUL_RUDE = 0.2, 0.05
 CARELESS_FALSE, CARELESS_RUDE = 0.9, 0.5
 _COLORS = tuple(ATTRIBUTES)
 

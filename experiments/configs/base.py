@@ -36,7 +36,7 @@ def ppo(ptx_coef, iterations, episodes):
 
 def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   sizes = dict(
-      default=dict(documents=80_000, demos=400, prompts=10_000, evaluation=200, episodes=128, iterations=100, layers=2,
+      default=dict(documents=110_000, demos=400, prompts=12_000, evaluation=200, episodes=128, iterations=120, layers=2,
                    width=96, tasks=2000, questions=8),
       tiny=dict(documents=4_000, demos=128, prompts=256, evaluation=24, episodes=32, iterations=6, layers=1, width=32,
                 tasks=128, questions=1))
@@ -63,7 +63,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
           log_every=20, save_every=500),
       sft=dict(
           build='alignjax.stages.sft:build', init=dict(policy='stage:pretrain'), demonstrations=s.demos, epochs=3,
-          batch_size=16, prompt_weight=0.0, pretrain_mix=0.0, documents=0, microbatches=1,
+          batch_size=16, prompt_weight=0.0, pretrain_mix=0.1, documents=2000, microbatches=1,
           loss=dict(fn='alignjax.losses:sft'),
           optimizer=dict(policy=adam(5e-4, schedule='cosine', warmup=0.05)), log_every=5, save_every=50),
       rm=dict(
