@@ -1,0 +1,107 @@
+"""One device and eight agree; wrong layouts are refused before anything is compiled."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax import losses, ops, optim, rollout, sharding, steps
+from alignjax.models import transformer
+from alignjax.stages.ppo_ptx import iteration
+from alignjax.types import TrainState
+from tests.fakes import close, config, model, prompts, token_batch
+
+RULES = sharding.RULES
+
+
+def one_iteration(mesh_shape):
+  """One whole PPO-ptx iteration on a mesh of the given shape: (state, metrics, rollout) as numpy."""
+  cfg, _, policy, scalar = model('llama')
+  devices = jax.devices()[:int(np.prod(mesh_shape))]
+  sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
+  nets = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
+  tx = optim.make({n: optim.adam(steps=4, lr=1e-2, clip_norm=1.0) for n in ('policy', 'value')})
+
+  def build(params):
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), extra={'kl_coef': jnp.float32(0.1)})
+
+  params = {'policy': policy, 'value': scalar}
+  shapes = jax.eval_shape(build, params)
+  state = jax.jit(build, out_shardings=sharder.state(shapes, shapes.params))(params)
+  frozen = {'ref': jax.device_put(policy, sharder.params(policy)), 'reward': jax.device_put(scalar, sharder.params(scalar))}
+  step = jax.jit(functools.partial(
+      iteration, key=jax.random.key(7), nets=nets, tx=tx, whiten=True, minibatches=2, inner_epochs=1, microbatches=1,
+      ema_decay=None, kl_target=None, kl_horizon=None, advantage_fn=ops.gae,
+      loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=2.0),
+      rollout_fn=functools.partial(rollout.collect, reward_fn=rollout.model_reward, max_tokens=6, stop_ids=(3, 4, 5),
+                                   score_rows=8)), donate_argnums=0)
+  batch = sharder.put((*prompts(0, rows=16), token_batch(0, rows=16)))
+  before = step._cache_size()
+  state, metrics, ro = step(state, frozen, batch)
+  first = jax.tree.map(np.asarray, (state.params, metrics, ro))
+  state, _, later = step(state, frozen, batch)
+  assert step._cache_size() == before + 1, 'the second iteration compiled again'
+  assert (np.asarray(later.responses) != first[2].responses).any(), 'CHECKLIST 14: the same noise twice'
+  return first, state
+
+
+@functools.cache
+def on(mesh_shape):
+  return one_iteration(mesh_shape)
+
+
+@pytest.mark.slow
+def test_item_11_one_device_equals_eight():
+  (params, metrics, ro), _ = on((1, 1, 1))
+  (params8, metrics8, ro8), state = on((2, 2, 2))
+  assert (ro.responses == ro8.responses).all() and (ro.mask == ro8.mask).all()
+  close(ro8.logprobs, ro.logprobs, rtol=1e-4, atol=1e-4)
+  for name in metrics:
+    close(metrics8[name], metrics[name], rtol=2e-3, atol=1e-4)
+  jax.tree.map(functools.partial(close, rtol=1e-2, atol=2e-3), params8, params)
+  query = state.params['policy']['layers']['attention']['query']['kernel']
+  assert query.addressable_shards[0].data.size * 4 == query.size  # fsdp and tensor, replicated over data
+  moment = jax.tree.leaves(state.opt_state)  # born with the parameters' shardings
+  assert any(getattr(m, 'shape', None) == query.shape and m.sharding == query.sharding for m in moment)
+
+
+def test_item_8_the_iteration_logs_a_ratio_of_exactly_1():
+  (_, metrics, _), _ = on((1, 1, 1))
+  assert float(metrics['ppo/ratio_max_dev']) == 0.0
+  assert float(metrics['objective/kl']) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_item_24_no_weight_is_gathered_inside_the_decoding_loop():
+  cfg = config('llama')
+  sharder = sharding.Sharder(sharding.make_mesh(2, 4, 1))
+  nets = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
+  from alignjax.sampling import generate
+  params = jax.device_put(model('llama')[2], sharder.params(model('llama')[2]))
+  run = jax.jit(lambda p, *x: generate(nets.decoder, p, *x, max_tokens=8, stop_ids=(3,)))
+  text = run.lower(params, *sharder.put(prompts(0, rows=16)), jax.random.key(0)).compile().as_text()
+  assert 'all-gather' in text  # once, before the loop
+  loops = [body for body in text.split('\n\n') if 'while' in body.split('\n')[0] or 'region' in body.split('\n')[0]]
+  gathered = [line for body in loops for line in body.split('\n') if 'all-gather(' in line and f'[{cfg.d_model}' in line]
+  assert not gathered
+
+
+@pytest.mark.parametrize('shape,words', [((3, 1, 1), 'is 3, but there are 8'), ((None, 3, 1), 'does not divide')])
+def test_a_mesh_that_does_not_fit_is_refused(shape, words):
+  with pytest.raises(ValueError, match=words):
+    sharding.make_mesh(*shape)
+
+
+def test_wrong_rules_are_refused():
+  mesh = sharding.make_mesh(2, 2, 2)
+  with pytest.raises(ValueError, match="names 'model'"):
+    sharding.Sharder(mesh, {'heads': 'model'})
+  with pytest.raises(ValueError, match='twice'):
+    sharding.Sharder(mesh, {'embed': 'fsdp', 'mlp': 'fsdp'}).sharding('embed', 'mlp')
+  with pytest.raises(ValueError, match='no axes'):
+    sharding.Sharder(mesh).params({'policy': {'mystery': jnp.zeros(3)}})
+  odd = jax.eval_shape(lambda: transformer.init(config('llama', num_kv_heads=1), jax.random.key(0)))
+  with pytest.raises(ValueError, match='kv_heads.*does not divide'):
+    sharding.Sharder(mesh, RULES).params(odd)
