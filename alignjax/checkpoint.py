@@ -39,8 +39,9 @@ class Checkpoints:
   def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2):
     self.directory = pathlib.Path(directory).absolute()
     _check_config(self.directory / 'config.json', config)
-    self._manager = ocp.CheckpointManager(self.directory / 'steps', options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, enable_async_checkpointing=True))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(self.directory / 'steps', options=options,
+                                          item_handlers=ocp.StandardCheckpointHandler())
 
   def __enter__(self) -> Checkpoints:
     return self

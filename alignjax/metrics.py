@@ -31,6 +31,12 @@ class Writer:
     self._file = self._board = self._wandb = None
     if not active:
       return
+    if wandb is not None:
+      try:
+        import wandb as wandb_module
+      except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("metrics to W&B need `pip install wandb`, or config wandb=None.") from error
+      self._wandb = wandb_module.init(**wandb)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / 'metrics.jsonl'
@@ -42,12 +48,6 @@ class Writer:
     self._file = path.open('a')
     from tensorboardX import SummaryWriter
     self._board = SummaryWriter(str(directory), purge_step=start_step or None)
-    if wandb is not None:
-      try:
-        import wandb as wandb_module
-      except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("metrics to W&B need `pip install wandb`, or config wandb=None.") from error
-      self._wandb = wandb_module.init(**wandb)
 
   def __enter__(self) -> Writer:
     return self

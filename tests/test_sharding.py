@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import losses, ops, optim, rollout, sharding, steps
+from alignjax import losses, ops, optim, rollout, sharding
 from alignjax.models import transformer
 from alignjax.stages.ppo_ptx import iteration
+from alignjax.stages.setup import compile_step
 from alignjax.types import TrainState
 from tests.fakes import close, config, model, prompts, token_batch
 
@@ -31,12 +32,12 @@ def one_iteration(mesh_shape):
   shapes = jax.eval_shape(build, params)
   state = jax.jit(build, out_shardings=sharder.state(shapes, shapes.params))(params)
   frozen = {'ref': jax.device_put(policy, sharder.params(policy)), 'reward': jax.device_put(scalar, sharder.params(scalar))}
-  step = jax.jit(functools.partial(
+  step = compile_step(functools.partial(
       iteration, key=jax.random.key(7), nets=nets, tx=tx, whiten=True, minibatches=2, inner_epochs=1, microbatches=1,
       ema_decay=None, kl_target=None, kl_horizon=None, advantage_fn=ops.gae,
       loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=2.0),
       rollout_fn=functools.partial(rollout.collect, reward_fn=rollout.model_reward, max_tokens=6, stop_ids=(3, 4, 5),
-                                   score_rows=8)), donate_argnums=0)
+                                   score_rows=8)), state)
   batch = sharder.put((*prompts(0, rows=16), token_batch(0, rows=16)))
   before = step._cache_size()
   state, metrics, ro = step(state, frozen, batch)

@@ -26,7 +26,8 @@ AXES = (
     (r'mlp/down/bias', (None,)),
     (r'norm(_\d)?/(scale|bias)', (None,)),
     (r'head/kernel', ('embed', 'vocab')),
-    (r'head/bias', (None,)),
+    (r'score/kernel', ('embed', None)),
+    (r'score/bias', (None,)),
 )
 
 

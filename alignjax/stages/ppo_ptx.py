@@ -20,6 +20,7 @@ from alignjax.stages.setup import (
   Setup,
   Stage,
   check_divides,
+  compile_step,
   initial_params,
   make_optimizer,
   make_state,
@@ -118,12 +119,12 @@ def build(setup: Setup, name: str) -> Stage:
       temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
       missing_end_penalty=cfg.rollout.missing_end_penalty, score_rows=minibatch)
   loss = dict(cfg.loss, temperature=cfg.rollout.temperature) if 'temperature' in plugins.keywords(cfg.loss.fn) else cfg.loss
-  compiled = jax.jit(functools.partial(
+  compiled = compile_step(functools.partial(
       iteration, key=stage_key(setup, name), nets=setup.nets, rollout_fn=rollout_fn,
       advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage'), whiten=cfg.whiten_advantages,
       loss_fn=plugins.bind(loss, f'{where}.loss', given=('nets',)), tx=tx, minibatches=cfg.minibatches,
       inner_epochs=cfg.inner_epochs, microbatches=cfg.microbatches, ema_decay=cfg.ema_decay,
-      kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), donate_argnums=0)
+      kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), state)
 
   def batch(i):
     index = batches.local_slice(batches.indices(len(prompt_records), prompts_per_step, i, seed))

@@ -13,6 +13,7 @@ from alignjax.stages import comparisons
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  compile_step,
   initial_params,
   make_optimizer,
   make_state,
@@ -78,14 +79,14 @@ def build(setup: Setup, name: str) -> Stage:
                                   lambda rows: score(params, rows), setup.template, setup.config.seed)
     return params, info
 
-  return Stage(state, jax.jit(step, donate_argnums=0), batch, len(order), cfg.responses_per_batch * length, finish)
+  return Stage(state, compile_step(step, state), batch, len(order), cfg.responses_per_batch * length, finish)
 
 
 def shift_bias(params, delta: float):
   """The reward model with `delta` added to every score."""
-  head = params['final']['head']
+  head = params['final']['score']
   bias = jax.device_put(jnp.asarray(head['bias']) + delta, head['bias'].sharding)
-  return {**params, 'final': {**params['final'], 'head': {**head, 'bias': bias}}}
+  return {**params, 'final': {**params['final'], 'score': {**head, 'bias': bias}}}
 
 
 def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:

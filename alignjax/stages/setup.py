@@ -19,6 +19,7 @@ from alignjax import checkpoint, optim, plugins
 from alignjax.data import sources
 from alignjax.data.encode import Template
 from alignjax.models import transformer
+from alignjax.models.config import TransformerConfig
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Metrics, Networks, Params, TrainState
 
@@ -32,8 +33,8 @@ class Setup(NamedTuple):
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
   sharder: Sharder
-  policy_model: transformer.TransformerConfig
-  reward_model: transformer.TransformerConfig
+  policy_model: TransformerConfig
+  reward_model: TransformerConfig
   nets: Networks
   world: Any
   labelers: Any
@@ -105,14 +106,14 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setu
                networks._replace(scalar=reward.scalar), world, labelers, template, encode, decode)
 
 
-def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> transformer.TransformerConfig:
+def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
   """TransformerConfig of a config entry; an unknown field is an error with the nearest known one."""
-  fields = [f.name for f in dataclasses.fields(transformer.TransformerConfig)]
+  fields = [f.name for f in dataclasses.fields(TransformerConfig)]
   for key in spec:
     if key not in fields:
       near = difflib.get_close_matches(key, fields, 1)
       raise ValueError(f'{where}.{key} is no field of TransformerConfig.' + (f' Did you mean {near[0]!r}?' if near else ''))
-  return transformer.TransformerConfig(**{'vocab_size': vocabulary, **dict(spec)})
+  return TransformerConfig(**{'vocab_size': vocabulary, **dict(spec)})
 
 
 def records(setup: Setup, kind: str, count: int, split: str = 'train') -> list[dict]:
@@ -176,6 +177,13 @@ def make_state(setup: Setup, params: dict[str, Params], tx: optax.GradientTransf
 
   shapes = jax.eval_shape(build, params)
   return jax.jit(build, out_shardings=setup.sharder.state(shapes, shapes.params))(params)
+
+
+def compile_step(step: Callable, state: TrainState) -> Callable:
+  """jit of step(state, ...) -> (state, ...): the state is donated and comes back on the shardings it went in with, so that
+  the second call finds the first one's program."""
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
 
 
 def check_divides(size: int, parts: int, what: str) -> None:

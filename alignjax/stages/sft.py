@@ -43,7 +43,7 @@ def build(setup: Setup, name: str) -> Stage:
   # 3. the model to start from, its optimizer, cross-entropy
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
   state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
-  step = make_step(loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)), nets=setup.nets, tx=tx,
+  step = make_step(state, loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)), nets=setup.nets, tx=tx,
                    key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
 
   def batch(i):

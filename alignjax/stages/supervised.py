@@ -7,12 +7,13 @@ from collections.abc import Callable
 import jax
 
 from alignjax import steps
+from alignjax.stages.setup import compile_step
 from alignjax.types import LossFn, Metrics, Networks, TrainState
 
 
-def make_step(*, loss_fn: LossFn, nets: Networks, tx, key: jax.Array, microbatches: int = 1,
+def make_step(state: TrainState, *, loss_fn: LossFn, nets: Networks, tx, key: jax.Array, microbatches: int = 1,
               ema_decay: float | None = None, dropout: bool = False) -> Callable:
-  """-> step(state, batch) -> (state, metrics, None), jit-compiled, the state donated."""
+  """-> step(state, batch) -> (state, metrics, None), jit-compiled for states like `state`, which is donated."""
 
   def step(state: TrainState, batch) -> tuple[TrainState, Metrics, None]:
     step_key = jax.random.fold_in(key, state.step) if dropout else None
@@ -20,4 +21,4 @@ def make_step(*, loss_fn: LossFn, nets: Networks, tx, key: jax.Array, microbatch
                                   microbatches=microbatches, ema_decay=ema_decay)
     return state.replace(step=state.step + 1), metrics, None
 
-  return jax.jit(step, donate_argnums=0)
+  return compile_step(step, state)

@@ -29,7 +29,7 @@ def ppo(ptx_coef, iterations, episodes):
       whiten_advantages=True,
       loss=dict(fn='alignjax.losses:ppo_ptx', ptx_coef=ptx_coef, clip_eps=0.2, value_clip=None, vf_coef=1.0),
       ptx=dict(documents=20_000 if ptx_coef else 0, rows_per_episode=1 if ptx_coef else 0),
-      optimizer=dict(policy=adam(5e-4, warmup=10 * minibatches, warmup_from=0.1), value=adam(1e-3)),
+      optimizer=dict(policy=adam(5e-4, warmup=min(10, iterations // 2) * minibatches, warmup_from=0.1), value=adam(1e-3)),
       minibatches=minibatches, inner_epochs=1, microbatches=1, ema_decay=None, keep='policy',
       iterations=iterations, log_every=1, save_every=20)
 

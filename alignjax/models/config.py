@@ -1,0 +1,83 @@
+"""The declaration of an architecture: what tells GPT-2, Llama and Pythia apart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """The declaration of an architecture.
+
+  Attributes:
+    vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the context in tokens.
+    num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None = num_heads.
+    head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.
+    positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong to the latter.
+    norm: 'layernorm' or 'rmsnorm'; norm_eps its epsilon.
+    mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia) or 'swiglu' (gated SiLU, Llama).
+    parallel_residual: attention and MLP both read the block's input (GPT-NeoX).
+    qkv_bias, out_bias: biases of the query/key/value projections, and of attention output and MLP.
+    tie_embeddings: the unembedding is the embedding's transpose.
+    embedding_scale, embedding_std: factor on embedded tokens, and standard deviation at initialisation.
+    dropout: residual dropout (paper C.1: 0.2 in SFT); active only where a key is passed.
+    dtype: of activations and matmuls; parameters, softmax, norms' statistics and log-probabilities stay float32.
+    remat: 'none', 'full' (keep only each layer's input), or 'dots' (keep matmul outputs).
+    logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None = all.
+  """
+  vocab_size: int
+  num_layers: int
+  d_model: int
+  num_heads: int
+  max_length: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  d_ff: int | None = None
+  positions: str = 'rotary'
+  rope_theta: float = 10_000.0
+  rotary_fraction: float = 1.0
+  norm: str = 'layernorm'
+  norm_eps: float = 1e-5
+  mlp: str = 'gelu'
+  parallel_residual: bool = False
+  qkv_bias: bool = True
+  out_bias: bool = True
+  tie_embeddings: bool = True
+  embedding_scale: float = 1.0
+  embedding_std: float = 0.02
+  dropout: float = 0.0
+  dtype: str = 'float32'
+  remat: str = 'none'
+  logits_chunk: int | None = None
+
+  def __post_init__(self):
+    choices = dict(positions=('learned', 'rotary'), norm=('layernorm', 'rmsnorm'),
+                   mlp=('gelu', 'gelu_exact', 'swiglu'), remat=('none', 'full', 'dots'),
+                   dtype=('float32', 'bfloat16', 'float16'))
+    for field, allowed in choices.items():
+      if getattr(self, field) not in allowed:
+        raise ValueError(f'model.{field}={getattr(self, field)!r} is not one of {allowed}.')
+    if self.head_dim is None and self.d_model % self.num_heads:
+      raise ValueError(f'model.d_model={self.d_model} does not divide into model.num_heads={self.num_heads} heads; '
+                       'change one or set model.head_dim.')
+    if self.num_heads % self.kv_heads:
+      raise ValueError(f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.')
+    if self.positions == 'rotary' and self.rotary_width % 2:
+      raise ValueError(f'rotary positions need an even width, but head_dim {self.head_width} x rotary_fraction '
+                       f'{self.rotary_fraction} is {self.rotary_width}.')
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def head_width(self) -> int:
+    return self.head_dim or self.d_model // self.num_heads
+
+  @property
+  def mlp_width(self) -> int:
+    return self.d_ff or 4 * self.d_model
+
+  @property
+  def rotary_width(self) -> int:
+    return int(self.head_width * self.rotary_fraction)

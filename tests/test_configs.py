@@ -1,0 +1,93 @@
+"""Every config builds; the paper's build to shapes, with the paper's numbers."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alignjax import ops, plugins, rollout, train
+from alignjax.models import transformer
+from alignjax.models.config import TransformerConfig
+from alignjax.stages.ppo_ptx import iteration
+from alignjax.stages.setup import make_optimizer
+from alignjax.types import TokenBatch, TrainState
+from experiments import run
+from experiments.configs import base, instructgpt_1b3, instructgpt_6b, instructgpt_175b, pretrain, rm, sft
+
+PAPER = {'1b3': instructgpt_1b3, '6b': instructgpt_6b, '175b': instructgpt_175b}
+
+
+def count(shapes):
+  return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize('module,stages', [(pretrain, ['pretrain']), (sft, ['pretrain', 'sft']), (rm, ['pretrain', 'sft', 'rm'])])
+def test_the_sandbox_configs_name_their_stages(module, stages):
+  assert train.resolve(module.get_config('tiny')) == train.resolve(module.get_config()) == stages
+  with pytest.raises(ValueError, match='huge'):
+    base.get_config('huge')
+
+
+def test_the_papers_numbers():
+  """PAPER C.1 to C.4, written here by hand."""
+  c = {size: module.get_config() for size, module in PAPER.items()}
+  rate = lambda size, stage, net='policy': c[size].stages[stage].optimizer[net].lr
+  assert [rate(s, 'sft') for s in c] == [9.65e-6, 9.65e-6, 5.03e-6]
+  assert [rate(s, 'ppo_init') for s in c] == [5e-6, 1.04e-5, 2.45e-6]
+  assert [rate(s, 'ppo_ptx', 'value') for s in c] == [9e-6, 9e-6, 5e-6]
+  assert all(2.55e-6 <= rate(s, 'ppo') <= 2.55e-5 for s in c)
+  assert [c[s].stages.sft.batch_size for s in c] == [32, 32, 8]
+  for config in c.values():
+    p, r = config.stages.ppo_ptx, config.stages.rm
+    assert p.rollout.episodes * p.iterations == 256_000 and p.rollout.episodes // p.minibatches == 64
+    assert (p.loss.ptx_coef, p.loss.clip_eps, p.kl.coef, p.ema_decay, p.inner_epochs) == (27.8, 0.2, 0.02, 0.992, 1)
+    assert p.ptx.rows_per_episode == 8 and p.rollout.temperature == 1.0 and p.advantage.gamma == 1.0
+    assert p.optimizer.policy.warmup == 10 * p.minibatches and p.optimizer.policy.warmup_from == 0.1
+    assert config.stages.ppo.loss.ptx_coef == 0 and config.stages.ppo.ptx.rows_per_episode == 0
+    assert (r.optimizer.reward.lr, r.epochs, r.optimizer.reward.final) == (9e-6, 1, 0.1)
+    assert config.stages.sft.epochs == 16 and config.stages.ppo_init.epochs == 2 and config.stages.ppo_init.pretrain_mix == 0.1
+    assert config.reward_model.d_model == 4096 and config.model.dropout == 0.2
+    adam = config.stages.sft.optimizer.policy
+    assert (adam.b1, adam.b2, adam.schedule, adam.warmup) == (0.9, 0.95, 'cosine', 0)
+
+
+@pytest.mark.parametrize('size,parameters', [('1b3', 1.316e9), ('6b', 6.658e9), ('175b', 174.6e9)])
+def test_the_papers_sizes_build_to_shapes(size, parameters):
+  """A whole PPO-ptx iteration at the paper's batch, traced without a byte of it."""
+  c = PAPER[size].get_config()
+  policy_cfg, value_cfg = TransformerConfig(**c.model), TransformerConfig(**c.reward_model)
+  policy = jax.eval_shape(lambda: transformer.init(policy_cfg, jax.random.key(0)))
+  value = jax.eval_shape(lambda: transformer.init(value_cfg, jax.random.key(0), 'scalar'))
+  assert count(policy) == pytest.approx(parameters, rel=0.01)
+  s = c.stages.ppo_ptx
+  tx = make_optimizer(s.optimizer, s.iterations * s.minibatches, 'ppo_ptx')
+  nets = transformer.make_networks(policy_cfg)._replace(scalar=transformer.make_networks(value_cfg).scalar)
+
+  def build(params):
+    return TrainState(jnp.int32(0), params, tx.init(params), params['policy'], {'kl_coef': jnp.float32(s.kl.coef)})
+
+  state = jax.eval_shape(build, {'policy': policy, 'value': value})
+  shape = lambda rows, length, dtype: jax.ShapeDtypeStruct((rows, length), dtype)
+  rows = s.rollout.episodes * s.ptx.rows_per_episode
+  batch = (shape(512, 1024, jnp.int32), shape(512, 1024, bool),
+           TokenBatch(shape(rows, 2048, jnp.int32), shape(rows, 2048, bool), shape(rows, 2048, jnp.float32)))
+  step = functools.partial(
+      iteration, key=jax.random.key(0), nets=nets, tx=tx, whiten=True, minibatches=s.minibatches, inner_epochs=1,
+      microbatches=s.microbatches, ema_decay=s.ema_decay, kl_target=None, kl_horizon=None, advantage_fn=ops.gae,
+      loss_fn=plugins.bind(s.loss, 'loss', given=('nets',)),
+      rollout_fn=functools.partial(rollout.collect, reward_fn=rollout.model_reward, max_tokens=1024, stop_ids=(50256,),
+                                   score_rows=64))
+  after, metrics, out = jax.eval_shape(step, state, {'ref': policy, 'reward': value}, batch)
+  assert jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype or pytest.fail(f'{a} {b}'), after, state)
+  assert out.responses.shape == (512, 1024) and metrics['ppo/loss/ptx'].shape == ()
+
+
+def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  found = run.find_config(['--config=configs/ppo_ptx.py:tiny', '--config', 'configs/sft.py', '--config.seed=3'])
+  folder = pathlib.Path(run.__file__).parent / 'configs'
+  assert found == [f'--config={folder}/ppo_ptx.py:tiny', '--config', f'{folder}/sft.py', '--config.seed=3']
+  with pytest.raises(SystemExit, match='configs/rm.py'):
+    run.find_config(['--config=configs/nothing.py'])

@@ -1,0 +1,106 @@
+"""Records in, rows out, in an order that depends on nothing but the seed and the step."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from alignjax.data import batches, encode, sources
+
+TEMPLATE = encode.Template(before=(9,), after=(8,), end=1, pad=1)  # pad == end
+
+
+def test_item_3_demonstrations_weigh_the_response_and_its_end():
+  batch = encode.demonstrations([([5, 6], [7]), ([4], [3, 2])], 7, TEMPLATE)
+  assert batch.tokens.tolist() == [[9, 5, 6, 8, 7, 1, 1], [9, 4, 8, 3, 2, 1, 1]]
+  assert batch.weights.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0]]
+  assert batch.mask.sum(1).tolist() == [6, 6]
+  with_prompt = encode.demonstrations([([5, 6], [7])], 7, TEMPLATE, prompt_weight=0.5)
+  assert with_prompt.weights.tolist() == [[0, 0.5, 0.5, 0.5, 1, 1, 0]]
+
+
+def test_documents_fill_rows():
+  batch = encode.documents([[2, 3], [4, 5, 6]], 3, separator=1)
+  assert batch.tokens.tolist() == [[1, 2, 3], [1, 4, 5]] and batch.weights.tolist() == [[0, 1, 1]] * 2
+  with pytest.raises(ValueError, match='row_length=9'):
+    encode.documents([[2, 3]], 9, separator=1)
+
+
+def test_comparisons_keep_absent_ones_apart():
+  batch = encode.comparisons([[5], [6]], [[[7, 1], [2]], [[3], [4], [2, 2]]], [[1, 0], [0, 0, 2]], 6, 3, TEMPLATE)
+  assert batch.ranks.tolist() == [[1, 0, -1], [0, 0, 2]]
+  assert batch.tokens[0, 0].tolist() == [9, 5, 8, 7, 1, 1] and batch.mask[0, 0].sum() == 5
+  assert not batch.mask[0, 2].any()
+  with pytest.raises(ValueError, match='comparison 0 has 2 responses'):
+    encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 1, TEMPLATE)
+
+
+def test_too_long_is_an_error():
+  with pytest.raises(ValueError, match='prompt 1 has 5 tokens.*data.prompt_length'):
+    encode.left_pad([[1], [1] * 5], 4, 0)
+  tokens, mask = encode.left_pad([[5], [6, 7]], 3, 0)
+  assert tokens.tolist() == [[0, 0, 5], [0, 6, 7]] and mask.sum(1).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('count,size', [(10, 3), (7, 7), (5, 8), (64, 16)])
+def test_item_23_the_order_is_a_function_of_seed_and_step(count, size):
+  stream = np.concatenate([batches.indices(count, size, step, (0, 1)) for step in range(30)])
+  for epoch in range(len(stream) // count):  # every row once an epoch, across batch borders too
+    assert sorted(stream[epoch * count:(epoch + 1) * count]) == list(range(count))
+  assert (batches.indices(count, size, 3, (0, 1)) == stream[3 * size:4 * size]).all()
+  if count > 8:
+    assert (stream[:count] != stream[count:2 * count]).any()
+    assert (batches.indices(count, size, 0, (0, 1)) != batches.indices(count, size, 0, (1, 1))).any()
+
+
+def test_buckets_hold_every_row_once():
+  buckets = [0, 1, 0, 0, 1, 0, 0]
+  made = batches.bucketed(buckets, {0: 2, 1: 3}, (0,))
+  assert sorted(np.concatenate(made)) == list(range(7))
+  for rows in made:
+    assert len({buckets[i] for i in rows}) == 1 and len(rows) <= 3
+  filled = batches.fill(encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 2, TEMPLATE), 3)
+  assert filled.weights.tolist() == [1, 0, 0] and filled.tokens.shape == (3, 2, 6)
+  with pytest.raises(ValueError, match='no rows'):
+    batches.indices(0, 1, 0, (0,))
+
+
+GOOD = {'demonstrations': {'prompt': 'a', 'response': 'b'}, 'comparisons': {'prompt': 'a', 'responses': ['b', 'c'], 'ranks': [0, 1]},
+        'prompts': {'prompt': 'a', 'user_id': 'u'}, 'pretrain': {'text': 'a', 'kind': 'book'}}
+
+
+@pytest.mark.parametrize('kind', GOOD)
+@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.gz'])
+def test_records_are_read(tmp_path, kind, suffix):
+  path = tmp_path / f'x{suffix}'
+  text = json.dumps(GOOD[kind]) + '\n\n' + json.dumps(GOOD[kind]) + '\n'
+  path.write_bytes(gzip.compress(text.encode()) if suffix.endswith('gz') else text.encode())
+  assert sources.read_jsonl(str(path), kind) == [GOOD[kind]] * 2
+
+
+@pytest.mark.parametrize('kind,line,words', [
+    ('prompts', '{"prompt": "a"', 'line 2: not JSON'),
+    ('prompts', '["a"]', 'line 2: a record is an object'),
+    ('demonstrations', '{"prompt": "a"}', "line 2: field 'response' is missing"),
+    ('demonstrations', '{"prompt": 3, "response": "b"}', "field 'prompt' must be str, not int"),
+    ('comparisons', '{"prompt": "a", "responses": ["b"], "ranks": [0]}', 'at least two'),
+    ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0]}', '2 responses but 1 ranks'),
+    ('comparisons', '{"prompt": "a", "responses": ["b", 3], "ranks": [0, 1]}', 'must be a string'),
+    ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0, -1]}', 'integers from 0'),
+    ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0, 0.5]}', 'integers from 0'),
+])
+def test_broken_lines_are_named(tmp_path, kind, line, words):
+  path = tmp_path / 'data.jsonl'
+  path.write_text(json.dumps(GOOD[kind]) + '\n' + line + '\n')
+  with pytest.raises(ValueError, match=words) as error:
+    sources.read_jsonl(str(path), kind)
+  assert 'data.jsonl' in str(error.value)
+
+
+def test_no_file_and_no_records(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no such file'):
+    sources.read_jsonl(str(tmp_path / 'x.jsonl'), 'prompts')
+  (tmp_path / 'empty.jsonl').write_text('\n')
+  with pytest.raises(ValueError, match='no records'):
+    sources.read_jsonl(str(tmp_path / 'empty.jsonl'), 'prompts')

@@ -1,0 +1,236 @@
+"""The main job in miniature: it ends with a report; stopped anywhere, it goes on and ends with the same bits."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from alignjax import checkpoint, train
+from alignjax.stages.setup import make_setup
+from experiments.configs import ppo_ptx
+
+READ: set[str] = set()
+
+
+@pytest.fixture(scope='module')
+def patch():
+  with pytest.MonkeyPatch.context() as m:
+    one = jax.devices()[:1]
+    m.setattr(jax, 'devices', lambda *_: one)  # as on a laptop
+    yield m
+
+
+def config(**changes):
+  c = ppo_ptx.get_config('tiny')
+  c.update_from_flattened_dict(changes)
+  return c.lock()
+
+
+@pytest.fixture(scope='module')
+def finished(patch, tmp_path_factory):
+  """WORKDIR of a whole tiny run, with the names of all config entries that it read in READ."""
+  get, attribute = ConfigDict.__getitem__, ConfigDict.__getattr__
+
+  def read_item(self, key):
+    READ.add(key)
+    return get(self, key)
+
+  def read_attribute(self, key):
+    READ.add(key)
+    return attribute(self, key)
+
+  workdir = tmp_path_factory.mktemp('run')
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(ConfigDict, '__getitem__', read_item)
+    m.setattr(ConfigDict, '__getattr__', read_attribute)
+    train.main(config(), workdir)
+  return workdir
+
+
+@pytest.mark.slow
+def test_the_report_has_every_figure(finished):
+  report = json.loads((finished / 'report.json').read_text())
+  assert list(report['policies']) and set(report['policies']) == {'pretrained', 'pretrained_prompted', 'sft', 'ppo', 'ppo_ptx'}
+  for name, policy in report['policies'].items():
+    names = {'win_rate_train_labelers', 'win_rate_heldout_labelers', 'gold_train_labelers', 'truthful', 'toxic'}
+    if name != 'pretrained_prompted':
+      names |= {'reading_comprehension', 'translation', 'pretraining_loss', 'kl'}
+    assert names <= set(policy)
+    for figure in policy.values():
+      low, high = figure['ci95']
+      assert low <= figure['mean'] + 1e-9 and figure['mean'] <= high + 1e-9 and figure['n'] > 0
+  assert report['policies']['sft']['win_rate_train_labelers']['mean'] == 0.5
+  assert report['policies']['sft']['kl']['mean'] == pytest.approx(0, abs=1e-5)
+  assert 0 < report['reward_model']['accuracy_train_labelers']['mean'] < 1
+  assert set(report['seconds']) == {'pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx', 'report'}
+  assert {'jax', 'flax', 'python'} <= set(report['versions'])
+  for name in ('reward_against_kl', 'alignment_tax', 'learning_curves'):
+    assert (finished / f'{name}.png').stat().st_size > 5000
+  text = (finished / 'report.md').read_text()
+  assert 'PPO-ptx is preferred to SFT' in text and '| SFT |' in text
+
+
+@pytest.mark.slow
+def test_what_was_logged(finished):
+  from alignjax import metrics
+  for stage in ('ppo', 'ppo_ptx'):
+    log = metrics.read(finished / stage / 'metrics.jsonl')
+    assert (log['ppo/ratio_max_dev'] == 0).all(), 'CHECKLIST 8: exactly 1 at every first minibatch'
+    assert log['objective/kl'][0] == pytest.approx(0, abs=1e-5) and len(log['step']) == 6
+    assert ('ppo/loss/ptx' in log) == (stage == 'ppo_ptx')
+  assert metrics.read(finished / 'pretrain' / 'metrics.jsonl')['sft/loss'][-1] < 3.0
+  assert (finished / 'ppo_ptx' / 'samples.jsonl').exists()
+  readme = (os.path.dirname(os.path.dirname(__file__)) + '/README.md')
+  with open(readme) as file:
+    documented = file.read()
+  missing = [name for name in log if not name.startswith(('time/', 'step')) and f'`{name}`' not in documented]
+  assert not missing, f'README explains every metric; not {missing}'
+
+
+@pytest.mark.slow
+def test_demonstrations_score_0_after_the_bias(finished):
+  """Paper 3.5: recompute the mean score of the very demonstrations from the saved reward model."""
+  from alignjax.evals import bulk
+  from alignjax.stages.setup import initial_params, records
+  setup = make_setup(config(), finished)
+  params = initial_params(setup, 'stage:rm', 'scalar', 0)
+  score = bulk.make_scorer(setup.nets, setup.sharder.put, length=setup.length, pad=0)
+  rows = [setup.template.prompt(setup.encode(r['prompt'])) + setup.template.response(setup.encode(r['response']))
+          for r in records(setup, 'demonstrations', config().stages.rm.bias_demonstrations)]
+  assert score(params, rows).mean() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_item_16_every_entry_of_the_config_is_read(finished):
+  def leaves(tree, path=()):
+    for key, value in tree.items():
+      if isinstance(value, dict) and value and 'fn' not in value and key not in ('model', 'sharding', 'mesh', 'optimizer'):
+        yield from leaves(value, (*path, key))
+      elif 'fn' not in path:
+        yield (*path, key)
+
+  unread = ['.'.join(path) for path in leaves(config().to_dict()) if path[-1] not in READ]
+  assert not unread, f'entries that nothing reads: {unread}'
+
+
+def params_of(workdir, stage):
+  setup = make_setup(config(), workdir)
+  from alignjax.stages.setup import initial_params
+  return initial_params(setup, f'stage:{stage}', 'lm', 0)
+
+
+def stopped_at(patch, stage_step, action):
+  """Runs `action` inside the given call of a stage's step."""
+  calls = []
+  real = train.loop
+
+  def loop(stage, *args):
+    def step(state, batch):
+      calls.append(1)
+      if len(calls) == stage_step:
+        action()
+      return stage.step(state, batch)
+    return real(stage._replace(step=step), *args)
+
+  patch.setattr(train, 'loop', loop)
+  return real
+
+
+class Killed(BaseException):
+  pass
+
+
+def kill():
+  raise Killed
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage,at,how', [('sft', 13, 'kill'), ('ppo_ptx', 4, 'kill'), ('ppo_ptx', 3, 'SIGTERM')])
+def test_item_23_a_stopped_run_ends_with_the_same_bits(finished, patch, tmp_path, stage, at, how):
+  """sft step 13 lies in the second epoch; ppo_ptx saves every 2 of 6 iterations."""
+  for needed in ('pretrain', 'sft', 'rm'):
+    if needed != stage:
+      shutil.copytree(finished / needed, tmp_path / needed)
+  changes = {'stages_to_run': (stage,), f'stages.{stage}.save_every': 2, 'report.policies': ConfigDict()}
+  real = stopped_at(patch, at, kill if how == 'kill' else terminate)
+  try:
+    if how == 'kill':
+      with pytest.raises(Killed):
+        train.main(config(**changes), tmp_path)
+    else:
+      with pytest.raises(SystemExit) as error:
+        train.main(config(**changes), tmp_path)
+      assert error.value.code == 75
+  finally:
+    patch.setattr(train, 'loop', real)
+  assert not checkpoint.is_finished(tmp_path / stage / 'final')
+  train.main(config(**changes), tmp_path)
+  assert checkpoint.same(params_of(tmp_path, stage), params_of(finished, stage))
+  lines = [[{k: v for k, v in json.loads(x).items() if not k.startswith('time/')}
+            for x in (folder / stage / 'metrics.jsonl').read_text().splitlines()] for folder in (tmp_path, finished)]
+  assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_finished_stages_are_reused_and_another_config_is_refused(finished, patch, capsys):
+  before = (finished / 'sft' / 'final' / 'info.json').stat().st_mtime
+  train.main(config(stages_to_run=('sft',), **{'report.policies': ConfigDict()}), finished)
+  assert 'sft: finished before, reused' in capsys.readouterr().out
+  assert (finished / 'sft' / 'final' / 'info.json').stat().st_mtime == before
+  with pytest.raises(checkpoint.ConfigMismatch, match='model.d_model: 32 -> 64'):
+    train.main(config(stages_to_run=('sft',), **{'model.d_model': 64}), finished)
+
+
+@pytest.mark.parametrize('changes,words', [
+    ({'stages.ppo.minibatches': 5}, '32 does not divide by 5'),
+    ({'stages.ppo.microbatches': 3}, 'does not divide by 3'),
+    ({'stages.ppo.rollout.temperature': 0.0}, 'temperature'),
+    ({'stages.ppo.kl.target': 6.0}, 'target and horizon'),
+    ({'stages.ppo.loss.ptx_coef': 1.0}, 'rows_per_episode'),
+    ({'stages.ppo.keep': 'ema'}, 'ema_decay'),
+])
+def test_settings_that_do_not_fit_fail_before_anything_is_loaded(patch, tmp_path, changes, words):
+  from alignjax.stages import ppo_ptx as stage
+  setup = make_setup(config(**changes), tmp_path)
+  with pytest.raises(ValueError, match=words):
+    stage.build(setup, 'ppo')
+
+
+@pytest.mark.parametrize('changes,words', [
+    ({'model.num_heads': 5}, 'num_heads=5'),
+    ({'model.max_length': 32}, 'max_length=32'),
+    ({'mesh.tensor': 3}, 'does not divide'),
+    ({'data.tokenizer': '/nowhere'}, 'nowhere'),
+])
+def test_a_setup_that_cannot_be_is_refused(patch, tmp_path, changes, words):
+  with pytest.raises(Exception, match=words):
+    make_setup(config(**changes), tmp_path)
+
+
+def test_wrong_stages(patch, tmp_path):
+  with pytest.raises(ValueError, match="'dpo' is not in config.stages"):
+    train.resolve(config(stages_to_run=('dpo',)))
+  with pytest.raises(ValueError, match='circle: sft -> sft'):
+    train.resolve(config(**{'stages.sft.init.policy': 'stage:sft'}))
+  assert train.resolve(config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
+  setup = make_setup(config(), tmp_path)
+  from alignjax.stages.setup import initial_params
+  with pytest.raises(FileNotFoundError, match='stage:NAME'):
+    initial_params(setup, 'stage:sft', 'lm', 0)
+
+
+def test_an_unknown_model_field_is_named(patch, tmp_path):
+  c = ppo_ptx.get_config('tiny')
+  c.model.d_modle = 3
+  with pytest.raises(ValueError, match="model.d_modle.*Did you mean 'd_model'"):
+    make_setup(c, tmp_path)
+  assert np.isfinite(0)
