@@ -66,7 +66,8 @@ def test_buckets_hold_every_row_once():
     batches.indices(0, 1, 0, (0,))
 
 
-GOOD = {'demonstrations': {'prompt': 'a', 'response': 'b'}, 'comparisons': {'prompt': 'a', 'responses': ['b', 'c'], 'ranks': [0, 1]},
+GOOD = {'demonstrations': {'prompt': 'a', 'response': 'b'},
+        'comparisons': {'prompt': 'a', 'responses': ['b', 'c'], 'ranks': [0, 1]},
         'prompts': {'prompt': 'a', 'user_id': 'u'}, 'pretrain': {'text': 'a', 'kind': 'book'}}
 
 

@@ -28,7 +28,7 @@ def ppo(ptx_coef, iterations, episodes):
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),
       whiten_advantages=True,
       loss=dict(fn='alignjax.losses:ppo_ptx', ptx_coef=ptx_coef, clip_eps=0.2, value_clip=None, vf_coef=1.0),
-      ptx=dict(documents=20_000 if ptx_coef else 0, rows_per_episode=1 if ptx_coef else 0),
+      ptx=dict(documents=40_000 if ptx_coef else 0, rows_per_episode=2 if ptx_coef else 0),
       optimizer=dict(policy=adam(5e-4, warmup=min(10, iterations // 2) * minibatches, warmup_from=0.1), value=adam(1e-3)),
       minibatches=minibatches, inner_epochs=1, microbatches=1, ema_decay=None, keep='policy',
       iterations=iterations, log_every=1, save_every=20)
@@ -74,7 +74,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
           k_buckets=(5, 7, 9), row_lengths=(28,), epochs=1, microbatches=1, loss=dict(fn='alignjax.losses:reward_ranking'),
           optimizer=dict(reward=adam(2e-3, schedule='cosine', warmup=0.05)), log_every=20, save_every=500),
       ppo=ppo(0.0, s.iterations, s.episodes),
-      ppo_ptx=ppo(2.0, s.iterations, s.episodes),
+      ppo_ptx=ppo(4.0, s.iterations, s.episodes),
   )
   c.report = dict(build='alignjax.report:build', policies=ml_collections.ConfigDict(), win_prompts=s.tasks // 4,
                   tax_items=s.tasks, truth_samples=s.questions, toxicity_prompts=s.tasks // 4, loss_documents=s.tasks)

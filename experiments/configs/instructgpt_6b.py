@@ -2,7 +2,8 @@
 
   python experiments/run.py --config=configs/instructgpt_6b.py --workdir=gs://BUCKET/instructgpt_6b --distributed
 
-[ours] policy rate: the released one is not reported; the scan was 2.55e-6 to 2.55e-5, and above 8.05e-6 PPO without ptx diverged (C.4, E.9).
+[ours] policy rate: the released one is not reported; the scan was 2.55e-6 to 2.55e-5, and above 8.05e-6 PPO without ptx
+diverged (C.4, E.9).
 [ours] the mesh. Not run at this size by us.
 """
 
