@@ -219,7 +219,7 @@ def test_a_setup_that_cannot_be_is_refused(patch, tmp_path, changes, words):
 def test_wrong_stages(patch, tmp_path):
   with pytest.raises(ValueError, match="'dpo' is not in config.stages"):
     train.resolve(config(stages_to_run=('dpo',)))
-  with pytest.raises(ValueError, match='circle: sft -> sft'):
+  with pytest.raises(ValueError, match='circle:.* sft -> sft'):
     train.resolve(config(**{'stages.sft.init.policy': 'stage:sft'}))
   assert train.resolve(config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
   setup = make_setup(config(), tmp_path)

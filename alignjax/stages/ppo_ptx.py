@@ -64,14 +64,17 @@ def iteration(state: TrainState, frozen: Params, batch: tuple[jax.Array, jax.Arr
     return steps.update(state, minibatch, None, loss_fn=loss_fn, nets=nets, tx=tx, microbatches=microbatches,
                         ema_decay=ema_decay)
 
-  def epoch(state, epoch_key):
-    order = jax.random.permutation(epoch_key, rollout.scores.shape[0])
+  def epoch(state, order):
     cut = steps.split(episodes, minibatches, order)
     if ptx is not None:
       cut = cut.replace(ptx=steps.split(ptx, minibatches))
     return jax.lax.scan(minibatch_update, state, cut)
 
-  state, losses = jax.lax.scan(epoch, state, jax.random.split(order_key, inner_epochs))
+  # The prompts come in random order, so the first epoch takes the episodes as they are: then each minibatch holds the very
+  # rows that were scored together, and even the rounding of its ratio cancels. Later epochs shuffle.
+  count = rollout.scores.shape[0]
+  orders = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, inner_epochs))
+  state, losses = jax.lax.scan(epoch, state, orders.at[0].set(jnp.arange(count)))
   metrics |= {name: jnp.max(x) if steps.is_maximum(name) else jnp.mean(x) for name, x in losses.items()}
   metrics['ppo/ratio_max_dev'] = losses['ppo/ratio_max_dev'][0, 0]  # before the first update: exactly 0
 
