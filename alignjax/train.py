@@ -27,6 +27,8 @@ def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
   setup = make_setup(config, pathlib.Path(workdir))
   order = resolve(config)
   builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
+  for name, builder in builders.items():
+    plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
   for name in order:
     run_stage(setup, name, builders[name])
   if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):

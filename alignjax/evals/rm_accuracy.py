@@ -27,7 +27,7 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, template: Template
   out = {}
   for pool, ids in (('train', labelers.train), ('heldout', labelers.heldout)):
     rng = np.random.default_rng([seed, 17])
-    hits, clusters, agree, agree_clusters = [], [], [], []
+    hits, clusters, agree, agree_clusters, probabilities, margins = [], [], [], [], [], []
     for i, (s, features) in enumerate(zip(scores, comparisons.features, strict=True)):
       features = np.asarray(features)
       ranks = np.stack([labelers.rank(features, labeler, rng) for labeler in ids])  # [labelers, K]
@@ -37,14 +37,32 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, template: Template
       labeled = order != 0
       hits += (order == predicted)[labeled].tolist()
       clusters += [i] * int(labeled.sum())
+      signed = ((s[first] - s[second]) * order)[labeled]  # positive where the model agrees
+      margins += signed.tolist()
+      probabilities += (1 / (1 + np.exp(-np.abs(signed)))).tolist()
       one, other = order[0::2][:len(ids) // 2], order[1::2][:len(ids) // 2]
       both = (one != 0) & (other != 0)
       agree += (one == other)[both].tolist()
       agree_clusters += [i] * int(both.sum())
     out[f'accuracy_{pool}_labelers'] = interval(np.array(hits, float), clusters)
+    out[f'margin_{pool}_labelers'] = interval(np.array(margins), clusters)
+    out[f'calibration_error_{pool}_labelers'] = calibration_error(np.array(probabilities), np.array(hits, float))
     out[f'agreement_{pool}_labelers'] = interval(np.array(agree, float), agree_clusters)
-  out['length_correlation'] = float(np.corrcoef(np.concatenate(scores), [len(r) for r in rows])[0, 1])
+  lengths, scores = np.array([len(r) for r in rows]), np.concatenate(scores)
+  varied = lengths.std() > 0 and scores.std() > 0
+  out['length_correlation'] = float(np.corrcoef(scores, lengths)[0, 1]) if varied else None
   return out
+
+
+def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 10) -> float:
+  """Expected calibration error: how far the share of pairs ordered right lies from the probability that the model gave its
+  own order (the score difference is a log-odds, paper 3.5), averaged over equal bins of 0.5..1 by their number of pairs."""
+  if len(hits) == 0:
+    return float('nan')
+  which = np.minimum(((probabilities - 0.5) * 2 * bins).astype(int), bins - 1)
+  gaps = [abs(hits[which == b].mean() - probabilities[which == b].mean()) * (which == b).mean()
+          for b in range(bins) if (which == b).any()]
+  return float(sum(gaps))
 
 
 def _pairs(responses: list) -> tuple[np.ndarray, np.ndarray]:

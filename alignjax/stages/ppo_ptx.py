@@ -20,6 +20,7 @@ from alignjax.stages.setup import (
   Setup,
   Stage,
   check_divides,
+  check_functions,
   compile_step,
   initial_params,
   make_optimizer,
@@ -95,7 +96,6 @@ def iteration(state: TrainState, frozen: Params, batch: tuple[jax.Array, jax.Arr
 def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
   where, seed = f'stages.{name}', (setup.config.seed, seed_of(name))
-  check(setup, cfg, where)
 
   # prompts, encoded once; pretraining rows
   prompt_records = records(setup, 'prompts', cfg.prompts)
@@ -147,8 +147,14 @@ def build(setup: Setup, name: str) -> Stage:
                observe=observe)
 
 
-def check(setup: Setup, cfg, where: str) -> None:
-  """Sizes that must divide, and choices that must fit together, before anything is loaded."""
+def check(setup: Setup, name: str) -> None:
+  """Sizes that must divide, and choices that must fit together, before any stage runs."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  check_functions(cfg, where)
+  for cut in ('top_p', 'top_k'):
+    if cfg.rollout.get(cut) is not None:
+      raise ValueError(f'{where}.rollout.{cut}={cfg.rollout[cut]}: refused. Samples from a cut distribution are scored under '
+                       'the whole one, so ratio and KL would be of a policy that did not sample them.')
   check_divides(cfg.rollout.episodes, cfg.rollout.samples_per_prompt, f'{where}.rollout.episodes by samples_per_prompt')
   check_divides(cfg.rollout.episodes, cfg.minibatches, f'{where}.rollout.episodes by minibatches')
   check_divides(cfg.rollout.episodes // cfg.minibatches, cfg.microbatches, f'{where}: a minibatch by microbatches')

@@ -7,6 +7,7 @@ from alignjax.data import batches, encode
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_functions,
   initial_params,
   make_optimizer,
   make_state,
@@ -39,6 +40,10 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * rows.tokens.shape[1],
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}))
+
+
+def check(setup: Setup, name: str) -> None:
+  check_functions(setup.config.stages[name], f'stages.{name}')
 
 
 def ptx_rows(setup: Setup, documents: int, split: str = 'train', length: int | None = None, kind: str | None = None):

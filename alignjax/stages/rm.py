@@ -13,6 +13,7 @@ from alignjax.stages import comparisons
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_functions,
   compile_step,
   initial_params,
   make_optimizer,
@@ -80,6 +81,13 @@ def build(setup: Setup, name: str) -> Stage:
     return params, info
 
   return Stage(state, compile_step(step, state), batch, len(order), cfg.responses_per_batch * length, finish)
+
+
+def check(setup: Setup, name: str) -> None:
+  cfg = setup.config.stages[name]
+  check_functions(cfg, f'stages.{name}')
+  if setup.config.data.comparisons == 'sandbox:' and not 2 <= cfg.responses[0] <= cfg.responses[1] <= max(cfg.k_buckets):
+    raise ValueError(f'stages.{name}.responses={cfg.responses} must be a range from 2 up to k_buckets={cfg.k_buckets}.')
 
 
 def shift_bias(params, delta: float):

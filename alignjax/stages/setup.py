@@ -186,6 +186,17 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
 
 
+GIVEN = dict(loss=('nets',), reward=('nets', 'frozen', 'decode'), advantage=())  # keywords that the stage passes itself
+
+
+def check_functions(config: Mapping[str, Any], where: str) -> None:
+  """Binds every function that a stage's config names, so that a wrong name or coefficient fails before any stage runs."""
+  for entry, given in GIVEN.items():
+    if entry in config:
+      plugins.bind(config[entry], f'{where}.{entry}', given=given)
+  make_optimizer(config.optimizer, 10**9, where)
+
+
 def check_divides(size: int, parts: int, what: str) -> None:
   if size % parts:
     raise ValueError(f'{what}: {size} does not divide by {parts}.')

@@ -11,6 +11,7 @@ from alignjax.stages.pretrain import ptx_rows
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_functions,
   initial_params,
   make_optimizer,
   make_state,
@@ -34,9 +35,6 @@ def build(setup: Setup, name: str) -> Stage:
   # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)
   mixed = round(cfg.pretrain_mix * cfg.batch_size)
   demos = cfg.batch_size - mixed
-  if demos < 1:
-    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of '
-                     f'{cfg.batch_size}.')
   text = ptx_rows(setup, cfg.documents, length=setup.length) if mixed else None
   num_steps = steps_per_epoch(len(pairs), demos, cfg.epochs)
 
@@ -55,3 +53,10 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}))
+
+
+def check(setup: Setup, name: str) -> None:
+  cfg = setup.config.stages[name]
+  check_functions(cfg, f'stages.{name}')
+  if round(cfg.pretrain_mix * cfg.batch_size) >= cfg.batch_size:
+    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of {cfg.batch_size}.')

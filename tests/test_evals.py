@@ -1,0 +1,106 @@
+"""Intervals, reward-model accuracy and calibration, and bulk inference, by cases with a known answer."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignjax.data.encode import Template
+from alignjax.evals import bulk, rm_accuracy, stats
+from alignjax.evals.sandbox import ratio
+from alignjax.report import findings
+from tests.fakes import close, model
+
+
+def test_intervals_cover_the_truth_95_times_in_100():
+  rng = np.random.default_rng(0)
+  hits = 0
+  for i in range(200):
+    low, high = stats.interval(rng.random(60) < 0.3, seed=i, resamples=400)['ci95']
+    hits += low <= 0.3 <= high
+  assert 180 <= hits <= 199
+
+
+def test_clusters_widen_an_interval():
+  values = np.repeat(np.random.default_rng(0).random(30) < 0.5, 20).astype(float)
+  width = lambda r: r['ci95'][1] - r['ci95'][0]
+  alone, together = stats.interval(values), stats.interval(values, np.repeat(np.arange(30), 20))
+  assert alone['mean'] == together['mean'] == values.mean() and alone['n'] == 600
+  assert width(together) > 3 * width(alone)
+
+
+def test_nothing_measured():
+  assert stats.interval([float('nan')]) == {'mean': None, 'ci95': [None, None], 'n': 0}
+  assert ratio(np.array([]), np.array([]))['mean'] is None
+  assert ratio(np.array([2.0, 4.0]), np.array([1.0, 3.0]))['mean'] == 1.5
+
+
+class Perfect:
+  """Labelers without noise, whose utility is the feature."""
+  train, heldout = np.arange(4), np.arange(4, 6)
+
+  def rank(self, features, labeler, rng):
+    return np.argsort(np.argsort(-features[:, 0] * (1 if labeler < 4 else -1)))
+
+
+def test_item_21_accuracy_by_pool():
+  made = SimpleNamespace(prompts=[[5], [6]], responses=[[[1], [2], [3]], [[4], [1], [1]]],
+                         features=[[[1.0], [2.0], [3.0]], [[4.0], [1.0], [1.0]]])
+  out = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.array([r[-1] for r in rows], float), Template((), (), 0, 0), 0)
+  assert out['accuracy_train_labelers']['mean'] == 1.0 and out['accuracy_heldout_labelers']['mean'] == 0.0
+  assert out['accuracy_train_labelers']['n'] == 4 * (3 + 2)  # identical responses are no pair
+  assert out['agreement_train_labelers']['mean'] == 1.0
+  assert out['margin_train_labelers']['mean'] == pytest.approx((1 + 2 + 1 + 3 + 3) / 5)
+
+
+def test_item_21_calibration():
+  rng = np.random.default_rng(0)
+  p = rng.uniform(0.5, 1, 40_000)
+  assert rm_accuracy.calibration_error(p, (rng.random(40_000) < p).astype(float)) < 0.02
+  assert rm_accuracy.calibration_error(np.full(100, 0.95), np.full(100, 0.0)) == pytest.approx(0.95)
+
+
+def test_bulk_inference_equals_one_at_a_time():
+  _, nets, params, scalar = model()
+  rows = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 9], [2, 2, 2]]
+  score = bulk.make_scorer(nets, lambda x: x, length=6, pad=0, rows=2)(scalar, rows)
+  alone = [nets.scalar(scalar, jnp.array([r]), jnp.ones((1, len(r)), bool))[0, -1] for r in rows]
+  close(score, alone, rtol=1e-4)
+  logprobs = bulk.make_response_logprobs(nets, lambda x: x, length=6, pad=0, rows=2)(params, rows, [[3, 1], [2], [5], [1], [7]])
+  expected = [nets.logprobs(params, jnp.array([r + s]), jnp.ones((1, len(r + s)), bool))[0][0, len(r):].sum()
+              for r, s in zip(rows, [[3, 1], [2], [5], [1], [7]], strict=True)]
+  close(logprobs, expected, rtol=1e-4)
+
+
+def test_greedy_match_is_greedy_decoding():
+  _, nets, params, _ = model()
+  sample = bulk.make_sampler(nets, lambda x: x, prompt_length=5, max_tokens=3, stop_ids=(), pad=0, rows=4)
+  prompts = [[1, 2], [3], [4, 5, 6]]
+  responses, _ = sample(params, prompts, seed=0, temperature=0)
+  tokens = np.zeros((6, 8), np.int32)
+  mask, weights = np.zeros((6, 8), bool), np.zeros((6, 8), np.float32)
+  for i, (p, r) in enumerate(zip(prompts * 2, [*responses, *[[x + 1 for x in r] for r in responses]], strict=True)):
+    tokens[i, :len(p) + 3], mask[i, :len(p) + 3], weights[i, len(p):len(p) + 3] = p + [t % 50 for t in r], True, 1
+  greedy = bulk.make_likelihood(nets, lambda x: x, rows=4)(params, tokens, mask, weights)[1]
+  assert greedy.tolist() == [True] * 3 + [False] * 3
+  one, two = sample(params, prompts, 1)[0], sample(params, prompts, 2)[0]
+  assert one == sample(params, prompts, 1)[0] and one != two
+  assert jax.device_count() == 8
+
+
+def test_findings_need_clear_intervals():
+  def policy(win, loss, task, truth=0.5, toxic=0.1, width=0.01):
+    figure = lambda x: {'mean': x, 'ci95': [x - width, x + width], 'n': 1}
+    return {k: figure(v) for k, v in dict(win_rate_train_labelers=win, win_rate_heldout_labelers=win, pretraining_loss=loss,
+                                          reading_comprehension=task, translation=task, truthful=truth, toxic=toxic).items()}
+
+  good = {'pretrained': policy(0.2, 1.0, 0.9, 0.1, 0.5), 'sft': policy(0.5, 1.1, 0.9), 'ppo': policy(0.7, 2.0, 0.3),
+          'ppo_ptx': policy(0.7, 1.1, 0.85)}
+  assert all(findings(good).values()) and len(findings(good)) == 8
+  for change, claim in ((dict(win=0.505), 'preferred to SFT'), (dict(loss=1.4), 'three quarters'), (dict(task=0.6), 'three quarters'),
+                        (dict(win=0.6), 'nine tenths'), (dict(truth=0.1), 'more truthful'), (dict(toxic=0.5), 'less toxic')):
+    result = findings(good | {'ppo_ptx': policy(**(dict(win=0.7, loss=1.1, task=0.85) | change))})
+    assert [held for name, held in result.items() if claim in name] == [False], change
+  assert None in findings({'sft': good['sft']}).values()
