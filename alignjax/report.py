@@ -17,7 +17,7 @@ import numpy as np
 
 from alignjax import metrics, plots, sandbox
 from alignjax.evals import sandbox as evaluation
-from alignjax.stages.setup import Setup, initial_params
+from alignjax.stages.setup import Setup, for_stage, initial_params
 
 COLUMNS = {
     'win_rate_train_labelers': 'win rate, training labelers',
@@ -42,24 +42,23 @@ def build(setup: Setup) -> None:
   folder = setup.workdir / 'report'
   folder.mkdir(parents=True, exist_ok=True)
   print(f'report: measuring {", ".join(policies)}', flush=True)
-  ev = evaluation.prepare(
-      setup.nets, setup.sharder.put, setup.world, setup.labelers, setup.template,
-      prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
-      **{k: setup.config.report[k] for k in ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts',
-                                             'loss_documents')})
+  ev = prepare(setup)
   ref = initial_params(setup, 'stage:sft', 'lm', 0)
-  prefix = None
   arrays = {}
   for name, stage in policies.items():
     kept = folder / f'{name}.npz'
     if not kept.exists():
-      params = initial_params(setup, f'stage:{stage}', 'lm', 0)
+      own = for_stage(setup, stage)
+      params = initial_params(own, f'stage:{stage}', 'lm', 0)
       if name == 'pretrained_prompted':
         prefix, scores = evaluation.best_prefix(
             ev, params, sandbox.prompts(setup.world, setup.config.report.win_prompts // 2, 'valid'))
         (folder / 'prefixes.json').write_text(json.dumps({'best': prefix, 'gold': scores}, indent=2))
-      measured = evaluation.measure(ev, params, None if name == 'pretrained_prompted' else ref,
-                                    prefix if name == 'pretrained_prompted' else '')
+        measured = evaluation.measure(ev, params, None, prefix)
+      elif own is setup:
+        measured = evaluation.measure(ev, params, ref)
+      else:  # another architecture: its own compiled functions, and no KL to a reference of another size
+        measured = evaluation.measure(prepare(own), params, None)
       _write(kept, measured)
     arrays[name] = dict(np.load(kept))
   result = assemble(setup, ev, arrays, time.perf_counter() - began)
@@ -71,6 +70,14 @@ def build(setup: Setup) -> None:
                       [[NAMES.get(n, n), *(_short(p.get(c)) for c in list(COLUMNS)[:9])]
                        for n, p in result['policies'].items()])
   print(f'report: {setup.workdir / "report.md"}', flush=True)
+
+
+def prepare(setup: Setup) -> evaluation.Evaluation:
+  return evaluation.prepare(
+      setup.nets, setup.sharder.put, setup.world, setup.labelers, setup.template,
+      prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
+      **{k: setup.config.report[k] for k in ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts',
+                                             'loss_documents')})
 
 
 def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from alignjax import checkpoint, metrics, plugins
-from alignjax.stages.setup import Setup, make_setup
+from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
 def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
@@ -30,7 +30,7 @@ def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
   for name, builder in builders.items():
     plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
   for name in order:
-    run_stage(setup, name, builders[name])
+    run_stage(for_stage(setup, name), name, builders[name])
   if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
     plugins.find(config.report.build, 'report.build')(setup)
 

@@ -99,7 +99,8 @@ def test_findings_need_clear_intervals():
   good = {'pretrained': policy(0.2, 1.0, 0.9, 0.1, 0.5), 'sft': policy(0.5, 1.1, 0.9), 'ppo': policy(0.7, 2.0, 0.3),
           'ppo_ptx': policy(0.7, 1.1, 0.85)}
   assert all(findings(good).values()) and len(findings(good)) == 8
-  for change, claim in ((dict(win=0.505), 'preferred to SFT'), (dict(loss=1.4), 'three quarters'), (dict(task=0.6), 'three quarters'),
+  for change, claim in ((dict(win=0.505), 'preferred to SFT'), (dict(loss=1.4), 'three quarters'),
+                        (dict(task=0.6), 'three quarters'),
                         (dict(win=0.6), 'nine tenths'), (dict(truth=0.1), 'more truthful'), (dict(toxic=0.5), 'less toxic')):
     result = findings(good | {'ppo_ptx': policy(**(dict(win=0.7, loss=1.1, task=0.85) | change))})
     assert [held for name, held in result.items() if claim in name] == [False], change

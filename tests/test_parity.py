@@ -37,7 +37,8 @@ def shake(model):
 
 def gpt2():
   from transformers import GPT2Config, GPT2LMHeadModel
-  model = shake(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=D, n_layer=L, n_head=N, attn_implementation='eager')))
+  model = shake(GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=D, n_layer=L, n_head=N,
+                                           attn_implementation='eager')))
 
   def layer(i):
     b = model.transformer.h[i]
@@ -97,7 +98,8 @@ def neox():
         'mlp': {'up': dense(b.mlp.dense_h_to_4h), 'down': dense(b.mlp.dense_4h_to_h)}}
 
   params = {'embed': {'tokens': array(model.gpt_neox.embed_in.weight)}, 'layers': stack(layer),
-            'final': {'norm': norm(model.gpt_neox.final_layer_norm), 'head': {'kernel': array(model.get_output_embeddings().weight).T}}}
+            'final': {'norm': norm(model.gpt_neox.final_layer_norm), 'head': {'kernel':
+                      array(model.get_output_embeddings().weight).T}}}
   cfg = TransformerConfig(V, L, D, N, T, d_ff=F, rotary_fraction=0.5, mlp='gelu_exact', parallel_residual=True,
                           tie_embeddings=False)
   return model, cfg, params

@@ -27,6 +27,10 @@ def patch():
 
 def config(**changes):
   c = ppo_ptx.get_config('tiny')
+  bigger = ppo_ptx.get_config('bigger')
+  c.stages.pretrain_bigger = c.stages.pretrain.copy_and_resolve_references()
+  c.stages.pretrain_bigger.model = dict(num_layers=2)
+  c.stages_to_run, c.report.policies = bigger.stages_to_run, bigger.report.policies
   c.update_from_flattened_dict(changes)
   return c.lock()
 
@@ -55,11 +59,14 @@ def finished(patch, tmp_path_factory):
 @pytest.mark.slow
 def test_the_report_has_every_figure(finished):
   report = json.loads((finished / 'report.json').read_text())
-  assert list(report['policies']) and set(report['policies']) == {'pretrained', 'pretrained_prompted', 'sft', 'ppo', 'ppo_ptx'}
+  assert list(report['policies']) and set(report['policies']) == {'pretrained', 'pretrained_prompted', 'sft', 'ppo', 'ppo_ptx',
+                                                                      'pretrained_bigger'}
   for name, policy in report['policies'].items():
     names = {'win_rate_train_labelers', 'win_rate_heldout_labelers', 'gold_train_labelers', 'truthful', 'toxic'}
     if name != 'pretrained_prompted':
-      names |= {'reading_comprehension', 'translation', 'pretraining_loss', 'kl'}
+      names |= {'reading_comprehension', 'translation', 'pretraining_loss'}
+    if name not in ('pretrained_prompted', 'pretrained_bigger'):
+      names |= {'kl'}
     assert names <= set(policy)
     for figure in policy.values():
       low, high = figure['ci95']
@@ -67,7 +74,7 @@ def test_the_report_has_every_figure(finished):
   assert report['policies']['sft']['win_rate_train_labelers']['mean'] == 0.5
   assert report['policies']['sft']['kl']['mean'] == pytest.approx(0, abs=1e-5)
   assert 0 < report['reward_model']['accuracy_train_labelers']['mean'] < 1
-  assert set(report['seconds']) == {'pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx', 'report'}
+  assert set(report['seconds']) == {'pretrain', 'pretrain_bigger', 'sft', 'rm', 'ppo', 'ppo_ptx', 'report'}
   assert {'jax', 'flax', 'python'} <= set(report['versions'])
   for name in ('reward_against_kl', 'alignment_tax', 'learning_curves'):
     assert (finished / f'{name}.png').stat().st_size > 5000
@@ -235,7 +242,7 @@ def test_wrong_stages(patch, tmp_path):
     train.resolve(config(stages_to_run=('dpo',)))
   with pytest.raises(ValueError, match='circle:.* sft -> sft'):
     train.resolve(config(**{'stages.sft.init.policy': 'stage:sft'}))
-  assert train.resolve(config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
+  assert train.resolve(ppo_ptx.get_config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
   setup = make_setup(config(), tmp_path)
   from alignjax.stages.setup import initial_params
   with pytest.raises(FileNotFoundError, match='stage:NAME'):

@@ -106,6 +106,16 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setu
                networks._replace(scalar=reward.scalar), world, labelers, template, encode, decode)
 
 
+def for_stage(setup: Setup, name: str) -> Setup:
+  """The setup with the policy's architecture that a stage asks for: its `model` entry changes config.model."""
+  changes = setup.config.stages[name].get('model')
+  if not changes:
+    return setup
+  model = model_config({**setup.config.model, **changes}, setup.policy_model.vocab_size, f'stages.{name}.model')
+  networks = transformer.make_networks(model, setup.sharder.constrain, setup.sharder.for_decoding)
+  return setup._replace(policy_model=model, nets=networks._replace(scalar=setup.nets.scalar))
+
+
 def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
   """TransformerConfig of a config entry; an unknown field is an error with the nearest known one."""
   fields = [f.name for f in dataclasses.fields(TransformerConfig)]

@@ -2,6 +2,8 @@
 
   python experiments/run.py --config=configs/ppo_ptx.py          two CPU cores, under ten minutes
   python experiments/run.py --config=configs/ppo_ptx.py:tiny     under two minutes; numbers mean nothing
+  python experiments/run.py --config=configs/ppo_ptx.py:bigger   also pretrains a model 2.5 times the size of the aligned one
+                                                                 and puts it into the report; some minutes more
 
 Runs pretrain, sft, rm, ppo (ptx_coef 0) and ppo_ptx, then writes WORKDIR/report.md, report.json and plots. Numbers to
 expect: README, "Results".
@@ -11,7 +13,14 @@ from experiments.configs import base
 
 
 def get_config(size: str = 'default'):
-  c = base.get_config(size)
+  bigger = size == 'bigger'
+  c = base.get_config('default' if bigger else size)
   c.stages_to_run = ('ppo', 'ppo_ptx')
   c.report.policies = dict(pretrained='pretrain', pretrained_prompted='pretrain', sft='sft', ppo='ppo', ppo_ptx='ppo_ptx')
+  if bigger:
+    c.stages.pretrain_bigger = c.stages.pretrain.copy_and_resolve_references()
+    c.stages.pretrain_bigger.model = dict(num_layers=3, d_model=128, embedding_scale=0.5 * 128**0.5)
+    c.stages.pretrain_bigger.optimizer.policy.lr = 3e-3
+    c.stages_to_run = ('pretrain_bigger', *c.stages_to_run)
+    c.report.policies.pretrained_bigger = 'pretrain_bigger'
   return c
