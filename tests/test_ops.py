@@ -38,6 +38,25 @@ def test_token_logprobs_and_entropy_in_float64():
   close(entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_the_gradient_of_token_logprobs_is_that_of_their_definition(seed):
+  rng = np.random.default_rng(seed)
+  logits, targets = jnp.asarray(rng.normal(0, 2, (4, 9)), jnp.float32), jnp.asarray(rng.integers(0, 9, 4))
+  a, b = (jnp.asarray(rng.normal(0, 1, 4), jnp.float32) for _ in range(2))
+
+  def definition(logits):
+    p = jax.nn.softmax(logits)
+    return jnp.sum(a * jnp.log(p[jnp.arange(4), targets])) - jnp.sum(b * jnp.sum(p * jnp.log(p), -1))
+
+  def ours(logits):
+    logprobs, entropy = ops.token_logprobs(logits, targets)
+    return jnp.sum(a * logprobs) + jnp.sum(b * entropy)
+
+  close(jax.grad(ours)(logits), jax.grad(definition)(logits), rtol=1e-4, atol=1e-5)
+  half = jax.grad(lambda x: ops.token_logprobs(x, targets)[0].sum())(logits.astype(jnp.bfloat16))
+  assert half.dtype == jnp.bfloat16
+
+
 def test_token_logprobs_are_float32_even_of_bfloat16_logits():
   logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, (3, 50)), jnp.bfloat16)
   logprobs, entropy = ops.token_logprobs(logits, jnp.zeros(3, jnp.int32))
