@@ -83,6 +83,16 @@ def test_the_report_has_every_figure(finished):
 
 
 @pytest.mark.slow
+def test_a_table_of_several_runs(finished, capsys):
+  from experiments import summarize
+  summarize.main([str(finished), str(finished)])
+  out = capsys.readouterr().out
+  assert '| SFT | 0.50 (0.50 to 0.50) |' in out and ' of 2 |' in out and 'Seeds 0, 0' in out
+  with pytest.raises(SystemExit, match='no report in'):
+    summarize.main([str(finished / 'sft')])
+
+
+@pytest.mark.slow
 def test_what_was_logged(finished):
   from alignjax import metrics
   for stage in ('ppo', 'ppo_ptx'):
