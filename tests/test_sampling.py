@@ -87,6 +87,7 @@ def test_item_3_a_sampled_pad_is_a_token():
 def test_item_7_no_end_is_forced_at_the_limit():
   out = generate(stop_ids=())
   assert out.mask.all() and not out.ended.any()
+  assert len(set(out.responses[:, -1].tolist())) > 3, 'the last tokens are draws like the others'
   stopping = generate(stop_ids=(3,))
   same = stopping.mask
   assert (stopping.responses[same] == out.responses[same]).all()  # the same draws, stop token or not
