@@ -19,7 +19,8 @@ def new_state(params, lr):
 
 def test_dpo_trains():
   _, nets, policy, _ = model()
-  loss = functools.partial(plugins.bind(dict(fn='tests.fork_losses:dpo', beta=0.2), 'loss', given=('nets', 'ref')), ref=policy)
+  loss = functools.partial(plugins.bind(dict(fn='tests.fork_losses:dpo', beta=0.2), 'loss', given=('nets', 'ref')),
+                           ref=model(seed=3)[2])  # not the policy itself: there every margin is rounding noise around 0
   batch = comparison_batch(0)
   assert_additive(loss, {'policy': policy}, batch, nets)
   state, tx = new_state({'policy': policy}, 3e-3)
@@ -28,7 +29,7 @@ def test_dpo_trains():
   for _ in range(30):
     state, metrics = step(state)
     accuracy.append(float(metrics['dpo/accuracy']))
-  assert accuracy[0] == 0.0 and accuracy[-1] > 0.9
+  assert accuracy[0] < 0.8 and accuracy[-1] > 0.9
 
 
 @pytest.mark.slow
