@@ -11,6 +11,7 @@ Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint.
 
 import pathlib
 import sys
+import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
@@ -36,6 +37,14 @@ def find_config(argv: list[str]) -> list[str]:
   return out
 
 
+def explain(error: Exception, folder: pathlib.Path) -> None:
+  """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
+  path = folder / 'traceback.txt'
+  folder.mkdir(parents=True, exist_ok=True)
+  path.write_text(''.join(traceback.format_exception(error)))
+  raise SystemExit(f'error: {error}\n(traceback: {path})')
+
+
 def main(argv: list[str]) -> None:
   from absl import app, flags
   from ml_collections import config_flags
@@ -59,9 +68,19 @@ def main(argv: list[str]) -> None:
     folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
     print(f'config {name}, seed {config.value.seed}, workdir {folder}, '
           f'{jax.device_count()} {jax.devices()[0].platform} device(s)')
-    train.main(config.value, folder)
+    try:
+      train.main(config.value, folder)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+      explain(error, folder)
 
-  app.run(run, argv=argv)
+  def parse(arguments):
+    try:
+      return app.parse_flags_with_usage(arguments)
+    except AttributeError as error:  # of ml_collections: --config.no_such_entry
+      message = str(error).strip('"').replace("\\'", "'").replace('\\n', ' ')
+      raise SystemExit(f'error: a --config. override names an entry that the config does not have: {message}') from None
+
+  app.run(run, argv=argv, flags_parser=parse)
 
 
 if __name__ == '__main__':

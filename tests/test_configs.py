@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from alignjax.types import TokenBatch, TrainState
 from experiments import run
 from experiments.configs import base, instructgpt_1b3, instructgpt_6b, instructgpt_175b, pretrain, rm, sft
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAPER = {'1b3': instructgpt_1b3, '6b': instructgpt_6b, '175b': instructgpt_175b}
 
 
@@ -91,3 +94,13 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
   assert found == [f'--config={folder}/ppo_ptx.py:tiny', '--config', f'{folder}/sft.py', '--config.seed=3']
   with pytest.raises(SystemExit, match='configs/rm.py'):
     run.find_config(['--config=configs/nothing.py'])
+
+
+@pytest.mark.parametrize('arguments,message', [
+    (['--config.stages.ppo.iteration=3'], 'Did you mean "iterations"'),
+    (['--config.mesh.tensor=3'], 'error: mesh.fsdp=1 x mesh.tensor=3 does not divide'),
+])
+def test_a_users_mistake_ends_with_one_sentence(tmp_path, arguments, message):
+  command = [sys.executable, str(ROOT / 'experiments/run.py'), '--config=configs/ppo_ptx.py:tiny', f'--workdir={tmp_path}']
+  done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+  assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr

@@ -8,15 +8,13 @@ import pytest
 
 from alignjax.data import batches, encode, sources
 
-TEMPLATE = encode.Template(before=(9,), after=(8,), end=1, pad=1)  # pad == end
-
 
 def test_item_3_demonstrations_weigh_the_response_and_its_end():
-  batch = encode.demonstrations([([5, 6], [7]), ([4], [3, 2])], 7, TEMPLATE)
+  batch = encode.demonstrations([([9, 5, 6, 8], [7, 1]), ([9, 4, 8], [3, 2, 1])], 7, pad=1)  # pad == end
   assert batch.tokens.tolist() == [[9, 5, 6, 8, 7, 1, 1], [9, 4, 8, 3, 2, 1, 1]]
   assert batch.weights.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0]]
   assert batch.mask.sum(1).tolist() == [6, 6]
-  with_prompt = encode.demonstrations([([5, 6], [7])], 7, TEMPLATE, prompt_weight=0.5)
+  with_prompt = encode.demonstrations([([9, 5, 6, 8], [7, 1])], 7, 1, prompt_weight=0.5)
   assert with_prompt.weights.tolist() == [[0, 0.5, 0.5, 0.5, 1, 1, 0]]
 
 
@@ -28,12 +26,12 @@ def test_documents_fill_rows():
 
 
 def test_comparisons_keep_absent_ones_apart():
-  batch = encode.comparisons([[5], [6]], [[[7, 1], [2]], [[3], [4], [2, 2]]], [[1, 0], [0, 0, 2]], 6, 3, TEMPLATE)
+  batch = encode.comparisons([[9, 5, 8], [9, 6, 8]], [[[7, 1], [2]], [[3], [4], [2, 2]]], [[1, 0], [0, 0, 2]], 6, 3, pad=1)
   assert batch.ranks.tolist() == [[1, 0, -1], [0, 0, 2]]
   assert batch.tokens[0, 0].tolist() == [9, 5, 8, 7, 1, 1] and batch.mask[0, 0].sum() == 5
   assert not batch.mask[0, 2].any()
   with pytest.raises(ValueError, match='comparison 0 has 2 responses'):
-    encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 1, TEMPLATE)
+    encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 1, 1)
 
 
 def test_too_long_is_an_error():
@@ -60,7 +58,7 @@ def test_buckets_hold_every_row_once():
   assert sorted(np.concatenate(made)) == list(range(7))
   for rows in made:
     assert len({buckets[i] for i in rows}) == 1 and len(rows) <= 3
-  filled = batches.fill(encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 2, TEMPLATE), 3)
+  filled = batches.fill(encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 2, 1), 3)
   assert filled.weights.tolist() == [1, 0, 0] and filled.tokens.shape == (3, 2, 6)
   with pytest.raises(ValueError, match='no rows'):
     batches.indices(0, 1, 0, (0,))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.data.encode import Template
 from alignjax.evals import bulk, rm_accuracy, stats
 from alignjax.evals.sandbox import ratio
 from alignjax.report import findings
@@ -48,7 +47,7 @@ class Perfect:
 def test_item_21_accuracy_by_pool():
   made = SimpleNamespace(prompts=[[5], [6]], responses=[[[1], [2], [3]], [[4], [1], [1]]],
                          features=[[[1.0], [2.0], [3.0]], [[4.0], [1.0], [1.0]]])
-  out = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.array([r[-1] for r in rows], float), Template((), (), 0, 0), 0)
+  out = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.array([r[-1] for r in rows], float), 0)
   assert out['accuracy_train_labelers']['mean'] == 1.0 and out['accuracy_heldout_labelers']['mean'] == 0.0
   assert out['accuracy_train_labelers']['n'] == 4 * (3 + 2)  # identical responses are no pair
   assert out['agreement_train_labelers']['mean'] == 1.0

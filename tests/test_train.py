@@ -117,7 +117,7 @@ def test_demonstrations_score_0_after_the_bias(finished):
   setup = make_setup(config(), finished)
   params = initial_params(setup, 'stage:rm', 'scalar', 0)
   score = bulk.make_scorer(setup.nets, setup.sharder.put, length=setup.length, pad=0)
-  rows = [setup.template.prompt(setup.encode(r['prompt'])) + setup.template.response(setup.encode(r['response']))
+  rows = [setup.template.prompt(r['prompt']) + setup.template.response(r['response'])
           for r in records(setup, 'demonstrations', config().stages.rm.bias_demonstrations)]
   assert score(params, rows).mean() == pytest.approx(0, abs=1e-4)
 
@@ -195,6 +195,43 @@ def test_item_23_a_stopped_run_ends_with_the_same_bits(finished, patch, tmp_path
   lines = [[{k: v for k, v in json.loads(x).items() if not k.startswith('time/')}
             for x in (folder / stage / 'metrics.jsonl').read_text().splitlines()] for folder in (tmp_path, finished)]
   assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_size_trains_and_rewards(patch, tmp_path):
+  """Paper 3.5: the 6B reward model serves every policy size. Its trunk comes from stages of its own size."""
+  size = dict(num_layers=2, d_model=16, num_heads=2, embedding_scale=2.0)
+  c = ppo_ptx.get_config('tiny')
+  c.reward_model = {**c.model.to_dict(), **size}
+  for stage in ('pretrain', 'sft'):
+    c.stages[f'{stage}_rm'] = c.stages[stage].copy_and_resolve_references()
+    c.stages[f'{stage}_rm'].model = size
+  c.stages.sft_rm.init.policy, c.stages.rm.init.reward = 'stage:pretrain_rm', 'stage:sft_rm'
+  c.stages_to_run, c.report.policies = ('ppo_ptx',), ConfigDict()
+  small = {'stages.pretrain.documents': 300, 'stages.pretrain_rm.documents': 300, 'stages.sft.demonstrations': 32,
+           'stages.sft_rm.demonstrations': 32, 'stages.rm.prompts': 40, 'stages.rm.bias_demonstrations': 16,
+           'stages.ppo_ptx.iterations': 2, 'stages.ppo_ptx.optimizer.policy.warmup': 4,
+           'stages.ppo_ptx.ptx.documents': 300}
+  c.update_from_flattened_dict(small)
+  train.main(c, tmp_path)
+  setup = make_setup(c, tmp_path)
+  from alignjax import metrics
+  from alignjax.stages.setup import initial_params
+  assert initial_params(setup, 'stage:rm', 'scalar', 0)['embed']['tokens'].shape[1] == 16
+  assert initial_params(setup, 'stage:ppo_ptx', 'lm', 0)['embed']['tokens'].shape[1] == 32
+  log = metrics.read(tmp_path / 'ppo_ptx' / 'metrics.jsonl')
+  assert (log['ppo/ratio_max_dev'] == 0).all() and np.isfinite(log['objective/scores']).all()
+  with pytest.raises(ValueError, match=r"weights of another model: .*\(.*16\) on disk.*32\) in the model"):
+    initial_params(setup, 'stage:sft_rm', 'lm', 0)
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_real_process_loses_nothing():
+  """A sample of tests/kills.py, which can do a hundred: one kill of two short stages, in real processes."""
+  import kills
+  small = ['--config.stages.pretrain.documents=1500', '--config.stages.pretrain.save_every=5',
+           '--config.stages.sft.demonstrations=32', '--config.stages.sft.save_every=2']
+  assert kills.main(['--kills=1', '--config=configs/sft.py:tiny', *small]) == 0
 
 
 @pytest.mark.slow

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from alignjax.types import ComparisonBatch, TokenBatch
-
-
-class Template(NamedTuple):
-  """The token form of a dialogue: before + prompt + after, then the response and `end`."""
-  before: tuple[int, ...]
-  after: tuple[int, ...]
-  end: int
-  pad: int
-
-  def prompt(self, tokens: Sequence[int]) -> list[int]:
-    return [*self.before, *tokens, *self.after]
-
-  def response(self, tokens: Sequence[int]) -> list[int]:
-    return [*tokens, self.end]
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,15 +30,15 @@ def right_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.
   return tokens, mask
 
 
-def demonstrations(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, template: Template,
+def demonstrations(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, pad: int,
                    prompt_weight: float = 0.0) -> TokenBatch:
   """(prompt, response) token lists as rows: weight 1 on the response and its end token, prompt_weight on the prompt.
 
-  prompt [5, 6], response [7], end 1 -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token is weighted:
+  prompt [5, 6], response [7, 1] -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token 1 is weighted:
   a model that is not trained on it never stops (CHECKLIST 3, 28). The first column predicts from nothing: weight 0.
   """
-  pairs = [(template.prompt(p), template.response(r)) for p, r in pairs]
-  tokens, mask = right_pad([p + r for p, r in pairs], length, template.pad)
+  pairs = list(pairs)
+  tokens, mask = right_pad([[*p, *r] for p, r in pairs], length, pad)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (p, r) in enumerate(pairs):
     weights[i, :len(p)] = prompt_weight
@@ -81,22 +66,21 @@ def documents(texts: Iterable[Sequence[int]], length: int, separator: int) -> To
 
 
 def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
-                ranks: Sequence[Sequence[int]], length: int, k: int, template: Template) -> ComparisonBatch:
+                ranks: Sequence[Sequence[int]], length: int, k: int, pad: int) -> ComparisonBatch:
   """Prompts i, their responses [i][j] (token lists, with or without an end token) and ranks [i][j] as i32[N,k,length].
 
   Responses are taken as they are: a sampled one that was cut at the length limit has no end token, and the reward model
   reads its last token whatever it is (CHECKLIST 7). Absent ones (fewer than k) have rank -1.
   """
   n = len(prompts)
-  tokens = np.full((n, k, length), template.pad, np.int32)
+  tokens = np.full((n, k, length), pad, np.int32)
   mask = np.zeros((n, k, length), bool)
   out = np.full((n, k), -1, np.int32)
   for i, (prompt, answers, order) in enumerate(zip(prompts, responses, ranks, strict=True)):
     if len(answers) > k:
       raise ValueError(f'comparison {i} has {len(answers)} responses, more than {k}.')
-    prefix = template.prompt(prompt)
     for j, answer in enumerate(answers):
-      row = prefix + list(answer)
+      row = [*prompt, *answer]
       check_length(row, length, f'comparison {i}, response {j}', 'data.prompt_length or data.response_length')
       tokens[i, j, :len(row)], mask[i, j, :len(row)], out[i, j] = row, True, order[j]
   return ComparisonBatch(tokens, mask, out, np.ones(n, np.float32))

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.data.encode import Template
 from alignjax.evals.stats import interval
 
 
-def by_pool(labelers: Any, comparisons: Any, score: Callable, template: Template, seed: int) -> dict[str, Any]:
+def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
   """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool agree (the ceiling).
 
   Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses are left out. Intervals
@@ -21,8 +20,7 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, template: Template
     comparisons: stages.comparisons.Comparisons with features.
     score: token rows -> f[N].
   """
-  rows = [template.prompt(p) + list(r) for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True)
-          for r in rs]
+  rows = [[*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
   scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
   out = {}
   for pool, ids in (('train', labelers.train), ('heldout', labelers.heldout)):

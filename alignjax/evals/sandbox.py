@@ -13,6 +13,7 @@ import numpy as np
 
 from alignjax import sandbox
 from alignjax.data import encode
+from alignjax.data.templates import Template
 from alignjax.evals import bulk
 from alignjax.evals.stats import interval
 from alignjax.types import Networks, Params
@@ -24,7 +25,7 @@ class Evaluation(NamedTuple):
   """Compiled functions and the items to measure on: the same for every policy of a report."""
   world: Any
   labelers: Any
-  template: encode.Template
+  template: Template
   sample: Callable
   likelihood: Callable
   logprobs: Callable
@@ -37,7 +38,7 @@ class Evaluation(NamedTuple):
   documents: dict[str, tuple]
 
 
-def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: encode.Template, *, prompt_length: int,
+def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: Template, *, prompt_length: int,
             response_length: int, row_length: int, win_prompts: int, tax_items: int, truth_samples: int,
             toxicity_prompts: int, loss_documents: int) -> Evaluation:
   """Items of the test split, encoded, and the functions that measure on them.
@@ -66,7 +67,7 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
                     sandbox.toxicity_prompts(world, toxicity_prompts), tasks[0], tasks[1], documents)
 
 
-def _items(items: list[dict], template: encode.Template, length: int) -> tuple:
+def _items(items: list[dict], template: Template, length: int) -> tuple:
   return _rows([([template.end, *sandbox.encode(i['context'])], sandbox.encode(i['answer'])) for i in items], length,
                template.pad)
 
@@ -82,8 +83,7 @@ def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tu
 
 def respond(ev: Evaluation, params: Params, records: list[dict], seed: int, prefix: str = '') -> tuple[list, list, list]:
   """Sampled responses at temperature 1: (query tokens, response tokens, judgments)."""
-  before = sandbox.encode(prefix)
-  queries = [ev.template.prompt(before + sandbox.encode(r['prompt'])) for r in records]
+  queries = [ev.template.prompt(f"{prefix} {r['prompt']}".lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
   judged = []
   for record, tokens in zip(records, responses, strict=True):

@@ -20,6 +20,7 @@ AXES = (
     (r'attention/(key|value)/bias', ('kv_heads', None)),
     (r'attention/out/kernel', ('heads', None, 'embed')),
     (r'attention/out/bias', (None,)),
+    (r'attention/(query|key)_norm/scale', (None,)),
     (r'mlp/(up|gate)/kernel', ('embed', 'mlp')),
     (r'mlp/(up|gate)/bias', ('mlp',)),
     (r'mlp/down/kernel', ('mlp', 'embed')),

@@ -14,6 +14,8 @@ class TransformerConfig:
     num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None = num_heads.
     head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.
     positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong to the latter.
+    rope_llama3: (factor, low_freq_factor, high_freq_factor, original context) of Llama 3.1's stretched frequencies, or None.
+    qk_norm: RMSNorm over each head's queries and keys (Qwen3).
     norm: 'layernorm' or 'rmsnorm'; norm_eps its epsilon.
     mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia) or 'swiglu' (gated SiLU, Llama).
     parallel_residual: attention and MLP both read the block's input (GPT-NeoX).
@@ -36,6 +38,8 @@ class TransformerConfig:
   positions: str = 'rotary'
   rope_theta: float = 10_000.0
   rotary_fraction: float = 1.0
+  rope_llama3: tuple[float, float, float, int] | None = None
+  qk_norm: bool = False
   norm: str = 'layernorm'
   norm_eps: float = 1e-5
   mlp: str = 'gelu'

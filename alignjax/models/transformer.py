@@ -38,6 +38,11 @@ def rotary_angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Arr
     return None
   width = cfg.rotary_width
   frequencies = cfg.rope_theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+  if cfg.rope_llama3:  # slow ones divided by `factor`, fast ones kept, a linear passage between
+    factor, low, high, original = cfg.rope_llama3
+    turns = frequencies * original / (2 * jnp.pi)
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    frequencies = frequencies * (keep + (1 - keep) / factor)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
   return jnp.cos(angles), jnp.sin(angles)
 
@@ -65,8 +70,9 @@ class Attention(nn.Module):
     cfg = self.cfg
     project = lambda heads, name: nn.DenseGeneral((heads, cfg.head_width), use_bias=cfg.qkv_bias, dtype=cfg.dtype,
                                                   name=name)
-    q = rotate(project(cfg.num_heads, 'query')(x), angles)
-    k = rotate(project(cfg.kv_heads, 'key')(x), angles).swapaxes(1, 2)
+    per_head = lambda y, name: _norm(cfg, name)(y) if cfg.qk_norm else y
+    q = rotate(per_head(project(cfg.num_heads, 'query')(x), 'query_norm'), angles)
+    k = rotate(per_head(project(cfg.kv_heads, 'key')(x), 'key_norm'), angles).swapaxes(1, 2)
     v = project(cfg.kv_heads, 'value')(x).swapaxes(1, 2)
     if cache is not None:
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)

@@ -16,7 +16,7 @@ from alignjax.stages.setup import Setup, initial_params, records, seed_of, stage
 
 
 class Comparisons(NamedTuple):
-  """Token lists: prompts[i] without the template; responses[i][j] with their end token, where they have one; ranks[i][j],
+  """Token lists: prompts[i] in their template; responses[i][j] with their end token, where they have one; ranks[i][j],
   0 best. features f[N_i,F] of each response where the sandbox's judge made the ranking, else None."""
   prompts: list[list[int]]
   responses: list[list[list[int]]]
@@ -33,8 +33,8 @@ def training(setup: Setup, name: str) -> Comparisons:
                  lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
   if source.startswith('jsonl:'):
     rows = sources.read_jsonl(source.removeprefix('jsonl:'), 'comparisons')
-    return Comparisons([setup.encode(r['prompt']) for r in rows],
-                       [[setup.template.response(setup.encode(x)) for x in r['responses']] for r in rows],
+    return Comparisons([setup.template.prompt(r['prompt']) for r in rows],
+                       [[setup.template.response(x) for x in r['responses']] for r in rows],
                        [r['ranks'] for r in rows])
   raise ValueError(f"data.comparisons={source!r}: a source is 'sandbox:' or 'jsonl:FILE'.")
 
@@ -51,7 +51,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   cfg = setup.config.stages[name]
   rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])
   rows = records(setup, 'prompts', count, split)
-  prompts = [setup.encode(r['prompt']) for r in rows]
+  prompts = [setup.template.prompt(r['prompt']) for r in rows]
   k = rng.integers(cfg.responses[0], cfg.responses[1] + 1, count)
   owner = np.repeat(np.arange(count), k)
   shares = np.array([p['share'] for p in policies], float)
@@ -66,7 +66,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
       continue
     if policy['init'] not in loaded:
       loaded[policy['init']] = initial_params(setup, policy['init'], 'lm', seed_of(name))
-    queries = [setup.template.prompt(prompts[owner[j]]) for j in chosen]
+    queries = [prompts[owner[j]] for j in chosen]
     out, _ = sample(loaded[policy['init']], queries, seed_of(f'{setup.config.seed}/{name}/{split}/{i}'),
                     policy['temperature'])
     for j, response in zip(chosen, out, strict=True):

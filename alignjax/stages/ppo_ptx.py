@@ -99,7 +99,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   # prompts, encoded once; pretraining rows
   prompt_records = records(setup, 'prompts', cfg.prompts)
-  prompts = encode.left_pad([setup.template.prompt(setup.encode(r['prompt'])) for r in prompt_records],
+  prompts = encode.left_pad([setup.template.prompt(r['prompt']) for r in prompt_records],
                             setup.prompt_length, setup.template.pad)
   rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = ptx_rows(setup, cfg.ptx.documents) if rows_per_step else None

@@ -50,4 +50,4 @@ def ptx_rows(setup: Setup, documents: int, split: str = 'train', length: int | N
   """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
   texts = records(setup, 'pretrain', documents, split)
   texts = [r['text'] for r in texts if kind is None or r.get('kind') == kind]
-  return encode.documents(map(setup.encode, texts), length or setup.config.data.row_length, setup.template.end)
+  return encode.documents(map(setup.encode, texts), length or setup.config.data.row_length, setup.template.separator)

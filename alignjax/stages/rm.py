@@ -34,7 +34,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 2. batches of about `responses_per_batch` responses; prompts of similar K and length together, so that little is padding
   sizes = np.array([len(r) for r in data.ranks])
-  longest = np.array([max(len(r) for r in rows) + len(setup.template.prompt(p))
+  longest = np.array([max(len(r) for r in rows) + len(p)
                       for p, rows in zip(data.prompts, data.responses, strict=True)])
   k_of = _bucket(sizes, cfg.k_buckets, 'k_buckets')
   t_of = _bucket(longest, [t for t in cfg.row_lengths if t < length] + [length], 'row_lengths')
@@ -50,7 +50,7 @@ def build(setup: Setup, name: str) -> Stage:
     rows = order[i]
     k, t = bucket[rows[0]]
     pick = lambda field: [field[j] for j in rows]
-    made = encode.comparisons(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template)
+    made = encode.comparisons(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template.pad)
     made = batches.fill(made, per_batch[number[k, t]])
     return setup.sharder.put(batches.take(made, batches.local_slice(np.arange(len(made.weights)))))
 
@@ -69,7 +69,7 @@ def build(setup: Setup, name: str) -> Stage:
   # 4. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
     score = bulk.make_scorer(setup.nets, setup.sharder.put, length=length, pad=setup.template.pad)
-    demos = [setup.template.prompt(setup.encode(r['prompt'])) + setup.template.response(setup.encode(r['response']))
+    demos = [setup.template.prompt(r['prompt']) + setup.template.response(r['response'])
              for r in records(setup, 'demonstrations', cfg.bias_demonstrations)]
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
@@ -77,7 +77,7 @@ def build(setup: Setup, name: str) -> Stage:
             'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
     if setup.labelers is not None:
       info |= rm_accuracy.by_pool(setup.labelers, comparisons.evaluation(setup, name),
-                                  lambda rows: score(params, rows), setup.template, setup.config.seed)
+                                  lambda rows: score(params, rows), setup.config.seed)
     return params, info
 
   return Stage(state, compile_step(step, state), batch, len(order), cfg.responses_per_batch * length, finish)

@@ -16,9 +16,9 @@ import ml_collections
 import optax
 
 from alignjax import checkpoint, optim, plugins
-from alignjax.data import sources
-from alignjax.data.encode import Template
-from alignjax.models import transformer
+from alignjax.data import sources, templates
+from alignjax.data.templates import Template
+from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Metrics, Networks, Params, TrainState
@@ -82,16 +82,13 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setu
     from alignjax import sandbox
     world, labelers = sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed)
     encode, decode, vocabulary = sandbox.encode, sandbox.decode, len(sandbox.VOCAB)
-    newline = sandbox.encode(sandbox.NEWLINE)
-    template = Template((sandbox.EOS_ID,), tuple(newline), sandbox.EOS_ID, sandbox.PAD_ID)
+    template = Template(lambda text: [sandbox.EOS_ID, *encode(text), *encode(sandbox.NEWLINE)],
+                        lambda text: [*encode(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
   else:
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     decode, vocabulary = tokenizer.decode, len(tokenizer)
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    template = Template((), (), end, pad)
+    template = templates.make(tokenizer, config.data.template or 'plain')
   policy_model = model_config(config.model, vocabulary, 'model')
   reward_model = model_config(config.reward_model or config.model, vocabulary, 'reward_model')
   length = config.data.prompt_length + config.data.response_length
@@ -116,14 +113,33 @@ def for_stage(setup: Setup, name: str) -> Setup:
   return setup._replace(policy_model=model, nets=networks._replace(scalar=setup.nets.scalar))
 
 
+def load_tokenizer(name: str) -> Any:
+  """The tokenizer of 'hf:FOLDER_OR_HUB_NAME' (the prefix may be left out)."""
+  from transformers import AutoTokenizer
+  folder = hf.folder_of(name.removeprefix('hf:'))
+  try:
+    return AutoTokenizer.from_pretrained(folder)
+  except (ValueError, OSError, KeyError) as error:
+    raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} ({error}).') from error
+
+
 def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
-  """TransformerConfig of a config entry; an unknown field is an error with the nearest known one."""
+  """TransformerConfig of a config entry; an unknown field is an error with the nearest known one.
+
+  An entry source='hf:FOLDER_OR_HUB_NAME' takes the architecture of that checkpoint; the other entries change it.
+  """
   fields = [f.name for f in dataclasses.fields(TransformerConfig)]
   for key in spec:
-    if key not in fields:
+    if key not in (*fields, 'source'):
       near = difflib.get_close_matches(key, fields, 1)
       raise ValueError(f'{where}.{key} is no field of TransformerConfig.' + (f' Did you mean {near[0]!r}?' if near else ''))
-  return TransformerConfig(**{'vocab_size': vocabulary, **dict(spec)})
+  spec = {'vocab_size': vocabulary, **spec}
+  if source := spec.pop('source', None):
+    spec = hf.fields(source.removeprefix('hf:')) | {k: v for k, v in spec.items() if k != 'vocab_size'}
+    if spec['vocab_size'] < vocabulary:
+      raise ValueError(f'{where}.source={source!r} has a vocabulary of {spec["vocab_size"]}, data.tokenizer one of '
+                       f'{vocabulary}; they do not belong together.')
+  return TransformerConfig(**spec)
 
 
 def records(setup: Setup, kind: str, count: int, split: str = 'train') -> list[dict]:
@@ -146,7 +162,8 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   """Parameters by name, on their shardings, in buffers of their own.
 
   Args:
-    spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; or the folder of one.
+    spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the folder of one; or
+      'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
     head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar head.
   """
   model = setup.policy_model if head == 'lm' else setup.reward_model
@@ -154,9 +171,12 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   fresh = lambda head: jax.eval_shape(lambda: transformer.init(model, key, head))
   if spec == 'random':
     return jax.jit(lambda: transformer.init(model, key, head), out_shardings=setup.sharder.params(fresh(head)))()
+  if spec.startswith('hf:'):
+    return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
   folder = stage_dir(setup, spec.removeprefix('stage:')) / 'final' if spec.startswith('stage:') else pathlib.Path(spec)
   if not checkpoint.is_finished(folder):
-    raise FileNotFoundError(f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, FOLDER.')
+    raise FileNotFoundError(f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, '
+                            'hf:FOLDER_OR_HUB_NAME, FOLDER.')
   saved = checkpoint.load_info(folder)['head']
   shapes = fresh(saved)
   shardings = setup.sharder.params(shapes)

@@ -28,9 +28,9 @@ def build(setup: Setup, name: str) -> Stage:
   seed = (setup.config.seed, seed_of(name))
 
   # 1. demonstrations: the response and its end token are trained on, the prompt by choice
-  pairs = [(setup.encode(r['prompt']), setup.encode(r['response']))
+  pairs = [(setup.template.prompt(r['prompt']), setup.template.response(r['response']))
            for r in records(setup, 'demonstrations', cfg.demonstrations)]
-  rows = encode.demonstrations(pairs, setup.length, setup.template, cfg.prompt_weight)
+  rows = encode.demonstrations(pairs, setup.length, setup.template.pad, cfg.prompt_weight)
 
   # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)
   mixed = round(cfg.pretrain_mix * cfg.batch_size)

@@ -49,8 +49,9 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.world = dict(seed=c.get_ref('seed'))
   c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
-  c.data = dict(tokenizer='sandbox:', pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:',
-                prompts='sandbox:', prompt_length=24, response_length=20, row_length=64)
+  c.data = dict(tokenizer='sandbox:', template=config_dict.placeholder(str),  # forms: alignjax/data/templates.py
+                pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:', prompts='sandbox:',
+                prompt_length=24, response_length=20, row_length=64)
   c.model = dict(num_layers=s.layers, d_model=s.width, num_heads=4, max_length=96, positions='rotary', rope_theta=1000.0,
                  embedding_std=0.05, embedding_scale=0.5 * s.width**0.5, tie_embeddings=True, qkv_bias=False)
   c.reward_model = ml_collections.ConfigDict()  # empty: as the policy
