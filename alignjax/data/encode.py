@@ -3,10 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from alignjax.types import ComparisonBatch, TokenBatch
+
+TOO_LONG = ('error', 'drop', 'truncate')
+Row = tuple[list[int], list[list[int]]]  # a prompt and its responses, as tokens
+
+
+class Fitted(NamedTuple):
+  """rows: those that stay. index: of each in the input. kept: of each, which responses. note: what was done, or ''."""
+  rows: list[Row]
+  index: list[int]
+  kept: list[list[int]]
+  note: str
+
+
+def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str) -> Fitted:
+  """Rows that fit.
+
+  too_long: 'error'; 'drop': prompts that are too long and responses that are too long, and a row that is left with no
+  response, or one where it had several; 'truncate': a prompt keeps its last tokens, a response its first ones, without an
+  end token then, as a response that was sampled up to the limit.
+  """
+  out, index, kept = [], [], []
+  long_prompts = long_responses = 0
+  for i, (prompt, responses) in enumerate(rows):
+    over = [len(r) > response_length for r in responses]
+    if too_long == 'error':
+      check_length(prompt, prompt_length, f'{what}, record {i}: its prompt', 'data.prompt_length')
+      for r in responses:
+        check_length(r, response_length, f'{what}, record {i}: a response', 'data.response_length')
+    long_prompts += len(prompt) > prompt_length
+    long_responses += sum(over)
+    stay = [j for j, far in enumerate(over) if too_long != 'drop' or not far]
+    if too_long == 'drop' and (len(prompt) > prompt_length or len(stay) < min(len(responses), 2)):
+      continue
+    out.append((prompt[-prompt_length:], [responses[j][:response_length] for j in stay]))
+    index.append(i)
+    kept.append(stay)
+  note = ''
+  if long_prompts or long_responses:
+    done = {'drop': 'dropped', 'truncate': 'truncated'}[too_long]
+    note = (f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses over '
+            f'{response_length} {done}; {len(out)} of {len(rows)} records stay')
+  if not out:
+    raise ValueError(f'{note or what}: nothing is left. Raise data.prompt_length and data.response_length, or set '
+                     "data.too_long='truncate'.")
+  return Fitted(out, index, kept, note)
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,5 +134,5 @@ def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[S
 
 def check_length(row: Sequence[int], length: int, what: str, key: str) -> None:
   if len(row) > length:
-    raise ValueError(f'{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or drop the '
-                     'record.')
+    raise ValueError(f"{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or "
+                     "set data.too_long='drop'.")

@@ -1,62 +1,102 @@
-"""Records by name: 'jsonl:FILE' (plain or .gz), or 'sandbox:' (stages/setup.py fills that in from the embedded world).
+"""Records by name. A source of c.data.KIND is one of
 
-One record format each, a JSON object a line:
-  demonstrations  {"prompt": str, "response": str}                        [, "user_id", "use_case"]
-  comparisons     {"prompt": str, "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id"]
-                  ranks: 0 best, equal = tie
-  prompts         {"prompt": str}                                         [, "user_id", "use_case"]
-  pretrain        {"text": str}                                           [, "kind"]
+  jsonl:FILE                       plain or .gz, local or gs:// (etils)
+  text:FILE                        pretraining text, one document a file; several with *
+  tfds:NAME[/CONFIG]:SPLIT         tensorflow-datasets, random access, no TensorFlow; or tfds:PREPARED_FOLDER:SPLIT
+  hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed
+  sandbox:                         the embedded world (stages/setup.py)
+
+and c.data.mapping.KIND says how its fields become ours (mappings.py); without one they must have our names:
+
+  demonstrations  {"prompt", "response"}                                  [, "user_id", "use_case"]
+  comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id", "use_case"]
+                  or pairs {"prompt", "chosen", "rejected"}; ranks: 0 best, equal = tie
+  prompts         {"prompt"}                                              [, "user_id", "use_case"]
+  pretrain        {"text"}                                                [, "kind"]
+
+A prompt is a string, or a list of messages {"role", "content"} for the chat template.
 """
 
 from __future__ import annotations
 
+import glob
 import gzip
+import inspect
 import json
+import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from alignjax.data import mappings
+
 FIELDS = dict(
-    demonstrations=dict(prompt=str, response=str),
-    comparisons=dict(prompt=str, responses=list, ranks=list),
-    prompts=dict(prompt=str),
+    demonstrations=dict(prompt=(str, list), response=str),
+    comparisons=dict(prompt=(str, list), responses=list, ranks=list),
+    prompts=dict(prompt=(str, list)),
     pretrain=dict(text=str),
 )
+FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT or sandbox:'
 
 
-def read_jsonl(path: str, kind: str) -> list[dict[str, Any]]:
-  """All records of a file, checked. Errors name the file, the line and the field.
+def read(source: str, kind: str, mapping: str | None = None) -> list[dict[str, Any]]:
+  """All records of a source, checked. Errors name the file and line (or the source and index) and the field.
 
   Args:
-    path: local or gs://, plain or .gz.
+    source: see the top of this file.
     kind: 'demonstrations', 'comparisons', 'prompts' or 'pretrain'.
+    mapping: c.data.mapping.KIND.
   """
-  file = epath.Path(path)
-  if not file.exists():
-    raise FileNotFoundError(f'data.{kind}=jsonl:{path}: no such file.')
-  raw = file.read_bytes()
-  text = (gzip.decompress(raw) if str(path).endswith('.gz') else raw).decode('utf-8')
-  records = [parse(line, kind, f'{path}, line {number}') for number, line in enumerate(text.splitlines(), 1)
-             if line.strip()]
+  form, _, rest = source.partition(':')
+  readers = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)
+  if form not in readers or not rest:
+    raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
+  change = mappings.find(mapping, f'data.mapping.{kind}')
+  folder = pathlib.Path(rest).parent
+  if change is not None and 'beside' in inspect.signature(change).parameters:
+    function = change
+    change = lambda raw: function(raw, beside=folder)
+  records = [r for where, raw in readers[form](rest, kind) for r in convert(raw, kind, where, change)]
   if not records:
-    raise ValueError(f'{path}: no records.')
+    raise ValueError(f'data.{kind}={source!r}: no records' + (f' left by data.mapping.{kind}={mapping!r}.' if mapping else '.'))
   return records
 
 
-def parse(line: str, kind: str, where: str) -> dict[str, Any]:
-  """One checked record."""
-  try:
-    record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}).') from error
-  if not isinstance(record, dict):
-    raise ValueError(f'{where}: a record is an object with {sorted(FIELDS[kind])}, not {type(record).__name__}.')
+def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[dict[str, Any]]:
+  """Our records of a raw one, checked."""
+  if not isinstance(raw, dict):
+    raise ValueError(f'{where}: a record is an object with {sorted(FIELDS[kind])}, not {type(raw).__name__}.')
+  made = [raw]
+  if change is not None:
+    try:
+      made = change(raw)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+      name = getattr(change, '__name__', 'ours=theirs')
+      raise ValueError(f'{where}: the mapping {name!r} does not fit this record, which has {sorted(raw)} '
+                       f'({type(error).__name__}: {error}).') from error
+  return [check(record, kind, where) for record in made]
+
+
+def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+  """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking of two."""
+  if kind == 'comparisons' and 'chosen' in record and 'rejected' in record and 'responses' not in record:
+    rest = {k: v for k, v in record.items() if k not in ('chosen', 'rejected')}
+    record = {**rest, 'responses': [record['chosen'], record['rejected']], 'ranks': [0, 1]}
   for field, expected in FIELDS[kind].items():
     if field not in record:
       raise ValueError(f'{where}: field {field!r} is missing; a record of {kind} has {sorted(FIELDS[kind])}, '
-                       f'this one has {sorted(record)}.')
+                       f'this one has {sorted(record)}. Other names: data.mapping.{kind}.')
     if not isinstance(record[field], expected):
-      raise ValueError(f'{where}: field {field!r} must be {expected.__name__}, not {type(record[field]).__name__}.')
+      names = ' or '.join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
+      raise ValueError(f'{where}: field {field!r} must be {names}, not {type(record[field]).__name__}.')
+  if isinstance(record.get('prompt'), list):
+    messages = record['prompt']
+    if not messages or not all(isinstance(m, dict) and isinstance(m.get('content'), str) and m.get('role') in
+                               ('system', 'user', 'assistant') for m in messages):
+      raise ValueError(f"{where}: 'prompt' as a list must hold messages {{'role': 'system' | 'user' | 'assistant', "
+                       "'content': str}.")
   if kind == 'comparisons':
     check_comparison(record, where)
   return record
@@ -72,3 +112,84 @@ def check_comparison(record: dict[str, Any], where: str) -> None:
     raise ValueError(f"{where}: every entry of 'responses' must be a string.")
   if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in ranks):
     raise ValueError(f"{where}: 'ranks' must be integers from 0 (best) on, equal ones for ties; got {ranks}.")
+
+
+def _open(path: str, kind: str) -> str:
+  file = epath.Path(path)
+  if not file.exists():
+    raise FileNotFoundError(f'data.{kind}: {path}: no such file.')
+  raw = file.read_bytes()
+  try:
+    return (gzip.decompress(raw) if str(path).endswith('.gz') else raw).decode('utf-8')
+  except (OSError, EOFError) as error:
+    raise ValueError(f'{path}: not a whole gzip file ({error}).') from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path}: not UTF-8 (byte {error.start}).') from error
+
+
+def _jsonl(path: str, kind: str) -> Iterable[tuple[str, Any]]:
+  for number, line in enumerate(_open(path, kind).split('\n'), 1):
+    if line.strip():
+      where = f'{path}, line {number}'
+      try:
+        yield where, json.loads(line)
+      except json.JSONDecodeError as error:
+        raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}).') from error
+
+
+def _text(pattern: str, kind: str) -> Iterable[tuple[str, Any]]:
+  if kind != 'pretrain':
+    raise ValueError(f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.')
+  for path in sorted(glob.glob(pattern)) if '*' in pattern else [pattern]:
+    yield path, {'text': _open(path, kind)}
+
+
+def _tfds(name: str, kind: str) -> Iterable[tuple[str, Any]]:
+  name, _, split = name.rpartition(':')
+  if not name:
+    raise ValueError(f'data.{kind}=tfds:{split}: say which split, as in tfds:{split}:train.')
+  import tensorflow_datasets as tfds
+  try:
+    if '/' in name and pathlib.Path(name).is_dir():
+      builder = tfds.builder_from_directory(name)
+    else:
+      builder = tfds.builder(name, file_format='array_record')
+      builder.download_and_prepare()
+    rows = builder.as_data_source(split)
+  except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
+    raise ValueError(f'data.{kind}=tfds:{name}:{split} cannot be read ({type(error).__name__}: '
+                     f'{str(error).splitlines()[0][:300]}).') from error
+  for i in range(len(rows)):
+    yield f'tfds:{name}:{split}, record {i}', _plain(rows[i])
+
+
+def _plain(x: Any) -> Any:
+  """numpy and bytes, as tfds gives them, to what JSON would give."""
+  if isinstance(x, dict):
+    return {k: _plain(v) for k, v in x.items()}
+  if isinstance(x, np.ndarray):
+    return _plain(x.tolist())
+  if isinstance(x, np.generic):
+    return _plain(x.item())
+  if isinstance(x, (list, tuple)):
+    return [_plain(v) for v in x]
+  return x.decode('utf-8') if isinstance(x, bytes) else x
+
+
+def _datasets(name: str, kind: str) -> Iterable[tuple[str, Any]]:
+  name, _, split = name.rpartition(':')
+  if not name:
+    raise ValueError(f'data.{kind}=hf:{split}: say which split, as in hf:{split}:train.')
+  try:
+    import datasets
+  except ModuleNotFoundError:
+    raise ValueError(f'data.{kind}=hf:{name}:{split} needs the datasets library: pip install datasets.') from None
+  owner, _, rest = name.partition('/')
+  repository, _, config = rest.partition('/')
+  try:
+    rows = datasets.load_dataset(f'{owner}/{repository}' if repository else owner, config or None, split=split)
+  except Exception as error:  # noqa: BLE001
+    raise ValueError(f'data.{kind}=hf:{name}:{split} cannot be read ({type(error).__name__}: '
+                     f'{str(error).splitlines()[0][:300]}).') from error
+  for i, row in enumerate(rows):
+    yield f'hf:{name}:{split}, record {i}', row

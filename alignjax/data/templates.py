@@ -31,14 +31,14 @@ class Template(NamedTuple):
 
 def make(tokenizer: Any, form: str) -> Template:
   """A Template of a transformers tokenizer."""
-  encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+  encode = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
   eos = tokenizer.eos_token_id
   if eos is None:
     raise ValueError(f'data.tokenizer={tokenizer.name_or_path!r} has no end-of-text token: set eos_token in its '
                      'tokenizer_config.json.')
   pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-  first = [] if tokenizer.bos_token_id is None or not tokenizer.build_inputs_with_special_tokens([1])[0] == \
-      tokenizer.bos_token_id else [tokenizer.bos_token_id]
+  bos = tokenizer.bos_token_id
+  first = [bos] if bos is not None and tokenizer.encode('a')[:1] == [bos] else []  # where the tokenizer itself begins so
   if form == 'chat':
     return _chat(tokenizer, encode, pad, eos)
   text = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,21 @@ def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 1
   gaps = [abs(hits[which == b].mean() - probabilities[which == b].mean()) * (which == b).mean()
           for b in range(bins) if (which == b).any()]
   return float(sum(gaps))
+
+
+def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
+  """Accuracy on comparisons as they were ranked: share of the pairs without a tie that the model orders the same way (a tie
+  of the model counts half). The interval resamples prompts."""
+  rows = [[*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
+  scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
+  hits, clusters = [], []
+  number = {tuple(p): i for i, p in enumerate(comparisons.prompts)}
+  for prompt, s, ranks in zip(comparisons.prompts, scores, comparisons.ranks, strict=True):
+    for i, j in itertools.combinations(range(len(ranks)), 2):
+      if ranks[i] != ranks[j]:
+        hits.append(0.5 + 0.5 * np.sign((s[i] - s[j]) * (ranks[j] - ranks[i])))
+        clusters.append(number[tuple(prompt)])
+  return interval(hits, clusters)
 
 
 def _pairs(responses: list) -> tuple[np.ndarray, np.ndarray]:

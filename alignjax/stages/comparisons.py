@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.data import sources
 from alignjax.evals import bulk
-from alignjax.stages.setup import Setup, initial_params, records, seed_of, stage_dir
+from alignjax.stages.setup import Setup, fit, initial_params, records, seed_of, stage_dir
 
 
 class Comparisons(NamedTuple):
@@ -31,18 +30,36 @@ def training(setup: Setup, name: str) -> Comparisons:
     cfg = setup.config.stages[name]
     return _kept(stage_dir(setup, name) / 'comparisons.json',
                  lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
-  if source.startswith('jsonl:'):
-    rows = sources.read_jsonl(source.removeprefix('jsonl:'), 'comparisons')
-    return Comparisons([setup.template.prompt(r['prompt']) for r in rows],
-                       [[setup.template.response(x) for x in r['responses']] for r in rows],
-                       [r['ranks'] for r in rows])
-  raise ValueError(f"data.comparisons={source!r}: a source is 'sandbox:' or 'jsonl:FILE'.")
+  return _read(setup, name, held_out=False)
 
 
 def evaluation(setup: Setup, name: str) -> Comparisons:
-  """Held-out prompts with responses of the first policy; features, so that both pools of labelers rank the same ones."""
+  """Held-out prompts. Of the sandbox: with responses of the first policy, and features, so that both pools of labelers rank
+  the same ones. Of a file: `evaluation_prompts` of its prompts, drawn by the seed, which training leaves out."""
   cfg = setup.config.stages[name]
+  if setup.config.data.comparisons != 'sandbox:':
+    return _read(setup, name, held_out=True)
   return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
+
+
+def _read(setup: Setup, name: str, held_out: bool) -> Comparisons:
+  """Comparisons of data.comparisons, split by prompt: one prompt's comparisons are all on one side."""
+  cfg = setup.config.stages[name]
+  rows = records(setup, 'comparisons', cfg.prompts)
+  names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
+  distinct = sorted(set(names))
+  order = np.random.default_rng([setup.config.seed, seed_of(f'{name}/held out')]).permutation(len(distinct))
+  if cfg.evaluation_prompts >= len(distinct):
+    raise ValueError(f'stages.{name}.evaluation_prompts={cfg.evaluation_prompts} of {len(distinct)} distinct prompts would '
+                     'leave none to train on.')
+  out = {distinct[i] for i in order[:cfg.evaluation_prompts]}
+  rows = [r for r, prompt in zip(rows, names, strict=True) if (prompt in out) == held_out]
+  if not rows:
+    return Comparisons([], [], [])
+  tokens = [(setup.template.prompt(r['prompt']), [setup.template.response(x) for x in r['responses']]) for r in rows]
+  fitted = fit(setup, 'comparisons', tokens)
+  return Comparisons([prompt for prompt, _ in fitted.rows], [responses for _, responses in fitted.rows],
+                     [[rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)])
 
 
 def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:

@@ -22,6 +22,7 @@ from alignjax.stages.setup import (
   check_divides,
   check_functions,
   compile_step,
+  fit,
   initial_params,
   make_optimizer,
   make_state,
@@ -99,8 +100,9 @@ def build(setup: Setup, name: str) -> Stage:
 
   # prompts, encoded once; pretraining rows
   prompt_records = records(setup, 'prompts', cfg.prompts)
-  prompts = encode.left_pad([setup.template.prompt(r['prompt']) for r in prompt_records],
-                            setup.prompt_length, setup.template.pad)
+  fitted = fit(setup, 'prompts', [(setup.template.prompt(r['prompt']), []) for r in prompt_records])
+  prompt_records = [prompt_records[i] for i in fitted.index]
+  prompts = encode.left_pad([prompt for prompt, _ in fitted.rows], setup.prompt_length, setup.template.pad)
   rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = ptx_rows(setup, cfg.ptx.documents) if rows_per_step else None
 

@@ -15,6 +15,7 @@ from alignjax.stages.setup import (
   Stage,
   check_functions,
   compile_step,
+  fit,
   initial_params,
   make_optimizer,
   make_state,
@@ -69,14 +70,19 @@ def build(setup: Setup, name: str) -> Stage:
   # 4. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
     score = bulk.make_scorer(setup.nets, setup.sharder.put, length=length, pad=setup.template.pad)
-    demos = [setup.template.prompt(r['prompt']) + setup.template.response(r['response'])
+    demos = [(setup.template.prompt(r['prompt']), [setup.template.response(r['response'])])
              for r in records(setup, 'demonstrations', cfg.bias_demonstrations)]
+    demos = [prompt + responses[0] for prompt, responses in fit(setup, 'demonstrations', demos).rows]
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
     info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),
             'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
-    if setup.labelers is not None:
-      info |= rm_accuracy.by_pool(setup.labelers, comparisons.evaluation(setup, name),
+    held_out = comparisons.evaluation(setup, name)
+    if setup.labelers is None:
+      if held_out.prompts:
+        info['accuracy_heldout_prompts'] = rm_accuracy.on_ranks(held_out, lambda rows: score(params, rows))
+    else:
+      info |= rm_accuracy.by_pool(setup.labelers, held_out,
                                   lambda rows: score(params, rows), setup.config.seed)
     return params, info
 

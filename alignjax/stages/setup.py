@@ -16,7 +16,7 @@ import ml_collections
 import optax
 
 from alignjax import checkpoint, optim, plugins
-from alignjax.data import sources, templates
+from alignjax.data import encode, sources, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig
@@ -81,14 +81,16 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setu
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox
     world, labelers = sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed)
-    encode, decode, vocabulary = sandbox.encode, sandbox.decode, len(sandbox.VOCAB)
-    template = Template(lambda text: [sandbox.EOS_ID, *encode(text), *encode(sandbox.NEWLINE)],
-                        lambda text: [*encode(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
+    to_ids, decode, vocabulary = sandbox.encode, sandbox.decode, len(sandbox.VOCAB)
+    template = Template(lambda text: [sandbox.EOS_ID, *to_ids(text), *to_ids(sandbox.NEWLINE)],
+                        lambda text: [*to_ids(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
   else:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    to_ids = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
     decode, vocabulary = tokenizer.decode, len(tokenizer)
     template = templates.make(tokenizer, config.data.template or 'plain')
+  if config.data.too_long not in encode.TOO_LONG:
+    raise ValueError(f'data.too_long={config.data.too_long!r} is none of {encode.TOO_LONG}.')
   policy_model = model_config(config.model, vocabulary, 'model')
   reward_model = model_config(config.reward_model or config.model, vocabulary, 'reward_model')
   length = config.data.prompt_length + config.data.response_length
@@ -100,7 +102,7 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setu
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, pathlib.Path(workdir), sharder, policy_model, reward_model,
-               networks._replace(scalar=reward.scalar), world, labelers, template, encode, decode)
+               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode)
 
 
 def for_stage(setup: Setup, name: str) -> Setup:
@@ -142,16 +144,22 @@ def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> Transf
   return TransformerConfig(**spec)
 
 
-def records(setup: Setup, kind: str, count: int, split: str = 'train') -> list[dict]:
-  """`count` records of data.<kind>: generated where the source is 'sandbox:', else the file's first ones."""
+def records(setup: Setup, kind: str, count: int | None, split: str = 'train') -> list[dict]:
+  """`count` records of data.<kind>: generated where the source is 'sandbox:', else the source's first ones (None: all)."""
   source = setup.config.data[kind]
   if source == 'sandbox:':
     from alignjax import sandbox
     make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
     return make(setup.world, count, split)
-  if source.startswith('jsonl:'):
-    return sources.read_jsonl(source.removeprefix('jsonl:'), kind)[:count]
-  raise ValueError(f"data.{kind}={source!r}: a source is 'sandbox:' or 'jsonl:FILE'.")
+  return sources.read(source, kind, setup.config.data.mapping[kind])[:count]
+
+
+def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:
+  """Rows within data.prompt_length and data.response_length: data.too_long drops the others, cuts them, or is an error."""
+  fitted = encode.fit(rows, setup.prompt_length, setup.response_length, setup.config.data.too_long, f'data.{kind}')
+  if fitted.note and jax.process_index() == 0:
+    print(fitted.note, flush=True)
+  return fitted
 
 
 def stage_dir(setup: Setup, name: str) -> pathlib.Path:

@@ -12,6 +12,7 @@ from alignjax.stages.setup import (
   Setup,
   Stage,
   check_functions,
+  fit,
   initial_params,
   make_optimizer,
   make_state,
@@ -28,8 +29,9 @@ def build(setup: Setup, name: str) -> Stage:
   seed = (setup.config.seed, seed_of(name))
 
   # 1. demonstrations: the response and its end token are trained on, the prompt by choice
-  pairs = [(setup.template.prompt(r['prompt']), setup.template.response(r['response']))
-           for r in records(setup, 'demonstrations', cfg.demonstrations)]
+  rows = [(setup.template.prompt(r['prompt']), [setup.template.response(r['response'])])
+          for r in records(setup, 'demonstrations', cfg.demonstrations)]
+  pairs = [(prompt, responses[0]) for prompt, responses in fit(setup, 'demonstrations', rows).rows]
   rows = encode.demonstrations(pairs, setup.length, setup.template.pad, cfg.prompt_weight)
 
   # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)

@@ -34,6 +34,11 @@ def ppo(ptx_coef, iterations, episodes):
       iterations=iterations, log_every=1, save_every=20)
 
 
+def no_mapping():
+  """Records with our field names; see alignjax/data/mappings.py."""
+  return {kind: config_dict.placeholder(str) for kind in ('pretrain', 'demonstrations', 'comparisons', 'prompts')}
+
+
 def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   sizes = dict(
       default=dict(documents=110_000, demos=400, prompts=12_000, evaluation=200, episodes=128, iterations=120, layers=2,
@@ -51,7 +56,8 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
   c.data = dict(tokenizer='sandbox:', template=config_dict.placeholder(str),  # forms: alignjax/data/templates.py
                 pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:', prompts='sandbox:',
-                prompt_length=24, response_length=20, row_length=64)
+                mapping=no_mapping(),
+                prompt_length=24, response_length=20, row_length=64, too_long='error')
   c.model = dict(num_layers=s.layers, d_model=s.width, num_heads=4, max_length=96, positions='rotary', rope_theta=1000.0,
                  embedding_std=0.05, embedding_scale=0.5 * s.width**0.5, tie_embeddings=True, qkv_bias=False)
   c.reward_model = ml_collections.ConfigDict()  # empty: as the policy

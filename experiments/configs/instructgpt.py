@@ -8,7 +8,7 @@ folder; hours and expected numbers on real hardware have not been measured.
 import ml_collections
 from ml_collections import config_dict
 
-from experiments.configs.base import adam
+from experiments.configs.base import adam, no_mapping
 
 # Brown et al. 2020, Table 2.1; 1.3B with 16 heads of 128 as in Stiennon et al. 2020, Table 3 (Brown prints 24 x 128,
 # which is not 2048). "6B" read as Brown's 6.7B: the usual reading, not stated by the paper.
@@ -64,9 +64,10 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.mesh = mesh
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
                     vocab=config_dict.placeholder(str))  # 50,257 is odd: the vocabulary axis stays whole
-  c.data = dict(tokenizer='gpt2', pretrain='jsonl:data/pretrain.jsonl.gz', demonstrations='jsonl:data/demonstrations.jsonl',
-                comparisons='jsonl:data/comparisons.jsonl', prompts='jsonl:data/prompts.jsonl',
+  c.data = dict(tokenizer='openai-community/gpt2', template='plain', pretrain='jsonl:data/pretrain.jsonl.gz',
+                demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl', prompts='jsonl:data/prompts.jsonl',
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k
+                too_long='drop', mapping=no_mapping(),
                 row_length=2048)  # [ours]: the length of pretraining examples is not reported
   c.model = gpt3(size, dropout=0.2)  # residual dropout in SFT (C.1); RM and PPO run without
   c.reward_model = gpt3('6b')

@@ -1,0 +1,197 @@
+"""From what people publish to our records (sources.py: FIELDS). One function a data set, named in c.data.mapping.KIND:
+
+  a name of this file         'hh_rlhf', 'ultrafeedback', ...
+  'module:function'           of a fork: raw record -> list of our records, empty where one cannot be used
+  'ours=theirs,ours=theirs'   fields that only have other names, such as 'prompt=question,response=answer'
+
+A function gets the raw record (a dict) and, where it asks for `beside`, the folder of its file.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib
+import inspect
+import itertools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+Records = list[dict[str, Any]]
+TURN = '\n\nAssistant:'
+
+
+def find(name: str | None, where: str) -> Callable[..., Records] | None:
+  """The mapping that a config entry names; None maps nothing."""
+  if not name:
+    return None
+  if '=' in name:
+    pairs = [part.partition('=')[::2] for part in name.split(',')]
+    return functools.partial(_rename, names={ours.strip(): theirs.strip() for ours, theirs in pairs})
+  if ':' in name:
+    from alignjax import plugins
+    return plugins.find(name, where)
+  known = sorted(k for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and
+                 not k.startswith('_') and k != 'find')
+  if name not in known:
+    raise ValueError(f"{where}={name!r} is none of {', '.join(known)}, nor 'module:function', nor 'ours=theirs,...'.")
+  return getattr(importlib.import_module(__name__), name)
+
+
+def _rename(raw: dict, *, names: dict[str, str]) -> Records:
+  return [{ours: raw[theirs] for ours, theirs in names.items()}]
+
+
+def _pair(prompt: Any, better: str, worse: str, tie: bool = False, **more: Any) -> dict[str, Any]:
+  return dict(prompt=prompt, responses=[better, worse], ranks=[0, 0 if tie else 1], **more)
+
+
+def _instruction(instruction: str, context: str) -> str:
+  return f'{instruction}\n\n{context}' if context and context.strip() else instruction
+
+
+# comparisons
+
+def hh_rlhf(raw: dict) -> Records:
+  """Anthropic/hh-rlhf: {"chosen", "rejected"}, whole dialogues. The prompt is all that comes before the last answer; a few
+  pairs differ before it and are left out. For data.template='dialogue'."""
+  chosen, rejected = raw['chosen'].rpartition(TURN), raw['rejected'].rpartition(TURN)
+  if chosen[0] != rejected[0] or not chosen[1]:
+    return []
+  return [_pair(chosen[0] + TURN, chosen[2], rejected[2])]
+
+
+def summarize_from_feedback(raw: dict) -> Records:
+  """openai/summarize_from_feedback, comparisons: {"info", "summaries": [2], "choice", "worker"}."""
+  texts = [s['text'] for s in raw['summaries']]
+  best = int(raw['choice'])
+  return [_pair(_post(raw['info']), texts[best], texts[1 - best], labeler_id=str(raw.get('worker', '')))]
+
+
+def shp(raw: dict) -> Records:
+  """stanfordnlp/SHP: {"history", "human_ref_A", "human_ref_B", "labels": 1 where A is better, "domain"}."""
+  a, b = raw['human_ref_A'], raw['human_ref_B']
+  return [_pair(raw['history'], a, b) if int(raw['labels']) == 1 else _pair(raw['history'], b, a)]
+
+
+def ultrafeedback(raw: dict) -> Records:
+  """openbmb/UltraFeedback: {"instruction", "completions": [{"response", "overall_score"}]}, K = 4 ranked by score."""
+  scores = [float(c['overall_score']) for c in raw['completions']]
+  order = sorted(set(scores), reverse=True)
+  if len(scores) < 2:
+    return []
+  return [dict(prompt=raw['instruction'], responses=[c['response'] for c in raw['completions']],
+               ranks=[order.index(s) for s in scores])]
+
+
+def ultrafeedback_binarized(raw: dict) -> Records:
+  """HuggingFaceH4/ultrafeedback_binarized: {"chosen": messages, "rejected": messages}. The prompt is a list of messages."""
+  if raw['chosen'][:-1] != raw['rejected'][:-1]:
+    return []
+  return [_pair(list(raw['chosen'][:-1]), raw['chosen'][-1]['content'], raw['rejected'][-1]['content'])]
+
+
+def oasst(raw: dict) -> Records:
+  """OpenAssistant's trees: {"prompt": {"text", "role", "replies": [...]}}: a record for every prompt with ranked answers.
+  The prompt is a list of messages."""
+  out: Records = []
+
+  def walk(node: dict, messages: list[dict]):
+    role = 'user' if node['role'] == 'prompter' else 'assistant'
+    messages = [*messages, {'role': role, 'content': node['text']}]
+    replies = node.get('replies') or []
+    ranked = [r for r in replies if r.get('rank') is not None]
+    if role == 'user' and len(ranked) > 1:
+      out.append(dict(prompt=messages, responses=[r['text'] for r in ranked], ranks=[int(r['rank']) for r in ranked]))
+    for reply in replies:
+      walk(reply, messages)
+
+  walk(raw['prompt'], [])
+  return out
+
+
+def finegrained_rlhf(raw: dict) -> Records:
+  """allenai/FineGrainedRLHF: {"question", "passages", "prediction 1".."4", "preference": six pairs}, K = 4. Ranks are by the
+  number of pairs won; a tie counts half."""
+  wins = [0.0] * 4
+  for (i, j), label in zip(itertools.combinations(range(4), 2), raw['preference'], strict=True):
+    wins[i] += {1: 1.0, 0: 0.5, 2: 0.0}[label]
+    wins[j] += {1: 0.0, 0: 0.5, 2: 1.0}[label]
+  order = sorted(set(wins), reverse=True)
+  return [dict(prompt=raw['question'], responses=[raw[f'prediction {i}'] for i in (1, 2, 3, 4)],
+               ranks=[order.index(w) for w in wins])]
+
+
+def pandalm(raw: dict) -> Records:
+  """WeOpenML/PandaLM's test set: one record for each of its three annotators (1, 2, or 0 for a tie)."""
+  prompt, a, b = _instruction(raw['instruction'], raw['input']), raw['response1'], raw['response2']
+  made = {1: lambda **kw: _pair(prompt, a, b, **kw), 2: lambda **kw: _pair(prompt, b, a, **kw),
+          0: lambda **kw: _pair(prompt, a, b, tie=True, **kw)}
+  return [made[int(raw[f'annotator{n}'])](labeler_id=f'annotator{n}') for n in (1, 2, 3)]
+
+
+def ukp_convarg(raw: dict, beside: pathlib.Path) -> Records:
+  """UKPLab/acl2016-convincing-arguments: judgments.jsonl.gz, with arguments.jsonl.gz beside it; one record a vote."""
+  arguments = _arguments(beside / 'arguments.jsonl.gz')
+  a, b = (arguments[raw['topic'], raw[k]] for k in ('arg1', 'arg2'))
+  prompt = f'{a["title"]}: write a convincing argument for "{a["stance"]}".'
+  out = []
+  for worker, vote in raw['votes']:
+    first, second = (b, a) if vote == 'a2' else (a, b)
+    out.append(_pair(prompt, first['text'], second['text'], tie=vote == 'equal', labeler_id=worker))
+  return out
+
+
+@functools.cache
+def _arguments(path: pathlib.Path) -> dict:
+  with gzip.open(path, 'rt') as file:
+    return {(r['topic'], r['arg_id']): r for r in map(json.loads, file)}
+
+
+# demonstrations
+
+def hh_rlhf_demonstrations(raw: dict) -> Records:
+  """The chosen answers of Anthropic/hh-rlhf."""
+  before, turn, answer = raw['chosen'].rpartition(TURN)
+  return [dict(prompt=before + TURN, response=answer)] if turn else []
+
+
+def tldr(raw: dict) -> Records:
+  """openai/summarize_from_feedback's Reddit posts, in the filtered set of demonstrations: {"title", "subreddit", "post",
+  "summary"}."""
+  return [dict(prompt=_post(raw), response=raw['summary'])]
+
+
+def _post(info: dict) -> str:
+  return f'SUBREDDIT: r/{info["subreddit"]}\nTITLE: {info["title"]}\nPOST: {info["post"]}\nTL;DR:'
+
+
+def dolly(raw: dict) -> Records:
+  """databricks-dolly-15k: {"instruction", "context", "response", "category"}."""
+  return [dict(prompt=_instruction(raw['instruction'], raw.get('context', '')), response=raw['response'],
+               use_case=raw.get('category', ''))]
+
+
+def alpaca(raw: dict) -> Records:
+  """Stanford Alpaca: {"instruction", "input", "output"}."""
+  return [dict(prompt=_instruction(raw['instruction'], raw.get('input', '')), response=raw['output'])]
+
+
+def self_instruct(raw: dict) -> Records:
+  """yizhongw/self-instruct's seed tasks: {"instruction", "instances": [{"input", "output"}]}."""
+  return [dict(prompt=_instruction(raw['instruction'], i['input']), response=i['output'], use_case=raw['name'])
+          for i in raw['instances']]
+
+
+# prompts
+
+def fastchat_questions(raw: dict) -> Records:
+  """lm-sys/FastChat's question files (MT-bench, Vicuna bench): {"turns": [...], "category"}; the first turn."""
+  return [dict(prompt=raw['turns'][0], use_case=raw['category'])]
+
+
+def comparisons_prompts(raw: dict) -> Records:
+  """The prompts of records of our own that have one: demonstrations and comparisons alike."""
+  return [{k: v for k, v in raw.items() if k in ('prompt', 'user_id', 'use_case')}]

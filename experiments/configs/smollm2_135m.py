@@ -1,0 +1,34 @@
+"""SmolLM2-135M on human preferences: SFT on dolly, RM on UltraFeedback's rankings of four, PPO-ptx with WikiText.
+
+  python experiments/run.py --config=configs/smollm2_135m.py          one GPU of 24 GB or more
+  python experiments/run.py --config=configs/smollm2_135m.py:cpu      two CPU cores: short lengths, few steps
+  python experiments/run.py --config=configs/smollm2_135m.py:tiny     a few rows: does everything fit?
+
+Data and checkpoint come from the hub (`pip install datasets`); local ones: see recipe.py. Hours and numbers of the full recipe
+are not measured. `:cpu` with local files, as measured: experiments/LOG.md.
+"""
+
+from experiments.configs import recipe
+
+
+def get_config(size: str = 'default'):
+  if size not in ('default', 'cpu', 'tiny'):
+    raise ValueError(f"config argument {size!r} is none of ['default', 'cpu', 'tiny'].")
+  small = size != 'default'
+  c = recipe.get_config(
+      'hf:HuggingFaceTB/SmolLM2-135M-Instruct', template='chat',
+      data=dict(demonstrations='hf:databricks/databricks-dolly-15k:train', comparisons='hf:openbmb/UltraFeedback:train',
+                prompts='hf:databricks/databricks-dolly-15k:train', pretrain='hf:Salesforce/wikitext/wikitext-103-raw-v1:train'),
+      mapping=dict(demonstrations='dolly', comparisons='ultrafeedback', prompts='dolly'),
+      lengths=(64, 48, 128) if small else (512, 512, 1024), batch=8 if small else 64, episodes=16 if small else 256,
+      iterations=8 if small else 300, lr=dict(sft=2e-5, rm=1e-5, policy=2e-6, value=1e-5),
+      model=dict(dtype='float32' if small else 'bfloat16', remat='full', logits_chunk=256 if small else 4096, max_length=2048))
+  if size == 'default':
+    c.stages.ppo_ptx.microbatches = c.stages.sft.microbatches = 4
+  if size == 'cpu':
+    c.data.too_long = 'truncate'
+    c.stages.sft.update(demonstrations=160, epochs=1, documents=200, log_every=1)
+    c.stages.rm.update(prompts=200, evaluation_prompts=60, bias_demonstrations=32, log_every=2)
+    c.stages.ppo_ptx.update(prompts=160)
+    c.stages.ppo_ptx.ptx.documents = 200
+  return recipe.shrink(c) if size == 'tiny' else c
