@@ -148,7 +148,7 @@ class Progress:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
   """A rich table in a terminal, aligned text elsewhere."""
-  rows = [[str(cell) for cell in row] for row in rows]
+  rows = [[_one_line(str(cell)) for cell in row] for row in rows]
   if sys.stdout.isatty():
     from rich.console import Console
     Console().print(_rich_table(title, columns, rows))
@@ -156,6 +156,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
   widths = [max(len(r[i]) for r in [list(columns), *rows]) for i in range(len(columns))]
   line = lambda row: '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
   print('\n'.join([title, line(columns), *map(line, rows)]), flush=True)
+
+
+def _one_line(text: str, width: int = 80) -> str:
+  """The text without line breaks; the middle left out where it is long (samples.jsonl has all of it)."""
+  text = ' '.join(text.split())
+  return text if len(text) <= width else f'{text[:width // 2 - 2]} … {text[-width // 2 + 1:]}'
 
 
 def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]):

@@ -75,14 +75,14 @@ def test_records_are_read(tmp_path, kind, suffix):
   path = tmp_path / f'x{suffix}'
   text = json.dumps(GOOD[kind]) + '\n\n' + json.dumps(GOOD[kind]) + '\n'
   path.write_bytes(gzip.compress(text.encode()) if suffix.endswith('gz') else text.encode())
-  assert sources.read_jsonl(str(path), kind) == [GOOD[kind]] * 2
+  assert sources.read(f'jsonl:{path}', kind) == [GOOD[kind]] * 2
 
 
 @pytest.mark.parametrize('kind,line,words', [
     ('prompts', '{"prompt": "a"', 'line 2: not JSON'),
     ('prompts', '["a"]', 'line 2: a record is an object'),
     ('demonstrations', '{"prompt": "a"}', "line 2: field 'response' is missing"),
-    ('demonstrations', '{"prompt": 3, "response": "b"}', "field 'prompt' must be str, not int"),
+    ('demonstrations', '{"prompt": 3, "response": "b"}', "field 'prompt' must be str or list, not int"),
     ('comparisons', '{"prompt": "a", "responses": ["b"], "ranks": [0]}', 'at least two'),
     ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0]}', '2 responses but 1 ranks'),
     ('comparisons', '{"prompt": "a", "responses": ["b", 3], "ranks": [0, 1]}', 'must be a string'),
@@ -93,13 +93,13 @@ def test_broken_lines_are_named(tmp_path, kind, line, words):
   path = tmp_path / 'data.jsonl'
   path.write_text(json.dumps(GOOD[kind]) + '\n' + line + '\n')
   with pytest.raises(ValueError, match=words) as error:
-    sources.read_jsonl(str(path), kind)
+    sources.read(f'jsonl:{path}', kind)
   assert 'data.jsonl' in str(error.value)
 
 
 def test_no_file_and_no_records(tmp_path):
   with pytest.raises(FileNotFoundError, match='no such file'):
-    sources.read_jsonl(str(tmp_path / 'x.jsonl'), 'prompts')
+    sources.read(f'jsonl:{tmp_path}/x.jsonl', 'prompts')
   (tmp_path / 'empty.jsonl').write_text('\n')
   with pytest.raises(ValueError, match='no records'):
-    sources.read_jsonl(str(tmp_path / 'empty.jsonl'), 'prompts')
+    sources.read(f'jsonl:{tmp_path}/empty.jsonl', 'prompts')

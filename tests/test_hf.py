@@ -16,7 +16,7 @@ from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
-NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/config.json'))
+NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/expected.npz'))
 ONE = Sharder(make_mesh(devices=jax.devices()[:1]))
 
 

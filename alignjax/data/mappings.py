@@ -126,7 +126,7 @@ def finegrained_rlhf(raw: dict) -> Records:
 
 def pandalm(raw: dict) -> Records:
   """WeOpenML/PandaLM's test set: one record for each of its three annotators (1, 2, or 0 for a tie)."""
-  prompt, a, b = _instruction(raw['instruction'], raw['input']), raw['response1'], raw['response2']
+  prompt, a, b = _instruction(raw['instruction'], raw['input']), str(raw['response1']), str(raw['response2'])  # some are booleans
   made = {1: lambda **kw: _pair(prompt, a, b, **kw), 2: lambda **kw: _pair(prompt, b, a, **kw),
           0: lambda **kw: _pair(prompt, a, b, tie=True, **kw)}
   return [made[int(raw[f'annotator{n}'])](labeler_id=f'annotator{n}') for n in (1, 2, 3)]

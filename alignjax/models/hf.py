@@ -124,6 +124,12 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
   return jax.tree_util.tree_map_with_path(lambda path, _: loaded[path_name(path)], shapes)
 
 
+def has_score(name: str | os.PathLike) -> bool:
+  """Whether a checkpoint is a reward model: a sequence classifier's `score.weight` is in its files."""
+  folder = folder_of(name)
+  return SCORE.name in Files(folder, FAMILIES[read_config(folder)[0]]).names
+
+
 def _sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
   heads = cfg.kv_heads if 'key' in paths[0] or 'value' in paths[0] else cfg.num_heads
   return dict(n=heads, h=cfg.head_width, j=len(paths))
@@ -257,6 +263,7 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
   count = len(shards)
   final = lambda k: 'model.safetensors' if count == 1 else f'model-{k:05d}-of-{count:05d}.safetensors'
   for k in range(1, count + 1):
+    (partial / f'shard-{k}.safetensors').chmod(0o644)  # safetensors writes files for the owner alone
     (partial / f'shard-{k}.safetensors').rename(partial / final(k))
   if count > 1:
     (partial / 'model.safetensors.index.json').write_text(json.dumps(

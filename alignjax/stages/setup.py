@@ -74,9 +74,9 @@ class Stage(NamedTuple):
   observe: Callable[[int, TrainState, Any], tuple[Metrics, list]] | None = None
 
 
-def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
+def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None) -> Setup:
   """Checks the config's shared part and builds what it names. Fails before anything is compiled."""
-  sharder = Sharder(make_mesh(**config.mesh), config.sharding.to_dict())
+  sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
   world = labelers = None
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox

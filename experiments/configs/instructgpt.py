@@ -65,7 +65,8 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
                     vocab=config_dict.placeholder(str))  # 50,257 is odd: the vocabulary axis stays whole
   c.data = dict(tokenizer='openai-community/gpt2', template='plain', pretrain='jsonl:data/pretrain.jsonl.gz',
-                demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl', prompts='jsonl:data/prompts.jsonl',
+                demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl',
+                prompts='jsonl:data/prompts.jsonl',
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k
                 too_long='drop', mapping=no_mapping(),
                 row_length=2048)  # [ours]: the length of pretraining examples is not reported

@@ -1,7 +1,7 @@
 """SFT, reward model and PPO-ptx on a pretrained checkpoint and real data: what the recipes share.
 
-A recipe (smollm2_135m.py, pythia_1b_hh.py, llama3_8b.py) names a checkpoint and sources and changes numbers. Everything is an entry of
-the config, so another checkpoint or file needs no edit:
+A recipe (smollm2_135m.py, pythia_1b_hh.py, llama3_8b.py) names a checkpoint and sources and changes numbers. Everything is an
+entry of the config, so another checkpoint or file needs no edit:
 
   python experiments/run.py --config=configs/smollm2_135m.py --config.checkpoint=hf:/models/mine \
     --config.data.comparisons=jsonl:pairs.jsonl.gz --config.data.mapping.comparisons=hh_rlhf

@@ -65,7 +65,34 @@ def logits_of(model, tokens, mask):
                  position_ids=torch.tensor(where)).logits.float().numpy()
 
 
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def chat():
+  """A tied Llama over bytes with a tokenizer and a chat template: for the tests of recipes, export and generation."""
+  from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+  from tokenizers.models import BPE
+  folder = HERE / 'chat'
+  shutil.rmtree(folder, ignore_errors=True)
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                                for t in ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|pad|>')])
+  fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|endoftext|>', pad_token='<|pad|>')
+  fast.chat_template = CHATML
+  fast.save_pretrained(folder)
+  torch.manual_seed(0)
+  config = hf.LlamaConfig(**COMMON | dict(vocab_size=264, max_position_embeddings=512), num_key_value_heads=2,
+                          tie_word_embeddings=True, rope_parameters=ROPE(), eos_token_id=256, pad_token_id=259)
+  hf.LlamaForCausalLM(config).save_pretrained(folder)
+  (folder / 'generation_config.json').unlink(missing_ok=True)
+
+
 def main():
+  chat()
   for name in MODELS:
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)

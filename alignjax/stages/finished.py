@@ -1,0 +1,85 @@
+"""A finished stage, or a Hugging Face checkpoint, as a model to use: for generation, export and evaluation.
+
+    model = load('runs/ppo_ptx-s0/ppo_ptx')       what the stage was trained with stands beside its weights
+    model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from alignjax import checkpoint
+from alignjax.data import templates
+from alignjax.models import hf, transformer
+from alignjax.models.config import TransformerConfig
+from alignjax.sharding import RULES, Sharder, make_mesh
+from alignjax.stages import setup as setups
+from alignjax.types import Networks, Params
+
+
+class Model(NamedTuple):
+  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, decode, tokenizer: text <-> tokens (tokenizer None: the
+  sandbox's). source: the Hugging Face checkpoint behind it, or None."""
+  cfg: TransformerConfig
+  nets: Networks
+  params: Params
+  head: str
+  template: templates.Template
+  decode: Any
+  tokenizer: Any
+  source: str | None
+
+
+def load(name: str, head: str | None = None, form: str | None = None) -> Model:
+  """A model by name.
+
+  Args:
+    name: 'hf:FOLDER_OR_HUB_NAME', or the folder of a finished stage, WORKDIR/STAGE.
+    head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint: 'lm').
+    form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint 'plain'.
+  """
+  return _load_hf(name, head or 'lm', form or 'plain') if name.startswith('hf:') else _load_stage(name, head, form)
+
+
+def _load_hf(name: str, head: str, form: str) -> Model:
+  source = name.removeprefix('hf:')
+  sharder = Sharder(make_mesh(devices=jax.devices()[:1]))
+  tokenizer = setups.load_tokenizer(source)
+  cfg = TransformerConfig(**hf.fields(source))
+  if head == 'scalar' and not hf.has_score(source):
+    raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
+  params = hf.load(source, cfg, head, sharder.params)
+  return Model(cfg, transformer.make_networks(cfg), params, head, templates.make(tokenizer, form), tokenizer.decode, tokenizer,
+               source)
+
+
+def _load_stage(name: str, head: str | None, form: str | None) -> Model:
+  folder = pathlib.Path(name)
+  if not checkpoint.is_finished(folder / 'final'):
+    near = sorted(p.parent.parent.name for p in folder.glob('*/final/info.json'))
+    raise FileNotFoundError(f'{name}: no finished stage.' + (f' It has these: {", ".join(near)}; name one, as in {name}/{near[0]}.'
+                                                             if near else " Forms: WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME."))
+  saved = json.loads((folder / 'checkpoints' / 'config.json').read_text())
+  found = checkpoint.load_info(folder / 'final')['head']
+  if head not in (None, found):
+    raise ValueError(f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
+                     f'{"reward model" if head == "scalar" else "policy"}.')
+  config = ml_collections.ConfigDict(saved)
+  config.mesh, config.sharding = dict(data=1, fsdp=1, tensor=1), {k: v for k, v in RULES.items()}
+  if form is not None:
+    config.data.template = form
+  try:
+    setup = setups.for_stage(setups.make_setup(config, folder.parent, jax.devices()[:1]), folder.name)
+  except AttributeError as error:
+    raise ValueError(f'{folder}: its config lacks the entry {error}; another version of alignjax wrote it.') from None
+  cfg = setup.policy_model if found == 'lm' else setup.reward_model
+  source = config.model.get('source')
+  tokenizer = None if setup.world is not None else setups.load_tokenizer(config.data.tokenizer)
+  params = setups.initial_params(setup, f'stage:{folder.name}', found, 0)
+  return Model(cfg, transformer.make_networks(cfg), params, found, setup.template, setup.decode, tokenizer,
+               source and source.removeprefix('hf:'))

