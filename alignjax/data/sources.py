@@ -149,6 +149,8 @@ def _tfds(name: str, kind: str) -> Iterable[tuple[str, Any]]:
   if not name:
     raise ValueError(f'data.{kind}=tfds:{split}: say which split, as in tfds:{split}:train.')
   import tensorflow_datasets as tfds
+
+  from alignjax.data.records import records_dataset_builder
   try:
     if '/' in name and pathlib.Path(name).is_dir():
       builder = tfds.builder_from_directory(name)
@@ -156,11 +158,12 @@ def _tfds(name: str, kind: str) -> Iterable[tuple[str, Any]]:
       builder = tfds.builder(name, file_format='array_record')
       builder.download_and_prepare()
     rows = builder.as_data_source(split)
+    change = records_dataset_builder.restore if 'messages' in builder.info.features else lambda row: row
   except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
     raise ValueError(f'data.{kind}=tfds:{name}:{split} cannot be read ({type(error).__name__}: '
                      f'{str(error).splitlines()[0][:300]}).') from error
   for i in range(len(rows)):
-    yield f'tfds:{name}:{split}, record {i}', _plain(rows[i])
+    yield f'tfds:{name}:{split}, record {i}', change(_plain(rows[i]))
 
 
 def _plain(x: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Our records as a tensorflow-datasets data set: array_record files of many shards with random access, no TensorFlow."""

@@ -1,0 +1,79 @@
+"""Turns raw records into clean splits, as the paper prepared its prompts, and prints what each rule removed.
+
+    python experiments/prepare.py --source=jsonl:raw.jsonl.gz --kind=prompts --out=data/mine
+    python experiments/prepare.py --source=jsonl:hh.jsonl.gz --mapping=hh_rlhf --kind=comparisons --out=data/hh --format=tfds
+
+Writes OUT/train.jsonl.gz, valid.jsonl.gz, test.jsonl.gz, or array_record shards for `tfds:`, and prints the names to put into
+the config. Rules (alignjax/data/hygiene.py): prompts over --max_tokens; the same first --prefix characters; more than
+--per_user prompts of a user_id; splits by user_id; personal data by pattern, in the training split. `none` is off.
+"""
+
+import argparse
+import gzip
+import json
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+if str(HERE.parent) not in sys.path:
+  sys.path.insert(0, str(HERE.parent))
+
+
+def number(text: str) -> int | None:
+  return None if text == 'none' else int(text)
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--source', required=True, help='jsonl:FILE, tfds:..., hf:... (alignjax/data/sources.py)')
+  parser.add_argument('--kind', required=True, choices=('prompts', 'demonstrations', 'comparisons', 'pretrain'))
+  parser.add_argument('--mapping', help='of the fields (alignjax/data/mappings.py)')
+  parser.add_argument('--out', required=True, help='a folder')
+  parser.add_argument('--format', default='jsonl', choices=('jsonl', 'tfds'))
+  parser.add_argument('--shards', type=int, default=1, help='files a split, of --format=tfds')
+  parser.add_argument('--prefix', type=number, default=200, metavar='CHARACTERS', help='default 200; the paper reports none')
+  parser.add_argument('--per_user', type=number, default=200, help='default 200 (paper 3.2)')
+  parser.add_argument('--max_tokens', type=number, default=1000, help='default 1000 (paper C)')
+  parser.add_argument('--tokenizer', help='hf:FOLDER_OR_HUB_NAME that counts tokens; default: words')
+  parser.add_argument('--keep_pii', action='store_true', help='leaves personal data in the training split')
+  parser.add_argument('--shares', default='train=0.9,valid=0.05,test=0.05')
+  parser.add_argument('--seed', type=int, default=0, help='of the split')
+  options = parser.parse_args(argv)
+  try:
+    from alignjax.data import hygiene, sources
+    try:
+      shares = {name: float(share) for name, share in (part.split('=') for part in options.shares.split(','))}
+    except ValueError:
+      raise ValueError(f"--shares={options.shares} has not the form 'train=0.9,valid=0.05,test=0.05'.") from None
+    length = lambda text: len(text.split())
+    if options.tokenizer:
+      from alignjax.stages.setup import load_tokenizer
+      tokenizer = load_tokenizer(options.tokenizer)
+      length = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+    records = sources.read(options.source, options.kind, options.mapping)
+    splits, log = hygiene.clean(records, prefix=options.prefix, per_user=options.per_user, max_tokens=options.max_tokens,
+                                length=length, remove_pii=not options.keep_pii, shares=shares, seed=options.seed)
+    width = max(len(rule) for rule, _, _ in log)
+    for rule, removed, left in log:
+      print(f'{rule.ljust(width)}  removed {removed:>8}  left {left:>8}')
+    for name, rows in splits.items():
+      print(f'{name}: {len(rows)} records, {len({r.get("user_id") for r in rows} - {None})} users')
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.format == 'tfds':
+      from alignjax.data.records import records_dataset_builder
+      folder = records_dataset_builder.store({k: v for k, v in splits.items() if v}, options.kind, out, options.shards)
+      names = [f'tfds:{folder}:{name}' for name, rows in splits.items() if rows]
+    else:
+      names = []
+      for name, rows in splits.items():
+        with gzip.open(out / f'{name}.jsonl.gz', 'wt', encoding='utf-8') as file:
+          file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+        names.append(f'jsonl:{out / name}.jsonl.gz')
+  except (ValueError, FileNotFoundError) as error:
+    raise SystemExit(f'error: {error}') from None
+  print('\n'.join(names))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
