@@ -15,9 +15,23 @@ def positions(mask: jax.Array) -> jax.Array:
   """Position of each token among the real tokens of its row: i32[B,T].
 
   [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. The one place where positions come from, for training, scoring and prefill, so that
-  a padded row is read as the unpadded one (CHECKLIST 5). Pads get 0, which nobody reads.
+  a padded row is read as the unpadded one (CHECKLIST 5). Pads get 0, which nobody reads. In a packed row, whose mask holds
+  document numbers, they begin again in each document: [1, 1, 2, 2, 2, 0] -> [0, 1, 0, 1, 2, 0].
   """
+  if mask.dtype != bool:
+    column = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
+    first = jnp.concatenate([jnp.ones_like(mask[..., :1], bool), mask[..., 1:] != mask[..., :-1]], -1)
+    return jnp.where(mask > 0, column - jax.lax.cummax(jnp.where(first, column, 0), axis=mask.ndim - 1), 0)
   return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def visible(mask: jax.Array) -> jax.Array:
+  """bool[B,T,T]: whether token t may read token s: one before it or itself, no pad, and of the same document in a packed
+  row."""
+  causal = jnp.tril(jnp.ones((mask.shape[-1],) * 2, bool))[None]
+  if mask.dtype == bool:
+    return causal & mask[:, None, :]
+  return causal & (mask[:, :, None] == mask[:, None, :]) & (mask > 0)[:, None, :]
 
 
 def last_live(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0
 def make_schedule(*, steps: int, lr: float, schedule: str, warmup: float, warmup_from: float,
                   final: float) -> Callable:
   """Update number -> learning rate."""
-  warm = int(warmup) if warmup >= 1 or warmup == 0 else max(1, round(warmup * steps))
+  warm = int(warmup) if warmup >= 1 or warmup == 0 else min(max(1, round(warmup * steps)), steps - 1)
   if warm >= steps and warm > 0:
     raise ValueError(f'optimizer.warmup={warmup} is {warm} updates, but the run has only {steps}.')
   if schedule == 'constant':

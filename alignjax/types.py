@@ -46,7 +46,8 @@ class TokenBatch:
 
   Attributes:
     tokens: i32[B,T].
-    mask: bool[B,T], True where a token is real; pads never attend and are never attended to.
+    mask: bool[B,T], True where a token is real; pads never attend and are never attended to. Of packed rows i32[B,T], the
+      number of each token's document in its row from 1 on, 0 on pads: nothing is attended to across documents.
     weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained on. After
       `normalized()` they add up to 1, and the loss is their weighted sum.
   """

@@ -3,10 +3,15 @@
 import gzip
 import json
 
+import fakes
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax import losses, ops
 from alignjax.data import batches, encode, sources
+from alignjax.types import TokenBatch
 
 
 def test_item_3_demonstrations_weigh_the_response_and_its_end():
@@ -103,3 +108,36 @@ def test_no_file_and_no_records(tmp_path):
   (tmp_path / 'empty.jsonl').write_text('\n')
   with pytest.raises(ValueError, match='no records'):
     sources.read(f'jsonl:{tmp_path}/empty.jsonl', 'prompts')
+
+
+def test_packing_by_hand():
+  batch = encode.pack([([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 1]), ([4], [1]), ([1, 2, 3, 4, 5, 6, 7], [1] * 7)], 6, pad=0)
+  assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 4], [1, 2, 3, 4, 5, 6], [7, 0, 0, 0, 0, 0]]
+  assert batch.mask.tolist() == [[1, 1, 1, 2, 2, 3], [1] * 6, [1, 0, 0, 0, 0, 0]]
+  assert batch.weights.tolist() == [[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 1, 1], [0] * 6]
+  assert ops.positions(jnp.asarray(batch.mask)).tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0] * 6]
+  with pytest.raises(ValueError, match='nothing to pack'):
+    encode.pack([], 6, 0)
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'neox'])
+def test_packed_equals_unpacked_in_loss_and_gradients(family, seed):
+  _, nets, params, _ = fakes.model(family)
+  rng = np.random.default_rng(seed)
+  rows = [(rng.integers(1, fakes.VOCAB, n).tolist(), rng.uniform(0, 1, n).tolist()) for n in rng.integers(1, 12, 12)]
+  packed = encode.pack(rows, 24, 0)
+  tokens, mask = encode.right_pad([r for r, _ in rows], 12, 0)
+  weights = np.zeros(tokens.shape, np.float32)
+  for i, (_, w) in enumerate(rows):
+    weights[i, 1:len(w)] = w[1:]
+  assert len(packed.tokens) < len(rows) and packed.mask.max() > 1
+  plain = TokenBatch(tokens, mask, weights)
+
+  def loss(batch):
+    batch = jax.tree.map(jnp.asarray, batch).normalized()
+    return jax.value_and_grad(lambda p: losses.sft({'policy': p}, batch, None, nets=nets)[0])(params)
+
+  (a, da), (b, db) = jax.jit(loss)(plain), jax.jit(loss)(packed)
+  fakes.close(a, b)
+  jax.tree.map(lambda x, y: fakes.close(x, y, rtol=1e-4, atol=1e-5), da, db)

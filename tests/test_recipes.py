@@ -116,7 +116,8 @@ def test_generate_prints_text_and_best_of_is_the_best(workdir, capsys, tmp_path)
 @pytest.mark.slow
 def test_a_session_in_a_pipe_remembers_with_chat(workdir):
   run = subprocess.run([sys.executable, str(ROOT / 'experiments/generate.py'), f'--model={workdir / "sft"}', '--chat',
-                        '--max_tokens=4', '--temperature=0'], input='abc\n/new\nabc\nabc\n\nnever\n', capture_output=True, text=True, check=True)
+                        '--max_tokens=4', '--temperature=0'],
+                       input='abc\n/new\nabc\nabc\n\nnever\n', capture_output=True, text=True, check=True)
   lines = run.stdout.split('\n')
   assert lines[0] == lines[1] and len(lines) >= 3
 

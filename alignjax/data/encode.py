@@ -111,6 +111,39 @@ def documents(texts: Iterable[Sequence[int]], length: int, separator: int) -> To
   return TokenBatch(tokens, np.ones(tokens.shape, bool), weights)
 
 
+def pack(rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int) -> TokenBatch:
+  """(tokens, weights) of documents, several to a row: mask i32 with the number of each token's document (types.TokenBatch).
+
+  A document goes into the first row that has room for it (first fit over the last 64 open rows, in the order given); one
+  longer than `length` is cut into pieces. The first token of each piece predicts from nothing: weight 0.
+  """
+  packed: list[list[tuple[Sequence[int], Sequence[float]]]] = []
+  room: list[int] = []
+  for tokens, weights in rows:
+    for start in range(0, len(tokens), length):
+      piece = tokens[start:start + length], weights[start:start + length]
+      size = len(piece[0])
+      row = next((i for i in range(max(0, len(room) - 64), len(room)) if room[i] >= size), None)
+      if row is None:
+        packed.append([])
+        room.append(length)
+        row = len(room) - 1
+      packed[row].append(piece)
+      room[row] -= size
+  if not packed:
+    raise ValueError('there is nothing to pack into rows.')
+  tokens = np.full((len(packed), length), pad, np.int32)
+  mask, weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
+  for i, pieces in enumerate(packed):
+    at = 0
+    for number, (ids, w) in enumerate(pieces, 1):
+      end = at + len(ids)
+      tokens[i, at:end], mask[i, at:end], weights[i, at:end] = ids, number, w
+      weights[i, at] = 0.0
+      at = end
+  return TokenBatch(tokens, mask, weights)
+
+
 def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
                 ranks: Sequence[Sequence[int]], length: int, k: int, pad: int) -> ComparisonBatch:
   """Prompts i, their responses [i][j] (token lists, with or without an end token) and ranks [i][j] as i32[N,k,length].

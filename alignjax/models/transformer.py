@@ -196,7 +196,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
       raise ValueError(f'{tokens.shape[1]} tokens exceed model.max_length={cfg.max_length}.')
     where = ops.positions(mask)
     angles = rotary_angles(cfg, where)
-    visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None] & mask[:, None, :]
+    visible = ops.visible(mask)
     x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
 
     def layer(x, inputs):

@@ -47,7 +47,12 @@ def check(setup: Setup, name: str) -> None:
 
 
 def ptx_rows(setup: Setup, documents: int, split: str = 'train', length: int | None = None, kind: str | None = None):
-  """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
+  """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens. data.pack: documents do not see each other;
+  else they stand one after the other in full rows, as in GPT-3's training (Brown et al. 2020, appendix B)."""
   texts = records(setup, 'pretrain', documents, split)
   texts = [r['text'] for r in texts if kind is None or r.get('kind') == kind]
-  return encode.documents(map(setup.encode, texts), length or setup.config.data.row_length, setup.template.separator)
+  length, separator = length or setup.config.data.row_length, setup.template.separator
+  if setup.config.data.pack:
+    rows = ([separator, *setup.encode(text)] for text in texts)
+    return encode.pack(((row, [1.0] * len(row)) for row in rows), length, setup.template.pad)
+  return encode.documents(map(setup.encode, texts), length, separator)

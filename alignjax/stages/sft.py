@@ -32,13 +32,17 @@ def build(setup: Setup, name: str) -> Stage:
   rows = [(setup.template.prompt(r['prompt']), [setup.template.response(r['response'])])
           for r in records(setup, 'demonstrations', cfg.demonstrations)]
   pairs = [(prompt, responses[0]) for prompt, responses in fit(setup, 'demonstrations', rows).rows]
-  rows = encode.demonstrations(pairs, setup.length, setup.template.pad, cfg.prompt_weight)
+  if setup.config.data.pack:
+    rows = encode.pack([(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs], setup.length,
+                       setup.template.pad)
+  else:
+    rows = encode.demonstrations(pairs, setup.length, setup.template.pad, cfg.prompt_weight)
 
   # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)
   mixed = round(cfg.pretrain_mix * cfg.batch_size)
   demos = cfg.batch_size - mixed
   text = ptx_rows(setup, cfg.documents, length=setup.length) if mixed else None
-  num_steps = steps_per_epoch(len(pairs), demos, cfg.epochs)
+  num_steps = steps_per_epoch(len(rows.tokens), demos, cfg.epochs)
 
   # 3. the model to start from, its optimizer, cross-entropy
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
@@ -47,7 +51,7 @@ def build(setup: Setup, name: str) -> Stage:
                    key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
 
   def batch(i):
-    out = batches.take(rows, batches.indices(len(pairs), demos, i, seed))
+    out = batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed))
     if mixed:
       extra = batches.take(text, batches.indices(len(text.tokens), mixed, i, (*seed, 1)))
       out = jax.tree.map(lambda a, b: np.concatenate([a, b]), out, extra)

@@ -57,7 +57,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.data = dict(tokenizer='sandbox:', template=config_dict.placeholder(str),  # forms: alignjax/data/templates.py
                 pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:', prompts='sandbox:',
                 mapping=no_mapping(),
-                prompt_length=24, response_length=20, row_length=64, too_long='error')
+                prompt_length=24, response_length=20, row_length=64, too_long='error', pack=False)
   c.model = dict(num_layers=s.layers, d_model=s.width, num_heads=4, max_length=96, positions='rotary', rope_theta=1000.0,
                  embedding_std=0.05, embedding_scale=0.5 * s.width**0.5, tie_embeddings=True, qkv_bias=False)
   c.reward_model = ml_collections.ConfigDict()  # empty: as the policy

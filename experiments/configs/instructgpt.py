@@ -68,7 +68,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
                 demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl',
                 prompts='jsonl:data/prompts.jsonl',
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k
-                too_long='drop', mapping=no_mapping(),
+                too_long='drop', pack=False, mapping=no_mapping(),
                 row_length=2048)  # [ours]: the length of pretraining examples is not reported
   c.model = gpt3(size, dropout=0.2)  # residual dropout in SFT (C.1); RM and PPO run without
   c.reward_model = gpt3('6b')
