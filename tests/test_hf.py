@@ -189,3 +189,14 @@ def test_every_parameter_of_every_family_has_a_place():
     known = {p for t in families.FAMILIES[kind].tensors(cfg) for p in t.paths}
     assert known == set(leaves(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))) and  # noqa: B023
                                hf.load(GOLDEN / name, cfg, 'lm', ONE.params)))
+
+
+@pytest.mark.parametrize('mesh', [(1, 1, 1), (2, 2, 2)])
+def test_every_tensor_is_read_once(mesh, monkeypatch):
+  """However many devices share it: one pass over the files, one tensor at a time."""
+  read, calls = hf.Files.read, []
+  monkeypatch.setattr(hf.Files, 'read', lambda self, name: calls.append(name) or read(self, name))
+  devices = jax.devices()[:int(np.prod(mesh))]
+  sharder = Sharder(make_mesh(*mesh, devices=devices), dict(embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor'))
+  hf.load(GOLDEN / 'llama', config(GOLDEN / 'llama'), 'lm', sharder.params)
+  assert sorted(calls) == sorted(load_file(GOLDEN / 'llama' / 'model.safetensors'))

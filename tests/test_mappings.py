@@ -1,13 +1,18 @@
 """Published data sets to our records: by hand on one record each, on the real files where they are at hand."""
 
 import gzip
+import itertools
 import json
 import os
 import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from alignjax import losses
 from alignjax.data import encode, mappings, sources
+from alignjax.types import ComparisonBatch, Networks
 
 SHARED = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data'))
 TREE = {'prompt': {'text': 'q', 'role': 'prompter', 'replies': [
@@ -166,3 +171,33 @@ def test_the_real_files(kind, path, name, count):
   if not (SHARED / path).exists():
     pytest.skip(f'no {path} under {SHARED}: set ALIGNJAX_DATA')
   assert len(sources.read(f'jsonl:{SHARED / path}', kind, name)) == count
+
+
+def test_k_way_loss_on_real_rankings_equals_six_explicit_pairs():
+  """FineGrainedRLHF's annotators labelled all six pairs of K = 4. Where these agree with one ranking (478 of 500 prompts), one
+  batch element a prompt gives the mean over prompts of -1/6 sum log sigmoid over the labelled pairs, computed here in float64
+  from the labels; made-up scores."""
+  path = SHARED / 'comparisons/finegrained_rlhf/dev_feedback.jsonl.gz'
+  if not path.exists():
+    pytest.skip(f'no {path}: set ALIGNJAX_DATA')
+  raws = [json.loads(line) for line in gzip.open(path, 'rt')]
+  rng = np.random.default_rng(0)
+  values, ranks, expected = [], [], []
+  for raw in raws:
+    order = mappings.finegrained_rlhf(raw)[0]['ranks']
+    labels = list(zip(itertools.combinations(range(4), 2), raw['preference'], strict=True))
+    if any({1: -1, 0: 0, 2: 1}[x] != np.sign(order[i] - order[j]) for (i, j), x in labels):
+      continue
+    r = rng.normal(0, 2, 4)
+    signed = [(r[i] - r[j]) * (1 if x == 1 else -1) for (i, j), x in labels if x]
+    if signed:
+      expected.append(sum(np.log1p(np.exp(-np.array(signed)))) / 6)
+    values.append(r)
+    ranks.append(order)
+  assert len(values) == 478
+  scalar = lambda params, tokens, mask: jnp.repeat(jnp.asarray(np.ravel(values), jnp.float32)[:, None], 2, 1)
+  nets = Networks(logits=None, logprobs=None, scalar=scalar, decoder=None)
+  shape = (len(values), 4, 2)
+  batch = ComparisonBatch(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), jnp.asarray(ranks, jnp.int32), jnp.ones(len(values)))
+  loss, _ = losses.reward_ranking({'reward': None}, batch.normalized(), None, nets=nets)
+  assert float(loss) == pytest.approx(np.mean(expected), rel=1e-5)

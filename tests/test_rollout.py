@@ -91,7 +91,7 @@ def test_item_13_an_integer_reward_is_refused():
     collect(reward_fn=lambda p, pm, r, m, *, nets, frozen: m.sum(-1))
 
 
-def test_missing_end_penalty():
+def test_item_2_the_missing_end_penalty_means_what_the_sampler_means_by_end():
   stops = tuple(range(20))
   punished = collect(stop_ids=stops, missing_end_penalty=1.5, max_tokens=2)
   plain = collect(stop_ids=stops, max_tokens=2)
