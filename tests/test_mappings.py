@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -201,3 +202,25 @@ def test_k_way_loss_on_real_rankings_equals_six_explicit_pairs():
   batch = ComparisonBatch(jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool), jnp.asarray(ranks, jnp.int32), jnp.ones(len(values)))
   loss, _ = losses.reward_ranking({'reward': None}, batch.normalized(), None, nets=nets)
   assert float(loss) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_hub_data_sets_through_the_datasets_library(monkeypatch):
+  asked = []
+
+  class Fake:
+    @staticmethod
+    def load_dataset(name, config, split):
+      asked.append((name, config, split))
+      if name == 'no/such':
+        raise ConnectionError('offline')
+      return [{'instruction': 'i', 'context': '', 'response': 'r', 'category': 'c'}]
+
+  monkeypatch.setitem(sys.modules, 'datasets', Fake)
+  assert sources.read('hf:databricks/dolly:train', 'demonstrations', 'dolly')[0]['prompt'] == 'i'
+  sources.read('hf:a/b/config-1:train[:5%]', 'prompts', 'prompt=instruction')
+  assert asked == [('databricks/dolly', None, 'train'), ('a/b', 'config-1', 'train[:5%]')]
+  with pytest.raises(ValueError, match=r'data.prompts=hf:no/such:train cannot be read \(ConnectionError: offline\)'):
+    sources.read('hf:no/such:train', 'prompts')
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  with pytest.raises(ValueError, match='pip install datasets'):
+    sources.read('hf:a/b:train', 'prompts')

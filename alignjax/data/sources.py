@@ -24,6 +24,7 @@ import gzip
 import inspect
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -144,10 +145,17 @@ def _text(pattern: str, kind: str) -> Iterable[tuple[str, Any]]:
     yield path, {'text': _open(path, kind)}
 
 
+def _name_and_split(text: str, where: str) -> tuple[str, str]:
+  """'NAME:train[:5%]+test' -> ('NAME', 'train[:5%]+test')."""
+  part = r'[\w.-]+(?:\[[^\]]*\])?'
+  found = re.fullmatch(rf'(.+):({part}(?:\+{part})*)', text)
+  if not found:
+    raise ValueError(f'{where}:{text}: say which split, as in {where.partition("=")[2]}:{text}:train.')
+  return found[1], found[2]
+
+
 def _tfds(name: str, kind: str) -> Iterable[tuple[str, Any]]:
-  name, _, split = name.rpartition(':')
-  if not name:
-    raise ValueError(f'data.{kind}=tfds:{split}: say which split, as in tfds:{split}:train.')
+  name, split = _name_and_split(name, f'data.{kind}=tfds')
   import tensorflow_datasets as tfds
 
   from alignjax.data.records import records_dataset_builder
@@ -180,9 +188,7 @@ def _plain(x: Any) -> Any:
 
 
 def _datasets(name: str, kind: str) -> Iterable[tuple[str, Any]]:
-  name, _, split = name.rpartition(':')
-  if not name:
-    raise ValueError(f'data.{kind}=hf:{split}: say which split, as in hf:{split}:train.')
+  name, split = _name_and_split(name, f'data.{kind}=hf')
   try:
     import datasets
   except ModuleNotFoundError:
