@@ -71,3 +71,12 @@ def test_what_does_not_fit_is_named(tokenizer):
     templates.make(bare, 'plain')
   with pytest.raises(ValueError, match='no tokenizer can be read from'):
     load_tokenizer(str(CHAT.parent / 'llama'))
+
+
+def test_what_a_template_puts_before_an_answer_is_part_of_it():
+  """As Mistral's: "[INST] q [/INST] a<end>", with a space that the generation prompt does not have."""
+  tokenizer = load_tokenizer(str(CHAT))
+  tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+                             "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}")
+  template = templates.make(tokenizer, 'chat')
+  assert tokenizer.decode(template.prompt('q') + template.response('a')) == '[INST] q [/INST] a<|im_end|>'

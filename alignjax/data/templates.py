@@ -64,7 +64,10 @@ def _chat(tokenizer: Any, encode: Callable[[str], list[int]], pad: int, eos: int
   render = lambda messages, **kw: tokenizer.apply_chat_template(messages, tokenize=False, **kw)
   question, mark = {'role': 'user', 'content': 'Hello.'}, 'zq7xj'
   whole = render([question, {'role': 'assistant', 'content': mark}])
-  tail = encode(whole.split(mark, 1)[1]) if mark in whole else []
+  before, _, after = whole.partition(mark)
+  tail = encode(after)
+  asked = render([question], add_generation_prompt=True)
+  lead = before[len(asked):] if before.startswith(asked) else ''  # what a template puts before an answer: Mistral's space
   if not tail or tail[0] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
     raise ValueError(f'the chat template of {tokenizer.name_or_path!r} ends an answer with {tail[:3]}, not with a special '
                      'token; nothing would tell the model to stop.')
@@ -73,4 +76,4 @@ def _chat(tokenizer: Any, encode: Callable[[str], list[int]], pad: int, eos: int
     messages = [{'role': 'user', 'content': said}] if isinstance(said, str) else said
     return encode(render(messages, add_generation_prompt=True))
 
-  return Template(prompt, lambda said: [*encode(said), tail[0]], tail[0], pad, eos)
+  return Template(prompt, lambda said: [*encode(lead + said), tail[0]], tail[0], pad, eos)
