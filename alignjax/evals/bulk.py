@@ -74,7 +74,7 @@ def make_likelihood(nets: Networks, put: Callable, rows: int = 128) -> Callable:
 
   @jax.jit
   def run(params, tokens, mask, weights):
-    logits = nets.logits(params, tokens, mask)[:, :-1]
+    logits = nets.logits(params, tokens[:, :-1], mask[:, :-1])
     logprobs, _ = ops.token_logprobs(logits, tokens[:, 1:])
     weights = weights[:, 1:]
     hit = (jnp.argmax(logits, -1) == tokens[:, 1:]) | (weights == 0)

@@ -23,14 +23,16 @@ from alignjax.types import Networks, Params
 
 
 class Model(NamedTuple):
-  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, decode, tokenizer: text <-> tokens (tokenizer None: the
-  sandbox's). source: the Hugging Face checkpoint behind it, or None."""
+  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, encode, decode,
+  tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None."""
   cfg: TransformerConfig
   nets: Networks
   params: Params
   head: str
   template: templates.Template
+  encode: Any
   decode: Any
+  vocabulary: int
   tokenizer: Any
   source: str | None
 
@@ -54,8 +56,8 @@ def _load_hf(name: str, head: str, form: str) -> Model:
   if head == 'scalar' and not hf.has_score(source):
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)
-  return Model(cfg, transformer.make_networks(cfg), params, head, templates.make(tokenizer, form), tokenizer.decode, tokenizer,
-               source)
+  return Model(cfg, transformer.make_networks(cfg), params, head, templates.make(tokenizer, form),
+               lambda text: tokenizer.encode(text, verbose=False), tokenizer.decode, len(tokenizer), tokenizer, source)
 
 
 def _load_stage(name: str, head: str | None, form: str | None) -> Model:
@@ -81,5 +83,6 @@ def _load_stage(name: str, head: str | None, form: str | None) -> Model:
   source = config.model.get('source')
   tokenizer = None if setup.world is not None else setups.load_tokenizer(config.data.tokenizer)
   params = setups.initial_params(setup, f'stage:{folder.name}', found, 0)
-  return Model(cfg, transformer.make_networks(cfg), params, found, setup.template, setup.decode, tokenizer,
+  return Model(cfg, transformer.make_networks(cfg), params, found, setup.template, setup.encode, setup.decode,
+               setup.vocabulary, tokenizer,
                source and source.removeprefix('hf:'))

@@ -41,6 +41,7 @@ class Setup(NamedTuple):
   template: Template
   encode: Callable[[str], list[int]]
   decode: Callable[[Any], str]
+  vocabulary: int
 
   @property
   def prompt_length(self) -> int:
@@ -102,7 +103,7 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, pathlib.Path(workdir), sharder, policy_model, reward_model,
-               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode)
+               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary)
 
 
 def for_stage(setup: Setup, name: str) -> Setup:

@@ -1,0 +1,87 @@
+"""The evaluation harness on our functions: the numbers of its own `hf` backend, and of float64 sums by hand."""
+
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from alignjax.evals import harness
+from alignjax.stages import finished
+
+CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
+TEXTS = [('The cat', ' sat.'), ('', 'Hello there'), ('Question: why?\nAnswer: ', 'because'), ('a' * 60, 'b'), ('x ', ' y' * 20)]
+
+
+@pytest.fixture(scope='module')
+def model():
+  return finished.load(f'hf:{CHAT}')
+
+
+def instances(*args):
+  return [types.SimpleNamespace(args=a) for a in args]
+
+
+@pytest.mark.parametrize('length,most,expected', [(3, 512, 32), (32, 512, 32), (33, 512, 48), (49, 512, 64), (65, 512, 96),
+                                                  (500, 512, 512), (500, 500, 500), (130, 500, 192)])
+def test_buckets(length, most, expected):
+  assert harness.buckets(length, most) == expected
+
+
+def test_scores_are_sums_of_log_probabilities(model):
+  score = harness.scorer(model, logits_bytes=2 * 4 * 33 * model.cfg.vocab_size)  # two rows at a time
+  rng = np.random.default_rng(0)
+  pairs = [(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in zip(rng.integers(1, 40, 9),
+                                                                                              rng.integers(1, 9, 9), strict=True)]
+  for (context, continuation), (value, greedy) in zip(pairs, score(pairs), strict=True):
+    row = np.array([[*context, *continuation]], np.int32)
+    logits = np.asarray(model.nets.logits(model.params, row, row >= 0), np.float64)[0]
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    at = np.arange(len(context) - 1, row.shape[1] - 1)
+    assert value == pytest.approx(logprobs[at, row[0, at + 1]].sum(), rel=1e-4)
+    assert greedy == bool((logits[at].argmax(-1) == row[0, at + 1]).all())
+
+
+def test_greedy_is_true_for_what_greedy_decoding_gives(model):
+  prompt = model.encode('The cat')
+  text = harness.continuations(model, [prompt], max_tokens=6)[0]
+  ids = model.encode(text)
+  if len(ids) == 6:  # bytes that form no character do not come back
+    assert harness.scorer(model)([(prompt, ids)])[0][1]
+  assert not harness.scorer(model)([(prompt, [7, 7, 7])])[0][1]
+
+
+def test_long_inputs_lose_their_left(model):
+  score, most = harness.scorer(model), model.cfg.max_length
+  long = np.random.default_rng(0).integers(0, 256, most + 50).tolist()
+  assert score([(long, [5, 6])])[0][0] == pytest.approx(score([(long[-(most - 1):], [5, 6])])[0][0], rel=1e-5)
+
+
+def test_stop_texts_end_a_continuation(model):
+  whole = harness.continuations(model, [model.encode('abc'), model.encode('a longer prompt than that ' * 3)], max_tokens=16)
+  letter = next(c for c in whole[0] if c.isprintable() and c != '\ufffd')
+  cut = harness.continuations(model, [model.encode('abc')], max_tokens=16, until=(letter,))[0]
+  assert cut == whole[0].split(letter)[0]
+  assert set(harness.stop_tokens(model, ['\n'])) >= {model.template.end, model.encode('\n')[0]}
+  with pytest.raises(ValueError, match='leaves no room'):
+    harness.continuations(model, [[1]], max_tokens=512)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings('ignore')
+def test_the_same_numbers_as_the_hf_backend(model):
+  pytest.importorskip('torch')
+  pytest.importorskip('lm_eval')
+  from lm_eval.models.huggingface import HFLM
+  theirs = HFLM(pretrained=str(CHAT), device='cpu', dtype='float32', batch_size=2)
+  ours = harness.language_model(model)
+  long = ('abc ' * 200, ' tail')
+  for a, b in zip(ours.loglikelihood(instances(*TEXTS, long), disable_tqdm=True),
+                  theirs.loglikelihood(instances(*TEXTS, long), disable_tqdm=True), strict=True):
+    assert a[0] == pytest.approx(b[0], abs=1e-3) and a[1] == b[1]
+  documents = instances(('one document of text',), ('lorem ipsum ' * 100,))
+  for a, b in zip(ours.loglikelihood_rolling(documents), theirs.loglikelihood_rolling(documents, disable_tqdm=True), strict=True):
+    assert a == pytest.approx(b, abs=2e-3)
+  asked = {'until': ['\n'], 'max_gen_toks': 12, 'do_sample': False}
+  requests = instances(('Q: a?\nA:', asked), ('The quick', asked))
+  assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
