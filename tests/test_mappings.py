@@ -119,6 +119,19 @@ def test_sources_that_cannot_be(source, words):
     sources.read(source, 'prompts')
 
 
+def test_several_sources_follow_each_other(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"question": "one"}')
+  (tmp_path / 'b.jsonl').write_text('{"prompt": "two"}')
+  both = f'jsonl:{tmp_path}/a.jsonl; jsonl:{tmp_path}/b.jsonl'
+  assert [r['prompt'] for r in sources.read(both, 'prompts', 'prompt=question;')] == ['one', 'two']
+  (tmp_path / 'b.jsonl').write_text('{"question": "two"}')
+  assert [r['prompt'] for r in sources.read(both, 'prompts', 'prompt=question')] == ['one', 'two']
+  with pytest.raises(ValueError, match='has 3 mappings for the 2 sources'):
+    sources.read(both, 'prompts', ';;')
+  with pytest.raises(ValueError, match="b.jsonl, line 1: field 'prompt' is missing"):
+    sources.read(both, 'prompts', 'prompt=question;')
+
+
 def test_broken_files_are_named(tmp_path):
   (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 50)[:30])
   with pytest.raises(ValueError, match=r'x.jsonl.gz: not a whole gzip file'):

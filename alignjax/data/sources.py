@@ -6,7 +6,8 @@
   hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed
   sandbox:                         the embedded world (stages/setup.py)
 
-and c.data.mapping.KIND says how its fields become ours (mappings.py); without one they must have our names:
+or several of them with ';' between: all records of the first, then of the second. c.data.mapping.KIND says how their fields
+become ours (mappings.py), one mapping for all or one for each, again with ';' between; without one they must have our names:
 
   demonstrations  {"prompt", "response"}                                  [, "user_id", "use_case"]
   comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id", "use_case"]
@@ -50,6 +51,15 @@ def read(source: str, kind: str, mapping: str | None = None) -> list[dict[str, A
     kind: 'demonstrations', 'comparisons', 'prompts' or 'pretrain'.
     mapping: c.data.mapping.KIND.
   """
+  names, changes = ([part.strip() for part in text.split(';')] for text in (source, mapping or ''))
+  if len(changes) not in (1, len(names)):
+    raise ValueError(f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources of '
+                     f'data.{kind}={source!r}: one for all or one for each.')
+  changes = changes * len(names) if len(changes) == 1 else changes
+  return [record for name, change in zip(names, changes, strict=True) for record in _read_one(name, kind, change)]
+
+
+def _read_one(source: str, kind: str, mapping: str) -> list[dict[str, Any]]:
   form, _, rest = source.partition(':')
   readers = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)
   if form not in readers or not rest:
