@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignjax import losses, ops
-from alignjax.data import batches, encode, sources
+from alignjax.data import batches, encode, sources, text
 from alignjax.types import TokenBatch
 
 
@@ -105,9 +105,47 @@ def test_broken_lines_are_named(tmp_path, kind, line, words):
 def test_no_file_and_no_records(tmp_path):
   with pytest.raises(FileNotFoundError, match='no such file'):
     sources.read(f'jsonl:{tmp_path}/x.jsonl', 'prompts')
+  (tmp_path / 'three.jsonl').write_text('{"prompt": "a"}\n{"prompt": "b"}\nbroken')
+  assert [r['prompt'] for r in sources.read(f'jsonl:{tmp_path}/three.jsonl', 'prompts', most=2)] == ['a', 'b']
   (tmp_path / 'empty.jsonl').write_text('\n')
   with pytest.raises(ValueError, match='no records'):
     sources.read(f'jsonl:{tmp_path}/empty.jsonl', 'prompts')
+
+
+@pytest.mark.parametrize('documents,rows,expected', [(100, 64, 1), (512, 64, 2), (40_000, 256, 64), (10**6, 6, 2), (10**6, 7, 1)])
+def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
+  assert text.shards(documents, rows) == expected
+
+
+@pytest.mark.parametrize('pack', [False, True])
+@pytest.mark.parametrize('processes', [2, 4])
+def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, processes):
+  """Processes 0..P-1 together give the batch of one process, and no document is read by two of them."""
+  count, rows, read = 2048, 8, []
+  source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
+  to_rows = lambda texts: text.rows_of(texts, lambda t: [int(c) for c in t], 13, 10, 0, pack)
+  make = lambda: text.mix(source, None, rows, to_rows, (3, 1))
+  whole, positions = make(), np.arange(rows)
+  expected = [whole(step, positions) for step in range(30)]
+  assert sorted(read) == list(range(count))
+  seen = []
+  for own in np.split(positions, processes):
+    read.clear()
+    part = make()
+    for step in (0, 1, 29):
+      jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[own]), part(step, own), expected[step])  # noqa: B023
+    seen += read
+  assert sorted(seen) == list(range(count))
+
+
+def test_text_rows_come_once_an_epoch_and_blank_documents_never():
+  source = sources.Source(6, lambda i: [{'text': ' ' if i == 2 else str(i) * 3}])
+  to_rows = lambda texts: text.rows_of(texts, lambda t: [int(c) for c in t], 4, 9, 0, False)
+  batch = text.mix(source, None, 1, to_rows, (0,))
+  epochs = [[batch(5 * e + i, np.arange(1)).tokens.tolist()[0] for i in range(5)] for e in range(3)]
+  assert all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs) and epochs[0] != epochs[1]
+  first = text.mix(source, 4, 1, to_rows, (0,))
+  assert {first(i, np.arange(1)).tokens[0, 1] for i in range(9)} == {0, 1, 3}
 
 
 def test_packing_by_hand():

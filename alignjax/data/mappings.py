@@ -29,18 +29,18 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
     return None
   if '=' in name:
     pairs = [part.partition('=')[::2] for part in name.split(',')]
-    return functools.partial(_rename, names={ours.strip(): theirs.strip() for ours, theirs in pairs})
+    return functools.partial(rename, names={ours.strip(): theirs.strip() for ours, theirs in pairs})
   if ':' in name:
     from alignjax import plugins
     return plugins.find(name, where)
   known = sorted(k for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and
-                 not k.startswith('_') and k != 'find')
+                 not k.startswith('_') and k not in ('find', 'rename'))
   if name not in known:
     raise ValueError(f"{where}={name!r} is none of {', '.join(known)}, nor 'module:function', nor 'ours=theirs,...'.")
   return getattr(importlib.import_module(__name__), name)
 
 
-def _rename(raw: dict, *, names: dict[str, str]) -> Records:
+def rename(raw: dict, *, names: dict[str, str]) -> Records:
   return [{ours: raw[theirs] for ours, theirs in names.items()}]
 
 

@@ -20,14 +20,17 @@ A prompt is a string, or a list of messages {"role", "content"} for the chat tem
 
 from __future__ import annotations
 
+import bisect
+import functools
 import glob
 import gzip
 import inspect
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -43,23 +46,46 @@ FIELDS = dict(
 FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT or sandbox:'
 
 
-def read(source: str, kind: str, mapping: str | None = None) -> list[dict[str, Any]]:
-  """All records of a source, checked. Errors name the file and line (or the source and index) and the field.
+class Source(NamedTuple):
+  """count: raw records; records(i): those of ours that the i-th of them becomes, checked, read when asked for: of an
+  array_record file that one alone, so that a process reads its share."""
+  count: int
+  records: Callable[[int], list[dict[str, Any]]]
+
+
+def read(source: str, kind: str, mapping: str | None = None, most: int | None = None) -> list[dict[str, Any]]:
+  """The records of a source, all or the first `most`. Errors name the file and line (or the source and index) and the field.
 
   Args:
     source: see the top of this file.
     kind: 'demonstrations', 'comparisons', 'prompts' or 'pretrain'.
     mapping: c.data.mapping.KIND.
   """
+  opened = open_source(source, kind, mapping)
+  records = list(itertools.islice((r for i in range(opened.count) for r in opened.records(i)), most))
+  if not records:
+    raise ValueError(f'data.{kind}={source!r}: no records' + (f' left by data.mapping.{kind}={mapping!r}.' if mapping else '.'))
+  return records
+
+
+def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
+  """A source to read from by index."""
   names, changes = ([part.strip() for part in text.split(';')] for text in (source, mapping or ''))
   if len(changes) not in (1, len(names)):
     raise ValueError(f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources of '
                      f'data.{kind}={source!r}: one for all or one for each.')
   changes = changes * len(names) if len(changes) == 1 else changes
-  return [record for name, change in zip(names, changes, strict=True) for record in _read_one(name, kind, change)]
+  parts = [_open_one(name, kind, change) for name, change in zip(names, changes, strict=True)]
+  starts = list(itertools.accumulate((part.count for part in parts), initial=0))
+
+  def records(i):
+    which = bisect.bisect_right(starts, i) - 1
+    return parts[which].records(i - starts[which])
+
+  return Source(starts[-1], records)
 
 
-def _read_one(source: str, kind: str, mapping: str) -> list[dict[str, Any]]:
+def _open_one(source: str, kind: str, mapping: str) -> Source:
   form, _, rest = source.partition(':')
   readers = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)
   if form not in readers or not rest:
@@ -67,12 +93,14 @@ def _read_one(source: str, kind: str, mapping: str) -> list[dict[str, Any]]:
   change = mappings.find(mapping, f'data.mapping.{kind}')
   folder = pathlib.Path(rest).parent
   if change is not None and 'beside' in inspect.signature(change).parameters:
-    function = change
-    change = lambda raw: function(raw, beside=folder)
-  records = [r for where, raw in readers[form](rest, kind) for r in convert(raw, kind, where, change)]
-  if not records:
-    raise ValueError(f'data.{kind}={source!r}: no records' + (f' left by data.mapping.{kind}={mapping!r}.' if mapping else '.'))
-  return records
+    change = functools.partial(change, beside=folder)
+  count, get = readers[form](rest, kind)
+
+  def records(i):
+    where, raw = get(i)
+    return convert(raw, kind, where, change)
+
+  return Source(count, records)
 
 
 def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[dict[str, Any]]:
@@ -84,10 +112,15 @@ def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> 
     try:
       made = change(raw)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-      name = getattr(change, '__name__', 'ours=theirs')
+      name = mapping_name(change)
       raise ValueError(f'{where}: the mapping {name!r} does not fit this record, which has {sorted(raw)} '
                        f'({type(error).__name__}: {error}).') from error
   return [check(record, kind, where) for record in made]
+
+
+def mapping_name(change: Callable) -> str:
+  change = getattr(change, 'func', change)
+  return 'ours=theirs' if change is mappings.rename else change.__name__
 
 
 def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
@@ -138,21 +171,27 @@ def _open(path: str, kind: str) -> str:
     raise ValueError(f'{path}: not UTF-8 (byte {error.start}).') from error
 
 
-def _jsonl(path: str, kind: str) -> Iterable[tuple[str, Any]]:
-  for number, line in enumerate(_open(path, kind).split('\n'), 1):
-    if line.strip():
-      where = f'{path}, line {number}'
-      try:
-        yield where, json.loads(line)
-      except json.JSONDecodeError as error:
-        raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}).') from error
+Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # how many, and the i-th with where it stands
 
 
-def _text(pattern: str, kind: str) -> Iterable[tuple[str, Any]]:
+def _jsonl(path: str, kind: str) -> Raw:
+  lines = [(n, line) for n, line in enumerate(_open(path, kind).split('\n'), 1) if line.strip()]
+
+  def get(i):
+    where = f'{path}, line {lines[i][0]}'
+    try:
+      return where, json.loads(lines[i][1])
+    except json.JSONDecodeError as error:
+      raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}).') from error
+
+  return len(lines), get
+
+
+def _text(pattern: str, kind: str) -> Raw:
   if kind != 'pretrain':
     raise ValueError(f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.')
-  for path in sorted(glob.glob(pattern)) if '*' in pattern else [pattern]:
-    yield path, {'text': _open(path, kind)}
+  paths = sorted(glob.glob(pattern)) if '*' in pattern else [pattern]
+  return len(paths), lambda i: (paths[i], {'text': _open(paths[i], kind)})
 
 
 def _name_and_split(text: str, where: str) -> tuple[str, str]:
@@ -164,7 +203,7 @@ def _name_and_split(text: str, where: str) -> tuple[str, str]:
   return found[1], found[2]
 
 
-def _tfds(name: str, kind: str) -> Iterable[tuple[str, Any]]:
+def _tfds(name: str, kind: str) -> Raw:
   name, split = _name_and_split(name, f'data.{kind}=tfds')
   import tensorflow_datasets as tfds
 
@@ -180,8 +219,7 @@ def _tfds(name: str, kind: str) -> Iterable[tuple[str, Any]]:
   except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
     raise ValueError(f'data.{kind}=tfds:{name}:{split} cannot be read ({type(error).__name__}: '
                      f'{str(error).splitlines()[0][:300]}).') from error
-  for i in range(len(rows)):
-    yield f'tfds:{name}:{split}, record {i}', change(_plain(rows[i]))
+  return len(rows), lambda i: (f'tfds:{name}:{split}, record {i}', change(_plain(rows[i])))
 
 
 def _plain(x: Any) -> Any:
@@ -197,7 +235,7 @@ def _plain(x: Any) -> Any:
   return x.decode('utf-8') if isinstance(x, bytes) else x
 
 
-def _datasets(name: str, kind: str) -> Iterable[tuple[str, Any]]:
+def _datasets(name: str, kind: str) -> Raw:
   name, split = _name_and_split(name, f'data.{kind}=hf')
   try:
     import datasets
@@ -210,5 +248,4 @@ def _datasets(name: str, kind: str) -> Iterable[tuple[str, Any]]:
   except Exception as error:  # noqa: BLE001
     raise ValueError(f'data.{kind}=hf:{name}:{split} cannot be read ({type(error).__name__}: '
                      f'{str(error).splitlines()[0][:300]}).') from error
-  for i, row in enumerate(rows):
-    yield f'hf:{name}:{split}, record {i}', row
+  return len(rows), lambda i: (f'hf:{name}:{split}, record {i}', rows[i])

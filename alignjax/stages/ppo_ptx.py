@@ -15,7 +15,7 @@ import numpy as np
 from alignjax import ops, plugins, steps
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
-from alignjax.stages.pretrain import ptx_rows
+from alignjax.stages.pretrain import text_mix
 from alignjax.stages.setup import (
   Setup,
   Stage,
@@ -104,7 +104,7 @@ def build(setup: Setup, name: str) -> Stage:
   prompt_records = [prompt_records[i] for i in fitted.index]
   prompts = encode.left_pad([prompt for prompt, _ in fitted.rows], setup.prompt_length, setup.template.pad)
   rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
-  text = ptx_rows(setup, cfg.ptx.documents) if rows_per_step else None
+  text = text_mix(setup, cfg.ptx.documents, rows_per_step, (*seed, 1)) if rows_per_step else None
 
   # policy and value to train, reference and reward model to keep
   load = lambda role, head: initial_params(setup, cfg.init[role], head, seed_of(f'{name}/{role}'))
@@ -136,14 +136,13 @@ def build(setup: Setup, name: str) -> Stage:
     chosen = batches.take(prompts, index)
     if text is None:
       return (*setup.sharder.put(chosen), None)
-    rows = batches.local_slice(batches.indices(len(text.tokens), rows_per_step, i, (*seed, 1)))
-    return setup.sharder.put((*chosen, batches.take(text, rows)))
+    return setup.sharder.put((*chosen, text(i, batches.local_slice(np.arange(rows_per_step)))))
 
   def observe(i, state, rollout):
     index = np.repeat(batches.indices(len(prompt_records), prompts_per_step, i, seed), cfg.rollout.samples_per_prompt)
     return look(setup, [prompt_records[j] for j in index], rollout)
 
-  tokens = cfg.rollout.episodes * setup.length + (text.tokens.shape[1] * rows_per_step if text else 0)
+  tokens = cfg.rollout.episodes * setup.length + setup.config.data.row_length * rows_per_step
   return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations, tokens,
                finish=lambda state: (state.ema if cfg.keep == 'ema' else state.params['policy'], {'head': 'lm'}),
                observe=observe)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from alignjax import plugins
-from alignjax.data import batches, encode
+from alignjax.data import batches, text
 from alignjax.stages.setup import (
   Setup,
   Stage,
@@ -11,6 +13,7 @@ from alignjax.stages.setup import (
   initial_params,
   make_optimizer,
   make_state,
+  open_source,
   records,
   seed_of,
   stage_key,
@@ -23,7 +26,7 @@ def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
 
   # 1. documents, one after the other, cut into full rows; every token is trained on
-  rows = ptx_rows(setup, cfg.documents)
+  rows = text_rows(setup, [r['text'] for r in records(setup, 'pretrain', cfg.documents)])
   num_steps = steps_per_epoch(len(rows.tokens), cfg.batch_size, cfg.epochs)
 
   # 2. a fresh (or given) language model and its optimizer
@@ -46,13 +49,13 @@ def check(setup: Setup, name: str) -> None:
   check_functions(setup.config.stages[name], f'stages.{name}')
 
 
-def ptx_rows(setup: Setup, documents: int, split: str = 'train', length: int | None = None, kind: str | None = None):
-  """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens. data.pack: documents do not see each other;
-  else they stand one after the other in full rows, as in GPT-3's training (Brown et al. 2020, appendix B)."""
-  texts = records(setup, 'pretrain', documents, split)
-  texts = [r['text'] for r in texts if kind is None or r.get('kind') == kind]
-  length, separator = length or setup.config.data.row_length, setup.template.separator
-  if setup.config.data.pack:
-    rows = ([separator, *setup.encode(text)] for text in texts)
-    return encode.pack(((row, [1.0] * len(row)) for row in rows), length, setup.template.pad)
-  return encode.documents(map(setup.encode, texts), length, separator)
+def text_rows(setup: Setup, texts: list[str], length: int | None = None):
+  """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
+  return text.rows_of(texts, setup.encode, length or setup.config.data.row_length, setup.template.separator,
+                      setup.template.pad, setup.config.data.pack)
+
+
+def text_mix(setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None) -> Callable:
+  """batch(step, positions) of pretraining rows, for a stage that mixes `rows` of them into every step."""
+  return text.mix(open_source(setup, 'pretrain', documents), documents, rows,
+                  lambda texts: text_rows(setup, texts, length), seed)

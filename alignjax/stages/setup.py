@@ -152,7 +152,15 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
     from alignjax import sandbox
     make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
     return make(setup.world, count, split)
-  return sources.read(source, kind, setup.config.data.mapping[kind])[:count]
+  return sources.read(source, kind, setup.config.data.mapping[kind], count)
+
+
+def open_source(setup: Setup, kind: str, count: int | None) -> sources.Source:
+  """data.<kind> to read from by index."""
+  if setup.config.data[kind] == 'sandbox:':
+    made = records(setup, kind, count)
+    return sources.Source(len(made), lambda i: [made[i]])
+  return sources.open_source(setup.config.data[kind], kind, setup.config.data.mapping[kind])
 
 
 def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:

@@ -7,7 +7,7 @@ import numpy as np
 
 from alignjax import plugins
 from alignjax.data import batches, encode
-from alignjax.stages.pretrain import ptx_rows
+from alignjax.stages.pretrain import text_mix
 from alignjax.stages.setup import (
   Setup,
   Stage,
@@ -41,7 +41,7 @@ def build(setup: Setup, name: str) -> Stage:
   # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)
   mixed = round(cfg.pretrain_mix * cfg.batch_size)
   demos = cfg.batch_size - mixed
-  text = ptx_rows(setup, cfg.documents, length=setup.length) if mixed else None
+  text = text_mix(setup, cfg.documents, mixed, (*seed, 1), setup.length) if mixed else None
   num_steps = steps_per_epoch(len(rows.tokens), demos, cfg.epochs)
 
   # 3. the model to start from, its optimizer, cross-entropy
@@ -51,11 +51,11 @@ def build(setup: Setup, name: str) -> Stage:
                    key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
 
   def batch(i):
-    out = batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed))
-    if mixed:
-      extra = batches.take(text, batches.indices(len(text.tokens), mixed, i, (*seed, 1)))
-      out = jax.tree.map(lambda a, b: np.concatenate([a, b]), out, extra)
-    return setup.sharder.put(batches.take(out, batches.local_slice(np.arange(cfg.batch_size))))
+    own = batches.local_slice(np.arange(cfg.batch_size))  # of the batch's rows: demonstrations first, then text
+    parts = [batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])]
+    if own[-1] >= demos:
+      parts.append(text(i, own[own >= demos] - demos))
+    return setup.sharder.put(jax.tree.map(lambda *x: np.concatenate(x), *parts))
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}))

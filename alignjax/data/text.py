@@ -1,0 +1,66 @@
+"""Pretraining text as rows, and the rows of each batch of a mix.
+
+Documents are dealt out to shards, document i to shard i mod n; each shard becomes rows of its own in an order of its own,
+and a position of the batch always takes from the same shard. So a process, which holds some positions of every batch,
+reads the documents of their shards alone (of array_record files it touches no other), and yet the data do not depend on
+the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from alignjax.data import batches, encode
+from alignjax.data.sources import Source
+from alignjax.types import TokenBatch
+
+
+def rows_of(texts: Sequence[str], to_ids: Callable[[str], list[int]], length: int, separator: int, pad: int,
+            pack: bool) -> TokenBatch:
+  """Rows of `length` tokens, each document after a separator. pack: documents do not see each other; else they stand one
+  after the other in full rows, as in GPT-3's training (Brown et al. 2020, appendix B)."""
+  ids = (to_ids(text) for text in texts if text.strip())
+  if not pack:
+    return encode.documents(ids, length, separator)
+  return encode.pack(((row, [1.0] * len(row)) for row in ([separator, *i] for i in ids)), length, pad)
+
+
+def shards(documents: int, rows: int, most: int = 64, least: int = 256) -> int:
+  """Into how many shards documents are dealt for batches of `rows`: a power of two that divides the rows, with at least
+  `least` documents a shard."""
+  n = 1
+  while rows % (2 * n) == 0 and 2 * n <= most and documents >= 2 * n * least:
+    n *= 2
+  return n
+
+
+def mix(source: Source, documents: int | None, rows: int, to_rows: Callable[[list[str]], TokenBatch],
+        seed: Sequence[int]) -> Callable[[int, np.ndarray], TokenBatch]:
+  """-> batch(step, positions): the rows at these positions (ascending, of 0..rows-1) of batch `step`.
+
+  Args:
+    documents: how many of the source's; None = all.
+    rows: of a whole batch, over all processes.
+    to_rows: texts -> rows.
+  """
+  count = source.count if documents is None else min(documents, source.count)
+  n = shards(count, rows)
+  held: dict[int, TokenBatch] = {}
+
+  def shard(number):
+    if number not in held:
+      held[number] = to_rows([r['text'] for i in range(number, count, n) for r in source.records(i)])
+    return held[number]
+
+  def batch(step, positions):
+    size, out = rows // n, []
+    for number in np.unique(positions // size).tolist():
+      own = positions[positions // size == number] - number * size
+      made = shard(number)
+      out.append(batches.take(made, batches.indices(len(made.tokens), size, step, (*seed, number))[own]))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *out)
+
+  return batch
