@@ -1,0 +1,240 @@
+"""The table of evaluations: tasks over models, kept by (checkpoint, task, protocol), with intervals and differences.
+
+A task is a function
+
+    task(model, *, data, limit, seed, keep, **options) -> list[Cell]
+
+of a finished.Model, named in TASKS or, a fork's, as 'module:function'. data: its file or folder, or None for the hub; limit:
+items at most, or None; keep: a folder for what is dear and must survive an interruption (continuations, judgments), which
+belongs to this checkpoint and protocol alone. Options are keyword arguments of its own. Layout: the paper's Table 14.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from alignjax import plugins
+from alignjax.evals.stats import interval
+
+
+class Cell(NamedTuple):
+  """What a task measured, one value an item, before it is averaged.
+
+  Attributes:
+    metric: 'accuracy', 'F1', 'entropy (bits)', ...
+    prompt: the variant: 'zero-shot', 'respectful', ...; '' where there is one only.
+    values: a JSON value an item; numbers where they are averaged. None = not measured (a judge refused).
+    items: a name an item, the same for every model, so that differences are paired.
+    clusters: items of the same label are resampled together (questions of a passage); None: each on its own.
+    better: 'higher', 'lower' or '' (neither: an entropy).
+    aggregate: None: the mean; 'module:function' of a list of values -> float for what is no mean (BLEU).
+  """
+  metric: str
+  prompt: str
+  values: list
+  items: list[str]
+  clusters: list[str] | None = None
+  better: str = 'higher'
+  aggregate: str | None = None
+
+
+TASKS: dict[str, str] = {}
+
+
+def find_task(name: str) -> Callable:
+  """The function of a task. An unknown name is an error with the nearest ones."""
+  if ':' in name:
+    return plugins.find(name, f'--tasks={name}')
+  if name not in TASKS:
+    near = difflib.get_close_matches(name, TASKS, 3)
+    raise ValueError(f'there is no task {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '.') +
+                     f' Tasks: {", ".join(TASKS)}; a task of your own: module:function.')
+  return plugins.find(TASKS[name], f'--tasks={name}')
+
+
+def fingerprint(params: Any) -> str:
+  """A hash of the weights themselves: the same checkpoint under another path is the same."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = np.asarray(leaf)
+    digest.update(f'{jax.tree_util.keystr(path)}{array.shape}{array.dtype}'.encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8))
+  return digest.hexdigest()[:16]
+
+
+def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int, options: Mapping[str, Any],
+             template: str) -> dict[str, Any]:
+  """What decides a task's result besides the weights, as JSON values. Of a file its contents count, not its name."""
+  path = pathlib.Path(data) if data else None
+  if path is not None and not path.exists():
+    raise FileNotFoundError(f'--data: {name}={data}: no such file or folder.')
+  files = sorted(p for p in path.rglob('*') if p.is_file()) if path and path.is_dir() else [path] if path else []
+  contents = hashlib.sha256(b''.join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:16] if files else None
+  return dict(task=f'{task.__module__}:{getattr(task, "__name__", task)}', name=name, data=contents, limit=limit, seed=seed,
+              options=dict(options), template=template)
+
+
+def run_task(name: str, model: Any, model_hash: str, out: pathlib.Path, *, data: str | None = None, limit: int | None = None,
+             seed: int = 0, options: Mapping[str, Any] | None = None, template: str = '') -> tuple[list[Cell], bool]:
+  """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all."""
+  task = find_task(name)
+  options = dict(options or {})
+  takes = inspect.signature(task).parameters
+  for key in options:
+    if key not in takes:
+      own = [k for k in takes if k not in ('model', 'data', 'limit', 'seed', 'keep')]
+      raise ValueError(f'--options: {name}.{key}: the task {name!r} takes {", ".join(own) or "no options"}.')
+  described = protocol(name, task, data, limit, seed, options, template)
+  key = hashlib.sha256(json.dumps([described, model_hash], sort_keys=True).encode()).hexdigest()[:16]
+  safe = name.replace(':', '.')
+  path = out / 'cells' / f'{safe}-{key}.json'
+  if path.exists():
+    return [Cell(**c) for c in json.loads(path.read_text())['cells']], True
+  keep = out / 'kept' / f'{safe}-{key}'
+  keep.mkdir(parents=True, exist_ok=True)
+  began = time.perf_counter()
+  cells = task(model, data=data, limit=limit, seed=seed, keep=keep, **options)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(json.dumps(dict(protocol=described, weights=model_hash, seconds=round(time.perf_counter() - began, 1),
+                                       cells=[c._asdict() for c in cells])))
+  os.replace(temporary, path)
+  return cells, False
+
+
+def figure(cell: Cell) -> dict[str, Any]:
+  """{'mean', 'ci95', 'n'} of a cell."""
+  if cell.aggregate is None:
+    return interval(_numbers(cell.values), cell.clusters)
+  return _bootstrap(lambda rows: _aggregate(cell)([cell.values[i] for i in rows]), len(cell.values), cell.clusters)
+
+
+def difference(cell: Cell, base: Cell) -> dict[str, Any]:
+  """The same of cell - base, over the items that both have: what alignment cost or brought."""
+  where = {name: i for i, name in enumerate(base.items)}
+  pairs = [(i, where[name]) for i, name in enumerate(cell.items) if name in where]
+  clusters = None if cell.clusters is None else [cell.clusters[i] for i, _ in pairs]
+  if cell.aggregate is None:
+    mine, other = _numbers(cell.values), _numbers(base.values)
+    return interval([mine[i] - other[j] for i, j in pairs], clusters)
+  of = _aggregate(cell)
+  return _bootstrap(lambda rows: of([cell.values[pairs[r][0]] for r in rows]) - of([base.values[pairs[r][1]] for r in rows]),
+                    len(pairs), clusters)
+
+
+def _aggregate(cell: Cell) -> Callable[[list], float]:
+  module, name = cell.aggregate.split(':')
+  return getattr(importlib.import_module(module), name)
+
+
+def _numbers(values: Sequence) -> np.ndarray:
+  return np.array([np.nan if v is None else v for v in values], float)
+
+
+def _bootstrap(statistic: Callable[[np.ndarray], float], count: int, clusters: Sequence | None,
+               resamples: int = 200) -> dict[str, Any]:
+  """Percentiles of a statistic of rows, resampled by cluster."""
+  if count == 0:
+    return {'mean': None, 'ci95': [None, None], 'n': 0}
+  rng = np.random.default_rng(0)
+  labels = np.arange(count) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+  members = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
+  draws = [statistic(np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])) for _ in range(resamples)]
+  low, high = np.percentile(draws, [2.5, 97.5])
+  return {'mean': float(statistic(np.arange(count))), 'ci95': [float(low), float(high)], 'n': count}
+
+
+def assemble(measured: Mapping[str, Mapping[str, list[Cell]]], baseline: str) -> list[dict[str, Any]]:
+  """Rows of the table: [{'task', 'metric', 'prompt', 'better', 'models': {name: figure + 'difference'}}].
+
+  measured: task -> model -> cells. baseline: the model that differences are taken to.
+  """
+  rows = []
+  for task, by_model in measured.items():
+    kinds = list(dict.fromkeys((c.metric, c.prompt) for cells in by_model.values() for c in cells))
+    for metric, prompt in kinds:
+      cells = {m: next(c for c in cs if (c.metric, c.prompt) == (metric, prompt)) for m, cs in by_model.items()
+               if any((c.metric, c.prompt) == (metric, prompt) for c in cs)}
+      models = {m: figure(c) for m, c in cells.items()}
+      for m, c in cells.items():
+        if m != baseline and baseline in cells:
+          models[m]['difference'] = difference(c, cells[baseline])
+      rows.append(dict(task=task, metric=metric, prompt=prompt, better=next(iter(cells.values())).better, models=models))
+  return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str) -> str:
+  """The table in the layout of the paper's Table 14, then the differences to the baseline."""
+  head = lambda names: ['| task | metric | prompt | ' + ' | '.join(names) + ' |', '|---' * (3 + len(names)) + '|']
+  lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
+  for row in rows:
+    lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
+                 ' | '.join(_cell(row['models'].get(m), True) for m in models) + ' |')
+  others = [m for m in models if m != baseline]
+  if others:
+    lines += ['', f'## Difference to {baseline}', '', 'Paired by item; bold where the interval leaves out 0.', '', *head(others)]
+    for row in rows:
+      found = [row['models'].get(m, {}).get('difference') for m in others]
+      lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
+                   ' | '.join(_bold(f) for f in found) + ' |')
+  return '\n'.join([*lines, ''])
+
+
+def _arrow(better: str) -> str:
+  return {'higher': ' ↑', 'lower': ' ↓'}.get(better, '')
+
+
+def _cell(figure: Mapping[str, Any] | None, count: bool = False) -> str:
+  if not figure or figure['mean'] is None:
+    return ''
+  low, high = figure['ci95']
+  return f'{figure["mean"]:.3f} [{low:.3f}, {high:.3f}]' + (f' ({figure["n"]})' if count else '')
+
+
+def _bold(figure: Mapping[str, Any] | None) -> str:
+  text = _cell(figure)
+  return f'**{text}**' if text and (figure['ci95'][0] > 0 or figure['ci95'][1] < 0) else text
+
+
+def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: pathlib.Path) -> None:
+  """The differences to the baseline as points with intervals, a line a row of the table and one scale a metric: the tax at a
+  glance. Where there is one model alone, its figures."""
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  metrics = list(dict.fromkeys(row['metric'] for row in rows))
+  shown = [m for m in models if m != baseline] or list(models)
+  pick = lambda row, m: row['models'].get(m, {}).get('difference') if len(models) > 1 else row['models'].get(m)
+  groups = [[row for row in rows if row['metric'] == metric] for metric in metrics]
+  figure, axes = plt.subplots(len(metrics), 1, figsize=(8, 0.8 * len(metrics) + 0.35 * len(rows) + 0.6), constrained_layout=True,
+                              squeeze=False, height_ratios=[len(g) + 1 for g in groups])
+  colors = plt.get_cmap('tab10')
+  for axis, metric, group in zip(axes[:, 0], metrics, groups, strict=True):
+    for j, model in enumerate(shown):
+      for i, row in enumerate(group):
+        found = pick(row, model)
+        if found and found['mean'] is not None:
+          at = i + 0.6 * (j - (len(shown) - 1) / 2) / len(shown)
+          axis.plot(found['ci95'], [at, at], color=colors(j), lw=2)
+          axis.plot(found['mean'], at, 'o', color=colors(j), ms=5, label=model if i == 0 else None)
+    axis.set_yticks(range(len(group)), [f'{r["task"]} {r["prompt"]}'.strip() for r in group], fontsize=8)
+    axis.set_title(metric + (f', difference to {baseline}' if len(models) > 1 else ''), loc='left', fontsize=9)
+    axis.invert_yaxis()
+    axis.grid(axis='x', alpha=0.3)
+    if len(models) > 1:
+      axis.axvline(0, color='#888888', lw=1)
+  axes[0, 0].legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

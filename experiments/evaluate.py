@@ -1,0 +1,113 @@
+"""Evaluates models as the paper does: one table of tasks and models, with intervals, and the differences to the first.
+
+    python experiments/evaluate.py --models=pretrained=hf:FOLDER,sft=runs/mine/sft,ppo_ptx=runs/mine/ppo_ptx \\
+      --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc --data=winogender=FILE,crows_pairs=FILE
+    python experiments/evaluate.py --tasks=help                  the tasks, and where their data come from
+
+A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/table.md, table.json and table.png.
+What was measured is kept by (weights, task, protocol): a second call computes what is new, an interrupted one goes on.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+if str(HERE.parent) not in sys.path:
+  sys.path.insert(0, str(HERE.parent))
+
+
+def pairs(text: str, flag: str) -> dict[str, str]:
+  """'a=x,b=y' -> {'a': 'x', 'b': 'y'}."""
+  out = {}
+  for part in filter(None, (text or '').split(',')):
+    name, equals, value = part.partition('=')
+    if not equals or not name or not value:
+      raise ValueError(f'{flag}={text}: {part!r} has not the form NAME=VALUE.')
+    if name in out:
+      raise ValueError(f'{flag}={text}: {name!r} is there twice.')
+    out[name] = value
+  return out
+
+
+def value_of(text: str):
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError:
+    return text
+
+
+def describe() -> str:
+  from alignjax.evals import table
+  lines = [f'{name:22} {(table.find_task(name).__doc__ or "").strip().splitlines()[0]}' for name in table.TASKS]
+  return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
+  parser.add_argument('--tasks', required=True, help='TASK,TASK; `help` lists them')
+  parser.add_argument('--data', default='', help='TASK=FILE_OR_FOLDER,... where the hub is not asked')
+  parser.add_argument('--options', default='', help='TASK.OPTION=VALUE,... such as realtoxicityprompts.scorer=mylab.scorers:mine')
+  parser.add_argument('--baseline', help='what differences are taken to; default: the first model')
+  parser.add_argument('--limit', type=int, help='items of each task at most, drawn by the seed')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:")
+  parser.add_argument('--out', default='runs/evaluation')
+  options = parser.parse_args(argv)
+  try:
+    from alignjax import metrics
+    from alignjax.evals import table
+    if options.tasks == 'help':
+      print(describe())
+      return
+    models, data, out = pairs(options.models, '--models'), pairs(options.data, '--data'), pathlib.Path(options.out)
+    tasks = [t for t in options.tasks.split(',') if t]
+    for name in tasks:
+      table.find_task(name)
+    if not models:
+      raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
+    own: dict[str, dict] = {}
+    for key, value in pairs(options.options, '--options').items():
+      task, dot, option = key.rpartition('.')
+      if not dot:
+        raise ValueError(f'--options: {key!r} has not the form TASK.OPTION.')
+      own.setdefault(task, {})[option] = value_of(value)
+    for flag, names in (('--data', data), ('--options', own)):
+      for name in names:
+        if name not in tasks:
+          raise ValueError(f'{flag} names the task {name!r}, which is not among --tasks={options.tasks}.')
+    baseline = options.baseline or next(iter(models))
+    if baseline not in models:
+      raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
+    if options.limit is not None and options.limit < 1:
+      raise ValueError('--limit must be 1 or more.')
+    measured: dict[str, dict] = {name: {} for name in tasks}
+    from alignjax.stages import finished
+    for model_name, spec in models.items():
+      model = finished.load(spec, 'lm', options.template)
+      weights = table.fingerprint(model.params)
+      for name in tasks:
+        began = time.perf_counter()
+        measured[name][model_name], before = table.run_task(
+            name, model, weights, out, data=data.get(name), limit=options.limit, seed=options.seed, options=own.get(name),
+            template=options.template or '')
+        print(f'{model_name}: {name} ' + ('measured before' if before else f'{time.perf_counter() - began:.0f} s'), flush=True)
+      del model
+    rows = table.assemble(measured, baseline)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / 'table.json').write_text(json.dumps(dict(models=models, baseline=baseline, limit=options.limit, seed=options.seed,
+                                                    rows=rows), indent=2))
+    (out / 'table.md').write_text(table.markdown(rows, list(models), baseline) + '\n![differences](table.png)\n')
+    table.plot(rows, list(models), baseline, out / 'table.png')
+    short = lambda f: '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+    metrics.print_table(f'{out}/table.md', ('task', 'metric', 'prompt', *models),
+                        [(r['task'], r['metric'], r['prompt'], *(short(r['models'].get(m)) for m in models)) for r in rows])
+  except (ValueError, FileNotFoundError) as error:
+    raise SystemExit(f'error: {error}') from None
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
