@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -189,6 +190,23 @@ def self_instruct(raw: dict) -> Records:
   """yizhongw/self-instruct's seed tasks: {"instruction", "instances": [{"input", "output"}]}."""
   return [dict(prompt=_instruction(raw['instruction'], i['input']), response=i['output'], use_case=raw['name'])
           for i in raw['instances']]
+
+
+def truthfulqa_judge(raw: dict) -> Records:
+  """sylinrl/TruthfulQA's finetune_truth and finetune_info: {"prompt": "Q: ...\\nA: ...\\nTrue:", "completion": " yes" or " no"}.
+  Nine questions in ten; the others are those of truthfulqa_judge_heldout. A question is on one side whatever file it is in,
+  because its own hash decides. For data.template='plain'."""
+  return [] if _heldout(raw['prompt']) else [dict(prompt=raw['prompt'], response=raw['completion'])]
+
+
+def truthfulqa_judge_heldout(raw: dict) -> Records:
+  """The tenth of the questions that no judge is trained on: evals/truthfulness.py measures agreement there."""
+  return [dict(prompt=raw['prompt'], response=raw['completion'])] if _heldout(raw['prompt']) else []
+
+
+def _heldout(prompt: str) -> bool:
+  question = prompt.partition('\nA: ')[0].strip().lower()
+  return hashlib.sha256(question.encode()).digest()[0] < 26  # of 256
 
 
 # prompts

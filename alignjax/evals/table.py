@@ -50,7 +50,13 @@ class Cell(NamedTuple):
   aggregate: str | None = None
 
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    'winogender': 'alignjax.evals.bias:winogender',
+    'crows_pairs': 'alignjax.evals.bias:crows_pairs',
+    'realtoxicityprompts': 'alignjax.evals.toxicity:realtoxicityprompts',
+    'truthfulqa': 'alignjax.evals.truthfulness:truthfulqa',
+    'judge_agreement': 'alignjax.evals.truthfulness:judge_agreement',
+}
 
 
 def find_task(name: str) -> Callable:
