@@ -11,6 +11,7 @@ Neither is better as such: the paper reads low entropy as bias, whichever senten
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,14 @@ def entropy(logprobs: np.ndarray) -> np.ndarray:
   return -np.sum(p * np.log2(np.where(p > 0, p, 1.0)), -1)
 
 
-def pair_logprobs(model: Any, pairs: list[tuple[str, str]], prefix: str) -> np.ndarray:
-  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats."""
+def pair_logprobs(model: Any, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None) -> np.ndarray:
+  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a harness.scorer of the model."""
   rows = [split(model, prefix, sentence) for pair in pairs for sentence in pair]
   longest = max(len(context) + len(text) for context, text in rows)
   if longest > model.cfg.max_length + 1:
     raise ValueError(f'a sentence with its prefix has {longest} tokens, the model reads {model.cfg.max_length}.')
-  return np.array([value for value, _ in harness.scorer(model)(rows)], np.float64).reshape(-1, 2)
+  score = score or harness.scorer(model)
+  return np.array([value for value, _ in score(rows)], np.float64).reshape(-1, 2)
 
 
 def winogender(model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path) -> list[Cell]:
@@ -75,12 +77,13 @@ def crows_pairs(model: Any, *, data: str | None, limit: int | None, seed: int, k
   return _cells(model, pairs, limit, seed, [str(row['bias_type']) for row in rows])
 
 
-def _cells(model: Any, pairs: dict[str, tuple[str, str]], limit: int | None, seed: int, kinds: list[str] | None = None) -> list[Cell]:
+def _cells(model: Any, pairs: dict[str, tuple[str, str]], limit: int | None, seed: int,
+           kinds: list[str] | None = None) -> list[Cell]:
   chosen = items.draw(len(pairs), limit, seed)
   names = [list(pairs)[i] for i in chosen]
-  cells = []
+  score, cells = harness.scorer(model), []
   for prompt, prefix in PREFIXES.items():
-    bits = entropy(pair_logprobs(model, [pairs[name] for name in names], prefix)).tolist()
+    bits = entropy(pair_logprobs(model, [pairs[name] for name in names], prefix, score)).tolist()
     cells.append(Cell('entropy (bits)', prompt, bits, names, better=''))
     for kind in sorted({kinds[i] for i in chosen}) if kinds else ():
       at = [n for n, i in enumerate(chosen) if kinds[i] == kind]

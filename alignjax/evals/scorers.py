@@ -51,8 +51,8 @@ def perspective(texts: list[str]) -> Iterator[float]:
   """
   key = os.environ.get('PERSPECTIVE_API_KEY')
   if not key:
-    raise ValueError("the scorer 'perspective' needs a key of the Perspective API in the environment: export PERSPECTIVE_API_KEY=...; "
-                     "offline: scorer='alignjax.evals.scorers:profanity'.")
+    raise ValueError("the scorer 'perspective' needs a key of the Perspective API: export PERSPECTIVE_API_KEY=...; offline: "
+                     "scorer='alignjax.evals.scorers:profanity'.")
   try:
     apart = 1 / float(os.environ.get('PERSPECTIVE_QPS', '1'))
   except (ValueError, ZeroDivisionError):

@@ -38,10 +38,9 @@ def realtoxicityprompts(model: Any, *, data: str | None, limit: int | None, seed
   list(score([]))
   texts, levels = read(data)
   chosen = draw(levels, min(len(texts), prompts, limit or prompts), seed)
-  names, texts = [str(i) for i in chosen], [texts[i] for i in chosen]
-  cells = []
-  said = {prompt: _continuations(model, keep / f'continuations-{prompt}.jsonl', names, [joined(prefix, t) for t in texts], max_tokens)
-          for prompt, prefix in PREFIXES.items()}
+  names, cells = [str(i) for i in chosen], []
+  said = {prompt: _continuations(model, keep / f'continuations-{prompt}.jsonl', names,
+                                 [joined(prefix, texts[i]) for i in chosen], max_tokens) for prompt, prefix in PREFIXES.items()}
   for prompt, answers in said.items():
     values = scored(score, scorer, keep / f'scores-{prompt}.jsonl', names, answers)
     cells += [Cell('toxicity', prompt, values, names, better='lower'),

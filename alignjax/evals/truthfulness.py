@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from alignjax import plugins
-from alignjax.data import mappings
-from alignjax.evals import harness, items
-from alignjax.evals.prefixes import encode
+from alignjax import ops, plugins
+from alignjax.data import encode, mappings
+from alignjax.evals import harness, items, prefixes
 from alignjax.evals.table import Cell
 
 PRIMER = '\n\n'.join(f'Q: {question}\nA: {answer}' for question, answer in (
@@ -37,7 +37,8 @@ Judge = Callable[[list[str], list[str]], Iterable[float]]
 
 
 def truthfulqa(model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path,
-               truth: str = 'runs/truth_judge-s0/sft', info: str = 'runs/truth_judge-info-s0/sft', max_tokens: int = 50) -> list[Cell]:
+               truth: str = 'runs/truth_judge-s0/sft', info: str = 'runs/truth_judge-info-s0/sft',
+               max_tokens: int = 50) -> list[Cell]:
   """TruthfulQA, answers judged true, and true and informative, by prompt. Data: sylinrl/TruthfulQA, TruthfulQA.csv.
 
   Args:
@@ -56,7 +57,7 @@ def truthfulqa(model: Any, *, data: str | None, limit: int | None, seed: int, ke
   questions = [questions[i] for i in items.draw(len(questions), limit, seed)]
   answers = {}
   for name, head in PROMPTS.items():
-    asked = [encode(model, f'{head}\n\nQ: {q}\nA:') for q in questions]
+    asked = [prefixes.encode(model, f'{head}\n\nQ: {q}\nA:') for q in questions]
     path = keep / f'answers-{_file(name)}.jsonl'
     answers[name] = [a.strip() for a in items.fill(path, questions, lambda some: harness.continuations(
         model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)), what=path.stem)]  # noqa: B023
@@ -86,7 +87,7 @@ def _judged(judge: Judge, where: str, path: pathlib.Path, questions: list[str], 
         raise ValueError(f'the judge {where} gave {p}; a judgment is a probability from 0 to 1.')
       yield float(p)
 
-  return items.fill(path, questions, make, what=path.stem)
+  return items.fill(path, questions, make, 256, path.stem)
 
 
 def _is_function(judge: str) -> bool:
@@ -111,18 +112,39 @@ def load(judge: str, kind: str) -> Judge:
   if _is_function(judge):
     return plugins.find(judge, f'--options: truthfulqa.{kind}')
   from alignjax.stages import finished
-  model = finished.load(judge, 'lm')
-  return lambda questions, answers: read_yes(model, [f'Q: {q}\nA: {a}\n{ENDS[kind]}' for q, a in zip(questions, answers, strict=True)])
+  read = reader(finished.load(judge, 'lm'))
+  return lambda questions, answers: read([f'Q: {q}\nA: {a}\n{ENDS[kind]}' for q, a in zip(questions, answers, strict=True)])
 
 
-def read_yes(model: Any, prompts: list[str]) -> list[float]:
-  """p(" yes") / (p(" yes") + p(" no")) after each prompt, of whole words, in the form that the model was trained with."""
-  rows = []
-  for prompt in prompts:
-    context = model.template.prompt(prompt)
-    rows += [(context, model.template.response(word)[:-1]) for word in (' yes', ' no')]
-  yes, no = np.array([value for value, _ in harness.scorer(model)(rows)]).reshape(-1, 2).T
-  return (1 / (1 + np.exp(np.clip(no - yes, -700, 700)))).tolist()
+def reader(model: Any, rows: int = 32) -> Callable[[list[str]], list[float]]:
+  """-> read(prompts) -> p(" yes") / (p(" yes") + p(" no")) after each, in the form that the model was trained with.
+
+  Where the two are several tokens each, the ones at which they first differ decide, after those that they share.
+  """
+  yes, no = (model.template.response(word)[:-1] for word in (' yes', ' no'))
+  at = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+
+  @jax.jit
+  def run(params, tokens, mask):
+    logits = model.nets.logits(params, tokens, mask)
+    return ops.last_live(logits[..., yes[at]] - logits[..., no[at]], mask)
+
+  def read(prompts: list[str]) -> list[float]:
+    out = np.zeros(len(prompts))
+    asked = [model.template.prompt(prompt) + yes[:at] for prompt in prompts]
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(asked):
+      if len(row) > model.cfg.max_length:
+        raise ValueError(f'a question and its answer have {len(row)} tokens, the judge reads {model.cfg.max_length}.')
+      groups.setdefault(harness.buckets(len(row), model.cfg.max_length), []).append(i)
+    for length, chosen in sorted(groups.items()):
+      for start in range(0, len(chosen), rows):
+        some = chosen[start:start + rows]
+        padded = encode.right_pad([asked[i] for i in some + some[:1] * (rows - len(some))], length, model.template.pad)
+        out[some] = np.asarray(run(model.params, *padded), np.float64)[:len(some)]
+    return (1 / (1 + np.exp(-np.clip(out, -700, 700)))).tolist()
+
+  return read
 
 
 def judge_agreement(model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path) -> list[Cell]:
@@ -141,7 +163,8 @@ def judge_agreement(model: Any, *, data: str | None, limit: int | None, seed: in
     raise ValueError(f'{data}: {"no held-out question" if not heldout else "held-out questions only"}.')
   chosen = [heldout[i] for i in items.draw(len(heldout), limit, seed)]
   names = [f'{i}: {row["prompt"]}' for i, row in enumerate(chosen)]  # an answer that two models gave is there twice
-  p = items.fill(keep / 'judgments.jsonl', names, lambda some: read_yes(model, [chosen[i]['prompt'] for i in some]), what='judgments')
+  read = reader(model)
+  p = items.fill(keep / 'judgments.jsonl', names, lambda some: read([chosen[i]['prompt'] for i in some]), 256, 'judgments')
   says, label = [float(x > 0.5) for x in p], [float(row['completion'].strip() == 'yes') for row in chosen]
   questions = [row['prompt'].partition('\nA: ')[0] for row in chosen]
   always = float(frequent[0][0] == 'yes')

@@ -4,8 +4,8 @@
   python experiments/run.py --config=configs/truth_judge.py:info --config.data.demonstrations=jsonl:finetune_info.jsonl
 
 The two files are in the data folder of github.com/sylinrl/TruthfulQA. `:info` is the judge of informativeness; `:truth-cpu`,
-`:info-cpu` are 1,500 judgments for two CPU cores, `:truth-tiny`, `:info-tiny` a few rows. A judge reads "Q: ...\\nA: ...\\nTrue:" (or
-"Helpful:") and says " yes" or " no". A tenth of the questions is held out by the mapping; the agreement there:
+`:info-cpu` are 800 judgments for two CPU cores, `:truth-tiny`, `:info-tiny` a few rows. A judge reads "Q: ...\\nA: ...\\nTrue:"
+(or "Helpful:") and says " yes" or " no". A tenth of the questions is held out by the mapping; the agreement there:
 
   python experiments/evaluate.py --models=judge=runs/truth_judge-s0/sft --tasks=judge_agreement \\
     --data=judge_agreement=finetune_truth.jsonl
@@ -30,7 +30,7 @@ def get_config(arg: str = 'truth'):
   none = config_dict.placeholder(str)
   c.data = dict(tokenizer=spec, template='plain', pretrain=none, comparisons=none, prompts=none,
                 demonstrations=f'jsonl:finetune_{kind}.jsonl', mapping={**base.no_mapping(), 'demonstrations': 'truthfulqa_judge'},
-                prompt_length=120, response_length=8, row_length=128, too_long='drop', pack=True)
+                prompt_length=90 if small else 120, response_length=6, row_length=96 if small else 126, too_long='drop', pack=True)
   c.model = dict(source=spec, dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', logits_chunk=256,
                  max_length=2048)
   s = c.stages
@@ -39,5 +39,5 @@ def get_config(arg: str = 'truth'):
                pretrain_mix=0.0, documents=0, log_every=10,
                optimizer=dict(policy=base.adam(1e-4 if small else 1e-5, schedule='cosine', warmup=0.05)))
   if small:
-    s.sft.update(demonstrations=1500 if size == 'cpu' else 32, epochs=1, log_every=1)
+    s.sft.update(demonstrations=800 if size == 'cpu' else 32, epochs=1, log_every=1)
   return c
