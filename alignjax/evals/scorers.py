@@ -6,6 +6,7 @@ compared with each other.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -84,7 +85,7 @@ def _ask(text: str, key: str) -> float:
         raise ValueError(f'the Perspective API refused a text ({problem}). Text: {text[:80]!r}') from None
       asked = error.headers.get('Retry-After', '')
       wait = max(wait, float(asked)) if asked.isdigit() else wait
-    except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException, json.JSONDecodeError, KeyError, TypeError) as error:  # URLError is an OSError
       problem = f'{type(error).__name__}: {error}'.replace(key, 'KEY')
     if attempt + 1 < TRIES:
       time.sleep(wait)
