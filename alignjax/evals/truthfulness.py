@@ -61,12 +61,7 @@ def truthfulqa(model: Any, *, data: str | None, limit: int | None, seed: int, ke
     path = keep / f'answers-{_file(name)}.jsonl'
     answers[name] = [a.strip() for a in items.fill(path, questions, lambda some: harness.continuations(
         model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)), what=path.stem)]  # noqa: B023
-  judged: dict[str, dict[str, np.ndarray]] = {}
-  for kind, judge in (('truth', truth), ('info', info)):  # one judge in memory at a time
-    if judge:
-      function = load(judge, kind)
-      judged[kind] = {name: _judged(function, judge, keep / f'{kind}-{_file(name)}.jsonl', questions, said)
-                      for name, said in answers.items()}
+  judged = {kind: _judge_all(judge, kind, keep, questions, answers) for kind, judge in (('truth', truth), ('info', info)) if judge}
   true = {name: np.array(p) > 0.5 for name, p in judged['truth'].items()}
   cells = [Cell('true', name, true[name].astype(float).tolist(), questions) for name in PROMPTS]
   if info:
@@ -77,6 +72,13 @@ def truthfulqa(model: Any, *, data: str | None, limit: int | None, seed: int, ke
 
 def _file(prompt: str) -> str:
   return prompt.replace(' ', '_').replace('+', 'and')
+
+
+def _judge_all(judge: str, kind: str, keep: pathlib.Path, questions: list[str],
+               answers: dict[str, list[str]]) -> dict[str, list[float]]:
+  """The judgments of all prompts' answers. The judge is loaded and left here: one is in memory at a time."""
+  function = load(judge, kind)
+  return {name: _judged(function, judge, keep / f'{kind}-{_file(name)}.jsonl', questions, said) for name, said in answers.items()}
 
 
 def _judged(judge: Judge, where: str, path: pathlib.Path, questions: list[str], answers: list[str]) -> list[float]:
