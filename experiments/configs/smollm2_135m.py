@@ -28,7 +28,7 @@ def get_config(size: str = 'default'):
   if size == 'default':
     c.stages.ppo_ptx.microbatches = c.stages.sft.microbatches = 4
   if size == 'cpu':
-    c.stages.sft.update(demonstrations=200, epochs=1, documents=200, log_every=1)
+    c.stages.sft.update(demonstrations=600, epochs=1, documents=200, log_every=1)
     c.stages.rm.update(prompts=150, evaluation_prompts=40, bias_demonstrations=32, log_every=2)
     c.stages.ppo_ptx.update(prompts=400)
     c.stages.ppo_ptx.ptx.documents = 200
