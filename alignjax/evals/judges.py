@@ -37,7 +37,7 @@ def split(spec: str) -> tuple[str, str]:
   try:
     plugins.find(spec, '--judge')
   except ValueError as error:
-    near = difflib.get_close_matches(kind, ('rm', 'sandbox', 'openai', 'file'), 1)
+    near = difflib.get_close_matches(kind, ('rm', 'sandbox', 'openai', 'file'), 1, cutoff=0.5)
     raise ValueError(f'{error} A judge is {FORMS}.' + (f' Did you mean {near[0]!r}?' if near else '')) from None
   return 'own', spec
 
