@@ -6,7 +6,8 @@
       --judge=openai:MODEL --judge_url=http://localhost:8000/v1
     python experiments/preference.py --policies=... --prompts=jsonl:FILE --export=sheet.jsonl       for people to fill in
     python experiments/preference.py --policies=... --prompts=jsonl:FILE --judge=file:sheet.jsonl
-    python experiments/preference.py --judge=file:testset.jsonl.gz --judge_mapping=pandalm          judgments of others
+    python experiments/preference.py --judge=file:testset.jsonl.gz --judge_mapping=pandalm          judgments of others,
+      --judge=rm:runs/x/rm                                                  and how far a reward model agrees with them
 
 A policy is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Prompts: alignjax/data/sources.py; judges:
 alignjax/evals/judges.py; files of judgments: alignjax/evals/judgments.py. Writes OUT/preference.md, preference.json and
@@ -26,7 +27,7 @@ if str(HERE.parent) not in sys.path:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--policies', default='', help='NAME=MODEL,NAME=MODEL; of --judge=file: alone may be left out')
+  parser.add_argument('--policies', default='', help='NAME=MODEL,NAME=MODEL; with --judge=file: may be left out')
   parser.add_argument('--template', help="of the policies: 'plain', 'dialogue', 'chat'; default as trained, plain of hf:")
   parser.add_argument('--prompts', help="a source of prompts, or 'sandbox:'")
   parser.add_argument('--mapping', help='of the prompts (alignjax/data/mappings.py)')
@@ -63,10 +64,9 @@ def run(options: argparse.Namespace) -> None:
   from alignjax import metrics
   from alignjax.evals import judgments, preference, preference_report
   policies, kinds, out = check(options)
-  judged = judgments.Judged([], [], {}, [])
+  judged = judgments.Judged([], [], {}, {}, [])
   people = [spec for kind, spec in kinds if kind == 'file']
-  records, pairs, responses = [], [], {}
-  known = {}
+  records, pairs, responses, known, world = [], [], {}, {}, None
   if policies:
     from alignjax.evals import responses as answers
     world, _ = trained(policies)
@@ -85,9 +85,11 @@ def run(options: argparse.Namespace) -> None:
     if options.export:
       key = judgments.export(pairs, pathlib.Path(options.export), options.seed)
       print(f'{options.export}: {len(pairs)} pairs to judge; {key} says who they are', flush=True)
-    for kind, spec in kinds:
-      if kind != 'file':
-        add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
+  elif len(people) < len(kinds):
+    pairs = judgments.pairs_of(judged)
+  for kind, spec in kinds:
+    if kind != 'file':
+      add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
   if not judged.verdicts:
     return
   names = list(policies) or list(dict.fromkeys(n for v in judged.verdicts for n in sorted((v.a, v.b))))
@@ -125,7 +127,7 @@ def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, 
   kinds = [judges.split(spec) for spec in dict.fromkeys(options.judge)]
   if not kinds and not options.export:
     raise ValueError(f'--judge names nobody: {judges.FORMS}; or --export=FILE for people to judge.')
-  alone = bool(kinds) and all(kind == 'file' for kind, _ in kinds) and not options.export
+  alone = any(kind == 'file' for kind, _ in kinds) and not options.export
   if len(policies) == 1 or not policies and not alone:
     raise ValueError(f'--policies={options.policies}: a preference is between two policies or more, NAME=MODEL,NAME=MODEL.')
   if policies and not options.prompts:
@@ -214,6 +216,7 @@ def add(judged, more) -> None:
   judged.verdicts.extend(more.verdicts)
   judged.ratings.extend(more.ratings)
   judged.texts.update(more.texts)
+  judged.prompts.update(more.prompts)
   judged.notes.extend(more.notes)
 
 

@@ -302,6 +302,20 @@ def test_wrong_judgments_are_named_by_file_and_line(row, words, tmp_path):
   assert all(w in str(error.value) for w in ['j.jsonl', *words])
 
 
+def test_other_judges_see_what_people_judged(tmp_path):
+  rows = [GOOD | dict(prompt='p', response_a='short', response_b='much longer'),
+          dict(prompt_id='r', prompt='p2', a='y', b='x', choice='tie', response_a='1', response_b='22')]
+  (tmp_path / 'j.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  flags = [f'--judge=file:{tmp_path}/j.jsonl', '--judge=tests.test_preference:longest', f'--out={tmp_path}']
+  command.main(flags)
+  judges = json.loads((tmp_path / 'preference.json').read_text())['judges']
+  assert judges['tests.test_preference:longest']['win_rate']['x']['y']['mean'] == 0.5  # loses with 'short', wins with '22'
+  assert judges[f'file:{tmp_path}/j.jsonl']['win_rate']['x']['y']['mean'] == 0.75
+  (tmp_path / 'j.jsonl').write_text(json.dumps(GOOD))
+  with pytest.raises(SystemExit, match='other judges cannot be asked.*Name --policies'):
+    command.main(flags)
+
+
 def test_several_files_are_several_labelers(tmp_path):
   for name, choice in (('ann', 'a'), ('bob', 'tie'), ('eve', 0.25)):
     (tmp_path / f'{name}.jsonl').write_text(json.dumps(GOOD | dict(choice=choice)))

@@ -3,8 +3,8 @@
 A file of judgments is JSON lines (.gz too), each of them one of
 
   a comparison   {"prompt_id", "a", "b", "choice", "labeler_id"}: a, b are policies; choice is "a", "b", "tie", or the probability
-                 that a is better. Optional: "response_a", "response_b", the texts, where they are not ours: then lengths are
-                 reported.
+                 that a is better. Optional, where the responses are not ours: "response_a", "response_b", whose lengths are
+                 reported then, and "prompt", so that other judges can be asked too
   a rating       {"prompt_id", "policy", "likert", "flags", "labeler_id"}: the overall quality from 1 to 7 and the metadata of the
                  paper's Table 3, either of them or both; flags is a list of those of FLAGS that apply, or {flag: true or false}
   a sheet's row  as `export` writes it, with "choice" 1, 2 or "tie" (null: not judged yet), and, if they were asked for, "likert_1",
@@ -74,10 +74,12 @@ class Rating(NamedTuple):
 
 
 class Judged(NamedTuple):
-  """texts: (prompt id, policy) -> the response, where a file brings its own. notes: what a reader must know."""
-  verdicts: list[Verdict]
-  ratings: list[Rating] = []
+  """texts: (prompt id, policy) -> the response, and prompts: prompt id -> the prompt, where a file brings its own. notes: what
+  a reader must know."""
+  verdicts: Sequence[Verdict]
+  ratings: Sequence[Rating] = ()
   texts: Mapping[tuple[str, str], str] = {}
+  prompts: Mapping[str, Any] = {}
   notes: Sequence[str] = ()
 
 
@@ -87,6 +89,17 @@ def make_pairs(records: Sequence[Mapping[str, Any]], responses: Mapping[str, Seq
   answered = [i for i in range(len(records)) if all(responses[n][i].text is not None for n in names)]
   return [Pair(records[i], a, b, responses[a][i], responses[b][i])
           for i in answered for n, a in enumerate(names) for b in names[n + 1:]]
+
+
+def pairs_of(judged: Judged) -> list[Pair]:
+  """The pairs that a file's people judged, with the file's own prompts and responses, for other judges."""
+  pairs = []
+  for q, a, b in dict.fromkeys((v.prompt_id, *sorted((v.a, v.b))) for v in judged.verdicts):
+    if q not in judged.prompts or (q, a) not in judged.texts or (q, b) not in judged.texts:
+      raise ValueError(f'other judges cannot be asked: the judgments of {a!r} and {b!r} on the prompt {q!r} come without prompt, '
+                       'response_a and response_b. Name --policies and --prompts.')
+    pairs.append(Pair(dict(prompt_id=q, prompt=judged.prompts[q]), a, b, *(Response(judged.texts[q, p]) for p in (a, b))))
+  return pairs
 
 
 def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.Path:
@@ -123,7 +136,7 @@ def read(pattern: str, *, judge: str, mapping: str | None = None, policies: Coll
   if not paths:
     raise FileNotFoundError(f'--judge=file:{pattern}: no such files.')
   change = pandalm if mapping == 'pandalm' else mappings.find(mapping, '--judge_mapping')  # there it makes comparisons
-  judged, waiting = Judged([], [], {}, []), 0
+  judged, waiting = Judged([], [], {}, {}, []), 0
   for path in paths:
     if not pathlib.Path(path).exists():
       raise FileNotFoundError(f'--judge=file:{path}: no such file.')
@@ -143,6 +156,7 @@ def read(pattern: str, *, judge: str, mapping: str | None = None, policies: Coll
         _known(where, rating.prompt_id, (rating.policy,), policies, prompts)
         judged.ratings.append(rating)
       judged.texts.update(made.texts if made else {})
+      judged.prompts.update(made.prompts if made else {})
   if waiting:
     judged.notes.append(f'{judge}: {waiting} rows are not judged yet')
   if not judged.verdicts:
@@ -155,9 +169,10 @@ def pandalm(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
   """WeOpenML/PandaLM's test set: two models' answers and the choices (1, 2, 0 = tie) of three annotators."""
   a, b = raw['cmp_key'].split('_')
   texts = dict(response_a=str(raw['response1']), response_b=str(raw['response2']))  # some answers are booleans
-  name = prompt_id(f'{raw["instruction"]}\n\n{raw["input"]}')
-  return [dict(prompt_id=name, a=a, b=b, choice={1: 'a', 2: 'b', 0: 'tie'}[int(raw[f'annotator{n}'])], labeler_id=f'annotator{n}',
-               **texts) for n in (1, 2, 3)]
+  prompt = f'{raw["instruction"]}\n\n{raw["input"]}'.strip()
+  said = {1: 'a', 2: 'b', 0: 'tie'}
+  return [dict(prompt_id=prompt_id(prompt), prompt=prompt, a=a, b=b, choice=said[int(raw[f'annotator{n}'])],
+               labeler_id=f'annotator{n}', **texts) for n in (1, 2, 3)]
 
 
 def _rows(path: str, change: Callable | None) -> Iterable[tuple[str, dict]]:
@@ -212,7 +227,8 @@ def _judgments(row: Mapping[str, Any], where: str, judge: str, labeler: str, she
       raise ValueError(f'{where}: a rating has "likert" or "flags".')
     return Judged([], [rating])
   texts = {(name, row[side]): row[f'response_{side}'] for side in 'ab' if isinstance(row.get(f'response_{side}'), str)}
-  return Judged([Verdict(name, row['a'], row['b'], _probability(row['choice'], where), judge, labeler)], [], texts)
+  prompts = {name: row['prompt']} if 'prompt' in row else {}
+  return Judged([Verdict(name, row['a'], row['b'], _probability(row['choice'], where), judge, labeler)], [], texts, prompts)
 
 
 def _probability(choice: Any, where: str) -> float:
