@@ -1,4 +1,5 @@
-"""The report of a finished run: the paper's findings in miniature, as report.json, report.md and plots.
+"""The report of a finished run. `build`: of the sandbox, the paper's findings in miniature, as report.json, report.md and plots.
+`tasks`: of a run on real data, the table of evals/table.py. A fork's module:function needs a `check(setup)` beside it.
 
 Every policy's measurements are kept in WORKDIR/report/<policy>.npz, so that a report that was interrupted goes on and a
 second one is quick.
@@ -70,6 +71,24 @@ def build(setup: Setup) -> None:
                       [[NAMES.get(n, n), *(_short(p.get(c)) for c in list(COLUMNS)[:9])]
                        for n, p in result['policies'].items()])
   print(f'report: {setup.workdir / "report.md"}', flush=True)
+
+
+def tasks(setup: Setup) -> None:
+  """The report of a run on real data: config.report.tasks over its policies (name -> stage, or 'hf:...'), into
+  WORKDIR/evaluation; nothing where there are no tasks."""
+  from alignjax.evals.evaluation import evaluate
+  r = setup.config.report
+  if r.tasks:
+    place = lambda spec: str(setup.workdir / spec) if spec in setup.config.stages else spec
+    order = sorted(r.policies, key=lambda name: name != r.baseline)  # ConfigDict sorts by name
+    evaluate({name: place(r.policies[name]) for name in order}, r.tasks, setup.workdir / 'evaluation', data=r.data, limit=r.limit)
+
+
+def check(setup: Setup) -> None:
+  """What the report names, before any stage runs."""
+  from alignjax.evals import table
+  for name in setup.config.report.get('tasks', ()):
+    table.find_task(name)
 
 
 def prepare(setup: Setup) -> evaluation.Evaluation:

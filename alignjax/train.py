@@ -29,10 +29,12 @@ def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None
   builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
   for name, builder in builders.items():
     plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
+  report = plugins.find(config.report.build, 'report.build')
+  plugins.find(f'{report.__module__}:check', 'report.build')(setup)
   for name in order:
     run_stage(for_stage(setup, name), name, builders[name])
   if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
-    plugins.find(config.report.build, 'report.build')(setup)
+    report(setup)
 
 
 def resolve(config: ml_collections.ConfigDict) -> list[str]:

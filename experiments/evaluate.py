@@ -12,7 +12,6 @@ import argparse
 import json
 import pathlib
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
@@ -58,12 +57,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
-    from alignjax import metrics
-    from alignjax.evals import table
+    from alignjax.evals import evaluation, table
     if options.tasks == 'help':
       print(describe())
       return
-    models, data, out = pairs(options.models, '--models'), pairs(options.data, '--data'), pathlib.Path(options.out)
+    models, data = pairs(options.models, '--models'), pairs(options.data, '--data')
     tasks = [t for t in options.tasks.split(',') if t]
     for name in tasks:
       table.find_task(name)
@@ -84,27 +82,8 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
     if options.limit is not None and options.limit < 1:
       raise ValueError('--limit must be 1 or more.')
-    measured: dict[str, dict] = {name: {} for name in tasks}
-    from alignjax.stages import finished
-    for model_name, spec in models.items():
-      model = finished.load(spec, 'lm', options.template)
-      weights = table.fingerprint(model.params)
-      for name in tasks:
-        began = time.perf_counter()
-        measured[name][model_name], before = table.run_task(
-            name, model, weights, out, data=data.get(name), limit=options.limit, seed=options.seed, options=own.get(name),
-            template=options.template or '')
-        print(f'{model_name}: {name} ' + ('measured before' if before else f'{time.perf_counter() - began:.0f} s'), flush=True)
-      del model
-    rows = table.assemble(measured, baseline)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'table.json').write_text(json.dumps(dict(models=models, baseline=baseline, limit=options.limit, seed=options.seed,
-                                                    rows=rows), indent=2))
-    (out / 'table.md').write_text(table.markdown(rows, list(models), baseline) + '\n![differences](table.png)\n')
-    table.plot(rows, list(models), baseline, out / 'table.png')
-    short = lambda f: '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
-    metrics.print_table(f'{out}/table.md', ('task', 'metric', 'prompt', *models),
-                        [(r['task'], r['metric'], r['prompt'], *(short(r['models'].get(m)) for m in models)) for r in rows])
+    evaluation.evaluate(models, tasks, options.out, data=data, options=own, baseline=baseline, limit=options.limit,
+                        seed=options.seed, template=options.template)
   except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None
 

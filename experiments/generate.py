@@ -54,6 +54,8 @@ def main(argv: list[str]) -> None:
     from alignjax.evals import talk
     from alignjax.stages import finished
     form = 'chat' if options.chat else None
+    if sys.stderr.isatty():
+      print(f'loading {options.model} ...', file=sys.stderr, flush=True)
     model = finished.load(options.model, 'lm', form)
     reward = finished.load(options.reward_model, 'scalar', form) if options.reward_model else None
     kwargs = dict(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, max_tokens=options.max_tokens)

@@ -54,6 +54,18 @@ def test_item_21_accuracy_by_pool():
   assert out['margin_train_labelers']['mean'] == pytest.approx((1 + 2 + 1 + 3 + 3) / 5)
 
 
+def test_accuracy_on_ranks_by_hand():
+  """Pairs without a tie, a tie of the model half right, each distinct row scored once however many judged it."""
+  made = SimpleNamespace(prompts=[[5], [5], [6]], responses=[[[1], [2]], [[1], [2]], [[3], [4], [4]]],
+                         ranks=[[1, 0], [0, 1], [0, 1, 1]])
+  scored = []
+  out = rm_accuracy.on_ranks(made, lambda rows: scored.extend(rows) or np.array([r[-1] for r in rows], float))
+  assert scored == [[5, 1], [5, 2], [6, 3], [6, 4]]
+  assert out['n'] == 4 and out['mean'] == pytest.approx((1 + 0 + 0 + 0) / 4)  # 2 > 1 right, then wrong; 4 > 3 wrong, twice
+  tied = rm_accuracy.on_ranks(made, lambda rows: np.zeros(len(rows)))
+  assert tied['mean'] == 0.5
+
+
 def test_item_21_calibration():
   rng = np.random.default_rng(0)
   p = rng.uniform(0.5, 1, 40_000)

@@ -12,6 +12,7 @@ import pytest
 
 from alignjax import metrics, train
 from alignjax.evals import talk
+from alignjax.evals.table import Cell
 from alignjax.models import hf
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
@@ -27,6 +28,11 @@ CHAT = ROOT / 'tests' / 'golden' / 'chat'
 def write(path, rows):
   path.write_text('\n'.join(map(json.dumps, rows)))
   return f'jsonl:{path}'
+
+
+def parts(model, *, data, limit, seed, keep):
+  """A task of a fork: the sum of a norm's scale."""
+  return [Cell('sum', '', [float(model.params['final']['norm']['scale'].sum())], ['all'])]
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +52,23 @@ def workdir(tmp_path_factory):
   one = jax.devices()[:1]
   with pytest.MonkeyPatch.context() as m:
     m.setattr(jax, 'devices', lambda *_: one)
+    m.syspath_prepend(str(ROOT / 'tests'))
+    m.setitem(sys.modules, 'test_recipes', sys.modules[__name__])
+    c.report.tasks = ('no_task',)
+    with pytest.raises(ValueError, match="no task 'no_task'"):
+      train.main(c, folder / 'run')
+    assert not (folder / 'run').exists()
+    c.report.tasks = ('test_recipes:parts',)
     train.main(c, folder / 'run')
   return folder / 'run'
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_evaluations(workdir):
+  made = json.loads((workdir / 'evaluation' / 'table.json').read_text())
+  assert list(made['models']) == ['pretrained', 'ppo_ptx', 'sft'] and made['baseline'] == 'pretrained'
+  assert made['rows'][0]['task'] == 'test_recipes:parts'
+  assert made['rows'][0]['models']['ppo_ptx']['difference']['n'] == 1
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_enough_test_misconceptions(world):
 
 
 @pytest.mark.parametrize('split', ['train', 'valid'])
-def test_test_entities_do_not_leak(world, split):
+def test_item_20_test_entities_do_not_leak(world, split):
   records = sandbox.prompts(world, 3000, split) + sandbox.demonstrations(world, 3000, split)
   words = {w for r in records for w in (r['prompt'] + ' ' + r.get('response', '')).split()}
   assert not words & set(world.test_entities)
@@ -51,7 +51,7 @@ def test_test_entities_do_not_leak(world, split):
     assert not set(prefix.split()) & set(world.test_entities) and len(prefix.split()) <= 24
 
 
-def test_users_belong_to_one_split(world):
+def test_item_20_users_belong_to_one_split(world):
   users = [{r['user_id'] for r in sandbox.prompts(world, 2000, split)} for split in ('train', 'valid', 'test')]
   assert not users[0] & users[1] and not users[0] & users[2] and not users[1] & users[2]
 

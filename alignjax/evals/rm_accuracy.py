@@ -66,9 +66,11 @@ def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 1
 
 def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
   """Accuracy on comparisons as they were ranked: share of the pairs without a tie that the model orders the same way (a tie
-  of the model counts half). The interval resamples prompts."""
-  rows = [[*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
-  scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
+  of the model counts half). The interval resamples prompts. A response that several labelers judged is scored once."""
+  rows = [(*p, *r) for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
+  place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+  scores = np.asarray(score([list(row) for row in place]))[[place[row] for row in rows]]
+  scores = np.split(scores, np.cumsum([len(r) for r in comparisons.responses])[:-1])
   hits, clusters = [], []
   number = {tuple(p): i for i, p in enumerate(comparisons.prompts)}
   for prompt, s, ranks in zip(comparisons.prompts, scores, comparisons.ranks, strict=True):

@@ -43,8 +43,8 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
 
 
 def _read(setup: Setup, name: str, held_out: bool) -> Comparisons:
-  """Comparisons of data.comparisons, split by prompt: one prompt's comparisons are all on one side. Of each side a random
-  choice: `prompts` of them to train on, a fifth of that number to evaluate on; all where it is None."""
+  """Comparisons of data.comparisons, split by prompt: one prompt's comparisons are all on one side. `prompts` of them, a random
+  choice (None: all), to train on; of the held-out prompts all."""
   cfg = setup.config.stages[name]
   rows = records(setup, 'comparisons', None)
   names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
@@ -58,9 +58,8 @@ def _read(setup: Setup, name: str, held_out: bool) -> Comparisons:
   rows = [r for r, prompt in zip(rows, names, strict=True) if (prompt in out) == held_out]
   if not rows:
     return Comparisons([], [], [])
-  if cfg.prompts is not None:
-    most = cfg.prompts if not held_out else max(cfg.prompts // 5, cfg.evaluation_prompts)
-    rows = [rows[i] for i in np.sort(rng.permutation(len(rows))[:most])]
+  if cfg.prompts is not None and not held_out:
+    rows = [rows[i] for i in np.sort(rng.permutation(len(rows))[:cfg.prompts])]
   tokens = [(setup.template.prompt(r['prompt']), [setup.template.response(x) for x in r['responses']]) for r in rows]
   fitted = fit(setup, 'comparisons', tokens)
   return Comparisons([prompt for prompt, _ in fitted.rows], [responses for _, responses in fitted.rows],

@@ -24,7 +24,7 @@ def ppo(ptx_coef, iterations, episodes):
       prompts=8192,
       rollout=dict(episodes=episodes, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0),
       reward=dict(fn='alignjax.rollout:model_reward'),
-      kl=dict(coef=0.07, target=None, horizon=None),
+      kl=dict(coef=0.1, target=None, horizon=None),
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),
       whiten_advantages=True,
       loss=dict(fn='alignjax.losses:ppo_ptx', ptx_coef=ptx_coef, clip_eps=0.2, value_clip=None, vf_coef=1.0),
@@ -81,7 +81,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
           k_buckets=(5, 7, 9), row_lengths=(28,), epochs=1, microbatches=1, loss=dict(fn='alignjax.losses:reward_ranking'),
           optimizer=dict(reward=adam(2e-3, schedule='cosine', warmup=0.05)), log_every=20, save_every=500),
       ppo=ppo(0.0, s.iterations, s.episodes),
-      ppo_ptx=ppo(4.0, s.iterations, s.episodes),
+      ppo_ptx=ppo(8.0, s.iterations, s.episodes),
   )
   c.report = dict(build='alignjax.report:build', policies=ml_collections.ConfigDict(), win_prompts=s.tasks // 4,
                   tax_items=s.tasks, truth_samples=s.questions, toxicity_prompts=s.tasks // 4, loss_documents=s.tasks)

@@ -49,6 +49,9 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
   p.ptx.update(documents=config_dict.placeholder(int), rows_per_episode=1)
   p.optimizer.policy.update(base.adam(lr['policy'], warmup=min(10, iterations // 2) * p.minibatches, warmup_from=0.1))
   p.optimizer.value.update(base.adam(lr['value']))
+  # at the end: --config.report.tasks="('truthfulqa_mc',)" (experiments/evaluate.py --tasks=help)
+  c.report = dict(build='alignjax.report:tasks', policies=dict(pretrained=spec, sft='sft', ppo_ptx='ppo_ptx'),
+                  baseline='pretrained', tasks=(), data=ml_collections.ConfigDict(), limit=200)
   return c
 
 

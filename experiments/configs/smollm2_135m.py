@@ -21,15 +21,15 @@ def get_config(size: str = 'default'):
       data=dict(demonstrations='hf:databricks/databricks-dolly-15k:train', comparisons='hf:openbmb/UltraFeedback:train',
                 prompts='hf:databricks/databricks-dolly-15k:train', pretrain='hf:Salesforce/wikitext/wikitext-103-raw-v1:train'),
       mapping=dict(demonstrations='dolly', comparisons='ultrafeedback', prompts='dolly'),
-      lengths=(96, 64, 160) if small else (512, 512, 1024), batch=8 if small else 64, episodes=8 if small else 256,
+      lengths=(96, 96, 192) if small else (512, 512, 1024), batch=8 if small else 64, episodes=8 if small else 256,
       iterations=12 if small else 300, lr=dict(sft=2e-5, rm=3e-5 if small else 1e-5, policy=2e-6, value=3e-5 if small else 1e-5),
       model=dict(dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', logits_chunk=256 if small else 4096,
                  max_length=2048))
   if size == 'default':
     c.stages.ppo_ptx.microbatches = c.stages.sft.microbatches = 4
   if size == 'cpu':
-    c.stages.sft.update(demonstrations=200, epochs=1, documents=200, log_every=1)
-    c.stages.rm.update(prompts=300, evaluation_prompts=60, bias_demonstrations=32, log_every=2)
+    c.stages.sft.update(demonstrations=600, epochs=1, documents=200, log_every=1)
+    c.stages.rm.update(prompts=400, evaluation_prompts=60, bias_demonstrations=64, responses_per_batch=16, log_every=2)
     c.stages.ppo_ptx.update(prompts=400)
     c.stages.ppo_ptx.ptx.documents = 200
   return recipe.shrink(c) if size == 'tiny' else c

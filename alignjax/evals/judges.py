@@ -1,0 +1,127 @@
+"""Who says which response is better. --judge is one of
+
+  rm:MODEL           a reward model, a finished stage's folder or hf:FOLDER_OR_HUB_NAME; the higher score wins
+  sandbox            the sandbox's labelers, training and held-out, by their exact probabilities
+  openai:MODEL       a model behind an OpenAI-compatible endpoint (openai_judge.py)
+  file:PATH          people (judgments.py)
+  module:function    one's own: (pairs, *, keep) -> for each pair the probability that a is better, or None; pairs are
+                     judgments.Pair, keep is a folder for what must survive an interruption
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignjax import metrics, plugins
+from alignjax.evals import bulk, harness, kept
+from alignjax.evals.judgments import Judged, Pair, Rating, Verdict
+
+FORMS = 'rm:MODEL, sandbox, openai:MODEL, file:PATH, module:function'
+
+
+def split(spec: str) -> tuple[str, str]:
+  """'rm:MODEL' -> ('rm', MODEL); 'module:function' -> ('own', spec). Anything else is an error."""
+  kind, _, rest = spec.partition(':')
+  if kind == 'sandbox' and not rest:
+    return kind, ''
+  if kind in ('rm', 'openai', 'file') and rest:
+    return kind, rest
+  try:
+    plugins.find(spec, '--judge')
+  except ValueError as error:
+    near = difflib.get_close_matches(kind, ('rm', 'sandbox', 'openai', 'file'), 1, cutoff=0.5)
+    raise ValueError(f'{error} A judge is {FORMS}.' + (f' Did you mean {near[0]!r}?' if near else '')) from None
+  return 'own', spec
+
+
+def reward_model(pairs: Sequence[Pair], model: Any, weights: str, folder: pathlib.Path, judge: str, template: str = '',
+                 rows: int = 32) -> Judged:
+  """The response with the higher score wins, equal scores tie.
+
+  Responses are read with the reward model's own tokenizer and template; one that was cut at the limit of tokens has no end token,
+  as in training. Those too long for its context have no verdict. Scores are kept in FOLDER by the text that was scored.
+
+  Args:
+    model: stages.finished.Model with a scalar head. weights: its table.fingerprint. template: as named, for the key.
+  """
+  path = folder / f'rm-{hashlib.sha256(f"{weights}/{template}".encode()).hexdigest()[:16]}.jsonl'
+  scores = {row['response']: row['score'] for row in kept.read(path)}
+  wanted: dict[str, list[int]] = {}
+  for pair in pairs:
+    for response in (pair.response_a, pair.response_b):
+      name = _name(pair, response)
+      if name not in scores and name not in wanted:
+        tail = model.template.response(response.text)
+        wanted[name] = model.template.prompt(pair.record['prompt']) + (tail if response.ended else tail[:-1])
+  groups: dict[int, list[str]] = {}
+  for name, tokens in wanted.items():
+    if len(tokens) <= model.cfg.max_length:
+      groups.setdefault(harness.buckets(len(tokens), model.cfg.max_length), []).append(name)
+  total, count = sum(map(len, groups.values())), 0
+  with metrics.Progress(total, name=f'{judge}: scores') as progress:
+    for length, group in sorted(groups.items()):
+      score = bulk.make_scorer(model.nets, lambda x: x, length=length, pad=model.template.pad, rows=rows)
+      for start in range(0, len(group), rows):
+        some = group[start:start + rows]
+        made = dict(zip(some, map(float, score(model.params, [wanted[n] for n in some])), strict=True))
+        kept.append(path, [dict(response=n, score=s) for n, s in made.items()])
+        scores |= made
+        count += len(some)
+        progress.update(count, {'scores/done': count})
+  verdicts = []
+  for pair in pairs:
+    a, b = (scores.get(_name(pair, r)) for r in (pair.response_a, pair.response_b))
+    p = None if a is None or b is None else 0.5 if a == b else float(a > b)
+    verdicts.append(Verdict(pair.record['prompt_id'], pair.a, pair.b, p, judge))
+  long = len(wanted) - total
+  return Judged(verdicts, notes=[f'{judge}: {long} responses are over its {model.cfg.max_length} tokens'] if long else [])
+
+
+def _name(pair: Pair, response: Any) -> str:
+  return hashlib.sha256(json.dumps([pair.record['prompt'], response.text, response.ended]).encode()).hexdigest()[:24]
+
+
+def sandbox(pairs: Sequence[Pair], world_seed: int) -> Judged:
+  """The exact probability that a labeler of each pool, drawn at random, prefers a, with the pools as two judges; and, as
+  the world's truth knows them, two of the flags of the paper's Table 3."""
+  from alignjax import sandbox as box
+  world, labelers = box.World(world_seed), box.Labelers(world_seed)
+  seen: dict[tuple[str, str], Any] = {}
+  for pair in pairs:
+    if 'meta' not in pair.record:
+      raise ValueError(f"--judge=sandbox: the prompt {pair.record['prompt_id']!r} has no `meta`, by which its labelers judge; "
+                       'use --prompts=sandbox:.')
+    for policy, response in ((pair.a, pair.response_a), (pair.b, pair.response_b)):
+      at = pair.record['prompt_id'], policy
+      if at not in seen:
+        seen[at] = box.judge(world, pair.record['meta'], response.text, response.ended)
+  sides = [labelers.features([seen[p.record['prompt_id'], getattr(p, side)] for p in pairs]) for side in 'ab']
+  verdicts = []
+  for pool, ids in (('training', labelers.train), ('held-out', labelers.heldout)):
+    for pair, p in zip(pairs, labelers.preference(*sides, ids).mean(-1), strict=True):
+      verdicts.append(Verdict(pair.record['prompt_id'], pair.a, pair.b, float(p), f'sandbox, {pool} labelers'))
+  ratings = [Rating(name, policy, 'sandbox', flags=dict(fails_instruction=j.follow < 1, hallucination=j.false_claims > 0))
+             for (name, policy), j in seen.items()]
+  return Judged(verdicts, ratings)
+
+
+def own(pairs: Sequence[Pair], function: Callable, keep: pathlib.Path, judge: str) -> Judged:
+  """A judge of one's own, see the top of this file."""
+  keep.mkdir(parents=True, exist_ok=True)
+  found = list(function(pairs, keep=keep))
+  if len(found) != len(pairs):
+    raise ValueError(f'--judge={judge}: {len(found)} probabilities for {len(pairs)} pairs.')
+  for pair, p in zip(pairs, found, strict=True):
+    good = p is None or isinstance(p, (int, float, np.number)) and math.isfinite(p) and 0 <= p <= 1
+    if not good:
+      raise ValueError(f'--judge={judge}: {p!r} for the prompt {pair.record["prompt_id"]!r} is no probability.')
+  return Judged([Verdict(pair.record['prompt_id'], pair.a, pair.b, None if p is None else float(p), judge)
+                 for pair, p in zip(pairs, found, strict=True)])

@@ -1,0 +1,34 @@
+"""JSON lines that grow while something dear is computed, so that an interrupted call goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The whole lines of a file, none where there is no file. A last line that a kill left torn is cut off the file, so that the
+  next append starts a line of its own."""
+  if not path.exists():
+    return []
+  raw = path.read_bytes()
+  whole = raw[:raw.rfind(b'\n') + 1]
+  if len(whole) < len(raw):
+    with path.open('r+b') as file:
+      file.truncate(len(whole))
+  try:
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is damaged ({error.msg}); move it away to compute it again.') from error
+
+
+def append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Adds rows and gives them to the disk before it returns."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('a', encoding='utf-8') as file:
+    file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+    file.flush()
+    os.fsync(file.fileno())

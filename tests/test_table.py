@@ -1,0 +1,141 @@
+"""The table of evaluations: what is kept, how figures and differences come about, what the command refuses."""
+
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from alignjax.evals import table
+from alignjax.evals.table import Cell
+from experiments import evaluate
+
+CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
+CALLS: list[dict] = []
+
+
+def letters(model, *, data, limit, seed, keep, add: float = 0.0):
+  """A task: a number an item, from the model's weights."""
+  CALLS.append(dict(data=data, limit=limit, seed=seed, add=add))
+  (keep / 'seen').write_text('x')
+  value = float(np.asarray(model.params['final']['norm']['scale']).sum())
+  items = [f'item {i}' for i in range(limit or 4)]
+  return [Cell('accuracy', 'zero-shot', [value + add + i for i in range(len(items))], items),
+          Cell('BLEU', '', [[i, i + 1] for i in range(len(items))], items, clusters=['a', 'a', 'b', 'b'][:len(items)],
+               aggregate='test_table:total', better='')]
+
+
+def total(values):
+  return float(sum(b - a for a, b in values))
+
+
+def model(scale: float):
+  return types.SimpleNamespace(params={'final': {'norm': {'scale': np.full(3, scale, np.float32)}}})
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+  monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
+  monkeypatch.setitem(sys.modules, 'test_table', sys.modules[__name__])
+  CALLS.clear()
+
+
+def test_what_is_the_same_is_measured_once(tmp_path):
+  """By weights, data contents, limit, seed and options; not by the name of a path."""
+  file, copy, other = (tmp_path / n for n in ('a.txt', 'b.txt', 'c.txt'))
+  file.write_text('data')
+  copy.write_text('data')
+  other.write_text('other data')
+  run = lambda params=1.0, **kw: table.run_task('test_table:letters', model(params), table.fingerprint(model(params).params),
+                                                tmp_path / 'out', **(dict(data=str(file)) | kw))[1]
+  assert [run(), run(), run(data=str(copy))] == [False, True, True] and len(CALLS) == 1
+  for change in (dict(params=2.0), dict(data=str(other)), dict(limit=3), dict(seed=1), dict(options={'add': 1.0}),
+                 dict(template='chat')):
+    assert (run(**change), run(**change)) == (False, True), change
+  with pytest.raises(FileNotFoundError, match='--data: test_table:letters=.*no such file'):
+    run(data=str(tmp_path / 'none'))
+  with pytest.raises(ValueError, match='test_table:letters.plus: the task .* takes add'):
+    run(options={'plus': 1})
+
+
+def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path, monkeypatch):
+  def fails(model, *, data, limit, seed, keep):
+    assert (keep / 'seen').exists() == bool(CALLS)
+    CALLS.append({})
+    (keep / 'seen').write_text('x')
+    if len(CALLS) == 1:
+      raise ValueError('the judge is gone')
+    return [Cell('m', '', [1.0], ['a'])]
+
+  monkeypatch.setattr(table, 'find_task', lambda name: fails)
+  run = lambda: table.run_task('fails', model(1.0), 'hash', tmp_path)
+  with pytest.raises(ValueError, match='the judge is gone'):
+    run()
+  assert run() == ([Cell('m', '', [1.0], ['a'])], False) and run()[1]
+
+
+def test_figures_and_paired_differences_by_hand():
+  base = Cell('accuracy', '', [0, 0, 1, None], ['a', 'b', 'c', 'd'])
+  better = Cell('accuracy', '', [1, 1, 1, 1], ['d', 'c', 'b', 'z'])
+  assert table.figure(base)['mean'] == pytest.approx(1 / 3) and table.figure(base)['n'] == 3
+  found = table.difference(better, base)  # d: not measured; c: 1 - 1; b: 1 - 0; z: no partner
+  assert found['mean'] == 0.5 and found['n'] == 2
+  bleu = Cell('BLEU', '', [[0, 2], [1, 2]], ['a', 'b'], aggregate='test_table:total')
+  assert table.figure(bleu)['mean'] == 3.0
+  assert table.difference(bleu, bleu._replace(values=[[0, 1], [1, 2]]))['mean'] == 1.0
+  assert table.figure(bleu)['ci95'][0] == pytest.approx(2.0) and table.figure(bleu)['ci95'][1] == pytest.approx(4.0)
+  same = bleu._replace(clusters=['x', 'x'])
+  assert table.figure(same)['ci95'] == [3.0, 3.0]  # one cluster: nothing to resample
+  assert table.figure(base._replace(values=[], items=[]))['mean'] is None
+  assert table.figure(bleu._replace(values=[], items=[]))['mean'] is None
+
+
+def test_the_interval_of_a_difference_is_paired():
+  """Two models that differ by .1 on every item: the difference is certain, whatever the items' spread."""
+  values = np.random.default_rng(0).normal(0, 10, 200)
+  items = [str(i) for i in range(200)]
+  found = table.difference(Cell('m', '', list(values + 0.1), items), Cell('m', '', list(values), items))
+  assert found['ci95'] == pytest.approx([0.1, 0.1])
+
+
+def test_fingerprints_are_of_the_weights():
+  tree = lambda x: {'a': {'b': np.asarray(x, np.float32)}}
+  assert table.fingerprint(tree([1, 2])) == table.fingerprint(tree([1, 2]))
+  others = [tree([2, 1]), tree([[1, 2]]), {'a': {'c': np.array([1, 2], np.float32)}}, {'a': {'b': np.array([1, 2], np.float64)}}]
+  assert len({table.fingerprint(t) for t in [tree([1, 2]), *others]}) == 5
+
+
+@pytest.mark.slow
+def test_the_command_writes_one_table(tmp_path, capsys):
+  arguments = [f'--models=pretrained=hf:{CHAT},tuned=hf:{CHAT}', '--tasks=test_table:letters', f'--out={tmp_path}',
+               '--options=test_table:letters.add=0.5', '--limit=3']
+  evaluate.main(arguments)
+  assert 'tuned: test_table:letters measured before' in capsys.readouterr().out and len(CALLS) == 1
+  made = json.loads((tmp_path / 'table.json').read_text())
+  assert CALLS[0] == dict(data=None, limit=3, seed=0, add=0.5) and made['baseline'] == 'pretrained'
+  assert made['rows'][0]['models']['tuned']['difference']['mean'] == 0
+  text = (tmp_path / 'table.md').read_text()
+  assert '| test_table:letters | accuracy ↑ | zero-shot |' in text and '## Difference to pretrained' in text
+  assert (tmp_path / 'table.png').stat().st_size > 3000
+  evaluate.main(arguments)
+  assert len(CALLS) == 1
+
+
+@pytest.mark.parametrize('flags,words', [
+    (['--tasks=winogander'], "no task 'winogander'.*Tasks: "),
+    (['--tasks=no_module:f'], 'no module named'),
+    (['--tasks=test_table:letters', '--models='], 'names no model'),
+    (['--tasks=test_table:letters', '--models=a'], "'a' has not the form NAME=VALUE"),
+    (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' is there twice"),
+    (['--tasks=test_table:letters', '--models=a=hf:/nowhere'], 'no such folder'),
+    (['--tasks=test_table:letters', '--models=a=/nowhere'], 'no finished stage'),
+    (['--tasks=test_table:letters', '--models=a=hf:x', '--data=drop=f'], "names the task 'drop', which is not among"),
+    (['--tasks=test_table:letters', '--models=a=hf:x', '--options=add=1'], 'has not the form TASK.OPTION'),
+    (['--tasks=test_table:letters', '--models=a=hf:x', '--baseline=b'], 'none of the models a'),
+    (['--tasks=test_table:letters', '--models=a=hf:x', '--limit=0'], '1 or more'),
+])
+def test_what_the_command_refuses(flags, words):
+  with pytest.raises(SystemExit, match=words):
+    evaluate.main(flags)
