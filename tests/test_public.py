@@ -1,11 +1,14 @@
 """The public tasks: prompts to the letter, scores by hand, and the harness's `hf` backend on the same checkpoint."""
 
+import gc
 import gzip
 import json
 import os
 import pathlib
 import sys
+import weakref
 
+import jax
 import pytest
 
 from alignjax.evals import harness, public, public_data, table
@@ -79,7 +82,7 @@ def drop_record(passage, question, number='', spans=(), others=()):
               validated_answers=dict(number=[n for n in others], date=[DATE] * len(others), spans=[[]] * len(others)))
 
 
-# task, training record, record, answers, few-shot prompt (whose first part, up to the mark, and last part are the zero-shot one), scores
+# task, training record, record, answers, prompt, scores; the prompt without what is between the marks is the zero-shot one
 CHOICES = [
     ('hellaswag', dict(activity_label='Rowing', ctx_a='He sits.', ctx_b='he', endings=['rows on.', 'flies.'], label='0'),
      dict(activity_label='Wakeboarding', ctx_a='They jump [step] high.', ctx_b='next,', endings=['a b c', 'd'], label='0'),
@@ -114,7 +117,8 @@ TEXTS = [
     ('tldr', dict(content='Post 1', summary='s\n1'), dict(content='Post 2', summary='a b c d'), 'a c',
      '|Post 1\n\nTL;DR: s 1\n\n|Post 2\n\nTL;DR:', {'ROUGE-L': pytest.approx(2 / 3)}),
     ('squadv2', dict(title='Oil', context='Oil is old.', question='What?', answers=dict(text=['Oil', 'The oil'])),
-     dict(title='Scottish_Parliament', context='North Sea oil.', question='Which sea?', answers=dict(text=[])), 'Not in background.',
+     dict(title='Scottish_Parliament', context='North Sea oil.', question='Which sea?', answers=dict(text=[])),
+     'Not in background.',
      'Answer each question using information in the preceding background paragraph.\n' + ABSTAIN + '"Not in background."\n\n|'
      'Title: Oil\n\nBackground: Oil is old.\n\nQ: What?\n\nA: Oil\n\n|'
      'Title: Scottish_Parliament\n\nBackground: North Sea oil.\n\nQ: Which sea?\n\nA:', {'F1': 100.0, 'exact match': 100.0}),
@@ -254,7 +258,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, scripted, records, words):
 
 
 def test_other_errors(tmp_path, scripted, monkeypatch):
-  run = lambda name='sst', data=None, **options: getattr(public, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **options)
+  run = lambda name='sst', data=None, **more: getattr(public, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **more)
   (tmp_path / 'torn.jsonl').write_text('{"sentence": "x", "label": 0}\n{"sent')
   with pytest.raises(ValueError, match='torn.jsonl, line 2: not JSON'):
     run(data=str(tmp_path / 'torn.jsonl'))
@@ -304,7 +308,8 @@ def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scri
 def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   from lm_eval.tasks import TaskManager
   names = {p.stem for p in public.TASKS.glob('*.yaml')}
-  assert set(TaskManager(include_path=str(public.TASKS), include_defaults=False).all_subtasks) == {f'instructgpt_{n}' for n in names}
+  found = TaskManager(include_path=str(public.TASKS), include_defaults=False).all_subtasks
+  assert set(found) == {f'instructgpt_{n}' for n in names}
   assert {name for name, where in table.TASKS.items() if '.public:' in where} == names | {'truthfulqa_mc'}
   for name in names:
     assert table.find_task(name).__doc__.count('JSONL') == 1
@@ -342,17 +347,28 @@ def test_few_rows_are_not_padded_to_many(model):
   assert [harness.rows_of(spread, n, 4) for n in (1, 9, 1000)] == [8, 16, 32]
 
 
-@pytest.mark.parametrize('mesh', [dict(data=8), dict(data=2, fsdp=4)], ids=str)
-def test_the_same_numbers_on_a_mesh(model, mesh):
-  spread = finished.load(f'hf:{CHAT}', mesh=mesh)
+def test_what_is_compiled_keeps_no_parameters_alive():
+  one = finished.load(f'hf:{CHAT}')
+  harness.scorer(one)([([1, 2], [3])])
+  harness.continuations(one, [[1, 2]], max_tokens=1)
+  leaf = weakref.ref(jax.tree.leaves(one.params)[0])
+  del one
+  gc.collect()
+  assert leaf() is None
+
+
+@pytest.mark.slow
+def test_the_same_numbers_on_a_mesh(model):
+  spread = finished.load(f'hf:{CHAT}', mesh=dict(data=4, fsdp=2))
   assert len(spread.sharder.mesh.devices.ravel()) == 8
   pairs = [(model.encode(f'text {i} ' * (1 + i % 3)), model.encode(f' word{i}')) for i in range(11)]
   for a, b in zip(harness.scorer(model)(pairs), harness.scorer(spread)(pairs), strict=True):
     assert a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1]
-  prompts = [model.encode('The quick ' * n) for n in (1, 2, 9)]
+  prompts = [model.encode('The quick ' * n) for n in (1, 2, 3)]
   assert harness.continuations(model, prompts, max_tokens=6) == harness.continuations(spread, prompts, max_tokens=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.filterwarnings('ignore')
 def test_the_same_figures_as_the_hf_backend(model, tmp_path):
@@ -361,12 +377,11 @@ def test_the_same_figures_as_the_hf_backend(model, tmp_path):
   from lm_eval.models.huggingface import HFLM
   theirs, ours = HFLM(pretrained=str(CHAT), device='cpu', dtype='float32', batch_size=4), harness.language_model(model)
   mc = [dict(question=f'Why {i}?', mc1_targets=dict(choices=['yes', 'no way'], labels=[1, 0]),
-             mc2_targets=dict(choices=['yes', 'sure thing', 'no way'], labels=[1, 1, 0])) for i in range(6)]
-  rows = [r for a in 'ABC' for r in conversation(a, 1, 3)]
-  snippets = [dict(sentence=f'{"very " * (i % 4)}good film {i}', label=i % 2) for i in range(8)]
+             mc2_targets=dict(choices=['yes', 'sure thing', 'no way'], labels=[1, 1, 0])) for i in range(3)]
+  rows = [r for a in 'AB' for r in conversation(a, 1, 2)]
+  snippets = [dict(sentence=f'{"very " * (i % 4)}good film {i}', label=i % 2) for i in range(4)]
   jobs = [
-      (['truthfulqa_mc1', 'truthfulqa_mc2'], {'question': str, **public.QA_TARGETS}, mc, None,
-       {'truthfulqa_mc1': (public.Score('MC1', public.logged('acc')),), 'truthfulqa_mc2': (public.Score('MC2', public.logged('acc')),)}),
+      (list(public.TRUTHFULQA), {'question': str, **public.QA_TARGETS}, mc, None, public.TRUTHFULQA),
       (['sst'], dict(sentence=str, label=int), snippets, 2, {'sst': public.ACCURACY}),
       (['squadv2'], {'title': str, 'context': str, 'question': str, 'answers.text': list}, rows, 1, {'squadv2': public.F1}),
   ]
@@ -387,6 +402,7 @@ def test_the_same_figures_as_the_hf_backend(model, tmp_path):
           assert [v for v, _ in x['answers']] == pytest.approx([v for v, _ in y['answers']], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,path,count', [('truthfulqa_mc', MC, 817), ('squadv2', SQUAD, 6078)], ids=['truthfulqa', 'squad'])
 def test_the_real_files(name, path, count, scripted, tmp_path):
   if not path.exists():

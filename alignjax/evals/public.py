@@ -2,9 +2,9 @@
 
 Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is greedy and cut at the first
 newline; a multiple choice is the option of the highest log-likelihood a token (the paper's "lowest" is a slip). Prompts are
-plain text, whatever the model's template is, as in the paper. Where we choose: the few-shot examples are drawn anew for each question,
-by the seed, from the training split or, where the data are one file, from the rest of it, never from the question's own passage;
-prompts that exceed the context lose their left part, as in the harness, and are counted aloud.
+plain text, whatever the model's template is, as in the paper. Where we choose: few-shot examples are drawn anew for each
+question, by the seed, from the training split or, where the data are one file, from the rest of it, never from the question's
+own passage; prompts that exceed the context lose their left part, as in the harness, and are counted aloud.
 
 Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with train.jsonl and validation.jsonl), or
 the hub. The head of tasks/TASK.yaml says which fields. `lm_eval --include_path alignjax/evals/tasks` runs the same files.
@@ -57,6 +57,7 @@ def bleu(pairs: list[tuple[str, str]]) -> float:
 
 
 ACCURACY = (Score('accuracy', per_token),)
+TRUTHFULQA = {'truthfulqa_mc1': (Score('MC1', logged('acc')),), 'truthfulqa_mc2': (Score('MC2', logged('acc')),)}
 F1 = (Score('F1', logged('f1', 100)), Score('exact match', logged('exact', 100)))
 
 
@@ -83,7 +84,7 @@ def wsc(model, *, data, limit, seed, keep, shots=None):
 
 
 def drop(model, *, data, limit, seed, keep, shots=None):
-  """DROP: F1 of answers by reasoning over a passage. Hub EleutherAI/drop, or JSONL {passage, question, answer, validated_answers}."""
+  """DROP: F1 of answers that need reasoning. Hub EleutherAI/drop, or JSONL {passage, question, answer, validated_answers}."""
   fields = {'passage': str, 'question': str}
   for part, many in (('answer', False), ('validated_answers', True)):
     fields |= {f'{part}.number': list if many else str, f'{part}.date': (list, dict) if many else dict, f'{part}.spans': list}
@@ -91,13 +92,13 @@ def drop(model, *, data, limit, seed, keep, shots=None):
 
 
 def quac(model, *, data, limit, seed, keep, shots=None):
-  """QuAC: F1 of answers in a dialogue. Hub allenai/quac, or JSONL {wikipedia_page_title, section_title, context, questions, answers}."""
+  """QuAC: F1 of answers in a dialogue. Hub allenai/quac, or JSONL with its fields (tasks/quac.yaml)."""
   fields = {'wikipedia_page_title': str, 'section_title': str, 'context': str, 'questions': list, 'answers.texts': list}
   return measure(model, 'quac', fields, F1, 2, data, limit, seed, keep, shots)
 
 
 def squadv2(model, *, data, limit, seed, keep, shots=None):
-  """SQuAD 2.0: F1 of answers from a paragraph. Hub rajpurkar/squad_v2, or its JSON, or JSONL {title, context, question, answers}."""
+  """SQuAD 2.0: F1 of answers. Hub rajpurkar/squad_v2, SQuAD's own JSON, or JSONL {title, context, question, answers}."""
   fields = {'title': str, 'context': str, 'question': str, 'answers.text': list}
   return measure(model, 'squadv2', fields, F1, 4, data, limit, seed, keep, shots)
 
@@ -122,11 +123,9 @@ def tldr(model, *, data, limit, seed, keep, shots='zero-shot'):
 
 
 def truthfulqa_mc(model, *, data, limit, seed, keep):
-  """TruthfulQA MC1 and MC2, the harness's own tasks. Hub truthfulqa/truthful_qa, or the authors' mc_task.json."""
+  """TruthfulQA MC1, MC2, the harness's own tasks. Hub truthfulqa/truthful_qa, the authors' mc_task.json, or JSONL of the same."""
   lm = harness.language_model(model, keep=keep / 'answers.jsonl')
-  return evaluate(lm, ['truthfulqa_mc1', 'truthfulqa_mc2'], {'question': str, **QA_TARGETS},
-                  {'truthfulqa_mc1': (Score('MC1', logged('acc')),), 'truthfulqa_mc2': (Score('MC2', logged('acc')),)},
-                  'QA prompt', None, data, limit, seed, keep)
+  return evaluate(lm, list(TRUTHFULQA), {'question': str, **QA_TARGETS}, TRUTHFULQA, 'QA prompt', None, data, limit, seed, keep)
 
 
 def measure(model: Any, name: str, fields: Mapping[str, Any], scores: tuple[Score, ...], few: int, data: str | None,
@@ -161,7 +160,7 @@ def evaluate(lm: Any, names: list[str], fields: Mapping[str, Any], scores: Mappi
   count = len(tasks[0].eval_docs)
   drawn = sorted(random.Random(seed).sample(range(count), limit)) if limit is not None and limit < count else None
   before = getattr(lm, 'cut', 0)
-  samples = lm_eval.evaluate(lm, {task.task_name: task for task in tasks}, bootstrap_iters=0, log_samples=True,
+  samples = lm_eval.evaluate(lm, dict(tasks={task.task_name: task for task in tasks}), bootstrap_iters=0, log_samples=True,
                              samples=drawn and {task.task_name: drawn for task in tasks})['samples']
   if getattr(lm, 'cut', 0) > before:
     print(f'{names[0]} {prompt}: {lm.cut - before} requests were longer than the context and lost their left part', flush=True)
@@ -186,23 +185,18 @@ def _tasks(names: list[str], fields: Mapping[str, Any], data: str | None, shots:
   from lm_eval.api.task import ConfigurableTask
   from lm_eval.tasks._yaml_loader import load_yaml
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
-  records, tasks = None, []
-  for name in names:
-    path = TASKS / f'{name}.yaml'
-    theirs = not path.exists()
-    if theirs:
-      path = next(pathlib.Path(lm_eval.tasks.__file__).parent.glob(f'*/{name}.yaml'))
-    config = load_yaml(path)
+  configs = [load_yaml(path if (path := TASKS / f'{name}.yaml').exists() else
+                       next(pathlib.Path(lm_eval.tasks.__file__).parent.glob(f'*/{name}.yaml'))) for name in names]
+  task = names[0].replace('_mc1', '_mc')
+  records = public_data.local(task, data, fields) if data else public_data.hub(task, configs[0], fields, bool(shots))
+  if 'process_docs' not in configs[0]:
+    records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}
+  changes = dict(custom_dataset=lambda **_: records, validation_split=None, test_split='validation', training_split=None)
+  if shots is not None:
+    changes |= dict(num_fewshot=shots, fewshot_split='train' if 'train' in records else 'validation')
+  tasks = []
+  for config in configs:
     config.pop('tag', None)
-    if records is None:
-      task = names[0].replace('_mc1', '_mc')
-      records = public_data.local(task, data, fields) if data else public_data.hub(task, config, fields, bool(shots))
-      if theirs:  # has no process_docs that would make a Dataset of them
-        records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}
-    changes = dict(custom_dataset=lambda **_: records, validation_split=None, test_split='validation', training_split=None)
-    if shots is not None:
-      changes |= dict(num_fewshot=shots, fewshot_split='train' if 'train' in records else 'validation')
-    task = ConfigurableTask(config={**config, **changes})
-    task.set_fewshot_seed(seed)
-    tasks.append(task)
+    tasks.append(ConfigurableTask(config={**config, **changes}))
+    tasks[-1].set_fewshot_seed(seed)
   return tasks
