@@ -51,6 +51,17 @@ class Cell(NamedTuple):
 
 
 TASKS: dict[str, str] = {
+    'hellaswag': 'alignjax.evals.public:hellaswag',
+    'rte': 'alignjax.evals.public:rte',
+    'sst': 'alignjax.evals.public:sst',
+    'wsc': 'alignjax.evals.public:wsc',
+    'drop': 'alignjax.evals.public:drop',
+    'quac': 'alignjax.evals.public:quac',
+    'squadv2': 'alignjax.evals.public:squadv2',
+    'wmt15_fr_en': 'alignjax.evals.public:wmt15_fr_en',
+    'cnn_dm': 'alignjax.evals.public:cnn_dm',
+    'tldr': 'alignjax.evals.public:tldr',
+    'truthfulqa_mc': 'alignjax.evals.public:truthfulqa_mc',
     'winogender': 'alignjax.evals.bias:winogender',
     'crows_pairs': 'alignjax.evals.bias:crows_pairs',
     'realtoxicityprompts': 'alignjax.evals.toxicity:realtoxicityprompts',

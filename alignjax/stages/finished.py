@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,8 @@ from alignjax.types import Networks, Params
 
 class Model(NamedTuple):
   """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, encode, decode,
-  tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None."""
+  tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None.
+  sharder: of the mesh that the parameters lie on, None where that is one device."""
   cfg: TransformerConfig
   nets: Networks
   params: Params
@@ -35,32 +37,44 @@ class Model(NamedTuple):
   vocabulary: int
   tokenizer: Any
   source: str | None
+  sharder: Sharder | None = None
 
 
-def load(name: str, head: str | None = None, form: str | None = None) -> Model:
+def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapping[str, Any] | None = None) -> Model:
   """A model by name.
 
   Args:
     name: 'hf:FOLDER_OR_HUB_NAME', or the folder of a finished stage, WORKDIR/STAGE.
     head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint: 'lm').
     form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint 'plain'.
+    mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters and the rows of bulk
+      evaluation; None: the first device alone.
   """
-  return _load_hf(name, head or 'lm', form or 'plain') if name.startswith('hf:') else _load_stage(name, head, form)
+  return _load_hf(name, head or 'lm', form or 'plain', mesh) if name.startswith('hf:') else _load_stage(name, head, form, mesh)
 
 
-def _load_hf(name: str, head: str, form: str) -> Model:
+def _sharder(mesh: Mapping[str, Any] | None) -> Sharder:
+  return Sharder(make_mesh(devices=jax.devices()[:1]) if mesh is None else make_mesh(**mesh))
+
+
+def _networks(cfg: TransformerConfig, sharder: Sharder | None) -> Networks:
+  return transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding) if sharder else transformer.make_networks(cfg)
+
+
+def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) -> Model:
   source = name.removeprefix('hf:')
-  sharder = Sharder(make_mesh(devices=jax.devices()[:1]))
+  sharder = _sharder(mesh)
   tokenizer = setups.load_tokenizer(source)
   cfg = TransformerConfig(**hf.fields(source))
   if head == 'scalar' and not hf.has_score(source):
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)
-  return Model(cfg, transformer.make_networks(cfg), params, head, templates.make(tokenizer, form),
-               lambda text: tokenizer.encode(text, verbose=False), tokenizer.decode, len(tokenizer), tokenizer, source)
+  sharder = sharder if mesh is not None else None
+  return Model(cfg, _networks(cfg, sharder), params, head, templates.make(tokenizer, form),
+               lambda text: tokenizer.encode(text, verbose=False), tokenizer.decode, len(tokenizer), tokenizer, source, sharder)
 
 
-def _load_stage(name: str, head: str | None, form: str | None) -> Model:
+def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
   folder = pathlib.Path(name)
   if not checkpoint.is_finished(folder / 'final'):
     near = sorted(p.parent.parent.name for p in folder.glob('*/final/info.json'))
@@ -72,17 +86,17 @@ def _load_stage(name: str, head: str | None, form: str | None) -> Model:
     raise ValueError(f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
                      f'{"reward model" if head == "scalar" else "policy"}.')
   config = ml_collections.ConfigDict(saved)
-  config.mesh, config.sharding = dict(data=1, fsdp=1, tensor=1), {k: v for k, v in RULES.items()}
+  config.mesh, config.sharding = dict(data=1, fsdp=1, tensor=1) if mesh is None else dict(mesh), {k: v for k, v in RULES.items()}
   if form is not None:
     config.data.template = form
   try:
-    setup = setups.for_stage(setups.make_setup(config, folder.parent, jax.devices()[:1]), folder.name)
+    setup = setups.for_stage(setups.make_setup(config, folder.parent, jax.devices()[:1] if mesh is None else None), folder.name)
   except AttributeError as error:
     raise ValueError(f'{folder}: its config lacks the entry {error}; another version of alignjax wrote it.') from None
   cfg = setup.policy_model if found == 'lm' else setup.reward_model
   source = config.model.get('source')
   tokenizer = None if setup.world is not None else setups.load_tokenizer(config.data.tokenizer)
   params = setups.initial_params(setup, f'stage:{folder.name}', found, 0)
-  return Model(cfg, transformer.make_networks(cfg), params, found, setup.template, setup.encode, setup.decode,
-               setup.vocabulary, tokenizer,
-               source and source.removeprefix('hf:'))
+  sharder = setup.sharder if mesh is not None else None
+  return Model(cfg, _networks(cfg, sharder), params, found, setup.template, setup.encode, setup.decode, setup.vocabulary,
+               tokenizer, source and source.removeprefix('hf:'), sharder)

@@ -1,0 +1,194 @@
+"""What the task files of tasks/*.yaml call: records to questions, outputs to scores, and the choice of few-shot examples.
+
+Loaded by the harness, from its `!function` tags; imports it. Every document has `item`, a name, and `cluster`: documents of the
+same cluster (the questions of a passage) are resampled together, and are no few-shot examples to each other.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import datasets
+from lm_eval.api.samplers import ContextSampler
+from lm_eval.tasks.drop.utils import get_answers, get_metrics
+from lm_eval.tasks.hellaswag.utils import preprocess
+from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+class OtherClusters(ContextSampler):
+  """Few-shot examples drawn at random for each question, none of its own cluster, where both come from the same split."""
+
+  def sample(self, n, eval_doc=None, df=None, **kwargs):
+    docs = self.df
+    own = None if eval_doc is None else eval_doc['cluster']
+    if not hasattr(self, 'sizes'):
+      self.sizes = collections.Counter(doc['cluster'] for doc in docs)
+    if len(docs) - self.sizes[own] < n:
+      raise ValueError(f'{n} few-shot examples are asked for, but there are {len(docs) - self.sizes[own]} besides the passage of '
+                       'the question; give more data, a folder with train.jsonl and validation.jsonl, or shots=zero-shot.')
+    picked: dict[int, Any] = {}
+    while len(picked) < n:
+      i = self.rnd.randrange(len(docs))
+      if docs[i]['cluster'] != own:
+        picked.setdefault(i, docs[i])
+    return list(picked.values())
+
+
+def _documents(docs: Iterable[dict[str, Any]]) -> datasets.Dataset:
+  return datasets.Dataset.from_list([{'item': str(i), 'cluster': str(i), **doc} for i, doc in enumerate(docs)])
+
+
+def hellaswag(rows: Rows) -> datasets.Dataset:
+  """The harness's cleaning of WikiHow's brackets; the second part of the context begins with a capital, as in the paper."""
+  return _documents(dict(query=preprocess(f'{r["activity_label"]}: {r["ctx_a"]} {r["ctx_b"].capitalize()}'),
+                         choices=[preprocess(e) for e in r['endings']], gold=int(r['label'])) for r in rows)
+
+
+def rte(rows: Rows) -> datasets.Dataset:
+  return _documents(dict(premise=r['premise'].strip(), hypothesis=r['hypothesis'].strip().removesuffix('.'), gold=int(r['label']))
+                    for r in rows)
+
+
+def sst(rows: Rows) -> datasets.Dataset:
+  return _documents(dict(sentence=r['sentence'].strip(), gold=int(r['label'])) for r in rows)
+
+
+def drop(rows: Rows) -> datasets.Dataset:
+  """answers: each is a list of spans. The questions of a passage are one cluster."""
+  docs = []
+  for r in rows:
+    answers = [list(answer) for answer in get_answers(r)]
+    docs.append(dict(passage=r['passage'].strip(), question=r['question'].strip(), answers=answers, target=', '.join(answers[0]),
+                     cluster=r['passage'][:200]))
+  return _documents(docs)
+
+
+def drop_shots(rows: Rows) -> datasets.Dataset:
+  """One question of each passage."""
+  return _documents({doc['passage']: doc for doc in reversed(list(drop(rows)))}.values())
+
+
+def squadv2(rows: Rows) -> datasets.Dataset:
+  """previous: the questions of the paragraph that come before, with their first answers, as in the prompts that the authors
+  released. An article is a cluster."""
+  return _conversations(((r['title'], r['context']), r['title'], r['title'], r['context'], r['question'],
+                         list(dict.fromkeys(r['answers']['text'])) or ['Not in background.']) for r in rows)
+
+
+def quac(rows: Rows) -> datasets.Dataset:
+  """The same of dialogues; the marker CANNOTANSWER is "I don't know.". A page is a cluster."""
+  said = lambda answer: "I don't know." if answer == 'CANNOTANSWER' else answer.strip()
+
+  def turns():
+    for number, r in enumerate(rows):
+      for question, texts in zip(r['questions'], r['answers']['texts'], strict=True):
+        yield (number, r['wikipedia_page_title'], f'{r["wikipedia_page_title"]} - {r["section_title"]}',
+               r['context'].removesuffix('CANNOTANSWER').strip(), question, list(dict.fromkeys(map(said, texts))))
+
+  return _conversations(turns())
+
+
+def _conversations(turns: Iterable[tuple]) -> datasets.Dataset:
+  """(group, cluster, title, context, question, targets) -> documents, each with what came before it in its group."""
+  docs, before, last = [], [], None
+  for group, cluster, title, context, question, targets in turns:
+    if group != last:
+      before, last = [], group
+    docs.append(dict(cluster=cluster, title=title, context=context, question=question.strip(), targets=targets, target=targets[0],
+                     previous=list(before)))
+    before.append(dict(q=question.strip(), a=targets[0]))
+  return _documents(docs)
+
+
+def _whole_passages(docs: datasets.Dataset) -> datasets.Dataset:
+  """The last question of each passage, which has all the others before it."""
+  first = [not previous for previous in docs['previous']]
+  return docs.select([i for i, begins in enumerate([*first[1:], True]) if begins])
+
+
+def squadv2_shots(rows: Rows) -> datasets.Dataset:
+  return _whole_passages(squadv2(rows))
+
+
+def quac_shots(rows: Rows) -> datasets.Dataset:
+  return _whole_passages(quac(rows))
+
+
+def wsc(rows: Rows) -> datasets.Dataset:
+  """passage: the text with the pronoun between double asterisks."""
+  docs = []
+  for i, r in enumerate(rows):
+    text, pronoun = r['text'], r['span2_text']
+    at = sum(len(word) + 1 for word in text.split(' ')[:r['span2_index']])
+    found = [m.start() for m in re.finditer(rf'\b{re.escape(pronoun)}\b', text)]
+    if not found:
+      raise ValueError(f'wsc, record {i}: the pronoun {pronoun!r} is not in the text {text[:60]!r}.')
+    start = min(found, key=lambda s: abs(s - at))  # some indices of the data set are off by a word
+    docs.append(dict(passage=f'{text[:start]}**{pronoun}**{text[start + len(pronoun):]}', pronoun=pronoun, target=r['span1_text'],
+                     label=int(r['label'])))
+  return _documents(docs)
+
+
+def wsc_shots(rows: Rows) -> datasets.Dataset:
+  """Where the noun is what the pronoun refers to: the answer of an example must be right."""
+  docs = wsc(rows)
+  return docs.select([i for i, label in enumerate(docs['label']) if label == 1])
+
+
+def wmt15_fr_en(rows: Rows) -> datasets.Dataset:
+  return _documents(dict(fr=r['translation']['fr'].strip(), target=r['translation']['en'].strip()) for r in rows)
+
+
+def _one_line(text: str) -> str:
+  """What is sampled ends at a newline, so the answer of an example has none."""
+  return ' '.join(text.split())
+
+
+def cnn_dm(rows: Rows) -> datasets.Dataset:
+  return _documents(dict(text=r['article'].strip(), target=_one_line(r['highlights'])) for r in rows)
+
+
+def tldr(rows: Rows) -> datasets.Dataset:
+  return _documents(dict(text=r['content'].strip(), target=_one_line(r['summary'])) for r in rows)
+
+
+def squad_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+  """F1 and exact match of SQuAD to the nearest of the targets. A question without an answer has the target that the instruction
+  names, so that "Not in background." is 1, as in the released samples."""
+  said = results[0].strip()
+  return {'f1': max(float(f1_abstractive([said], [t])) for t in doc['targets']),
+          'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in doc['targets']))}
+
+
+def drop_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+  """The harness's port of DROP's own, to the nearest of the answers."""
+  scores = [get_metrics([results[0].strip()], answer) for answer in doc['answers'] if answer[0].strip()] or [(0.0, 0.0)]
+  return {'f1': float(max(f1 for _, f1 in scores)), 'exact': float(max(em for em, _ in scores))}
+
+
+def wsc_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+  """The pronoun is taken to refer to the noun where what was sampled contains the noun or the other way round."""
+  said, noun = results[0].strip().strip('."*\'').lower(), doc['target'].lower()
+  return {'acc': float((bool(said) and (noun in said or said in noun)) == bool(doc['label']))}
+
+
+def bleu_pair(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, list[str]]:
+  """(reference, translation), of which BLEU is computed over the corpus."""
+  return {'bleu': [doc['target'], results[0].strip()]}
+
+
+@functools.cache
+def _rouge():
+  from rouge_score import rouge_scorer
+  return rouge_scorer.RougeScorer(['rougeL'])
+
+
+def rouge_score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+  """ROUGE-L F, without stemming."""
+  return {'rougeL': _rouge().score(doc['target'], results[0].strip())['rougeL'].fmeasure}
