@@ -6,8 +6,9 @@
 
 A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/best_of_n.md, .json and .png: the reward
 model's score, and with --gold=sandbox the true one of both pools of labelers, against KL. Where the first rises and the second
-falls, the reward model is exploited. Of PPO stages the final policy is measured on the same prompts, and what their metrics.jsonl
-logged in training is drawn too; --policy should be their reference. Samples are kept in OUT/kept: an interrupted call goes on.
+falls, the reward model is exploited. Of PPO stages the final policy (or a kept candidate, STAGE/candidates/STEP) is measured on
+the same prompts, and what metrics.jsonl logged in training, on its own prompts, is drawn as dots; --policy should be their
+reference. Samples are kept in OUT/kept: an interrupted call goes on.
 """
 
 import argparse
@@ -30,10 +31,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--policy', required=True, help='what is sampled from')
   parser.add_argument('--reward_model', required=True)
   parser.add_argument('--gold', choices=('sandbox',), help='true scores, of policies of the sandbox')
-  parser.add_argument('--ppo', default='', help='FOLDER,FOLDER: finished PPO stages')
+  parser.add_argument('--ppo', default='', help='FOLDER,FOLDER: finished PPO stages, or STAGE/candidates/STEP')
   parser.add_argument('--n', default='1,2,4,8,16,32,64')
   parser.add_argument('--samples', type=int, help='of each prompt; default: twice the largest n, for a steadier estimate')
-  parser.add_argument('--prompts', default='sandbox:', help="jsonl:FILE, ... ; 'sandbox:' is its test prompts")
+  parser.add_argument('--prompts', default='sandbox:', help="jsonl:FILE, ... ; 'sandbox:' or 'sandbox:train', PPO's own")
+  parser.add_argument('--mapping', help='of their fields (alignjax/data/mappings.py)')
   parser.add_argument('--limit', type=int, default=200, help='prompts, drawn by the seed')
   parser.add_argument('--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:")
   parser.add_argument('--max_tokens', type=int, help='of a response; default: as the policy was trained, else 128')
@@ -72,32 +74,33 @@ def run(options: argparse.Namespace) -> None:
   out = pathlib.Path(options.out)
   saved = config_of(options.policy)
   world = None
-  if options.gold or options.prompts == 'sandbox:':
+  split = options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
+  if options.gold or split is not None:
     if not saved or saved['data']['tokenizer'] != 'sandbox:':
       raise ValueError(f'--policy={options.policy} is no policy of the sandbox: give --prompts, and leave --gold out.')
-    if options.prompts != 'sandbox:':
+    if split is None:
       raise ValueError(f'--gold=sandbox knows its own prompts alone, not --prompts={options.prompts}.')
     from alignjax import sandbox
     world, labelers = sandbox.World(saved['world']['seed']), sandbox.Labelers(saved['world']['seed'])
-    records = sandbox.prompts(world, options.limit, 'test')
+    records = sandbox.prompts(world, options.limit, split or 'test')
   else:
-    records = sources.read(options.prompts, 'prompts')
+    records = sources.read(options.prompts, 'prompts', options.mapping)
     chosen = np.random.default_rng(options.seed).permutation(len(records))[:options.limit]
     records = [records[i] for i in np.sort(chosen)]
   max_tokens = options.max_tokens or (saved['data']['response_length'] if saved else 128)
   prompts = [r['prompt'] for r in records]
-  ppo = [p for p in options.ppo.split(',') if p]
-  if len({pathlib.Path(p).name for p in ppo}) < len(ppo):
+  ppo = {label(p): p for p in options.ppo.split(',') if p}
+  if len(ppo) < len(list(filter(None, options.ppo.split(',')))):
     raise ValueError(f'--ppo={options.ppo}: two stages have the same name.')
   model = finished.load(options.policy, 'lm', options.template)
   reward = finished.load(options.reward_model, 'scalar', options.template)
-  policies = {pathlib.Path(p).name: finished.load(p, 'lm', options.template) for p in ppo}
+  policies = {name: finished.load(p, 'lm', options.template) for name, p in ppo.items()}
   rewarder = responses.make_rewarder(reward, prompts, rows=options.rows)
 
   def measured(model, count):
     """(responses, {measure: f[P,count]})."""
-    protocol = json.dumps([table.fingerprint(model.params), prompts, options.template, max_tokens, options.temperature, options.rows,
-                           options.seed, count])
+    protocol = json.dumps([table.fingerprint(model.params), prompts, options.template, max_tokens, options.temperature,
+                           options.rows, options.seed, count])
     kept = out / 'kept' / f'{hashlib.sha256(protocol.encode()).hexdigest()[:16]}.jsonl'
     respond = responses.make_responder(model, prompts, count=count, max_tokens=max_tokens, temperature=options.temperature,
                                        rows=options.rows)
@@ -110,14 +113,16 @@ def run(options: argparse.Namespace) -> None:
   result = dict(policy=options.policy, reward_model=options.reward_model, prompts=len(prompts), samples=samples, seed=options.seed,
                 temperature=options.temperature, max_tokens=max_tokens, measures=list(values),
                 best_of_n=best_of_n.curve(values['reward model'], values, ns), policies={})
-  for path, (name, policy) in zip(ppo, policies.items(), strict=True):
+  for name, policy in policies.items():
+    path = ppo[name]
     if policy.cfg != model.cfg:
       raise ValueError(f'{path} has another architecture than {options.policy}, which should be its reference.')
     print(f'{path}: {PPO_SAMPLES} samples of {len(prompts)} prompts', flush=True)
     said, values = measured(policy, PPO_SAMPLES)
     divergence = responses.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
     result['policies'][name] = best_of_n.policy(divergence(policy.params, model.params, said), values)
-    logged = metrics.read(path_of(path)) if path_of(path).exists() else {}
+    log = pathlib.Path(path) / 'metrics.jsonl'
+    logged = metrics.read(log) if log.exists() else {}
     if 'objective/kl' in logged:
       result['policies'][name]['training'] = {'kl': logged['objective/kl'].tolist(), **{
           m: logged[LOGGED[m]].tolist() for m in result['measures'] if LOGGED[m] in logged}}
@@ -128,8 +133,10 @@ def run(options: argparse.Namespace) -> None:
   print(best_of_n.markdown(result), flush=True)
 
 
-def path_of(stage: str) -> pathlib.Path:
-  return pathlib.Path(stage) / 'metrics.jsonl'
+def label(stage: str) -> str:
+  """'ppo_ptx' of WORKDIR/ppo_ptx, 'ppo_ptx/20' of WORKDIR/ppo_ptx/candidates/20."""
+  path = pathlib.Path(stage)
+  return f'{path.parent.parent.name}/{path.name}' if path.parent.name == 'candidates' else path.name
 
 
 def config_of(model: str) -> dict | None:

@@ -47,7 +47,8 @@ def test_folds_share_neither_labelers_nor_prompts():
     cut = labelers.split(records, groups, fold, seed=0)
     who = lambda part: {r['labeler_id'] for r in part}
     where = lambda part: {r['prompt'] for r in part}
-    assert who(cut.heldout) == set(groups[fold]) and who(cut.train) == who(cut.seen) == {f'w{i}' for i in range(8)} - set(groups[fold])
+    assert who(cut.heldout) == set(groups[fold])
+    assert who(cut.train) == who(cut.seen) == {f'w{i}' for i in range(8)} - set(groups[fold])
     assert where(cut.seen) == where(cut.heldout) and not where(cut.train) & where(cut.seen)
     measured.update(where(cut.seen))
   assert measured == {f'p{i}': 1 for i in range(6)}
@@ -58,7 +59,7 @@ def test_folds_share_neither_labelers_nor_prompts():
 def test_votes_and_hits_by_hand():
   records = [dict(prompt='p', responses=['bb', 'a', 'ccc'], ranks=[1, 0, 1], labeler_id='w'), vote('q', 'x', 'y', 'v', tie=True)]
   cast = labelers.votes(records)  # a > bb, a > ccc; bb and ccc tie
-  assert [(v.prompt, v.first, v.second, v.labeler, v.better) for v in cast] == [('"p"', 'a', 'bb', 'w', 1), ('"p"', 'a', 'ccc', 'w', 1)]
+  assert [tuple(v) for v in cast] == [('"p"', 'a', 'bb', 'w', 1), ('"p"', 'a', 'ccc', 'w', 1)]
   assert labelers.hits(cast, labelers.longer).tolist() == [0.0, 0.0]
   assert labelers.hits(cast, lambda p, r: {'a': 1, 'bb': 1, 'ccc': 0}[r]).tolist() == [0.5, 1.0]
 

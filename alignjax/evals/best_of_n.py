@@ -1,8 +1,7 @@
-"""Best-of-n and over-optimization: reward against KL where the best of n samples is taken, beside policies that were trained for it.
+"""Best-of-n and over-optimization: reward against KL where the best of n samples is taken, beside policies trained for it.
 
-`expected` is the estimator of Nakano et al. 2021 (WebGPT, appendix I); KL(best of n || policy) <= log n - (n-1)/n (Stiennon et al.
-2020, appendix G.3 prints it as an equality, which it is where no two samples are alike; with a small set of likely responses it
-overstates, Beirami et al. 2024).
+`kl` is the figure of Stiennon et al. 2020, log n - (n-1)/n: the divergence exactly where no two samples score alike; where few
+responses are likely, as in the sandbox, an upper bound (Beirami et al. 2024). `expected` takes every n from the same N samples.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ def kl(n: int) -> float:
 def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   """The unbiased estimate of E[value of the best of n samples by score] from N >= n samples of each prompt.
 
-  Every subset of n of the N samples is as likely; the one that is i-th from below is its best in C(i-1, n-1) of the C(N, n) subsets.
-  Samples with the same score share their weight, as if ties were broken at random.
+  The sample that is i-th from below is the best in C(i-1, n-1) of the C(N, n) subsets, which are all as likely. Samples
+  with the same score share their weight, as if ties were broken at random.
 
   Args:
     scores: f[P,N], by which the best is chosen (the reward model's). values: f[P,N], what is averaged (scores, or gold scores).
@@ -89,7 +88,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
   """A panel a measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it): best-of-n as a line with its band,
-  trained policies as points with intervals, their training (on training prompts) as a thin line."""
+  trained policies as points with intervals; dots: what training logged, on training prompts."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
@@ -105,7 +104,8 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
       at = math.sqrt(max(p['kl']['mean'], 0))
       training = p.get('training', {})
       if name in training:
-        axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=3, alpha=0.35, color=colors(i))
+        axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=3, alpha=0.35, color=colors(i),
+                  label=f'{label}, in training')
       axis.plot([at, at], p[name]['ci95'], color=colors(i), lw=2)
       axis.plot(at, p[name]['mean'], 'D', color=colors(i), label=label)
     axis.set(title=name, xlabel='sqrt(KL to the policy that is sampled, nats)', ylabel='mean')

@@ -76,7 +76,7 @@ def split(records: Sequence[Record], groups: Sequence[Sequence[str]], fold: int,
 def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> list[dict[str, Any]]:
   """Votes on pairs as rankings of up to k responses: for data where many people judged many pairs of a prompt's responses.
 
-  In each round a prompt's responses are shuffled and cut into sets of about k; a set is ranked by the mean, over the others in it
+  In each round a prompt's responses are shuffled and cut into sets of k or fewer; a set is ranked by the mean, over the others in it
   that it was compared with, of the share of votes that the response won (a tie is half a vote). k = 2 is the majority of each
   drawn pair. What it is for: as independent pairs, each response would pass through the model, and be trained on, once a vote
   (the paper's footnote 5: such an epoch overfits); as rankings, once a round. What it loses: by how much, and who.
@@ -91,21 +91,17 @@ def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> li
       if a != b:
         won[a, b].append((np.sign(j - i) + 1) / 2)
         won[b, a].append((np.sign(i - j) + 1) / 2)
+  shares = [(e['prompt'], {pair: float(np.mean(v)) for pair, v in e['votes'].items()}) for e in by_prompt.values() if e['votes']]
   out = []
   for _ in range(rounds):
-    for entry in by_prompt.values():
-      share = {pair: float(np.mean(v)) for pair, v in entry['votes'].items()}
+    for prompt, share in shares:
       texts = sorted({a for a, _ in share})
-      if len(texts) < 2:
-        continue
-      for chosen in np.array_split(rng.permutation(len(texts)), max(1, round(len(texts) / k))):
-        for some in ([chosen] if len(chosen) <= k else np.array_split(chosen, -(-len(chosen) // k))):
-          names = [texts[i] for i in some]
-          won = {a: np.mean([share[a, b] for b in names if (a, b) in share]) for a in names
-                 if any((a, b) in share for b in names)}
-          order = sorted(set(won.values()), reverse=True)
-          if len(order) > 1:
-            out.append(dict(prompt=entry['prompt'], responses=list(won), ranks=[order.index(w) for w in won.values()]))
+      for chosen in np.array_split(rng.permutation(len(texts)), -(-len(texts) // k)):
+        names = [texts[i] for i in chosen]
+        won = {a: np.mean([share[a, b] for b in names if (a, b) in share]) for a in names if any((a, b) in share for b in names)}
+        order = sorted(set(won.values()), reverse=True)
+        if len(order) > 1:
+          out.append(dict(prompt=prompt, responses=list(won), ranks=[order.index(w) for w in won.values()]))
   return out
 
 

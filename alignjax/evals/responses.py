@@ -1,5 +1,5 @@
-"""What policies answer, and what the answers are worth: samples kept on disk, a reward model's scores, the sandbox's gold scores, the
-divergence from a reference. Each `make_*` compiles once for any number of parameters of one architecture.
+"""What policies answer, and what the answers are worth: samples kept on disk, a reward model's scores, the sandbox's gold
+scores, the divergence from a reference. Each `make_*` compiles once for any number of parameters of one architecture.
 
 A model here is a stages.finished.Model; put places a batch on the devices, as Sharder.put does.
 """
@@ -78,8 +78,8 @@ def _read(path: pathlib.Path) -> list[dict]:
 def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, put: Callable = lambda x: x) -> Callable:
   """-> reward(params, responses) -> f64[prompts, samples]: a reward model's scores.
 
-  Texts are read with the reward model's own tokenizer and template, so that it may be another one than the policy's; a response that
-  did not end has no end token here either.
+  Texts are read with the reward model's own tokenizer and template, so that it may be another one than the policy's; a response
+  that did not end has no end token here either.
   """
   queries = [model.template.prompt(p) for p in prompts]
   scorers: dict[int, Callable] = {}
@@ -101,11 +101,13 @@ def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, put: Ca
   return reward
 
 
-def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64, put: Callable = lambda x: x) -> Callable:
+def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64,
+                    put: Callable = lambda x: x) -> Callable:
   """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log p_ref(response) in nats. Its mean over
   samples of the policy estimates KL(policy || ref), at temperature 1."""
   queries = [model.template.prompt(p) for p in prompts]
-  logprobs = bulk.make_response_logprobs(model.nets, put, length=max(map(len, queries)) + max_tokens, pad=model.template.pad, rows=rows)
+  logprobs = bulk.make_response_logprobs(model.nets, put, length=max(map(len, queries)) + max_tokens, pad=model.template.pad,
+                                         rows=rows)
 
   def divergence(params, ref, responses: Responses) -> np.ndarray:
     flat = [t for tokens in responses.tokens for t in tokens]

@@ -1,5 +1,5 @@
 """Scores to choose a model by, and the choice with its reason. A score is a function of what was measured on N prompts,
-{'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as there is one, to f[N]; a fork's is named in the config as any other function."""
+{'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as there is one, to f[N]; a fork names its own in the config."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def markdown(selections: Mapping[str, Mapping[str, Any]]) -> str:
   for stage, info in selections.items():
     result = info['selection']
     names = list(dict.fromkeys(k for c in result['candidates'].values() for k in c))
-    lines += [f'{stage}, by {info["by"]}: {result["why"]}', '', f'| candidate | {" | ".join(names)} |', '|---' * (1 + len(names)) + '|']
+    lines += [f'{stage}, by {info["by"]}: {result["why"]}', '',
+              f'| candidate | {" | ".join(names)} |', '|---' * (1 + len(names)) + '|']
     lines += [f'| {"**" + name + "**" if name == result["chosen"] else name} | ' + ' | '.join(cell(c.get(k)) for k in names) + ' |'
               for name, c in result['candidates'].items()]
     lines += ['']

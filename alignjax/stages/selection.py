@@ -1,5 +1,5 @@
 """Model selection: of the candidates that stages kept, the one with the highest score on validation prompts (paper C.1: SFT
-checkpoints by the reward model, which predicts preference better than validation loss does; E.9: the final PPO models by Likert scores).
+checkpoints by the reward model, which predicts preference better than validation loss does; E.9: the PPO models by Likert score).
 
 A stage without steps, so that a run's other stages start from its result as from any: c.init.policy='stage:sft_selected'. Every
 candidate's figure, the choice and why stand in its info.json, and so in the report.
@@ -7,7 +7,6 @@ candidate's figure, the choice and why stand in its info.json, and so in the rep
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -37,9 +36,11 @@ def build(setup: Setup, name: str) -> Stage:
 
   def finish(_):
     # 2. a response to each prompt by each candidate, and what it is worth
-    model = Model(setup.policy_model, setup.nets, None, 'lm', setup.template, setup.encode, setup.decode, setup.vocabulary, None, None)
+    model = Model(setup.policy_model, setup.nets, None, 'lm', setup.template, setup.encode, setup.decode, setup.vocabulary, None,
+                  None)
     how = dict(rows=cfg.rows, put=setup.sharder.put)
-    respond = responses.make_responder(model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature, **how)
+    respond = responses.make_responder(model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature,
+                                       **how)
     rewarder = responses.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
     divergence = responses.make_divergence(model, prompts, max_tokens=setup.response_length, **how)
     scores = {}
@@ -79,8 +80,8 @@ def find_candidates(setup: Setup, name: str) -> dict[str, pathlib.Path]:
       raise FileNotFoundError(f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.')
     out |= {f'{folder.name}/{p.name}': p for p in (*kept, folder / 'final')}
   if len(out) < 2:
-    raise ValueError(f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: there is nothing to choose from but '
-                     f'{", ".join(out) or "nothing"}. A stage keeps N candidates with stages.NAME.keep_candidates=N, before it runs.')
+    raise ValueError(f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose from but '
+                     f'{", ".join(out) or "nothing"}. A stage that runs with stages.NAME.keep_candidates=N keeps N.')
   return out
 
 

@@ -1,4 +1,4 @@
-"""The sandbox with model selection: the SFT checkpoint by the reward model (paper C.1), the PPO-ptx checkpoint by its score less KL.
+"""The sandbox with model selection: the SFT checkpoint by the reward model (paper C.1), PPO-ptx by its score less KL.
 
   python experiments/run.py --config=configs/selected.py[:tiny]
 
@@ -32,4 +32,5 @@ def selection(*candidates, ref=None, source='sandbox:', mapping=None, count=200,
   """A stage that chooses. ref None: no KL. On your own data: source='jsonl:validation_prompts.jsonl'."""
   off = config_dict.placeholder(str)
   return dict(build='alignjax.stages.selection:build', init=dict(reward='stage:rm', ref=ref or off), candidates=candidates,
-              by=by, prompts=dict(source=source, mapping=mapping or off, count=count), temperature=1.0, rows=64, log_every=1, save_every=0)
+              by=by, prompts=dict(source=source, mapping=mapping or off, count=count), temperature=1.0, rows=64,
+              log_every=1, save_every=0)

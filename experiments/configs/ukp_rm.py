@@ -3,8 +3,8 @@
   python experiments/heldout_labelers.py --config=configs/ukp_rm.py --rankings=9 --rounds=4 --folds=5 --seeds=3 \
     --comparisons=jsonl:DATA/ukp_convarg/judgments.jsonl.gz --config.data.demonstrations=jsonl:DATA/ukp_convarg/arguments.jsonl.gz
 
-One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick up is length and some words. The
-rule "the longer argument wins" stands beside it in the report. Numbers to expect: README.
+One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick up is length and some words.
+The rule "the longer argument wins" stands beside it in the report. Numbers to expect: README.
 """
 
 from experiments.configs import base
