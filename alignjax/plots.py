@@ -10,6 +10,7 @@ from alignjax import metrics
 
 COLORS = {'pretrained': '#999999', 'pretrained_prompted': '#c0c0c0', 'sft': '#4477aa', 'ppo': '#cc6677',
           'ppo_ptx': '#228833', 'pretrained_bigger': '#777777'}
+OTHER = '#aa4499'  # a policy of a fork's, or a selected one
 
 
 def all_plots(workdir: pathlib.Path, result: dict) -> list[str]:
@@ -33,8 +34,8 @@ def reward_against_kl(workdir: pathlib.Path, curves: dict) -> str | None:
                            (axes[1], 'gold/train_labelers', 'gold: training labelers')):
     for name, c in runs.items():
       order = np.argsort(c['objective/kl'])
-      axis.plot(c['objective/kl'], c[key], '.', color=COLORS.get(name), alpha=0.35)
-      axis.plot(_smooth(c['objective/kl'][order]), _smooth(c[key][order]), color=COLORS.get(name), label=name)
+      axis.plot(c['objective/kl'], c[key], '.', color=COLORS.get(name, OTHER), alpha=0.35)
+      axis.plot(_smooth(c['objective/kl'][order]), _smooth(c[key][order]), color=COLORS.get(name, OTHER), label=name)
     axis.set(title=title, xlabel='KL to the reference (nats a response)', ylabel='mean reward')
     axis.legend()
   return _save(figure, workdir, 'reward_against_kl.png')
@@ -50,7 +51,7 @@ def tax(workdir: pathlib.Path, result: dict) -> str | None:
   for axis, key in zip(axes, ('reading_comprehension', 'translation', 'pretraining_loss'), strict=True):
     means = np.array([p[key]['mean'] for p in shown.values()])
     low, high = np.array([p[key]['ci95'] for p in shown.values()]).T
-    axis.bar(list(shown), means, yerr=[means - low, high - means], capsize=3, color=[COLORS.get(n) for n in shown])
+    axis.bar(list(shown), means, yerr=[means - low, high - means], capsize=3, color=[COLORS.get(n, OTHER) for n in shown])
     axis.set(title=key.replace('_', ' '), ylabel='nats a token' if 'loss' in key else 'exact match')
     axis.tick_params(axis='x', rotation=20)
   return _save(figure, workdir, 'alignment_tax.png')

@@ -18,6 +18,7 @@ import numpy as np
 
 from alignjax import metrics, plots, sandbox
 from alignjax.evals import sandbox as evaluation
+from alignjax.evals import selection
 from alignjax.stages.setup import Setup, for_stage, initial_params
 
 COLUMNS = {
@@ -110,6 +111,7 @@ def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
       'policies': policies,
       'findings': findings(policies),
       'reward_model': rm,
+      'selection': {name: info for name, info in infos.items() if 'selection' in info},
       'prompted_baseline': json.loads(prefixes.read_text()) if prefixes.exists() else None,
       'seconds': {name: round(info['seconds'], 1) for name, info in infos.items()} | {'report': round(seconds, 1)},
       'seed': setup.config.seed,
@@ -162,6 +164,8 @@ def markdown(result: dict, pictures: list[str]) -> str:
   lines += [f'- {claim}: {mark[held]}' for claim, held in result['findings'].items()]
   lines += ['', '## Reward model', '']
   lines += [f'- {k.replace("_", " ")}: {_cell(v) if isinstance(v, dict) else v}' for k, v in result['reward_model'].items()]
+  if result['selection']:
+    lines += ['', selection.markdown(result['selection'])]
   kinds = [k for k in result['policies'].get('sft', {}) if k.startswith('pretraining_loss_')]
   lines += ['', '## Pretraining loss by kind of document (nats a token)', '',
             '| policy | ' + ' | '.join(k.removeprefix('pretraining_loss_') for k in kinds) + ' |', '|---' * (len(kinds) + 1) + '|']

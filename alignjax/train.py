@@ -68,9 +68,10 @@ def _strings(tree: Any):
 
 
 def identity(config: ml_collections.ConfigDict, name: str) -> dict:
-  """What decides a stage's result: its own config and the shared parts. How often it logs and saves does not."""
+  """What decides a stage's result: its own config and the shared parts. How often it logs and saves does not, nor which
+  candidates it keeps."""
   config = config.to_dict()
-  stage = {k: v for k, v in config['stages'][name].items() if k not in ('log_every', 'save_every')}
+  stage = {k: v for k, v in config['stages'][name].items() if k not in ('log_every', 'save_every', 'keep_candidates')}
   return {k: config[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {'stages': {name: stage}}
 
 
@@ -131,12 +132,27 @@ def loop(stage, state, first: int, cfg, saved, writer, progress, interrupt, fold
         progress.table(f'step {done}', ('prompt', 'response', 'score', 'gold'), samples[:4])
     else:
       progress.update(done)
+    if done in candidate_steps(stage.num_steps, cfg.get('keep_candidates')):
+      keep_candidate(stage, state, done, folder)
     if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps or interrupt.asked:
       saved.save(done, state, wait=interrupt.asked)
       if interrupt.asked:
         say(f'stopped by {interrupt.asked} at step {done}; the same command goes on from there')
         raise SystemExit(Interrupt.EXIT_CODE)
   return state
+
+
+def candidate_steps(num_steps: int, count: int | None) -> list[int]:
+  """The steps before the last after which one of `count` evenly spaced candidates is kept; the last one is the stage's result."""
+  return sorted({round(num_steps * i / count) for i in range(1, count)} - {0, num_steps}) if count else []
+
+
+def keep_candidate(stage, state, step: int, folder: pathlib.Path) -> None:
+  """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for stages/selection.py to choose from."""
+  path = folder / 'candidates' / str(step)
+  if not checkpoint.is_finished(path):  # there already where a run that was stopped repeats steps
+    params, info = stage.finish(state)
+    checkpoint.save_params(path, params, info | {'steps': step})
 
 
 class Interrupt:

@@ -137,12 +137,16 @@ def ukp_convarg(raw: dict, beside: pathlib.Path) -> Records:
   """UKPLab/acl2016-convincing-arguments: judgments.jsonl.gz, with arguments.jsonl.gz beside it; one record a vote."""
   arguments = _arguments(beside / 'arguments.jsonl.gz')
   a, b = (arguments[raw['topic'], raw[k]] for k in ('arg1', 'arg2'))
-  prompt = f'{a["title"]}: write a convincing argument for "{a["stance"]}".'
+  prompt = _argue(a)
   out = []
   for worker, vote in raw['votes']:
     first, second = (b, a) if vote == 'a2' else (a, b)
     out.append(_pair(prompt, first['text'], second['text'], tie=vote == 'equal', labeler_id=worker))
   return out
+
+
+def _argue(argument: dict) -> str:
+  return f'{argument["title"]}: write a convincing argument for "{argument["stance"]}".'
 
 
 @functools.cache
@@ -167,6 +171,11 @@ def tldr(raw: dict) -> Records:
 
 def _post(info: dict) -> str:
   return f'SUBREDDIT: r/{info["subreddit"]}\nTITLE: {info["title"]}\nPOST: {info["post"]}\nTL;DR:'
+
+
+def ukp_convarg_demonstrations(raw: dict) -> Records:
+  """UKPLab/acl2016-convincing-arguments: arguments.jsonl.gz, each argument an answer to its side's prompt."""
+  return [dict(prompt=_argue(raw), response=raw['text'])]
 
 
 def dolly(raw: dict) -> Records:

@@ -44,7 +44,8 @@ def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapp
   """A model by name.
 
   Args:
-    name: 'hf:FOLDER_OR_HUB_NAME', or the folder of a finished stage, WORKDIR/STAGE.
+    name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the candidates
+      that it kept, WORKDIR/STAGE/candidates/STEP.
     head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint: 'lm').
     form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint 'plain'.
     mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters and the rows of bulk
@@ -76,12 +77,15 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
 
 def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
   folder = pathlib.Path(name)
-  if not checkpoint.is_finished(folder / 'final'):
+  weights = folder / 'final'
+  if folder.parent.name == 'candidates' and checkpoint.is_finished(folder):
+    weights, folder = folder, folder.parent.parent
+  if not checkpoint.is_finished(weights):
     near = sorted(p.parent.parent.name for p in folder.glob('*/final/info.json'))
     raise FileNotFoundError(f'{name}: no finished stage.' + (f' It has these: {", ".join(near)}; name one, as in {name}/{near[0]}.'
                                                              if near else " Forms: WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME."))
   saved = json.loads((folder / 'checkpoints' / 'config.json').read_text())
-  found = checkpoint.load_info(folder / 'final')['head']
+  found = checkpoint.load_info(weights)['head']
   if head not in (None, found):
     raise ValueError(f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
                      f'{"reward model" if head == "scalar" else "policy"}.')
@@ -96,7 +100,7 @@ def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str
   cfg = setup.policy_model if found == 'lm' else setup.reward_model
   source = config.model.get('source')
   tokenizer = None if setup.world is not None else setups.load_tokenizer(config.data.tokenizer)
-  params = setups.initial_params(setup, f'stage:{folder.name}', found, 0)
+  params = setups.initial_params(setup, str(weights), found, 0)
   sharder = setup.sharder if mesh is not None else None
   return Model(cfg, _networks(cfg, sharder), params, found, setup.template, setup.encode, setup.decode, setup.vocabulary,
                tokenizer, source and source.removeprefix('hf:'), sharder)

@@ -31,7 +31,7 @@ def ppo(ptx_coef, iterations, episodes):
       ptx=dict(documents=40_000 if ptx_coef else 0, rows_per_episode=2 if ptx_coef else 0),
       optimizer=dict(policy=adam(5e-4, warmup=min(10, iterations // 2) * minibatches, warmup_from=0.1), value=adam(1e-3)),
       minibatches=minibatches, inner_epochs=1, microbatches=1, ema_decay=None, keep='policy',
-      iterations=iterations, log_every=1, save_every=20)
+      iterations=iterations, log_every=1, save_every=20, keep_candidates=config_dict.placeholder(int))
 
 
 def no_mapping():
@@ -72,7 +72,8 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
           build='alignjax.stages.sft:build', init=dict(policy='stage:pretrain'), demonstrations=s.demos, epochs=3,
           batch_size=16, prompt_weight=0.0, pretrain_mix=0.1, documents=2000, microbatches=1,
           loss=dict(fn='alignjax.losses:sft'),
-          optimizer=dict(policy=adam(5e-4, schedule='cosine', warmup=0.05)), log_every=5, save_every=50),
+          optimizer=dict(policy=adam(5e-4, schedule='cosine', warmup=0.05)), log_every=5, save_every=50,
+          keep_candidates=config_dict.placeholder(int)),  # to choose from: configs/selected.py
       rm=dict(
           build='alignjax.stages.rm:build', init=dict(reward='stage:sft'), prompts=s.prompts, responses=(4, 9),
           policies=(dict(init='stage:sft', temperature=1.0, share=0.5), dict(init='stage:sft', temperature=1.5, share=0.25),

@@ -73,7 +73,8 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.model = gpt3(size, dropout=0.2)  # residual dropout in SFT (C.1); RM and PPO run without
   c.reward_model = gpt3('6b')
   c.stages = dict(
-      sft=supervised(sft_lr, 16, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.0, documents=0),  # C.1
+      sft=supervised(sft_lr, 16, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.0, documents=0,
+                     keep_candidates=16),  # C.1: an epoch each, to choose from by RM score (stages/selection.py)
       # the policy that PPO starts from and is held near: 2 epochs with 10% pretraining data (C.3); 10% of the rows [ours]
       ppo_init=supervised(init_lr, 2, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.1, documents=100_000),
       rm=dict(

@@ -1,0 +1,115 @@
+"""Best-of-n and over-optimization: reward against KL where the best of n samples is taken, beside policies trained for it.
+
+`kl` is the figure of Stiennon et al. 2020, log n - (n-1)/n: the divergence exactly where no two samples score alike; where few
+responses are likely, as in the sandbox, an upper bound (Beirami et al. 2024). `expected` takes every n from the same N samples.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignjax.evals.stats import interval
+
+
+def kl(n: int) -> float:
+  """log n - (n-1)/n, nats: an upper bound of the divergence of the best of n samples from one sample."""
+  return math.log(n) - (n - 1) / n
+
+
+def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+  """The unbiased estimate of E[value of the best of n samples by score] from N >= n samples of each prompt.
+
+  The sample that is i-th from below is the best in C(i-1, n-1) of the C(N, n) subsets, which are all as likely. Samples
+  with the same score share their weight, as if ties were broken at random.
+
+  Args:
+    scores: f[P,N], by which the best is chosen (the reward model's). values: f[P,N], what is averaged (scores, or gold scores).
+
+  Returns:
+    f64[P].
+  """
+  count = scores.shape[1]
+  if not 1 <= n <= count:
+    raise ValueError(f'best of n={n} needs 1 <= n <= {count}, the number of samples of a prompt.')
+  weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
+  out = np.empty(len(scores))
+  for row, (s, v) in enumerate(zip(np.asarray(scores, np.float64), np.asarray(values, np.float64), strict=True)):
+    order = np.argsort(s, kind='stable')
+    _, group = np.unique(s[order], return_inverse=True)
+    shared = np.bincount(group, weights) / np.bincount(group)
+    out[row] = shared[group] @ v[order]
+  return out
+
+
+def curve(scores: np.ndarray, measures: Mapping[str, np.ndarray], ns: Sequence[int]) -> list[dict[str, Any]]:
+  """Rows {'n', 'kl', measure: {'mean', 'ci95', 'n'}} of best-of-n by `scores` f[P,N]; intervals resample prompts.
+
+  From the second n on also 'MEASURE, change': to the n before, paired by prompt.
+  """
+  rows, before = [], {}
+  for n in ns:
+    each = {name: expected(scores, values, n) for name, values in measures.items()}
+    row: dict[str, Any] = dict(n=n, kl=kl(n), **{name: interval(v) for name, v in each.items()})
+    row |= {f'{name}, change': interval(v - before[name]) for name, v in each.items() if name in before}
+    rows.append(row)
+    before = each
+  return rows
+
+
+def policy(kl_values: np.ndarray, measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's samples first."""
+  return dict(kl=interval(kl_values.mean(1)), **{name: interval(v.mean(1)) for name, v in measures.items()})
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+  """The tables: best-of-n, trained policies."""
+  names = result['measures']
+  cell = lambda f: f'{f["mean"]:.3f} [{f["ci95"][0]:.3f}, {f["ci95"][1]:.3f}]'
+  mark = lambda f: f'**{cell(f)}**' if f['ci95'][0] > 0 or f['ci95'][1] < 0 else cell(f)
+  lines = ['# Reward against KL', '', f'{result["prompts"]} prompts, {result["samples"]} samples each at temperature '
+           f'{result["temperature"]}; mean and 95% interval by prompt. KL of best-of-n: log n - (n-1)/n, an upper bound.', '',
+           '## Best of n by the reward model', '', '| n | KL | ' + ' | '.join(names) + ' |', '|---' * (2 + len(names)) + '|']
+  lines += [f'| {r["n"]} | {r["kl"]:.2f} | ' + ' | '.join(cell(r[m]) for m in names) + ' |' for r in result['best_of_n']]
+  lines += ['', 'Change from the n before, paired by prompt; bold where the interval leaves out 0:', '',
+            '| n | ' + ' | '.join(names) + ' |', '|---' * (1 + len(names)) + '|']
+  lines += [f'| {r["n"]} | ' + ' | '.join(mark(r[f'{m}, change']) for m in names) + ' |' for r in result['best_of_n'][1:]]
+  if result['policies']:
+    lines += ['', '## Trained policies', '', 'Measured on the same prompts; KL to the policy above.', '',
+              '| policy | KL | ' + ' | '.join(names) + ' |', '|---' * (2 + len(names)) + '|']
+    lines += [f'| {name} | {cell(p["kl"])} | ' + ' | '.join(cell(p[m]) for m in names) + ' |'
+              for name, p in result['policies'].items()]
+  return '\n'.join([*lines, ''])
+
+
+def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
+  """A panel a measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it): best-of-n as a line with its band,
+  trained policies as points with intervals; dots: what training logged, on training prompts."""
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  names = result['measures']
+  figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.8), constrained_layout=True, squeeze=False)
+  colors = plt.get_cmap('tab10')
+  for axis, name in zip(axes[0], names, strict=True):
+    rows = result['best_of_n']
+    x = np.sqrt([r['kl'] for r in rows])
+    axis.plot(x, [r[name]['mean'] for r in rows], 'o-', ms=3, color=colors(0), label='best of n')
+    axis.fill_between(x, *np.array([r[name]['ci95'] for r in rows], float).T, color=colors(0), alpha=0.2)
+    for i, (label, p) in enumerate(result['policies'].items(), 1):
+      at = math.sqrt(max(p['kl']['mean'], 0))
+      training = p.get('training', {})
+      if name in training:
+        axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=3, alpha=0.35, color=colors(i),
+                  label=f'{label}, in training')
+      axis.plot([at, at], p[name]['ci95'], color=colors(i), lw=2)
+      axis.plot(at, p[name]['mean'], 'D', color=colors(i), label=label)
+    axis.set(title=name, xlabel='sqrt(KL to the policy that is sampled, nats)', ylabel='mean')
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

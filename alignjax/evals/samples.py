@@ -1,0 +1,113 @@
+"""What policies answer, and what the answers are worth: samples kept on disk, a reward model's scores, the sandbox's gold
+scores, the divergence from a reference. Each `make_*` compiles once for any number of parameters of one architecture.
+
+A model here is a stages.finished.Model; put places a batch on the devices, as Sharder.put does.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alignjax import metrics
+from alignjax.evals import bulk, kept
+
+
+class Responses(NamedTuple):
+  """[prompt][sample] each: texts; the policy's tokens, with the end token where it was sampled; whether it was."""
+  texts: list[list[str]]
+  tokens: list[list[list[int]]]
+  ended: list[list[bool]]
+
+
+def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens: int, temperature: float = 1.0, rows: int = 64,
+                   put: Callable = lambda x: x) -> Callable[..., Responses]:
+  """-> respond(params, seed, path): `count` responses to each prompt, a pure function of params and seed.
+
+  path: a JSONL file with a line a prompt, written as they come; a second call reads what is there and goes on. It belongs to these
+  weights, prompts and settings alone: its name has to say them.
+  """
+  queries = [model.template.prompt(p) for p in prompts]
+  longest = max(map(len, queries))
+  if longest + max_tokens > model.cfg.max_length:
+    raise ValueError(f'the longest prompt has {longest} tokens, which with {max_tokens} of a response is more than the context of '
+                     f'{model.cfg.max_length}: fewer tokens, or shorter prompts.')
+  sample = bulk.make_sampler(model.nets, put, prompt_length=longest, max_tokens=max_tokens, stop_ids=(model.template.end,),
+                             pad=model.template.pad, rows=rows)
+  at_once = max(1, rows // count)
+
+  def respond(params, seed: int, path: pathlib.Path) -> Responses:
+    lines = kept.read(path)
+    # chunks are sampled whole, whatever an interruption left of the last one
+    begin = len(lines) if len(lines) == len(queries) else len(lines) - len(lines) % at_once
+    with metrics.Progress(len(queries), begin, 'responses') as progress:
+      for start in range(begin, len(queries), at_once):
+        chunk = queries[start:start + at_once]
+        said, ended = sample(params, [q for q in chunk for _ in range(count)], zlib.crc32(f'{seed}/{start}'.encode()), temperature)
+        of = [slice(i * count, (i + 1) * count) for i in range(len(lines) - start, len(chunk))]
+        new = [dict(tokens=said[s], ended=[bool(e) for e in ended[s]]) for s in of]
+        kept.append(path, new)
+        lines += new
+        progress.update(len(lines), {'prompts': len(lines)})
+    tokens, ended = [line['tokens'] for line in lines], [line['ended'] for line in lines]
+    texts = [[model.decode(t[:-1] if e else t) for t, e in zip(ts, es, strict=True)] for ts, es in zip(tokens, ended, strict=True)]
+    return Responses(texts, tokens, ended)
+
+  return respond
+
+
+def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, put: Callable = lambda x: x) -> Callable:
+  """-> reward(params, responses) -> f64[prompts, samples]: a reward model's scores.
+
+  Texts are read with the reward model's own tokenizer and template, so that it may be another one than the policy's; a response
+  that did not end has no end token here either.
+  """
+  queries = [model.template.prompt(p) for p in prompts]
+  scorers: dict[int, Callable] = {}
+
+  def reward(params, responses: Responses) -> np.ndarray:
+    distinct: dict[tuple, int] = {}
+    where = np.array([[distinct.setdefault((i, t, e), len(distinct)) for t, e in zip(texts, ended, strict=True)]
+                      for i, (texts, ended) in enumerate(zip(responses.texts, responses.ended, strict=True))])
+    read = {text: model.template.response(text) for _, text, _ in distinct}
+    sequences = [queries[i] + (read[text] if ended else read[text][:-1]) for i, text, ended in distinct]
+    longest = max(map(len, sequences))
+    if longest > model.cfg.max_length:
+      raise ValueError(f'prompt and response have {longest} tokens, the reward model reads {model.cfg.max_length}.')
+    length = min(-(-longest // 32) * 32, model.cfg.max_length)
+    if length not in scorers:
+      scorers[length] = bulk.make_scorer(model.nets, put, length=length, pad=model.template.pad, rows=rows)
+    return np.asarray(scorers[length](params, sequences), np.float64)[where]
+
+  return reward
+
+
+def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64,
+                    put: Callable = lambda x: x) -> Callable:
+  """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log p_ref(response) in nats. Its mean over
+  samples of the policy estimates KL(policy || ref), at temperature 1."""
+  queries = [model.template.prompt(p) for p in prompts]
+  logprobs = bulk.make_response_logprobs(model.nets, put, length=max(map(len, queries)) + max_tokens, pad=model.template.pad,
+                                         rows=rows)
+
+  def divergence(params, ref, responses: Responses) -> np.ndarray:
+    flat = [t for tokens in responses.tokens for t in tokens]
+    asked = [q for q, tokens in zip(queries, responses.tokens, strict=True) for _ in tokens]
+    return (logprobs(params, asked, flat) - logprobs(ref, asked, flat)).reshape(len(queries), -1)
+
+  return divergence
+
+
+def gold(world: Any, labelers: Any, records: Sequence[Mapping[str, Any]], responses: Responses) -> dict[str, np.ndarray]:
+  """The sandbox's true scores, f64[prompts, samples]: the mean utility of the training and of the held-out labelers."""
+  from alignjax import sandbox
+  features = labelers.features([sandbox.judge(world, r['meta'], t, e)
+                                for r, texts, ended in zip(records, responses.texts, responses.ended, strict=True)
+                                for t, e in zip(texts, ended, strict=True)])
+  shape = len(records), -1
+  return {'gold, training labelers': labelers.gold(features, labelers.train).reshape(shape),
+          'gold, held-out labelers': labelers.gold(features, labelers.heldout).reshape(shape)}

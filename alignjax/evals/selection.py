@@ -1,0 +1,77 @@
+"""Scores to choose a model by, and the choice with its reason. A score is a function of what was measured on N prompts,
+{'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as there is one, to f[N]; a fork names its own in the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignjax.evals.stats import interval
+
+Measured = Mapping[str, np.ndarray]
+
+
+def reward(measured: Measured) -> np.ndarray:
+  """The reward model's score (paper C.1)."""
+  return _of(measured, 'reward', 'init.reward')
+
+
+def reward_less_kl(measured: Measured, *, kl_coef: float) -> np.ndarray:
+  """The score less kl_coef times log(pi / ref): what PPO maximises (Eq. 2 without its pretraining term)."""
+  return _of(measured, 'reward', 'init.reward') - kl_coef * _of(measured, 'kl', 'init.ref')
+
+
+def gold(measured: Measured) -> np.ndarray:
+  """The sandbox's true score to its training labelers: what only a world with known answers can choose by."""
+  return _of(measured, 'gold', "data.tokenizer='sandbox:'")
+
+
+def _of(measured: Measured, name: str, source: str) -> np.ndarray:
+  if name not in measured:
+    raise ValueError(f'selection by {name} needs {source}.')
+  return measured[name]
+
+
+def choose(scores: Mapping[str, np.ndarray], measured: Mapping[str, Measured]) -> dict[str, Any]:
+  """The candidate with the highest mean score; of equal ones the first.
+
+  Args:
+    scores: candidate -> f64[N], on the same prompts. measured: what stands beside them, candidate -> name -> f[N].
+
+  Returns:
+    {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind': figure of chosen - candidate, paired by
+    prompt}}}.
+  """
+  means = {name: float(np.mean(s)) for name, s in scores.items()}
+  chosen = max(means, key=means.get)
+  candidates = {}
+  for name, s in scores.items():
+    candidates[name] = {'score': interval(s), **{k: interval(v) for k, v in measured[name].items()}}
+    if name != chosen:
+      candidates[name]['behind'] = interval(scores[chosen] - s)
+  others = {name: c['behind'] for name, c in candidates.items() if name != chosen}
+  close = [name for name, f in others.items() if f['ci95'][0] <= 0]
+  why = f'{chosen} has the highest mean score, {means[chosen]:.3f}, of {len(scores)} candidates on {len(scores[chosen])} prompts'
+  if others:
+    second = min(others, key=lambda name: others[name]['mean'])
+    low, high = others[second]['ci95']
+    why += f'; {second} follows {others[second]["mean"]:.3f} [{low:.3f}, {high:.3f}] behind'
+  why += f'. The prompts do not tell it from {", ".join(close)}.' if close else '.'
+  return dict(chosen=chosen, why=why, candidates=candidates)
+
+
+def markdown(selections: Mapping[str, Mapping[str, Any]]) -> str:
+  """A section of the report: {stage: its info.json with 'selection'}."""
+  cell = lambda f: '' if f is None else f'{f["mean"]:.3f} [{f["ci95"][0]:.3f}, {f["ci95"][1]:.3f}]'
+  lines = ['## Selection', '']
+  for stage, info in selections.items():
+    result = info['selection']
+    names = list(dict.fromkeys(k for c in result['candidates'].values() for k in c))
+    lines += [f'{stage}, by {info["by"]}: {result["why"]}', '',
+              f'| candidate | {" | ".join(names)} |', '|---' * (1 + len(names)) + '|']
+    lines += [f'| {"**" + name + "**" if name == result["chosen"] else name} | ' + ' | '.join(cell(c.get(k)) for k in names) + ' |'
+              for name, c in result['candidates'].items()]
+    lines += ['']
+  return '\n'.join(lines)

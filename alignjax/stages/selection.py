@@ -1,0 +1,109 @@
+"""Model selection: of the candidates that stages kept, the one with the highest score on validation prompts (paper C.1: SFT
+checkpoints by the reward model, which predicts preference better than validation loss does; E.9: the PPO models by Likert score).
+
+A stage without steps, so that a run's other stages start from its result as from any: c.init.policy='stage:sft_selected'. Every
+candidate's figure, the choice and why stand in its info.json, and so in the report.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alignjax import checkpoint, plugins
+from alignjax.data import sources
+from alignjax.evals import samples, selection
+from alignjax.stages.finished import Model
+from alignjax.stages.setup import Setup, Stage, initial_params, make_state, seed_of, stage_dir
+
+
+def build(setup: Setup, name: str) -> Stage:
+  cfg = setup.config.stages[name]
+  folder = stage_dir(setup, name)
+
+  # 1. validation prompts, the candidates, the judges: a reward model, a reference for the KL, the sandbox's labelers
+  records = _prompts(setup, cfg.prompts)
+  prompts = [r['prompt'] for r in records]
+  candidates = find_candidates(setup, name)
+  load = lambda spec, head: initial_params(setup, str(spec), head, seed_of(name))
+  reward = load(cfg.init.reward, 'scalar') if cfg.init.reward else None
+  ref = load(cfg.init.ref, 'lm') if cfg.init.ref else None
+  score = plugins.bind(cfg.by, f'stages.{name}.by')
+
+  def finish(_):
+    # 2. a response to each prompt by each candidate, and what it is worth
+    model = Model(setup.policy_model, setup.nets, None, 'lm', setup.template, setup.encode, setup.decode, setup.vocabulary, None,
+                  None)
+    how = dict(rows=cfg.rows, put=setup.sharder.put)
+    respond = samples.make_responder(model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature,
+                                     **how)
+    rewarder = samples.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
+    divergence = samples.make_divergence(model, prompts, max_tokens=setup.response_length, **how)
+    scores = {}
+    for label, path in candidates.items():
+      params = load(path, 'lm')
+      said = respond(params, seed_of(f'{setup.config.seed}/{name}'), folder / 'responses' / f'{label.replace("/", "-")}.jsonl')
+      measured = {}
+      if reward is not None:
+        measured['reward'] = rewarder(reward, said)[:, 0]
+      if ref is not None:
+        measured['kl'] = divergence(params, ref, said)[:, 0]
+      if setup.world is not None:
+        measured['gold'] = samples.gold(setup.world, setup.labelers, records, said)['gold, training labelers'][:, 0]
+      scores[label] = (np.asarray(score(measured), np.float64), measured)
+      del params
+
+    # 3. the highest mean, and how sure that is
+    result = selection.choose({label: s for label, (s, _) in scores.items()}, {label: m for label, (_, m) in scores.items()})
+    print(f'{name}: {result["why"]}', flush=True)
+    return load(candidates[result['chosen']], 'lm'), {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
+
+  state = make_state(setup, {'policy': {}}, optax.identity())
+  return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, 0, finish)
+
+
+def find_candidates(setup: Setup, name: str) -> dict[str, pathlib.Path]:
+  """{'sft/100': folder, ..., 'sft/final': folder}: of each stage named the candidates that it kept, and its result; or folders."""
+  out: dict[str, pathlib.Path] = {}
+  for spec in setup.config.stages[name].candidates:
+    folder = stage_dir(setup, spec.removeprefix('stage:')) if spec.startswith('stage:') else pathlib.Path(spec)
+    if checkpoint.is_finished(folder):
+      out[str(folder)] = folder
+      continue
+    kept = sorted((p for p in (folder / 'candidates').glob('*') if p.name.isdigit() and checkpoint.is_finished(p)),
+                  key=lambda p: int(p.name))
+    if not checkpoint.is_finished(folder / 'final'):
+      raise FileNotFoundError(f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.')
+    out |= {f'{folder.name}/{p.name}': p for p in (*kept, folder / 'final')}
+  if len(out) < 2:
+    raise ValueError(f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose from but '
+                     f'{", ".join(out) or "nothing"}. A stage that runs with stages.NAME.keep_candidates=N keeps N.')
+  return out
+
+
+def _prompts(setup: Setup, cfg: Any) -> list[dict]:
+  """Validation prompts: they should be none that the candidates were trained on."""
+  if cfg.source == 'sandbox:':
+    from alignjax import sandbox
+    return sandbox.prompts(setup.world, cfg.count, 'valid')
+  return sources.read(cfg.source, 'prompts', cfg.mapping, cfg.count)
+
+
+def check(setup: Setup, name: str) -> None:
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  plugins.bind(cfg.by, f'{where}.by')
+  if cfg.temperature < 0:
+    raise ValueError(f'{where}.temperature={cfg.temperature} must not be negative.')
+  if cfg.prompts.source == 'sandbox:' and setup.world is None:
+    raise ValueError(f"{where}.prompts.source='sandbox:' has prompts of the sandbox alone; name a file of validation prompts.")
+  if not cfg.candidates:
+    raise ValueError(f'{where}.candidates is empty: name stages, such as stage:sft.')
+  for spec in cfg.candidates:
+    other = spec.removeprefix('stage:')
+    if spec.startswith('stage:') and other in setup.config.stages and len(cfg.candidates) == 1:
+      if not setup.config.stages[other].get('keep_candidates') and not (stage_dir(setup, other) / 'candidates').exists():
+        raise ValueError(f'{where} would choose among the candidates of {other}, but stages.{other}.keep_candidates is not set.')
