@@ -22,7 +22,7 @@ import numpy as np
 
 from alignjax import metrics
 from alignjax.data import encode
-from alignjax.evals import bulk
+from alignjax.evals import bulk, kept
 from alignjax.sampling import generate
 
 
@@ -144,30 +144,6 @@ def _sampler(nets: Any, max_tokens: int, stops: tuple[int, ...], temperature: fl
       nets.decoder, params, tokens, mask, key, max_tokens=max_tokens, stop_ids=stops, temperature=temperature))
 
 
-def kept_answers(path: pathlib.Path | None) -> tuple[dict[str, Any], Callable[[str, Any], None]]:
-  """(what PATH, a JSONL file, knows by key; a function that adds to it). A line that a killed process left torn is passed over.
-  Without a path nothing is kept."""
-  known: dict[str, Any] = {}
-  if path is None:
-    return known, known.__setitem__
-  text = path.read_text() if path.exists() else ''
-  for line in text.splitlines():
-    try:
-      known |= [json.loads(line)]
-    except (ValueError, TypeError):
-      continue
-  if text and not text.endswith('\n'):
-    with path.open('a') as file:
-      file.write('\n')
-
-  def add(key, value):
-    known[key] = value
-    with path.open('a') as file:
-      file.write(json.dumps([key, value]) + '\n')
-
-  return known, add
-
-
 def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any) -> Any:
   """The harness's LM object of a finished.Model.
 
@@ -183,7 +159,13 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
   except ModuleNotFoundError:
     raise ValueError("the evaluation harness is not installed: pip install 'alignjax[eval]'.") from None
   score = scorer(model, **options)
-  known, add = kept_answers(keep)
+  known = {row['request']: row['answer'] for row in kept.read(keep)} if keep else {}
+
+  def add(key, answer):
+    known[key] = answer
+    if keep:
+      kept.append(keep, [dict(request=key, answer=answer)])
+
   key_of = lambda *request: hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
 
   class LanguageModel(TemplateLM):

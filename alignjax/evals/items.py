@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from alignjax.evals import kept
+
 
 def read(path: str | pathlib.Path, columns: Sequence[str] = (), delimiter: str = ',') -> list[dict[str, Any]]:
   """Rows of a .jsonl, .csv or .tsv file, plain or .gz. A row without one of the columns is an error with file and line.
@@ -83,33 +85,19 @@ def fill(path: pathlib.Path, names: Sequence[str], make: Callable[[list[int]], I
     size: places that `make` gets at once.
     what: for the progress line, one every ten seconds.
   """
-  done: dict[str, Any] = {}
-  whole = ''
-  if path.exists():
-    for line in path.read_text(encoding='utf-8').split('\n'):
-      try:
-        row = json.loads(line)
-        done[row['item']] = row['value']
-      except (json.JSONDecodeError, KeyError, TypeError):
-        continue
-      whole += line + '\n'
-    if path.read_text(encoding='utf-8') != whole:
-      path.write_text(whole, encoding='utf-8')
+  done = {row['item']: row['value'] for row in kept.read(path)}
   missing = [i for i, name in enumerate(names) if name not in done]
-  path.parent.mkdir(parents=True, exist_ok=True)
   last = time.perf_counter()
-  with path.open('a', encoding='utf-8') as file:
-    for start in range(0, len(missing), size):
-      some = missing[start:start + size]
-      values, made = iter(make(some)), 0
-      for i, value in zip(some, values, strict=False):
-        file.write(json.dumps({'item': names[i], 'value': value}, ensure_ascii=False) + '\n')
-        file.flush()
-        done[names[i]], made = value, made + 1
-      made += len(list(values))
-      if made != len(some):
-        raise ValueError(f'{what or path.stem}: {made} values for {len(some)} items; one each is needed.')
-      if time.perf_counter() - last > 10:
-        last = time.perf_counter()
-        print(f'  {what or path.stem} {start + len(some)}/{len(missing)}', flush=True)
+  for start in range(0, len(missing), size):
+    some = missing[start:start + size]
+    values, made = iter(make(some)), 0
+    for i, value in zip(some, values, strict=False):
+      kept.append(path, [{'item': names[i], 'value': value}])
+      done[names[i]], made = value, made + 1
+    made += len(list(values))
+    if made != len(some):
+      raise ValueError(f'{what or path.stem}: {made} values for {len(some)} items; one each is needed.')
+    if time.perf_counter() - last > 10:
+      last = time.perf_counter()
+      print(f'  {what or path.stem} {start + len(some)}/{len(missing)}', flush=True)
   return [done[name] for name in names]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,9 +25,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Adds rows and gives them to the disk before it returns."""
+  """Adds rows; what it wrote outlives the process, however that ends."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('a', encoding='utf-8') as file:
     file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
-    file.flush()
-    os.fsync(file.fileno())

@@ -76,8 +76,8 @@ def split(records: Sequence[Record], groups: Sequence[Sequence[str]], fold: int,
 def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> list[dict[str, Any]]:
   """Votes on pairs as rankings of up to k responses: for data where many people judged many pairs of a prompt's responses.
 
-  In each round a prompt's responses are shuffled and cut into sets of k or fewer; a set is ranked by the mean, over the others in it
-  that it was compared with, of the share of votes that the response won (a tie is half a vote). k = 2 is the majority of each
+  In each round a prompt's responses are shuffled and cut into sets of k or fewer; a set is ranked by the mean, over the others in
+  it that a response was compared with, of the share of votes that it won (a tie is half a vote). k = 2 is the majority of each
   drawn pair. What it is for: as independent pairs, each response would pass through the model, and be trained on, once a vote
   (the paper's footnote 5: such an epoch overfits); as rankings, once a round. What it loses: by how much, and who.
   """
