@@ -81,6 +81,15 @@ def test_item_6_scores_depend_on_neither_padding_nor_company():
   np.testing.assert_allclose([right, left, company], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_item_6_the_ranking_loss_does_not_know_the_padded_width():
+  _, nets, _, scalar = model()
+  batch = comparison_batch(0).normalized()
+  wide = batch.replace(tokens=jnp.pad(batch.tokens, ((0, 0), (0, 0), (0, 3)), constant_values=5),
+                       mask=jnp.pad(batch.mask, ((0, 0), (0, 0), (0, 3))))
+  loss = lambda batch: losses.reward_ranking({'reward': scalar}, batch, None, nets=nets)[0]
+  close(loss(wide), loss(batch), rtol=1e-5)
+
+
 @pytest.mark.parametrize('value_clip', [0.2, None])
 @pytest.mark.parametrize('seed', range(2))
 def test_ppo_equals_a_float64_loop(seed, value_clip):

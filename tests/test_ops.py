@@ -67,7 +67,7 @@ def test_token_logprobs_are_float32_even_of_bfloat16_logits():
 
 @pytest.mark.parametrize('shift_mean', [True, False])
 @pytest.mark.parametrize('seed', [0, 1])
-def test_item_12_whitening_counts_live_tokens_only(seed, shift_mean):
+def test_item_11_and_12_whitening_counts_the_live_tokens_of_the_whole_batch(seed, shift_mean):
   rng, mask = ragged(seed)
   x = rng.normal(3, 2, mask.shape)
   live = x[mask]
