@@ -6,10 +6,11 @@
 
 A config is looked up in the working directory, then beside this file. `:arg` goes to its get_config(arg);
 `--config.a.b=` changes one entry. Stages that the chosen one starts from run first; finished ones are reused. Stopped by
-Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint.
+Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of the first two the exit code is 75.
 """
 
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -40,8 +41,13 @@ def find_config(argv: list[str]) -> list[str]:
 def explain(error: Exception, folder: pathlib.Path) -> None:
   """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
   path = folder / 'traceback.txt'
-  folder.mkdir(parents=True, exist_ok=True)
-  path.write_text(''.join(traceback.format_exception(error)))
+  text = ''.join(traceback.format_exception(error))
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  except OSError:  # the error may be that nothing can be written
+    sys.stderr.write(text)
+    raise SystemExit(f'error: {error}') from None
   raise SystemExit(f'error: {error}\n(traceback: {path})')
 
 
@@ -53,6 +59,7 @@ def main(argv: list[str]) -> None:
                                            lock_config=True)
   workdir = flags.DEFINE_string('workdir', None, 'Where everything is written. Default: runs/<config>[-<arg>]-s<seed>.')
   distributed = flags.DEFINE_bool('distributed', False, 'On pods and clusters: initialise jax.distributed.')
+  profile = flags.DEFINE_string('profile', None, 'STAGE:FIRST-LAST: trace these steps into WORKDIR/STAGE/profile, for TensorBoard.')
   flags.mark_flag_as_required('config')
 
   def run(_):
@@ -62,15 +69,15 @@ def main(argv: list[str]) -> None:
     import jax
     if distributed.value:
       jax.distributed.initialize()
-    from alignjax import train
+    from alignjax import train, trouble
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
     folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
     print(f'config {name}, seed {config.value.seed}, workdir {folder}, '
           f'{jax.device_count()} {jax.devices()[0].platform} device(s)')
     try:
-      train.main(config.value, folder)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+      train.main(config.value, folder, profile.value)
+    except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
       explain(error, folder)
 
   def parse(arguments):
@@ -84,4 +91,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # train.main has its own; here nothing has begun
   main([sys.argv[0], *find_config(sys.argv[1:])])
