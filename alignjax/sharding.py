@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.models.axes import logical_axes, path_name
@@ -126,6 +127,23 @@ class Sharder:
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
+
+  def spread(self, tree: Any) -> Any:
+    """The same of rows that every process has all of."""
+    if jax.process_count() == 1:
+      return jax.device_put(tree, self.batch)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self.batch, lambda index: x[index]), tree)
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays -> whole numpy arrays, on every process, whichever of them hold the parts. All processes have to call it."""
+
+  def one(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(one, tree)
 
 
 def _as_tuple(entry) -> tuple:
