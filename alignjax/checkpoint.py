@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alignjax.models.axes import path_name
+from alignjax.sharding import sync
 
 
 class ConfigMismatch(ValueError):
@@ -120,6 +121,7 @@ def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, An
   if jax.process_index() == 0:
     (partial / 'info.json').write_text(json.dumps(info, indent=2))
     os.replace(partial, directory)
+  sync(str(directory))
 
 
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:

@@ -122,8 +122,18 @@ class Sharder:
 
     return jax.tree.map(one, params, self.params(params))
 
+  def local(self, rows: np.ndarray) -> np.ndarray:
+    """Those of a batch's rows that lie on devices of this process, in order: what it passes to `put`. Processes that share a part
+    of the batch (because a tensor axis spans them) get the same rows."""
+    if len(rows) % self.batch_shards:
+      raise ValueError(f'a batch of {len(rows)} rows does not divide over the {self.batch_shards} devices that share it.')
+    if jax.process_count() == 1:
+      return rows
+    parts = self.batch.addressable_devices_indices_map((len(rows),)).values()
+    return rows[np.unique(np.concatenate([np.arange(len(rows))[part] for part in parts]))]
+
   def put(self, tree: Any) -> Any:
-    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own rows."""
+    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own rows (`local`)."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
@@ -133,6 +143,12 @@ class Sharder:
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self.batch, lambda index: x[index]), tree)
+
+
+def sync(what: str) -> None:
+  """Waits until all processes have come here: after the first one has written what the others read."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
 
 
 def fetch(tree: Any) -> Any:

@@ -181,6 +181,8 @@ class Interrupt:
 
 
 def _keep_samples(path: pathlib.Path, step: int, rows: list) -> None:
+  if jax.process_index():
+    return
   with path.open('a') as file:
     for row in rows:
       file.write(json.dumps({'step': step, 'prompt': row[0], 'response': row[1], 'score': row[2], 'gold': row[3]}) + '\n')

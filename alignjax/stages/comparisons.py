@@ -8,6 +8,7 @@ import json
 import os
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from alignjax.evals import bulk
@@ -118,6 +119,8 @@ def _kept(path, make) -> Comparisons:
   if path.exists():
     return Comparisons(**json.loads(path.read_text()))
   made = make()._replace(features=None)
+  if jax.process_index():
+    return made
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(made._asdict()))

@@ -53,7 +53,7 @@ def build(setup: Setup, name: str) -> Stage:
     pick = lambda field: [field[j] for j in rows]
     made = encode.comparisons(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template.pad)
     made = batches.fill(made, per_batch[number[k, t]])
-    return setup.sharder.put(batches.take(made, batches.local_slice(np.arange(len(made.weights)))))
+    return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(len(made.weights)))))
 
   # 3. the policy's trunk under a fresh scalar head, the K-way ranking loss
   tx = make_optimizer(cfg.optimizer, len(order), f'stages.{name}')
