@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from alignjax import checksums
 from alignjax.models.axes import path_name
+from alignjax.sharding import sync
 
 
 class ConfigMismatch(ValueError):
@@ -71,6 +72,8 @@ class Checkpoints:
     """Starts to write `state`; wait=True returns when it is on disk. OSError where this save, or the one before, failed."""
     leaves = _savable(state)
     self.wait()
+    if step == self.latest_step():
+      return  # a run is a function of its step: this is what is there
     self._saving = step
     with self._explained():
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves),
@@ -83,8 +86,8 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # noqa: BLE001 orbax and tensorstore raise many kinds where a file cannot be written
-      raise OSError(f'checkpoint {self._saving} could not be written to {self.directory} ({_first_line(error)}). Make room there or '
-                    'mend it; the same command goes on from the checkpoint before.') from error
+      raise OSError(f'checkpoint {self._saving} could not be written to {self.directory} ({_first_line(error)}). Make room there '
+                    'or mend it; the same command goes on from the checkpoint before.') from error
 
   def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
     """The newest readable checkpoint, on the shardings of abstract_state (a tree of jax.ShapeDtypeStruct); None without one.
@@ -173,8 +176,9 @@ def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, An
       (partial / 'info.json').write_text(json.dumps(info, indent=2))
       os.replace(partial, directory)
   except Exception as error:  # noqa: BLE001 as in Checkpoints
-    raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on from '
-                  'the last checkpoint.') from error
+    raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on '
+                  'from the last checkpoint.') from error
+  sync(str(directory))
 
 
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
@@ -194,8 +198,8 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
     raise ValueError(f'{directory}: weights of another model: {error}. Does model or reward_model of the '
                      'config differ from the run that wrote them?') from None
   except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
-    raise Damaged(f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the run that wrote it makes '
-                  'it again from its last checkpoint.') from error
+    raise Damaged(f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the run that wrote it '
+                  'makes it again from its last checkpoint.') from error
   return _like(abstract_params, leaves)
 
 

@@ -46,6 +46,8 @@ class Interrupt:
     return self
 
   def __exit__(self, *_) -> None:
+    if self.asked and jax.process_count() > 1:
+      return  # at its exit jax waits for the other processes: the deadline still holds
     self._over.set()
     if self._before:
       signal.set_wakeup_fd(self._fd)

@@ -114,12 +114,13 @@ def _own_times(operations: list[tuple]) -> Iterator[tuple[str, str, float]]:
 
 
 def _scopes(trace: bytes) -> dict[tuple[str, str], str]:
-  """(module, operation) -> its scope path, from the programs (HloProto) in a trace (XSpace of tsl/profiler/protobuf/xplane.proto)."""
+  """(module, operation) -> its scope path, from the programs (hlo.proto) in a trace (XSpace of tsl's xplane.proto)."""
   out = {}
   for plane in _fields(trace, 1):
     if _text(plane, 2) != '/host:metadata':
       continue
-    programs = (stat for entry in _fields(plane, 4) for event in _fields(entry, 2) for s in _fields(event, 5) for stat in _fields(s, 6))
+    events = (event for entry in _fields(plane, 4) for event in _fields(entry, 2))
+    programs = (program for event in events for stat in _fields(event, 5) for program in _fields(stat, 6))
     for module in (m for program in programs for m in _fields(program, 1)):
       for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
         for metadata in _fields(instruction, 7):

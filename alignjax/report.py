@@ -14,11 +14,13 @@ import pathlib
 import platform
 import time
 
+import jax
 import numpy as np
 
 from alignjax import metrics, plots, sandbox
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals import selection
+from alignjax.sharding import sync
 from alignjax.stages.setup import Setup, for_stage, initial_params
 
 COLUMNS = {
@@ -43,7 +45,9 @@ def build(setup: Setup) -> None:
   policies = dict(setup.config.report.policies)
   folder = setup.workdir / 'report'
   folder.mkdir(parents=True, exist_ok=True)
-  print(f'report: measuring {", ".join(policies)}', flush=True)
+  main_process = jax.process_index() == 0
+  if main_process:
+    print(f'report: measuring {", ".join(policies)}', flush=True)
   ev = prepare(setup)
   ref = initial_params(setup, 'stage:sft', 'lm', 0)
   arrays = {}
@@ -55,14 +59,19 @@ def build(setup: Setup) -> None:
       if name == 'pretrained_prompted':
         prefix, scores = evaluation.best_prefix(
             ev, params, sandbox.prompts(setup.world, setup.config.report.win_prompts // 2, 'valid'))
-        (folder / 'prefixes.json').write_text(json.dumps({'best': prefix, 'gold': scores}, indent=2))
+        if main_process:
+          (folder / 'prefixes.json').write_text(json.dumps({'best': prefix, 'gold': scores}, indent=2))
         measured = evaluation.measure(ev, params, None, prefix)
       elif own is setup:
         measured = evaluation.measure(ev, params, ref)
       else:  # another architecture: its own compiled functions, and no KL to a reference of another size
         measured = evaluation.measure(prepare(own), params, None)
-      _write(kept, measured)
+      if main_process:
+        _write(kept, measured)
+      sync(str(kept))
     arrays[name] = dict(np.load(kept))
+  if not main_process:
+    return
   result = assemble(setup, ev, arrays, time.perf_counter() - began)
   (setup.workdir / 'report.json').write_text(json.dumps(result, indent=2))
   pictures = plots.all_plots(setup.workdir, result)
@@ -94,7 +103,7 @@ def check(setup: Setup) -> None:
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
   return evaluation.prepare(
-      setup.nets, setup.sharder.put, setup.world, setup.labelers, setup.template,
+      setup.nets, setup.sharder.spread, setup.world, setup.labelers, setup.template,
       prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
       **{k: setup.config.report[k] for k in ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts',
                                              'loss_documents')})

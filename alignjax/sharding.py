@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.models.axes import logical_axes, path_name
@@ -121,11 +122,44 @@ class Sharder:
 
     return jax.tree.map(one, params, self.params(params))
 
+  def local(self, rows: np.ndarray) -> np.ndarray:
+    """Those of a batch's rows that lie on devices of this process, in order: what it passes to `put`. Processes that share a part
+    of the batch (because a tensor axis spans them) get the same rows."""
+    if len(rows) % self.batch_shards:
+      raise ValueError(f'a batch of {len(rows)} rows does not divide over the {self.batch_shards} devices that share it.')
+    if jax.process_count() == 1:
+      return rows
+    parts = self.batch.addressable_devices_indices_map((len(rows),)).values()
+    return rows[np.unique(np.concatenate([np.arange(len(rows))[part] for part in parts]))]
+
   def put(self, tree: Any) -> Any:
-    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own rows."""
+    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own rows (`local`)."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
+
+  def spread(self, tree: Any) -> Any:
+    """The same of rows that every process has all of."""
+    if jax.process_count() == 1:
+      return jax.device_put(tree, self.batch)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self.batch, lambda index: x[index]), tree)
+
+
+def sync(what: str) -> None:
+  """Waits until all processes have come here: after the first one has written what the others read."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays -> whole numpy arrays, on every process, whichever of them hold the parts. All processes have to call it."""
+
+  def one(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(one, tree)
 
 
 def _as_tuple(entry) -> tuple:

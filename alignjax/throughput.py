@@ -13,9 +13,9 @@ import jax
 from alignjax.models.config import TransformerConfig
 
 # bfloat16 FLOP/s of one device, dense, from the vendors' data sheets; the key is the beginning of jax's device_kind
-PEAK_FLOPS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12, 'TPU v6 lite': 918e12,
-              'TPU v6e': 918e12, 'TPU7x': 2307e12, 'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12,
-              'NVIDIA B200': 2250e12}
+PEAK_FLOPS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
+              'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 2307e12, 'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12,
+              'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12}
 
 
 def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> float:
@@ -52,8 +52,8 @@ def ppo(policy: TransformerConfig, value: TransformerConfig, *, episodes: int, s
 
 
 def metrics(work: Mapping[str, float], seconds: float) -> dict[str, float]:
-  """`time/*_per_second` of each kind of work of a step that took `seconds`; teraflops and MFU a device; its peak memory in GiB. What
-  the device does not tell is left out."""
+  """`time/*_per_second` of each kind of work of a step that took `seconds`; teraflops and MFU a device; its peak memory in GiB.
+  What the device does not tell is left out."""
   out = {f'time/{kind}_per_second': amount / seconds for kind, amount in work.items() if kind != 'flops'}
   if 'flops' in work:
     rate = work['flops'] / seconds / jax.device_count()

@@ -54,10 +54,13 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--limit', type=int, help='items of each task at most, drawn by the seed')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:")
+  parser.add_argument('--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own')
+  parser.add_argument('--distributed', action='store_true', help='on pods and clusters: initialise jax.distributed')
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
     from alignjax.evals import evaluation, table
+    from alignjax.sharding import AXES
     if options.tasks == 'help':
       print(describe())
       return
@@ -82,8 +85,17 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
     if options.limit is not None and options.limit < 1:
       raise ValueError('--limit must be 1 or more.')
+    try:
+      mesh = {axis: int(size) for axis, size in pairs(options.mesh, '--mesh').items()} or None
+      if mesh and not set(mesh) <= set(AXES):
+        raise ValueError
+    except ValueError:
+      raise ValueError(f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.') from None
+    if options.distributed:
+      import jax
+      jax.distributed.initialize()
     evaluation.evaluate(models, tasks, options.out, data=data, options=own, baseline=baseline, limit=options.limit,
-                        seed=options.seed, template=options.template)
+                        seed=options.seed, template=options.template, mesh=mesh)
   except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None
 

@@ -3,10 +3,10 @@
   python tests/kills.py --kills=100 --folder=/tmp/kills           of the `:tiny` main job; called again, it goes on
   python tests/kills.py --kills=5 --seed=3 -- --config.seed=2     what follows `--` goes to run.py
 
-The kills go in turn to every stage and to the report, and in each to five moments: while it is built, between two steps, while a
-checkpoint is written, while its result is measured and written, and just behind. A checkpoint and a result are seen by the names that
-they have before they are whole. When a run has got to its end it is compared and the next one begins. Every final parameter, metrics
-line, sample and figure of the report must be the same, bit for bit; times are left out. A summary says where the kills fell.
+The kills go in turn to every stage and to the report, and in each to five moments: while it is built, during its steps, while a
+checkpoint is written, while its result is written, and just behind. A checkpoint and a result are seen by the names that they have
+before they are whole. When a run has got to its end it is compared and the next one begins. Every final parameter, metrics line,
+sample and figure of the report must be the same, bit for bit; times are left out. A summary says where the kills fell.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -81,8 +82,8 @@ class Watch:
 
   def stage(self) -> str:
     """The stage it is in; 'start' before the first."""
-    names = [line.split(':')[0] for line in self.printed().splitlines() if line.endswith((': start', ')')) or line.startswith('report: meas')]
-    return next((n for n in reversed(names) if n == 'report' or (self.workdir / n).is_dir()), 'start')
+    names = re.findall(r'^(\w+): (?:start|goes|done|finished|measuring)', self.printed(), re.M)
+    return names[-1] if names else 'start'
 
   def unfinished(self) -> str:
     """What was being written: 'save', 'final', 'report', or 'none'."""
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> int:
       print(f'the uninterrupted run failed: {log_path}\n{log_path.read_text()[-2000:]}')
       return 1
     whole = fingerprint(folder / 'whole')
-    print(f'uninterrupted: {time.monotonic() - began:.0f} s, {len(whole)} entries to compare; {len(kills)} kills before', flush=True)
+    print(f'uninterrupted: {time.monotonic() - began:.0f} s, {len(whole)} entries; {len(kills)} kills before', flush=True)
     cells = [(stage, moment) for stage in options.stages.split(',') for moment in options.moments.split(',')]
     began, before, compared = time.monotonic(), len(kills), 0
     while True:
@@ -193,7 +194,7 @@ def summary(kills: list[dict], compared: int) -> None:
   print('| killed in | ' + ' | '.join(f'unfinished on disk: {w}' for w in whats) + ' |\n' + '|---' * 5 + '|')
   for stage in stages:
     print(f'| {stage} | ' + ' | '.join(str(count[stage, w]) for w in whats) + ' |')
-  print(f'{len(kills)} kills; {compared} runs got to their end since the last start of this script, each with the same bits', flush=True)
+  print(f'{len(kills)} kills; {compared} runs got to their end since this script was started, each with the same bits', flush=True)
 
 
 if __name__ == '__main__':

@@ -76,7 +76,8 @@ def delete(file):
 def test_a_damaged_newest_one_is_named_and_the_one_before_used(tmp_path, capsys, damage):
   """Each file in turn. Where the damage hits nothing that is read, what comes back has the right bits all the same."""
   saved(tmp_path / 'whole')
-  files = sorted(p.relative_to(tmp_path / 'whole') for p in (tmp_path / 'whole/steps/2').rglob('*') if p.is_file() and p.stat().st_size)
+  whole = tmp_path / 'whole'
+  files = sorted(p.relative_to(whole) for p in (whole / 'steps/2').rglob('*') if p.is_file() and p.stat().st_size)
   assert len(files) > 5
   outcomes = {}
   for i, file in enumerate(files):

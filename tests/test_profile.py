@@ -46,7 +46,8 @@ def test_the_innermost_phase_counts(scope, phase):
 
 def test_a_loop_counts_what_its_body_leaves():
   """A loop of 10 ns holds two operations of 3 and 4, the second of which holds one of 1; then one of 5."""
-  found = list(profile._own_times([(0, -10, 'loop', 'm'), (1, -3, 'a', 'm'), (5, -4, 'b', 'm'), (6, -1, 'c', 'm'), (10, -5, 'd', 'm')]))
+  operations = [(0, -10, 'loop', 'm'), (1, -3, 'a', 'm'), (5, -4, 'b', 'm'), (6, -1, 'c', 'm'), (10, -5, 'd', 'm')]
+  found = list(profile._own_times(operations))
   assert sorted(found) == [('a', 'm', 3), ('b', 'm', 3), ('c', 'm', 1), ('d', 'm', 5), ('loop', 'm', 3)]
 
 
@@ -105,7 +106,8 @@ def test_the_work_of_an_iteration():
   assert work['tokens_trained'] == 2 * 80 + 16 * 12
   lm, scalar, text = (throughput.forward_flops(SMALL, *a) for a in ((10,), (10, 'scalar'), (12,)))
   prefill = throughput.forward_flops(SMALL, 6)
-  assert work['flops'] == pytest.approx(4 * prefill + 8 * (lm - prefill) + 8 * (2 * lm + 2 * scalar) + 3 * (8 * (lm + scalar) + 16 * text))
+  trained = 3 * (8 * (lm + scalar) + 16 * text)
+  assert work['flops'] == pytest.approx(4 * prefill + 8 * (lm - prefill) + 8 * (2 * lm + 2 * scalar) + trained)
 
 
 def test_rates(monkeypatch):
@@ -117,7 +119,8 @@ def test_rates(monkeypatch):
       'time/tokens_trained_per_second': 50, 'time/tflops_per_device': 197 / 8, 'time/mfu': 1 / 8, 'device/memory_peak_gib': 3.0}
 
 
-@pytest.mark.parametrize('kind,peak', [('TPU v5p', 459e12), ('TPU v5 lite', 197e12), ('NVIDIA H100 80GB HBM3', 989e12), ('cpu', None)])
+@pytest.mark.parametrize('kind,peak', [('TPU v5p', 459e12), ('TPU v5 lite', 197e12), ('NVIDIA H100 80GB HBM3', 989e12),
+                                       ('cpu', None)])
 def test_peaks(kind, peak):
   assert throughput.peak_flops(kind) == peak
 

@@ -179,3 +179,9 @@ def test_tasks_and_kinds(world):
   assert {d['kind'] for d in sandbox.documents(world, 500)} == set(sandbox.SHARES)
   assert {d['kind'] for d in sandbox.documents(world, 5, kind='book')} == {'book'}
   assert parse(question('fox', 'food')) is None and parse('the fox is corn') is None
+
+
+def test_item_21_the_held_out_labelers_are_others():
+  labelers = sandbox.Labelers(0)
+  assert len(labelers.train) and len(labelers.heldout) and not set(labelers.train.tolist()) & set(labelers.heldout.tolist())
+  assert sorted([*labelers.train, *labelers.heldout]) == list(range(len(labelers.weights)))

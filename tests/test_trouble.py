@@ -1,5 +1,5 @@
-"""What goes wrong in long runs: updates that are not finite, host functions that fail, signals at any moment, folders that cannot be
-written. The loop is the real one, on a stage of one parameter vector."""
+"""What goes wrong in long runs: updates that are not finite, host functions that fail, signals at any moment, folders that cannot
+be written. The loop is the real one, on a stage of one parameter vector."""
 
 import json
 import os
@@ -34,8 +34,9 @@ class Row:
 
 
 def linear(params, batch, key, *, nets):
-  """sum(w x), whose gradient is x; plus batch.x[0] * 0, so that an infinite loss may have a finite gradient."""
-  loss = jnp.sum(params['policy']['w'] * jnp.where(jnp.isposinf(batch.x), 0, batch.x)) + jnp.sum(jnp.where(jnp.isposinf(batch.x), batch.x, 0))
+  """sum(w x), whose gradient is x; +inf in x makes the loss infinite and leaves the gradient."""
+  infinite = jnp.isposinf(batch.x)
+  loss = jnp.sum(params['policy']['w'] * jnp.where(infinite, 0, batch.x)) + jnp.sum(jnp.where(infinite, batch.x, 0))
   return loss, {'sft/loss': loss}
 
 
@@ -75,7 +76,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
 
 def config(**changes):
   stage = dict(build='x:y', log_every=1, save_every=2)
-  c = ConfigDict(dict(seed=0, world={}, data={}, model={}, reward_model={}, max_bad_updates=3, grace_seconds=25.0, stages=dict(s=stage)))
+  c = ConfigDict(dict(seed=0, world={}, data={}, model={}, reward_model={}, max_bad_updates=3, grace_seconds=25.0,
+                      stages=dict(s=stage)))
   c.update_from_flattened_dict(changes)
   return c
 
@@ -103,7 +105,8 @@ def result(path):
 
 
 def lines(path):
-  return [{k: v for k, v in json.loads(x).items() if not k.startswith('time/')} for x in (path / 's/metrics.jsonl').read_text().splitlines()]
+  return [{k: v for k, v in json.loads(x).items() if not k.startswith('time/')}
+          for x in (path / 's/metrics.jsonl').read_text().splitlines()]
 
 
 def test_a_run_goes_through_a_few_bad_updates(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """The order of the data: a pure function of (seed, step), so that a resumed run needs the step and nothing else.
 
 Every epoch is a fresh permutation of all rows; a last incomplete batch takes the rest from the next epoch, so no row is
-dropped and no batch is short. Each process takes its own slice of every batch.
+dropped and no batch is short. Each process takes its own rows of every batch (Sharder.local).
 """
 
 from __future__ import annotations
@@ -56,12 +56,3 @@ def fill(batch: Any, size: int) -> Any:
   padded = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[:1], missing, 0)]), batch)
   padded.weights[-missing:] = 0
   return padded
-
-
-def local_slice(rows: np.ndarray) -> np.ndarray:
-  """This process's share of a batch's rows."""
-  processes = jax.process_count()
-  if len(rows) % processes:
-    raise ValueError(f'a batch of {len(rows)} rows does not divide over {processes} processes.')
-  share = len(rows) // processes
-  return rows[jax.process_index() * share:(jax.process_index() + 1) * share]

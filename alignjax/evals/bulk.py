@@ -1,7 +1,8 @@
 """Bulk inference over lists of token rows with one compiled shape: sampling, scores, losses, greedy matches.
 
 Each `make_*` returns a function of (params, rows, ...) that pads the last batch, puts rows on the mesh and brings numpy
-arrays back. One shape, so one compilation, whatever the number of rows.
+arrays back. One shape, so one compilation, whatever the number of rows. put: Sharder.spread of a mesh, for every process has all
+rows and gets all results.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from alignjax import ops
 from alignjax.data import encode
 from alignjax.sampling import generate
+from alignjax.sharding import fetch
 from alignjax.types import Networks
 
 
@@ -43,7 +45,7 @@ def make_sampler(nets: Networks, put: Callable, *, prompt_length: int, max_token
       key = jax.random.fold_in(jax.random.key(seed), i)
       batch = put(batch)
       out = run(params, *batch, key, temperature) if temperature else run_greedy(params, *batch, key)
-      out = jax.tree.map(np.asarray, out)
+      out = fetch(out)
       responses += [row[live].tolist() for row, live in zip(out.responses, out.mask, strict=True)]
       ended.append(out.ended)
     return responses[:len(prompts)], np.concatenate(ended)[:len(prompts)]
@@ -110,5 +112,5 @@ def _batches(arrays: Any, rows: int):
 
 def _collect(function: Callable, arrays: Any, rows: int, put: Callable) -> Any:
   count = len(jax.tree.leaves(arrays)[0])
-  outs = [jax.tree.map(np.asarray, function(*put(batch))) for batch in _batches(arrays, rows)]
+  outs = [fetch(function(*put(batch))) for batch in _batches(arrays, rows)]
   return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *outs)

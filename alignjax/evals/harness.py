@@ -24,6 +24,7 @@ from alignjax import metrics
 from alignjax.data import encode
 from alignjax.evals import bulk, kept
 from alignjax.sampling import generate
+from alignjax.sharding import fetch
 
 
 def buckets(length: int, most: int, smallest: int = 32) -> int:
@@ -49,7 +50,7 @@ def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[fl
   done(i, result), where given, is called as results come, which is not in the order of the pairs.
   """
   cfg = model.cfg
-  put = model.sharder.put if model.sharder else _as_it_is
+  put = model.sharder.spread if model.sharder else _as_it_is
 
   def score(pairs, done=None):
     out: list = [None] * len(pairs)
@@ -123,9 +124,9 @@ def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, unti
       some = chosen[start:start + size]
       padded = encode.left_pad([prompts[i] for i in some] + [prompts[some[0]]] * (size - len(some)), length, model.template.pad)
       if model.sharder:
-        padded = model.sharder.put(padded)
+        padded = model.sharder.spread(padded)
       key = jax.random.fold_in(jax.random.key(seed), some[0])
-      made = jax.tree.map(np.asarray, sample(model.params, *padded, key))
+      made = fetch(sample(model.params, *padded, key))
       for i, row, live in zip(some, made.responses, made.mask, strict=False):
         said = row[live].tolist()
         said = said[:-1] if said and said[-1] in (model.template.end, model.template.separator) else said

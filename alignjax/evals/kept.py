@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """The whole lines of a file, none where there is no file. A last line that a kill left torn is cut off the file, so that the
@@ -25,7 +27,9 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Adds rows; what it wrote outlives the process, however that ends."""
+  """Adds rows, on the first process alone; what it wrote outlives the process, however that ends."""
+  if jax.process_index():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('a', encoding='utf-8') as file:
     file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))

@@ -27,6 +27,7 @@ import numpy as np
 
 from alignjax import plugins
 from alignjax.evals.stats import interval
+from alignjax.sharding import fetch
 
 
 class Cell(NamedTuple):
@@ -85,7 +86,7 @@ def fingerprint(params: Any) -> str:
   """A hash of the weights themselves: the same checkpoint under another path is the same."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = np.asarray(leaf)
+    array = fetch(leaf)
     digest.update(f'{jax.tree_util.keystr(path)}{array.shape}{array.dtype}'.encode())
     digest.update(np.ascontiguousarray(array).view(np.uint8))
   return digest.hexdigest()[:16]
@@ -105,7 +106,7 @@ def protocol(name: str, task: Callable, data: str | None, limit: int | None, see
 
 def run_task(name: str, model: Any, model_hash: str, out: pathlib.Path, *, data: str | None = None, limit: int | None = None,
              seed: int = 0, options: Mapping[str, Any] | None = None, template: str = '') -> tuple[list[Cell], bool]:
-  """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all."""
+  """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all, on the first process."""
   task = find_task(name)
   options = dict(options or {})
   takes = inspect.signature(task).parameters
@@ -123,6 +124,8 @@ def run_task(name: str, model: Any, model_hash: str, out: pathlib.Path, *, data:
   keep.mkdir(parents=True, exist_ok=True)
   began = time.perf_counter()
   cells = task(model, data=data, limit=limit, seed=seed, keep=keep, **options)
+  if jax.process_index():
+    return cells, False
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(dict(protocol=described, weights=model_hash, seconds=round(time.perf_counter() - began, 1),

@@ -8,6 +8,7 @@ import json
 import os
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from alignjax.evals import bulk
@@ -77,7 +78,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   owner = np.repeat(np.arange(count), k)
   shares = np.array([p['share'] for p in policies], float)
   drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
-  sample = bulk.make_sampler(setup.nets, setup.sharder.put, prompt_length=setup.prompt_length,
+  sample = bulk.make_sampler(setup.nets, setup.sharder.spread, prompt_length=setup.prompt_length,
                              max_tokens=setup.response_length, stop_ids=(setup.template.end,), pad=setup.template.pad)
   responses: list = [None] * len(owner)
   loaded = {}
@@ -118,6 +119,8 @@ def _kept(path, make) -> Comparisons:
   if path.exists():
     return Comparisons(**json.loads(path.read_text()))
   made = make()._replace(features=None)
+  if jax.process_index():
+    return made
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix('.tmp')
   temporary.write_text(json.dumps(made._asdict()))

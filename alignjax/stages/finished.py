@@ -49,8 +49,10 @@ def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapp
     head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint: 'lm').
     form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint 'plain'.
     mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters and the rows of bulk
-      evaluation; None: the first device alone.
+      evaluation; None: the first device alone, or all of them where there are several processes.
   """
+  if mesh is None and jax.process_count() > 1:
+    mesh = dict(data=jax.device_count())
   return _load_hf(name, head or 'lm', form or 'plain', mesh) if name.startswith('hf:') else _load_stage(name, head, form, mesh)
 
 

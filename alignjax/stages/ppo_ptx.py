@@ -15,6 +15,7 @@ import numpy as np
 from alignjax import ops, plugins, steps, throughput
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
+from alignjax.sharding import fetch
 from alignjax.stages.pretrain import text_mix
 from alignjax.stages.setup import (
   Setup,
@@ -134,11 +135,11 @@ def build(setup: Setup, name: str) -> Stage:
       kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), state)
 
   def batch(i):
-    index = batches.local_slice(batches.indices(len(prompt_records), prompts_per_step, i, seed))
+    index = setup.sharder.local(batches.indices(len(prompt_records), prompts_per_step, i, seed))
     chosen = batches.take(prompts, index)
     if text is None:
       return (*setup.sharder.put(chosen), None)
-    return setup.sharder.put((*chosen, text(i, batches.local_slice(np.arange(rows_per_step)))))
+    return setup.sharder.put((*chosen, text(i, setup.sharder.local(np.arange(rows_per_step)))))
 
   def observe(i, state, rollout):
     index = np.repeat(batches.indices(len(prompt_records), prompts_per_step, i, seed), cfg.rollout.samples_per_prompt)
@@ -183,8 +184,8 @@ def check(setup: Setup, name: str) -> None:
 
 def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
   """What a person wants to see of a rollout: sample rows (prompt, response, score), and the gold score where known."""
-  responses, mask = np.asarray(rollout.responses), np.asarray(rollout.mask)
-  scores, end = np.asarray(rollout.scores), setup.template.end
+  responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
+  end = setup.template.end
   texts, ended = [], []
   for row, live in zip(responses, mask, strict=True):
     tokens = row[live].tolist()

@@ -39,7 +39,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   def batch(i):
     index = batches.indices(len(rows.tokens), cfg.batch_size, i, (setup.config.seed, seed_of(name)))
-    return setup.sharder.put(batches.take(rows, batches.local_slice(index)))
+    return setup.sharder.put(batches.take(rows, setup.sharder.local(index)))
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * rows.tokens.shape[1],
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),

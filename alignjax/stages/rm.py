@@ -53,7 +53,7 @@ def build(setup: Setup, name: str) -> Stage:
     pick = lambda field: [field[j] for j in rows]
     made = encode.comparisons(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template.pad)
     made = batches.fill(made, per_batch[number[k, t]])
-    return setup.sharder.put(batches.take(made, batches.local_slice(np.arange(len(made.weights)))))
+    return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(len(made.weights)))))
 
   # 3. the policy's trunk under a fresh scalar head, the K-way ranking loss
   tx = make_optimizer(cfg.optimizer, len(order), f'stages.{name}')
@@ -73,7 +73,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 4. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
-    score = bulk.make_scorer(setup.nets, setup.sharder.put, length=length, pad=setup.template.pad,
+    score = bulk.make_scorer(setup.nets, setup.sharder.spread, length=length, pad=setup.template.pad,
                              rows=max(1, cfg.responses_per_batch // shards) * shards)
     demos = [(setup.template.prompt(r['prompt']), [setup.template.response(r['response'])])
              for r in records(setup, 'demonstrations', cfg.bias_demonstrations)]

@@ -51,7 +51,7 @@ def build(setup: Setup, name: str) -> Stage:
                    key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
 
   def batch(i):
-    own = batches.local_slice(np.arange(cfg.batch_size))  # of the batch's rows: demonstrations first, then text
+    own = setup.sharder.local(np.arange(cfg.batch_size))  # of the batch's rows: demonstrations first, then text
     parts = [batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])]
     if own[-1] >= demos:
       parts.append(text(i, own[own >= demos] - demos))
