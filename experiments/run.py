@@ -9,6 +9,8 @@ A config is looked up in the working directory, then beside this file. `:arg` go
 Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of the first two the exit code is 75.
 """
 
+import errno
+import os
 import pathlib
 import signal
 import sys
@@ -40,6 +42,9 @@ def find_config(argv: list[str]) -> list[str]:
 
 def explain(error: Exception, folder: pathlib.Path) -> None:
   """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
+  if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    error = OSError(f'{error.strerror}: {error.filename or folder}. Make room there or mend it; the same command goes on from the '
+                    'last checkpoint.').with_traceback(error.__traceback__)
   path = folder / 'traceback.txt'
   text = ''.join(traceback.format_exception(error))
   try:
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
     import jax
     if distributed.value:
       jax.distributed.initialize()
-    from alignjax import train, trouble
+    from alignjax import interrupt, train, trouble
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
     folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
@@ -79,6 +84,11 @@ def main(argv: list[str]) -> None:
       train.main(config.value, folder, profile.value)
     except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
       explain(error, folder)
+    except SystemExit as stopped:
+      if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:  # all is written; an interrupted compilation may
+        sys.stdout.flush()                                                  # leave threads that crash Python's own way out
+        os._exit(stopped.code)
+      raise
 
   def parse(arguments):
     try:
