@@ -43,15 +43,16 @@ def update(state: TrainState, batch: Any, key: jax.Array | None, *, loss_fn: Los
   ema_decay: moving average of params['policy'] in float32, once an update (the paper: 0.992, C.4, granularity not
   reported); in bfloat16 a decay this near 1 would round to no change (CHECKLIST 18).
   """
-  grads, metrics = gradients(loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  for name, tree in grads.items():
-    metrics[f'optim/grad_norm_{name}'] = optax.tree.norm(tree)
-  ema = state.ema
-  if ema_decay is not None:
-    ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p.astype(jnp.float32) - e), ema, params['policy'])
-  return state.replace(params=params, opt_state=opt_state, ema=ema), metrics
+  with jax.named_scope('update'):
+    grads, metrics = gradients(loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    for name, tree in grads.items():
+      metrics[f'optim/grad_norm_{name}'] = optax.tree.norm(tree)
+    ema = state.ema
+    if ema_decay is not None:
+      ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p.astype(jnp.float32) - e), ema, params['policy'])
+    return state.replace(params=params, opt_state=opt_state, ema=ema), metrics
 
 
 def split(batch: Any, parts: int, permutation: jax.Array | None = None) -> Any:
