@@ -99,7 +99,7 @@ def largest_arrays(module: hlo.Module, count: int = 8) -> list[tuple[str, int, s
   """The largest arrays that the step makes in main memory: (shape, bytes, phase, op_name), one for each shape and place."""
   found: dict[tuple, int] = {}
   for site in hlo.walk(module):
-    if not site.fused and site.instruction.opcode not in hlo.FREE:
+    if not site.fused and site.instruction.opcode not in hlo.FREE and not site.instruction.opcode.endswith('-done'):
       for shape in site.instruction.shapes:
         if shape.space == 0:
           found[str(shape), phase_of(site.op_name)] = shape.bytes, short(site.op_name)

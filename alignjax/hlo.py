@@ -23,8 +23,8 @@ BITS = {'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'bf
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute',
                'collective-broadcast')
 FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
-                  'iota', 'partition-id', 'replica-id', 'copy-done', 'slice-done', 'async-done', 'async-update', 'add-dependency',
-                  'optimization-barrier'))  # moves no bytes of its own
+                  'iota', 'partition-id', 'replica-id', 'async-start', 'async-update', 'add-dependency',
+                  'optimization-barrier'))  # moves no bytes of its own; nor does a -done
 
 
 class Shape(NamedTuple):
@@ -277,10 +277,11 @@ def flops(site: Site) -> int:
 def traffic(module: Module, site: Site) -> int:
   """Bytes of main memory that one run of an instruction reads and writes; 0 inside a fusion, whose values stay on the chip."""
   instruction = site.instruction
-  if site.fused or instruction.opcode in FREE or collective(site):
+  if site.fused or instruction.opcode in FREE or instruction.opcode.endswith('-done') or collective(site):
     return 0
   of = lambda name: sum(s.bytes for s in site.computation[name].shapes if s.space == 0) if name in site.computation else 0
-  written = sum(s.bytes for s in instruction.shapes if s.space == 0)
+  shapes = instruction.shapes[:1] if instruction.opcode.endswith('-start') else instruction.shapes  # the rest is what is copied
+  written = sum(s.bytes for s in shapes if s.space == 0)
   if instruction.opcode in ('dynamic-slice', 'slice', 'gather'):
     return 2 * written
   if instruction.opcode == 'dynamic-update-slice':

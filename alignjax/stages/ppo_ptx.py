@@ -205,6 +205,9 @@ def check(setup: Setup, name: str) -> None:
   check_divides(cfg.rollout.episodes // cfg.minibatches, cfg.microbatches, f'{where}: a minibatch by microbatches')
   check_divides(cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.sharder.batch_shards,
                 f'{where}: the prompts of a step by the devices that share a batch')
+  if cfg.rollout.generate_rows is not None:
+    check_divides(cfg.rollout.episodes, cfg.rollout.generate_rows, f'{where}.rollout.episodes by generate_rows')
+    check_divides(cfg.rollout.generate_rows, cfg.rollout.samples_per_prompt, f'{where}.rollout.generate_rows by samples_per_prompt')
   if cfg.keep not in ('policy', 'ema') or (cfg.keep == 'ema' and cfg.ema_decay is None):
     raise ValueError(f"{where}.keep={cfg.keep!r} must be 'policy', or 'ema' with ema_decay set.")
   if cfg.rollout.temperature <= 0:
