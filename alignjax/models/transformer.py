@@ -210,13 +210,13 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     where = ops.positions(mask)
     angles = rotary_angles(cfg, where)
     visible = ops.visible(mask)
-    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
+    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', 'sequence', None)
 
     def layer(x, inputs):
       weights, layer_key = inputs
       rngs = {} if key is None else {'dropout': layer_key}
       x, kv = Block(cfg).apply({'params': weights}, x, angles, visible, dropout=key is not None, rngs=rngs)
-      return constrain(x, 'batch', None, None), (kv if keep_cache else None)
+      return constrain(x, 'batch', 'sequence', None), (kv if keep_cache else None)
 
     policies = {'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
                 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -229,9 +229,9 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     """The unembedding gathered over the devices that share D, once: left in pieces, each would multiply its piece with every
     row of the batch and the float32 logits would be summed over devices, chunk by chunk."""
     if cfg.tie_embeddings:
-      return {**params, 'embed': {**params['embed'], 'tokens': constrain(params['embed']['tokens'], 'vocab', None)}}
+      return params | {'embed': params['embed'] | {'tokens': constrain(params['embed']['tokens'], 'vocab', None)}}
     head = {'kernel': constrain(params['final']['head']['kernel'], None, 'vocab')}
-    return {**params, 'final': {**params['final'], 'head': head}}
+    return params | {'final': params['final'] | {'head': head}}
 
   def unembed(params, x):
     """[..., D] -> float32 logits [..., V]."""
@@ -249,22 +249,22 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     b, t = tokens.shape
     x, _ = run_layers(params, tokens, mask, key)
     x, targets = x[:, :-1], tokens[:, 1:]  # the shift of logits against tokens
-
     params = whole_head(params)
 
     def score(x, targets):
-      flat = unembed(params, x.reshape(-1, x.shape[-1])) / temperature
-      return jax.tree.map(lambda y: y.reshape(targets.shape), ops.token_logprobs(flat, targets.reshape(-1)))
+      return ops.token_logprobs(unembed(params, x) / temperature, targets)
 
     if cfg.logits_chunk is None or b * (t - 1) <= cfg.logits_chunk:
-      out = score(x, targets)
+      out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
     else:  # a few columns of every row at a time: the rows stay where they are, on all devices of the batch axes
       columns = max(1, cfg.logits_chunk // b)
+      x = constrain(x, 'batch', None, None)
       widen = lambda y: jnp.pad(y, ((0, 0), (0, -(t - 1) % columns), *((0, 0),) * (y.ndim - 2)))
       cut = lambda y: jnp.moveaxis(widen(y).reshape(b, -1, columns, *y.shape[2:]), 1, 0)
-      out = jax.lax.map(lambda args: jax.checkpoint(score)(*args), (cut(x), cut(targets)))
+      some = lambda args: jax.checkpoint(score)(constrain(args[0], 'batch', 'sequence', None), args[1])
+      out = jax.lax.map(some, (cut(x), cut(targets)))
       out = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(b, -1)[:, :t - 1], out)
-    return tuple(jnp.pad(y, ((0, 0), (1, 0))) for y in out)
+    return tuple(jnp.pad(y.reshape(b, t - 1), ((0, 0), (1, 0))) for y in out)
 
   def scalar(params, tokens, mask):
     x, _ = run_layers(params, tokens, mask)
