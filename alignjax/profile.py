@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-PHASES = ('generate/prefill', 'generate/decode', 'score', 'reward', 'update', 'ptx')  # of nested ones the innermost counts
+from alignjax import cost
+
+PHASES = (*cost.PHASES, 'ptx')  # of nested ones the innermost counts
 
 
 class Profile(NamedTuple):
