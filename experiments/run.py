@@ -9,6 +9,7 @@ A config is looked up in the working directory, then beside this file. `:arg` go
 Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint.
 """
 
+import contextlib
 import pathlib
 import sys
 import traceback
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> None:
   config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg], such as configs/ppo_ptx.py:tiny.',
                                            lock_config=True)
   workdir = flags.DEFINE_string('workdir', None, 'Where everything is written. Default: runs/<config>[-<arg>]-s<seed>.')
-  distributed = flags.DEFINE_bool('distributed', False, 'On pods and clusters: initialise jax.distributed.')
+  several = flags.DEFINE_bool('distributed', False, 'As one of several processes: of a TPU slice, a Slurm job, or as '
+                              'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say. See launch/README.md.')
+  timeout = flags.DEFINE_integer('distributed_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1)
   flags.mark_flag_as_required('config')
 
   def run(_):
@@ -60,18 +63,26 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # not the search for other backends, nor orbax's every step
 
     import jax
-    if distributed.value:
-      jax.distributed.initialize()
-    from alignjax import train
+
+    from alignjax import distributed, train
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
     folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
-    print(f'config {name}, seed {config.value.seed}, workdir {folder}, '
-          f'{jax.device_count()} {jax.devices()[0].platform} device(s)')
+    together = contextlib.nullcontext()
+    if several.value:
+      facts = {**distributed.facts(config.value.to_dict()), '--workdir': str(folder)}
+      together = distributed.joined(facts, timeout.value)
     try:
-      train.main(config.value, folder)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-      explain(error, folder)
+      with together:
+        if jax.process_index() == 0:
+          print(f'config {name}, seed {config.value.seed}, workdir {folder}, {jax.device_count()} {jax.devices()[0].platform} '
+                'device(s)' + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''), flush=True)
+        try:
+          train.main(config.value, folder)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+          explain(error, folder)
+    except (ValueError, TimeoutError) as error:  # of joined
+      raise SystemExit(f'error: {error}') from None
 
   def parse(arguments):
     try:
