@@ -1,0 +1,88 @@
+"""The main job in miniature over several real processes on this machine; test_processes.py starts it.
+
+  python tests/processes.py WORKDIR PROCESSES DEVICES_EACH [stages.sft.epochs=2 ...]     all of them, until the last has ended
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def micro():
+  """Every stage and the report, in a few steps of a model of 16 dimensions."""
+  from experiments.configs import ppo_ptx
+  c = ppo_ptx.get_config('tiny')
+  c.stages_to_run, c.mesh.fsdp = ('ppo_ptx',), 2
+  c.model.update(d_model=16, embedding_scale=2.0)
+  s = c.stages
+  s.pretrain.update(documents=300, log_every=1, save_every=2)
+  s.sft.update(demonstrations=32, epochs=1, documents=300, log_every=1, save_every=1)
+  s.rm.update(prompts=16, evaluation_prompts=8, bias_demonstrations=16, k_buckets=(9,), row_lengths=(), log_every=1, save_every=1,
+              policies=(dict(init='stage:sft', temperature=1.0, share=1.0),))
+  s.ppo_ptx.update(prompts=64, iterations=2, minibatches=2, save_every=1)
+  s.ppo_ptx.rollout.episodes = 16
+  s.ppo_ptx.ptx.documents = 300
+  s.ppo_ptx.optimizer.policy.warmup = 2
+  c.report.policies = dict(pretrained='pretrain', sft='sft', ppo_ptx='ppo_ptx')
+  c.report.update(win_prompts=16, tax_items=16, truth_samples=1, toxicity_prompts=16, loss_documents=64)
+  return c
+
+
+def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str]) -> list[subprocess.Popen]:
+  """The processes, each with its output in WORKDIR.NUMBER.log."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  out = []
+  for i in range(processes):
+    environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
+                                'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, __file__, '--one', str(i), str(processes), str(port), str(workdir), *changes]
+    log = workdir.with_name(f'{workdir.name}.{i}.log').open('a')
+    out.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+  return out
+
+
+def run(workdir: pathlib.Path, processes: int, devices: int, changes: list[str] = (), kill_when=None, timeout: float = 600) -> int:
+  """Runs to the end, or until kill_when() is true, then -9 for all. The largest exit status."""
+  started, end = start(workdir, processes, devices, list(changes)), time.monotonic() + timeout
+  try:
+    while any(p.poll() is None for p in started):
+      failed = any(p.poll() not in (None, 0) for p in started)
+      if failed or time.monotonic() > end or kill_when is not None and kill_when():
+        break
+      time.sleep(0.05)
+  finally:
+    for p in started:
+      if p.poll() is None:
+        p.send_signal(signal.SIGKILL)
+  return max(abs(p.wait()) for p in started)
+
+
+def one(number: int, processes: int, port: str, workdir: str, changes: list[str]) -> None:
+  import jax
+  from absl import logging
+  logging.set_verbosity(logging.WARNING)
+  if processes > 1:
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(f'localhost:{port}', processes, number)
+  from alignjax import train
+  c = micro()
+  c.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (change.split('=', 1) for change in changes)})
+  train.main(c, workdir)
+
+
+if __name__ == '__main__':
+  if sys.argv[1] == '--one':
+    one(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], sys.argv[6:])
+  else:
+    raise SystemExit(run(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:], timeout=3600))
