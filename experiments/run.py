@@ -68,21 +68,23 @@ def main(argv: list[str]) -> None:
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
     folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
-    together = contextlib.nullcontext()
-    if several.value:
-      facts = {**distributed.facts(config.value.to_dict()), '--workdir': str(folder)}
-      together = distributed.joined(facts, timeout.value)
-    try:
-      with together:
-        if jax.process_index() == 0:
-          print(f'config {name}, seed {config.value.seed}, workdir {folder}, {jax.device_count()} {jax.devices()[0].platform} '
-                'device(s)' + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''), flush=True)
+    with contextlib.ExitStack() as stack:
+      if several.value:
+        facts = {**distributed.facts(config.value.to_dict()), '--workdir': str(folder)}
         try:
-          train.main(config.value, folder)
-        except (ValueError, TypeError, FileNotFoundError) as error:
-          explain(error, folder)
-    except (ValueError, TimeoutError) as error:  # of joined
-      raise SystemExit(f'error: {error}') from None
+          stack.enter_context(distributed.joined(facts, timeout.value))
+        except ValueError as error:
+          raise SystemExit(f'error: {error}') from None
+        except TimeoutError as error:
+          print(f'error: {error}', file=sys.stderr)
+          raise SystemExit(train.Interrupt.EXIT_CODE) from None  # the same command may find them all
+      if jax.process_index() == 0:
+        print(f'config {name}, seed {config.value.seed}, workdir {folder}, {jax.device_count()} {jax.devices()[0].platform} '
+              'device(s)' + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''), flush=True)
+      try:
+        train.main(config.value, folder)
+      except (ValueError, TypeError, FileNotFoundError) as error:
+        explain(error, folder)
 
   def parse(arguments):
     try:

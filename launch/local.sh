@@ -59,23 +59,21 @@ done
 
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-end_the_others() {  # after so many seconds, in which those that fail by themselves may say why
-  local left=$(($1 * 10))
-  while ((left-- > 0)) && kill -0 "${pids[@]}" 2>/dev/null; do sleep 0.1; done
-  kill -KILL "${pids[@]}" 2>/dev/null || true
-}
-
-status=0
+status=0 deadline=
 while ((${#pids[@]})); do
-  ended='' code=0
-  wait -n -p ended "${pids[@]}" || code=$?
-  [[ $ended ]] || continue  # a signal came while we waited
-  for i in "${!pids[@]}"; do
-    [[ ${pids[i]} != "$ended" ]] || unset "pids[$i]"
+  for i in "${!pids[@]}"; do  # by looking: `wait -n` misses a process that ended before it was called
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    code=0
+    wait "${pids[i]}" || code=$?
+    unset "pids[$i]"
+    ((status)) || status=$code
+    if ((code)) && [[ ! $deadline ]]; then
+      deadline=$((SECONDS + (code == 75 ? 60 : 5)))  # 75: saved, and the others are about to; else they may say what they saw
+    fi
   done
-  if ((code && !status && ${#pids[@]})); then
-    end_the_others $((code == 75 ? 60 : 5)) &  # 75: saved, and the others are about to
+  if [[ $deadline ]] && ((SECONDS > deadline)); then
+    kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
-  ((status)) || status=$code
+  sleep 0.1 || true  # a signal to the group ends it too
 done
 exit "$status"
