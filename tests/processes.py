@@ -22,7 +22,8 @@ def micro():
   from experiments.configs import ppo_ptx
   c = ppo_ptx.get_config('tiny')
   c.stages_to_run, c.mesh.fsdp = ('ppo_ptx',), 2
-  c.model.update(d_model=16, embedding_scale=2.0)
+  c.sharding.vocab = None  # the sandbox's 247 words do not divide over a tensor axis
+  c.model.update(d_model=16, num_heads=8, embedding_scale=2.0)
   s = c.stages
   s.pretrain.update(documents=300, log_every=1, save_every=2)
   s.sft.update(demonstrations=32, epochs=1, documents=300, log_every=1, save_every=1)
