@@ -4,11 +4,13 @@
       restored = saved.restore(abstract_state)          # (step, state) or None
       saved.save(step, state)                           # asynchronous
 
-A checkpoint becomes visible by a rename once it is whole, so a process that is killed during a save leaves the one before.
+A checkpoint becomes visible by a rename once it is whole, so a process that is killed during a save leaves the one before. With its
+arrays it holds their checksums (alignjax/checksums.py), and a restore compares: orbax reads many a flipped bit without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from alignjax import checksums
 from alignjax.models.axes import path_name
 from alignjax.sharding import sync
 
@@ -40,61 +43,108 @@ class Checkpoints:
   def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2):
     self.directory = pathlib.Path(directory).absolute()
     _check_config(self.directory / 'config.json', config)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(self.directory / 'steps', options=options,
-                                          item_handlers=ocp.StandardCheckpointHandler())
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True,
+                                           cleanup_tmp_directories=True)  # those of a killed save
+    self._manager = ocp.CheckpointManager(self.directory / 'steps', options=options)
+    self._saving: int | None = None
 
   def __enter__(self) -> Checkpoints:
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
-
-  def close(self) -> None:
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def __exit__(self, kind, *_) -> None:
+    try:
+      self.wait()
+    except OSError:
+      if kind is None:  # else what went wrong first is the error to show
+        raise
+    finally:
+      self._manager.close()
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, wait: bool = False) -> None:
-    """Starts to write `state`; wait=True returns when it is on disk."""
-    self._manager.save(step, args=ocp.args.StandardSave(_savable(state)))
-    if wait:
+  def wait(self) -> None:
+    """Returns when the last save is on disk; OSError where it failed."""
+    with self._explained():
       self._manager.wait_until_finished()
+
+  def save(self, step: int, state: Any, wait: bool = False) -> None:
+    """Starts to write `state`; wait=True returns when it is on disk. OSError where this save, or the one before, failed."""
+    leaves = _savable(state)
+    self.wait()
+    if step == self.latest_step():
+      return  # a run is a function of its step: this is what is there
+    self._saving = step
+    with self._explained():
+      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves),
+                                                       sums=ocp.args.JsonSave(checksums.describe(leaves))))
+    if wait:
+      self.wait()
+
+  @contextlib.contextmanager
+  def _explained(self):
+    try:
+      yield
+    except Exception as error:  # noqa: BLE001 orbax and tensorstore raise many kinds where a file cannot be written
+      raise OSError(f'checkpoint {self._saving} could not be written to {self.directory} ({_first_line(error)}). Make room there '
+                    'or mend it; the same command goes on from the checkpoint before.') from error
 
   def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
     """The newest readable checkpoint, on the shardings of abstract_state (a tree of jax.ShapeDtypeStruct); None without one.
 
-    A damaged checkpoint is named and the one before it used. One of another architecture raises ValueError with the
-    first leaves that differ.
+    A damaged checkpoint is named, moved to DIRECTORY/damaged, and the one before it used. One of another architecture raises
+    ValueError with the first leaves that differ.
     """
+    wanted = _savable(abstract_state)
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        self._check_shapes(step, abstract_state)
-        leaves = self._manager.restore(step, args=ocp.args.StandardRestore(_savable(abstract_state)))
+        sums = self._manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore())).sums
+        _check_shapes({k: tuple(shape) for k, (shape, *_) in sums.items()}, wanted)
+        leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+        _check_sums(leaves, sums)
       except _Mismatch as error:
         raise ValueError(f'{self.directory}: checkpoint {step} is of another model: {error}. Use another --workdir, or '
                          'delete the folder.') from None
       except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
-        print(f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: '
-              f'{str(error).splitlines()[0][:200] if str(error) else ""}); trying the one before.', flush=True)
-        self._manager.delete(step)
+        self._set_aside(step, error)
         continue
       return step, _like(abstract_state, leaves)
     if steps:
-      raise ValueError(f'{self.directory}: none of the checkpoints {steps} can be read; delete the folder to start again.')
+      raise ValueError(f'{self.directory}: none of the checkpoints {steps} can be read; they are in {self.directory / "damaged"}. '
+                       'The same command starts this stage again.')
     return None
 
-  def _check_shapes(self, step: int, abstract_state: Any) -> None:
-    saved = self._manager.item_metadata(step)
-    found = {k: tuple(v.shape) for k, v in (saved.tree if hasattr(saved, 'tree') else saved).items()}
-    wanted = {k: tuple(v.shape) for k, v in _savable(abstract_state).items()}
-    wrong = [f'{k}: {found.get(k, "absent")} in the checkpoint, {wanted.get(k, "absent")} in the model'
-             for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
-    if wrong:
-      raise _Mismatch('; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
+  def _set_aside(self, step: int, error: Exception) -> None:
+    print(f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: {_first_line(error)}); moved to '
+          f'{self.directory}/damaged, trying the one before.', flush=True)
+    if jax.process_index() == 0:
+      to = self.directory / 'damaged' / str(step)
+      shutil.rmtree(to, ignore_errors=True)
+      to.parent.mkdir(exist_ok=True)
+      os.replace(self.directory / 'steps' / str(step), to)
+    self._manager.reload()
+
+
+def _check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint') -> None:
+  wanted = {k: tuple(v.shape) for k, v in wanted.items()}
+  wrong = [f'{k}: {found.get(k, "absent")} {place}, {wanted.get(k, "absent")} in the model'
+           for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
+  if wrong:
+    raise _Mismatch('; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
+
+
+def _check_sums(leaves: Mapping[str, jax.Array], sums: Mapping[str, list]) -> None:
+  if wrong := checksums.different(leaves, sums):
+    raise Damaged(f'checksums differ in {", ".join(wrong[:3])}' + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
+
+
+def _first_line(error: Exception) -> str:
+  return next(iter(str(error).splitlines()), '')[:200]
+
+
+class Damaged(ValueError):
+  """What was read is not what was written."""
 
 
 class _Mismatch(Exception):
@@ -111,33 +161,46 @@ def _like(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, Any]) -> None:
-  """Writes the final weights and what the stage reports, whole or not at all."""
+  """Writes the final weights and what the stage reports, whole or not at all. OSError where the disk is full or read-only."""
   directory = pathlib.Path(directory).absolute()
   partial = directory.with_name(directory.name + '.partial')
-  if jax.process_index() == 0 and partial.exists():
-    shutil.rmtree(partial)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(partial / 'params', _savable(params))
-  if jax.process_index() == 0:
-    (partial / 'info.json').write_text(json.dumps(info, indent=2))
-    os.replace(partial, directory)
+  leaves = _savable(params)
+  try:
+    if jax.process_index() == 0 and partial.exists():
+      shutil.rmtree(partial)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial / 'params', leaves)
+    sums = checksums.describe(leaves)
+    if jax.process_index() == 0:
+      (partial / 'sums.json').write_text(json.dumps(sums))
+      (partial / 'info.json').write_text(json.dumps(info, indent=2))
+      os.replace(partial, directory)
+  except Exception as error:  # noqa: BLE001 as in Checkpoints
+    raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on '
+                  'from the last checkpoint.') from error
   sync(str(directory))
 
 
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
-  """Weights of save_params onto the shardings of abstract_params. Errors name the folder and the leaves that differ."""
+  """Weights of save_params onto the shardings of abstract_params. ValueError names the folder, and the leaves that are of another
+  model or damaged."""
   directory = pathlib.Path(directory).absolute()
-  with ocp.StandardCheckpointer() as checkpointer:
-    saved = checkpointer.metadata(directory / 'params')
-    saved = getattr(saved, 'item_metadata', saved)
-    found = {k: tuple(v.shape) for k, v in (saved.tree if hasattr(saved, 'tree') else saved).items()}
-    wanted = {k: tuple(v.shape) for k, v in _savable(abstract_params).items()}
-    wrong = [f'{k}: {found.get(k, "absent")} on disk, {wanted.get(k, "absent")} in the model'
-             for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
-    if wrong:
-      raise ValueError(f'{directory}: weights of another model: {"; ".join(wrong[:3])}. Does model or reward_model of the '
-                       'config differ from the run that wrote them?')
-    return _like(abstract_params, checkpointer.restore(directory / 'params', _savable(abstract_params)))
+  wanted = _savable(abstract_params)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      saved = checkpointer.metadata(directory / 'params')
+      saved = getattr(saved, 'item_metadata', saved)
+      _check_shapes({k: tuple(v.shape) for k, v in getattr(saved, 'tree', saved).items()}, wanted, 'on disk')
+      leaves = checkpointer.restore(directory / 'params', wanted)
+    if (directory / 'sums.json').exists():  # not of earlier versions
+      _check_sums(leaves, json.loads((directory / 'sums.json').read_text()))
+  except _Mismatch as error:
+    raise ValueError(f'{directory}: weights of another model: {error}. Does model or reward_model of the '
+                     'config differ from the run that wrote them?') from None
+  except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
+    raise Damaged(f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the run that wrote it '
+                  'makes it again from its last checkpoint.') from error
+  return _like(abstract_params, leaves)
 
 
 def load_info(directory: str | os.PathLike) -> dict[str, Any]:
@@ -157,7 +220,10 @@ def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       temporary.write_text(json.dumps(config, indent=2))
       os.replace(temporary, path)
     return
-  old, new = _flat(json.loads(path.read_text())), _flat(config)
+  try:
+    old, new = _flat(json.loads(path.read_text())), _flat(config)
+  except ValueError as error:
+    raise ValueError(f'{path} cannot be read ({error}). Delete it if you are sure that the config is the same.') from None
   absent = '(absent)'
   wrong = [f'  {k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}' for k in sorted(old.keys() | new.keys())
            if old.get(k, absent) != new.get(k, absent)]

@@ -117,7 +117,8 @@ def ppo_ptx(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Net
   if batch.ptx is None:
     raise ValueError(f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode > 0 and '
                      'ptx.source, or ptx_coef=0 for plain PPO.')
-  logprobs, _ = nets.logprobs(params['policy'], batch.ptx.tokens, batch.ptx.mask)
-  ptx_loss = -jnp.sum(batch.ptx.weights * logprobs)
+  with jax.named_scope('ptx'):
+    logprobs, _ = nets.logprobs(params['policy'], batch.ptx.tokens, batch.ptx.mask)
+    ptx_loss = -jnp.sum(batch.ptx.weights * logprobs)
   loss = loss + ptx_coef * ptx_loss
   return loss, metrics | {'ppo/loss/ptx': ptx_loss, 'ppo/loss/total': loss}

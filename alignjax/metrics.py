@@ -21,7 +21,7 @@ class Writer:
 
   Args:
     start_step: where a resumed run goes on; lines of later steps are dropped, so that the file of a run that was
-      interrupted equals that of one that was not, apart from names under 'time/'.
+      interrupted equals that of one that was not, apart from names under 'time/' and 'device/'. So with samples.jsonl.
     active: False on all processes but the first.
     wandb: keyword arguments of wandb.init, or None.
   """
@@ -39,13 +39,14 @@ class Writer:
       self._wandb = wandb_module.init(**wandb)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / 'metrics.jsonl'
-    if path.exists():
-      kept = [line for line in map(_parse, path.read_text().splitlines()) if line and line['step'] <= start_step]
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-      os.replace(temporary, path)
-    self._file = path.open('a')
+    for path in (directory / 'metrics.jsonl', directory / 'samples.jsonl'):
+      if path.exists():
+        kept = [line for line in map(_parse, path.read_text().splitlines()) if line and line['step'] <= start_step]
+        temporary = path.with_suffix('.tmp')
+        temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+        os.replace(temporary, path)
+    self._file = (directory / 'metrics.jsonl').open('a')
+    self._samples = directory / 'samples.jsonl'
     from tensorboardX import SummaryWriter
     self._board = SummaryWriter(str(directory), purge_step=start_step or None)
 
@@ -66,6 +67,14 @@ class Writer:
         self._board.add_scalar(name, value, step)
     if self._wandb is not None:
       self._wandb.log(values, step=step)
+
+  def samples(self, step: int, rows: Sequence[Sequence[str]]) -> None:
+    """Appends rows (prompt, response, score, gold) to samples.jsonl."""
+    if self._file is None:
+      return
+    with self._samples.open('a') as file:
+      for row in rows:
+        file.write(json.dumps({'step': int(step)} | dict(zip(('prompt', 'response', 'score', 'gold'), row, strict=True))) + '\n')
 
   def close(self) -> None:
     if self._file is not None:

@@ -2,17 +2,15 @@
 
 A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B], named in the
 config as c.reward = dict(fn='module:name', ...): the trained reward model below, a pure JAX rule of a fork, or a Python
-function on texts (`text_reward`).
+function of texts on the host (alignjax/host.py).
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from alignjax import ops
 from alignjax.sampling import generate
@@ -50,8 +48,10 @@ def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, 
     return [jnp.where(mask, x, 0.0) for x in (logprobs[:, first:], ref_logprobs[:, first:], values[:, first - 1:-1])]
 
   rows = (prompts, prompt_mask, sampled.responses, mask)
-  logprobs, ref_logprobs, values = in_chunks(score, rows, score_rows)
-  scores = reward_fn(*rows, nets=nets, frozen=frozen)
+  with jax.named_scope('score'):
+    logprobs, ref_logprobs, values = in_chunks(score, rows, score_rows)
+  with jax.named_scope('reward'):
+    scores = reward_fn(*rows, nets=nets, frozen=frozen)
   if not jnp.issubdtype(scores.dtype, jnp.floating):
     raise TypeError(f'the reward function returned {scores.dtype}; rewards must be floating-point numbers.')
   scores = scores.astype(jnp.float32)
@@ -87,25 +87,3 @@ def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, froze
   """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5)."""
   tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
   return ops.last_live(nets.scalar(frozen['reward'], tokens, token_mask), token_mask)
-
-
-def text_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params, function: str,
-                decode: Callable[[Sequence[int]], str]) -> jax.Array:
-  """A Python function of texts as the reward: 'module:name', (prompts: list[str], responses: list[str]) -> B floats.
-
-  A rule, a classifier or a service. It runs on the host through a callback while the device waits.
-  """
-  del nets, frozen
-  module, name = function.split(':')
-  judge = getattr(importlib.import_module(module), name)
-
-  def call(prompts, prompt_mask, responses, mask):
-    texts = [[decode(row[m]) for row, m in zip(np.asarray(t), np.asarray(live), strict=True)]
-             for t, live in ((prompts, prompt_mask), (responses, mask))]
-    scores = np.asarray(judge(*texts), np.float32)
-    if scores.shape != (len(texts[0]),):
-      raise ValueError(f'{function} returned shape {scores.shape} for {len(texts[0])} responses.')
-    return scores
-
-  shape = jax.ShapeDtypeStruct((prompts.shape[0],), jnp.float32)
-  return jax.pure_callback(call, shape, prompts, prompt_mask, responses, mask)

@@ -49,8 +49,9 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
     raise ValueError(f'chunk={chunk} does not divide max_tokens={max_tokens}.')
   n = samples_per_prompt
   rows = prompts.shape[0] * n
-  weights = decoder.prepare(params)
-  logits, cache = decoder.prefill(weights, prompts, prompt_mask, prompts.shape[1] + max_tokens)
+  with jax.named_scope('generate/prefill'):
+    weights = decoder.prepare(params)
+    logits, cache = decoder.prefill(weights, prompts, prompt_mask, prompts.shape[1] + max_tokens)
   if n > 1:
     repeat = lambda x: jnp.repeat(x, n, axis=0)
     logits = repeat(logits)
@@ -75,7 +76,8 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
   empty = tuple(jnp.zeros((rows, max_tokens), d) for d in (jnp.int32, bool, jnp.float32))
   state = (jnp.int32(0), (logits, cache, jnp.zeros(rows, bool)), empty)
   unfinished = lambda state: (state[0] < max_tokens) & ~jnp.all(state[1][2])
-  _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(unfinished, one_chunk, state)
+  with jax.named_scope('generate/decode'):
+    _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(unfinished, one_chunk, state)
   return Generation(responses, mask, logprobs, done)
 
 

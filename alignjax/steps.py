@@ -1,4 +1,5 @@
-"""One optimizer update: gradients (in microbatches), optimizer, moving average. The same for every stage and loss."""
+"""One optimizer update: gradients (in microbatches), optimizer, moving average; skipped where the loss or a gradient is not
+finite. The same for every stage and loss."""
 
 from __future__ import annotations
 
@@ -12,27 +13,28 @@ from alignjax.types import LossFn, Metrics, Networks, TrainState
 
 
 def gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array | None, *, nets: Networks,
-              microbatches: int = 1) -> tuple[Any, Metrics]:
-  """Gradient and metrics of a loss over a whole minibatch, computed in equal microbatches one after the other.
+              microbatches: int = 1) -> tuple[Any, Metrics, jax.Array]:
+  """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches one after the other.
 
   The batch's weights are normalised first and globally, so the sum over microbatches (and devices) is the gradient of
   the whole: the number of microbatches changes memory only (CHECKLIST 10).
   """
   batch = batch.normalized()
-  grad_fn = jax.grad(lambda params, batch, key: loss_fn(params, batch, key, nets=nets), has_aux=True)
+  grad_fn = jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch, key, nets=nets), has_aux=True)
   if microbatches == 1:
-    return grad_fn(params, batch, key)
+    (loss, metrics), grads = grad_fn(params, batch, key)
+    return grads, metrics, loss
   cut = split(batch, microbatches)
   keys = None if key is None else jax.random.split(key, microbatches)
 
   def add(total, inputs):
     microbatch, key = inputs
-    grads, metrics = grad_fn(params, microbatch, key)
-    return jax.tree.map(jnp.add, total, grads), metrics
+    (loss, metrics), grads = grad_fn(params, microbatch, key)
+    return jax.tree.map(jnp.add, total, grads), (metrics, loss)
 
   zeros = jax.tree.map(jnp.zeros_like, params)
-  grads, metrics = jax.lax.scan(add, zeros, (cut, keys))
-  return grads, {name: jnp.max(x, 0) if is_maximum(name) else jnp.sum(x, 0) for name, x in metrics.items()}
+  grads, (metrics, losses) = jax.lax.scan(add, zeros, (cut, keys))
+  return grads, {name: jnp.max(x, 0) if is_maximum(name) else jnp.sum(x, 0) for name, x in metrics.items()}, jnp.sum(losses)
 
 
 def update(state: TrainState, batch: Any, key: jax.Array | None, *, loss_fn: LossFn, nets: Networks,
@@ -40,18 +42,25 @@ def update(state: TrainState, batch: Any, key: jax.Array | None, *, loss_fn: Los
            ema_decay: float | None = None) -> tuple[TrainState, Metrics]:
   """One gradient, one optimizer update. Does not count state.step: a PPO iteration has several updates.
 
+  Where the loss or a gradient norm is NaN or infinite, parameters, optimizer and average stay as they were and the
+  update is counted in state.skipped. optax.apply_if_finite is the other way round: it applies the bad update in the end.
+
   ema_decay: moving average of params['policy'] in float32, once an update (the paper: 0.992, C.4, granularity not
   reported); in bfloat16 a decay this near 1 would round to no change (CHECKLIST 18).
   """
-  grads, metrics = gradients(loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  for name, tree in grads.items():
-    metrics[f'optim/grad_norm_{name}'] = optax.tree.norm(tree)
-  ema = state.ema
-  if ema_decay is not None:
-    ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p.astype(jnp.float32) - e), ema, params['policy'])
-  return state.replace(params=params, opt_state=opt_state, ema=ema), metrics
+  with jax.named_scope('update'):
+    grads, metrics, loss = gradients(loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches)
+    norms = {f'optim/grad_norm_{name}': optax.tree.norm(tree) for name, tree in grads.items()}
+    finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+      ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p.astype(jnp.float32) - e), ema, params['policy'])
+    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema),
+                                          (state.params, state.opt_state, state.ema))
+  skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
+  return state.replace(params=params, opt_state=opt_state, ema=ema, skipped=skipped), metrics | norms
 
 
 def split(batch: Any, parts: int, permutation: jax.Array | None = None) -> Any:

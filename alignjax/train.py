@@ -8,9 +8,7 @@ reused. A run that was stopped at any point goes on from its last checkpoint and
 
 from __future__ import annotations
 
-import json
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -18,23 +16,32 @@ import jax
 import ml_collections
 import numpy as np
 
-from alignjax import checkpoint, metrics, plugins
+from alignjax import checkpoint, metrics, plugins, profile, throughput, trouble
+from alignjax.interrupt import Interrupt, anywhere
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
-def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
-  """Runs config.stages_to_run with their prerequisites, then the report if config.report names one."""
-  setup = make_setup(config, pathlib.Path(workdir))
-  order = resolve(config)
-  builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
-  for name, builder in builders.items():
-    plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
-  report = plugins.find(config.report.build, 'report.build')
-  plugins.find(f'{report.__module__}:check', 'report.build')(setup)
-  for name in order:
-    run_stage(for_stage(setup, name), name, builders[name])
-  if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
-    report(setup)
+def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, traced: str | None = None) -> None:
+  """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
+
+  Args:
+    traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/profile.py).
+  """
+  with Interrupt(config.grace_seconds) as interrupt:
+    setup = make_setup(config, pathlib.Path(workdir))
+    order = resolve(config)
+    wanted = profile.parse(traced) if traced else None
+    profile.check(wanted, order)
+    builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
+    for name, builder in builders.items():
+      plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
+    report = plugins.find(config.report.build, 'report.build')
+    plugins.find(f'{report.__module__}:check', 'report.build')(setup)
+    trouble.check_writable(setup.workdir)
+    for name in order:
+      run_stage(for_stage(setup, name), name, builders[name], interrupt, wanted)
+    if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
+      report(setup)
 
 
 def resolve(config: ml_collections.ConfigDict) -> list[str]:
@@ -79,10 +86,9 @@ def finished(setup: Setup, name: str) -> bool:
   return checkpoint.is_finished(setup.workdir / name / 'final')
 
 
-def run_stage(setup: Setup, name: str, builder) -> None:
+def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None) -> None:
   """One stage from its last checkpoint, or its start, to its end."""
   folder = setup.workdir / name
-  cfg = setup.config.stages[name]
   main_process = jax.process_index() == 0
   with checkpoint.Checkpoints(folder / 'checkpoints', config=identity(setup.config, name)) as saved:
     if finished(setup, name):
@@ -98,47 +104,68 @@ def run_stage(setup: Setup, name: str, builder) -> None:
       first, state = restored
       say(f'{name}: goes on from step {first} of {stage.num_steps}')
     built = time.perf_counter()
+    tracer = profile.Tracer(wanted, folder, first, stage.num_steps)
     with (metrics.Writer(folder, start_step=first, active=main_process) as writer,
-          metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress,
-          Interrupt() as interrupt):
-      state = loop(stage, state, first, cfg, saved, writer, progress, interrupt, folder)
-    params, info = stage.finish(state)
+          metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress, interrupt.held()):
+      state = loop(stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder)
+    try:
+      interrupt.check()
+      params, info = stage.finish(state)
+    except SystemExit:  # of Interrupt
+      saved.save(stage.num_steps, state, wait=True)
+      raise
     seconds = _elapsed(folder, time.perf_counter() - began)
     checkpoint.save_params(folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps})
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
 
-def loop(stage, state, first: int, cfg, saved, writer, progress, interrupt, folder: pathlib.Path):
-  """Steps first..num_steps. A checkpoint every save_every steps and when interrupted."""
+def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: pathlib.Path):
+  """Steps first..num_steps. A checkpoint every save_every steps and when something ends the run."""
+  cfg = config.stages[folder.name]
   last_time, last_step = time.perf_counter(), first
+  batch = stage.batch(first) if first < stage.num_steps else None
+  skipped = np.asarray(state.skipped)
   for i in range(first, stage.num_steps):
-    state, measured, seen = stage.step(state, stage.batch(i))
     done = i + 1
+    with tracer.step(done):
+      state, measured, seen = stage.step(state, batch)
+      following = stage.batch(done) if done < stage.num_steps else None  # while the device works
+      before, skipped = skipped, np.asarray(state.skipped)  # waits for it
+    asked, failed = anywhere(interrupt.asked is not None, bool(stage.failures))
+    if failed:
+      trouble.stop_for_failed_host(saved, i, first, state, before, stage.failures)
+    if skipped[0] and not before[0]:
+      say(f'{folder.name}: step {done}: an update was skipped, its loss or gradient was not finite; optim/skipped counts them')
+    if skipped[1] >= config.max_bad_updates:
+      trouble.stop_for_bad_updates(saved, folder, done, state, batch, seen, jax.device_get(measured))
     if done % cfg.log_every == 0 or done == stage.num_steps:
       values = {k: float(v) for k, v in jax.device_get(measured).items()}
-      metrics.check_finite(values, done)
+      if skipped[0] == before[0]:
+        metrics.check_finite(values, done)
       samples: list = []
       if stage.observe is not None:
         more, samples = stage.observe(i, state, seen)
         values |= more
       now = time.perf_counter()
-      values['time/step_seconds'] = (now - last_time) / (done - last_step)
-      values['time/tokens_per_second'] = stage.tokens_per_step / values['time/step_seconds']
+      values['optim/skipped'] = float(skipped[0])
+      values['time/step_seconds'] = seconds = (now - last_time) / (done - last_step)
+      values['time/tokens_per_second'] = stage.tokens_per_step / seconds
+      values |= throughput.metrics(stage.work, seconds)
       last_time, last_step = now, done
       writer.write(done, values)
       progress.update(done, values)
       if samples and (done % (cfg.log_every * 10) == 0 or done == stage.num_steps):
-        _keep_samples(folder / 'samples.jsonl', done, samples[:8])
+        writer.samples(done, samples[:8])
         progress.table(f'step {done}', ('prompt', 'response', 'score', 'gold'), samples[:4])
     else:
       progress.update(done)
     if done in candidate_steps(stage.num_steps, cfg.get('keep_candidates')):
       keep_candidate(stage, state, done, folder)
-    if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps or interrupt.asked:
-      saved.save(done, state, wait=interrupt.asked)
-      if interrupt.asked:
-        say(f'stopped by {interrupt.asked} at step {done}; the same command goes on from there')
-        raise SystemExit(Interrupt.EXIT_CODE)
+    if asked:
+      trouble.stop_for_signal(saved, done, state, interrupt.asked or 'a signal to another process')
+    if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps:
+      saved.save(done, state)
+    batch = following
   return state
 
 
@@ -153,39 +180,6 @@ def keep_candidate(stage, state, step: int, folder: pathlib.Path) -> None:
   if not checkpoint.is_finished(path):  # there already where a run that was stopped repeats steps
     params, info = stage.finish(state)
     checkpoint.save_params(path, params, info | {'steps': step})
-
-
-class Interrupt:
-  """Notes SIGTERM and Ctrl-C, so that the loop saves after the current step and exits with EXIT_CODE."""
-
-  EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
-
-  def __init__(self):
-    self.asked: str | None = None
-
-  def __enter__(self):
-    def note(number, frame):
-      if self.asked:
-        raise KeyboardInterrupt
-      self.asked = signal.Signals(number).name
-
-    try:
-      self._before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: whoever runs us handles signals
-      self._before = {}
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-
-def _keep_samples(path: pathlib.Path, step: int, rows: list) -> None:
-  if jax.process_index():
-    return
-  with path.open('a') as file:
-    for row in rows:
-      file.write(json.dumps({'step': step, 'prompt': row[0], 'response': row[1], 'score': row[2], 'gold': row[3]}) + '\n')
 
 
 def _elapsed(folder: pathlib.Path, seconds: float) -> float:

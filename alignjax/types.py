@@ -32,12 +32,14 @@ class TrainState:
     opt_state: optax state of the whole params dict.
     ema: float32 moving average of params['policy'], or None.
     extra: a stage's carried scalars, for example {'kl_coef': f32[]}.
+    skipped: i32[2], updates that were skipped because loss or gradients were not finite: all of them, and those just now in a row.
   """
   step: jax.Array
   params: Params
   opt_state: Any
   ema: Any = None
   extra: Any = flax.struct.field(default_factory=dict)
+  skipped: jax.Array = flax.struct.field(default_factory=lambda: jnp.zeros(2, jnp.int32))
 
 
 @flax.struct.dataclass

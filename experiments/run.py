@@ -6,11 +6,12 @@
 
 A config is looked up in the working directory, then beside this file. `:arg` goes to its get_config(arg);
 `--config.a.b=` changes one entry. Stages that the chosen one starts from run first; finished ones are reused. Stopped by
-Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint.
+Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of the first two the exit code is 75.
 """
 
 import contextlib
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -41,8 +42,13 @@ def find_config(argv: list[str]) -> list[str]:
 def explain(error: Exception, folder: pathlib.Path) -> None:
   """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
   path = folder / 'traceback.txt'
-  folder.mkdir(parents=True, exist_ok=True)
-  path.write_text(''.join(traceback.format_exception(error)))
+  text = ''.join(traceback.format_exception(error))
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  except OSError:  # the error may be that nothing can be written
+    sys.stderr.write(text)
+    raise SystemExit(f'error: {error}') from None
   raise SystemExit(f'error: {error}\n(traceback: {path})')
 
 
@@ -56,6 +62,7 @@ def main(argv: list[str]) -> None:
   several = flags.DEFINE_bool('distributed', False, 'As one of several processes: of a TPU slice, a Slurm job, or as '
                               'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say. See launch/README.md.')
   timeout = flags.DEFINE_integer('distributed_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1)
+  profile = flags.DEFINE_string('profile', None, 'STAGE:FIRST-LAST: trace these steps into WORKDIR/STAGE/profile, for TensorBoard.')
   flags.mark_flag_as_required('config')
 
   def run(_):
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from alignjax import distributed, train
+    from alignjax import distributed, interrupt, train, trouble
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
     folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
@@ -77,13 +84,13 @@ def main(argv: list[str]) -> None:
           raise SystemExit(f'error: {error}') from None
         except TimeoutError as error:
           print(f'error: {error}', file=sys.stderr)
-          raise SystemExit(train.Interrupt.EXIT_CODE) from None  # the same command may find them all
+          raise SystemExit(interrupt.EXIT_CODE) from None  # the same command may find them all
       if jax.process_index() == 0:
         print(f'config {name}, seed {config.value.seed}, workdir {folder}, {jax.device_count()} {jax.devices()[0].platform} '
               'device(s)' + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''), flush=True)
       try:
-        train.main(config.value, folder)
-      except (ValueError, TypeError, FileNotFoundError) as error:
+        train.main(config.value, folder, profile.value)
+      except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
         explain(error, folder)
 
   def parse(arguments):
@@ -97,4 +104,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # train.main has its own; here nothing has begun
   main([sys.argv[0], *find_config(sys.argv[1:])])

@@ -169,7 +169,7 @@ def test_the_objective_points_the_right_way():
   first = jnp.zeros_like(batch.advantages).at[:, 0].set(1.0)
   batch = batch.replace(advantages=first, rollout=batch.rollout.replace(
       logprobs=nets.logprobs(params['policy'], *batch.rollout.sequences())[0][:, 5:]))
-  grads, _ = steps.gradients(losses.ppo, params, batch, None, nets=nets)
+  grads, _, _ = steps.gradients(losses.ppo, params, batch, None, nets=nets)
   moved = jax.tree.map(lambda p, g: p - 0.01 * g, params['policy'], grads['policy'])
   chosen = lambda p: nets.logprobs(p, *batch.rollout.sequences())[0][:, 5].mean()
   assert chosen(moved) > chosen(params['policy'])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import losses, ops, rollout, steps
+from alignjax import host, losses, ops, rollout, steps
 from alignjax.types import PPOBatch
 from tests.fakes import FAMILIES, close, model, prompts
 
@@ -80,8 +80,8 @@ def count_words(prompts, responses):
 
 
 def test_item_22_a_reward_is_a_python_function_of_texts():
-  reward = functools.partial(rollout.text_reward, function='tests.test_rollout:count_words',
-                             decode=lambda ids: ' '.join(map(str, ids)))
+  reward = functools.partial(host.reward, function='tests.test_rollout:count_words',
+                             decode=lambda ids: ' '.join(map(str, ids)), failures=[])
   out, _ = collect(reward_fn=reward)
   close(out.scores, 0.5 * out.mask.sum(-1) - 0.25 * out.prompt_mask.sum(-1))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import ops, plugins, steps
+from alignjax import ops, plugins, steps, throughput
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
 from alignjax.sharding import fetch
@@ -90,8 +90,9 @@ def iteration(state: TrainState, frozen: Params, batch: tuple[jax.Array, jax.Arr
                                     / (ops.masked_variance(returns, rollout.mask) + 1e-8),
   }
   if kl_target is not None:
-    kl_coef = ops.adaptive_kl_coef(kl_coef, metrics['objective/kl'], len(rollout.scores), target=kl_target,
+    steered = ops.adaptive_kl_coef(kl_coef, metrics['objective/kl'], len(rollout.scores), target=kl_target,
                                    horizon=kl_horizon)
+    kl_coef = jnp.where(jnp.isfinite(steered) & jnp.isfinite(metrics['objective/scores']), steered, kl_coef)
   return state.replace(step=state.step + 1, extra={'kl_coef': kl_coef}), metrics, rollout
 
 
@@ -115,9 +116,10 @@ def build(setup: Setup, name: str) -> Stage:
                      ema=cfg.ema_decay is not None, extra={'kl_coef': cfg.kl.coef})
   frozen = {'ref': load('ref', 'lm'), 'reward': load('reward', 'scalar')}
 
-  reward_fn = plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', 'decode'))
-  if 'decode' in plugins.keywords(cfg.reward.fn):
-    reward_fn = functools.partial(reward_fn, decode=setup.decode)
+  failures: list[str] = []
+  on_host = dict(decode=setup.decode, failures=failures)  # for a reward that is a function on the host
+  reward_fn = functools.partial(plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', *on_host)),
+                                **{k: v for k, v in on_host.items() if k in plugins.keywords(cfg.reward.fn)})
   prompts_per_step = cfg.rollout.episodes // cfg.rollout.samples_per_prompt
   minibatch = cfg.rollout.episodes // cfg.minibatches
   rollout_fn = functools.partial(
@@ -146,7 +148,11 @@ def build(setup: Setup, name: str) -> Stage:
   tokens = cfg.rollout.episodes * setup.length + setup.config.data.row_length * rows_per_step
   return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations, tokens,
                finish=lambda state: (state.ema if cfg.keep == 'ema' else state.params['policy'], {'head': 'lm'}),
-               observe=observe)
+               observe=observe, failures=failures, work=throughput.ppo(
+                   setup.policy_model, setup.reward_model, episodes=cfg.rollout.episodes,
+                   samples_per_prompt=cfg.rollout.samples_per_prompt, prompt_length=setup.prompt_length,
+                   response_length=setup.response_length, row_length=setup.config.data.row_length, ptx_rows=rows_per_step,
+                   epochs=cfg.inner_epochs, reward_model=cfg.reward.fn == 'alignjax.rollout:model_reward'))
 
 
 def check(setup: Setup, name: str) -> None:

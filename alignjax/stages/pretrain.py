@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alignjax import plugins
+from alignjax import plugins, throughput
 from alignjax.data import batches, text
 from alignjax.stages.setup import (
   Setup,
@@ -42,7 +42,8 @@ def build(setup: Setup, name: str) -> Stage:
     return setup.sharder.put(batches.take(rows, setup.sharder.local(index)))
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * rows.tokens.shape[1],
-               finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}))
+               finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
+               work=throughput.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
 
 
 def check(setup: Setup, name: str) -> None:

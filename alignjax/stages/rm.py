@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import plugins, steps
+from alignjax import plugins, steps, throughput
 from alignjax.data import batches, encode
 from alignjax.evals import bulk, rm_accuracy
 from alignjax.stages import comparisons
@@ -67,6 +67,10 @@ def build(setup: Setup, name: str) -> Stage:
                                   tx=tx, microbatches=cfg.microbatches)
     return state.replace(step=state.step + 1), metrics, None
 
+  sizes = [(per_batch[number[bucket[rows[0]]]] * bucket[rows[0]][0], bucket[rows[0]][1]) for rows in order]  # rows, length
+  each = [throughput.training(setup.reward_model, rows, t, 'scalar') for rows, t in sizes]
+  work = {kind: float(np.mean([w[kind] for w in each])) for kind in each[0]}
+
   # 4. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
     score = bulk.make_scorer(setup.nets, setup.sharder.spread, length=length, pad=setup.template.pad,
@@ -87,7 +91,8 @@ def build(setup: Setup, name: str) -> Stage:
                                   lambda rows: score(params, rows), setup.config.seed)
     return params, info
 
-  return Stage(state, compile_step(step, state), batch, len(order), cfg.responses_per_batch * length, finish)
+  return Stage(state, compile_step(step, state), batch, len(order), cfg.responses_per_batch * length, finish,
+               work=work)
 
 
 def check(setup: Setup, name: str) -> None:

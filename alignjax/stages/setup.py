@@ -7,7 +7,7 @@ import difflib
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +63,10 @@ class Stage(NamedTuple):
   step: (state, batch) -> (state, metrics, seen), compiled, donates the state.
   batch: step number -> global batch; a pure function.
   num_steps, tokens_per_step: for the loop, and for throughput.
-  observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged steps; or None.
   finish: state -> (params to keep, info as JSON values).
+  observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged steps; or None.
+  work: what a step does, for throughput.metrics: tokens by phase, episodes, FLOPs.
+  failures: where a function on the host that the step calls says why it gave up (alignjax/host.py); one ends the run.
   """
   state: TrainState
   step: Callable[[TrainState, Any], tuple[TrainState, Metrics, Any]]
@@ -73,6 +75,8 @@ class Stage(NamedTuple):
   tokens_per_step: int
   finish: Callable[[TrainState], tuple[Params, dict]]
   observe: Callable[[int, TrainState, Any], tuple[Metrics, list]] | None = None
+  work: Mapping[str, float] = {}
+  failures: Sequence[str] = ()
 
 
 def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None) -> Setup:
@@ -233,7 +237,7 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
 
 
-GIVEN = dict(loss=('nets',), reward=('nets', 'frozen', 'decode'), advantage=())  # keywords that the stage passes itself
+GIVEN = dict(loss=('nets',), reward=('nets', 'frozen', 'decode', 'failures'), advantage=())  # keywords that the stage passes itself
 
 
 def check_functions(config: Mapping[str, Any], where: str) -> None:
@@ -241,6 +245,8 @@ def check_functions(config: Mapping[str, Any], where: str) -> None:
   for entry, given in GIVEN.items():
     if entry in config:
       plugins.bind(config[entry], f'{where}.{entry}', given=given)
+      if 'function' in config[entry]:  # of alignjax.host:reward
+        plugins.find(config[entry]['function'], f'{where}.{entry}.function')
   make_optimizer(config.optimizer, 10**9, where)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from alignjax import plugins
+from alignjax import plugins, throughput
 from alignjax.data import batches, encode
 from alignjax.stages.pretrain import text_mix
 from alignjax.stages.setup import (
@@ -58,7 +58,8 @@ def build(setup: Setup, name: str) -> Stage:
     return setup.sharder.put(jax.tree.map(lambda *x: np.concatenate(x), *parts))
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
-               finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}))
+               finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
+               work=throughput.training(setup.policy_model, cfg.batch_size, setup.length))
 
 
 def check(setup: Setup, name: str) -> None:

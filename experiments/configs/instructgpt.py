@@ -60,6 +60,8 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.stages_to_run = ('sft', 'ppo', 'ppo_ptx')
+  c.max_bad_updates = 10  # so many in a row with a loss or gradient that is not finite end the run
+  c.grace_seconds = 25.0  # from SIGTERM to the end: most schedulers give 30
   c.world = dict(seed=0)
   c.mesh = mesh
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',

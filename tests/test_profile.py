@@ -1,0 +1,180 @@
+"""Traces, throughput and the debugging switches of jax."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alignjax import profile, throughput
+from alignjax.models.config import TransformerConfig
+
+# ---- traces
+
+
+@pytest.mark.parametrize('text,expected', [('ppo_ptx:3-5', ('ppo_ptx', 3, 5)), ('sft:7', ('sft', 7, 7))])
+def test_what_to_trace(text, expected):
+  assert profile.parse(text) == expected
+
+
+@pytest.mark.parametrize('text', ['sft', 'sft:', 'sft:0', 'sft:5-3', 'sft:a-b', ':3'])
+def test_a_wrong_request(text):
+  with pytest.raises(ValueError, match='has not the form STAGE:FIRST-LAST'):
+    profile.parse(text)
+
+
+def test_a_request_that_cannot_be_met(tmp_path):
+  with pytest.raises(ValueError, match="stage 'dpo'; this run has sft, rm"):
+    profile.check(profile.parse('dpo:1'), ['sft', 'rm'])
+  with pytest.raises(ValueError, match='sft:3-9: the steps to do are 4 to 8'):
+    profile.Tracer(profile.parse('sft:3-9'), tmp_path / 'sft', 3, 8)
+  assert profile.Tracer(profile.parse('sft:3-9'), tmp_path / 'rm', 3, 8).wanted is None
+
+
+@pytest.mark.parametrize('scope,phase', [
+    ('jit(iteration)/generate/decode/while/body/dot_general', 'generate/decode'),
+    ('jit(iteration)/while/body/update/transpose(jvp(ptx))/dot_general', 'ptx'),
+    ('jit(iteration)/while/body/update/add', 'update'),
+    ('jit(iteration)/score/jit(rewarded)/dot', 'score'),
+    ('jit(decode)/updates/dot', 'other'), ('', 'other'),
+])
+def test_the_innermost_phase_counts(scope, phase):
+  assert profile.phase_of(scope) == phase
+
+
+def test_a_loop_counts_what_its_body_leaves():
+  """A loop of 10 ns holds two operations of 3 and 4, the second of which holds one of 1; then one of 5."""
+  operations = [(0, -10, 'loop', 'm'), (1, -3, 'a', 'm'), (5, -4, 'b', 'm'), (6, -1, 'c', 'm'), (10, -5, 'd', 'm')]
+  found = list(profile._own_times(operations))
+  assert sorted(found) == [('a', 'm', 3), ('b', 'm', 3), ('c', 'm', 1), ('d', 'm', 5), ('loop', 'm', 3)]
+
+
+def test_a_trace_tells_phases_apart(tmp_path, capsys):
+  """More of the same work in a scope, and inside a loop, is a larger share of the time."""
+  x = jnp.ones((300, 300))
+
+  @jax.jit
+  def step(x):
+    with jax.named_scope('score'):
+      y = x @ x
+    with jax.named_scope('update'):
+      return jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), y, length=20)[0]
+
+  step(x)
+  tracer = profile.Tracer(profile.parse('sft:2-3'), tmp_path / 'sft', 0, 4)
+  for i in (1, 2, 3, 4):
+    with tracer.step(i):
+      step(x).block_until_ready()
+  assert list((tmp_path / 'sft/profile').rglob('*.xplane.pb')), 'what TensorBoard reads'
+  shares = json.loads((tmp_path / 'sft/profile/phases.json').read_text())
+  assert shares['update'] > 2 * shares['score'] > 0 and sum(shares.values()) == pytest.approx(1)
+  assert 'profile of steps 2 to 3' in capsys.readouterr().out
+  with pytest.raises(FileNotFoundError, match='holds no trace'):
+    profile.phases(tmp_path / 'nowhere')
+
+
+# ---- throughput
+
+
+SMALL = TransformerConfig(vocab_size=50, num_layers=2, d_model=8, num_heads=4, num_kv_heads=2, d_ff=16, max_length=32, mlp='swiglu')
+
+
+def test_flops_by_hand():
+  """A layer: q and out 8x8 each, k and v 8x4 each, three 8x16 of the MLP: 576 weights. Attention: 2 T^2 * 8 a layer."""
+  assert throughput.forward_flops(SMALL, 10) == 2 * 10 * (2 * 576 + 8 * 50) + 2 * (2 * 100 * 8)
+  assert throughput.forward_flops(SMALL, 10, 'scalar') == 2 * 10 * (2 * 576 + 8) + 2 * (2 * 100 * 8)
+  assert throughput.training(SMALL, 4, 10) == {'tokens_trained': 40, 'flops': 12 * throughput.forward_flops(SMALL, 10)}
+
+
+def test_flops_are_what_the_compiler_counts():
+  """Of one forward pass without loops, as far as matrix products go; the compiler adds what is small, and attends to all T^2."""
+  from alignjax.models import transformer
+  cfg = TransformerConfig(vocab_size=512, num_layers=1, d_model=128, num_heads=4, max_length=64)
+  nets = transformer.make_networks(cfg)
+  params = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
+  tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+  cost = jax.jit(nets.logits).lower(params, tokens, jax.ShapeDtypeStruct((2, 64), bool)).compile().cost_analysis()
+  assert cost['flops'] == pytest.approx(2 * throughput.forward_flops(cfg, 64), rel=0.15)
+
+
+def test_the_work_of_an_iteration():
+  work = throughput.ppo(SMALL, SMALL, episodes=8, samples_per_prompt=2, prompt_length=6, response_length=4, row_length=12,
+                        ptx_rows=16, epochs=1, reward_model=True)
+  assert work['episodes'] == 8 and work['tokens_generated'] == 32 and work['tokens_scored'] == 4 * 80
+  assert work['tokens_trained'] == 2 * 80 + 16 * 12
+  lm, scalar, text = (throughput.forward_flops(SMALL, *a) for a in ((10,), (10, 'scalar'), (12,)))
+  prefill = throughput.forward_flops(SMALL, 6)
+  trained = 3 * (8 * (lm + scalar) + 16 * text)
+  assert work['flops'] == pytest.approx(4 * prefill + 8 * (lm - prefill) + 8 * (2 * lm + 2 * scalar) + trained)
+
+
+def test_rates(monkeypatch):
+  device = type('D', (), {'device_kind': 'TPU v5 lite', 'memory_stats': lambda self: {'peak_bytes_in_use': 3 * 2**30}})()
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  monkeypatch.setattr(jax, 'device_count', lambda: 4)
+  assert throughput.metrics({'tokens_trained': 100, 'flops': 197e12}, 2.0) == {
+      'time/tokens_trained_per_second': 50, 'time/tflops_per_device': 197 / 8, 'time/mfu': 1 / 8, 'device/memory_peak_gib': 3.0}
+
+
+@pytest.mark.parametrize('kind,peak', [('TPU v5p', 459e12), ('TPU v5 lite', 197e12), ('NVIDIA H100 80GB HBM3', 989e12),
+                                       ('cpu', None)])
+def test_peaks(kind, peak):
+  assert throughput.peak_flops(kind) == peak
+
+
+# ---- jax's own switches, in processes of their own: they are read when jax starts
+
+
+SWITCH = '''
+import jax, sys
+from alignjax import train
+from experiments.configs import ppo_ptx
+c = ppo_ptx.get_config('tiny')
+c.data.update(prompt_length=24, response_length=4, row_length=16)
+c.stages.sft.update(init=dict(policy='random'), demonstrations=8, epochs=1, batch_size=4, documents=20)
+c.stages.ppo_ptx.update(iterations=1, prompts=8, minibatches=2)
+c.stages.ppo_ptx.init = dict(policy='random', value='random', ref='random', reward='random')
+c.stages.ppo_ptx.rollout.episodes = 4
+c.stages.ppo_ptx.ptx.update(documents=20, rows_per_episode=1)
+c.stages.ppo_ptx.optimizer.policy.warmup = 0
+c.data.too_long = 'truncate'
+c.model.update(d_model=8, num_heads=2)
+c.stages_to_run, c.report.policies = (sys.argv[2],), {}
+if len(sys.argv) > 3:
+  c.stages[sys.argv[2]].loss = dict(fn=sys.argv[3])
+train.main(c, sys.argv[1])
+'''
+
+
+def switched(tmp_path, *arguments, **environment):
+  import os
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return subprocess.run([sys.executable, '-c', SWITCH, str(tmp_path), *arguments], env=env | environment, text=True,
+                        capture_output=True, timeout=400)
+
+
+def nan_loss(params, batch, key, *, nets):
+  from alignjax import losses
+  loss, found = losses.sft(params, batch, key, nets=nets)
+  loss = loss + jnp.log(-1.0 - loss * loss)
+  return loss, found | {'sft/loss': loss}
+
+
+@pytest.mark.slow
+def test_debug_nans_names_the_operation_and_is_silent_without_one(tmp_path):
+  done = switched(tmp_path / 'a', 'sft', 'tests.test_profile:nan_loss', JAX_DEBUG_NANS='1')
+  assert done.returncode and 'FloatingPointError: invalid value (nan) encountered in log' in done.stderr, done.stderr[-3000:]
+  done = switched(tmp_path / 'b', 'ppo_ptx', JAX_DEBUG_NANS='1')
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_without_jit(tmp_path):
+  """Every operation at once, for a debugger: slow, so one stage of each kind at the smallest size."""
+  for stage in ('sft', 'ppo_ptx'):
+    done = switched(tmp_path, stage, JAX_DISABLE_JIT='1')
+    assert done.returncode == 0, done.stderr[-3000:]
+  assert json.loads((tmp_path / 'ppo_ptx/metrics.jsonl').read_text())['ppo/ratio_max_dev'] < 1e-5
