@@ -39,14 +39,14 @@ def find_config(argv: list[str]) -> list[str]:
   return out
 
 
-def explain(error: Exception, folder: pathlib.Path) -> None:
+def explain(error: Exception, folder) -> None:
   """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
   path = folder / 'traceback.txt'
   text = ''.join(traceback.format_exception(error))
   try:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-  except OSError:  # the error may be that nothing can be written
+  except Exception:  # noqa: BLE001 the error may be that nothing can be written; buckets raise many kinds
     sys.stderr.write(text)
     raise SystemExit(f'error: {error}') from None
   raise SystemExit(f'error: {error}\n(traceback: {path})')
@@ -71,10 +71,13 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from alignjax import distributed, interrupt, train, trouble
+    from alignjax import distributed, files, interrupt, train, trouble
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
-    folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
+    try:
+      folder = files.folder(workdir.value or f'runs/{name}-s{config.value.seed}')
+    except ValueError as error:
+      raise SystemExit(f'error: --workdir={error}') from None
     with contextlib.ExitStack() as stack:
       if several.value:
         facts = {**distributed.facts(config.value.to_dict()), '--workdir': str(folder)}
