@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,7 +139,9 @@ def _check_sums(leaves: Mapping[str, jax.Array], sums: Mapping[str, list]) -> No
 
 
 def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), '')[:200]
+  """What to show of an error; of tensorstore's long ones what the operating system said."""
+  said = re.search(r': ([^:\[]+) \[os_error_code', str(error))
+  return said[1] if said else next(iter(str(error).splitlines()), '')[:200]
 
 
 class Damaged(ValueError):

@@ -52,8 +52,12 @@ class Writer:
   def __enter__(self) -> Writer:
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind, *_) -> None:
+    try:
+      self.close()
+    except OSError:
+      if kind is None:  # else what went wrong first is the error to show
+        raise
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     if self._file is None:

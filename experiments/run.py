@@ -10,6 +10,8 @@ Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of t
 """
 
 import contextlib
+import errno
+import os
 import pathlib
 import signal
 import sys
@@ -41,6 +43,9 @@ def find_config(argv: list[str]) -> list[str]:
 
 def explain(error: Exception, folder) -> None:
   """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
+  if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    error = OSError(f'{error.strerror}: {error.filename or folder}. Make room there or mend it; the same command goes on from the '
+                    'last checkpoint.').with_traceback(error.__traceback__)
   path = folder / 'traceback.txt'
   text = ''.join(traceback.format_exception(error))
   try:
@@ -95,6 +100,11 @@ def main(argv: list[str]) -> None:
         train.main(config.value, folder, profile.value)
       except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
         explain(error, folder)
+      except SystemExit as stopped:
+        if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:  # all is written; an interrupted compilation may
+          sys.stdout.flush()                                                  # leave threads that crash Python's own way out
+          os._exit(stopped.code)
+        raise
 
   def parse(arguments):
     try:

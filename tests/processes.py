@@ -48,8 +48,8 @@ def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str
     environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
                                 'PYTHONPATH': str(ROOT)}
     command = [sys.executable, __file__, '--one', str(i), str(processes), str(port), str(workdir), *changes]
-    log = workdir.with_name(f'{workdir.name}.{i}.log').open('a')
-    out.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    with workdir.with_name(f'{workdir.name}.{i}.log').open('a') as log:
+      out.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
   return out
 
 

@@ -226,12 +226,15 @@ def test_a_reward_model_of_another_size_trains_and_rewards(patch, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_real_process_loses_nothing():
-  """A sample of tests/kills.py, which can do a hundred: one kill of two short stages, in real processes."""
+def test_kill_9_of_the_real_process_loses_nothing(capsys):
+  """A sample of tests/kills.py, which can do a hundred at every stage: four of two short stages, in real processes, of which
+  some are to fall into a save and into the writing of a result."""
   import kills
-  small = ['--config.stages.pretrain.documents=1500', '--config.stages.pretrain.save_every=5',
-           '--config.stages.sft.demonstrations=32', '--config.stages.sft.save_every=2']
-  assert kills.main(['--kills=1', '--config=configs/sft.py:tiny', *small]) == 0
+  small = ['--config.stages.pretrain.documents=600', '--config.stages.pretrain.save_every=3', '--config.stages.sft.demonstrations=32']
+  assert kills.main(['--kills=4', '--stages=pretrain,sft', '--moments=save,final', '--config=configs/sft.py:tiny', *small]) == 0
+  table = capsys.readouterr().out.split('| killed in |')[1]
+  cells = np.array([[int(x) for x in line.split('|')[2:-1]] for line in table.splitlines()[2:] if line.startswith('|')])
+  assert cells.sum() == 4 and cells[:, 1:3].sum() >= 2, table
 
 
 @pytest.mark.slow
