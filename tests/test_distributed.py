@@ -124,7 +124,7 @@ def test_facts_are_versions_source_and_config(monkeypatch, tmp_path):
 SCRIPT = '''
 import os, signal, sys, time
 from alignjax import distributed
-distributed.HEARTBEAT_SECONDS = 10
+distributed.HEARTBEAT_SECONDS = 5
 import jax
 from alignjax.sharding import sync
 with distributed.joined({'seed': sys.argv[2]}, 30) as here:
@@ -181,7 +181,7 @@ def test_another_config_ends_both():
 @pytest.mark.slow
 @pytest.mark.parametrize('what,code', [('error', 1), ('killed', -signal.SIGKILL)])
 def test_one_that_ends_alone_ends_the_other(what, code):
-  """With 10 s without a heartbeat where the default has 40. In a collective gloo may see before that the connection is gone."""
+  """With 5 s without a heartbeat where the default has 40. In a collective gloo may see before that the connection is gone."""
   ended, seconds = two_processes(what)
   assert ended[1][0] == code and ended[0][0] not in (0, None) and seconds < 40
   seen = ['unhealthy (stopped sending heartbeats)'] + ['Gloo AllGather failed'] * (what == 'error')
