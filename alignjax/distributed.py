@@ -29,14 +29,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 import alignjax
+from alignjax import files
 from alignjax.sharding import sync
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 HEARTBEAT_SECONDS = 40  # after so long without a sign of life of one process, jax ends the others
 SHUTDOWN_SECONDS = 60  # so long a process that leaves waits for the others to leave too
+FOLDER_SECONDS = 10  # so late a network folder may show what another host wrote
 DIFFERENCES = 20  # so many are listed
 
 
@@ -90,6 +94,26 @@ def _end(error: BaseException, wait: bool) -> None:
   sys.stderr.flush()
   time.sleep(wait)  # the coordinator's end aborts the others at once: a second for those that fail alike to say so
   os._exit(1)
+
+
+def check_shared(folder: files.Folder) -> None:
+  """ValueError on every process where `folder` is not one folder for all: each host would write on its own disk. All call it."""
+  if jax.process_count() == 1:
+    return
+  mark = folder / '.shared'
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text('')
+  sync('mark')
+  end = time.monotonic() + FOLDER_SECONDS
+  while not (found := mark.exists()) and time.monotonic() < end:
+    time.sleep(0.5)
+  seen = multihost_utils.process_allgather(np.array(found)).ravel()
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not seen.all():
+    raise ValueError(f'{folder} is another folder on {_ranges(set(np.flatnonzero(~seen).tolist()))}: what process 0 wrote is not '
+                     'there. Use a --workdir that all hosts share, or gs://BUCKET/...')
 
 
 def place(timeout: float) -> Place:

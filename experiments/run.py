@@ -97,6 +97,7 @@ def main(argv: list[str]) -> None:
         print(f'config {name}, seed {config.value.seed}, workdir {folder}, {jax.device_count()} {jax.devices()[0].platform} '
               'device(s)' + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''), flush=True)
       try:
+        distributed.check_shared(folder)
         train.main(config.value, folder, profile.value)
       except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
         explain(error, folder)

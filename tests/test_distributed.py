@@ -122,9 +122,9 @@ def test_facts_are_versions_source_and_config(monkeypatch, tmp_path):
 
 
 SCRIPT = '''
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 from alignjax import distributed
-distributed.HEARTBEAT_SECONDS = 5
+distributed.HEARTBEAT_SECONDS, distributed.FOLDER_SECONDS = 5, 1
 import jax
 from alignjax.sharding import sync
 with distributed.joined({'seed': sys.argv[2]}, 30) as here:
@@ -137,7 +137,13 @@ with distributed.joined({'seed': sys.argv[2]}, 30) as here:
       os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == 'error':
       raise SystemExit('error: mine alone')
+  if sys.argv[1] == 'fine':
+    distributed.check_shared(pathlib.Path(sys.argv[3]))
   if sys.argv[1] == 'saved':
+    try:
+      distributed.check_shared(pathlib.Path(sys.argv[3]) / str(here.process))
+    except ValueError as error:
+      print(error)
     raise SystemExit(75)
   if sys.argv[1] == 'killed':  # the other is busy with something else
     time.sleep(60)
@@ -145,13 +151,13 @@ with distributed.joined({'seed': sys.argv[2]}, 30) as here:
 '''
 
 
-def two_processes(what, seeds=(0, 0), timeout=50):
+def two_processes(what, folder='', seeds=(0, 0), timeout=50):
   """(exit status, output) of each, and the seconds until both had ended."""
   where, began, started = address(), time.monotonic(), []
   for i in range(2):
     env = os.environ | dict(zip(distributed.VARIABLES, (where, '2', str(i)), strict=True)) | {
         'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'NPROC': '1', 'PYTHONPATH': str(ROOT)}
-    started.append(subprocess.Popen([sys.executable, '-c', SCRIPT, what, str(seeds[i])], env=env, text=True,
+    started.append(subprocess.Popen([sys.executable, '-c', SCRIPT, what, str(seeds[i]), str(folder)], env=env, text=True,
                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
   try:
     outputs = [p.communicate(timeout=timeout)[0] for p in started]
@@ -161,15 +167,18 @@ def two_processes(what, seeds=(0, 0), timeout=50):
   return [(p.returncode, text) for p, text in zip(started, outputs, strict=True)], time.monotonic() - began
 
 
-def test_two_processes_are_one_run_to_the_end():
-  ended, _ = two_processes('fine')
+def test_two_processes_are_one_run_to_the_end(tmp_path):
+  ended, _ = two_processes('fine', tmp_path / 'run')
   for code, text in ended:
     assert code == 0 and 'devices 4 2 [0, 1]' in text, text
+  assert list((tmp_path / 'run').iterdir()) == []
 
 
-def test_processes_that_saved_leave_with_their_status():
-  ended, seconds = two_processes('saved')
-  assert [code for code, _ in ended] == [75, 75] and seconds < 30, ended
+def test_processes_that_saved_leave_with_their_status(tmp_path):
+  """After they have found that their folders are not the same."""
+  ended, seconds = two_processes('saved', tmp_path)
+  assert [code for code, _ in ended] == [75, 75] and seconds < 40, ended
+  assert all('is another folder on process 1: what process 0 wrote is not there' in text for _, text in ended)
 
 
 def test_another_config_ends_both():
