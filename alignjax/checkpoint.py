@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alignjax import checksums
+from alignjax import checksums, files
 from alignjax.models.axes import path_name
 from alignjax.sharding import sync
 
@@ -42,7 +40,7 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2):
-    self.directory = pathlib.Path(directory).absolute()
+    self.directory = files.absolute(directory)
     _check_config(self.directory / 'config.json', config)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True,
                                            cleanup_tmp_directories=True)  # those of a killed save
@@ -121,9 +119,9 @@ class Checkpoints:
           f'{self.directory}/damaged, trying the one before.', flush=True)
     if jax.process_index() == 0:
       to = self.directory / 'damaged' / str(step)
-      shutil.rmtree(to, ignore_errors=True)
+      files.remove(to)
       to.parent.mkdir(exist_ok=True)
-      os.replace(self.directory / 'steps' / str(step), to)
+      files.move(self.directory / 'steps' / str(step), to)
     self._manager.reload()
 
 
@@ -165,19 +163,21 @@ def _like(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, Any]) -> None:
   """Writes the final weights and what the stage reports, whole or not at all. OSError where the disk is full or read-only."""
-  directory = pathlib.Path(directory).absolute()
-  partial = directory.with_name(directory.name + '.partial')
+  directory = files.absolute(directory)
+  # info.json comes last: with it the folder is whole. A disk gives the folder its name then; a bucket would copy it.
+  partial = directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
   leaves = _savable(params)
   try:
-    if jax.process_index() == 0 and partial.exists():
-      shutil.rmtree(partial)
+    if jax.process_index() == 0:
+      files.remove(partial)
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(partial / 'params', leaves)
     sums = checksums.describe(leaves)
     if jax.process_index() == 0:
       (partial / 'sums.json').write_text(json.dumps(sums))
       (partial / 'info.json').write_text(json.dumps(info, indent=2))
-      os.replace(partial, directory)
+      if partial != directory:
+        files.move(partial, directory)
   except Exception as error:  # noqa: BLE001 as in Checkpoints
     raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on '
                   'from the last checkpoint.') from error
@@ -187,7 +187,7 @@ def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, An
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
   """Weights of save_params onto the shardings of abstract_params. ValueError names the folder, and the leaves that are of another
   model or damaged."""
-  directory = pathlib.Path(directory).absolute()
+  directory = files.absolute(directory)
   wanted = _savable(abstract_params)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -207,21 +207,19 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
 
 
 def load_info(directory: str | os.PathLike) -> dict[str, Any]:
-  return json.loads((pathlib.Path(directory) / 'info.json').read_text())
+  return json.loads((files.folder(directory) / 'info.json').read_text())
 
 
 def is_finished(directory: str | os.PathLike) -> bool:
-  return (pathlib.Path(directory) / 'info.json').exists()
+  return (files.folder(directory) / 'info.json').exists()
 
 
-def _check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+def _check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
   config = json.loads(json.dumps(config))
   if not path.exists():
     if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix('.tmp')
-      temporary.write_text(json.dumps(config, indent=2))
-      os.replace(temporary, path)
+      files.write(path, json.dumps(config, indent=2))
     return
   try:
     old, new = _flat(json.loads(path.read_text())), _flat(config)

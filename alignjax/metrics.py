@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from alignjax import files
 
 SHOWN = ('sft/loss', 'rm/loss', 'rm/accuracy', 'objective/scores', 'gold/train_labelers', 'objective/kl', 'ppo/loss/ptx')
 
@@ -37,15 +38,13 @@ class Writer:
       except ModuleNotFoundError as error:
         raise ModuleNotFoundError("metrics to W&B need `pip install wandb`, or config wandb=None.") from error
       self._wandb = wandb_module.init(**wandb)
-    directory = pathlib.Path(directory)
+    directory = files.folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for path in (directory / 'metrics.jsonl', directory / 'samples.jsonl'):
       if path.exists():
         kept = [line for line in map(_parse, path.read_text().splitlines()) if line and line['step'] <= start_step]
-        temporary = path.with_suffix('.tmp')
-        temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
-        os.replace(temporary, path)
-    self._file = (directory / 'metrics.jsonl').open('a')
+        files.write(path, ''.join(json.dumps(line) + '\n' for line in kept))
+    self._file = directory / 'metrics.jsonl'
     self._samples = directory / 'samples.jsonl'
     from tensorboardX import SummaryWriter
     self._board = SummaryWriter(str(directory), purge_step=start_step or None)
@@ -64,8 +63,7 @@ class Writer:
     if self._file is None:
       return
     values = {k: float(v) if math.isfinite(v) else None for k, v in sorted(metrics.items())}
-    self._file.write(json.dumps({'step': int(step), **values}) + '\n')
-    self._file.flush()
+    files.append(self._file, json.dumps({'step': int(step), **values}) + '\n')
     for name, value in values.items():
       if value is not None:
         self._board.add_scalar(name, value, step)
@@ -76,13 +74,12 @@ class Writer:
     """Appends rows (prompt, response, score, gold) to samples.jsonl."""
     if self._file is None:
       return
-    with self._samples.open('a') as file:
-      for row in rows:
-        file.write(json.dumps({'step': int(step)} | dict(zip(('prompt', 'response', 'score', 'gold'), row, strict=True))) + '\n')
+    names = ('prompt', 'response', 'score', 'gold')
+    lines = [json.dumps({'step': int(step)} | dict(zip(names, row, strict=True))) for row in rows]
+    files.append(self._samples, ''.join(f'{line}\n' for line in lines))
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
@@ -98,7 +95,7 @@ def _parse(line: str) -> dict | None:
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """A metrics.jsonl as columns: f64[lines] each, NaN where a line lacks the name."""
-  lines = [line for line in map(_parse, pathlib.Path(path).read_text().splitlines()) if line]
+  lines = [line for line in map(_parse, files.folder(path).read_text().splitlines()) if line]
   names = dict.fromkeys(name for line in lines for name in line)
   return {name: np.array([np.nan if line.get(name) is None else line[name] for line in lines]) for name in names}
 

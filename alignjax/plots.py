@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import numpy as np
 
-from alignjax import metrics
+from alignjax import files, metrics
 
 COLORS = {'pretrained': '#999999', 'pretrained_prompted': '#c0c0c0', 'sft': '#4477aa', 'ppo': '#cc6677',
           'ppo_ptx': '#228833', 'pretrained_bigger': '#777777'}
 OTHER = '#aa4499'  # a policy of a fork's, or a selected one
 
 
-def all_plots(workdir: pathlib.Path, result: dict) -> list[str]:
+def all_plots(workdir: files.Folder, result: dict) -> list[str]:
   """Writes the PNG files into workdir and returns their names; one whose data is missing is left out."""
   import matplotlib
   matplotlib.use('Agg')
@@ -22,7 +20,7 @@ def all_plots(workdir: pathlib.Path, result: dict) -> list[str]:
   return [name for name in made if name]
 
 
-def reward_against_kl(workdir: pathlib.Path, curves: dict) -> str | None:
+def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
   """Proxy reward (the RM's) and gold reward (the training labelers') against KL, for each RL run: where the first rises
   and the second falls, the policy exploits the reward model."""
   import matplotlib.pyplot as plt
@@ -41,7 +39,7 @@ def reward_against_kl(workdir: pathlib.Path, curves: dict) -> str | None:
   return _save(figure, workdir, 'reward_against_kl.png')
 
 
-def tax(workdir: pathlib.Path, result: dict) -> str | None:
+def tax(workdir: files.Folder, result: dict) -> str | None:
   """The two tax tasks and the pretraining loss, a bar a policy, with intervals."""
   import matplotlib.pyplot as plt
   shown = {n: p for n, p in result['policies'].items() if 'pretraining_loss' in p}
@@ -57,7 +55,7 @@ def tax(workdir: pathlib.Path, result: dict) -> str | None:
   return _save(figure, workdir, 'alignment_tax.png')
 
 
-def learning_curves(workdir: pathlib.Path, curves: dict) -> str | None:
+def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
   """The loss of every supervised stage, the reward and the gold reward of the RL ones."""
   import matplotlib.pyplot as plt
   panels = [(n, k, c) for n, c in curves.items() for k in ('sft/loss', 'rm/loss', 'objective/scores') if k in c]
@@ -78,8 +76,8 @@ def _smooth(x: np.ndarray, width: int = 9) -> np.ndarray:
   return np.convolve(x, np.ones(width) / width, 'valid')
 
 
-def _save(figure, workdir: pathlib.Path, name: str) -> str:
+def _save(figure, workdir: files.Folder, name: str) -> str:
   import matplotlib.pyplot as plt
-  figure.savefig(workdir / name, dpi=110)
+  files.save_figure(figure, workdir / name)
   plt.close(figure)
   return name

@@ -13,12 +13,13 @@ import contextlib
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from alignjax import cost
+from alignjax import cost, files
 
 PHASES = (*cost.PHASES, 'ptx')  # of nested ones the innermost counts
 
@@ -50,7 +51,7 @@ class Tracer:
     wanted: what to trace, or None. folder: of the stage. first, num_steps: the steps that the loop will do, first..num_steps.
   """
 
-  def __init__(self, wanted: Profile | None, folder: pathlib.Path, first: int, num_steps: int):
+  def __init__(self, wanted: Profile | None, folder: files.Folder, first: int, num_steps: int):
     self.wanted = wanted if wanted and folder.name == wanted.stage else None
     self.folder = folder / 'profile'
     if self.wanted and not first < self.wanted.first <= self.wanted.last <= num_steps:
@@ -61,12 +62,17 @@ class Tracer:
   def step(self, number: int) -> Iterator[None]:
     """Around step `number` (from 1) up to where its results are there."""
     if self.wanted and number == self.wanted.first:
-      jax.profiler.start_trace(str(self.folder))
+      self._local = pathlib.Path(tempfile.mkdtemp() if files.is_bucket(self.folder) else self.folder)
+      jax.profiler.start_trace(str(self._local))
     with jax.profiler.StepTraceAnnotation('step', step_num=number):
       yield
     if self.wanted and number == self.wanted.last:
       jax.profiler.stop_trace()
-      shares = phases(self.folder)
+      shares = phases(self._local)
+      if files.is_bucket(self.folder):  # the profiler writes to disks alone
+        for path in (p for p in self._local.rglob('*') if p.is_file()):
+          (self.folder / path.relative_to(self._local).as_posix()).write_bytes(path.read_bytes())
+        files.remove(self._local)
       if jax.process_index() == 0:
         (self.folder / 'phases.json').write_text(json.dumps(shares, indent=2))
         print(f'profile of steps {self.wanted.first} to {self.wanted.last} in {self.folder}: ' +

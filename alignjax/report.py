@@ -8,16 +8,15 @@ second one is quick.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
-import os
-import pathlib
 import platform
 import time
 
 import jax
 import numpy as np
 
-from alignjax import metrics, plots, sandbox
+from alignjax import files, metrics, plots, sandbox
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals import selection
 from alignjax.sharding import sync
@@ -69,7 +68,7 @@ def build(setup: Setup) -> None:
       if main_process:
         _write(kept, measured)
       sync(str(kept))
-    arrays[name] = dict(np.load(kept))
+    arrays[name] = dict(np.load(io.BytesIO(kept.read_bytes())))
   if not main_process:
     return
   result = assemble(setup, ev, arrays, time.perf_counter() - began)
@@ -201,9 +200,9 @@ def _short(figure: dict | None) -> str:
   return '' if not figure or figure['mean'] is None else f'{figure["mean"]:.2f}'
 
 
-def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  temporary = path.with_suffix('.partial.npz')
-  np.savez(temporary, **arrays)
-  os.replace(temporary, path)
+def _write(path: files.Folder, arrays: dict[str, np.ndarray]) -> None:
+  buffer = io.BytesIO()
+  np.savez(buffer, **arrays)
+  files.write(path, buffer.getvalue())
 
 

@@ -8,7 +8,6 @@ reused. A run that was stopped at any point goes on from its last checkpoint and
 
 from __future__ import annotations
 
-import pathlib
 import time
 from typing import Any
 
@@ -16,19 +15,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from alignjax import checkpoint, metrics, plugins, profile, throughput, trouble
+from alignjax import checkpoint, files, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
-def main(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, traced: str | None = None) -> None:
+def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced: str | None = None) -> None:
   """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
 
   Args:
     traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/profile.py).
   """
   with Interrupt(config.grace_seconds) as interrupt:
-    setup = make_setup(config, pathlib.Path(workdir))
+    setup = make_setup(config, files.folder(workdir))
     order = resolve(config)
     wanted = profile.parse(traced) if traced else None
     profile.check(wanted, order)
@@ -119,7 +118,7 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
 
-def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: pathlib.Path):
+def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: files.Folder):
   """Steps first..num_steps. A checkpoint every save_every steps and when something ends the run."""
   cfg = config.stages[folder.name]
   last_time, last_step = time.perf_counter(), first
@@ -174,7 +173,7 @@ def candidate_steps(num_steps: int, count: int | None) -> list[int]:
   return sorted({round(num_steps * i / count) for i in range(1, count)} - {0, num_steps}) if count else []
 
 
-def keep_candidate(stage, state, step: int, folder: pathlib.Path) -> None:
+def keep_candidate(stage, state, step: int, folder: files.Folder) -> None:
   """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for stages/selection.py to choose from."""
   path = folder / 'candidates' / str(step)
   if not checkpoint.is_finished(path):  # there already where a run that was stopped repeats steps
@@ -182,7 +181,7 @@ def keep_candidate(stage, state, step: int, folder: pathlib.Path) -> None:
     checkpoint.save_params(path, params, info | {'steps': step})
 
 
-def _elapsed(folder: pathlib.Path, seconds: float) -> float:
+def _elapsed(folder: files.Folder, seconds: float) -> float:
   """Seconds of all attempts at a stage, as far as its metrics tell: those before a restart are read from there."""
   path = folder / 'metrics.jsonl'
   if not path.exists():

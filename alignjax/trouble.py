@@ -4,12 +4,13 @@ cannot be written. Every message says what to do next.
 
 from __future__ import annotations
 
-import pathlib
+import io
 from typing import Any
 
 import jax
 import numpy as np
 
+from alignjax import files
 from alignjax.interrupt import EXIT_CODE
 from alignjax.models.axes import path_name
 from alignjax.sharding import fetch
@@ -19,24 +20,31 @@ class StepFailed(RuntimeError):
   """A step could not be done; the message says why and from where the same command goes on."""
 
 
-def check_writable(folder: Any) -> None:
+def check_writable(folder: files.Folder) -> None:
   """OSError before any work where `folder` cannot be made or written."""
   probe = folder / f'.writable.{jax.process_index()}'
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    if not files.is_bucket(folder):
+      folder.mkdir(parents=True, exist_ok=True)
     probe.write_text('')
     probe.unlink()
-  except OSError as error:
-    raise OSError(f'cannot write to {folder} ({error.strerror or error}); use another --workdir.') from error
+  except Exception as error:
+    if not files.is_bucket(folder) and not isinstance(error, OSError):  # of buckets, gcsfs and Google's own packages raise many
+      raise
+    login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(folder)
+    why = getattr(error, 'strerror', None) or error
+    raise OSError(f'cannot write to {folder} ({why}); use another --workdir{login}.') from error
 
 
-def stop_for_bad_updates(saved, folder: pathlib.Path, step: int, state: Any, batch: Any, seen: Any, values: dict) -> None:
+def stop_for_bad_updates(saved, folder: files.Folder, step: int, state: Any, batch: Any, seen: Any, values: dict) -> None:
   """Keeps the batch and what the step saw of it for a look, saves the state (all parameters are finite) and raises."""
   path = folder / 'bad_batch.npz'
   arrays = {f'{name}/{path_name(at)}'.rstrip('/'): leaf for name, tree in (('batch', batch), ('seen', seen))
             for at, leaf in jax.tree_util.tree_leaves_with_path(fetch(tree))}
   if jax.process_index() == 0:
-    np.savez(path, **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    files.write(path, buffer.getvalue())
   saved.save(step, state, wait=True)
   bad = ', '.join(f'{name}={value}' for name, value in values.items() if not np.isfinite(value))
   raise FloatingPointError(

@@ -9,6 +9,7 @@ A config is looked up in the working directory, then beside this file. `:arg` go
 Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of the first two the exit code is 75.
 """
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -40,7 +41,7 @@ def find_config(argv: list[str]) -> list[str]:
   return out
 
 
-def explain(error: Exception, folder: pathlib.Path) -> None:
+def explain(error: Exception, folder) -> None:
   """Ends with the message alone; the traceback goes to a file, for when the message is not enough."""
   if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
     error = OSError(f'{error.strerror}: {error.filename or folder}. Make room there or mend it; the same command goes on from the '
@@ -50,7 +51,7 @@ def explain(error: Exception, folder: pathlib.Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-  except OSError:  # the error may be that nothing can be written
+  except Exception:  # noqa: BLE001 the error may be that nothing can be written; buckets raise many kinds
     sys.stderr.write(text)
     raise SystemExit(f'error: {error}') from None
   raise SystemExit(f'error: {error}\n(traceback: {path})')
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> None:
   config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg], such as configs/ppo_ptx.py:tiny.',
                                            lock_config=True)
   workdir = flags.DEFINE_string('workdir', None, 'Where everything is written. Default: runs/<config>[-<arg>]-s<seed>.')
-  distributed = flags.DEFINE_bool('distributed', False, 'On pods and clusters: initialise jax.distributed.')
+  several = flags.DEFINE_bool('distributed', False, 'As one of several processes: of a TPU slice, a Slurm job, or as '
+                              'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say. See launch/README.md.')
+  timeout = flags.DEFINE_integer('distributed_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1)
   profile = flags.DEFINE_string('profile', None, 'STAGE:FIRST-LAST: trace these steps into WORKDIR/STAGE/profile, for TensorBoard.')
   flags.mark_flag_as_required('config')
 
@@ -72,23 +75,37 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # not the search for other backends, nor orbax's every step
 
     import jax
-    if distributed.value:
-      jax.distributed.initialize()
-    from alignjax import interrupt, train, trouble
+
+    from alignjax import distributed, files, interrupt, train, trouble
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
     name = pathlib.Path(path).stem + (f'-{arg}' if arg else '')
-    folder = pathlib.Path(workdir.value or f'runs/{name}-s{config.value.seed}')
-    print(f'config {name}, seed {config.value.seed}, workdir {folder}, '
-          f'{jax.device_count()} {jax.devices()[0].platform} device(s)')
     try:
-      train.main(config.value, folder, profile.value)
-    except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
-      explain(error, folder)
-    except SystemExit as stopped:
-      if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:  # all is written; an interrupted compilation may
-        sys.stdout.flush()                                                  # leave threads that crash Python's own way out
-        os._exit(stopped.code)
-      raise
+      folder = files.folder(workdir.value or f'runs/{name}-s{config.value.seed}')
+    except ValueError as error:
+      raise SystemExit(f'error: --workdir={error}') from None
+    with contextlib.ExitStack() as stack:
+      if several.value:
+        facts = {**distributed.facts(config.value.to_dict()), '--workdir': str(folder)}
+        try:
+          stack.enter_context(distributed.joined(facts, timeout.value))
+        except ValueError as error:
+          raise SystemExit(f'error: {error}') from None
+        except TimeoutError as error:
+          print(f'error: {error}', file=sys.stderr)
+          raise SystemExit(interrupt.EXIT_CODE) from None  # the same command may find them all
+      if jax.process_index() == 0:
+        print(f'config {name}, seed {config.value.seed}, workdir {folder}, {jax.device_count()} {jax.devices()[0].platform} '
+              'device(s)' + (f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''), flush=True)
+      try:
+        distributed.check_shared(folder)
+        train.main(config.value, folder, profile.value)
+      except (ValueError, TypeError, OSError, FloatingPointError, trouble.StepFailed) as error:
+        explain(error, folder)
+      except SystemExit as stopped:
+        if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:  # all is written; an interrupted compilation may
+          sys.stdout.flush()                                                  # leave threads that crash Python's own way out
+          os._exit(stopped.code)
+        raise
 
   def parse(arguments):
     try:

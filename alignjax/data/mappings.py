@@ -151,8 +151,8 @@ def _argue(argument: dict) -> str:
 
 @functools.cache
 def _arguments(path: pathlib.Path) -> dict:
-  with gzip.open(path, 'rt') as file:
-    return {(r['topic'], r['arg_id']): r for r in map(json.loads, file)}
+  lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+  return {(r['topic'], r['arg_id']): r for r in map(json.loads, lines)}
 
 
 # demonstrations

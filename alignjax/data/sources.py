@@ -33,8 +33,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
+from alignjax import files
 from alignjax.data import mappings
 
 FIELDS = dict(
@@ -91,7 +91,7 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
   if form not in readers or not rest:
     raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   change = mappings.find(mapping, f'data.mapping.{kind}')
-  folder = pathlib.Path(rest).parent
+  folder = (files.folder if form == 'jsonl' else pathlib.Path)(rest).parent
   if change is not None and 'beside' in inspect.signature(change).parameters:
     change = functools.partial(change, beside=folder)
   count, get = readers[form](rest, kind)
@@ -159,7 +159,7 @@ def check_comparison(record: dict[str, Any], where: str) -> None:
 
 
 def _open(path: str, kind: str) -> str:
-  file = epath.Path(path)
+  file = files.folder(path)
   if not file.exists():
     raise FileNotFoundError(f'data.{kind}: {path}: no such file.')
   raw = file.read_bytes()
@@ -190,7 +190,12 @@ def _jsonl(path: str, kind: str) -> Raw:
 def _text(pattern: str, kind: str) -> Raw:
   if kind != 'pretrain':
     raise ValueError(f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.')
-  paths = sorted(glob.glob(pattern)) if '*' in pattern else [pattern]
+  folder = files.folder(pattern)
+  if '*' in pattern and files.is_bucket(folder):
+    fixed = next(p for p in folder.parents if '*' not in str(p))
+    paths = sorted(str(p) for p in fixed.glob(folder.relative_to(fixed).as_posix()))
+  else:
+    paths = sorted(glob.glob(pattern)) if '*' in pattern else [pattern]
   return len(paths), lambda i: (paths[i], {'text': _open(paths[i], kind)})
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from alignjax import metrics
+from alignjax import files, metrics
 from alignjax.evals import table
 from alignjax.stages import finished
 
 
-def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | pathlib.Path, *, data: Mapping[str, str] | None = None,
+def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.Folder, *, data: Mapping[str, str] | None = None,
              options: Mapping[str, Mapping[str, Any]] | None = None, baseline: str | None = None, limit: int | None = None,
              seed: int = 0, template: str | None = None, mesh: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
   """Writes OUT/table.md, table.json and table.png; returns the rows (table.assemble).
@@ -29,7 +28,7 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | pathlib
 
   With several processes all of them call it; the first one writes.
   """
-  out, data, options = pathlib.Path(out), data or {}, options or {}
+  out, data, options = files.folder(out), data or {}, options or {}
   baseline = baseline or next(iter(models))
   if mesh is None and jax.device_count() > 1:
     mesh = {'data': jax.device_count()}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
+from alignjax import files
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
+
+def read(path: files.Folder) -> list[dict[str, Any]]:
   """The whole lines of a file, none where there is no file. A last line that a kill left torn is cut off the file, so that the
   next append starts a line of its own."""
   if not path.exists():
@@ -26,10 +27,9 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     raise ValueError(f'{path} is damaged ({error.msg}); move it away to compute it again.') from error
 
 
-def append(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append(path: files.Folder, rows: Iterable[Mapping[str, Any]]) -> None:
   """Adds rows, on the first process alone; what it wrote outlives the process, however that ends."""
   if jax.process_index():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('a', encoding='utf-8') as file:
-    file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+  files.append(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))

@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alignjax import plugins
+from alignjax import files, plugins
 from alignjax.evals.stats import interval
 from alignjax.sharding import fetch
 
@@ -104,7 +103,7 @@ def protocol(name: str, task: Callable, data: str | None, limit: int | None, see
               options=dict(options), template=template)
 
 
-def run_task(name: str, model: Any, model_hash: str, out: pathlib.Path, *, data: str | None = None, limit: int | None = None,
+def run_task(name: str, model: Any, model_hash: str, out: files.Folder, *, data: str | None = None, limit: int | None = None,
              seed: int = 0, options: Mapping[str, Any] | None = None, template: str = '') -> tuple[list[Cell], bool]:
   """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all, on the first process."""
   task = find_task(name)
@@ -127,10 +126,8 @@ def run_task(name: str, model: Any, model_hash: str, out: pathlib.Path, *, data:
   if jax.process_index():
     return cells, False
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(dict(protocol=described, weights=model_hash, seconds=round(time.perf_counter() - began, 1),
-                                       cells=[c._asdict() for c in cells])))
-  os.replace(temporary, path)
+  files.write(path, json.dumps(dict(protocol=described, weights=model_hash, seconds=round(time.perf_counter() - began, 1),
+                                    cells=[c._asdict() for c in cells])))
   return cells, False
 
 
@@ -228,7 +225,7 @@ def _bold(figure: Mapping[str, Any] | None) -> str:
   return f'**{text}**' if text and (figure['ci95'][0] > 0 or figure['ci95'][1] < 0) else text
 
 
-def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: pathlib.Path) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder) -> None:
   """The differences to the baseline as points with intervals, a line a row of the table and one scale a metric: the tax at a
   glance. Where there is one model alone, its figures."""
   import matplotlib
@@ -256,5 +253,5 @@ def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str
     if len(models) > 1:
       axis.axvline(0, color='#888888', lw=1)
   axes[0, 0].legend(fontsize=8)
-  figure.savefig(path, dpi=110)
+  files.save_figure(figure, path)
   plt.close(figure)

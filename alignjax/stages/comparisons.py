@@ -5,12 +5,12 @@ them."""
 from __future__ import annotations
 
 import json
-import os
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from alignjax import files
 from alignjax.evals import bulk
 from alignjax.stages.setup import Setup, fit, initial_params, records, seed_of, stage_dir
 
@@ -122,7 +122,5 @@ def _kept(path, make) -> Comparisons:
   if jax.process_index():
     return made
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(made._asdict()))
-  os.replace(temporary, path)
+  files.write(path, json.dumps(made._asdict()))
   return made

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from alignjax import checkpoint
+from alignjax import checkpoint, files
 from alignjax.data import templates
 from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig
@@ -78,7 +77,7 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
 
 
 def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
-  folder = pathlib.Path(name)
+  folder = files.folder(name)
   weights = folder / 'final'
   if folder.parent.name == 'candidates' and checkpoint.is_finished(folder):
     weights, folder = folder, folder.parent.parent

@@ -7,14 +7,13 @@ candidate's figure, the choice and why stand in its info.json, and so in the rep
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax import checkpoint, plugins
+from alignjax import checkpoint, files, plugins
 from alignjax.data import sources
 from alignjax.evals import samples, selection
 from alignjax.stages.finished import Model
@@ -66,11 +65,11 @@ def build(setup: Setup, name: str) -> Stage:
   return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, 0, finish)
 
 
-def find_candidates(setup: Setup, name: str) -> dict[str, pathlib.Path]:
+def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
   """{'sft/100': folder, ..., 'sft/final': folder}: of each stage named the candidates that it kept, and its result; or folders."""
-  out: dict[str, pathlib.Path] = {}
+  out: dict[str, files.Folder] = {}
   for spec in setup.config.stages[name].candidates:
-    folder = stage_dir(setup, spec.removeprefix('stage:')) if spec.startswith('stage:') else pathlib.Path(spec)
+    folder = stage_dir(setup, spec.removeprefix('stage:')) if spec.startswith('stage:') else files.folder(spec)
     if checkpoint.is_finished(folder):
       out[str(folder)] = folder
       continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import pathlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from alignjax import checkpoint, optim, plugins
+from alignjax import checkpoint, files, optim, plugins
 from alignjax.data import encode, sources, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
@@ -32,7 +31,7 @@ class Setup(NamedTuple):
   world, labelers: of the sandbox, or None. encode, decode: text <-> token ids.
   """
   config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  workdir: files.Folder
   sharder: Sharder
   policy_model: TransformerConfig
   reward_model: TransformerConfig
@@ -80,7 +79,7 @@ class Stage(NamedTuple):
   failures: Sequence[str] = ()
 
 
-def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None,
+def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, devices=None,
                text_side: Callable[..., tuple] | None = None) -> Setup:
   """Checks the config's shared part and builds what it names. Fails before anything is compiled.
 
@@ -100,7 +99,7 @@ def make_setup(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices
                        'data.prompt_length + data.response_length, or data.row_length, ask for.')
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
-  return Setup(config, pathlib.Path(workdir), sharder, policy_model, reward_model,
+  return Setup(config, files.folder(workdir), sharder, policy_model, reward_model,
                networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary)
 
 
@@ -182,7 +181,7 @@ def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:
   return fitted
 
 
-def stage_dir(setup: Setup, name: str) -> pathlib.Path:
+def stage_dir(setup: Setup, name: str) -> files.Folder:
   return setup.workdir / name
 
 
@@ -201,7 +200,7 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
     return jax.jit(lambda: transformer.init(model, key, head), out_shardings=setup.sharder.params(fresh(head)))()
   if spec.startswith('hf:'):
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
-  folder = stage_dir(setup, spec.removeprefix('stage:')) / 'final' if spec.startswith('stage:') else pathlib.Path(spec)
+  folder = stage_dir(setup, spec.removeprefix('stage:')) / 'final' if spec.startswith('stage:') else files.folder(spec)
   if not checkpoint.is_finished(folder):
     raise FileNotFoundError(f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, '
                             'hf:FOLDER_OR_HUB_NAME, FOLDER.')

@@ -1,0 +1,83 @@
+"""Folders on a disk or in a bucket, gs://BUCKET/..., under one interface: pathlib's, which etils.epath gives to buckets.
+
+What a bucket is not: an object appears whole when its writing ends, so needs no second name; nothing can be appended to it; and to
+rename a folder copies it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from etils import epath
+
+Folder = pathlib.Path | epath.Path
+
+
+def folder(name: str | os.PathLike) -> Folder:
+  """The path of that name. ValueError for a bucket that cannot be reached from here, saying what is missing."""
+  scheme, found, _ = os.fspath(name).partition('://')
+  if not found:
+    return pathlib.Path(name)
+  if scheme != 'gs':
+    raise ValueError(f'{name}: a folder is a local one or gs://BUCKET/...')
+  if importlib.util.find_spec('gcsfs') is None:
+    raise ValueError(f"{name}: buckets need the package gcsfs: pip install -e '.[gcs]'.")
+  return epath.Path(name)
+
+
+def absolute(name: str | os.PathLike) -> Folder:
+  """`folder`, from the root where it is on a disk."""
+  path = folder(name)
+  return path if is_bucket(path) else path.absolute()
+
+
+def is_bucket(path: Folder) -> bool:
+  return '://' in os.fspath(path)
+
+
+def write(path: Folder, contents: str | bytes) -> None:
+  """Writes a file, whole or not at all."""
+  contents = contents.encode() if isinstance(contents, str) else contents
+  if is_bucket(path):
+    path.write_bytes(contents)
+    return
+  temporary = path.with_name(f'{path.name}.partial')
+  temporary.write_bytes(contents)
+  os.replace(temporary, path)
+
+
+def append(path: Folder, text: str) -> None:
+  """Adds lines to a file, made if missing; one in a bucket is written anew."""
+  if is_bucket(path):
+    path.write_text((path.read_text() if path.exists() else '') + text)
+    return
+  with path.open('a', encoding='utf-8') as file:
+    file.write(text)
+
+
+def remove(path: Folder) -> None:
+  """Removes a folder and what is in it, if it is there."""
+  if is_bucket(path):
+    path.rmtree(missing_ok=True)
+  else:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def move(path: Folder, to: Folder) -> None:
+  """Gives a folder another name, at which there is none."""
+  if is_bucket(path):
+    path.rename(to)
+  else:
+    os.replace(path, to)
+
+
+def save_figure(figure: Any, path: Folder) -> None:
+  """A matplotlib figure as PNG."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=110)
+  path.write_bytes(buffer.getvalue())

@@ -1,0 +1,130 @@
+"""Folders on a disk and in a bucket are used alike; a run in a bucket, killed on the way, ends with the bits of one on the disk."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from alignjax import files
+from tests import fake_gcs
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_files_on_a_disk_are_whole(tmp_path, monkeypatch):
+  path = tmp_path / 'a.json'
+  files.write(path, 'first')
+  files.append(path, ' and second')
+  assert path.read_text() == 'first and second'
+  with monkeypatch.context() as m, pytest.raises(OSError):  # a full disk: what was there stays
+    m.setattr(files.os, 'replace', lambda *_: (_ for _ in ()).throw(OSError))
+    files.write(path, 'third')
+  assert path.read_text() == 'first and second'
+  files.move(tmp_path, tmp_path.with_name('b'))
+  files.remove(tmp_path)
+  assert (tmp_path.with_name('b') / 'a.json').exists() and not tmp_path.exists()
+  files.remove(tmp_path.with_name('b'))
+  assert not tmp_path.with_name('b').exists()
+
+
+def test_what_is_no_folder_is_refused(monkeypatch):
+  with pytest.raises(ValueError, match='s3://bucket/x: a folder is a local one or gs://'):
+    files.folder('s3://bucket/x')
+  monkeypatch.setattr(files.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"gs://bucket/x: buckets need the package gcsfs: pip install -e '\.\[gcs\]'"):
+    files.folder('gs://bucket/x')
+  assert files.folder('runs/x') == pathlib.Path('runs/x') and files.absolute('runs/x') == pathlib.Path.cwd() / 'runs/x'
+
+
+@pytest.fixture(scope='module')
+def bucket():
+  if importlib.util.find_spec('gcsfs') is None:
+    pytest.skip("no gcsfs here: pip install -e '.[gcs]'")
+  with fake_gcs.Bucket() as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def python(bucket, *command: str, **more) -> subprocess.Popen:
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | fake_gcs.environment(bucket.port)
+  environment['PYTHONPATH'] = str(ROOT)
+  return subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, **more)
+
+
+FILES = '''
+from alignjax import files
+from alignjax.data import sources
+from alignjax.evals import kept
+a = files.folder('gs://bucket/files/a')
+files.write(a / 'x', 'first')
+files.append(a / 'x', ' and second')
+files.append(a / 'y', 'new')
+assert (a / 'x').read_text() == 'first and second' and (a / 'y').read_text() == 'new'
+files.move(a, a.with_name('b'))
+files.remove(a)
+assert not (a / 'x').exists() and sorted(p.name for p in a.with_name('b').iterdir()) == ['x', 'y']
+files.remove(a.with_name('b'))
+assert not a.with_name('b').exists()
+kept.append(a / 'k.jsonl', [{'i': 1}])
+kept.append(a / 'k.jsonl', [{'i': 2}])
+assert kept.read(a / 'k.jsonl') == [{'i': 1}, {'i': 2}]
+for name in 'ab':
+  files.write(a / f'{name}.txt', f'text {name}')
+files.write(a / 'r.jsonl', '{"text": "one"}\\n{"text": "two"}\\n')
+texts = lambda source: [r['text'] for r in sources.read(source, 'pretrain')]
+assert texts('jsonl:gs://bucket/files/a/r.jsonl') == ['one', 'two']
+assert texts('text:gs://bucket/files/a/*.txt') == ['text a', 'text b']
+assert texts('text:gs://bucket/files/a/b.txt') == ['text b']
+'''
+
+
+def test_files_in_a_bucket(bucket):
+  process = python(bucket, '-c', FILES)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 0, out
+
+
+RUN = ('experiments/run.py', '--config=configs/pretrain.py:tiny', '--config.stages.pretrain.documents=200',
+       '--config.stages.pretrain.save_every=2', '--config.stages.pretrain.log_every=1')
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_that_on_the_disk(bucket, tmp_path):
+  """Killed -9 when its second checkpoint is whole, and gone on with; the weights' checksums are those of the run on the disk."""
+  disk = python(bucket, *RUN, f'--workdir={tmp_path}/run')
+  killed = python(bucket, *RUN, '--workdir=gs://bucket/run')
+  end = time.monotonic() + 100
+  while 'run/pretrain/checkpoints/steps/4/commit_success.txt' not in bucket.objects:
+    assert time.monotonic() < end and killed.poll() is None, killed.communicate()[0]
+    time.sleep(0.02)
+  killed.send_signal(signal.SIGKILL)
+  killed.communicate()
+  assert 'run/pretrain/final/info.json' not in bucket.objects
+  again = python(bucket, *RUN, '--workdir=gs://bucket/run')
+  out, _ = again.communicate(timeout=100)
+  assert again.returncode == 0 and 'pretrain: goes on from step' in out, out
+  assert disk.communicate(timeout=100)[0] and disk.returncode == 0
+  local, there = tmp_path / 'run/pretrain', lambda name: bucket.objects[f'run/pretrain/{name}'][0]
+  assert json.loads(there('final/sums.json')) == json.loads((local / 'final/sums.json').read_text())
+  rows = [[{k: v for k, v in json.loads(line).items() if not k.startswith(('time/', 'device/'))} for line in lines.splitlines()]
+          for lines in (there('metrics.jsonl'), (local / 'metrics.jsonl').read_text())]
+  assert rows[0] == rows[1] and [r['step'] for r in rows[0]] == list(range(1, len(rows[0]) + 1))
+  names = {p.relative_to(local).as_posix() for p in local.rglob('*') if p.is_file()}
+  for name in ('checkpoints/config.json', 'final/info.json', 'metrics.jsonl'):
+    assert name in names and f'run/pretrain/{name}' in bucket.objects
+  assert any('/events.out.tfevents' in name for name in bucket.objects)
+
+
+def test_a_bucket_that_cannot_be_written_ends_the_run_with_what_to_do(bucket):
+  process = python(bucket, *RUN, '--workdir=gs://other/run')
+  out, _ = process.communicate(timeout=100)
+  assert process.returncode == 1 and 'error: cannot write to gs://other/run' in out and 'use another --workdir' in out
