@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignjax import files
+from alignjax import cost, files
 
-PHASES = ('generate/prefill', 'generate/decode', 'score', 'reward', 'update', 'ptx')  # of nested ones the innermost counts
+PHASES = (*cost.PHASES, 'ptx')  # of nested ones the innermost counts
 
 
 class Profile(NamedTuple):

@@ -20,7 +20,7 @@ from alignjax.types import Metrics, Networks, Params, Rollout
 def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, prompt_mask: jax.Array,
             key: jax.Array, *, reward_fn: Callable[..., jax.Array], max_tokens: int, stop_ids: Sequence[int],
             temperature: float = 1.0, samples_per_prompt: int = 1, missing_end_penalty: float = 0.0,
-            score_rows: int | None = None) -> tuple[Rollout, Metrics]:
+            generate_rows: int | None = None, score_rows: int | None = None) -> tuple[Rollout, Metrics]:
   """Phases 1 to 4 of an iteration: generate, log-probabilities, values, scores.
 
   The log-probabilities of the policy are computed again by the function that the loss uses, over the sampled tokens: so
@@ -31,10 +31,11 @@ def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, 
     params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their own.
     prompts, prompt_mask: [B,Q], left-padded.
     missing_end_penalty: subtracted from the score of a response without a stop token. The paper reports none.
-    score_rows: rows scored at a time; None = all. Changes memory, not results.
+    generate_rows, score_rows: rows generated and scored at a time; None = all. Change memory, not results.
   """
   sampled = generate(nets.decoder, params['policy'], prompts, prompt_mask, key, max_tokens=max_tokens,
-                     stop_ids=stop_ids, temperature=temperature, samples_per_prompt=samples_per_prompt)
+                     stop_ids=stop_ids, temperature=temperature, samples_per_prompt=samples_per_prompt,
+                     prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt)
   sampled = jax.lax.stop_gradient(sampled)
   prompts, prompt_mask = (jnp.repeat(x, samples_per_prompt, axis=0) for x in (prompts, prompt_mask))
   mask, first = sampled.mask, prompts.shape[1]
@@ -78,12 +79,17 @@ def in_chunks(function: Callable, rows, size: int | None):
   if size is None or size >= count:
     return function(rows)
   if count % size:
-    raise ValueError(f'score_rows={size} does not divide the {count} rows of a rollout.')
+    raise ValueError(f'{size} rows at a time do not divide the {count} rows of a rollout.')
   cut = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), rows)
   return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(function, cut))
 
 
-def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params) -> jax.Array:
-  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5)."""
+def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params,
+                 rows: int | None = None) -> jax.Array:
+  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5).
+
+  rows: read at a time; None = all. Changes memory, not results.
+  """
   tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
-  return ops.last_live(nets.scalar(frozen['reward'], tokens, token_mask), token_mask)
+  read = lambda rows: ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+  return in_chunks(read, (tokens, token_mask), rows)

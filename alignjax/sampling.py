@@ -26,7 +26,8 @@ class Generation(NamedTuple):
 
 def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array, *,
              max_tokens: int, stop_ids: Sequence[int], temperature: float | jax.Array = 1.0, top_k: int | None = None,
-             top_p: float | None = None, samples_per_prompt: int = 1, chunk: int | None = None) -> Generation:
+             top_p: float | None = None, samples_per_prompt: int = 1, chunk: int | None = None,
+             prompts_at_once: int | None = None) -> Generation:
   """Samples one response of at most max_tokens tokens to each prompt.
 
   Args:
@@ -38,6 +39,8 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
     top_k, top_p: cut the distribution. For generation only: scoring does not know about the cut (CHECKLIST 9).
     samples_per_prompt: n responses to each prompt from one prefill; row b * n + j is sample j of prompt b.
     chunk: tokens between two looks at whether all rows have finished; None = the largest divisor of max_tokens up to 8.
+    prompts_at_once: prompts answered together, one group after the other; None = all. The cache is as large as one group's.
+      Changes memory, not what is drawn.
 
   Returns:
     Generation of B * samples_per_prompt rows. Sampled tokens are never edited (CHECKLIST 7).
@@ -48,46 +51,62 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
   if max_tokens % chunk:
     raise ValueError(f'chunk={chunk} does not divide max_tokens={max_tokens}.')
   n = samples_per_prompt
-  rows = prompts.shape[0] * n
-  with jax.named_scope('generate/prefill'):
+  total = prompts.shape[0] * n
+  with jax.named_scope('prepare'):
     weights = decoder.prepare(params)
-    logits, cache = decoder.prefill(weights, prompts, prompt_mask, prompts.shape[1] + max_tokens)
-  if n > 1:
-    repeat = lambda x: jnp.repeat(x, n, axis=0)
-    logits = repeat(logits)
-    cache = cache.replace(k=tuple(map(repeat, cache.k)), v=tuple(map(repeat, cache.v)), mask=repeat(cache.mask))
 
-  def one_token(carry, t):
-    logits, cache, done = carry
-    token, logprob = sample(jax.random.fold_in(key, t), logits, temperature, top_k, top_p)
-    live = ~done
-    token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0.0)
-    if stop_ids:
-      done = done | jnp.isin(token, jnp.asarray(stop_ids)) & live
-    logits, cache = decoder.step(weights, token, live, cache)
-    return (logits, cache, done), (token, live, logprob)
+  def respond(group):
+    """Generation of some of the prompts; first: the row of the whole batch that theirs begin at."""
+    first, prompts, prompt_mask = group
+    rows = prompts.shape[0] * n
+    with jax.named_scope('prefill'):
+      logits, cache = decoder.prefill(weights, prompts, prompt_mask, prompts.shape[1] + max_tokens)
+    if n > 1:
+      repeat = lambda x: jnp.repeat(x, n, axis=0)
+      logits = repeat(logits)
+      cache = cache.replace(k=tuple(map(repeat, cache.k)), v=tuple(map(repeat, cache.v)), mask=repeat(cache.mask))
 
-  def one_chunk(state):
-    start, carry, out = state
-    carry, new = jax.lax.scan(one_token, carry, start + jnp.arange(chunk))
-    out = jax.tree.map(lambda o, x: jax.lax.dynamic_update_slice_in_dim(o, x.T, start, axis=1), out, new)
-    return start + chunk, carry, out
+    def one_token(carry, t):
+      logits, cache, done = carry
+      u = jax.random.uniform(jax.random.fold_in(key, t), (total, 1))  # a row draws the same number in any group
+      u = u if rows == total else jax.lax.dynamic_slice_in_dim(u, first, rows)
+      token, logprob = sample(None, logits, temperature, top_k, top_p, u)
+      live = ~done
+      token, logprob = jnp.where(live, token, 0), jnp.where(live, logprob, 0.0)
+      if stop_ids:
+        done = done | jnp.isin(token, jnp.asarray(stop_ids)) & live
+      logits, cache = decoder.step(weights, token, live, cache)
+      return (logits, cache, done), (token, live, logprob)
 
-  empty = tuple(jnp.zeros((rows, max_tokens), d) for d in (jnp.int32, bool, jnp.float32))
-  state = (jnp.int32(0), (logits, cache, jnp.zeros(rows, bool)), empty)
-  unfinished = lambda state: (state[0] < max_tokens) & ~jnp.all(state[1][2])
-  with jax.named_scope('generate/decode'):
-    _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(unfinished, one_chunk, state)
-  return Generation(responses, mask, logprobs, done)
+    def one_chunk(state):
+      start, carry, out = state
+      carry, new = jax.lax.scan(one_token, carry, start + jnp.arange(chunk))
+      out = jax.tree.map(lambda o, x: jax.lax.dynamic_update_slice_in_dim(o, x.T, start, axis=1), out, new)
+      return start + chunk, carry, out
+
+    empty = tuple(jnp.zeros((rows, max_tokens), d) for d in (jnp.int32, bool, jnp.float32))
+    state = (jnp.int32(0), (logits, cache, jnp.zeros(rows, bool)), empty)
+    unfinished = lambda state: (state[0] < max_tokens) & ~jnp.all(state[1][2])
+    with jax.named_scope('decode'):
+      _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(unfinished, one_chunk, state)
+    return Generation(responses, mask, logprobs, done)
+
+  if prompts_at_once is None or prompts_at_once >= prompts.shape[0]:
+    return respond((0, prompts, prompt_mask))
+  if prompts.shape[0] % prompts_at_once:
+    raise ValueError(f'{prompts.shape[0]} prompts do not divide into groups of {prompts_at_once}.')
+  cut = lambda x: x.reshape(-1, prompts_at_once, *x.shape[1:])
+  groups = jax.lax.map(respond, (jnp.arange(0, total, prompts_at_once * n), cut(prompts), cut(prompt_mask)))
+  return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), groups)
 
 
-def sample(key: jax.Array, logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int | None = None,
-           top_p: float | None = None) -> tuple[jax.Array, jax.Array]:
+def sample(key: jax.Array | None, logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int | None = None,
+           top_p: float | None = None, u: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """Draws a token from each row of logits f32[B,V]: (i32[B], f32[B] its log-probability in the distribution drawn from).
 
-  One uniform number a row inverts the cumulative distribution; the Gumbel trick of jax.random.categorical draws V of
-  them and took eight times as long at V = 50k. A token of probability 0 is never drawn: the first index whose
-  cumulative probability exceeds u has grown at that index. The resolution of u is 2^-23.
+  One uniform number a row (u f32[B,1]; None: drawn from the key) inverts the cumulative distribution; the Gumbel trick of
+  jax.random.categorical draws V of them and took eight times as long at V = 50k. A token of probability 0 is never drawn:
+  the first index whose cumulative probability exceeds u has grown at that index. The resolution of u is 2^-23.
   """
   if isinstance(temperature, (int, float)) and temperature == 0:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -95,7 +114,7 @@ def sample(key: jax.Array, logits: jax.Array, temperature: float | jax.Array = 1
   logits = truncate(logits / temperature, top_k, top_p)
   logprobs = jax.nn.log_softmax(logits, axis=-1)
   cumulative = jnp.cumsum(jnp.exp(logprobs), axis=-1)
-  u = jax.random.uniform(key, (logits.shape[0], 1)) * cumulative[:, -1:]
+  u = (jax.random.uniform(key, (logits.shape[0], 1)) if u is None else u) * cumulative[:, -1:]
   token = jnp.minimum(jnp.sum(cumulative <= u, axis=-1), logits.shape[-1] - 1).astype(jnp.int32)
   return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
 

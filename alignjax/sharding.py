@@ -4,7 +4,9 @@
     c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
                       vocab='tensor')
 
-A logical axis that no rule names is replicated. Without any rule every process of jit would hold everything.
+A logical axis that no rule names is replicated: of activations there is also 'sequence', the tokens of the residual stream
+between layers; sequence='tensor' divides what is kept of each layer for the way back.
+Without any rule every process of jit would hold everything.
 """
 
 from __future__ import annotations

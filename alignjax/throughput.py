@@ -10,12 +10,8 @@ from collections.abc import Mapping
 
 import jax
 
+from alignjax import chips
 from alignjax.models.config import TransformerConfig
-
-# bfloat16 FLOP/s of one device, dense, from the vendors' data sheets; the key is the beginning of jax's device_kind
-PEAK_FLOPS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
-              'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 2307e12, 'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12,
-              'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12}
 
 
 def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> float:
@@ -58,14 +54,9 @@ def metrics(work: Mapping[str, float], seconds: float) -> dict[str, float]:
   if 'flops' in work:
     rate = work['flops'] / seconds / jax.device_count()
     out['time/tflops_per_device'] = rate / 1e12
-    if (peak := peak_flops(jax.devices()[0].device_kind)) is not None:
-      out['time/mfu'] = rate / peak
+    if (chip := chips.of_device(jax.devices()[0].device_kind)) is not None:
+      out['time/mfu'] = rate / chips.CHIPS[chip].flops
   memory = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in memory:
     out['device/memory_peak_gib'] = memory['peak_bytes_in_use'] / 2**30
   return out
-
-
-def peak_flops(kind: str) -> float | None:
-  """bfloat16 FLOP/s of a device by jax's name for it; None of one that is not known, such as a CPU."""
-  return next((PEAK_FLOPS[name] for name in sorted(PEAK_FLOPS, key=len, reverse=True) if kind.startswith(name)), None)

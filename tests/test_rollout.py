@@ -61,7 +61,7 @@ def test_values_and_log_probabilities_sit_at_their_tokens():
 def test_scoring_in_chunks_changes_nothing():
   whole, parts = collect(score_rows=None)[0], collect(score_rows=2)[0]
   jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-5), whole, parts)
-  with pytest.raises(ValueError, match='score_rows=3'):
+  with pytest.raises(ValueError, match='3 rows at a time'):
     collect(score_rows=3)
 
 

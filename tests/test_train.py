@@ -230,7 +230,8 @@ def test_kill_9_of_the_real_process_loses_nothing(capsys):
   """A sample of tests/kills.py, which can do a hundred at every stage: four of two short stages, in real processes, of which
   some are to fall into a save and into the writing of a result."""
   import kills
-  small = ['--config.stages.pretrain.documents=600', '--config.stages.pretrain.save_every=3', '--config.stages.sft.demonstrations=32']
+  small = ['--config.stages.pretrain.documents=600', '--config.stages.pretrain.save_every=3',
+           '--config.stages.sft.demonstrations=32']
   assert kills.main(['--kills=4', '--stages=pretrain,sft', '--moments=save,final', '--config=configs/sft.py:tiny', *small]) == 0
   table = capsys.readouterr().out.split('| killed in |')[1]
   cells = np.array([[int(x) for x in line.split('|')[2:-1]] for line in table.splitlines()[2:] if line.startswith('|')])

@@ -26,6 +26,8 @@ class TransformerConfig:
     dtype: of activations and matmuls; parameters, softmax, norms' statistics and log-probabilities stay float32.
     remat: 'none', 'full' (keep only each layer's input), or 'dots' (keep matmul outputs).
     logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None = all.
+    attention_chunk: queries whose float32 attention logits exist at once, outside of decoding; None = all. Both chunks change
+      memory, not results.
   """
   vocab_size: int
   num_layers: int
@@ -53,6 +55,7 @@ class TransformerConfig:
   dtype: str = 'float32'
   remat: str = 'none'
   logits_chunk: int | None = None
+  attention_chunk: int | None = None
 
   def __post_init__(self):
     choices = dict(positions=('learned', 'rotary'), norm=('layernorm', 'rmsnorm'),

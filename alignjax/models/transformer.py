@@ -57,6 +57,13 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Arra
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
 
 
+def _attend(q, k, v, visible):
+  """q [B,T,G,N/G,H] scaled; k, v [B,G,S,H]; visible bool[B,T,S] -> [B,T,G,N/G,H]. Softmax in float32."""
+  logits = jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, NEVER), axis=-1)
+  return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
+
+
 class Attention(nn.Module):
   """Causal attention with grouped heads. With a cache it appends the new keys and values and attends to all slots."""
   cfg: TransformerConfig
@@ -79,9 +86,15 @@ class Attention(nn.Module):
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
     b, t = x.shape[:2]
     q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width) * cfg.head_width**-0.5  # [B,T,G,N/G,H]
-    logits = jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, NEVER), axis=-1)  # float32
-    heads = jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v).reshape(b, t, cfg.num_heads, cfg.head_width)
+    if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
+      parts = []  # causal: queries up to a column read no key beyond it
+      for stop in range(cfg.attention_chunk, t + cfg.attention_chunk, cfg.attention_chunk):
+        some = slice(stop - cfg.attention_chunk, stop)
+        parts.append(jax.checkpoint(_attend)(q[:, some], k[:, :, :stop], v[:, :, :stop], visible[:, some, :stop]))
+      heads = jnp.concatenate(parts, axis=1)
+    else:
+      heads = _attend(q, k, v, visible)
+    heads = heads.reshape(b, t, cfg.num_heads, cfg.head_width)
     out = nn.DenseGeneral(cfg.d_model, axis=(-2, -1), use_bias=cfg.out_bias, dtype=cfg.dtype,
                           kernel_init=_residual_init(cfg), name='out')(heads)
     return out, (k, v)
@@ -197,13 +210,13 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     where = ops.positions(mask)
     angles = rotary_angles(cfg, where)
     visible = ops.visible(mask)
-    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
+    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', 'sequence', None)
 
     def layer(x, inputs):
       weights, layer_key = inputs
       rngs = {} if key is None else {'dropout': layer_key}
       x, kv = Block(cfg).apply({'params': weights}, x, angles, visible, dropout=key is not None, rngs=rngs)
-      return constrain(x, 'batch', None, None), (kv if keep_cache else None)
+      return constrain(x, 'batch', 'sequence', None), (kv if keep_cache else None)
 
     policies = {'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
                 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -211,6 +224,14 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
       layer = jax.checkpoint(layer, policy=policies[cfg.remat], prevent_cse=False)
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
     return jax.lax.scan(layer, x, (params['layers'], keys))
+
+  def whole_head(params):
+    """The unembedding gathered over the devices that share D, once: left in pieces, each would multiply its piece with every
+    row of the batch and the float32 logits would be summed over devices, chunk by chunk."""
+    if cfg.tie_embeddings:
+      return params | {'embed': params['embed'] | {'tokens': constrain(params['embed']['tokens'], 'vocab', None)}}
+    head = {'kernel': constrain(params['final']['head']['kernel'], None, 'vocab')}
+    return params | {'final': params['final'] | {'head': head}}
 
   def unembed(params, x):
     """[..., D] -> float32 logits [..., V]."""
@@ -227,20 +248,22 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
   def logprobs(params, tokens, mask, temperature=1.0, key=None):
     b, t = tokens.shape
     x, _ = run_layers(params, tokens, mask, key)
-    x, targets = x[:, :-1].reshape(b * (t - 1), -1), tokens[:, 1:].reshape(-1)  # the shift of logits against tokens
+    x, targets = x[:, :-1], tokens[:, 1:]  # the shift of logits against tokens
+    params = whole_head(params)
 
     def score(x, targets):
       return ops.token_logprobs(unembed(params, x) / temperature, targets)
 
-    rows, chunk = x.shape[0], cfg.logits_chunk
-    if chunk is None or rows <= chunk:
-      out = score(x, targets)
-    else:
-      pad = -rows % chunk
-      x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[-1])
-      targets = jnp.pad(targets, (0, pad)).reshape(-1, chunk)
-      out = jax.lax.map(lambda args: jax.checkpoint(score)(*args), (x, targets))
-      out = jax.tree.map(lambda y: y.reshape(-1)[:rows], out)
+    if cfg.logits_chunk is None or b * (t - 1) <= cfg.logits_chunk:
+      out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
+    else:  # a few columns of every row at a time: the rows stay where they are, on all devices of the batch axes
+      columns = max(1, cfg.logits_chunk // b)
+      x = constrain(x, 'batch', None, None)
+      widen = lambda y: jnp.pad(y, ((0, 0), (0, -(t - 1) % columns), *((0, 0),) * (y.ndim - 2)))
+      cut = lambda y: jnp.moveaxis(widen(y).reshape(b, -1, columns, *y.shape[2:]), 1, 0)
+      some = lambda args: jax.checkpoint(score)(constrain(args[0], 'batch', 'sequence', None), args[1])
+      out = jax.lax.map(some, (cut(x), cut(targets)))
+      out = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(b, -1)[:, :t - 1], out)
     return tuple(jnp.pad(y.reshape(b, t - 1), ((0, 0), (1, 0))) for y in out)
 
   def scalar(params, tokens, mask):
@@ -248,14 +271,17 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     return Final(cfg, 'scalar').apply({'params': params['final']}, x)
 
   def prepare(params):
-    params = constrain_weights(jax.tree.map(lambda w: w.astype(dtype), params))
+    # The prefill reads the layers one by one as they are stored: to gather the stack for it too would hold a second copy.
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
     layers = [jax.tree.map(lambda w: w[i], params['layers']) for i in range(cfg.num_layers)]  # noqa: B023
-    return {**params, 'unstacked': layers}
+    whole = constrain_weights({'embed': params['embed'], 'final': params['final'], 'unstacked': layers})
+    return {'layers': params['layers'], **whole}
 
   def prefill(weights, tokens, mask, slots):
     x, (k, v) = run_layers(weights, tokens, mask, keep_cache=True)
     b, q = tokens.shape
-    grow = lambda y: tuple(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - q), (0, 0))) for layer in y)
+    grow = lambda y: tuple(constrain(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - q), (0, 0))), 'batch', 'kv_heads', None, None)
+                           for layer in y)
     cache = KVCache(k=grow(k), v=grow(v), mask=jnp.pad(mask, ((0, 0), (0, slots - q))), index=jnp.int32(q))
     return unembed(weights, x[:, -1]), cache
 

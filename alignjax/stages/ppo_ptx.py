@@ -11,11 +11,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from alignjax import ops, plugins, steps, throughput
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
 from alignjax.sharding import fetch
+from alignjax.stages import abstract
+from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.pretrain import text_mix
 from alignjax.stages.setup import (
   Setup,
@@ -24,6 +27,7 @@ from alignjax.stages.setup import (
   check_functions,
   compile_step,
   fit,
+  freeze,
   initial_params,
   make_optimizer,
   make_state,
@@ -98,7 +102,7 @@ def iteration(state: TrainState, frozen: Params, batch: tuple[jax.Array, jax.Arr
 
 def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
-  where, seed = f'stages.{name}', (setup.config.seed, seed_of(name))
+  seed = (setup.config.seed, seed_of(name))
 
   # prompts, encoded once; pretraining rows
   prompt_records = records(setup, 'prompts', cfg.prompts)
@@ -110,29 +114,12 @@ def build(setup: Setup, name: str) -> Stage:
 
   # policy and value to train, reference and reward model to keep
   load = lambda role, head: initial_params(setup, cfg.init[role], head, seed_of(f'{name}/{role}'))
-  num_updates = cfg.iterations * cfg.minibatches * cfg.inner_epochs
-  tx = make_optimizer(cfg.optimizer, num_updates, where)
-  state = make_state(setup, {'policy': load('policy', 'lm'), 'value': load('value', 'scalar')}, tx,
-                     ema=cfg.ema_decay is not None, extra={'kl_coef': cfg.kl.coef})
-  frozen = {'ref': load('ref', 'lm'), 'reward': load('reward', 'scalar')}
-
+  tx = optimizer(setup, name)
+  state = first_state(setup, name, {'policy': load('policy', 'lm'), 'value': load('value', 'scalar')}, tx)
+  frozen = {'ref': freeze(load('ref', 'lm'), setup.policy_model), 'reward': freeze(load('reward', 'scalar'), setup.reward_model)}
   failures: list[str] = []
-  on_host = dict(decode=setup.decode, failures=failures)  # for a reward that is a function on the host
-  reward_fn = functools.partial(plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', *on_host)),
-                                **{k: v for k, v in on_host.items() if k in plugins.keywords(cfg.reward.fn)})
+  compiled = make_step(setup, name, tx, state, failures)
   prompts_per_step = cfg.rollout.episodes // cfg.rollout.samples_per_prompt
-  minibatch = cfg.rollout.episodes // cfg.minibatches
-  rollout_fn = functools.partial(
-      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=(setup.template.end,),
-      temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
-      missing_end_penalty=cfg.rollout.missing_end_penalty, score_rows=minibatch)
-  loss = dict(cfg.loss, temperature=cfg.rollout.temperature) if 'temperature' in plugins.keywords(cfg.loss.fn) else cfg.loss
-  compiled = compile_step(functools.partial(
-      iteration, key=stage_key(setup, name), nets=setup.nets, rollout_fn=rollout_fn,
-      advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage'), whiten=cfg.whiten_advantages,
-      loss_fn=plugins.bind(loss, f'{where}.loss', given=('nets',)), tx=tx, minibatches=cfg.minibatches,
-      inner_epochs=cfg.inner_epochs, microbatches=cfg.microbatches, ema_decay=cfg.ema_decay,
-      kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), state)
 
   def batch(i):
     index = setup.sharder.local(batches.indices(len(prompt_records), prompts_per_step, i, seed))
@@ -155,6 +142,63 @@ def build(setup: Setup, name: str) -> Stage:
                    epochs=cfg.inner_epochs, reward_model=cfg.reward.fn == 'alignjax.rollout:model_reward'))
 
 
+def optimizer(setup: Setup, name: str) -> optax.GradientTransformation:
+  cfg = setup.config.stages[name]
+  return make_optimizer(cfg.optimizer, cfg.iterations * cfg.minibatches * cfg.inner_epochs, f'stages.{name}')
+
+
+def first_state(setup: Setup, name: str, params: dict[str, Params], tx: optax.GradientTransformation) -> TrainState:
+  cfg = setup.config.stages[name]
+  return make_state(setup, params, tx, ema=cfg.ema_decay is not None, extra={'kl_coef': cfg.kl.coef})
+
+
+def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState, failures: list[str]) -> Callable:
+  """`iteration` as the config has it, compiled: (state, frozen, batch) -> (state, metrics, rollout). failures: Stage.failures."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  on_host = dict(decode=setup.decode, failures=failures)  # for a reward that is a function on the host
+  reward_fn = functools.partial(plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', *on_host)),
+                                **{k: v for k, v in on_host.items() if k in plugins.keywords(cfg.reward.fn)})
+  rollout_fn = functools.partial(
+      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=(setup.template.end,),
+      temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
+      missing_end_penalty=cfg.rollout.missing_end_penalty, generate_rows=cfg.rollout.generate_rows,
+      score_rows=cfg.rollout.episodes // cfg.minibatches)
+  loss = dict(cfg.loss, temperature=cfg.rollout.temperature) if 'temperature' in plugins.keywords(cfg.loss.fn) else cfg.loss
+  return compile_step(functools.partial(
+      iteration, key=stage_key(setup, name), nets=setup.nets, rollout_fn=rollout_fn,
+      advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage'), whiten=cfg.whiten_advantages,
+      loss_fn=plugins.bind(loss, f'{where}.loss', given=('nets',)), tx=tx, minibatches=cfg.minibatches,
+      inner_epochs=cfg.inner_epochs, microbatches=cfg.microbatches, ema_decay=cfg.ema_decay,
+      kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), state)
+
+
+def abstract_step(setup: Setup, name: str) -> Plan:
+  """The compiled step, its arguments as shapes, and the work of its phases, without data or weights."""
+  cfg, policy, scalar = setup.config.stages[name], abstract.params(setup, 'lm'), abstract.params(setup, 'scalar')
+  tx = optimizer(setup, name)
+  state = first_state(setup, name, {'policy': policy, 'value': scalar}, tx)
+  frozen = {'ref': freeze(policy, setup.policy_model), 'reward': freeze(scalar, setup.reward_model)}
+  episodes, n, row_length = cfg.rollout.episodes, cfg.rollout.samples_per_prompt, setup.config.data.row_length
+  text = episodes * cfg.ptx.rows_per_episode
+  batch = (abstract.array(setup, (episodes // n, setup.prompt_length), jnp.int32),
+           abstract.array(setup, (episodes // n, setup.prompt_length), bool),
+           abstract.token_rows(setup, text, row_length) if text else None)
+
+  lm, value, length = (setup.policy_model, 'lm'), (setup.reward_model, 'scalar'), setup.length
+  groups = episodes // (cfg.rollout.generate_rows or episodes)
+  cuts, updates = cfg.minibatches * cfg.microbatches, cfg.minibatches * cfg.microbatches * cfg.inner_epochs
+  scored, at_once = episodes // cfg.minibatches, cfg.reward.get('rows') or episodes
+  work = {
+      'prepare': [Work('gather', *lm, 0, 0)],
+      'prefill': [Work('forward', setup.policy_model, 'scalar', episodes // n // groups, setup.prompt_length, groups)],
+      'decode': [Work('decode', *lm, episodes // groups, setup.response_length, groups, setup.prompt_length)],
+      'score': [Work('forward', *net, scored, length, cfg.minibatches) for net in (lm, lm, value)],
+      'reward': [Work('forward', *value, at_once, length, episodes // at_once)] if cfg.reward.fn.endswith(':model_reward') else [],
+      'update': [Work('update', *net, episodes // cuts, length, updates) for net in (lm, value)]
+                + ([Work('update', *lm, text // cuts, row_length, updates)] if text else [])}
+  return Plan(make_step(setup, name, tx, state, []), (state, frozen, batch), work)
+
+
 def check(setup: Setup, name: str) -> None:
   """Sizes that must divide, and choices that must fit together, before any stage runs."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
@@ -168,6 +212,9 @@ def check(setup: Setup, name: str) -> None:
   check_divides(cfg.rollout.episodes // cfg.minibatches, cfg.microbatches, f'{where}: a minibatch by microbatches')
   check_divides(cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.sharder.batch_shards,
                 f'{where}: the prompts of a step by the devices that share a batch')
+  if cfg.rollout.generate_rows is not None:
+    check_divides(cfg.rollout.episodes, cfg.rollout.generate_rows, f'{where}.rollout.episodes by generate_rows')
+    check_divides(cfg.rollout.generate_rows, cfg.rollout.samples_per_prompt, f'{where}.rollout.generate_rows by samples_per_prompt')
   if cfg.keep not in ('policy', 'ema') or (cfg.keep == 'ema' and cfg.ema_decay is None):
     raise ValueError(f"{where}.keep={cfg.keep!r} must be 'policy', or 'ema' with ema_decay set.")
   if cfg.rollout.temperature <= 0:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alignjax import plugins, throughput
+from alignjax import throughput
 from alignjax.data import batches, text
+from alignjax.stages import supervised
+from alignjax.stages.abstract import Plan
 from alignjax.stages.setup import (
   Setup,
   Stage,
@@ -16,10 +18,8 @@ from alignjax.stages.setup import (
   open_source,
   records,
   seed_of,
-  stage_key,
   steps_per_epoch,
 )
-from alignjax.stages.supervised import make_step
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -34,8 +34,7 @@ def build(setup: Setup, name: str) -> Stage:
   state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
 
   # 3. cross-entropy
-  step = make_step(state, loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)), nets=setup.nets, tx=tx,
-                   key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
+  step = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
     index = batches.indices(len(rows.tokens), cfg.batch_size, i, (setup.config.seed, seed_of(name)))
@@ -44,6 +43,10 @@ def build(setup: Setup, name: str) -> Stage:
   return Stage(state, step, batch, num_steps, cfg.batch_size * rows.tokens.shape[1],
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
                work=throughput.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
+
+
+def abstract_step(setup: Setup, name: str) -> Plan:
+  return supervised.abstract_step(setup, name, setup.config.data.row_length)
 
 
 def check(setup: Setup, name: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from alignjax import plugins, steps, throughput
 from alignjax.data import batches, encode
 from alignjax.evals import bulk, rm_accuracy
-from alignjax.stages import comparisons
+from alignjax.stages import abstract, comparisons
+from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.setup import (
   Setup,
   Stage,
@@ -23,6 +27,7 @@ from alignjax.stages.setup import (
   seed_of,
   stage_key,
 )
+from alignjax.types import ComparisonBatch, TrainState
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -42,7 +47,7 @@ def build(setup: Setup, name: str) -> Stage:
   bucket = [(int(k), int(t)) for k, t in zip(k_of, t_of, strict=True)]
   kinds = sorted(set(bucket))
   shards = setup.sharder.batch_shards
-  per_batch = {i: max(1, round(cfg.responses_per_batch / k / shards)) * shards for i, (k, _) in enumerate(kinds)}
+  per_batch = {i: prompts_per_batch(setup, name, k) for i, (k, _) in enumerate(kinds)}
   number = {kind: i for i, kind in enumerate(kinds)}
   order = [rows for epoch in range(cfg.epochs)
            for rows in batches.bucketed([number[b] for b in bucket], per_batch, (*seed, epoch))]
@@ -59,13 +64,7 @@ def build(setup: Setup, name: str) -> Stage:
   tx = make_optimizer(cfg.optimizer, len(order), f'stages.{name}')
   params = initial_params(setup, cfg.init.reward, 'scalar', seed_of(name))
   state = make_state(setup, {'reward': params}, tx)
-  loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
-  key = stage_key(setup, name)
-
-  def step(state, batch):
-    state, metrics = steps.update(state, batch, jax.random.fold_in(key, state.step), loss_fn=loss_fn, nets=setup.nets,
-                                  tx=tx, microbatches=cfg.microbatches)
-    return state.replace(step=state.step + 1), metrics, None
+  step = make_step(setup, name, tx, state)
 
   sizes = [(per_batch[number[bucket[rows[0]]]] * bucket[rows[0]][0], bucket[rows[0]][1]) for rows in order]  # rows, length
   each = [throughput.training(setup.reward_model, rows, t, 'scalar') for rows, t in sizes]
@@ -91,8 +90,40 @@ def build(setup: Setup, name: str) -> Stage:
                                   lambda rows: score(params, rows), setup.config.seed)
     return params, info
 
-  return Stage(state, compile_step(step, state), batch, len(order), cfg.responses_per_batch * length, finish,
-               work=work)
+  return Stage(state, step, batch, len(order), cfg.responses_per_batch * length, finish, work=work)
+
+
+def prompts_per_batch(setup: Setup, name: str, k: int) -> int:
+  """Prompts of k responses in a batch: about responses_per_batch responses, and whole rows on every device."""
+  shards = setup.sharder.batch_shards
+  return max(1, round(setup.config.stages[name].responses_per_batch / k / shards)) * shards
+
+
+def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+  """One update, compiled: (state, batch) -> (state, metrics, None)."""
+  cfg, key = setup.config.stages[name], stage_key(setup, name)
+  loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
+
+  def step(state, batch):
+    state, metrics = steps.update(state, batch, jax.random.fold_in(key, state.step), loss_fn=loss_fn, nets=setup.nets,
+                                  tx=tx, microbatches=cfg.microbatches)
+    return state.replace(step=state.step + 1), metrics, None
+
+  return compile_step(step, state)
+
+
+def abstract_step(setup: Setup, name: str) -> Plan:
+  """The compiled step, its arguments as shapes, and its work, without data or weights, for the largest K."""
+  cfg = setup.config.stages[name]
+  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')  # how many updates changes a constant of the schedule only
+  state = make_state(setup, {'reward': abstract.params(setup, 'scalar')}, tx)
+  k = max(cfg.k_buckets)
+  prompts = prompts_per_batch(setup, name, k)
+  array = lambda shape, dtype: abstract.array(setup, (prompts, *shape), dtype)
+  batch = ComparisonBatch(array((k, setup.length), jnp.int32), array((k, setup.length), bool), array((k,), jnp.int32),
+                          array((), jnp.float32))
+  work = Work('update', setup.reward_model, 'scalar', prompts * k // cfg.microbatches, setup.length, cfg.microbatches)
+  return Plan(make_step(setup, name, tx, state), (state, batch), {'update': [work]})
 
 
 def check(setup: Setup, name: str) -> None:

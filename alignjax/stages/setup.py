@@ -18,6 +18,7 @@ from alignjax import checkpoint, files, optim, plugins
 from alignjax.data import encode, sources, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
+from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Metrics, Networks, Params, TrainState
@@ -78,21 +79,14 @@ class Stage(NamedTuple):
   failures: Sequence[str] = ()
 
 
-def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, devices=None) -> Setup:
-  """Checks the config's shared part and builds what it names. Fails before anything is compiled."""
+def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, devices=None,
+               text_side: Callable[..., tuple] | None = None) -> Setup:
+  """Checks the config's shared part and builds what it names. Fails before anything is compiled.
+
+  text_side: in place of the one below, where no text is read (stages/abstract.py).
+  """
   sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
-  world = labelers = None
-  if config.data.tokenizer == 'sandbox:':
-    from alignjax import sandbox
-    world, labelers = sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed)
-    to_ids, decode, vocabulary = sandbox.encode, sandbox.decode, len(sandbox.VOCAB)
-    template = Template(lambda text: [sandbox.EOS_ID, *to_ids(text), *to_ids(sandbox.NEWLINE)],
-                        lambda text: [*to_ids(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
-  else:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    to_ids = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    decode, vocabulary = tokenizer.decode, len(tokenizer)
-    template = templates.make(tokenizer, config.data.template or 'plain')
+  world, labelers, template, to_ids, decode, vocabulary = (text_side or tokens_and_texts)(config)
   if config.data.too_long not in encode.TOO_LONG:
     raise ValueError(f'data.too_long={config.data.too_long!r} is none of {encode.TOO_LONG}.')
   policy_model = model_config(config.model, vocabulary, 'model')
@@ -107,6 +101,19 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, files.folder(workdir), sharder, policy_model, reward_model,
                networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary)
+
+
+def tokens_and_texts(config: ml_collections.ConfigDict) -> tuple:
+  """(world, labelers, template, encode, decode, vocabulary) of config.data.tokenizer."""
+  if config.data.tokenizer == 'sandbox:':
+    from alignjax import sandbox
+    template = Template(lambda text: [sandbox.EOS_ID, *sandbox.encode(text), *sandbox.encode(sandbox.NEWLINE)],
+                        lambda text: [*sandbox.encode(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
+    return (sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed), template, sandbox.encode, sandbox.decode,
+            len(sandbox.VOCAB))
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  return (None, None, templates.make(tokenizer, config.data.template or 'plain'),
+          lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer.decode, len(tokenizer))
 
 
 def for_stage(setup: Setup, name: str) -> Setup:
@@ -210,6 +217,17 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   return jax.jit(lambda p: transformer.with_scalar_head(model, p, key), out_shardings=head_shardings)(params)
 
 
+def freeze(params: Params, model: TransformerConfig) -> Params:
+  """Weights that are only read, in the dtype that every use casts them to; norms and scalar heads, used in float32, stay."""
+
+  def one(path, leaf):
+    if any(word in path_name(path) for word in ('norm', 'score')):
+      return leaf
+    return leaf.update(dtype=model.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(model.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.GradientTransformation:
   """config.{policy, value, reward} -> one transformation; each is dict(fn='module:name', ...)."""
   return optim.make({name: plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(steps=steps)
@@ -218,7 +236,8 @@ def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.G
 
 def make_state(setup: Setup, params: dict[str, Params], tx: optax.GradientTransformation, ema: bool = False,
                extra: Mapping[str, float] | None = None) -> TrainState:
-  """The first state, born on its shardings; the given parameters are copied, so that frozen ones keep their buffers."""
+  """The first state, born on its shardings; the given parameters are copied, so that frozen ones keep their buffers.
+  Of abstract parameters (stages/abstract.py) the abstract state."""
 
   def build(params):
     average = jax.tree.map(lambda p: p.astype(jnp.float32), params['policy']) if ema else None
@@ -226,7 +245,10 @@ def make_state(setup: Setup, params: dict[str, Params], tx: optax.GradientTransf
     return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), ema=average, extra=scalars)
 
   shapes = jax.eval_shape(build, params)
-  return jax.jit(build, out_shardings=setup.sharder.state(shapes, shapes.params))(params)
+  shardings = setup.sharder.state(shapes, shapes.params)
+  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return jax.jit(build, out_shardings=shardings)(params)
 
 
 def compile_step(step: Callable, state: TrainState) -> Callable:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from alignjax import plugins, throughput
+from alignjax import throughput
 from alignjax.data import batches, encode
+from alignjax.stages import supervised
+from alignjax.stages.abstract import Plan
 from alignjax.stages.pretrain import text_mix
 from alignjax.stages.setup import (
   Setup,
@@ -18,10 +20,8 @@ from alignjax.stages.setup import (
   make_state,
   records,
   seed_of,
-  stage_key,
   steps_per_epoch,
 )
-from alignjax.stages.supervised import make_step
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -47,8 +47,7 @@ def build(setup: Setup, name: str) -> Stage:
   # 3. the model to start from, its optimizer, cross-entropy
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
   state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
-  step = make_step(state, loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)), nets=setup.nets, tx=tx,
-                   key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
+  step = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
     own = setup.sharder.local(np.arange(cfg.batch_size))  # of the batch's rows: demonstrations first, then text
@@ -60,6 +59,10 @@ def build(setup: Setup, name: str) -> Stage:
   return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
                work=throughput.training(setup.policy_model, cfg.batch_size, setup.length))
+
+
+def abstract_step(setup: Setup, name: str) -> Plan:
+  return supervised.abstract_step(setup, name, setup.length)
 
 
 def check(setup: Setup, name: str) -> None:

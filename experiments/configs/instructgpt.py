@@ -20,7 +20,8 @@ GPT3_VOCABULARY = 50257
 def gpt3(size, **changes):
   """GPT-3 architecture (appendix C). [ours] bfloat16 where the paper has fp16; both keep float32 master weights."""
   return dict(vocab_size=GPT3_VOCABULARY, max_length=2048, positions='learned', norm='layernorm', mlp='gelu',
-              tie_embeddings=True, dtype='bfloat16', remat='full', logits_chunk=4096, **SHAPES[size]) | changes
+              tie_embeddings=True, dtype='bfloat16', remat='full', attention_chunk=512,
+              **SHAPES[size]) | changes
 
 
 def paper_adam(lr, **kw):
@@ -29,33 +30,39 @@ def paper_adam(lr, **kw):
   return adam(lr, eps=1e-5, clip_norm=config_dict.placeholder(float), **kw)
 
 
-def ppo(ptx_coef, policy_lr, value_lr):
+def ppo(ptx_coef, policy_lr, value_lr, memory):
   """C.4: 256k episodes in batches of 512, 8 minibatches of 64, one inner epoch, clip 0.2, KL coefficient 0.02, EMA 0.992,
   warmup over 10 iterations from a tenth, 8 pretraining examples an episode, value network from the RM with its own rate."""
   return dict(
       build='alignjax.stages.ppo_ptx:build',
       init=dict(policy='stage:ppo_init', value='stage:rm', ref='stage:ppo_init', reward='stage:rm'),
       prompts=31_144,  # Table 6
-      rollout=dict(episodes=512, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0),  # penalty [ours]: none
-      reward=dict(fn='alignjax.rollout:model_reward'),
+      rollout=dict(episodes=512, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0,  # penalty [ours]: none
+                   generate_rows=memory['generate_rows']),
+      reward=dict(fn='alignjax.rollout:model_reward', rows=64),
       kl=dict(coef=0.02, target=config_dict.placeholder(float), horizon=config_dict.placeholder(int)),
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),  # lam [ours]: Stiennon et al. 2020
       whiten_advantages=True,  # [ours]: Ziegler et al. 2019
       loss=dict(fn='alignjax.losses:ppo_ptx', ptx_coef=ptx_coef, clip_eps=0.2, value_clip=0.2, vf_coef=0.1),  # value: [ours]
       ptx=dict(documents=2_000_000 if ptx_coef else 0, rows_per_episode=8 if ptx_coef else 0),
       optimizer=dict(policy=paper_adam(policy_lr, warmup=80, warmup_from=0.1), value=paper_adam(value_lr)),
-      minibatches=8, inner_epochs=1, microbatches=8,
+      minibatches=8, inner_epochs=1, microbatches=memory['microbatches'],
       ema_decay=0.992, keep='ema',  # an update, and the average is evaluated: [ours], neither is reported
       iterations=500, log_every=1, save_every=25)
 
 
 def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_lr: float, value_lr: float,
-               mesh: dict) -> ml_collections.ConfigDict:
-  """One model size. The reward model and the value network are 6B for every policy (section 3.5)."""
+               mesh: dict, memory: dict) -> ml_collections.ConfigDict:
+  """One model size. The reward model and the value network are 6B for every policy (section 3.5).
+
+  memory: what changes memory and no result, for the slice that the mesh is meant for: generate_rows (responses sampled at a
+    time), microbatches of a PPO minibatch, of the reward model's batch (rm_microbatches) and of a supervised one
+    (sft_microbatches), logits_chunk. experiments/compile.py says whether it fits.
+  """
   supervised = lambda lr, epochs, **kw: dict(
       build='alignjax.stages.sft:build', demonstrations=12_725, epochs=epochs, batch_size=batch,
       prompt_weight=0.0,  # [ours]: the paper does not say whether prompts are trained on
-      microbatches=1, loss=dict(fn='alignjax.losses:sft'), log_every=10, save_every=500,
+      microbatches=memory['sft_microbatches'], loss=dict(fn='alignjax.losses:sft'), log_every=10, save_every=500,
       optimizer=dict(policy=paper_adam(lr, schedule='cosine')), **kw)  # cosine to 10%, no warmup (C.1)
   c = ml_collections.ConfigDict()
   c.seed = 0
@@ -65,6 +72,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.world = dict(seed=0)
   c.mesh = mesh
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
+                    sequence='tensor',  # of what each layer keeps for the way back
                     vocab=config_dict.placeholder(str))  # 50,257 is odd: the vocabulary axis stays whole
   c.data = dict(tokenizer='openai-community/gpt2', template='plain', pretrain='jsonl:data/pretrain.jsonl.gz',
                 demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl',
@@ -72,8 +80,9 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k
                 too_long='drop', pack=False, mapping=no_mapping(),
                 row_length=2048)  # [ours]: the length of pretraining examples is not reported
-  c.model = gpt3(size, dropout=0.2)  # residual dropout in SFT (C.1); RM and PPO run without
-  c.reward_model = gpt3('6b')
+  chunk = memory['logits_chunk']
+  c.model = gpt3(size, dropout=0.2, logits_chunk=chunk)  # residual dropout in SFT (C.1); RM and PPO run without
+  c.reward_model = gpt3('6b', logits_chunk=chunk)
   c.stages = dict(
       sft=supervised(sft_lr, 16, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.0, documents=0,
                      keep_candidates=16),  # C.1: an epoch each, to choose from by RM score (stages/selection.py)
@@ -83,10 +92,10 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
           build='alignjax.stages.rm:build', init=dict(reward='checkpoints/sft_6b'), prompts=33_207, responses=(4, 9),
           policies=(), evaluation_prompts=0, bias_demonstrations=1_653,  # Table 6: validation demonstrations
           responses_per_batch=576, k_buckets=(9,), row_lengths=(),  # C.2: 64 prompts of K <= 9, at most 2,304 comparisons
-          epochs=1, microbatches=8, loss=dict(fn='alignjax.losses:reward_ranking'),
+          epochs=1, microbatches=memory['rm_microbatches'], loss=dict(fn='alignjax.losses:reward_ranking'),
           optimizer=dict(reward=paper_adam(9e-6, schedule='cosine')), log_every=5, save_every=100),
-      ppo=ppo(0.0, policy_lr, value_lr),
-      ppo_ptx=ppo(27.8, policy_lr, value_lr))
+      ppo=ppo(0.0, policy_lr, value_lr, memory),
+      ppo_ptx=ppo(27.8, policy_lr, value_lr, memory))
   c.report = dict(build='alignjax.report:build', policies=ml_collections.ConfigDict(), win_prompts=0, tax_items=0,
                   truth_samples=0, toxicity_prompts=0, loss_documents=0)
   return c

@@ -1,0 +1,49 @@
+"""Peak numbers of accelerators, for estimates of what a step could reach."""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """hbm: bytes; flops: bf16 a second; bandwidth: bytes of HBM a second; wire: bytes a second that a chip receives over one axis
+  of the interconnect (two links of a TPU's torus, all of a GPU's NVLink); chips that use several axes at once are faster."""
+  hbm: float
+  flops: float
+  bandwidth: float
+  wire: float
+
+
+# TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (system architecture): HBM capacity and bandwidth, peak bf16 compute, and
+# interchip interconnect bandwidth a chip, 2,400, 1,600, 4,800 and 3,584 Gbit/s, over the links of a 3D (v4, v5p: 6) or 2D torus
+# (v5e, v6e: 4). GPU: NVIDIA's data sheets, dense bf16; NVLink one way.
+CHIPS = {
+    'v4': Chip(32 * 2**30, 275e12, 1228e9, 2 * 2400e9 / 8 / 6),
+    'v5e': Chip(16 * 2**30, 197e12, 819e9, 2 * 1600e9 / 8 / 4),
+    'v5p': Chip(95 * 2**30, 459e12, 2765e9, 2 * 4800e9 / 8 / 6),
+    'v6e': Chip(32 * 2**30, 918e12, 1640e9, 2 * 3584e9 / 8 / 4),
+    'A100': Chip(80e9, 312e12, 2039e9, 300e9),
+    'H100': Chip(80e9, 989e12, 3350e9, 450e9),
+    'H200': Chip(141e9, 989e12, 4800e9, 450e9),
+}
+TPUS = tuple(name for name in CHIPS if name.startswith('v'))
+KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5p': 'v5p', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e',
+         'TPU v6e': 'v6e'}  # device_kind of jax
+
+
+def of_topology(topology: str) -> str:
+  """'v5p:8x8x8' -> 'v5p'; an unknown chip or form is an error with the nearest known chip."""
+  name, colon, shape = topology.partition(':')
+  if name not in TPUS:
+    near = difflib.get_close_matches(name, TPUS, 1)
+    raise ValueError(f'--topology={topology}: no chip {name!r}; there are {", ".join(TPUS)}, or `local` for the devices at hand.'
+                     + (f' Did you mean {near[0]!r}?' if near else ''))
+  if not colon or not all(part.isdigit() for part in shape.split('x')):
+    raise ValueError(f'--topology={topology} has not the form CHIP:SHAPE, such as v5e:4x4 or v5p:8x8x8.')
+  return name
+
+
+def of_device(kind: str) -> str | None:
+  """The chip of a jax device_kind, or None where no peak numbers are known (a CPU)."""
+  return KINDS.get(kind) or next((name for name in ('H200', 'H100', 'A100') if name in kind), None)

@@ -1,0 +1,120 @@
+"""Shapes in place of weights and data: what a stage's step is compiled for where there is neither (experiments/compile.py),
+and what the step's mathematics needs: floating-point operations, and bytes between devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from alignjax.data.templates import Template
+from alignjax.models import transformer
+from alignjax.models.config import TransformerConfig
+from alignjax.stages.setup import Setup, make_setup, tokens_and_texts
+from alignjax.types import Params, TokenBatch
+
+
+class Work(NamedTuple):
+  """What a phase of a step does with one network, `times` times.
+
+  kind: 'forward' reads `rows` of `length` tokens; 'update' also goes back; 'decode' makes `length` tokens after `prompt` ones;
+  'gather' brings the weights together for it.
+  """
+  kind: str
+  model: TransformerConfig
+  head: str
+  rows: int
+  length: int
+  times: int = 1
+  prompt: int = 0
+
+
+class Plan(NamedTuple):
+  """A stage's compiled step, its arguments as shapes on their shardings, and its work by phase."""
+  step: Callable
+  arguments: tuple
+  work: dict[str, list[Work]]
+
+
+def setup(config: ml_collections.ConfigDict, devices) -> Setup:
+  """The objects of a config on a mesh of the given devices, real ones or those of a topology. No tokenizer is read where
+  config.model has a vocab_size, and nothing is written."""
+  return make_setup(config, 'nowhere', devices, text_side=_no_texts if 'vocab_size' in config.model else tokens_and_texts)
+
+
+def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> Params:
+  """Parameter shapes on their shardings; head: 'lm' or 'scalar', as in setup.initial_params."""
+  model = model or (setup.policy_model if head == 'lm' else setup.reward_model)
+  shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, setup.sharder.params(shapes))
+
+
+def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  """One array of a batch, its leading axis over the batch's devices."""
+  shards = setup.sharder.batch_shards
+  if shape[0] % shards:
+    raise ValueError(f'a batch of {shape[0]} rows does not divide over the {shards} devices of the mesh that share a batch: '
+                     'change the batch, or a smaller mesh.data or mesh.fsdp.')
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=setup.sharder.batch)
+
+
+def token_rows(setup: Setup, rows: int, length: int) -> TokenBatch:
+  shape = (rows, length)
+  return TokenBatch(array(setup, shape, jnp.int32), array(setup, shape, jnp.int32 if setup.config.data.pack else bool),
+                    array(setup, shape, jnp.float32))
+
+
+def model_flops(work: Work) -> float:
+  """Floating-point operations that the mathematics needs, of all devices: two for each multiply-add of a matrix product, three
+  times the forward pass for an update, nothing for what is computed again (as in Chowdhery et al. 2022, appendix B, for MFU);
+  attention to the tokens before only."""
+  m = work.model
+  width = m.num_heads * m.head_width
+  layer = 2 * m.d_model * width + 2 * m.d_model * m.kv_heads * m.head_width
+  layer += (3 if m.mlp == 'swiglu' else 2) * m.d_model * m.mlp_width
+  head = m.d_model * (m.vocab_size if work.head == 'lm' else 1)
+  seen = work.prompt + work.length / 2
+  token = 2 * (m.num_layers * layer + head) + 4 * m.num_layers * width * seen
+  factor = {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind]
+  return float(factor * token * work.rows * work.length * work.times)
+
+
+def wire_bytes(setup: Setup, work: Work) -> float:
+  """Bytes that each device must receive for a piece of work, given where the config's rules keep weights and batch.
+
+  Weights split over the batch's devices come together once for a forward pass and once more for the way back, in the model's
+  dtype, and the gradient is summed into pieces once; split over others (`tensor`), each layer's two sums of activations cross
+  them, forward, again where the forward is computed again (remat), and back. Decoding gathers no weights.
+  """
+  shapes, sharder = params(setup, work.head, work.model), setup.sharder
+  batch = set(np.atleast_1d(np.asarray(sharder.rules.get('batch') or (), dtype=object)).tolist())
+  size = jnp.dtype(work.model.dtype).itemsize
+  gathered, copies, split = 0.0, 0.0, 1
+  for leaf in jax.tree.leaves(shapes):
+    axes = [a for entry in leaf.sharding.spec for a in ([] if entry is None else np.atleast_1d(entry).tolist())]
+    parts = lambda some: int(np.prod([sharder.mesh.shape[a] for a in some], initial=1))
+    over, kept = parts([a for a in axes if a in batch]), parts([a for a in axes if a not in batch])
+    split = max(split, kept)
+    piece = leaf.size * size / kept
+    gathered += piece * (1 - 1 / over)
+    copies += 2 * (piece / over) * (1 - over / sharder.batch_shards)  # gradients summed over what holds copies (`data`)
+  sums = 2 * work.model.num_layers * 2 * (1 - 1 / split)
+  activations = sums * work.rows * work.length * work.model.d_model * size / sharder.batch_shards
+  once = {'gather': gathered, 'decode': activations, 'forward': gathered + activations,
+          'update': 3 * gathered + copies + activations * (2 if work.model.remat == 'none' else 3)}
+  return once[work.kind] * work.times
+
+
+def _no_texts(config: ml_collections.ConfigDict) -> tuple:
+  """setup.tokens_and_texts of a tokenizer that is not at hand: the last id ends a response, as in GPT-2."""
+
+  def refuse(*_):
+    raise ValueError('a step compiled without a tokenizer reads no text.')
+
+  vocabulary = config.model.vocab_size
+  template = Template(refuse, refuse, vocabulary - 1, vocabulary - 1, vocabulary - 1)
+  return None, None, template, refuse, refuse, vocabulary
