@@ -68,6 +68,7 @@ while ((${#pids[@]})); do
     unset "pids[$i]"
     ((status)) || status=$code
     if ((code)) && [[ ! $deadline ]]; then
+      echo "process $i ended with $code" >&2
       deadline=$((SECONDS + (code == 75 ? 60 : 5)))  # 75: saved, and the others are about to; else they may say what they saw
     fi
   done

@@ -298,7 +298,7 @@ def test_local_ends_the_others_with_the_one_that_failed(tmp_path, what, code):
   began = time.monotonic()
   process = local(tmp_path, what)
   said = process.communicate(timeout=30)
-  assert process.returncode == code and time.monotonic() - began < 15, said
+  assert process.returncode == code and time.monotonic() - began < 15 and f'process 1 ended with {code}\n' in said[1]
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
