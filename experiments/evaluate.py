@@ -9,6 +9,7 @@ What was measured is kept by (weights, task, protocol): a second call computes w
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
@@ -55,10 +56,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:")
   parser.add_argument('--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own')
-  parser.add_argument('--distributed', action='store_true', help='on pods and clusters: initialise jax.distributed')
+  parser.add_argument('--distributed', action='store_true', help='as one of several processes, as run.py')
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
+    from alignjax import distributed
     from alignjax.evals import evaluation, table
     from alignjax.sharding import AXES
     if options.tasks == 'help':
@@ -91,10 +93,8 @@ def main(argv: list[str]) -> None:
         raise ValueError
     except ValueError:
       raise ValueError(f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.') from None
-    if options.distributed:
-      import jax
-      jax.distributed.initialize()
-    evaluation.evaluate(models, tasks, options.out, data=data, options=own, baseline=baseline, limit=options.limit,
+    with distributed.joined(distributed.facts(vars(options)), 300) if options.distributed else contextlib.nullcontext():
+      evaluation.evaluate(models, tasks, options.out, data=data, options=own, baseline=baseline, limit=options.limit,
                         seed=options.seed, template=options.template, mesh=mesh)
   except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None

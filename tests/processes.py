@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import pathlib
 import signal
@@ -46,8 +47,9 @@ def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str
   out = []
   for i in range(processes):
     environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
-                                'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, __file__, '--one', str(i), str(processes), str(port), str(workdir), *changes]
+                                'PYTHONPATH': str(ROOT), 'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+                                'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
+    command = [sys.executable, __file__, '--one', str(processes), str(workdir), *changes]
     with workdir.with_name(f'{workdir.name}.{i}.log').open('a') as log:
       out.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
   return out
@@ -69,21 +71,18 @@ def run(workdir: pathlib.Path, processes: int, devices: int, changes: list[str] 
   return max(abs(p.wait()) for p in started)
 
 
-def one(number: int, processes: int, port: str, workdir: str, changes: list[str]) -> None:
-  import jax
+def one(processes: int, workdir: str, changes: list[str]) -> None:
   from absl import logging
   logging.set_verbosity(logging.WARNING)
-  if processes > 1:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(f'localhost:{port}', processes, number)
-  from alignjax import train
+  from alignjax import distributed, train
   c = micro()
   c.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (change.split('=', 1) for change in changes)})
-  train.main(c, workdir)
+  with distributed.joined(distributed.facts(c.to_dict()), 60) if processes > 1 else contextlib.nullcontext():
+    train.main(c, workdir)
 
 
 if __name__ == '__main__':
   if sys.argv[1] == '--one':
-    one(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], sys.argv[6:])
+    one(int(sys.argv[2]), sys.argv[3], sys.argv[4:])
   else:
     raise SystemExit(run(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:], timeout=3600))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from alignjax import throughput
 from alignjax.data.templates import Template
 from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
@@ -72,15 +73,9 @@ def model_flops(work: Work) -> float:
   """Floating-point operations that the mathematics needs, of all devices: two for each multiply-add of a matrix product, three
   times the forward pass for an update, nothing for what is computed again (as in Chowdhery et al. 2022, appendix B, for MFU);
   attention to the tokens before only."""
-  m = work.model
-  width = m.num_heads * m.head_width
-  layer = 2 * m.d_model * width + 2 * m.d_model * m.kv_heads * m.head_width
-  layer += (3 if m.mlp == 'swiglu' else 2) * m.d_model * m.mlp_width
-  head = m.d_model * (m.vocab_size if work.head == 'lm' else 1)
-  seen = work.prompt + work.length / 2
-  token = 2 * (m.num_layers * layer + head) + 4 * m.num_layers * width * seen
-  factor = {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind]
-  return float(factor * token * work.rows * work.length * work.times)
+  each = throughput.forward_flops(work.model, work.prompt + work.length, work.head)
+  before = throughput.forward_flops(work.model, work.prompt, work.head) if work.prompt else 0
+  return {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind] * (each - before) * work.rows * work.times
 
 
 def wire_bytes(setup: Setup, work: Work) -> float:
