@@ -51,6 +51,8 @@ CASES = [
       dict(prompt='i\n\nx', responses=['a', 'b'], ranks=[0, 1], labeler_id='annotator3')]),
     ('demonstrations', 'hh_rlhf_demonstrations', {'chosen': '\n\nHuman: q\n\nAssistant: a', 'rejected': ''},
      [dict(prompt='\n\nHuman: q\n\nAssistant:', response=' a')]),
+    ('demonstrations', 'ukp_convarg_demonstrations', {'title': 'T', 'stance': 'S', 'text': 'x', 'topic': 't'},
+     [dict(prompt='T: write a convincing argument for "S".', response='x')]),
     ('demonstrations', 'tldr', {**POST, 'summary': 'x'}, [dict(prompt='SUBREDDIT: r/s\nTITLE: t\nPOST: p\nTL;DR:', response='x')]),
     ('demonstrations', 'dolly', {'instruction': 'i', 'context': ' ', 'response': 'r', 'category': 'c'},
      [dict(prompt='i', response='r', use_case='c')]),

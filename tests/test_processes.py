@@ -53,7 +53,7 @@ def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
   np.testing.assert_allclose(mine['sft']['pretraining_loss']['mean'], theirs['sft']['pretraining_loss']['mean'], rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one_run(alone, tmp_path):
   assert processes.run(tmp_path / 'run', 2, 2) == 0, log(tmp_path / 'run')
   assert_same(tmp_path / 'run', alone)
@@ -61,7 +61,7 @@ def test_two_processes_are_one_run(alone, tmp_path):
   assert ratios == [0.0] * len(ratios)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_then_one_then_two_processes(alone, tmp_path):
   """Killed -9 in SFT and in the reward model, each time gone on with by another number of processes on another mesh."""
   workdir = tmp_path / 'run'
