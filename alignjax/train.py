@@ -110,6 +110,7 @@ def run_stage(setup: Setup, name: str, builder) -> None:
 
 def loop(stage, state, first: int, cfg, saved, writer, progress, interrupt, folder: pathlib.Path):
   """Steps first..num_steps. A checkpoint every save_every steps and when interrupted."""
+  candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
   last_time, last_step = time.perf_counter(), first
   for i in range(first, stage.num_steps):
     state, measured, seen = stage.step(state, stage.batch(i))
@@ -132,7 +133,7 @@ def loop(stage, state, first: int, cfg, saved, writer, progress, interrupt, fold
         progress.table(f'step {done}', ('prompt', 'response', 'score', 'gold'), samples[:4])
     else:
       progress.update(done)
-    if done in candidate_steps(stage.num_steps, cfg.get('keep_candidates')):
+    if done in candidates:
       keep_candidate(stage, state, done, folder)
     if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps or interrupt.asked:
       saved.save(done, state, wait=interrupt.asked)

@@ -10,8 +10,7 @@ import pytest
 from alignjax import checkpoint
 from alignjax.stages.setup import initial_params, make_setup
 from tests import processes
-
-STAGES = ('pretrain', 'sft', 'rm', 'ppo_ptx')
+from tests.processes import STAGES, rows
 
 
 @pytest.fixture(scope='module')
@@ -24,11 +23,6 @@ def alone(tmp_path_factory):
 
 def log(workdir: pathlib.Path) -> str:
   return '\n'.join(p.read_text()[-2000:] for p in sorted(workdir.parent.glob(f'{workdir.name}.*.log')))
-
-
-def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
-  lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-  return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines]
 
 
 def params(workdir: pathlib.Path, stage: str):
