@@ -19,6 +19,7 @@ import numpy as np
 from alignjax import files, metrics, plots, sandbox
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals import selection
+from alignjax.evals.stats import show
 from alignjax.sharding import sync
 from alignjax.stages.setup import Setup, for_stage, initial_params
 
@@ -166,18 +167,18 @@ def markdown(result: dict, pictures: list[str]) -> str:
            'test prompts about entities that no demonstration, comparison or RL prompt names.', '']
   lines += ['| policy | ' + ' | '.join(COLUMNS.values()) + ' |', '|---' * (len(COLUMNS) + 1) + '|']
   for name, policy in result['policies'].items():
-    lines.append(f'| {NAMES.get(name, name)} | ' + ' | '.join(_cell(policy.get(c)) for c in COLUMNS) + ' |')
+    lines.append(f'| {NAMES.get(name, name)} | ' + ' | '.join(show(policy.get(c)) for c in COLUMNS) + ' |')
   lines += ['', '## Findings', '']
   mark = {True: 'yes', False: '**no**', None: 'not measured'}
   lines += [f'- {claim}: {mark[held]}' for claim, held in result['findings'].items()]
   lines += ['', '## Reward model', '']
-  lines += [f'- {k.replace("_", " ")}: {_cell(v) if isinstance(v, dict) else v}' for k, v in result['reward_model'].items()]
+  lines += [f'- {k.replace("_", " ")}: {show(v) if isinstance(v, dict) else v}' for k, v in result['reward_model'].items()]
   if result['selection']:
     lines += ['', selection.markdown(result['selection'])]
   kinds = [k for k in result['policies'].get('sft', {}) if k.startswith('pretraining_loss_')]
   lines += ['', '## Pretraining loss by kind of document (nats a token)', '',
             '| policy | ' + ' | '.join(k.removeprefix('pretraining_loss_') for k in kinds) + ' |', '|---' * (len(kinds) + 1) + '|']
-  lines += [f'| {NAMES.get(n, n)} | ' + ' | '.join(_cell(p[k]) for k in kinds) + ' |'
+  lines += [f'| {NAMES.get(n, n)} | ' + ' | '.join(show(p[k]) for k in kinds) + ' |'
             for n, p in result['policies'].items() if kinds and kinds[0] in p]
   if result['prompted_baseline']:
     best = result['prompted_baseline']['best']
@@ -187,13 +188,6 @@ def markdown(result: dict, pictures: list[str]) -> str:
   lines += ['## Seconds', '', ', '.join(f'{k} {v:.0f}' for k, v in result['seconds'].items()), '',
             ', '.join(f'{k} {v}' for k, v in result['versions'].items()), '']
   return '\n'.join(lines)
-
-
-def _cell(figure: dict | None) -> str:
-  if not figure or figure['mean'] is None:
-    return ''
-  low, high = figure['ci95']
-  return f'{figure["mean"]:.3f} [{low:.3f}, {high:.3f}]'
 
 
 def _short(figure: dict | None) -> str:

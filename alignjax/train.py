@@ -121,6 +121,7 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
 def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: files.Folder):
   """Steps first..num_steps. A checkpoint every save_every steps and when something ends the run."""
   cfg = config.stages[folder.name]
+  candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
   last_time, last_step = time.perf_counter(), first
   batch = stage.batch(first) if first < stage.num_steps else None
   skipped = np.asarray(state.skipped)
@@ -158,7 +159,7 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
         progress.table(f'step {done}', ('prompt', 'response', 'score', 'gold'), samples[:4])
     else:
       progress.update(done)
-    if done in candidate_steps(stage.num_steps, cfg.get('keep_candidates')):
+    if done in candidates:
       keep_candidate(stage, state, done, folder)
     if asked:
       trouble.stop_for_signal(saved, done, state, interrupt.asked or 'a signal to another process')

@@ -116,13 +116,9 @@ def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int
 
 def markdown(result: dict) -> str:
   """heldout_labelers.md."""
+  from alignjax.evals.stats import show
   f, p = result['figures'], result['protocol']
-
-  def cell(x):
-    if x['mean'] is None:
-      return 'no two judged the same pair'
-    return f'{x["mean"]:.3f} [{x["ci95"][0]:.3f}, {x["ci95"][1]:.3f}] ({x["n"]})'
-
+  cell = lambda x: show(x, count=True) or 'no two judged the same pair'
   models = f['accuracy_seen']['models']
   spread = lambda x: f'{x["mean_over_models"]:.3f}' + (f' ± {x["sd_over_models"]:.3f}' if x['sd_over_models'] is not None else '')
   return '\n'.join([

@@ -1,8 +1,8 @@
-"""Every mesh of eight devices against one device: all stages of the main job in miniature, metrics and final weights.
+"""Every mesh of eight devices against one device: all stages of the main job in miniature, by metrics and sampled responses.
 
   python tests/meshes.py OUT [DATAxFSDPxTENSOR ...]     all ten take some minutes; prints a table, ends with 1 where one disagrees
 
-The tests run a few of them; this is the whole table.
+The tests run one iteration on 2x2x2; this is the whole table.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from tests import processes  # noqa: E402  after the path
 
 MESHES = [(d, f, 8 // d // f) for d in (8, 4, 2, 1) for f in (8, 4, 2, 1) if 8 % (d * f) == 0]
-STAGES = ('pretrain', 'sft', 'rm', 'ppo_ptx')
 
 
 def furthest(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, float]:
   """Stage -> the largest difference of a metric, relative to 1 + its size."""
   out = {}
-  for stage in STAGES:
-    mine, theirs = ([json.loads(line) for line in (w / stage / 'metrics.jsonl').read_text().splitlines()] for w in (workdir, other))
-    out[stage] = max(abs(a[name] - b[name]) / (1 + abs(b[name])) for a, b in zip(mine, theirs, strict=True)
-                     for name in a if not name.startswith('time/'))
+  for stage in processes.STAGES:
+    pairs = zip(processes.rows(workdir, stage), processes.rows(other, stage), strict=True)
+    out[stage] = max(abs(a[name] - b[name]) / (1 + abs(b[name])) for a, b in pairs for name in a)
   return out
 
 
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> int:
   if run(one, 1, (1, 1, 1)):
     raise SystemExit(f'the run on one device failed: {one}.0.log')
   wrong = 0
-  print('| data x fsdp x tensor | ' + ' | '.join(STAGES) + ' | samples |\n' + '|---' * (len(STAGES) + 2) + '|')
+  print('| data x fsdp x tensor | ' + ' | '.join(processes.STAGES) + ' | samples |\n' + '|---' * (len(processes.STAGES) + 2) + '|')
   for mesh in wanted:
     name = 'x'.join(map(str, mesh))
     if run(out / name, 8, mesh):
@@ -58,7 +56,7 @@ def main(arguments: list[str]) -> int:
       continue
     far, same = furthest(out / name, one), samples(out / name) == samples(one)
     wrong += max(far.values()) > 1e-3 or not same
-    print(f'| {name} | ' + ' | '.join(f'{far[s]:.1e}' for s in STAGES) + f' | {"the same" if same else "DIFFERENT"} |', flush=True)
+    print(f'| {name} | ' + ' | '.join(f'{x:.1e}' for x in far.values()) + f' | {"the same" if same else "DIFFERENT"} |', flush=True)
   return int(wrong > 0)
 
 

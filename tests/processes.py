@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+STAGES = ('pretrain', 'sft', 'rm', 'ppo_ptx')
 
 
 def micro():
@@ -37,6 +39,12 @@ def micro():
   c.report.policies = dict(pretrained='pretrain', sft='sft', ppo_ptx='ppo_ptx')
   c.report.update(win_prompts=16, tax_items=16, truth_samples=1, toxicity_prompts=16, loss_documents=64)
   return c
+
+
+def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
+  """What a stage logged, without its times."""
+  lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
+  return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines]
 
 
 def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str]) -> list[subprocess.Popen]:

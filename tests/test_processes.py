@@ -10,8 +10,7 @@ import pytest
 from alignjax import checkpoint
 from alignjax.stages.setup import initial_params, make_setup
 from tests import processes
-
-STAGES = ('pretrain', 'sft', 'rm', 'ppo_ptx')
+from tests.processes import STAGES, rows
 
 
 @pytest.fixture(scope='module')
@@ -24,11 +23,6 @@ def alone(tmp_path_factory):
 
 def log(workdir: pathlib.Path) -> str:
   return '\n'.join(p.read_text()[-2000:] for p in sorted(workdir.parent.glob(f'{workdir.name}.*.log')))
-
-
-def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
-  lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-  return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines]
 
 
 def params(workdir: pathlib.Path, stage: str):
@@ -53,7 +47,7 @@ def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
   np.testing.assert_allclose(mine['sft']['pretraining_loss']['mean'], theirs['sft']['pretraining_loss']['mean'], rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one_run(alone, tmp_path):
   assert processes.run(tmp_path / 'run', 2, 2) == 0, log(tmp_path / 'run')
   assert_same(tmp_path / 'run', alone)
@@ -61,7 +55,7 @@ def test_two_processes_are_one_run(alone, tmp_path):
   assert ratios == [0.0] * len(ratios)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_then_one_then_two_processes(alone, tmp_path):
   """Killed -9 in SFT and in the reward model, each time gone on with by another number of processes on another mesh."""
   workdir = tmp_path / 'run'

@@ -158,10 +158,11 @@ def check_comparison(record: dict[str, Any], where: str) -> None:
     raise ValueError(f"{where}: 'ranks' must be integers from 0 (best) on, equal ones for ties; got {ranks}.")
 
 
-def _open(path: str, kind: str) -> str:
+def read_text(path: str, where: str = '') -> str:
+  """A whole text file, plain or .gz, local or gs://. What is not one is an error that names it, after `where`."""
   file = files.folder(path)
   if not file.exists():
-    raise FileNotFoundError(f'data.{kind}: {path}: no such file.')
+    raise FileNotFoundError(f'{where}{path}: no such file.')
   raw = file.read_bytes()
   try:
     return (gzip.decompress(raw) if str(path).endswith('.gz') else raw).decode('utf-8')
@@ -175,7 +176,7 @@ Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # how many, and the i-th wit
 
 
 def _jsonl(path: str, kind: str) -> Raw:
-  lines = [(n, line) for n, line in enumerate(_open(path, kind).split('\n'), 1) if line.strip()]
+  lines = [(n, line) for n, line in enumerate(read_text(path, f'data.{kind}: ').split('\n'), 1) if line.strip()]
 
   def get(i):
     where = f'{path}, line {lines[i][0]}'
@@ -196,7 +197,7 @@ def _text(pattern: str, kind: str) -> Raw:
     paths = sorted(str(p) for p in fixed.glob(folder.relative_to(fixed).as_posix()))
   else:
     paths = sorted(glob.glob(pattern)) if '*' in pattern else [pattern]
-  return len(paths), lambda i: (paths[i], {'text': _open(paths[i], kind)})
+  return len(paths), lambda i: (paths[i], {'text': read_text(paths[i], f'data.{kind}: ')})
 
 
 def _name_and_split(text: str, where: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.evals.stats import interval
+from alignjax.evals.stats import interval, show, show_difference
 
 
 def kl(n: int) -> float:
@@ -69,19 +69,18 @@ def policy(kl_values: np.ndarray, measures: Mapping[str, np.ndarray]) -> dict[st
 def markdown(result: Mapping[str, Any]) -> str:
   """The tables: best-of-n, trained policies."""
   names = result['measures']
-  cell = lambda f: f'{f["mean"]:.3f} [{f["ci95"][0]:.3f}, {f["ci95"][1]:.3f}]'
-  mark = lambda f: f'**{cell(f)}**' if f['ci95'][0] > 0 or f['ci95'][1] < 0 else cell(f)
   lines = ['# Reward against KL', '', f'{result["prompts"]} prompts, {result["samples"]} samples each at temperature '
            f'{result["temperature"]}; mean and 95% interval by prompt. KL of best-of-n: log n - (n-1)/n, an upper bound.', '',
            '## Best of n by the reward model', '', '| n | KL | ' + ' | '.join(names) + ' |', '|---' * (2 + len(names)) + '|']
-  lines += [f'| {r["n"]} | {r["kl"]:.2f} | ' + ' | '.join(cell(r[m]) for m in names) + ' |' for r in result['best_of_n']]
+  lines += [f'| {r["n"]} | {r["kl"]:.2f} | ' + ' | '.join(show(r[m]) for m in names) + ' |' for r in result['best_of_n']]
   lines += ['', 'Change from the n before, paired by prompt; bold where the interval leaves out 0:', '',
             '| n | ' + ' | '.join(names) + ' |', '|---' * (1 + len(names)) + '|']
-  lines += [f'| {r["n"]} | ' + ' | '.join(mark(r[f'{m}, change']) for m in names) + ' |' for r in result['best_of_n'][1:]]
+  lines += [f'| {r["n"]} | ' + ' | '.join(show_difference(r[f'{m}, change']) for m in names) + ' |'
+            for r in result['best_of_n'][1:]]
   if result['policies']:
     lines += ['', '## Trained policies', '', 'Measured on the same prompts; KL to the policy above.', '',
               '| policy | KL | ' + ' | '.join(names) + ' |', '|---' * (2 + len(names)) + '|']
-    lines += [f'| {name} | {cell(p["kl"])} | ' + ' | '.join(cell(p[m]) for m in names) + ' |'
+    lines += [f'| {name} | {show(p["kl"])} | ' + ' | '.join(show(p[m]) for m in names) + ' |'
               for name, p in result['policies'].items()]
   return '\n'.join([*lines, ''])
 

@@ -30,8 +30,8 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
   """
   out, data, options = files.folder(out), data or {}, options or {}
   baseline = baseline or next(iter(models))
-  if mesh is None and jax.device_count() > 1:
-    mesh = {'data': jax.device_count()}
+  if mesh is None and len(jax.devices()) > 1:
+    mesh = {'data': len(jax.devices())}
   measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in tasks}
   for model_name, spec in models.items():
     model = finished.load(spec, 'lm', template, mesh)

@@ -6,12 +6,13 @@ of them, FOLDER/train.* for the few-shot examples and FOLDER/validation.* (or te
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from alignjax.data.sources import read_text
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
 
@@ -35,17 +36,8 @@ def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str,
 
 
 def _records(path: pathlib.Path, fields: Mapping[str, type | tuple]) -> list[dict[str, Any]]:
-  if not path.exists():
-    raise FileNotFoundError(f'{path}: no such file.')
-  raw = path.read_bytes()
-  try:
-    text = (gzip.decompress(raw) if path.suffix == '.gz' else raw).decode('utf-8')
-  except (OSError, EOFError) as error:
-    raise ValueError(f'{path}: not a whole gzip file ({error}).') from None
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path}: not UTF-8 (byte {error.start}).') from None
   records = []
-  for where, record in _rows(path, text):
+  for where, record in _rows(path, read_text(str(path))):
     _check(record, fields, f'{path}, {where}')
     records.append({name: record[name] for name in dict.fromkeys(f.split('.')[0] for f in fields)})
   if not records:

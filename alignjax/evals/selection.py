@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.evals.stats import interval
+from alignjax.evals.stats import interval, show
 
 Measured = Mapping[str, np.ndarray]
 
@@ -64,14 +64,13 @@ def choose(scores: Mapping[str, np.ndarray], measured: Mapping[str, Measured]) -
 
 def markdown(selections: Mapping[str, Mapping[str, Any]]) -> str:
   """A section of the report: {stage: its info.json with 'selection'}."""
-  cell = lambda f: '' if f is None else f'{f["mean"]:.3f} [{f["ci95"][0]:.3f}, {f["ci95"][1]:.3f}]'
   lines = ['## Selection', '']
   for stage, info in selections.items():
     result = info['selection']
     names = list(dict.fromkeys(k for c in result['candidates'].values() for k in c))
     lines += [f'{stage}, by {info["by"]}: {result["why"]}', '',
               f'| candidate | {" | ".join(names)} |', '|---' * (1 + len(names)) + '|']
-    lines += [f'| {"**" + name + "**" if name == result["chosen"] else name} | ' + ' | '.join(cell(c.get(k)) for k in names) + ' |'
+    lines += [f'| {"**" + name + "**" if name == result["chosen"] else name} | ' + ' | '.join(show(c.get(k)) for k in names) + ' |'
               for name, c in result['candidates'].items()]
     lines += ['']
   return '\n'.join(lines)

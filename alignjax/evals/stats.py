@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,3 +35,17 @@ def interval(values: Sequence[float], clusters: Sequence[Any] | None = None, see
   means = (draws @ sums) / np.maximum(draws @ counts, 1e-12)
   low, high = np.percentile(means, [2.5, 97.5])
   return {'mean': float(values.mean()), 'ci95': [float(low), float(high)], 'n': int(len(values))}
+
+
+def show(figure: Mapping[str, Any] | None, count: bool = False) -> str:
+  """A figure as '0.123 [0.100, 0.145]', with ' (n)' if count; '' where nothing was measured."""
+  if not figure or figure['mean'] is None:
+    return ''
+  low, high = figure['ci95']
+  return f'{figure["mean"]:.3f} [{low:.3f}, {high:.3f}]' + (f' ({figure["n"]})' if count else '')
+
+
+def show_difference(figure: Mapping[str, Any] | None) -> str:
+  """The same of a difference, in bold where the interval leaves out 0."""
+  text = show(figure)
+  return f'**{text}**' if text and (figure['ci95'][0] > 0 or figure['ci95'][1] < 0) else text

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from alignjax import files, plugins
-from alignjax.evals.stats import interval
+from alignjax.evals.stats import interval, show, show_difference
 from alignjax.sharding import fetch
 
 
@@ -198,31 +198,19 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline:
   lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
   for row in rows:
     lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                 ' | '.join(_cell(row['models'].get(m), True) for m in models) + ' |')
+                 ' | '.join(show(row['models'].get(m), True) for m in models) + ' |')
   others = [m for m in models if m != baseline]
   if others:
     lines += ['', f'## Difference to {baseline}', '', 'Paired by item; bold where the interval leaves out 0.', '', *head(others)]
     for row in rows:
       found = [row['models'].get(m, {}).get('difference') for m in others]
       lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                   ' | '.join(_bold(f) for f in found) + ' |')
+                   ' | '.join(show_difference(f) for f in found) + ' |')
   return '\n'.join([*lines, ''])
 
 
 def _arrow(better: str) -> str:
   return {'higher': ' ↑', 'lower': ' ↓'}.get(better, '')
-
-
-def _cell(figure: Mapping[str, Any] | None, count: bool = False) -> str:
-  if not figure or figure['mean'] is None:
-    return ''
-  low, high = figure['ci95']
-  return f'{figure["mean"]:.3f} [{low:.3f}, {high:.3f}]' + (f' ({figure["n"]})' if count else '')
-
-
-def _bold(figure: Mapping[str, Any] | None) -> str:
-  text = _cell(figure)
-  return f'**{text}**' if text and (figure['ci95'][0] > 0 or figure['ci95'][1] < 0) else text
 
 
 def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder) -> None:

@@ -51,7 +51,7 @@ def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapp
       evaluation; None: the first device alone, or all of them where there are several processes.
   """
   if mesh is None and jax.process_count() > 1:
-    mesh = dict(data=jax.device_count())
+    mesh = dict(data=len(jax.devices()))
   return _load_hf(name, head or 'lm', form or 'plain', mesh) if name.startswith('hf:') else _load_stage(name, head, form, mesh)
 
 

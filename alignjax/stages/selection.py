@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -58,7 +59,8 @@ def build(setup: Setup, name: str) -> Stage:
 
     # 3. the highest mean, and how sure that is
     result = selection.choose({label: s for label, (s, _) in scores.items()}, {label: m for label, (_, m) in scores.items()})
-    print(f'{name}: {result["why"]}', flush=True)
+    if jax.process_index() == 0:
+      print(f'{name}: {result["why"]}', flush=True)
     return load(candidates[result['chosen']], 'lm'), {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
 
   state = make_state(setup, {'policy': {}}, optax.identity())
