@@ -43,12 +43,13 @@ class Sharder:
 
   Args:
     mesh: of make_mesh.
-    rules: logical axis -> mesh axis, tuple of mesh axes, or None.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as 'embed' where no rule names it.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
     self.mesh = mesh
     self.rules = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in rules.items()}
+    self.rules.setdefault('table', self.rules.get('embed'))
     for name, value in self.rules.items():
       for axis in _as_tuple(value):
         if axis not in mesh.axis_names:

@@ -116,8 +116,8 @@ def describe(name: str, r: dict) -> str:
       ('arguments (state, frozen networks, batch)', gib(m['arguments'])), ('temporaries', gib(m['temporaries'])),
       ('outputs, beyond what takes an argument\'s place', gib(m['outputs'] - m['alias'])), ('peak', gib(r['peak'])),
       *([('capacity', gib(r['capacity']))] if r['capacity'] else [])])]
-  lines.append(cost.table(('largest arrays made', 'size', 'phase', 'from'),
-                          [(f'`{s}`', gib(b), p, f'`{n[-70:]}`') for s, b, p, n in r['arrays']]))
+  lines.append(cost.table(('largest at the fullest point, beside the arguments', 'arrays', 'together', 'phase', 'from'),
+                          [(f'`{s}`', count, gib(b), p, f'`{n[-70:]}`') for s, count, b, p, n in r['arrays']]))
   rows = []
   for phase, p in r['phases'].items():
     flops, wire = r['needed'].get(phase, (0, 0))

@@ -71,6 +71,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.mesh = mesh
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
                     sequence='tensor',  # of what each layer keeps for the way back
+                    table=('fsdp', 'tensor'),  # the embedding has no heads that tensor could split
                     vocab=config_dict.placeholder(str))  # 50,257 is odd: the vocabulary axis stays whole
   c.data = dict(tokenizer='openai-community/gpt2', template='plain', pretrain='jsonl:data/pretrain.jsonl.gz',
                 demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl',
