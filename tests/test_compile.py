@@ -249,7 +249,7 @@ def test_the_command_ends_with_one_sentence():
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get('TPU_LIBRARY_PATH'), reason='TPU_LIBRARY_PATH names no libtpu: see experiments/compile.py')
 def test_a_step_compiled_for_a_tpu_slice(tmp_path):
-  """The tiny RM for 16 v5e chips, in a process of its own: an interpreter holds one libtpu."""
+  """Tiny SFT for 16 v5e chips, in a process of its own: an interpreter holds one libtpu."""
   run = [sys.executable, str(ROOT / 'experiments/compile.py'), '--config=configs/ppo_ptx.py:tiny', '--topology=v5e:4x4',
          '--stage=sft', '--config.mesh.fsdp=16', f'--out={tmp_path}']
   done = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | {'XLA_FLAGS': ''})
