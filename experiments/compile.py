@@ -54,7 +54,8 @@ def find_devices(topology: str):
   from jax.experimental import topologies
   jax.config.update('jax_platforms', 'cpu')
   try:
-    return topologies.get_topology_desc(topology, platform='tpu').devices, chip
+    cores = dict(chip_config_name='megacore') if chip == 'v4' else {}  # a device a chip, as the others have by themselves
+    return topologies.get_topology_desc(topology, platform='tpu', **cores).devices, chip
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f'--topology={topology}: the TPU compiler knows no such slice ({str(error).splitlines()[0]}).') from None
 

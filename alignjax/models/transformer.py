@@ -289,7 +289,9 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     layers = [jax.tree.map(lambda w: w[i], params['layers']) for i in range(cfg.num_layers)]  # noqa: B023
     whole = constrain_weights({'embed': params['embed'], 'final': params['final'], 'unstacked': layers})
-    return {'layers': params['layers'], **whole_head(whole)}
+    if cfg.tie_embeddings:  # in one step: the TPU compiler failed on the way over pieces
+      whole['embed'] = whole['embed'] | {'tokens': whole_head(params)['embed']['tokens']}
+    return {'layers': params['layers'], **whole}
 
   def prefill(weights, tokens, mask, slots):
     x, (k, v) = run_layers(weights, tokens, mask, keep_cache=True)
