@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-  """hbm: bytes that a program can have; flops: bf16 a second; bandwidth: bytes of HBM a second; wire: bytes a second that a chip receives over one axis
-  of the interconnect (two links of a TPU's torus, all of a GPU's NVLink); chips that use several axes at once are faster."""
+  """hbm: bytes that a program can have; flops: bf16 a second; bandwidth: bytes of HBM a second; wire: bytes a second that a chip
+  receives over one axis of the interconnect (two links of a TPU's torus, all of a GPU's NVLink); over several at once, more."""
   hbm: float
   flops: float
   bandwidth: float
