@@ -64,17 +64,17 @@ def analyse(module: hlo.Module, mesh_shape: dict[str, int], chip: Chip | None) -
     if chip is not None:
       phase.seconds += max(flops / chip.flops, moved / chip.bandwidth) * times
 
-  waves = set()
+  waves: dict[str, hlo.Site] = {}
   for site in hlo.walk(module):
     if not site.fused:
       close()
       flops, moved, times, name = 0.0, hlo.traffic(module, site), site.times, phase_of(site.op_name)
     flops += hlo.flops(site)
     found = hlo.collective(site)
-    if found and site.fused and 'chain_id=' in site.instruction.attributes:  # a TPU program hides it behind several fusions, which
-      wave = (site.loops, re.search(r'channel_id=\d+', site.instruction.attributes)[0])  # all name it: start, steps, done
-      found = None if wave in waves else found
-      waves.add(wave)
+    if found and site.fused and 'chain_id=' in site.instruction.attributes:
+      # A TPU program hides it behind several fusions, which all name it: its start, steps (also in a loop further in), its end.
+      wave = waves.setdefault(re.search(r'channel_id=\d+', site.instruction.attributes)[0], site)
+      found = None if wave is not site and wave.loops == site.loops[:len(wave.loops)] else found
     if found and found.bytes:
       shape = max((s for s in site.instruction.shapes), key=lambda s: s.bytes)
       key = (phase_of(site.op_name), found.kind, axes_of(found.group, mesh_shape), str(shape), bool(site.loops), site.op_name)

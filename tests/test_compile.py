@@ -292,3 +292,31 @@ def test_what_is_alive_together():
                     '  ROOT %out = f32[100]{0} negate(%u)', '}'])
   size, live = liveness.peak(hlo.parse(text))
   assert size == 1200 and {x.op_name[-1] for x in live} == set('xyz')
+
+
+def test_a_collective_behind_several_fusions_is_one():
+  """As TPU programs hide them: a start, a step in a loop further in, an end, all naming the gather of one channel. And the sum of
+  which every device keeps a piece, in one fusion, is a reduce-scatter."""
+  gather = ('all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}, '
+            'metadata={op_name="jit(s)/update/g"}')
+  part = lambda name: [f'%{name} (p: f32[2]) -> f32[16] {{', '  %p = f32[2]{0} parameter(0)',
+                       f'  ROOT %g = f32[16]{{0}} {gather}', '}']
+  text = '\n'.join([
+      *part('start'), *part('step'), *part('end'),
+      '%scatter (i: f32[16]) -> f32[2] {', '  %i = f32[16]{0} parameter(0)', '  %z = s32[] constant(0)',
+      '  %r = f32[16]{0} all-reduce(%i), replica_groups=[1,8]<=[8], to_apply=%add, metadata={op_name="jit(s)/update/r"}',
+      '  ROOT %d = f32[2]{0} dynamic-slice(%r, %z), dynamic_slice_sizes={2}', '}',
+      '%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {', '  %t = (s32[], f32[2]{0}) parameter(0)',
+      '  %i = s32[] get-tuple-element(%t), index=0', '  %one = s32[] constant(1)', '  %next = s32[] add(%i, %one)',
+      '  %x = f32[2]{0} get-tuple-element(%t), index=1', '  %y = f32[16]{0} fusion(%x), kind=kOutput, calls=%step',
+      '  ROOT %u = (s32[], f32[2]{0}) tuple(%next, %x)', '}',
+      '%condition (t: (s32[], f32[2])) -> pred[] {', '  %t = (s32[], f32[2]{0}) parameter(0)',
+      '  %i = s32[] get-tuple-element(%t), index=0', '  %four = s32[] constant(4)',
+      '  ROOT %lt = pred[] compare(%i, %four), direction=LT', '}',
+      'ENTRY %main (p: f32[2]) -> f32[2] {', '  %p = f32[2]{0} parameter(0)', '  %zero = s32[] constant(0)',
+      '  %a = f32[16]{0} fusion(%p), kind=kCustom, calls=%start', '  %t = (s32[], f32[2]{0}) tuple(%zero, %p)',
+      '  %w = (s32[], f32[2]{0}) while(%t), condition=%condition, body=%body',
+      '  %b = f32[16]{0} fusion(%p), kind=kCustom, calls=%end',
+      '  ROOT %c = f32[2]{0} fusion(%b), kind=kCustom, calls=%scatter', '}'])
+  _, sent = cost.analyse(hlo.parse(text), dict(data=1, fsdp=8, tensor=1), None)
+  assert sorted((s.kind, s.times, s.bytes) for s in sent) == [('all-gather', 1, 7 * 8), ('reduce-scatter', 1, 64 * 7 // 8)]
