@@ -35,7 +35,10 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
   if data * rest != len(devices):
     raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is {data * rest}, but there are '
                      f'{len(devices)} devices.')
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  try:
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  except NotImplementedError as error:  # of a TPU slice's own axes
+    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: {error}') from None
 
 
 class Sharder:
