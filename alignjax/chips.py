@@ -7,22 +7,24 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-  """hbm: bytes; flops: bf16 a second; bandwidth: bytes of HBM a second; wire: bytes a second that a chip receives over one axis
-  of the interconnect (two links of a TPU's torus, all of a GPU's NVLink); chips that use several axes at once are faster."""
+  """hbm: bytes that a program can have; flops: bf16 a second; bandwidth: bytes of HBM a second; wire: bytes a second that a chip
+  receives over one axis of the interconnect (two links of a TPU's torus, all of a GPU's NVLink); over several at once, more."""
   hbm: float
   flops: float
   bandwidth: float
   wire: float
 
 
+RUNTIME = 2**28  # bytes of HBM that the runtime keeps: of a v5e's 16 GiB the TPU compiler gives programs 15.75
+
 # TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (system architecture): HBM capacity and bandwidth, peak bf16 compute, and
 # interchip interconnect bandwidth a chip, 2,400, 1,600, 4,800 and 3,584 Gbit/s, over the links of a 3D (v4, v5p: 6) or 2D torus
 # (v5e, v6e: 4). GPU: NVIDIA's data sheets, dense bf16; NVLink one way.
 CHIPS = {
-    'v4': Chip(32 * 2**30, 275e12, 1228e9, 2 * 2400e9 / 8 / 6),
-    'v5e': Chip(16 * 2**30, 197e12, 819e9, 2 * 1600e9 / 8 / 4),
-    'v5p': Chip(95 * 2**30, 459e12, 2765e9, 2 * 4800e9 / 8 / 6),
-    'v6e': Chip(32 * 2**30, 918e12, 1640e9, 2 * 3584e9 / 8 / 4),
+    'v4': Chip(32 * 2**30 - RUNTIME, 275e12, 1228e9, 2 * 2400e9 / 8 / 6),
+    'v5e': Chip(16 * 2**30 - RUNTIME, 197e12, 819e9, 2 * 1600e9 / 8 / 4),
+    'v5p': Chip(95 * 2**30 - RUNTIME, 459e12, 2765e9, 2 * 4800e9 / 8 / 6),
+    'v6e': Chip(32 * 2**30 - RUNTIME, 918e12, 1640e9, 2 * 3584e9 / 8 / 4),
     'A100': Chip(80e9, 312e12, 2039e9, 300e9),
     'H100': Chip(80e9, 989e12, 3350e9, 450e9),
     'H200': Chip(141e9, 989e12, 4800e9, 450e9),

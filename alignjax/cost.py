@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import hlo
+from alignjax import hlo, liveness
 from alignjax.chips import Chip
 
 PHASES = ('prepare', 'prefill', 'decode', 'score', 'reward', 'update')
@@ -64,12 +64,17 @@ def analyse(module: hlo.Module, mesh_shape: dict[str, int], chip: Chip | None) -
     if chip is not None:
       phase.seconds += max(flops / chip.flops, moved / chip.bandwidth) * times
 
+  waves: dict[str, hlo.Site] = {}
   for site in hlo.walk(module):
     if not site.fused:
       close()
       flops, moved, times, name = 0.0, hlo.traffic(module, site), site.times, phase_of(site.op_name)
     flops += hlo.flops(site)
     found = hlo.collective(site)
+    if found and site.fused and 'chain_id=' in site.instruction.attributes:
+      # A TPU program hides it behind several fusions, which all name it: its start, steps (also in a loop further in), its end.
+      wave = waves.setdefault(re.search(r'channel_id=\d+', site.instruction.attributes)[0], site)
+      found = None if wave is not site and wave.loops == site.loops[:len(wave.loops)] else found
     if found and found.bytes:
       shape = max((s for s in site.instruction.shapes), key=lambda s: s.bytes)
       key = (phase_of(site.op_name), found.kind, axes_of(found.group, mesh_shape), str(shape), bool(site.loops), site.op_name)
@@ -95,16 +100,14 @@ def step_seconds(phases: dict[str, Phase], chip: Chip) -> tuple[float, float]:
           sum(p.seconds + p.wire / chip.wire for p in phases.values()))
 
 
-def largest_arrays(module: hlo.Module, count: int = 8) -> list[tuple[str, int, str, str]]:
-  """The largest arrays that the step makes in main memory: (shape, bytes, phase, op_name), one for each shape and place."""
-  found: dict[tuple, int] = {}
-  for site in hlo.walk(module):
-    if not site.fused and site.instruction.opcode not in hlo.FREE and not site.instruction.opcode.endswith('-done'):
-      for shape in site.instruction.shapes:
-        if shape.space == 0:
-          found[str(shape), phase_of(site.op_name)] = shape.bytes, short(site.op_name)
-  top = sorted(found.items(), key=lambda item: -item[1][0])[:count]
-  return [(shape, size, phase, name) for (shape, phase), (size, name) in top]
+def largest_arrays(module: hlo.Module, count: int = 10) -> list[tuple[str, int, int, str, str]]:
+  """What fills the memory at the step's fullest point, beside its arguments: (shape, how many, bytes together, phase, op_name)."""
+  together: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
+  for array in liveness.peak(module)[1]:
+    entry = together[array.shape, phase_of(array.op_name), short(array.op_name)]
+    entry[0], entry[1] = entry[0] + 1, entry[1] + array.bytes
+  top = sorted(together.items(), key=lambda item: -item[1][1])[:count]
+  return [(shape, number, size, phase, name) for (shape, phase, name), (number, size) in top]
 
 
 def short(op_name: str) -> str:

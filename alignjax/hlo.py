@@ -213,6 +213,8 @@ def collective(site: Site) -> Collective | None:
   kind = instruction.opcode.removesuffix('-start')
   if kind not in COLLECTIVES:
     return None
+  if kind == 'all-reduce' and site.fused and any(i.opcode == 'dynamic-slice' for i in site.computation.values()):
+    kind = 'reduce-scatter'  # as TPU programs write it: the sum, and each device's piece of it, in one fusion
   group, groups = replica_group(instruction.attributes)
   size = sum(s.bytes for o in instruction.operands if o in site.computation for s in site.computation[o].shapes)
   n = len(group)

@@ -36,7 +36,10 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
   if data * rest != len(devices):
     raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is {data * rest}, but there are '
                      f'{len(devices)} devices.')
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  try:
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  except NotImplementedError as error:  # of a TPU slice's own axes
+    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: {error}') from None
 
 
 class Sharder:
@@ -44,12 +47,13 @@ class Sharder:
 
   Args:
     mesh: of make_mesh.
-    rules: logical axis -> mesh axis, tuple of mesh axes, or None.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as 'embed' where no rule names it.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
     self.mesh = mesh
     self.rules = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in rules.items()}
+    self.rules.setdefault('table', self.rules.get('embed'))
     for name, value in self.rules.items():
       for axis in _as_tuple(value):
         if axis not in mesh.axis_names:

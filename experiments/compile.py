@@ -54,7 +54,8 @@ def find_devices(topology: str):
   from jax.experimental import topologies
   jax.config.update('jax_platforms', 'cpu')
   try:
-    return topologies.get_topology_desc(topology, platform='tpu').devices, chip
+    cores = dict(chip_config_name='megacore') if chip == 'v4' else {}  # a device a chip, as the others have by themselves
+    return topologies.get_topology_desc(topology, platform='tpu', **cores).devices, chip
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f'--topology={topology}: the TPU compiler knows no such slice ({str(error).splitlines()[0]}).') from None
 
@@ -87,7 +88,7 @@ def compile_stage(config, stage: str, devices, chip_name: str | None) -> dict:
   memory = compiled.memory_analysis()
   sizes = dict(arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes, alias=memory.alias_size_in_bytes,
                temporaries=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes)
-  peak = sizes['arguments'] + sizes['outputs'] - sizes['alias'] + sizes['temporaries']
+  peak = sizes['arguments'] + sizes['outputs'] - sizes['alias'] + sizes['temporaries'] + sizes['code']  # a TPU's code, too
   out |= dict(minutes=(time.perf_counter() - began) / 60, memory=sizes, peak=peak, fits=not chip or peak <= chip.hbm)
   program = hlo.parse(compiled.as_text())
   phases, sent = cost.analyse(program, mesh, chip)
@@ -114,10 +115,11 @@ def describe(name: str, r: dict) -> str:
   m, chip = r['memory'], chips.CHIPS.get(r['chip'])
   lines = [head, cost.table(('memory of a device', ''), [
       ('arguments (state, frozen networks, batch)', gib(m['arguments'])), ('temporaries', gib(m['temporaries'])),
-      ('outputs, beyond what takes an argument\'s place', gib(m['outputs'] - m['alias'])), ('peak', gib(r['peak'])),
+      ('outputs, beyond what takes an argument\'s place', gib(m['outputs'] - m['alias'])), ('program', gib(m['code'])),
+      ('peak', gib(r['peak'])),
       *([('capacity', gib(r['capacity']))] if r['capacity'] else [])])]
-  lines.append(cost.table(('largest arrays made', 'size', 'phase', 'from'),
-                          [(f'`{s}`', gib(b), p, f'`{n[-70:]}`') for s, b, p, n in r['arrays']]))
+  lines.append(cost.table(('largest at the fullest point, beside the arguments', 'arrays', 'together', 'phase', 'from'),
+                          [(f'`{s}`', count, gib(b), p, f'`{n[-70:]}`') for s, count, b, p, n in r['arrays']]))
   rows = []
   for phase, p in r['phases'].items():
     flops, wire = r['needed'].get(phase, (0, 0))

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax import chips, cost, hlo, sharding
+from alignjax import chips, cost, hlo, liveness, sharding
 from alignjax.stages import abstract
 from experiments import compile as command
 
@@ -115,8 +115,8 @@ def test_a_program_written_by_hand():
   assert phases['update'].flops == 2 * 16 * 4 * 8 and phases['decode'].flops == 0
   assert phases['update'].traffic == 16 * 8 * 2 + 8 * 4 * 2 + 16 * 4 * 4  # of the stack one slice is read
   assert (phases['update'].wire, phases['decode'].wire) == (gather.bytes, reduce.bytes)
-  assert {(s, p) for s, _, p, _ in cost.largest_arrays(module, 3)} == {
-      ('bf16[16,8]', 'update'), ('f32[16,4]', 'update'), ('f32[16,4]', 'decode')}  # 256 bytes each
+  # the product goes through the loops into the result's place, so the gathered rows alone are extra, until they are read
+  assert cost.largest_arrays(module) == [('bf16[16,8]', 1, 256, 'update', 'update/g')]
 
 
 @pytest.mark.parametrize('text,group,count', [
@@ -180,7 +180,7 @@ def tiny(fsdp=8):
 def test_a_stage_compiled_for_eight_devices(tmp_path):
   result = command.compile_stage(tiny(), 'ppo_ptx', jax.devices(), None)
   assert result['fits'] and result['memory']['temporaries'] > 0
-  assert set(result['phases']) >= {'prepare', 'prefill', 'decode', 'score', 'reward', 'update'}
+  assert set(result['phases']) >= {'prefill', 'decode', 'score', 'reward', 'update'}  # jax 0.12 leaves `prepare` nameless
   # no parameter is gathered for each token: the loop exchanges whether all rows are done, and no more
   inside = [s for s in result['collectives'] if s['phase'] == 'decode' and s['in_loop']]
   assert max((s['bytes'] / s['times'] for s in inside), default=0) <= 64, inside
@@ -249,13 +249,13 @@ def test_the_command_ends_with_one_sentence():
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get('TPU_LIBRARY_PATH'), reason='TPU_LIBRARY_PATH names no libtpu: see experiments/compile.py')
 def test_a_step_compiled_for_a_tpu_slice(tmp_path):
-  """The tiny RM for 16 v5e chips, in a process of its own: an interpreter holds one libtpu."""
+  """Tiny SFT for 16 v5e chips, in a process of its own: an interpreter holds one libtpu."""
   run = [sys.executable, str(ROOT / 'experiments/compile.py'), '--config=configs/ppo_ptx.py:tiny', '--topology=v5e:4x4',
          '--stage=sft', '--config.mesh.fsdp=16', f'--out={tmp_path}']
   done = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | {'XLA_FLAGS': ''})
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'ppo_ptx-sft-v5e-4x4.json').read_text())
-  assert found['devices'] == 16 and found['capacity'] == 16 * 2**30 and 0 < found['peak'] < 2**30
+  assert found['devices'] == 16 and found['capacity'] == 15.75 * 2**30 and 0 < found['peak'] < 2**30
   assert found['phases']['update']['wire'] > 0 and found['seconds'][0] > 0
   assert '| ppo_ptx sft v5e:4x4 |' in (tmp_path / 'table.md').read_text()
 
@@ -282,3 +282,41 @@ def test_generation_in_groups_draws_the_same_responses(samples):
   assert (whole.responses == parts.responses).all() and (whole.mask == parts.mask).all()
   np.testing.assert_allclose(whole.logprobs, parts.logprobs, rtol=1e-4, atol=1e-5)
   assert len(np.unique(np.asarray(whole.responses), axis=0)) > 2
+
+
+def test_what_is_alive_together():
+  """x and y and z of 400 bytes: y and z are alive when z is made, x is read for the last time then; u takes z's place in time."""
+  line = lambda name, what: f'  %{name} = f32[100]{{0}} {what}, metadata={{op_name="jit(s)/update/{name}"}}'
+  text = '\n'.join(['ENTRY %main (p: f32[100]) -> f32[100] {', '  %p = f32[100]{0} parameter(0)', line('x', 'sine(%p)'),
+                    line('y', 'cosine(%x)'), line('z', 'add(%x, %y)'), line('u', 'multiply(%z, %y)'),
+                    '  ROOT %out = f32[100]{0} negate(%u)', '}'])
+  size, live = liveness.peak(hlo.parse(text))
+  assert size == 1200 and {x.op_name[-1] for x in live} == set('xyz')
+
+
+def test_a_collective_behind_several_fusions_is_one():
+  """As TPU programs hide them: a start, a step in a loop further in, an end, all naming the gather of one channel. And the sum of
+  which every device keeps a piece, in one fusion, is a reduce-scatter."""
+  gather = ('all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}, '
+            'metadata={op_name="jit(s)/update/g"}')
+  part = lambda name: [f'%{name} (p: f32[2]) -> f32[16] {{', '  %p = f32[2]{0} parameter(0)',
+                       f'  ROOT %g = f32[16]{{0}} {gather}', '}']
+  text = '\n'.join([
+      *part('start'), *part('step'), *part('end'),
+      '%scatter (i: f32[16]) -> f32[2] {', '  %i = f32[16]{0} parameter(0)', '  %z = s32[] constant(0)',
+      '  %r = f32[16]{0} all-reduce(%i), replica_groups=[1,8]<=[8], to_apply=%add, metadata={op_name="jit(s)/update/r"}',
+      '  ROOT %d = f32[2]{0} dynamic-slice(%r, %z), dynamic_slice_sizes={2}', '}',
+      '%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {', '  %t = (s32[], f32[2]{0}) parameter(0)',
+      '  %i = s32[] get-tuple-element(%t), index=0', '  %one = s32[] constant(1)', '  %next = s32[] add(%i, %one)',
+      '  %x = f32[2]{0} get-tuple-element(%t), index=1', '  %y = f32[16]{0} fusion(%x), kind=kOutput, calls=%step',
+      '  ROOT %u = (s32[], f32[2]{0}) tuple(%next, %x)', '}',
+      '%condition (t: (s32[], f32[2])) -> pred[] {', '  %t = (s32[], f32[2]{0}) parameter(0)',
+      '  %i = s32[] get-tuple-element(%t), index=0', '  %four = s32[] constant(4)',
+      '  ROOT %lt = pred[] compare(%i, %four), direction=LT', '}',
+      'ENTRY %main (p: f32[2]) -> f32[2] {', '  %p = f32[2]{0} parameter(0)', '  %zero = s32[] constant(0)',
+      '  %a = f32[16]{0} fusion(%p), kind=kCustom, calls=%start', '  %t = (s32[], f32[2]{0}) tuple(%zero, %p)',
+      '  %w = (s32[], f32[2]{0}) while(%t), condition=%condition, body=%body',
+      '  %b = f32[16]{0} fusion(%p), kind=kCustom, calls=%end',
+      '  ROOT %c = f32[2]{0} fusion(%b), kind=kCustom, calls=%scatter', '}'])
+  _, sent = cost.analyse(hlo.parse(text), dict(data=1, fsdp=8, tensor=1), None)
+  assert sorted((s.kind, s.times, s.bytes) for s in sent) == [('all-gather', 1, 7 * 8), ('reduce-scatter', 1, 64 * 7 // 8)]

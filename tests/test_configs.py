@@ -1,20 +1,14 @@
 """Every config builds; the paper's build to shapes, with the paper's numbers."""
 
-import functools
 import pathlib
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from alignjax import ops, plugins, rollout, train
-from alignjax.models import transformer
-from alignjax.models.config import TransformerConfig
-from alignjax.stages.ppo_ptx import iteration
-from alignjax.stages.setup import make_optimizer
-from alignjax.types import TokenBatch, TrainState
+from alignjax import train
+from alignjax.stages import abstract, ppo_ptx
 from experiments import run
 from experiments.configs import base, instructgpt_1b3, instructgpt_6b, instructgpt_175b, pretrain, rm, sft
 
@@ -60,29 +54,12 @@ def test_the_papers_numbers():
 def test_the_papers_sizes_build_to_shapes(size, parameters):
   """A whole PPO-ptx iteration at the paper's batch, traced without a byte of it."""
   c = PAPER[size].get_config()
-  policy_cfg, value_cfg = TransformerConfig(**c.model), TransformerConfig(**c.reward_model)
-  policy = jax.eval_shape(lambda: transformer.init(policy_cfg, jax.random.key(0)))
-  value = jax.eval_shape(lambda: transformer.init(value_cfg, jax.random.key(0), 'scalar'))
-  assert count(policy) == pytest.approx(parameters, rel=0.01)
-  s = c.stages.ppo_ptx
-  tx = make_optimizer(s.optimizer, s.iterations * s.minibatches, 'ppo_ptx')
-  nets = transformer.make_networks(policy_cfg)._replace(scalar=transformer.make_networks(value_cfg).scalar)
-
-  def build(params):
-    return TrainState(jnp.int32(0), params, tx.init(params), params['policy'], {'kl_coef': jnp.float32(s.kl.coef)})
-
-  state = jax.eval_shape(build, {'policy': policy, 'value': value})
-  shape = lambda rows, length, dtype: jax.ShapeDtypeStruct((rows, length), dtype)
-  rows = s.rollout.episodes * s.ptx.rows_per_episode
-  batch = (shape(512, 1024, jnp.int32), shape(512, 1024, bool),
-           TokenBatch(shape(rows, 2048, jnp.int32), shape(rows, 2048, bool), shape(rows, 2048, jnp.float32)))
-  step = functools.partial(
-      iteration, key=jax.random.key(0), nets=nets, tx=tx, whiten=True, minibatches=s.minibatches, inner_epochs=1,
-      microbatches=s.microbatches, ema_decay=s.ema_decay, kl_target=None, kl_horizon=None, advantage_fn=ops.gae,
-      loss_fn=plugins.bind(s.loss, 'loss', given=('nets',)),
-      rollout_fn=functools.partial(rollout.collect, reward_fn=rollout.model_reward, max_tokens=1024, stop_ids=(50256,),
-                                   score_rows=64))
-  after, metrics, out = jax.eval_shape(step, state, {'ref': policy, 'reward': value}, batch)
+  c.mesh.update(data=1, fsdp=2, tensor=4)
+  plan = ppo_ptx.abstract_step(abstract.setup(c, jax.devices()), 'ppo_ptx')
+  state, _, (prompts, _, ptx) = plan.arguments
+  assert count(state.params['policy']) == pytest.approx(parameters, rel=0.01)
+  assert prompts.shape == (512, 1024) and ptx.tokens.shape == (512 * 8, 2048)
+  after, metrics, out = jax.eval_shape(plan.step, *plan.arguments)
   assert jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype or pytest.fail(f'{a} {b}'), after, state)
   assert out.responses.shape == (512, 1024) and metrics['ppo/loss/ptx'].shape == ()
 

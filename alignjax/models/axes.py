@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 AXES = (
-    (r'embed/tokens', ('vocab', 'embed')),
+    (r'embed/tokens', ('vocab', 'table')),
     (r'embed/positions', (None, 'embed')),
     (r'attention/query/kernel', ('embed', 'heads', None)),
     (r'attention/(key|value)/kernel', ('embed', 'kv_heads', None)),

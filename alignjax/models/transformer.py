@@ -57,6 +57,12 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Arra
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
 
 
+def _anywhere(x, *axes):
+  """The `constrain` that leaves an activation's sharding to the compiler."""
+  del axes
+  return x
+
+
 def _attend(q, k, v, visible):
   """q [B,T,G,N/G,H] scaled; k, v [B,G,S,H]; visible bool[B,T,S] -> [B,T,G,N/G,H]. Softmax in float32."""
   logits = jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32)
@@ -67,6 +73,7 @@ def _attend(q, k, v, visible):
 class Attention(nn.Module):
   """Causal attention with grouped heads. With a cache it appends the new keys and values and attends to all slots."""
   cfg: TransformerConfig
+  constrain: Callable = _anywhere
 
   @nn.compact
   def __call__(self, x, angles, visible, cache=None, index=None):
@@ -84,6 +91,8 @@ class Attention(nn.Module):
     if cache is not None:
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+    q = self.constrain(q, 'batch', None, 'heads', None)
+    k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
     b, t = x.shape[:2]
     q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width) * cfg.head_width**-0.5  # [B,T,G,N/G,H]
     if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
@@ -94,7 +103,7 @@ class Attention(nn.Module):
       heads = jnp.concatenate(parts, axis=1)
     else:
       heads = _attend(q, k, v, visible)
-    heads = heads.reshape(b, t, cfg.num_heads, cfg.head_width)
+    heads = self.constrain(heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', None, 'heads', None)
     out = nn.DenseGeneral(cfg.d_model, axis=(-2, -1), use_bias=cfg.out_bias, dtype=cfg.dtype,
                           kernel_init=_residual_init(cfg), name='out')(heads)
     return out, (k, v)
@@ -102,12 +111,13 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
   cfg: TransformerConfig
+  constrain: Callable = _anywhere
 
   @nn.compact
   def __call__(self, x):
     cfg = self.cfg
     dense = lambda width, name, **kw: nn.Dense(width, use_bias=cfg.out_bias, dtype=cfg.dtype, name=name, **kw)
-    hidden = dense(cfg.mlp_width, 'up')(x)
+    hidden = self.constrain(dense(cfg.mlp_width, 'up')(x), 'batch', None, 'mlp')
     if cfg.mlp == 'swiglu':
       hidden = jax.nn.silu(dense(cfg.mlp_width, 'gate')(x)) * hidden
     else:
@@ -118,16 +128,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
   """One layer: attention and MLP on the residual stream, in sequence or in parallel."""
   cfg: TransformerConfig
+  constrain: Callable = _anywhere
 
   @nn.compact
   def __call__(self, x, angles, visible, cache=None, index=None, dropout=False):
     cfg = self.cfg
-    drop = lambda y: nn.Dropout(cfg.dropout, deterministic=not dropout)(y)
-    attended, cache = Attention(cfg, name='attention')(_norm(cfg, 'norm_1')(x), angles, visible, cache, index)
+    attention, mlp = Attention(cfg, self.constrain, name='attention'), MLP(cfg, self.constrain, name='mlp')
+    norm = lambda name, x: self.constrain(_norm(cfg, name)(x), 'batch', None, None)  # all tokens, for the heads and the MLP
+    drop = lambda y: nn.Dropout(cfg.dropout, deterministic=not dropout)(self.constrain(y, 'batch', 'sequence', None))
+    attended, cache = attention(norm('norm_1', x), angles, visible, cache, index)
     if cfg.parallel_residual:
-      return x + drop(attended) + drop(MLP(cfg, name='mlp')(_norm(cfg, 'norm_2')(x))), cache
+      return x + drop(attended) + drop(mlp(norm('norm_2', x))), cache
     x = x + drop(attended)
-    return x + drop(MLP(cfg, name='mlp')(_norm(cfg, 'norm_2')(x))), cache
+    return x + drop(mlp(norm('norm_2', x))), cache
 
 
 class Embed(nn.Module):
@@ -192,7 +205,7 @@ def init_head(cfg: TransformerConfig, key: jax.Array) -> Params:
   return Final(cfg, 'scalar').init(key, jnp.zeros((1, 1, cfg.d_model), cfg.dtype))['params']['score']
 
 
-def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda x, *axes: x,
+def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywhere,
                   constrain_weights: Callable[[Any], Any] = lambda weights: weights) -> Networks:
   """The pure functions of an architecture (types.Networks).
 
@@ -210,12 +223,12 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     where = ops.positions(mask)
     angles = rotary_angles(cfg, where)
     visible = ops.visible(mask)
-    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', 'sequence', None)
+    x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
 
     def layer(x, inputs):
       weights, layer_key = inputs
       rngs = {} if key is None else {'dropout': layer_key}
-      x, kv = Block(cfg).apply({'params': weights}, x, angles, visible, dropout=key is not None, rngs=rngs)
+      x, kv = Block(cfg, constrain).apply({'params': weights}, x, angles, visible, dropout=key is not None, rngs=rngs)
       return constrain(x, 'batch', 'sequence', None), (kv if keep_cache else None)
 
     policies = {'none': None, 'full': jax.checkpoint_policies.nothing_saveable,
@@ -223,7 +236,9 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     if cfg.remat != 'none':
       layer = jax.checkpoint(layer, policy=policies[cfg.remat], prevent_cse=False)
     keys = None if key is None else jax.random.split(key, cfg.num_layers)
-    return jax.lax.scan(layer, x, (params['layers'], keys))
+    x = constrain(x, 'batch', 'sequence', None)  # where it waits between layers, and for the way back
+    x, kv = jax.lax.scan(layer, x, (params['layers'], keys))
+    return constrain(x, 'batch', None, None), kv
 
   def whole_head(params):
     """The unembedding gathered over the devices that share D, once: left in pieces, each would multiply its piece with every
@@ -258,7 +273,6 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
       out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
     else:  # a few columns of every row at a time: the rows stay where they are, on all devices of the batch axes
       columns = max(1, cfg.logits_chunk // b)
-      x = constrain(x, 'batch', None, None)
       widen = lambda y: jnp.pad(y, ((0, 0), (0, -(t - 1) % columns), *((0, 0),) * (y.ndim - 2)))
       cut = lambda y: jnp.moveaxis(widen(y).reshape(b, -1, columns, *y.shape[2:]), 1, 0)
       some = lambda args: jax.checkpoint(score)(constrain(args[0], 'batch', 'sequence', None), args[1])
@@ -275,6 +289,8 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     params = jax.tree.map(lambda w: w.astype(dtype), params)
     layers = [jax.tree.map(lambda w: w[i], params['layers']) for i in range(cfg.num_layers)]  # noqa: B023
     whole = constrain_weights({'embed': params['embed'], 'final': params['final'], 'unstacked': layers})
+    if cfg.tie_embeddings:  # in one step: the TPU compiler failed on the way over pieces
+      whole['embed'] = whole['embed'] | {'tokens': whole_head(params)['embed']['tokens']}
     return {'layers': params['layers'], **whole}
 
   def prefill(weights, tokens, mask, slots):
@@ -290,9 +306,10 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = lambda
     where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)
     angles = rotary_angles(cfg, where)
     x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
+    one_token = lambda x, *axes: constrain(x, *(None if axis == 'sequence' else axis for axis in axes))
     ks, vs = [], []
     for layer, k, v in zip(weights['unstacked'], cache.k, cache.v, strict=True):
-      x, (k, v) = Block(cfg).apply({'params': layer}, x, angles, seen[:, None, :], (k, v), cache.index)
+      x, (k, v) = Block(cfg, one_token).apply({'params': layer}, x, angles, seen[:, None, :], (k, v), cache.index)
       ks.append(k)
       vs.append(v)
     cache = KVCache(k=tuple(ks), v=tuple(vs), mask=seen, index=cache.index + 1)

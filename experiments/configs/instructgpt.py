@@ -20,8 +20,7 @@ GPT3_VOCABULARY = 50257
 def gpt3(size, **changes):
   """GPT-3 architecture (appendix C). [ours] bfloat16 where the paper has fp16; both keep float32 master weights."""
   return dict(vocab_size=GPT3_VOCABULARY, max_length=2048, positions='learned', norm='layernorm', mlp='gelu',
-              tie_embeddings=True, dtype='bfloat16', remat='full', attention_chunk=512,
-              **SHAPES[size]) | changes
+              tie_embeddings=True, dtype='bfloat16', remat='full', **SHAPES[size]) | changes
 
 
 def paper_adam(lr, **kw):
@@ -57,7 +56,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
 
   memory: what changes memory and no result, for the slice that the mesh is meant for: generate_rows (responses sampled at a
     time), microbatches of a PPO minibatch, of the reward model's batch (rm_microbatches) and of a supervised one
-    (sft_microbatches), logits_chunk. experiments/compile.py says whether it fits.
+    (sft_microbatches), and chunks (logits_chunk, attention_chunk). experiments/compile.py says whether it fits.
   """
   supervised = lambda lr, epochs, **kw: dict(
       build='alignjax.stages.sft:build', demonstrations=12_725, epochs=epochs, batch_size=batch,
@@ -73,6 +72,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.mesh = mesh
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
                     sequence='tensor',  # of what each layer keeps for the way back
+                    table=('fsdp', 'tensor'),  # the embedding has no heads that tensor could split
                     vocab=config_dict.placeholder(str))  # 50,257 is odd: the vocabulary axis stays whole
   c.data = dict(tokenizer='openai-community/gpt2', template='plain', pretrain='jsonl:data/pretrain.jsonl.gz',
                 demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl',
@@ -80,9 +80,9 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k
                 too_long='drop', pack=False, mapping=no_mapping(),
                 row_length=2048)  # [ours]: the length of pretraining examples is not reported
-  chunk = memory['logits_chunk']
-  c.model = gpt3(size, dropout=0.2, logits_chunk=chunk)  # residual dropout in SFT (C.1); RM and PPO run without
-  c.reward_model = gpt3('6b', logits_chunk=chunk)
+  chunks = {name: memory[name] for name in ('logits_chunk', 'attention_chunk')}
+  c.model = gpt3(size, dropout=0.2, **chunks)  # residual dropout in SFT (C.1); RM and PPO run without
+  c.reward_model = gpt3('6b', **chunks)
   c.stages = dict(
       sft=supervised(sft_lr, 16, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.0, documents=0,
                      keep_candidates=16),  # C.1: an epoch each, to choose from by RM score (stages/selection.py)

@@ -15,4 +15,4 @@ def get_config():
   return instructgpt.get_config('175b', sft_lr=5.03e-6, batch=8, init_lr=2.45e-6, policy_lr=3.74e-6, value_lr=5e-6,
                                 mesh=dict(data=config_dict.placeholder(int), fsdp=64, tensor=8),
                                 memory=dict(generate_rows=config_dict.placeholder(int), microbatches=1, rm_microbatches=1,
-                                            sft_microbatches=1, logits_chunk=65_536))
+                                            sft_microbatches=1, logits_chunk=65_536, attention_chunk=512))

@@ -14,6 +14,6 @@ from experiments.configs import instructgpt
 
 def get_config():
   return instructgpt.get_config('1b3', sft_lr=9.65e-6, batch=32, init_lr=5e-6, policy_lr=8.05e-6, value_lr=9e-6,
-                                mesh=dict(data=config_dict.placeholder(int), fsdp=8, tensor=2),
-                                memory=dict(generate_rows=128, microbatches=8, rm_microbatches=8, sft_microbatches=1,
-                                            logits_chunk=16_384))
+                                mesh=dict(data=config_dict.placeholder(int), fsdp=4, tensor=4),
+                                memory=dict(generate_rows=128, microbatches=16, rm_microbatches=16, sft_microbatches=1,
+                                            logits_chunk=16_384, attention_chunk=256))

@@ -16,4 +16,4 @@ def get_config():
   return instructgpt.get_config('6b', sft_lr=9.65e-6, batch=32, init_lr=1.04e-5, policy_lr=8.05e-6, value_lr=9e-6,
                                 mesh=dict(data=config_dict.placeholder(int), fsdp=16, tensor=4),
                                 memory=dict(generate_rows=256, microbatches=4, rm_microbatches=4, sft_microbatches=1,
-                                            logits_chunk=16_384))
+                                            logits_chunk=16_384, attention_chunk=512))
