@@ -1,8 +1,8 @@
-"""Eight CPU devices, and jax's strict modes, before anything imports jax."""
+"""Eight CPU devices, and jax's strict modes, before anything imports jax. JAX_PLATFORMS=cuda (or tpu) tests there what needs one device."""
 
 import os
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 

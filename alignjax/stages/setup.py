@@ -246,7 +246,7 @@ def make_state(setup: Setup, params: dict[str, Params], tx: optax.GradientTransf
 
   shapes = jax.eval_shape(build, params)
   shardings = setup.sharder.state(shapes, shapes.params)
-  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
   return jax.jit(build, out_shardings=shardings)(params)
 

@@ -4,13 +4,16 @@
     --comparisons=jsonl:DATA/ukp_convarg/judgments.jsonl.gz --config.data.demonstrations=jsonl:DATA/ukp_convarg/arguments.jsonl.gz
 
 One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick up is length and some words.
-The rule "the longer argument wins" stands beside it in the report. Numbers to expect: README.
+`ukp_rm.py:smollm2` starts from SmolLM2-135M-Instruct instead, on a GPU. The rule "the longer argument wins" stands beside it in the
+report. Numbers to expect: README.
 """
 
 from experiments.configs import base
 
 
-def get_config():
+def get_config(size: str = 'small'):
+  if size not in ('small', 'smollm2'):
+    raise ValueError(f"config argument {size!r} is none of ['small', 'smollm2'].")
   c = base.get_config()
   c.stages_to_run = ('rm',)
   c.data.update(tokenizer='hf:HuggingFaceTB/SmolLM2-135M-Instruct', template='{prompt}\n', pretrain='', prompts='',
@@ -24,4 +27,10 @@ def get_config():
   c.stages.rm.update(init=dict(reward='random'), prompts=None, policies=(), evaluation_prompts=4, bias_demonstrations=64,
                      responses_per_batch=36, k_buckets=(9,), row_lengths=(112,), log_every=20, save_every=None,
                      optimizer=dict(reward=base.adam(3e-3, schedule='cosine', warmup=0.05, weight_decay=0.1)))
+  if size == 'smollm2':
+    c.checkpoint = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'
+    c.data.tokenizer = c.get_ref('checkpoint')
+    c.model = dict(source=c.get_ref('checkpoint'), dtype='bfloat16', max_length=2048)
+    c.stages.rm.init.reward = c.get_ref('checkpoint')
+    c.stages.rm.optimizer.reward.lr = 2e-5
   return c
