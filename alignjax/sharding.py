@@ -39,7 +39,8 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
   try:
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
   except NotImplementedError as error:  # of a TPU slice's own axes
-    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: {error}') from None
+    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: '
+                     f'{error}') from None
 
 
 class Sharder:

@@ -1,4 +1,5 @@
-"""Eight CPU devices, and jax's strict modes, before anything imports jax. JAX_PLATFORMS=cuda (or tpu) tests there what needs one device."""
+"""Eight CPU devices, and jax's strict modes, before anything imports jax. With JAX_PLATFORMS=cuda or tpu, what needs one device is
+tested there."""
 
 import os
 
