@@ -1,5 +1,5 @@
-"""Eight CPU devices, and jax's strict modes, before anything imports jax. With JAX_PLATFORMS=cuda or tpu, what needs one device is
-tested there."""
+"""Eight CPU devices, and jax's strict modes, before anything imports jax. With JAX_PLATFORMS=cuda,cpu or tpu,cpu, what needs one
+device is tested there."""
 
 import os
 

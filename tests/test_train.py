@@ -251,6 +251,7 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
 @pytest.mark.parametrize('changes,words', [
     ({'stages.ppo.minibatches': 5}, '32 does not divide by 5'),
     ({'stages.ppo.microbatches': 3}, 'does not divide by 3'),
+    ({'stages.ppo.rollout.score_rows': 3}, 'by score_rows: 32 does not divide by 3'),
     ({'stages.ppo.rollout.temperature': 0.0}, 'temperature'),
     ({'stages.ppo.kl.target': 6.0}, 'target and horizon'),
     ({'stages.ppo.loss.ptx_coef': 1.0}, 'rows_per_episode'),

@@ -162,7 +162,7 @@ def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: 
       collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=(setup.template.end,),
       temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
       missing_end_penalty=cfg.rollout.missing_end_penalty, generate_rows=cfg.rollout.generate_rows,
-      score_rows=cfg.rollout.episodes // cfg.minibatches)
+      score_rows=score_rows(cfg))
   loss = dict(cfg.loss, temperature=cfg.rollout.temperature) if 'temperature' in plugins.keywords(cfg.loss.fn) else cfg.loss
   return compile_step(functools.partial(
       iteration, key=stage_key(setup, name), nets=setup.nets, rollout_fn=rollout_fn,
@@ -170,6 +170,11 @@ def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: 
       loss_fn=plugins.bind(loss, f'{where}.loss', given=('nets',)), tx=tx, minibatches=cfg.minibatches,
       inner_epochs=cfg.inner_epochs, microbatches=cfg.microbatches, ema_decay=cfg.ema_decay,
       kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), state)
+
+
+def score_rows(cfg) -> int:
+  """Responses scored at a time. By default a minibatch, the rows that an update sees together where it has no microbatches."""
+  return cfg.rollout.score_rows or cfg.rollout.episodes // cfg.minibatches
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
@@ -187,12 +192,12 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   lm, value, length = (setup.policy_model, 'lm'), (setup.reward_model, 'scalar'), setup.length
   groups = episodes // (cfg.rollout.generate_rows or episodes)
   cuts, updates = cfg.minibatches * cfg.microbatches, cfg.minibatches * cfg.microbatches * cfg.inner_epochs
-  scored, at_once = episodes // cfg.minibatches, cfg.reward.get('rows') or episodes
+  scored, at_once = score_rows(cfg), cfg.reward.get('rows') or episodes
   work = {
       'prepare': [Work('gather', *lm, 0, 0)],
       'prefill': [Work('forward', setup.policy_model, 'scalar', episodes // n // groups, setup.prompt_length, groups)],
       'decode': [Work('decode', *lm, episodes // groups, setup.response_length, groups, setup.prompt_length)],
-      'score': [Work('forward', *net, scored, length, cfg.minibatches) for net in (lm, lm, value)],
+      'score': [Work('forward', *net, scored, length, episodes // scored) for net in (lm, lm, value)],
       'reward': [Work('forward', *value, at_once, length, episodes // at_once)] if cfg.reward.fn.endswith(':model_reward') else [],
       'update': [Work('update', *net, episodes // cuts, length, updates) for net in (lm, value)]
                 + ([Work('update', *lm, text // cuts, row_length, updates)] if text else [])}
@@ -212,6 +217,7 @@ def check(setup: Setup, name: str) -> None:
   check_divides(cfg.rollout.episodes // cfg.minibatches, cfg.microbatches, f'{where}: a minibatch by microbatches')
   check_divides(cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.sharder.batch_shards,
                 f'{where}: the prompts of a step by the devices that share a batch')
+  check_divides(cfg.rollout.episodes, score_rows(cfg), f'{where}.rollout.episodes by score_rows')
   if cfg.rollout.generate_rows is not None:
     check_divides(cfg.rollout.episodes, cfg.rollout.generate_rows, f'{where}.rollout.episodes by generate_rows')
     check_divides(cfg.rollout.generate_rows, cfg.rollout.samples_per_prompt, f'{where}.rollout.generate_rows by samples_per_prompt')

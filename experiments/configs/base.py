@@ -23,7 +23,8 @@ def ppo(ptx_coef, iterations, episodes):
       init=dict(policy='stage:sft', value='stage:rm', ref='stage:sft', reward='stage:rm'),
       prompts=8192,
       rollout=dict(episodes=episodes, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0,
-                   generate_rows=config_dict.placeholder(int)),  # None: all episodes at once
+                   generate_rows=config_dict.placeholder(int),  # None: all episodes at once
+                   score_rows=config_dict.placeholder(int)),  # None: a minibatch at once
       reward=dict(fn='alignjax.rollout:model_reward'),
       kl=dict(coef=0.1, target=None, horizon=None),
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),

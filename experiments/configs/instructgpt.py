@@ -37,7 +37,7 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       init=dict(policy='stage:ppo_init', value='stage:rm', ref='stage:ppo_init', reward='stage:rm'),
       prompts=31_144,  # Table 6
       rollout=dict(episodes=512, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0,  # penalty [ours]: none
-                   generate_rows=memory['generate_rows']),
+                   generate_rows=memory['generate_rows'], score_rows=config_dict.placeholder(int)),
       reward=dict(fn='alignjax.rollout:model_reward', rows=64),
       kl=dict(coef=0.02, target=config_dict.placeholder(float), horizon=config_dict.placeholder(int)),
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),  # lam [ours]: Stiennon et al. 2020
