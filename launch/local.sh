@@ -59,7 +59,6 @@ done
 
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
-exec {pause}<> <(:)  # nothing ever comes
 status=0 deadline=
 while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do  # by looking: `wait -n` misses a process that ended before it was called
@@ -76,6 +75,6 @@ while ((${#pids[@]})); do
   if [[ $deadline ]] && ((SECONDS > deadline)); then
     kill -KILL "${pids[@]}" 2>/dev/null || true
   fi
-  read -rt 0.1 -u "$pause" || true  # a pause of bash's own: while it waits for `sleep`, bash can lose a Ctrl-C
+  sleep 0.1 || true  # a signal to the group ends it too
 done
 exit "$status"

@@ -303,7 +303,11 @@ def test_local_ends_the_others_with_the_one_that_failed(tmp_path, what, code):
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_a_signal_on_once(tmp_path, number):
-  process = local(tmp_path, 'stay', start_new_session=True)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored behind an `&`, and by bash too
+  try:
+    process = local(tmp_path, 'stay', start_new_session=True)
+  finally:
+    signal.signal(signal.SIGINT, before)
   lines = [process.stdout.readline() for _ in range(3)]
   assert all('one of 3' in line for line in lines)
   os.killpg(process.pid, number)  # a terminal's Ctrl-C goes to the whole group
