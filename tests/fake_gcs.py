@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import threading
+import time
 import urllib.parse
 
 ROOT = '/storage/v1/b/bucket'
@@ -26,13 +27,15 @@ def environment(port: int) -> dict[str, str]:
 
 
 class Bucket(http.server.ThreadingHTTPServer):
-  """objects: name -> (contents, generation). begun: (name, contents so far) of uploads in several requests."""
+  """objects: name -> (contents, generation). begun: (name, contents so far) of uploads in several requests. hold: the name of an
+  object; while there is one, nothing is answered."""
   daemon_threads = True
 
   def __init__(self, port: int = 0):
     super().__init__(('localhost', port), Handler)
     self.objects: dict[str, tuple[bytes, int]] = {}
     self.begun: list[tuple[str, bytes]] = []
+    self.hold: str | None = None
     self.generation = 1000
     self.lock = threading.Lock()
 
@@ -52,6 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     body = self.rfile.read(size) if size or 'chunked' not in self.headers.get('Transfer-Encoding', '') else self.chunks()
     path, _, query = self.path.partition('?')
     query = {k: v[0] for k, v in urllib.parse.parse_qs(query).items()}
+    while self.server.hold in self.server.objects:
+      time.sleep(0.01)
     with self.server.lock:
       status, headers, content = self.answer(self.command, path, query, body)
     content = json.dumps(content).encode() if isinstance(content, dict) else content

@@ -165,8 +165,7 @@ def test_debug_nans_names_the_operation_and_is_silent_without_one(tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('stage', ['sft', 'ppo_ptx'])
+@pytest.mark.parametrize('stage', [pytest.param('sft', marks=pytest.mark.slow), pytest.param('ppo_ptx', marks=pytest.mark.long)])
 def test_without_jit(tmp_path, stage):
   """Every operation at once, for a debugger: slow, so one stage of each kind at the smallest size."""
   done = switched(tmp_path, stage, JAX_DISABLE_JIT='1')
