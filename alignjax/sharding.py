@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.models.axes import logical_axes, path_name
+from alignjax.models.config import TransformerConfig
 
 AXES = ('data', 'fsdp', 'tensor')
 RULES = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
@@ -80,6 +81,14 @@ class Sharder:
   @property
   def batch_shards(self) -> int:
     return int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get('batch'))], initial=1))
+
+  def check_heads(self, model: TransformerConfig, name: str = 'model') -> None:
+    """ValueError where a head would be cut: a kernel's columns may divide where its heads do not."""
+    for axis, count in (('heads', model.num_heads), ('kv_heads', model.kv_heads)):
+      parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get(axis))], initial=1))
+      if count % parts:
+        raise ValueError(f'{name}: its {count} {axis} do not divide over the {parts} devices of mesh axis '
+                         f'{self.rules[axis]!r}; change the mesh or sharding.{axis}.')
 
   def params(self, shapes: Any) -> Any:
     """Shardings of a parameter tree (arrays or shapes). An axis that does not divide is an error that names both."""

@@ -29,7 +29,8 @@ def gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array | None, *
 
   def add(total, inputs):
     microbatch, key = inputs
-    (loss, metrics), grads = grad_fn(params, microbatch, key)
+    # Behind the barrier, each use casts a layer's weights to bfloat16; without it XLA keeps a cast copy of them all through the loop.
+    (loss, metrics), grads = grad_fn(jax.lax.optimization_barrier(params), microbatch, key)
     return jax.tree.map(jnp.add, total, grads), (metrics, loss)
 
   zeros = jax.tree.map(jnp.zeros_like, params)

@@ -109,6 +109,9 @@ def test_wrong_rules_are_refused():
     sharding.Sharder(mesh, {'embed': 'fsdp', 'mlp': 'fsdp'}).sharding('embed', 'mlp')
   with pytest.raises(ValueError, match='no axes'):
     sharding.Sharder(mesh).params({'policy': {'mystery': jnp.zeros(3)}})
-  odd = jax.eval_shape(lambda: transformer.init(config('llama', num_kv_heads=1), jax.random.key(0)))
-  with pytest.raises(ValueError, match='kv_heads.*does not divide'):
+  with pytest.raises(ValueError, match='m: its 1 kv_heads do not divide over the 2 devices'):
+    sharding.Sharder(mesh, RULES).check_heads(config('llama', num_kv_heads=1), 'm')
+  sharding.Sharder(mesh, RULES).check_heads(config('llama'))
+  odd = jax.eval_shape(lambda: transformer.init(config('llama', d_ff=3), jax.random.key(0)))
+  with pytest.raises(ValueError, match='mlp.*does not divide'):
     sharding.Sharder(mesh, RULES).params(odd)

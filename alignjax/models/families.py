@@ -39,8 +39,8 @@ def _gpt2(cfg: TransformerConfig) -> list[Tensor]:
       _row('transformer.wte.weight', 'embed/tokens', SAME),
       _row('transformer.wpe.weight', 'embed/positions', SAME),
       *_norm('transformer.ln_f', 'final/norm'), *_norm(h + 'ln_1', 'layers/norm_1'), *_norm(h + 'ln_2', 'layers/norm_2'),
-      _row(h + 'attn.c_attn.weight', QKV.format('kernel'), 'd (j n h) -> j d n h'),  # Conv1D: [in, out]
-      _row(h + 'attn.c_attn.bias', QKV.format('bias'), '(j n h) -> j n h'),
+      _row(h + 'attn.c_attn.weight', QKV.format('kernel'), 'd (j n h) -> j d (n h)'),  # Conv1D: [in, out]
+      _row(h + 'attn.c_attn.bias', QKV.format('bias'), '(j n h) -> j (n h)'),
       _row(h + 'attn.c_proj.weight', 'layers/attention/out/kernel', '(n h) d -> n h d'),
       _row(h + 'attn.c_proj.bias', 'layers/attention/out/bias', BIAS),
       _row(h + 'mlp.c_fc.weight', 'layers/mlp/up/kernel', 'i o -> i o'),
@@ -56,8 +56,8 @@ def _neox(cfg: TransformerConfig) -> list[Tensor]:
       _row('gpt_neox.embed_in.weight', 'embed/tokens', SAME),
       *_norm('gpt_neox.final_layer_norm', 'final/norm'), *_norm(h + 'input_layernorm', 'layers/norm_1'),
       *_norm(h + 'post_attention_layernorm', 'layers/norm_2'),
-      _row(h + 'attention.query_key_value.weight', QKV.format('kernel'), '(n j h) d -> j d n h'),
-      _row(h + 'attention.query_key_value.bias', QKV.format('bias'), '(n j h) -> j n h'),
+      _row(h + 'attention.query_key_value.weight', QKV.format('kernel'), '(n j h) d -> j d (n h)'),
+      _row(h + 'attention.query_key_value.bias', QKV.format('bias'), '(n j h) -> j (n h)'),
       _row(h + 'attention.dense.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
       _row(h + 'attention.dense.bias', 'layers/attention/out/bias', BIAS),
       *_linear(h + 'mlp.dense_h_to_4h', 'layers/mlp/up'), *_linear(h + 'mlp.dense_4h_to_h', 'layers/mlp/down'),
@@ -75,9 +75,9 @@ def _llama(cfg: TransformerConfig) -> list[Tensor]:
       _row(h + 'self_attn.o_proj.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
   ]
   for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
-    rows.append(_row(f'{h}self_attn.{theirs}_proj.weight', f'layers/attention/{ours}/kernel', '(n h) d -> d n h'))
+    rows.append(_row(f'{h}self_attn.{theirs}_proj.weight', f'layers/attention/{ours}/kernel', DENSE))
     if cfg.qkv_bias:
-      rows.append(_row(f'{h}self_attn.{theirs}_proj.bias', f'layers/attention/{ours}/bias', '(n h) -> n h'))
+      rows.append(_row(f'{h}self_attn.{theirs}_proj.bias', f'layers/attention/{ours}/bias', BIAS))
     if cfg.qk_norm and ours != 'value':
       rows.append(_row(f'{h}self_attn.{theirs}_norm.weight', f'layers/attention/{ours}_norm/scale', BIAS))
   for theirs, ours in (('up', 'up'), ('gate', 'gate'), ('down', 'down')):

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from einops import parse_shape, rearrange
+from einops import rearrange
 
 from alignjax.models import transformer
 from alignjax.models.axes import path_name
@@ -135,8 +136,8 @@ def _sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
   return dict(n=heads, h=cfg.head_width, j=len(paths))
 
 
-def _needed(pattern: str, sizes: Mapping[str, int]) -> dict[str, int]:
-  side = pattern.split('->')[0]
+def _needed(side: str, sizes: Mapping[str, int]) -> dict[str, int]:
+  """Sizes that a pattern's side does not tell: those of its products."""
   return {k: v for k, v in sizes.items() if '(' in side and k in side.replace('(', ' ').replace(')', ' ').split()}
 
 
@@ -146,7 +147,8 @@ def _file_shape(tensor: Tensor, cfg: TransformerConfig, leaves: Mapping[str, Any
   ours = ours[1:] if tensor.paths[0].startswith('layers/') else ours
   left, right = (side.strip() for side in tensor.pattern.split('->'))
   right = right.removeprefix('j ') if len(tensor.paths) > 1 else right
-  size = parse_shape(np.broadcast_to(0, ours), right) | {'j': len(tensor.paths)}
+  words = re.findall(r'\([^)]*\)|\S+', right)
+  size = _sizes(cfg, tensor.paths) | {word: n for word, n in zip(words, ours, strict=True) if not word.startswith('(')}
   out, group = [], None
   for word in left.replace('(', '( ').replace(')', ' )').split():
     if word == '(':
@@ -195,7 +197,8 @@ def _load_one(files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, plac
     raw = files.read(tensor.name.format(i=i))
     if raw.dtype.kind != 'f' and raw.dtype.name != 'bfloat16':
       raise ValueError(f'{files.folder}: tensor {tensor.name.format(i=i)} is {raw.dtype}; quantised checkpoints are not read.')
-    value = rearrange(raw.astype(np.float32), tensor.pattern, **_needed(tensor.pattern, _sizes(cfg, tensor.paths)))
+    value = rearrange(raw.astype(np.float32), tensor.pattern,
+                      **_needed(tensor.pattern.split('->')[0], _sizes(cfg, tensor.paths)))
     values = value if len(tensor.paths) > 1 else [value]
     for span in users:
       cut = tuple(slice(a, b) for a, b in (span[1:] if stacked else span))
@@ -250,7 +253,7 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
       values = [np.asarray(leaves[p][i] if p.startswith('layers/') else leaves[p]) for p in tensor.paths]
       left, right = tensor.pattern.split('->')
       whole = np.stack(values) if len(values) > 1 else values[0]
-      whole = np.ascontiguousarray(rearrange(whole, f'{right} -> {left}').astype(cast))
+      whole = np.ascontiguousarray(rearrange(whole, f'{right} -> {left}', **_needed(right, _sizes(cfg, tensor.paths))).astype(cast))
       if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + whole.nbytes > shard_bytes:
         save_file(shards[-1], partial / f'shard-{len(shards)}.safetensors', metadata={'format': 'pt'})
         shards[-1] = {}

@@ -82,18 +82,20 @@ class Attention(nn.Module):
     Returns (output [B,T,D], (k, v) each [B,G,S,H]).
     """
     cfg = self.cfg
-    project = lambda heads, name: nn.DenseGeneral((heads, cfg.head_width), use_bias=cfg.qkv_bias, dtype=cfg.dtype,
-                                                  name=name)
+    b, t = x.shape[:2]
+
+    def project(heads, name):  # [D, heads * H], not [D, heads, H], for which a TPU keeps copies in another layout in its loops
+      return nn.Dense(heads * cfg.head_width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)(x).reshape(b, t, heads, -1)
+
     per_head = lambda y, name: _norm(cfg, name)(y) if cfg.qk_norm else y
-    q = rotate(per_head(project(cfg.num_heads, 'query')(x), 'query_norm'), angles)
-    k = rotate(per_head(project(cfg.kv_heads, 'key')(x), 'key_norm'), angles).swapaxes(1, 2)
-    v = project(cfg.kv_heads, 'value')(x).swapaxes(1, 2)
+    q = rotate(per_head(project(cfg.num_heads, 'query'), 'query_norm'), angles)
+    k = rotate(per_head(project(cfg.kv_heads, 'key'), 'key_norm'), angles).swapaxes(1, 2)
+    v = project(cfg.kv_heads, 'value').swapaxes(1, 2)
     if cache is not None:
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
     q = self.constrain(q, 'batch', None, 'heads', None)
     k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
-    b, t = x.shape[:2]
     q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width) * cfg.head_width**-0.5  # [B,T,G,N/G,H]
     if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
       parts = []  # causal: queries up to a column read no key beyond it

@@ -60,7 +60,10 @@ def _sharder(mesh: Mapping[str, Any] | None) -> Sharder:
 
 
 def _networks(cfg: TransformerConfig, sharder: Sharder | None) -> Networks:
-  return transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding) if sharder else transformer.make_networks(cfg)
+  if sharder is None:
+    return transformer.make_networks(cfg)
+  sharder.check_heads(cfg)
+  return transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
 
 
 def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) -> Model:

@@ -93,6 +93,7 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   reward_model = model_config(config.reward_model or config.model, vocabulary, 'reward_model')
   length = config.data.prompt_length + config.data.response_length
   for name, model in (('model', policy_model), ('reward_model', reward_model)):
+    sharder.check_heads(model, name)
     needed = max(length, config.data.row_length)
     if needed > model.max_length:
       raise ValueError(f'{name}.max_length={model.max_length} is shorter than the {needed} tokens that '
@@ -122,6 +123,7 @@ def for_stage(setup: Setup, name: str) -> Setup:
   if not changes:
     return setup
   model = model_config({**setup.config.model, **changes}, setup.policy_model.vocab_size, f'stages.{name}.model')
+  setup.sharder.check_heads(model, f'stages.{name}.model')
   networks = transformer.make_networks(model, setup.sharder.constrain, setup.sharder.for_decoding)
   return setup._replace(policy_model=model, nets=networks._replace(scalar=setup.nets.scalar))
 
