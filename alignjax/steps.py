@@ -29,7 +29,7 @@ def gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array | None, *
 
   def add(total, inputs):
     microbatch, key = inputs
-    # Behind the barrier, each use casts a layer's weights to bfloat16; without it XLA keeps a cast copy of them all through the loop.
+    # Behind the barrier each layer casts its weights when it uses them; without it XLA keeps a cast copy of all through the loop.
     (loss, metrics), grads = grad_fn(jax.lax.optimization_barrier(params), microbatch, key)
     return jax.tree.map(jnp.add, total, grads), (metrics, loss)
 
