@@ -254,13 +254,14 @@ def replica_group(attributes: str) -> tuple[tuple[int, ...], int]:
 def flops(site: Site) -> int:
   """Floating-point operations of one run of a matrix product or convolution (two for each multiply-add), 0 of all else."""
   instruction = site.instruction
-  if instruction.opcode not in ('dot', 'convolution'):
+  cublas = instruction.opcode == 'custom-call' and 'custom_call_target="__cublas$' in instruction.attributes
+  if instruction.opcode not in ('dot', 'convolution') and not cublas:
     return 0
   left, right = (site.computation[o].shapes[0] for o in instruction.operands[:2])
   out = math.prod(instruction.shapes[0].dims)
-  if instruction.opcode == 'dot':
-    dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes).group(1)
-    return 2 * out * math.prod(left.dims[int(d)] for d in dims.split(',') if d)
+  if instruction.opcode == 'dot' or cublas:
+    dims = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.attributes).group(1)
+    return 2 * out * math.prod(left.dims[int(d)] for d in re.findall(r'\d+', dims))
   lhs, rhs, to = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes).groups()
   spatial = [c for c in to if c.isdigit()]
   window = dict(re.findall(r'(\w+)=([\dx_\-]+)', (re.search(r'window=\{([^}]*)\}', instruction.attributes) or ['', ''])[1]))

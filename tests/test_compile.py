@@ -147,6 +147,22 @@ def test_convolutions_count_what_falls_on_the_input():
   assert hlo.flops(site('size=3 pad=1_1', 'b0f_0io->b0f', (1, 5, 2), (3, 2, 7), (1, 5, 7))) == 2 * 13 * 2 * 7
 
 
+CUBLAS = '''HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[3,16,8], b: bf16[3,8,4]) -> bf16[3,16,4] {
+  %a = bf16[3,16,8]{2,1,0} parameter(0)
+  %b = bf16[3,8,4]{2,1,0} parameter(1)
+  %gemm = (bf16[3,16,4]{2,1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/update/dot_general"}, backend_config={"operation_queue_id":"0","gemm_backend_config":{"alpha_real":1,"alpha_imag":0,"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"epilogue":"DEFAULT"}}
+  ROOT %out = bf16[3,16,4]{2,1,0} get-tuple-element(%gemm), index=0
+}
+'''  # noqa: E501
+
+
+def test_products_by_cublas_are_counted():
+  phases, _ = cost.analyse(hlo.parse(CUBLAS), dict(data=1, fsdp=1, tensor=1), chips.CHIPS['v5e'])
+  assert phases['update'].flops == 2 * 3 * 16 * 8 * 4
+
+
 def scanned(x, w):
   with jax.named_scope('decode'):
     layer = lambda x, w: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), NamedSharding(mesh(), P('fsdp'))), None)
