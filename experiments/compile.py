@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import find_config  # noqa: E402
+from experiments.run import find_config, parse_flags  # noqa: E402
 
 
 def find_libtpu() -> str:
@@ -205,14 +205,7 @@ def main(argv: list[str]) -> None:
     if not result['fits']:
       raise SystemExit(1)
 
-  def parse(arguments):
-    try:
-      return app.parse_flags_with_usage(arguments)
-    except AttributeError as error:  # of ml_collections: --config.no_such_entry
-      message = str(error).strip('"').replace("\\'", "'").replace('\\n', ' ')
-      raise SystemExit(f'error: a --config. override names an entry that the config does not have: {message}') from None
-
-  app.run(run, argv=argv, flags_parser=parse)
+  app.run(run, argv=argv, flags_parser=parse_flags)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import find_config  # noqa: E402  after the path
+from experiments.run import find_config, parse_flags  # noqa: E402  after the path
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
       raise SystemExit(f'error: {error}') from None
 
-  app.run(run, argv=argv)
+  app.run(run, argv=argv, flags_parser=parse_flags)
 
 
 if __name__ == '__main__':

@@ -57,6 +57,16 @@ def explain(error: Exception, folder) -> None:
   raise SystemExit(f'error: {error}\n(traceback: {path})')
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's, with one line for an override of what the config does not have."""
+  from absl import app
+  try:
+    return app.parse_flags_with_usage(argv)
+  except AttributeError as error:  # of ml_collections: --config.no_such_entry
+    message = str(error).strip('"').replace("\\'", "'").replace('\\n', ' ')
+    raise SystemExit(f'error: a --config. override names an entry that the config does not have: {message}') from None
+
+
 def main(argv: list[str]) -> None:
   from absl import app, flags
   from ml_collections import config_flags
@@ -107,14 +117,7 @@ def main(argv: list[str]) -> None:
           os._exit(stopped.code)
         raise
 
-  def parse(arguments):
-    try:
-      return app.parse_flags_with_usage(arguments)
-    except AttributeError as error:  # of ml_collections: --config.no_such_entry
-      message = str(error).strip('"').replace("\\'", "'").replace('\\n', ' ')
-      raise SystemExit(f'error: a --config. override names an entry that the config does not have: {message}') from None
-
-  app.run(run, argv=argv, flags_parser=parse)
+  app.run(run, argv=argv, flags_parser=parse_flags)
 
 
 if __name__ == '__main__':
