@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@jax.jit
 def checksum(x: jax.Array) -> jax.Array:
   """u32[]: the sum of a mix of each element's bits with its place. One changed element always changes it, several do but for one
   case in 2^32; the mix is the finalizer of MurmurHash3 (Appleby, public domain)."""
@@ -29,9 +28,16 @@ def checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(mixed ^ mixed >> np.uint32(16), dtype=jnp.uint32)
 
 
+@jax.jit
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: checksum(x) for name, x in leaves.items()}
+
+
 def describe(leaves: Mapping[str, Any]) -> dict[str, list]:
-  """{name: [shape, dtype, checksum]} of arrays of at most 32 bits an element, as JSON values."""
-  sums = jax.device_get({name: checksum(x) for name, x in leaves.items()})
+  """{name: [shape, dtype, checksum]} of arrays of at most 32 bits an element, as JSON values.
+
+  One program for all: jax's CPU devices hang over several processes when more than 32 programs with collectives wait in a row."""
+  sums = jax.device_get(_checksums(dict(leaves)))
   return {name: [list(x.shape), str(x.dtype), int(sums[name])] for name, x in leaves.items()}
 
 
