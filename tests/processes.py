@@ -41,6 +41,13 @@ def micro():
   return c
 
 
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+  """A reward on the host, of one process's own: it is broken where the environment says so."""
+  if os.environ.get('BROKEN'):
+    raise ConnectionError('no route to host')
+  return [len(r) / 10 for r in responses]
+
+
 def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
   """What a stage logged, without its times."""
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()

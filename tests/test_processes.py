@@ -68,3 +68,16 @@ def test_four_then_one_then_two_processes(alone, tmp_path):
   text = log(workdir)
   assert 'sft: goes on from step 1' in text and 'rm: goes on from step 2' in text
   assert_same(workdir, alone)
+
+
+@pytest.mark.long
+def test_a_reward_on_the_host_that_fails_ends_all_and_the_same_command_goes_on(tmp_path, monkeypatch):
+  """The function runs on process 0 alone, and both know of its end."""
+  workdir = tmp_path / 'run'
+  reward = 'stages.ppo_ptx.reward=' + str(dict(fn='alignjax.host:reward', function='tests.processes:length', attempts=2, pause=0.1))
+  monkeypatch.setenv('BROKEN', '1')
+  assert processes.run(workdir, 2, 2, [reward]) != 0
+  assert 'step 1: the reward function tests.processes:length failed 2 times, at last with ConnectionError' in log(workdir)
+  monkeypatch.delenv('BROKEN')
+  assert processes.run(workdir, 2, 2, [reward]) == 0, log(workdir)
+  assert rows(workdir, 'ppo_ptx')[-1]['step'] == 2 and checkpoint.is_finished(workdir / 'ppo_ptx/final')
