@@ -92,7 +92,7 @@ class Watch:
       return 'save'
     if found('*/final.partial') or found('*/candidates/*.partial'):
       return 'final'
-    return 'report' if found('report/*.partial.npz') else 'none'
+    return 'report' if found('report/*.partial') else 'none'
 
   def reached(self, stage: str, moment: str) -> bool:
     """Whether the moment has come, or is past."""
@@ -152,14 +152,14 @@ def main(argv: list[str]) -> int:
     whole = fingerprint(folder / 'whole')
     print(f'uninterrupted: {time.monotonic() - began:.0f} s, {len(whole)} entries; {len(kills)} kills before', flush=True)
     cells = [(stage, moment) for stage in options.stages.split(',') for moment in options.moments.split(',')]
-    began, before, compared = time.monotonic(), len(kills), 0
+    began, before, compared, missed = time.monotonic(), len(kills), 0, 0
     while True:
       over = len(kills) >= options.kills
       watch = Watch(folder / 'killed', log_path)
       process = start(folder / 'killed', arguments, log)
       killed = False
       if not over:
-        stage, moment = cells[len(kills) % len(cells)]
+        stage, moment = cells[(len(kills) + missed) % len(cells)]
         rng = random.Random(f'{options.seed}/{len(kills)}')
         after = rng.uniform(0, {'build': 4.0, 'steps': 2.0, 'save': 0.05, 'final': 0.1, 'behind': 0.5}[moment])
         killed = wait_for(process, watch, stage, moment, after)
@@ -178,6 +178,7 @@ def main(argv: list[str]) -> int:
         print(f'DIFFERENT after {len(kills)} kills; see {folder}')
         return 1
       compared += 1
+      missed += not over  # the moment was too short to be seen: on to the next one
       shutil.rmtree(folder / 'killed')
       if over:
         break

@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
 
   def run(workdir, devices, mesh):
     axes = [f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh, strict=True)]
-    return processes.run(workdir, 1, devices, [*axes, 'report.policies={}'], timeout=3600)
+    batch = 'stages.rm.responses_per_batch=72'  # a reward model's step takes a multiple of the data shards, here 8 prompts on all
+    return processes.run(workdir, 1, devices, [*axes, batch, 'report.policies={}'], timeout=3600)
 
   if run(one, 1, (1, 1, 1)):
     raise SystemExit(f'the run on one device failed: {one}.0.log')
