@@ -28,6 +28,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTS = ('build', 'steps', 'save', 'final', 'behind')
 SAVES = {'pretrain': 20, 'sft': 4, 'rm': 10, 'ppo': 2, 'ppo_ptx': 2}  # save_every, which decides no result
+ORDER = (*SAVES, 'report')
 
 
 def start(workdir: pathlib.Path, arguments: list[str], log) -> subprocess.Popen:
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--folder', help='kept afterwards, and gone on with when called again; default: a temporary one, deleted')
   parser.add_argument('--moments', default=','.join(MOMENTS), help='which of them')
-  parser.add_argument('--stages', default=','.join((*SAVES, 'report')), help='which of them')
+  parser.add_argument('--stages', default=','.join(ORDER), help='which of them')
   options, arguments = parser.parse_known_args(argv)
   arguments = [a for a in arguments if a != '--']
   if not any(a.startswith('--config=') for a in arguments):
@@ -155,11 +156,12 @@ def main(argv: list[str]) -> int:
     began, before, compared, missed = time.monotonic(), len(kills), 0, 0
     while True:
       over = len(kills) >= options.kills
+      stage, moment = cells[(len(kills) + missed) % len(cells)]
+      past = any((folder / 'killed' / later).exists() for later in ORDER[ORDER.index(stage) + 1:])  # to its end, then anew
       watch = Watch(folder / 'killed', log_path)
       process = start(folder / 'killed', arguments, log)
       killed = False
-      if not over:
-        stage, moment = cells[(len(kills) + missed) % len(cells)]
+      if not (over or past):
         rng = random.Random(f'{options.seed}/{len(kills)}')
         after = rng.uniform(0, {'build': 4.0, 'steps': 2.0, 'save': 0.05, 'final': 0.1, 'behind': 0.5}[moment])
         killed = wait_for(process, watch, stage, moment, after)
@@ -178,7 +180,7 @@ def main(argv: list[str]) -> int:
         print(f'DIFFERENT after {len(kills)} kills; see {folder}')
         return 1
       compared += 1
-      missed += not over  # the moment was too short to be seen: on to the next one
+      missed += not (over or past)  # the moment was too short to be seen: on to the next one
       shutil.rmtree(folder / 'killed')
       if over:
         break
