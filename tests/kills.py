@@ -5,8 +5,9 @@
 
 The kills go in turn to every stage and to the report, and in each to five moments: while it is built, during its steps, while a
 checkpoint is written, while its result is written, and just behind. A checkpoint and a result are seen by the names that they have
-before they are whole. When a run has got to its end it is compared and the next one begins. Every final parameter, metrics line,
-sample and figure of the report must be the same, bit for bit; times are left out. A summary says where the kills fell.
+before they are whole; a moment too short to be seen is passed over. When a run has got to its end it is compared and the next one
+begins. Every final parameter, metrics line, sample and figure of the report must be the same, bit for bit; times are left out. A
+summary says where the kills fell.
 """
 
 from __future__ import annotations
@@ -157,11 +158,12 @@ def main(argv: list[str]) -> int:
     while True:
       over = len(kills) >= options.kills
       stage, moment = cells[(len(kills) + missed) % len(cells)]
-      past = any((folder / 'killed' / later).exists() for later in ORDER[ORDER.index(stage) + 1:])  # to its end, then anew
+      past = any((folder / 'killed' / later).exists() for later in ORDER[ORDER.index(stage) + 1:])
+      to_its_end = over or past
       watch = Watch(folder / 'killed', log_path)
       process = start(folder / 'killed', arguments, log)
       killed = False
-      if not (over or past):
+      if not to_its_end:
         rng = random.Random(f'{options.seed}/{len(kills)}')
         after = rng.uniform(0, {'build': 4.0, 'steps': 2.0, 'save': 0.05, 'final': 0.1, 'behind': 0.5}[moment])
         killed = wait_for(process, watch, stage, moment, after)
@@ -180,7 +182,7 @@ def main(argv: list[str]) -> int:
         print(f'DIFFERENT after {len(kills)} kills; see {folder}')
         return 1
       compared += 1
-      missed += not (over or past)  # the moment was too short to be seen: on to the next one
+      missed += not to_its_end  # the moment was too short to be seen: on to the next one
       shutil.rmtree(folder / 'killed')
       if over:
         break

@@ -76,7 +76,7 @@ def test_a_reward_on_the_host_that_fails_ends_all_and_the_same_command_goes_on(t
   workdir = tmp_path / 'run'
   reward = 'stages.ppo_ptx.reward=' + str(dict(fn='alignjax.host:reward', function='tests.processes:length', attempts=2, pause=0.1))
   monkeypatch.setenv('BROKEN', '1')
-  assert processes.run(workdir, 2, 2, [reward]) != 0
+  assert processes.run(workdir, 2, 2, [reward]) == 1
   assert 'step 1: the reward function tests.processes:length failed 2 times, at last with ConnectionError' in log(workdir)
   monkeypatch.delenv('BROKEN')
   assert processes.run(workdir, 2, 2, [reward]) == 0, log(workdir)
