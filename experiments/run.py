@@ -68,8 +68,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+  import jax
   from absl import app, flags
   from ml_collections import config_flags
+
+  jax.config.config_with_absl()  # all of its settings are flags, which the launch scripts hand on
 
   config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg], such as configs/ppo_ptx.py:tiny.',
                                            lock_config=True)
@@ -83,8 +86,6 @@ def main(argv: list[str]) -> None:
   def run(_):
     from absl import logging
     logging.set_verbosity(logging.WARNING)  # not the search for other backends, nor orbax's every step
-
-    import jax
 
     from alignjax import distributed, files, interrupt, train, trouble
     path, _, arg = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')

@@ -99,9 +99,11 @@ RUN = ('experiments/run.py', '--config=configs/pretrain.py:tiny', '--config.stag
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_that_on_the_disk(bucket, tmp_path):
-  """Killed -9 when its first checkpoint is whole, and gone on with; the weights' checksums are those of the run on the disk."""
+  """Killed -9 when its first checkpoint is whole, and gone on with, compiled programs from the bucket too; its checksums are those
+  of the run on the disk."""
+  kept = ('--jax_compilation_cache_dir=gs://bucket/compiled', '--jax_persistent_cache_min_compile_time_secs=0.2')
   disk = python(bucket, *RUN, f'--workdir={tmp_path}/run')
-  killed = python(bucket, *RUN, '--workdir=gs://bucket/run')
+  killed = python(bucket, *RUN, *kept, '--workdir=gs://bucket/run')
   bucket.hold = 'run/pretrain/checkpoints/steps/2/commit_success.txt'  # nothing is answered from then on
   end = time.monotonic() + 100
   while bucket.hold not in bucket.objects:
@@ -111,9 +113,10 @@ def test_a_run_in_a_bucket_is_that_on_the_disk(bucket, tmp_path):
   killed.communicate()
   assert 'run/pretrain/final/info.json' not in bucket.objects
   bucket.hold = None
-  again = python(bucket, *RUN, '--workdir=gs://bucket/run')
+  assert [name for name in bucket.objects if name.startswith('compiled/jit_')]
+  again = python(bucket, *RUN, *kept, '--workdir=gs://bucket/run')
   out, _ = again.communicate(timeout=100)
-  assert again.returncode == 0 and 'pretrain: goes on from step' in out, out
+  assert again.returncode == 0 and 'pretrain: goes on from step' in out and 'persistent compilation cache' not in out, out
   assert disk.communicate(timeout=100)[0] and disk.returncode == 0
   local, there = tmp_path / 'run/pretrain', lambda name: bucket.objects[f'run/pretrain/{name}'][0]
   assert json.loads(there('final/sums.json')) == json.loads((local / 'final/sums.json').read_text())

@@ -132,7 +132,7 @@ def test_item_15_no_gradient_through_what_happened():
 def test_item_16_one_gradient_of_ppo_and_pretraining():
   nets, params = both()
   batch = ppo_batch(0)
-  grad = lambda fn, batch: steps.gradients(fn, params, batch, None, nets=nets)[0]
+  grad = lambda fn, batch: jax.jit(lambda p: steps.gradients(fn, p, batch, None, nets=nets)[0])(params)
   total = grad(functools.partial(losses.ppo_ptx, ptx_coef=3.0, **PPO), batch)
   ppo = grad(functools.partial(losses.ppo, **PPO), batch)
   lm = grad(losses.sft, batch.ptx)
