@@ -15,7 +15,7 @@ import yaml
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / 'launch'
 SCRIPTS = ['local.sh', 'tpu_vm.sh', 'gpu_host.sh', 'worker.sh', 'slurm.sbatch', 'gke/run.sh']
 FAKE = '''#!/usr/bin/env bash
-{ printf '%s\\x1f' "${0##*/}" "$@"; printf '\\x1e'; } >>"$FAKES/calls"
+printf '%s\\x1e' "$(printf '%s\\x1f' "${0##*/}" "$@")" >>"$FAKES/calls"  # one write: some are called side by side
 case "$*" in
   *'queued-resources list'*) answers=$FAKES/states ;;
   *'worker.sh status'*) answers=$FAKES/statuses ;;

@@ -47,9 +47,9 @@ def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
   np.testing.assert_allclose(mine['sft']['pretraining_loss']['mean'], theirs['sft']['pretraining_loss']['mean'], rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_run(alone, tmp_path):
-  assert processes.run(tmp_path / 'run', 2, 2) == 0, log(tmp_path / 'run')
+@pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.long)])
+def test_several_processes_are_one_run(alone, tmp_path, count):
+  assert processes.run(tmp_path / 'run', count, 4 // count) == 0, log(tmp_path / 'run')
   assert_same(tmp_path / 'run', alone)
   ratios = [r['ppo/ratio_max_dev'] for r in rows(tmp_path / 'run', 'ppo_ptx')]
   assert ratios == [0.0] * len(ratios)
