@@ -138,6 +138,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--moments', default=','.join(MOMENTS), help='which of them')
   parser.add_argument('--stages', default=','.join(ORDER), help='which of them')
   options, arguments = parser.parse_known_args(argv)
+  if unknown := set(options.stages.split(',')) - set(ORDER):
+    parser.error(f'--stages: no {", ".join(sorted(unknown))}; there are {", ".join(ORDER)}')
   arguments = [a for a in arguments if a != '--']
   if not any(a.startswith('--config=') for a in arguments):
     arguments = ['--config=configs/ppo_ptx.py:tiny', *arguments]

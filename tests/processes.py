@@ -54,15 +54,19 @@ def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
   return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines]
 
 
+def address() -> str:
+  """Of a port of this machine that is free."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return f'127.0.0.1:{s.getsockname()[1]}'
+
+
 def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str]) -> list[subprocess.Popen]:
   """The processes, each with its output in WORKDIR.NUMBER.log."""
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  out = []
+  where, out = address(), []
   for i in range(processes):
     environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
-                                'PYTHONPATH': str(ROOT), 'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+                                'PYTHONPATH': str(ROOT), 'JAX_COORDINATOR_ADDRESS': where,
                                 'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
     command = [sys.executable, __file__, '--one', str(processes), str(workdir), *changes]
     with workdir.with_name(f'{workdir.name}.{i}.log').open('a') as log:

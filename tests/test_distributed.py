@@ -14,15 +14,10 @@ import pytest
 
 from alignjax import distributed
 from alignjax.distributed import Place
+from tests.processes import address
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FACTS = {'jax': '0.10.2', 'config.seed': '0'}
-
-
-def address():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return f'127.0.0.1:{s.getsockname()[1]}'
 
 
 def meet(*processes, count=None, timeout=20):
