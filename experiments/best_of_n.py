@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from alignjax import metrics
+  from alignjax import fingerprints, metrics
   from alignjax.data import sources
-  from alignjax.evals import best_of_n, samples, table
+  from alignjax.evals import best_of_n, samples
   from alignjax.stages import finished
   try:
     ns = sorted({int(n) for n in options.n.split(',')})
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
   def measured(model, count):
     """(responses, {measure: f[P,count]})."""
-    protocol = json.dumps([table.fingerprint(model.params), prompts, options.template, max_tokens, options.temperature,
+    protocol = json.dumps([fingerprints.of_params(model.params), prompts, options.template, max_tokens, options.temperature,
                            options.rows, options.seed, count])
     kept = out / 'kept' / f'{hashlib.sha256(protocol.encode()).hexdigest()[:16]}.jsonl'
     respond = samples.make_responder(model, prompts, count=count, max_tokens=max_tokens, temperature=options.temperature,

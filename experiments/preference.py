@@ -162,29 +162,30 @@ def trained(policies: dict[str, str]) -> tuple[int | None, int]:
 
 
 def sample(options: argparse.Namespace, policies: dict[str, str], records: list[dict], out: pathlib.Path) -> dict[str, list]:
-  from alignjax.evals import responses, table
+  from alignjax import fingerprints
+  from alignjax.evals import responses
   from alignjax.stages import finished
   made = {}
   for name, spec in policies.items():
     model = finished.load(spec, 'lm', options.template)
     most = options.max_tokens or trained(policies)[1]
-    made[name] = responses.respond(model, table.fingerprint(model.params), records, out / 'responses', name=name, rows=options.rows,
-                                   temperature=options.temperature, max_tokens=most, seed=options.seed)
+    made[name] = responses.respond(model, fingerprints.of_params(model.params), records, out / 'responses', name=name,
+                                   rows=options.rows, temperature=options.temperature, max_tokens=most, seed=options.seed)
     del model
   return made
 
 
 def ask(kind: str, spec: str, pairs: list, options: argparse.Namespace, world: int | None, folder: pathlib.Path):
   """The verdicts of one judge on the pairs."""
-  from alignjax import plugins
-  from alignjax.evals import judges, openai_judge, table
+  from alignjax import fingerprints, plugins
+  from alignjax.evals import judges, openai_judge
   from alignjax.stages import finished
   if kind == 'sandbox':
     return judges.sandbox(pairs, world)
   if kind == 'rm':
     model = finished.load(spec, 'scalar', options.judge_template)
-    return judges.reward_model(pairs, model, table.fingerprint(model.params), folder, f'rm:{spec}', options.judge_template or '',
-                               options.rows)
+    weights = fingerprints.of_params(model.params)
+    return judges.reward_model(pairs, model, weights, folder, f'rm:{spec}', options.judge_template or '', options.rows)
   if kind == 'openai':
     text = pathlib.Path(options.judge_instructions).read_text() if options.judge_instructions else openai_judge.INSTRUCTIONS
     return openai_judge.judge(pairs, endpoint(spec, options), folder, f'openai:{spec}', text, options.judge_workers)

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from alignjax import fingerprints
 from alignjax.evals import table
 from alignjax.evals.table import Cell
 from experiments import evaluate
@@ -48,7 +49,7 @@ def test_what_is_the_same_is_measured_once(tmp_path):
   file.write_text('data')
   copy.write_text('data')
   other.write_text('other data')
-  run = lambda params=1.0, **kw: table.run_task('test_table:letters', model(params), table.fingerprint(model(params).params),
+  run = lambda params=1.0, **kw: table.run_task('test_table:letters', model(params), fingerprints.of_params(model(params).params),
                                                 tmp_path / 'out', **(dict(data=str(file)) | kw))[1]
   assert [run(), run(), run(data=str(copy))] == [False, True, True] and len(CALLS) == 1
   for change in (dict(params=2.0), dict(data=str(other)), dict(limit=3), dict(seed=1), dict(options={'add': 1.0}),
@@ -102,9 +103,9 @@ def test_the_interval_of_a_difference_is_paired():
 
 def test_fingerprints_are_of_the_weights():
   tree = lambda x: {'a': {'b': np.asarray(x, np.float32)}}
-  assert table.fingerprint(tree([1, 2])) == table.fingerprint(tree([1, 2]))
+  assert fingerprints.of_params(tree([1, 2])) == fingerprints.of_params(tree([1, 2]))
   others = [tree([2, 1]), tree([[1, 2]]), {'a': {'c': np.array([1, 2], np.float32)}}, {'a': {'b': np.array([1, 2], np.float64)}}]
-  assert len({table.fingerprint(t) for t in [tree([1, 2]), *others]}) == 5
+  assert len({fingerprints.of_params(t) for t in [tree([1, 2]), *others]}) == 5
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from alignjax import files, metrics
+from alignjax import files, fingerprints, metrics
 from alignjax.evals import table
 from alignjax.stages import finished
 
@@ -35,7 +35,7 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
   measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in tasks}
   for model_name, spec in models.items():
     model = finished.load(spec, 'lm', template, mesh)
-    weights = table.fingerprint(model.params)
+    weights = fingerprints.of_params(model.params)
     for name in tasks:
       began = time.perf_counter()
       measured[name][model_name], before = table.run_task(

@@ -50,7 +50,7 @@ def reward_model(pairs: Sequence[Pair], model: Any, weights: str, folder: pathli
   as in training. Those too long for its context have no verdict. Scores are kept in FOLDER by the text that was scored.
 
   Args:
-    model: stages.finished.Model with a scalar head. weights: its table.fingerprint. template: as named, for the key.
+    model: stages.finished.Model with a scalar head. weights: its fingerprints.of_params. template: as named, for the key.
   """
   path = folder / f'rm-{hashlib.sha256(f"{weights}/{template}".encode()).hexdigest()[:16]}.jsonl'
   scores = {row['response']: row['score'] for row in kept.read(path)}

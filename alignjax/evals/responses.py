@@ -64,7 +64,7 @@ def respond(model: Any, weights: str, records: Sequence[Mapping[str, Any]], fold
   on the weights. A prompt that the context has no room for gets no response (text None), and is then judged for no policy.
 
   Args:
-    weights: table.fingerprint of the model's parameters. rows: prompts a batch.
+    weights: fingerprints.of_params of the model's parameters. rows: prompts a batch.
   """
   room = model.cfg.max_length - max_tokens
   if room < 1:

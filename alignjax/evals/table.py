@@ -26,7 +26,6 @@ import numpy as np
 
 from alignjax import files, plugins
 from alignjax.evals.stats import interval, show, show_difference
-from alignjax.sharding import fetch
 
 
 class Cell(NamedTuple):
@@ -79,16 +78,6 @@ def find_task(name: str) -> Callable:
     raise ValueError(f'there is no task {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '.') +
                      f' Tasks: {", ".join(TASKS)}; a task of your own: module:function.')
   return plugins.find(TASKS[name], f'--tasks={name}')
-
-
-def fingerprint(params: Any) -> str:
-  """A hash of the weights themselves: the same checkpoint under another path is the same."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = fetch(leaf)
-    digest.update(f'{jax.tree_util.keystr(path)}{array.shape}{array.dtype}'.encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8))
-  return digest.hexdigest()[:16]
 
 
 def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int, options: Mapping[str, Any],
