@@ -4,14 +4,14 @@ an uninterrupted run.
   python tests/restarts.py --restarts=100 --folder=/tmp/restarts            called again, it goes on
   python tests/restarts.py --restarts=5 --full_disks=2 --seed=3
 
-Every start draws the number of processes (1, 2 or 4, of four devices together), the mesh, a stage, and one way to stop behind a random
-time in that stage:
+Every start draws the number of processes (1, 2 or 4, of four devices together), the mesh, a stage, and one way to stop after a
+random time in that stage:
 
   one    kill -9 of one process; the others have to end by themselves
   all    kill -9 of all
   term   SIGTERM to all; they save and end with status 75
-  disk   the disk is full but for a random rest at that moment, and has room again at the next start; only with --full_disks, and on a
-         file system of its own in memory, for which the script needs to be root
+  disk   the disk is full but for a random rest at that moment, and has room again at the next start; only with --full_disks, and
+         on a file system of its own in memory, for which the script needs to be root
 
 When a run has got to its end, its metrics, weights and report are compared with those of one process that nothing stopped, to the
 tolerance of test_processes.py: sums over devices add up in another order on another mesh. A table says what was done.
@@ -154,7 +154,8 @@ def run(folder: pathlib.Path, work: pathlib.Path, record: pathlib.Path, done: li
       with record.open('a') as file:
         file.write(json.dumps(done[-1]) + '\n')
       each = (time.monotonic() - began) / (len(done) - before)
-      print(f'{len(done)}/{options.restarts}: {json.dumps(done[-1])}; {each * (options.restarts - len(done)):.0f} s left', flush=True)
+      left = each * (options.restarts - len(done))
+      print(f'{len(done)}/{options.restarts}: {json.dumps(done[-1])}; {left:.0f} s left', flush=True)
       if done[-1]['wrong']:
         log = '\n'.join(p.read_text()[-3000:] for p in sorted(work.glob('run.*.log')))
         (folder / 'failed.log').write_text(log)
@@ -178,7 +179,7 @@ def summary(done: list[dict], compared: int) -> None:
   print('| stopped by | ' + ' | '.join(f'{n} process{"es" if n > 1 else ""}' for n, _ in SHAPES) + ' |\n' + '|---' * 4 + '|')
   for way in dict.fromkeys(d['way'] for d in done):
     print(f'| {way} | ' + ' | '.join(str(count[way, n]) for n, _ in SHAPES) + ' |')
-  print(f'{len(done)} starts; {compared} runs got to their end since this script was started, each with the same figures', flush=True)
+  print(f'{len(done)} starts; {compared} runs got to their end since this script was started, each with the same figures')
 
 
 if __name__ == '__main__':
