@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.evals.stats import interval, show, show_difference
+from alignjax.evals.stats import ANY, interval, show, show_difference
 
 
 def kl(n: int) -> float:
@@ -47,15 +47,15 @@ def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 
 
 def curve(scores: np.ndarray, measures: Mapping[str, np.ndarray], ns: Sequence[int]) -> list[dict[str, Any]]:
-  """Rows {'n', 'kl', measure: {'mean', 'ci95', 'n'}} of best-of-n by `scores` f[P,N]; intervals resample prompts.
+  """Rows {'n', 'kl', measure: {'mean', 'ci95', 'n'}} of best-of-n by `scores` f[P,N]; intervals are by prompt.
 
   From the second n on also 'MEASURE, change': to the n before, paired by prompt.
   """
   rows, before = [], {}
   for n in ns:
     each = {name: expected(scores, values, n) for name, values in measures.items()}
-    row: dict[str, Any] = dict(n=n, kl=kl(n), **{name: interval(v) for name, v in each.items()})
-    row |= {f'{name}, change': interval(v - before[name]) for name, v in each.items() if name in before}
+    row: dict[str, Any] = dict(n=n, kl=kl(n), **{name: interval(v, bounds=ANY) for name, v in each.items()})
+    row |= {f'{name}, change': interval(v - before[name], bounds=ANY) for name, v in each.items() if name in before}
     rows.append(row)
     before = each
   return rows
@@ -63,7 +63,7 @@ def curve(scores: np.ndarray, measures: Mapping[str, np.ndarray], ns: Sequence[i
 
 def policy(kl_values: np.ndarray, measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's samples first."""
-  return dict(kl=interval(kl_values.mean(1)), **{name: interval(v.mean(1)) for name, v in measures.items()})
+  return dict(kl=interval(kl_values.mean(1), bounds=ANY), **{name: interval(v.mean(1), bounds=ANY) for name, v in measures.items()})
 
 
 def markdown(result: Mapping[str, Any]) -> str:
