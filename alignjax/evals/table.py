@@ -183,7 +183,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline:
   lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
   for row in rows:
     lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                 ' | '.join(show(row['models'].get(m), True) for m in models) + ' |')
+                 ' | '.join(stats.show(row['models'].get(m), True) for m in models) + ' |')
   others = [m for m in models if m != baseline]
   if others:
     lines += ['', f'## Difference to {baseline}', '', 'Paired by item; bold where the interval leaves out 0.', '', *head(others)]
