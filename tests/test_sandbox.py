@@ -61,8 +61,8 @@ QUOTED = ('chat', 'brainstorming', 'translation', 'closed_qa')  # prompts that n
 def splits(request):
   """(world, split -> all prompts that anything of this split consists of)."""
   world = sandbox.World(request.param)
-  return world, {s: [*sandbox.prompts(world, 3000, s), *sandbox.demonstrations(world, 500, s), *sandbox.toxicity_prompts(world, 500, s),
-                     *sandbox.truthfulness_prompts(world, s)] for s in SPLITS}
+  return world, {s: [*sandbox.prompts(world, 3000, s), *sandbox.demonstrations(world, 500, s),
+                     *sandbox.toxicity_prompts(world, 500, s), *sandbox.truthfulness_prompts(world, s)] for s in SPLITS}
 
 
 def test_no_prompt_stands_in_two_splits(splits):
@@ -101,19 +101,19 @@ def sentences(text):
 @pytest.mark.parametrize('seed', [0, 5])
 def test_nothing_of_a_tax_item_stands_in_the_corpus_or_in_a_training_prompt(seed):
   world = sandbox.World(seed)
-  corpus = sandbox.documents(world, 30_000)
+  corpus = sandbox.documents(world, 15_000)
   training = [r['prompt'] for s in ('train', 'valid') for r in sandbox.prompts(world, 3000, s)]
   seen = set().union(*(passages(d['text']) for d in corpus if d['kind'] == 'reading'),
                      *(passages(p) for p in training if ' gives the ' in p or ' gets the ' in p))
   reading = sandbox.reading_comprehension(world, 2000)
   asked = set().union(*(passages(f'{r["context"]} {r["answer"]}') for r in reading))
-  assert len(seen) > 3000 and len(asked) > 800 and not seen & asked
+  assert len(seen) > 2000 and len(asked) > 800 and not seen & asked
   assert len({(r['context'], r['answer']) for r in reading}) == 2000
   translated = set().union(*(sentences(f'{d["text"]} ;') for d in corpus if d['kind'] == 'translation'),
                            {p.removeprefix('translate : ') for p in training})
   items = sandbox.translation(world, 2000)
   wanted = set().union(*(sentences(f'{r["context"]} ;') for r in items))
-  assert len(translated) > 4000 and len(wanted) > 3900 and not translated & wanted
+  assert len(translated) > 2000 and len(wanted) > 3900 and not translated & wanted
   held_out = sandbox.documents(world, 3000, 'test')
   assert not seen & set().union(*(passages(d['text']) for d in held_out if d['kind'] == 'reading'))
   text = '\n'.join(d['text'] for d in corpus)
