@@ -9,6 +9,8 @@ from alignjax import files, metrics
 COLORS = {'pretrained': '#999999', 'pretrained_prompted': '#c0c0c0', 'sft': '#4477aa', 'ppo': '#cc6677',
           'ppo_ptx': '#228833', 'pretrained_bigger': '#777777'}
 OTHER = '#aa4499'  # a policy of a fork's, or a selected one
+NAMES = {'pretrained': 'pretrained', 'pretrained_prompted': 'pretrained, best prompt', 'sft': 'SFT', 'ppo': 'PPO',
+         'ppo_ptx': 'PPO-ptx', 'pretrained_bigger': 'pretrained, bigger'}  # of policies, in the order of the pipeline
 STAGES = {'pretrain': 'pretraining', 'pretrain_bigger': 'pretraining, bigger', 'sft': 'SFT', 'rm': 'reward model', 'ppo': 'PPO',
           'ppo_ptx': 'PPO-ptx'}
 CURVES = {'sft/loss': 'loss, nats per token', 'rm/loss': 'ranking loss, nats per pair', 'objective/scores': 'mean reward'}
@@ -48,8 +50,6 @@ def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
 def tax(workdir: files.Folder, result: dict) -> str | None:
   """The two tax tasks and the pretraining loss, a bar per policy, with 95% intervals."""
   import matplotlib.pyplot as plt
-
-  from alignjax.report import NAMES
   shown = {n: p for n, p in result['policies'].items() if 'pretraining_loss' in p}
   if not shown:
     return None
@@ -65,7 +65,7 @@ def tax(workdir: files.Folder, result: dict) -> str | None:
 
 
 def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
-  """The loss of every supervised stage, the reward and the gold reward of the RL ones: pale as logged, strong their running mean."""
+  """The loss of every supervised stage, the reward and the gold reward of the RL ones: pale as logged, strong as running mean."""
   import matplotlib.pyplot as plt
   panels = [(n, k, c) for n, c in curves.items() for k in CURVES if k in c]
   if not panels:

@@ -26,6 +26,7 @@ from alignjax import files, metrics, plots, sandbox
 from alignjax.evals import findings, selection
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals.stats import show
+from alignjax.plots import NAMES
 from alignjax.sharding import sync
 from alignjax.stages.setup import Setup, for_stage, initial_params
 
@@ -51,8 +52,6 @@ MEANING = {
     'pretraining loss': 'cross-entropy of documents like those of pretraining, nats per token',
     'KL to SFT': 'mean of log pi(response) - log pi_SFT(response), nats per response',
 }
-NAMES = {'pretrained': 'pretrained', 'pretrained_prompted': 'pretrained, best prompt', 'sft': 'SFT', 'ppo': 'PPO',
-         'ppo_ptx': 'PPO-ptx', 'pretrained_bigger': 'pretrained, bigger'}
 
 
 def build(setup: Setup) -> None:
@@ -179,8 +178,8 @@ def markdown(result: dict, pictures: list[str]) -> str:
   policies, made = result['policies'], result['made_by']
   name_of = lambda name: NAMES.get(name, name)
   lines = ['# Report', '', '    ' + made['command'], '',
-           f'Seed {result["seed"]}' + (f', commit {made["commit"]}' if made['commit'] else '') + '; report.json has every entry of the '
-           'config, n of each figure and more digits. Mean and 95% interval. No test prompt stands among the prompts of '
+           f'Seed {result["seed"]}' + (f', commit {made["commit"]}' if made['commit'] else '') + '; report.json has every entry of '
+           'the config, n of each figure and more digits. Mean and 95% interval. No test prompt stands among the prompts of '
            'demonstrations, comparisons or RL, and no entity that one names is named there. Pretraining text tells facts about all '
            'entities, but holds none of the passages and sentences of the two tasks.', '']
   lines += _table(['policy', *COLUMNS.values()],
@@ -207,7 +206,7 @@ def markdown(result: dict, pictures: list[str]) -> str:
   lines += ['', '## Samples', '', 'One response of each policy to the first test prompt of every use case, at temperature 1.']
   for sample in result['samples']:
     lines += ['', f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`', '',
-              *_table(['policy', 'response'], [[name_of(n), f'`{said}`' if said else ''] for n, said in sample['responses'].items()])]
+              *_table(['policy', 'response'], [[name_of(n), f'`{x}`' if x else ''] for n, x in sample['responses'].items()])]
   lines += ['', '## Plots', '', *(f'![{p}]({p})\n' for p in pictures)]
   lines += ['## Seconds', '', ', '.join(f'{k} {v:.0f}' for k, v in result['seconds'].items()), '',
             ', '.join(f'{k} {v}' for k, v in result['versions'].items()), '']

@@ -106,13 +106,15 @@ def fraction(x: Sequence[float], y: Sequence[float], counts: Sequence[float] | N
   """
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   counts = np.ones(len(x)) if counts is None else np.asarray(counts, np.float64)
-  if len(x) == 0 or y.sum() == 0:
+  if len(x) == 0 or not y.any():
     return _figure(None, None, len(x), 'fraction')
-  scale = max(np.abs(x).max(), np.abs(y).max())
-  sums = _sums(_groups(clusters, np.ones(len(x), bool)), x / scale, y / scale, counts)
+  scales = [max(np.abs(v).max(), np.finfo(np.float64).tiny) for v in (x, y)]
+  sums = _sums(_groups(clusters, np.ones(len(x), bool)), x / scales[0], y / scales[1], counts)
   groups, (over, under, size) = len(sums), sums.sum(0)
-  mean = _figure(over / under, None, len(x), 'fraction')
-  if groups < 2:
+  with np.errstate(over='ignore', divide='ignore', invalid='ignore'):
+    unit = scales[0] / scales[1]
+    mean = _figure(over / under * unit, None, len(x), 'fraction')
+  if groups < 2 or mean['mean'] is None:
     return mean
   apart = sums[:, :2] - sums[:, 2:] * np.array([over, under]) / size
   (vxx, vxy), (_, vyy) = special.stdtrit(groups - 1, 0.975) ** 2 * groups / (groups - 1) * apart.T @ apart
@@ -120,7 +122,7 @@ def fraction(x: Sequence[float], y: Sequence[float], counts: Sequence[float] | N
   if a <= 0:
     return mean
   root = np.sqrt(max(b**2 - a * c, 0.0))
-  return _figure(over / under, ((b - root) / a, (b + root) / a), len(x), 'fraction')
+  return _figure(mean['mean'], ((b - root) / a * unit, (b + root) / a * unit), len(x), 'fraction')
 
 
 def statistic(of: Callable[[np.ndarray], Any], clusters: Sequence[Any], bounds: tuple[float, float] | None = None,
@@ -140,10 +142,10 @@ def statistic(of: Callable[[np.ndarray], Any], clusters: Sequence[Any], bounds: 
   if count > groups:
     group = (np.random.default_rng(0).permutation(count) % groups)[group]
   parts = min(count, groups)
-  without = np.array([of(rows[group != g]) for g in range(parts)], np.float64) if parts > 1 else np.full((0, *whole.shape), np.nan)
+  without = np.array([of(rows[group != g]) for g in range(parts)] if parts > 1 else [np.full(whole.shape, np.nan)], np.float64)
   out = []
   for mean, left in zip(whole.reshape(-1), without.reshape(len(without), -1).T, strict=True):
-    error = np.sqrt((parts - 1) / parts * ((left - left.mean()) ** 2).sum()) if len(left) else np.nan
+    error = np.sqrt((parts - 1) / max(parts, 1) * ((left - left.mean()) ** 2).sum())
     reach = special.stdtrit(max(parts - 1, 1), 0.975) * error
     limits = np.array([mean - reach, mean + reach]) if bounds is None else np.clip([mean - reach, mean + reach], *bounds)
     unknown = np.isnan(reach) or (bounds is not None and reach == 0 and mean in bounds)
@@ -173,7 +175,8 @@ def apart(figure: Mapping[str, Any], value: float = 0.0) -> int:
 
 
 def _figure(mean: float | None, limits: Any, n: float, kind: str) -> Figure:
-  """Limits that rounding put on the wrong side of the mean are the mean."""
+  """Limits that rounding put on the wrong side of the mean are the mean. What is not finite is None."""
+  mean = None if mean is None or not np.isfinite(mean) else mean
   if mean is None or limits is None or not np.isfinite(np.array([mean, *limits], np.float64)).all():
     return {'mean': None if mean is None else float(mean), 'ci95': [None, None], 'n': n, 'kind': kind}
   return {'mean': float(mean), 'ci95': [float(min(limits[0], mean)), float(max(limits[1], mean))], 'n': n, 'kind': kind}
@@ -229,6 +232,7 @@ def _share(p: np.ndarray, group: np.ndarray) -> tuple[float, float] | None:
   largest (a cluster counts as one unit), with the weight of half a cluster at most: from a few rare events it comes out too small.
   """
   n, clusters, mean = len(p), int(group.max()) + 1, float(p.mean())
+  mean = 0.0 if mean < 1e-12 else 1.0 if mean > 1 - 1e-12 else mean
   if clusters < 2:
     return None
   largest = mean * (1 - mean)
