@@ -91,8 +91,8 @@ def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
 
 
 def smooth(x: np.ndarray) -> np.ndarray:
-  """Running mean over a tenth of the values, at least 3 where there are as many: f[N - width + 1]."""
-  width = min(max(3, len(x) // 10), len(x))
+  """Running mean over a tenth of the values, of a few values over up to 3: f[N - width + 1]."""
+  width = max(1, min(len(x) // 3, max(3, len(x) // 10)))
   return np.convolve(x, np.ones(width) / width, 'valid')
 
 

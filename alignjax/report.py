@@ -180,14 +180,14 @@ def markdown(result: dict, pictures: list[str]) -> str:
   lines = ['# Report', '', '    ' + made['command'], '',
            f'Seed {result["seed"]}' + (f', commit {made["commit"]}' if made['commit'] else '') + '; report.json has every entry of '
            'the config, n of each figure and more digits. Mean and 95% interval. No test prompt stands among the prompts of '
-           'demonstrations, comparisons or RL, and no entity that one names is named there. Pretraining text tells facts about all '
+           'demonstrations, comparisons or RL, and these name none of the test\'s entities. Pretraining text tells facts about all '
            'entities, but holds none of the passages and sentences of the two tasks.', '']
   lines += _table(['policy', *COLUMNS.values()],
                   [[name_of(name), *(show(policy.get(c), digits=2) for c in COLUMNS)] for name, policy in policies.items()])
   lines += ['', *(f'- {what}: {text}.' for what, text in MEANING.items()), '', '## Findings', '',
             'yes: the whole interval is on the claimed side; no: on the other side; not shown: neither, or what the claim presumes '
             'is not shown. Differences are paired by item.', '']
-  lines += _table(['finding', '', 'figures, 95% interval'],
+  lines += _table(['finding', 'outcome', 'figures, 95% interval'],
                   [[claim, f'**{found["held"]}**' if found['held'] != findings.YES else 'yes', findings.in_words(found)]
                    for claim, found in result['findings'].items()])
   lines += ['', '## Reward model', '']

@@ -151,9 +151,10 @@ def summarize(ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str,
   pretraining_loss: nats per token, by document.
   """
   out, of = {}, clusters(ev)
+  exact = policy is baseline  # preferred to itself in half of the cases, by definition
   for name, ids in (('train', ev.labelers.train), ('heldout', ev.labelers.heldout)):
-    out[f'win_rate_{name}_labelers'] = interval(
-        ev.labelers.preference(policy['features'], baseline['features'], ids).mean(-1), of['prompts'], (0, 1))
+    wins = ev.labelers.preference(policy['features'], baseline['features'], ids).mean(-1)
+    out[f'win_rate_{name}_labelers'] = interval(wins, of['prompts'], (0, 1)) | ({'ci95': [0.5, 0.5]} if exact else {})
     out[f'gold_{name}_labelers'] = interval(ev.labelers.gold(policy['features'], ids), of['prompts'], ANY)
   units = {'truthful': (of['truth'], (0, 1)), 'truthful_train_entities': (of['truth_train'], (0, 1)),
            'toxic': (of['prompts'], (0, 1)), 'toxic_rude_context': (of['toxicity'], (0, 1)), 'follow': (of['prompts'], (0, 1)),

@@ -137,7 +137,7 @@ def statistic(of: Callable[[np.ndarray], Any], clusters: Sequence[Any], bounds: 
   """
   rows = np.arange(len(clusters))
   whole = np.asarray(of(rows) if len(rows) else np.nan, np.float64)
-  _, group = np.unique(np.asarray(clusters), return_inverse=True) if len(rows) else (None, rows)
+  group = _groups(clusters, np.ones(len(rows), bool))
   count = int(group.max()) + 1 if len(rows) else 0
   if count > groups:
     group = (np.random.default_rng(0).permutation(count) % groups)[group]
@@ -184,7 +184,10 @@ def _figure(mean: float | None, limits: Any, n: float, kind: str) -> Figure:
 
 def _groups(clusters: Sequence[Any] | None, keep: np.ndarray) -> np.ndarray:
   """Numbers of the clusters from 0, i64[units that are kept]."""
-  return np.arange(keep.sum()) if clusters is None else np.unique(np.asarray(clusters)[keep], return_inverse=True)[1]
+  if clusters is None:
+    return np.arange(keep.sum())
+  place: dict[Any, int] = {}
+  return np.array([place.setdefault(label, len(place)) for label, kept in zip(clusters, keep, strict=True) if kept], np.int64)
 
 
 def _sums(group: np.ndarray, *columns: np.ndarray) -> np.ndarray:
