@@ -99,8 +99,8 @@ def test_best_of_n_has_training_prompts_in_panels_of_their_own(tmp_path, monkeyp
   logged = {'training': {'kl': [0.0, 1.0], 'reward model': [5.0, 7.0]}}
   best_of_n.plot(made | dict(policies={'ppo': point | logged}), tmp_path / 'x.png')
   assert [a.get_title() for a in saved[0]] == [
-      'reward model\n20 prompts measured on', 'gold, training labelers\n20 prompts measured on',
-      'reward model\nin training, on its own prompts', 'gold, training labelers\nin training, on its own prompts']
+      'reward model\non the same 20 prompts', 'gold, training labelers\non the same 20 prompts',
+      'reward model\nin training, on its own prompts', '']
   drawn = [[y for line in a.lines for y in np.atleast_1d(line.get_ydata())] for a in saved[0]]
   assert drawn[2] == [5.0, 7.0] and max(drawn[0]) < 3, 'no axis has both'
   best_of_n.plot(made | dict(policies={'ppo': point}), tmp_path / 'y.png')

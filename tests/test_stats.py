@@ -166,6 +166,7 @@ def test_a_statistic_is_the_jackknife():
 def test_nothing_measured_and_one_unit():
   assert interval([float('nan')]) == interval([]) == {'mean': None, 'ci95': [None, None], 'n': 0, 'kind': 'share'}
   assert interval([1.0]) == {'mean': 1.0, 'ci95': [None, None], 'n': 1, 'kind': 'share'}
+  assert interval([7.0, float('inf')])['mean'] is None and interval([7.0, float('inf')])['n'] == 2
   assert interval([7.0])['ci95'] == [None, None] and interval([7.0, float('nan')])['n'] == 1
   assert ratio([], [])['mean'] is None and ratio([2.0, 4.0], [1.0, 3.0])['mean'] == 1.5
   assert ratio([2.0, 4.0], [0.0, 0.0])['mean'] is None and ratio([2.0, 0.0], [1.0, 0.0])['ci95'] == [None, None]

@@ -107,16 +107,19 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
       at = math.sqrt(max(p['kl']['mean'], 0))
       axis.plot([at, at], np.array(p[name]['ci95'], float), color=colors[label], lw=2)
       axis.plot(at, p[name]['mean'], 'D', color=colors[label], label=label)
-    axis.set(title=f'{name}\n{result["prompts"]} prompts measured on', ylabel='mean')
+    axis.set(title=f'{name}\non the same {result["prompts"]} prompts', ylabel='mean')
   for axis, name in zip(axes[1] if logged else (), names, strict=False):
     for label, training in logged.items():
       if name in training:
         axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=4, alpha=0.5, color=colors[label], label=label)
-    axis.set(title=f'{name}\nin training, on its own prompts', ylabel='mean of a step')
+    if axis.lines:
+      axis.set(title=f'{name}\nin training, on its own prompts', ylabel='mean of a step')
   for axis in axes.flat:
     axis.set_xlabel('sqrt(KL to the policy that is sampled, nats)')
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
+    if axis.lines:
       axis.legend(fontsize=8)
+    else:
+      axis.set_axis_off()  # not logged in training
   figure.savefig(path, dpi=110)
   plt.close(figure)

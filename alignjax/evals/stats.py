@@ -12,8 +12,9 @@ The kinds, and what their intervals are:
 
 Units of one cluster (the pairs of a prompt, the answers about a fact) are not independent. Variances are therefore those of the
 jackknife that leaves out one cluster at a time, and quantiles are of t with one degree of freedom less than there are clusters. In
-simulations (tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units on, means of skewed
-values (exponential) from 8, clustered ones from 4 clusters. Of one unit or one cluster alone there is no interval: [None, None].
+simulations (tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units and from 4 clusters on,
+means of skewed values (exponential) from 8 units. Where a rare event comes in bursts (2%, all in few of 30 clusters) they cover 90%.
+Of one unit or one cluster alone there is no interval: [None, None].
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def interval(values: Sequence[float], clusters: Sequence[Any] | None = None, bou
   """Mean of values and its interval.
 
   Args:
-    values: one number per unit; NaN means "not measured" and is left out.
+    values: one number per unit; NaN means "not measured" and is left out. With an infinite one there is no figure.
     clusters: a label per unit, None: every unit is its own cluster.
     bounds: what a value can be at least and at most, which makes the figure a share: (0, 1) for shares and probabilities, (-1, 1)
       for their paired differences. ANY: none, a mean. None: (0, 1) where all values are 0, 0.5 or 1, else ANY.
@@ -64,6 +65,8 @@ def ratio(totals: Sequence[float], counts: Sequence[float], clusters: Sequence[A
   if total == 0:
     return _figure(None, None, 0, 'ratio')
   n = int(total) if total == int(total) else float(total)
+  if not np.isfinite(totals).all():
+    return _figure(None, None, n, 'ratio')
   scale = max(np.abs(totals).max(), np.finfo(np.float64).tiny)  # so that no square overflows
   sums = _sums(_groups(clusters, np.ones(len(totals), bool)), totals / scale, counts)
   mean = sums[:, 0].sum() / total
