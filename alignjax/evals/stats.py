@@ -12,9 +12,9 @@ The kinds, and what their intervals are:
 
 Units of one cluster (the pairs of a prompt, the answers about a fact) are not independent. Variances are therefore those of the
 jackknife that leaves out one cluster at a time, and quantiles are of t with one degree of freedom less than there are clusters. In
-simulations (tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units and from 4 clusters on,
-means of skewed values (exponential) from 8 units. Where a rare event comes in bursts (2%, all in few of 30 clusters) they cover 90%.
-Of one unit or one cluster alone there is no interval: [None, None].
+simulations (tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units and from 4 clusters
+on, means of skewed values (exponential) from 8 units. Where a rare event comes in bursts (2%, in few of 30 clusters) they cover 88%
+to 93%. Of one unit or one cluster alone there is no interval: [None, None].
 """
 
 from __future__ import annotations
