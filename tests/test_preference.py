@@ -80,6 +80,8 @@ def test_win_rates_by_hand_and_their_intervals():
     np.testing.assert_allclose(figure['ci95'], [wins.mean() - error, wins.mean() + error], atol=0.01)
     mirror = preference.win_rates(table(rows, ['b', 'a']), ['b', 'a'])['a']['b']
     np.testing.assert_allclose(mirror['ci95'], figure['ci95'], atol=0.01)
+  same = [(f'0123456789ab-{i}' if i else '0123456789ab', 'a', 'b', p, 'j') for i, p in enumerate([1.0, 0.0, 1.0])]
+  assert preference.win_rates(table(same, ['a', 'b']), ['a', 'b'])['a']['b']['ci95'] == [None, None], 'one prompt'
   always = preference.win_rates(table([(f'q{i}', 'a', 'b', 1.0, 'j') for i in range(24)], ['a', 'b']), ['a', 'b'])
   assert 0.8 < always['a']['b']['ci95'][0] < 0.95 and always['a']['b']['ci95'][1] == 1.0
   assert always['b']['a']['ci95'] == pytest.approx([0.0, 1 - always['a']['b']['ci95'][0]])
