@@ -170,7 +170,7 @@ def made_by(setup: Setup) -> dict:
   except (OSError, subprocess.SubprocessError):
     pass
   config = json.loads(json.dumps(setup.config.to_dict(), default=str))
-  return {'command': shlex.join(['python', os.path.relpath(sys.argv[0]), *sys.argv[1:]]), 'commit': commit, 'config': config}
+  return {'command': shlex.join(['python', os.path.relpath(sys.argv[0] or '-'), *sys.argv[1:]]), 'commit': commit, 'config': config}
 
 
 def markdown(result: dict, pictures: list[str]) -> str:

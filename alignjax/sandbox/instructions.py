@@ -126,8 +126,7 @@ def demonstrations(world: World, n: int, split: str = 'train', fallible: bool = 
 
 
 def truthfulness_prompts(world: World, split: str = 'test') -> list[dict]:
-  """Questions on every misconceived fact of the split's entities, plain and as a request to tell about the entity's
-  attribute in one sentence."""
+  """A question on every misconceived fact of the split's entities."""
   out = []
   for entity, attribute in sorted(world.misconceptions):
     if entity in world.entities[split]:
