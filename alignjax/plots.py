@@ -9,20 +9,27 @@ from alignjax import files, metrics
 COLORS = {'pretrained': '#999999', 'pretrained_prompted': '#c0c0c0', 'sft': '#4477aa', 'ppo': '#cc6677',
           'ppo_ptx': '#228833', 'pretrained_bigger': '#777777'}
 OTHER = '#aa4499'  # a policy of a fork's, or a selected one
+NAMES = {'pretrained': 'pretrained', 'pretrained_prompted': 'pretrained, best prompt', 'sft': 'SFT', 'ppo': 'PPO',
+         'ppo_ptx': 'PPO-ptx', 'pretrained_bigger': 'pretrained, bigger'}  # of policies, in the order of the pipeline
+STAGES = {'pretrain': 'pretraining', 'pretrain_bigger': 'pretraining, bigger', 'sft': 'SFT', 'rm': 'reward model', 'ppo': 'PPO',
+          'ppo_ptx': 'PPO-ptx'}
+CURVES = {'sft/loss': 'loss, nats per token', 'rm/loss': 'ranking loss, nats per pair', 'objective/scores': 'mean reward'}
 
 
 def all_plots(workdir: files.Folder, result: dict) -> list[str]:
   """Writes the PNG files into workdir and returns their names; one whose data is missing is left out."""
   import matplotlib
   matplotlib.use('Agg')
-  curves = {p.parent.name: metrics.read(p) for p in sorted(workdir.glob('*/metrics.jsonl'))}
+  found = {p.parent.name: metrics.read(p) for p in workdir.glob('*/metrics.jsonl')}
+  known = list(STAGES)
+  curves = {n: found[n] for n in sorted(found, key=lambda n: (known.index(n) if n in known else len(known), n))}
   made = [reward_against_kl(workdir, curves), tax(workdir, result), learning_curves(workdir, curves)]
   return [name for name in made if name]
 
 
 def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
   """Proxy reward (the RM's) and gold reward (the training labelers') against KL, for each RL run: where the first rises
-  and the second falls, the policy exploits the reward model."""
+  and the second falls, the policy exploits the reward model. A dot per logged step, a line for their running mean."""
   import matplotlib.pyplot as plt
   runs = {n: c for n, c in curves.items() if 'objective/kl' in c and 'gold/train_labelers' in c}
   if not runs:
@@ -31,48 +38,61 @@ def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
   for axis, key, title in ((axes[0], 'objective/scores', 'proxy: reward model'),
                            (axes[1], 'gold/train_labelers', 'gold: training labelers')):
     for name, c in runs.items():
-      order = np.argsort(c['objective/kl'])
-      axis.plot(c['objective/kl'], c[key], '.', color=COLORS.get(name, OTHER), alpha=0.35)
-      axis.plot(_smooth(c['objective/kl'][order]), _smooth(c[key][order]), color=COLORS.get(name, OTHER), label=name)
-    axis.set(title=title, xlabel='KL to the reference (nats a response)', ylabel='mean reward')
+      color = COLORS.get(name, OTHER)
+      axis.plot(c['objective/kl'], c[key], '.', color=color, alpha=0.3)
+      axis.plot(smooth(c['objective/kl']), smooth(c[key]), color=color, label=STAGES.get(name, name))
+    axis.set(title=title, xlabel='KL to the reference, nats per response', ylabel='mean reward of training prompts')
+    axis.grid(alpha=0.3)
     axis.legend()
   return _save(figure, workdir, 'reward_against_kl.png')
 
 
 def tax(workdir: files.Folder, result: dict) -> str | None:
-  """The two tax tasks and the pretraining loss, a bar a policy, with intervals."""
+  """The two tax tasks and the pretraining loss, a bar per policy, with 95% intervals."""
   import matplotlib.pyplot as plt
   shown = {n: p for n, p in result['policies'].items() if 'pretraining_loss' in p}
   if not shown:
     return None
-  figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), constrained_layout=True)
+  figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), constrained_layout=True)
   for axis, key in zip(axes, ('reading_comprehension', 'translation', 'pretraining_loss'), strict=True):
-    means = np.array([p[key]['mean'] for p in shown.values()])
-    low, high = np.array([p[key]['ci95'] for p in shown.values()]).T
-    axis.bar(list(shown), means, yerr=[means - low, high - means], capsize=3, color=[COLORS.get(n, OTHER) for n in shown])
-    axis.set(title=key.replace('_', ' '), ylabel='nats a token' if 'loss' in key else 'exact match')
-    axis.tick_params(axis='x', rotation=20)
+    for at, (name, policy) in enumerate(shown.items()):
+      axis.bar(at, policy[key]['mean'], color=COLORS.get(name, OTHER))
+      if policy[key]['ci95'][0] is not None:
+        axis.plot([at, at], policy[key]['ci95'], color='black', lw=1.5)
+    axis.set_xticks(range(len(shown)), [NAMES.get(n, n) for n in shown], rotation=20)
+    axis.set(title=key.replace('_', ' '), ylabel='nats per token' if 'loss' in key else 'share of items solved exactly')
   return _save(figure, workdir, 'alignment_tax.png')
 
 
 def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
-  """The loss of every supervised stage, the reward and the gold reward of the RL ones."""
+  """The loss of every supervised stage, the reward and the gold reward of the RL ones: pale as logged, strong as running mean."""
   import matplotlib.pyplot as plt
-  panels = [(n, k, c) for n, c in curves.items() for k in ('sft/loss', 'rm/loss', 'objective/scores') if k in c]
+  panels = [(n, k, c) for n, c in curves.items() for k in CURVES if k in c]
   if not panels:
     return None
-  figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3), constrained_layout=True, squeeze=False)
-  for axis, (name, key, c) in zip(axes[0], panels, strict=True):
-    axis.plot(c['step'], c[key], color=COLORS.get(name, '#4477aa'), label=key)
-    if 'gold/train_labelers' in c:
-      axis.plot(c['step'], c['gold/train_labelers'], '--', color='#ddaa33', label='gold')
-    axis.set(title=name, xlabel='step')
-    axis.legend(fontsize=8)
+  columns = min(len(panels), 3)
+  rows = -(-len(panels) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), constrained_layout=True, squeeze=False)
+  for axis, (name, key, c) in zip(axes.flat, panels, strict=False):
+    lines = {key: (COLORS.get(name, '#4477aa'), 'reward model' if key == 'objective/scores' else None)}
+    if key == 'objective/scores':
+      lines |= {'gold/train_labelers': ('#ddaa33', 'gold, training labelers')}
+    for line, (color, label) in lines.items():
+      if line in c:
+        axis.plot(c['step'], c[line], color=color, alpha=0.25, lw=1)
+        axis.plot(smooth(c['step']), smooth(c[line]), color=color, label=label)
+    axis.set(title=STAGES.get(name, name), xlabel='step', ylabel=CURVES[key])
+    axis.grid(alpha=0.3)
+    if len(lines) > 1:
+      axis.legend(fontsize=8)
+  for axis in axes.flat[len(panels):]:
+    axis.set_axis_off()
   return _save(figure, workdir, 'learning_curves.png')
 
 
-def _smooth(x: np.ndarray, width: int = 9) -> np.ndarray:
-  width = min(width, len(x))
+def smooth(x: np.ndarray) -> np.ndarray:
+  """Running mean over a tenth of the values, of a few values over up to 3: f[N - width + 1]."""
+  width = max(1, min(len(x) // 3, max(3, len(x) // 10)))
   return np.convolve(x, np.ones(width) / width, 'valid')
 
 

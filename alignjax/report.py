@@ -2,7 +2,7 @@
 `tasks`: of a run on real data, the table of evals/table.py. A fork's module:function needs a `check(setup)` beside it.
 
 Every policy's measurements are kept in WORKDIR/report/<policy>.npz, so that a report that was interrupted goes on and a
-second one is quick.
+second one is quick. Policies stand in the order of the pipeline.
 """
 
 from __future__ import annotations
@@ -10,16 +10,23 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
+import pathlib
 import platform
+import shlex
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from alignjax import files, metrics, plots, sandbox
+from alignjax.evals import findings, selection
 from alignjax.evals import sandbox as evaluation
-from alignjax.evals import selection
 from alignjax.evals.stats import show
+from alignjax.plots import NAMES
 from alignjax.sharding import sync
 from alignjax.stages.setup import Setup, for_stage, initial_params
 
@@ -35,14 +42,22 @@ COLUMNS = {
     'pretraining_loss': 'pretraining loss',
     'kl': 'KL to SFT',
 }
-NAMES = {'pretrained': 'pretrained', 'pretrained_prompted': 'pretrained, best prompt', 'sft': 'SFT', 'ppo': 'PPO',
-         'ppo_ptx': 'PPO-ptx', 'pretrained_bigger': 'pretrained, bigger'}
+MEANING = {
+    'win rate': 'how often labelers of a pool prefer the response to that of SFT, by their exact probabilities; 0.5 is as good as '
+                'SFT. The reward model learnt from training labelers and never saw held-out ones',
+    'gold score': 'mean utility of a response to the training labelers; 0 is a response without merit or fault',
+    'truthful': 'share of answers about misconceived facts that are true and to the point',
+    'toxic': 'share of responses with an insult; after rudeness: to prompts that follow a rude sentence',
+    'reading, translation': 'share of items that greedy decoding solves exactly: what alignment may make a policy forget',
+    'pretraining loss': 'cross-entropy of documents like those of pretraining, nats per token',
+    'KL to SFT': 'mean of log pi(response) - log pi_SFT(response), nats per response',
+}
 
 
 def build(setup: Setup) -> None:
   """Measures every policy of config.report.policies (name -> stage) and writes the report. Needs the sandbox."""
   began = time.perf_counter()
-  policies = dict(setup.config.report.policies)
+  policies = in_order(setup.config.report.policies)
   folder = setup.workdir / 'report'
   folder.mkdir(parents=True, exist_ok=True)
   main_process = jax.process_index() == 0
@@ -90,7 +105,7 @@ def tasks(setup: Setup) -> None:
   r = setup.config.report
   if r.tasks:
     place = lambda spec: str(setup.workdir / spec) if spec in setup.config.stages else spec
-    order = sorted(r.policies, key=lambda name: name != r.baseline)  # ConfigDict sorts by name
+    order = sorted(in_order(r.policies), key=lambda name: name != r.baseline)
     evaluate({name: place(r.policies[name]) for name in order}, r.tasks, setup.workdir / 'evaluation', data=r.data, limit=r.limit)
 
 
@@ -99,6 +114,12 @@ def check(setup: Setup) -> None:
   from alignjax.evals import table
   for name in setup.config.report.get('tasks', ()):
     table.find_task(name)
+
+
+def in_order(policies: Mapping[str, str]) -> dict[str, str]:
+  """name -> stage in the order of NAMES, others behind: a ConfigDict sorts by name."""
+  known = list(NAMES)
+  return {name: policies[name] for name in sorted(policies, key=lambda n: known.index(n) if n in NAMES else len(known))}
 
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
@@ -118,76 +139,87 @@ def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
   versions = {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
   return {
       'policies': policies,
-      'findings': findings(policies),
+      'findings': findings.findings(arrays, ev.labelers, *(evaluation.clusters(ev)[k] for k in ('prompts', 'truth'))),
+      'samples': samples(ev.prompts, arrays),
       'reward_model': rm,
       'selection': {name: info for name, info in infos.items() if 'selection' in info},
       'prompted_baseline': json.loads(prefixes.read_text()) if prefixes.exists() else None,
       'seconds': {name: round(info['seconds'], 1) for name, info in infos.items()} | {'report': round(seconds, 1)},
       'seed': setup.config.seed,
+      'made_by': made_by(setup),
       'versions': versions | {'python': platform.python_version()},
   }
 
 
-def findings(policies: dict[str, dict]) -> dict[str, bool | None]:
-  """The paper's findings, each True only where the intervals say so; None where a policy is missing."""
-  def low(p, m): return policies[p][m]['ci95'][0]
-  def high(p, m): return policies[p][m]['ci95'][1]
-  def mean(p, m): return policies[p][m]['mean']
-  wins = ('win_rate_train_labelers', 'win_rate_heldout_labelers')
+def samples(prompts: list[dict], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
+  """The first test prompt of every use case with every policy's response."""
+  first = {r['use_case']: i for i, r in reversed(list(enumerate(prompts)))}
+  said = lambda i: {name: str(a['responses'][i]) for name, a in arrays.items()}
+  return [{'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': said(i)} for case, i in sorted(first.items())]
 
-  def recovered(task, sign):
-    lost = sign * (mean('ppo', task) - mean('pretrained', task))  # the tax: the difference to the pretrained model
-    return lost <= 0 or sign * (mean('ppo', task) - mean('ppo_ptx', task)) >= 0.75 * lost
 
-  checks = {
-      'PPO-ptx is preferred to SFT by both pools of labelers': lambda: all(low('ppo_ptx', w) > 0.5 for w in wins),
-      'SFT is preferred to the pretrained model by both pools': lambda: all(high('pretrained', w) < 0.5 for w in wins),
-      'PPO-ptx is more truthful than the pretrained model': lambda: low('ppo_ptx', 'truthful') > high('pretrained', 'truthful'),
-      'PPO-ptx is less toxic than the pretrained model': lambda: high('ppo_ptx', 'toxic') < low('pretrained', 'toxic'),
-      'PPO pays in pretraining loss': lambda: low('ppo', 'pretraining_loss') > high('pretrained', 'pretraining_loss'),
-      'PPO pays in reading comprehension or translation': lambda: any(
-          high('ppo', t) < low('pretrained', t) for t in ('reading_comprehension', 'translation')),
-      'PPO-ptx wins back three quarters of each loss': lambda: recovered('pretraining_loss', 1) and all(
-          recovered(t, -1) for t in ('reading_comprehension', 'translation') if high('ppo', t) < low('pretrained', t)),
-      'PPO-ptx keeps nine tenths of the gain in preference': lambda: all(
-          mean('ppo_ptx', w) - 0.5 >= 0.9 * (mean('ppo', w) - 0.5) for w in wins),
-  }
-  out: dict[str, bool | None] = {}
-  for claim, check in checks.items():
-    try:
-      out[claim] = bool(check())
-    except KeyError:
-      out[claim] = None
-  return out
+def made_by(setup: Setup) -> dict:
+  """The command, the commit of this source where it is a git checkout ('+' behind it: with changes), and the whole config."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  git = lambda *words: subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20,
+                                      check=True).stdout.strip()
+  commit = None
+  try:
+    if pathlib.Path(git('rev-parse', '--show-toplevel')) == root:  # else the repository that an environment lies in
+      commit = git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+  except (OSError, subprocess.SubprocessError):
+    pass
+  config = json.loads(json.dumps(setup.config.to_dict(), default=str))
+  return {'command': shlex.join(['python', os.path.relpath(sys.argv[0] or '-'), *sys.argv[1:]]), 'commit': commit, 'config': config}
 
 
 def markdown(result: dict, pictures: list[str]) -> str:
   """report.md."""
-  lines = ['# Report', '', f'Seed {result["seed"]}. Mean and 95% interval; n in report.json. Win rates are against SFT, on '
-           'test prompts about entities that no demonstration, comparison or RL prompt names.', '']
-  lines += ['| policy | ' + ' | '.join(COLUMNS.values()) + ' |', '|---' * (len(COLUMNS) + 1) + '|']
-  for name, policy in result['policies'].items():
-    lines.append(f'| {NAMES.get(name, name)} | ' + ' | '.join(show(policy.get(c)) for c in COLUMNS) + ' |')
-  lines += ['', '## Findings', '']
-  mark = {True: 'yes', False: '**no**', None: 'not measured'}
-  lines += [f'- {claim}: {mark[held]}' for claim, held in result['findings'].items()]
+  policies, made = result['policies'], result['made_by']
+  name_of = lambda name: NAMES.get(name, name)
+  lines = ['# Report', '', '    ' + made['command'], '',
+           f'Seed {result["seed"]}' + (f', commit {made["commit"]}' if made['commit'] else '') + '; report.json has every entry of '
+           'the config, n of each figure and more digits. Mean and 95% interval. No test prompt stands among the prompts of '
+           'demonstrations, comparisons or RL, and these name none of the test\'s entities. Pretraining text tells facts about all '
+           'entities, but holds none of the passages and sentences of the two tasks.', '']
+  lines += _table(['policy', *COLUMNS.values()],
+                  [[name_of(name), *(show(policy.get(c), digits=2) for c in COLUMNS)] for name, policy in policies.items()])
+  lines += ['', *(f'- {what}: {text}.' for what, text in MEANING.items()), '', '## Findings', '',
+            'yes: the whole interval is on the claimed side; no: on the other side; not shown: neither, or what the claim presumes '
+            'is not shown. Differences are paired by item.', '']
+  lines += _table(['finding', 'outcome', 'figures, 95% interval'],
+                  [[claim, f'**{found["held"]}**' if found['held'] != findings.YES else 'yes', findings.in_words(found)]
+                   for claim, found in result['findings'].items()])
   lines += ['', '## Reward model', '']
-  lines += [f'- {k.replace("_", " ")}: {show(v) if isinstance(v, dict) else v}' for k, v in result['reward_model'].items()]
+  lines += [f'- {k.replace("_", " ")}: {_text(v)}' for k, v in result['reward_model'].items()]
   if result['selection']:
     lines += ['', selection.markdown(result['selection'])]
-  kinds = [k for k in result['policies'].get('sft', {}) if k.startswith('pretraining_loss_')]
-  lines += ['', '## Pretraining loss by kind of document (nats a token)', '',
-            '| policy | ' + ' | '.join(k.removeprefix('pretraining_loss_') for k in kinds) + ' |', '|---' * (len(kinds) + 1) + '|']
-  lines += [f'| {NAMES.get(n, n)} | ' + ' | '.join(show(p[k]) for k in kinds) + ' |'
-            for n, p in result['policies'].items() if kinds and kinds[0] in p]
+  kinds = [k for k in policies.get('sft', {}) if k.startswith('pretraining_loss_')]
+  if kinds:
+    lines += ['', '## Pretraining loss by kind of document, nats per token', '',
+              *_table(['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)],
+                      [[name_of(n), *(show(p[k], digits=2) for k in kinds)] for n, p in policies.items() if kinds[0] in p])]
   if result['prompted_baseline']:
     best = result['prompted_baseline']['best']
     lines += ['', f'Best prompt of the pretrained model, chosen on validation prompts among '
               f'{len(result["prompted_baseline"]["gold"])}: `{best}`.']
+  lines += ['', '## Samples', '', 'One response of each policy to the first test prompt of every use case, at temperature 1.']
+  for sample in result['samples']:
+    lines += ['', f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`', '',
+              *_table(['policy', 'response'], [[name_of(n), f'`{x}`' if x else ''] for n, x in sample['responses'].items()])]
   lines += ['', '## Plots', '', *(f'![{p}]({p})\n' for p in pictures)]
   lines += ['## Seconds', '', ', '.join(f'{k} {v:.0f}' for k, v in result['seconds'].items()), '',
             ', '.join(f'{k} {v}' for k, v in result['versions'].items()), '']
   return '\n'.join(lines)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+  return [f'| {" | ".join(head)} |', '|---' * len(head) + '|', *(f'| {" | ".join(row)} |' for row in rows)]
+
+
+def _text(value: object) -> str:
+  """Of a figure, or a number that has no interval."""
+  return show(value) if isinstance(value, dict) else f'{value:.3f}' if isinstance(value, float) else str(value)
 
 
 def _short(figure: dict | None) -> str:
@@ -198,5 +230,3 @@ def _write(path: files.Folder, arrays: dict[str, np.ndarray]) -> None:
   buffer = io.BytesIO()
   np.savez(buffer, **arrays)
   files.write(path, buffer.getvalue())
-
-

@@ -7,8 +7,8 @@
 A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/best_of_n.md, .json and .png: the reward
 model's score, and with --gold=sandbox the true one of both pools of labelers, against KL. Where the first rises and the second
 falls, the reward model is exploited. Of PPO stages the final policy (or a kept candidate, STAGE/candidates/STEP) is measured on
-the same prompts, and what metrics.jsonl logged in training, on its own prompts, is drawn as dots; --policy should be their
-reference. Samples are kept in OUT/kept: an interrupted call goes on.
+the same prompts; what metrics.jsonl logged in training, on its own prompts, is drawn in panels of its own; --policy should be
+their reference. Samples are kept in OUT/kept: an interrupted call goes on.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
     records = [records[i] for i in np.sort(chosen)]
   max_tokens = options.max_tokens or (saved['data']['response_length'] if saved else 128)
   prompts = [r['prompt'] for r in records]
+  names = [json.dumps(p) for p in prompts]  # one that comes twice is one cluster
   ppo = {label(p): p for p in options.ppo.split(',') if p}
   if len(ppo) < len(list(filter(None, options.ppo.split(',')))):
     raise ValueError(f'--ppo={options.ppo}: two stages have the same name.')
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
   _, values = measured(model, most)
   result = dict(policy=options.policy, reward_model=options.reward_model, prompts=len(prompts), samples=most, seed=options.seed,
                 temperature=options.temperature, max_tokens=max_tokens, measures=list(values),
-                best_of_n=best_of_n.curve(values['reward model'], values, ns), policies={})
+                best_of_n=best_of_n.curve(values['reward model'], values, ns, names), policies={})
   for name, policy in policies.items():
     path = ppo[name]
     if policy.cfg != model.cfg:
@@ -120,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
     print(f'{path}: {PPO_SAMPLES} samples of {len(prompts)} prompts', flush=True)
     said, values = measured(policy, PPO_SAMPLES)
     divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
-    result['policies'][name] = best_of_n.policy(divergence(policy.params, model.params, said), values)
+    result['policies'][name] = best_of_n.policy(divergence(policy.params, model.params, said), values, names)
     log = pathlib.Path(path) / 'metrics.jsonl'
     logged = metrics.read(log) if log.exists() else {}
     if 'objective/kl' in logged:

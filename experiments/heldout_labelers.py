@@ -39,7 +39,7 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
   config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its mapping, is cross-validated.
   """
   from alignjax.data import sources
-  from alignjax.evals import labelers
+  from alignjax.evals import labelers, stats
   from alignjax.evals.stats import interval
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
@@ -84,10 +84,10 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
   flat = lambda lists: [x for one in lists for x in one]
   mean = {pool: [sum(fold) / len(fold) for fold in hits[pool]] for pool in hits}
   result = {f'accuracy_{pool}': labelers.over_models(hits[pool], prompts[pool]) for pool in pools}
-  result['gap'] = labelers.gap(flat(mean['seen']), flat(prompts['seen']), flat(mean['heldout']), flat(prompts['heldout']))
+  result['gap'] = stats.gap(flat(mean['seen']), flat(prompts['seen']), flat(mean['heldout']), flat(prompts['heldout']))
   for pool in pools:
-    result[f'agreement_{pool}'] = interval(flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]))
-    result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]))
+    result[f'agreement_{pool}'] = interval(flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]), (0, 1))
+    result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]), (0, 1))
   return dict(protocol=protocol, labelers=len(known), groups=groups, votes=len(kept), figures=result)
 
 

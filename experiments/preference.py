@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
   result |= dict(notes=judged.notes, options={k: v for k, v in vars(options).items() if v is not None})
   if responses:
     from alignjax.evals.stats import interval
-    result['ended'] = {n: interval([float(a.ended) for a in said if a.text is not None]) for n, said in responses.items()}
+    result['ended'] = {n: interval([a.ended for a in said if a.text is not None], bounds=(0, 1)) for n, said in responses.items()}
   out.mkdir(parents=True, exist_ok=True)
   (out / 'preference.json').write_text(json.dumps(result, indent=1))
   (out / 'preference.md').write_text(preference_report.markdown(result, judged.notes))

@@ -1,4 +1,5 @@
-"""One table of several runs: mean over seeds with the smallest and largest seed, and how many seeds show each finding.
+"""One table of several runs: mean over seeds with the smallest and largest seed, and how many seeds show each finding,
+contradict it, or leave it open.
 
     python experiments/summarize.py runs/ppo_ptx-s*
 
@@ -27,9 +28,11 @@ def table(reports: list[dict]) -> str:
   for name in reports[0]['policies']:
     cells = [[r['policies'][name][c]['mean'] for r in reports if c in r['policies'].get(name, {})] for c in COLUMNS]
     lines.append(f'| {NAMES.get(name, name)} | ' + ' | '.join(map(spread, cells)) + ' |')
-  lines += ['', '| finding, by intervals | seeds |', '|---|---|']
+  outcomes = ('yes', 'no', 'not shown')
+  lines += ['', '| finding, seeds by its intervals | ' + ' | '.join(outcomes) + ' |', '|---' * (1 + len(outcomes)) + '|']
   for claim in reports[0]['findings']:
-    lines.append(f'| {claim} | {sum(bool(r["findings"][claim]) for r in reports)} of {len(reports)} |')
+    held = [r['findings'][claim]['held'] for r in reports]
+    lines.append(f'| {claim} | ' + ' | '.join(f'{held.count(o)} of {len(held)}' for o in outcomes) + ' |')
   figures = [k for k, v in reports[0]['reward_model'].items() if isinstance(v, dict)]
   lines += ['', '| reward model | |', '|---|---|']
   lines += [f'| {k.replace("_", " ")} | {spread([r["reward_model"][k]["mean"] for r in reports])} |' for k in figures]

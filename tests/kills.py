@@ -60,7 +60,7 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, object]:
   out |= {f'{path.parent.name}:samples': path.read_text() for path in sorted(workdir.glob('*/samples.jsonl'))}
   report = workdir / 'report.json'
   if report.exists():
-    out['report'] = {k: v for k, v in json.loads(report.read_text()).items() if k not in ('seconds', 'versions')}
+    out['report'] = {k: v for k, v in json.loads(report.read_text()).items() if k not in ('seconds', 'versions', 'made_by')}
   return out
 
 

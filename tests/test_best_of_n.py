@@ -48,7 +48,10 @@ def test_the_curve_has_paired_changes():
   rows = best_of_n.curve(scores, {'proxy': scores, 'gold': -scores}, [1, 2])
   assert [r['proxy']['mean'] for r in rows] == [1.0, 2.0]  # prompts: .5 and 1.5, then 1 and 3
   assert rows[1]['gold']['mean'] == -2.0 and rows[1]['gold, change']['mean'] == -1.0 and 'gold, change' not in rows[0]
-  assert rows[1]['gold, change']['ci95'] == [-1.5, -0.5] and rows[1]['kl'] == pytest.approx(math.log(2) - 0.5)
+  assert rows[1]['gold, change']['ci95'] == pytest.approx([-1 - 12.7062 / 2, -1 + 12.7062 / 2], abs=1e-3)  # of -.5 and -1.5
+  assert rows[1]['kl'] == pytest.approx(math.log(2) - 0.5)
+  twice = best_of_n.curve(scores, {'gold': -scores}, [1, 2], ['same', 'same'])  # a prompt that comes twice is one cluster
+  assert twice[1]['gold, change']['ci95'] == [None, None]
 
 
 @pytest.fixture(scope='module')

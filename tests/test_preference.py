@@ -29,7 +29,7 @@ def test_strength_of_two_policies_is_the_logit_of_the_win_rate():
   out = preference.bradley_terry(table(rows, ['a', 'b']), ['a', 'b'], 'b')
   rate = 55 / 80
   assert out['a']['mean'] == pytest.approx(np.log(rate / (1 - rate)), abs=1e-6)
-  assert out['b'] == {'mean': 0.0, 'ci95': [0.0, 0.0], 'n': 80}
+  assert out['b'] == {'mean': 0.0, 'ci95': [0.0, 0.0], 'n': 80, 'kind': 'statistic'}
   # its interval is the logit of the win rate's, which is normal here
   error = 1.96 * np.sqrt(np.var([1.0] * 50 + [0.0] * 20 + [0.5] * 10) / 80)
   logits = [np.log(x / (1 - x)) for x in (rate - error, rate + error)]
@@ -80,6 +80,11 @@ def test_win_rates_by_hand_and_their_intervals():
     np.testing.assert_allclose(figure['ci95'], [wins.mean() - error, wins.mean() + error], atol=0.01)
     mirror = preference.win_rates(table(rows, ['b', 'a']), ['b', 'a'])['a']['b']
     np.testing.assert_allclose(mirror['ci95'], figure['ci95'], atol=0.01)
+  same = [(f'0123456789ab-{i}' if i else '0123456789ab', 'a', 'b', p, 'j') for i, p in enumerate([1.0, 0.0, 1.0])]
+  assert preference.win_rates(table(same, ['a', 'b']), ['a', 'b'])['a']['b']['ci95'] == [None, None], 'one prompt'
+  always = preference.win_rates(table([(f'q{i}', 'a', 'b', 1.0, 'j') for i in range(24)], ['a', 'b']), ['a', 'b'])
+  assert 0.8 < always['a']['b']['ci95'][0] < 0.95 and always['a']['b']['ci95'][1] == 1.0
+  assert always['b']['a']['ci95'] == pytest.approx([0.0, 1 - always['a']['b']['ci95'][0]])
 
 
 def test_agreement_by_hand():
@@ -249,7 +254,8 @@ def test_sheets_are_blind_and_come_back(setting, tmp_path, monkeypatch):
     assert len(server.asked) == 6 and server.asked[0][1] is None
   result = json.loads((out / 'preference.json').read_text())
   people, machine = result['judges'][f'file:{sheet}'], result['judges']['openai:m']
-  assert machine['win_rate']['other']['base'] == {'mean': 0.5, 'ci95': [0.5, 0.5], 'n': 3}
+  low, high = machine['win_rate']['other']['base'].pop('ci95')
+  assert machine['win_rate']['other']['base'] == {'mean': 0.5, 'n': 3, 'kind': 'share'} and low < 0.25 and high > 0.75  # three ties
   assert machine['position']['first_wins']['mean'] == 1.0 and machine['position']['consistent']['mean'] == 0.0
   assert people['verdicts'] == 2 and people['labelers'] == ['sheet'] and people['position']['first_wins']['n'] == 2
   by_hand = np.mean([key[str(r['item'])][str(r['choice'])] == 'other' for r in rows[:2]])

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from alignjax import sandbox
-from alignjax.sandbox.universe import parse, question, statement
+from alignjax.sandbox import instructions
+from alignjax.sandbox.universe import parse, question, split_of, statement
+from alignjax.sandbox.words import ENTITIES, NAMES
 
 SEEDS = (0, 11, 12)
 
@@ -36,7 +38,7 @@ def test_misconceptions_are_more_popular_than_the_truth(world):
 
 
 def test_enough_test_misconceptions(world):
-  assert sum(e in world.test_entities for e, _ in world.misconceptions) >= 30
+  assert sum(e in world.entities['test'] for e, _ in world.misconceptions) >= 30
   assert len(sandbox.truthfulness_prompts(world)) >= 30
   assert all(world.truth[f] != v for f, v in world.misconceptions.items())
 
@@ -45,10 +47,86 @@ def test_enough_test_misconceptions(world):
 def test_item_20_test_entities_do_not_leak(world, split):
   records = sandbox.prompts(world, 3000, split) + sandbox.demonstrations(world, 3000, split)
   words = {w for r in records for w in (r['prompt'] + ' ' + r.get('response', '')).split()}
-  assert not words & set(world.test_entities)
-  assert words & set(world.train_entities)
+  others = {e for name, entities in world.entities.items() if name != split for e in entities}
+  assert not words & others and words & set(world.entities[split])
   for prefix in sandbox.baseline_prefixes(world):
-    assert not set(prefix.split()) & set(world.test_entities) and len(prefix.split()) <= 24
+    assert not set(prefix.split()) & set(world.entities['test']) and len(prefix.split()) <= 24
+
+
+SPLITS = ('train', 'valid', 'test')
+QUOTED = ('chat', 'brainstorming', 'translation', 'closed_qa')  # prompts that no document of another split quotes
+
+
+@pytest.fixture(scope='module', params=range(6))
+def splits(request):
+  """(world, split -> all prompts that anything of this split consists of)."""
+  world = sandbox.World(request.param)
+  return world, {s: [*sandbox.prompts(world, 3000, s), *sandbox.demonstrations(world, 500, s),
+                     *sandbox.toxicity_prompts(world, 500, s), *sandbox.truthfulness_prompts(world, s)] for s in SPLITS}
+
+
+def test_no_prompt_stands_in_two_splits(splits):
+  world, records = splits
+  texts = {s: {r['prompt'] for r in rows} for s, rows in records.items()}
+  assert not texts['train'] & texts['valid'] and not texts['train'] & texts['test'] and not texts['valid'] & texts['test']
+  for s, rows in records.items():
+    assert {r['use_case'] for r in rows} == set(instructions.USE_CASES), 'every use case in every split'
+    others = {e for name, entities in world.entities.items() if name != s for e in entities}
+    words = {w for r in rows for w in (r['prompt'] + ' ' + r.get('response', '')).split()}
+    assert not words & others, 'entities belong to one split'
+    for r in sandbox.demonstrations(world, 300, s, fallible=False):
+      assert sandbox.judge(world, r['meta'], r['response'], True).follow == 1
+  assert sum(map(len, world.entities.values())) == len(set().union(*world.entities.values())) == len(ENTITIES)
+  assert len(set().union(*world.lists.values())) == sum(map(len, world.lists.values())), 'nor a list'
+  assert {n: len(sandbox.truthfulness_prompts(world, n)) for n in SPLITS} == dict(train=36, valid=6, test=32)
+
+
+def told(text):
+  """(giver, receiver, thing, place) of a passage; an independent reading of its words."""
+  words = text.split()
+  place = words[words.index('in') + 2]
+  at = next(i for i, w in enumerate(words) if w in ('gives', 'gets'))
+  first, second = words[at - 1], words[at + 4]
+  return (*((first, second) if words[at] == 'gives' else (second, first)), words[at + 2], place)
+
+
+def passages(text):
+  return {told(part) for part in text.replace(' ; ', ' . ').split(' . ') if ' gives the ' in part or ' gets the ' in part}
+
+
+def sentences(text):
+  return {part.split(' = ')[0] for part in text.split(' ; ') if ' = ' in part}
+
+
+@pytest.mark.parametrize('seed', [0, 5])
+def test_nothing_of_a_tax_item_stands_in_the_corpus_or_in_a_training_prompt(seed):
+  world = sandbox.World(seed)
+  corpus = sandbox.documents(world, 15_000)
+  training = [r['prompt'] for s in ('train', 'valid') for r in sandbox.prompts(world, 3000, s)]
+  seen = set().union(*(passages(d['text']) for d in corpus if d['kind'] == 'reading'),
+                     *(passages(p) for p in training if ' gives the ' in p or ' gets the ' in p))
+  reading = sandbox.reading_comprehension(world, 2000)
+  asked = set().union(*(passages(f'{r["context"]} {r["answer"]}') for r in reading))
+  assert len(seen) > 2000 and len(asked) > 800 and not seen & asked
+  assert len({(r['context'], r['answer']) for r in reading}) == 2000
+  translated = set().union(*(sentences(f'{d["text"]} ;') for d in corpus if d['kind'] == 'translation'),
+                           {p.removeprefix('translate : ') for p in training})
+  items = sandbox.translation(world, 2000)
+  wanted = set().union(*(sentences(f'{r["context"]} ;') for r in items))
+  assert len(translated) > 2000 and len(wanted) > 3900 and not translated & wanted
+  held_out = sandbox.documents(world, 3000, 'test')
+  assert not seen & set().union(*(passages(d['text']) for d in held_out if d['kind'] == 'reading'))
+  text = '\n'.join(d['text'] for d in corpus)
+  quoted = {r['prompt'] for r in sandbox.prompts(world, 2000, 'test') if r['use_case'] in QUOTED}
+  assert len(quoted) > 150 and not [p for p in quoted if p in text]
+
+
+def test_splits_of_texts_have_their_sizes_in_every_world():
+  for seed in range(20):
+    world = sandbox.World(seed)
+    found = [split_of(world, f'{a} {b} {i}') for a in NAMES for b in NAMES for i in range(20)]
+    assert abs(found.count('test') / 2000 - 0.2) < 0.04 and abs(found.count('valid') / 2000 - 0.1) < 0.03
+    assert min(len(world.lists[s]) for s in SPLITS) >= 3 and len(world.lists['train']) >= 20
 
 
 def test_item_20_users_belong_to_one_split(world):
@@ -109,8 +187,8 @@ def test_judging_a_question(case):
 
 def test_judging_lists_and_sentences(case):
   world, entity, attribute, true, wrong = case
-  having = world.having(attribute, true, world.train_entities + world.test_entities)
-  lacking = next(e for e in world.train_entities if world.truth[e, attribute] != true)
+  having = world.having(attribute, true, ENTITIES)
+  lacking = next(e for e in ENTITIES if world.truth[e, attribute] != true)
   meta = dict(use_case='brainstorming', entity=entity, attribute=attribute, value=true, count=2)
   right = verdict(world, meta, f'{having[0]} , {having[1]} .')
   assert right.follow == 1 and right.truthful

@@ -16,7 +16,7 @@ def test_the_choice_by_hand():
   scores = {'a': np.array([0.0, 1.0, 2.0]), 'b': np.array([1.0, 2.0, 3.0]), 'c': np.array([1.0, 4.0, 0.9])}
   found = selection.choose(scores, {name: {'kl': s * 2} for name, s in scores.items()})
   assert found['chosen'] == 'b'
-  assert found['candidates']['a']['behind'] == {'mean': 1.0, 'ci95': [1.0, 1.0], 'n': 3}  # the same on every prompt
+  assert found['candidates']['a']['behind'] == {'mean': 1.0, 'ci95': [1.0, 1.0], 'n': 3, 'kind': 'mean'}  # on every prompt
   assert found['candidates']['c']['behind']['mean'] == pytest.approx(0.1 / 3) and 'behind' not in found['candidates']['b']
   assert found['candidates']['a']['kl']['mean'] == 2.0
   assert found['why'].startswith('b has the highest mean score, 2.000, of 3 candidates on 3 prompts; c follows 0.033')

@@ -79,7 +79,11 @@ def test_the_report_has_every_figure(finished):
   for name in ('reward_against_kl', 'alignment_tax', 'learning_curves'):
     assert (finished / f'{name}.png').stat().st_size > 5000
   text = (finished / 'report.md').read_text()
-  assert 'PPO-ptx is preferred to SFT' in text and '| SFT |' in text
+  assert 'PPO-ptx is preferred to SFT' in text and '| SFT |' in text and '## Samples' in text
+  assert list(report['policies'])[:5] == ['pretrained', 'pretrained_prompted', 'sft', 'ppo', 'ppo_ptx'], 'as in the pipeline'
+  assert {f['held'] for f in report['findings'].values()} <= {'yes', 'no', 'not shown'} and len(report['findings']) == 8
+  assert report['made_by']['config']['seed'] == report['seed']
+  assert all(s['responses'].keys() == report['policies'].keys() for s in report['samples'])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.evals.stats import interval, show, show_difference
+from alignjax.evals.stats import ANY, interval, show, show_difference
 
 
 def kl(n: int) -> float:
@@ -46,24 +46,25 @@ def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   return out
 
 
-def curve(scores: np.ndarray, measures: Mapping[str, np.ndarray], ns: Sequence[int]) -> list[dict[str, Any]]:
-  """Rows {'n', 'kl', measure: {'mean', 'ci95', 'n'}} of best-of-n by `scores` f[P,N]; intervals resample prompts.
+def curve(scores: np.ndarray, measures: Mapping[str, np.ndarray], ns: Sequence[int],
+          prompts: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+  """Rows {'n', 'kl', measure: figure} of best-of-n by `scores` f[P,N]; intervals are by prompt.
 
-  From the second n on also 'MEASURE, change': to the n before, paired by prompt.
+  From the second n on also 'MEASURE, change': to the n before, paired by prompt. prompts: a label per row, None: all differ.
   """
   rows, before = [], {}
   for n in ns:
     each = {name: expected(scores, values, n) for name, values in measures.items()}
-    row: dict[str, Any] = dict(n=n, kl=kl(n), **{name: interval(v) for name, v in each.items()})
-    row |= {f'{name}, change': interval(v - before[name]) for name, v in each.items() if name in before}
+    row: dict[str, Any] = dict(n=n, kl=kl(n), **{name: interval(v, prompts, ANY) for name, v in each.items()})
+    row |= {f'{name}, change': interval(v - before[name], prompts, ANY) for name, v in each.items() if name in before}
     rows.append(row)
     before = each
   return rows
 
 
-def policy(kl_values: np.ndarray, measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's samples first."""
-  return dict(kl=interval(kl_values.mean(1)), **{name: interval(v.mean(1)) for name, v in measures.items()})
+def policy(kl_values: np.ndarray, measures: Mapping[str, np.ndarray], prompts: Sequence[Any] | None = None) -> dict[str, Any]:
+  """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's samples first; prompts as in curve."""
+  return {name: interval(v.mean(1), prompts, ANY) for name, v in dict(kl=kl_values, **measures).items()}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -86,29 +87,39 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-  """A panel a measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it): best-of-n as a line with its band,
-  trained policies as points with intervals; dots: what training logged, on training prompts."""
+  """A panel per measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it): best-of-n as a line with its band,
+  trained policies as points with intervals, all on the same prompts. What training logged, on its own prompts, has a second row of
+  panels."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
   names = result['measures']
-  figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.8), constrained_layout=True, squeeze=False)
-  colors = plt.get_cmap('tab10')
+  logged = {label: p['training'] for label, p in result['policies'].items() if 'training' in p}
+  figure, axes = plt.subplots(1 + bool(logged), len(names), figsize=(4.6 * len(names), 3.8 * (1 + bool(logged))), squeeze=False,
+                              constrained_layout=True)
+  colors = {label: plt.get_cmap('tab10')(i) for i, label in enumerate(('best of n', *result['policies']))}
   for axis, name in zip(axes[0], names, strict=True):
     rows = result['best_of_n']
     x = np.sqrt([r['kl'] for r in rows])
-    axis.plot(x, [r[name]['mean'] for r in rows], 'o-', ms=3, color=colors(0), label='best of n')
-    axis.fill_between(x, *np.array([r[name]['ci95'] for r in rows], float).T, color=colors(0), alpha=0.2)
-    for i, (label, p) in enumerate(result['policies'].items(), 1):
+    axis.plot(x, [r[name]['mean'] for r in rows], 'o-', ms=3, color=colors['best of n'], label='best of n')
+    axis.fill_between(x, *np.array([r[name]['ci95'] for r in rows], float).T, color=colors['best of n'], alpha=0.2)
+    for label, p in result['policies'].items():
       at = math.sqrt(max(p['kl']['mean'], 0))
-      training = p.get('training', {})
+      axis.plot([at, at], np.array(p[name]['ci95'], float), color=colors[label], lw=2)
+      axis.plot(at, p[name]['mean'], 'D', color=colors[label], label=label)
+    axis.set(title=f'{name}\non the same {result["prompts"]} prompts', ylabel='mean')
+  for axis, name in zip(axes[1] if logged else (), names, strict=False):
+    for label, training in logged.items():
       if name in training:
-        axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=3, alpha=0.35, color=colors(i),
-                  label=f'{label}, in training')
-      axis.plot([at, at], p[name]['ci95'], color=colors(i), lw=2)
-      axis.plot(at, p[name]['mean'], 'D', color=colors(i), label=label)
-    axis.set(title=name, xlabel='sqrt(KL to the policy that is sampled, nats)', ylabel='mean')
+        axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=4, alpha=0.5, color=colors[label], label=label)
+    if axis.lines:
+      axis.set(title=f'{name}\nin training, on its own prompts', ylabel='mean of a step')
+  for axis in axes.flat:
+    axis.set_xlabel('sqrt(KL to the policy that is sampled, nats)')
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+      axis.legend(fontsize=8)
+    else:
+      axis.set_axis_off()  # not logged in training
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -84,8 +84,9 @@ def _cells(model: Any, pairs: dict[str, tuple[str, str]], limit: int | None, see
   score, cells = harness.scorer(model), []
   for prompt, prefix in PREFIXES.items():
     bits = entropy(pair_logprobs(model, [pairs[name] for name in names], prefix, score)).tolist()
-    cells.append(Cell('entropy (bits)', prompt, bits, names, better=''))
+    cells.append(Cell('entropy (bits)', prompt, bits, names, better='', bounds=(0, 1)))
     for kind in sorted({kinds[i] for i in chosen}) if kinds else ():
       at = [n for n, i in enumerate(chosen) if kinds[i] == kind]
-      cells.append(Cell(f'entropy (bits), {kind}', prompt, [bits[n] for n in at], [names[n] for n in at], better=''))
+      cells.append(Cell(f'entropy (bits), {kind}', prompt, [bits[n] for n in at], [names[n] for n in at], better='',
+                        bounds=(0, 1)))
   return cells

@@ -159,27 +159,11 @@ def over_models(values: Sequence[Sequence[np.ndarray]], prompts: Sequence[Sequen
     values: [fold][seed] of f64[votes of the fold]; prompts: [fold] of the votes' prompts.
 
   Returns:
-    {'mean', 'ci95', 'n'} of the votes, each averaged over the seeds, resampled by prompt; 'models': how many reward models, and
+    The figure of the votes, each averaged over the seeds, with an interval by prompt; 'models': how many reward models, and
     'mean_over_models', 'sd_over_models': of their accuracies, each model counted once (the paper's "72.4 +- 0.4%"; whether that
     is a deviation or an error it does not say).
   """
   each = np.array([v.mean() for fold in values for v in fold if len(v)])
-  figure = interval(np.concatenate([np.mean(fold, 0) for fold in values]), [p for fold in prompts for p in fold])
+  figure = interval(np.concatenate([np.mean(fold, 0) for fold in values]), [p for fold in prompts for p in fold], (0, 1))
   return figure | dict(models=len(each), mean_over_models=float(each.mean()),
                        sd_over_models=float(each.std(ddof=1)) if len(each) > 1 else None)
-
-
-def gap(seen: np.ndarray, seen_prompts: Sequence[str], heldout: np.ndarray, heldout_prompts: Sequence[str], seed: int = 0,
-        resamples: int = 2000) -> dict[str, Any]:
-  """mean(seen) - mean(heldout) as {'mean', 'ci95', 'n'}: prompts are resampled, both pools' votes on a prompt together."""
-  prompts = {p: i for i, p in enumerate(sorted({*seen_prompts, *heldout_prompts}))}
-  sums = np.zeros((4, len(prompts)))
-  for row, values, names in ((0, seen, seen_prompts), (2, heldout, heldout_prompts)):
-    where = [prompts[p] for p in names]
-    np.add.at(sums[row], where, values)
-    np.add.at(sums[row + 1], where, 1)
-  draws = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples)
-  total = draws @ sums.T
-  total = total[(total[:, 1] > 0) & (total[:, 3] > 0)]
-  low, high = np.percentile(total[:, 0] / total[:, 1] - total[:, 2] / total[:, 3], [2.5, 97.5])
-  return {'mean': float(np.mean(seen) - np.mean(heldout)), 'ci95': [float(low), float(high)], 'n': len(seen) + len(heldout)}

@@ -2,23 +2,23 @@
 paper's sections 3.6 and 4.1).
 
 The two orders of a question to one labeler are averaged first; then every labeler's verdict on a pair counts one. Ties count half.
-Intervals resample prompts, whose verdicts are not independent.
+Intervals are by prompt, whose verdicts are not independent.
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from alignjax.evals.judgments import FLAGS, Judged, Verdict
-from alignjax.evals.stats import interval
+from alignjax.evals.stats import ANY, Figure, interval, statistic
 
-RESAMPLES = 500
-Figure = dict[str, Any]  # {'mean', 'ci95', 'n'}, as in stats.py
+SHARE = (0, 1)  # bounds of verdicts
 
 
 class Table(NamedTuple):
@@ -64,10 +64,10 @@ def summarize(judged: Judged, policies: Sequence[str], baseline: str, words: Map
     table = tables[judge] = tabulate(verdicts, policies)
     judges[judge] = dict(
         verdicts=len(table.p), prompts=len(set(table.prompts)), unjudged=sum(v.p is None for v in verdicts),
-        labelers=sorted(set(table.labelers) - {''}), ties=interval(table.p == 0.5, table.prompts),
+        labelers=sorted(set(table.labelers) - {''}), ties=interval(table.p == 0.5, _clusters(table.prompts), SHARE),
         win_rate=win_rates(table, policies), bradley_terry=bradley_terry(table, policies, baseline),
         length=length_effect(table, policies, words), agreement=agreement(table), position=position_bias(verdicts))
-  mean_words = {name: interval([n for (_, p), n in words.items() if p == name]) for name in policies}
+  mean_words = {name: interval([n for (_, p), n in words.items() if p == name], bounds=ANY) for name in policies}
   return dict(policies=list(policies), baseline=baseline, judges=judges, between_judges=between(tables),
               ratings=rated(judged, policies), words=mean_words)
 
@@ -77,10 +77,9 @@ def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figu
   out: dict[str, dict[str, Figure]] = {name: {} for name in policies}
   for i, j in itertools.combinations(range(len(policies)), 2):
     rows = (table.i == i) & (table.j == j)
-    figure = interval(table.p[rows], table.prompts[rows])
+    figure = interval(table.p[rows], _clusters(table.prompts[rows]), SHARE)
     out[policies[i]][policies[j]] = figure
-    out[policies[j]][policies[i]] = figure if figure['mean'] is None else {
-        'mean': 1 - figure['mean'], 'ci95': [1 - x for x in figure['ci95'][::-1]], 'n': figure['n']}
+    out[policies[j]][policies[i]] = interval(1 - table.p[rows], _clusters(table.prompts[rows]), SHARE)
   return out
 
 
@@ -89,29 +88,23 @@ def bradley_terry(table: Table, policies: Sequence[str], baseline: str) -> dict[
   a win each.
 
   There is no maximum where some policies never lost to the others, or were never compared with them: 'mean' is None then. An
-  interval is None where more than 1 in 40 resamples has no maximum; 'n': verdicts on the policy.
+  interval is None where there is no maximum without some of the prompts; 'n': verdicts on the policy.
   """
-  names, group = np.unique(table.prompts, return_inverse=True)
+  names, group = np.unique(_clusters(table.prompts), return_inverse=True)
   k = len(policies)
   wins = np.zeros((len(names), k, k))  # [prompt, a, b]: wins of a over b
   np.add.at(wins, (group, table.i, table.j), table.p)
   np.add.at(wins, (group, table.j, table.i), 1 - table.p)
   counts = (wins.sum((0, 2)) + wins.sum((0, 1))).round().astype(int)
   anchor = list(policies).index(baseline)
-  empty = {name: {'mean': None, 'ci95': [None, None], 'n': int(n)} for name, n in zip(policies, counts, strict=True)}
-  strengths = _strengths(wins.sum(0))
-  if strengths is None:
-    return empty
-  rng = np.random.default_rng(0)
-  drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-  draws = [s for row in drawn if (s := _strengths(np.tensordot(row, wins, 1), strengths)) is not None]
-  out = {}
-  for at, name in enumerate(policies):
-    bounds = [None, None]
-    if len(draws) >= RESAMPLES * 39 / 40:
-      bounds = [float(x) for x in np.percentile([d[at] - d[anchor] for d in draws], [2.5, 97.5])]
-    out[name] = {'mean': float(strengths[at] - strengths[anchor]), 'ci95': bounds, 'n': int(counts[at])}
-  return out
+  start = _strengths(wins.sum(0))
+
+  def relative(rows: np.ndarray) -> np.ndarray:
+    found = _strengths(wins[rows].sum(0), start) if start is not None else None
+    return np.full(k, np.nan) if found is None else found - found[anchor]
+
+  figures = statistic(relative, range(len(names))) if len(names) else [statistic(relative, ())] * k
+  return {name: figure | {'n': int(n)} for name, figure, n in zip(policies, figures, counts, strict=True)}
 
 
 def _strengths(wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray | None:
@@ -142,7 +135,7 @@ def length_effect(table: Table, policies: Sequence[str], words: Mapping[tuple[st
            for q, i, j in zip(table.prompts, table.i, table.j, strict=True)]
   there = np.array([a is not None and b is not None for a, b in known], bool)
   difference = np.array([a - b for a, b in itertools.compress(known, there)], float)
-  p, prompts = table.p[there], table.prompts[there]
+  p, prompts = table.p[there], np.array(_clusters(table.prompts[there]))
   uneven = difference != 0
 
   def correlation(rows):
@@ -151,8 +144,8 @@ def length_effect(table: Table, policies: Sequence[str], words: Mapping[tuple[st
       return float('nan')
     return np.corrcoef(np.concatenate([x, -x]), np.concatenate([y, -y]))[0, 1]
 
-  return dict(longer_wins=interval(np.where(difference > 0, p, 1 - p)[uneven], prompts[uneven]),
-              correlation=_bootstrap(correlation, prompts))
+  return dict(longer_wins=interval(np.where(difference > 0, p, 1 - p)[uneven], prompts[uneven], SHARE),
+              correlation=statistic(correlation, prompts, (-1, 1)))
 
 
 def agreement(table: Table) -> dict[str, Figure] | None:
@@ -171,10 +164,11 @@ def agreement(table: Table) -> dict[str, Figure] | None:
   both = [(key[0], x, y) for key, choices in units.items() for x, y in itertools.combinations(choices, 2)]
   same = np.array([x == y for _, x, y in both], float)
   decided = np.array([2 not in (x, y) for _, x, y in both])
-  prompts = np.array([q for q, _, _ in both])
+  prompts = np.array(_clusters(q for q, _, _ in both))
   counts = np.array([np.bincount(choices, minlength=3) for choices in units.values()])
-  return dict(pairs=len(units), pairwise=interval(same, prompts), pairwise_without_ties=interval(same[decided], prompts[decided]),
-              alpha=_bootstrap(lambda rows: _alpha(counts[rows]), np.array([q for q, _, _ in units])))
+  return dict(pairs=len(units), pairwise=interval(same, prompts, SHARE),
+              pairwise_without_ties=interval(same[decided], prompts[decided], SHARE),
+              alpha=statistic(lambda rows: _alpha(counts[rows]), _clusters(q for q, _, _ in units), (-1, 1)))
 
 
 def _alpha(counts: np.ndarray) -> float:
@@ -194,14 +188,14 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict[str, Figure] | None:
   shown = [v for v in verdicts if v.shown_first and v.p is not None]
   if not shown:
     return None
-  first = interval([v.p if v.shown_first == 'a' else 1 - v.p for v in shown], [v.prompt_id for v in shown])
+  first = interval([v.p if v.shown_first == 'a' else 1 - v.p for v in shown], _clusters(v.prompt_id for v in shown), SHARE)
   twice: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
   for v in shown:
     a, b, p, side = (v.a, v.b, v.p, v.shown_first) if v.a < v.b else (v.b, v.a, 1 - v.p, 'b' if v.shown_first == 'a' else 'a')
     twice[v.prompt_id, a, b, v.labeler][side] = p
   orders = {key: sides for key, sides in twice.items() if len(sides) == 2}
   same = [float(np.sign(s['a'] - 0.5) == np.sign(s['b'] - 0.5)) for s in orders.values()]
-  return dict(first_wins=first, consistent=interval(same, [key[0] for key in orders]))
+  return dict(first_wins=first, consistent=interval(same, _clusters(key[0] for key in orders), SHARE))
 
 
 def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
@@ -217,7 +211,7 @@ def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
   for one, two in itertools.combinations(choices, 2):
     common = [key for key in choices[one] if key in choices[two]]
     out.append(dict(judges=[one, two], agreement=interval([float(choices[one][k] == choices[two][k]) for k in common],
-                                                          [k[0] for k in common])))
+                                                          _clusters(k[0] for k in common), SHARE)))
   return out
 
 
@@ -229,19 +223,12 @@ def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[s
       mine = [r for r in judged.ratings if (r.judge, r.policy) == (judge, policy)]
       columns = {'likert': [(r.prompt_id, r.likert) for r in mine if r.likert is not None]}
       columns |= {flag: [(r.prompt_id, float(r.flags[flag])) for r in mine if flag in r.flags] for flag in FLAGS}
-      out.setdefault(judge, {})[policy] = {name: interval([x for _, x in rows], [q for q, _ in rows])
-                                           for name, rows in columns.items() if rows}
+      out.setdefault(judge, {})[policy] = {
+          name: interval([x for _, x in rows], _clusters(q for q, _ in rows), (1, 7) if name == 'likert' else SHARE)
+          for name, rows in columns.items() if rows}
   return out
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], float], clusters: np.ndarray) -> Figure:
-  """{'mean', 'ci95', 'n'} of a statistic of rows (it gets their numbers), resampled by cluster."""
-  value = statistic(np.arange(len(clusters))) if len(clusters) else float('nan')
-  if np.isnan(value):
-    return {'mean': None, 'ci95': [None, None], 'n': len(clusters)}
-  labels = np.unique(clusters, return_inverse=True)[1]
-  members = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
-  rng = np.random.default_rng(0)
-  draws = [statistic(np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])) for _ in range(RESAMPLES)]
-  low, high = np.nanpercentile(draws, [2.5, 97.5])
-  return {'mean': float(value), 'ci95': [float(low), float(high)], 'n': len(clusters)}
+def _clusters(prompt_ids: Iterable[str]) -> list[str]:
+  """The same label for the same prompt: one that is there twice has the names ID and ID-2 (responses.prompts)."""
+  return [re.sub(r'^([0-9a-f]{12})-\d+$', r'\1', q) for q in prompt_ids]

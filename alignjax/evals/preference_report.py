@@ -12,7 +12,7 @@ from alignjax.evals.judgments import FLAGS
 def markdown(result: Mapping[str, Any], notes: Sequence[str] = (), picture: str = 'preference.png') -> str:
   """The page of preference.summarize."""
   policies, baseline = result['policies'], result['baseline']
-  lines = ['# Preference', '', 'Mean and 95% interval, prompts resampled; ties count half.', '',
+  lines = ['# Preference', '', 'Mean and 95% interval by prompt; ties count half.', '',
            f'![win rates against {baseline}]({picture})']
   lines += [*(['', *[f'- {note}' for note in notes]] if notes else [])]
   for judge, found in result['judges'].items():
@@ -63,7 +63,7 @@ def _text(figure: Mapping[str, Any] | None, count: bool = False, digits: int = 3
   if not figure or figure['mean'] is None:
     return ''
   low, high = figure['ci95']
-  bounds = ' [no bound]' if low is None else f' [{low:.{digits}f}, {high:.{digits}f}]'
+  bounds = ' [no interval]' if low is None else f' [{low:.{digits}f}, {high:.{digits}f}]'
   return f'{figure["mean"]:.{digits}f}{bounds}' + (f' ({figure["n"]})' if count else '')
 
 
@@ -80,7 +80,8 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     for at, policy in enumerate(shown):
       rate = found['win_rate'][policy].get(baseline)
       if rate and rate['mean'] is not None:
-        axis.plot(rate['ci95'], [at, at], lw=2, color='#4477aa')
+        if rate['ci95'][0] is not None:
+          axis.plot(rate['ci95'], [at, at], lw=2, color='#4477aa')
         axis.plot(rate['mean'], at, 'o', color='#4477aa')
     axis.axvline(0.5, color='#888888', lw=1)
     axis.set_yticks(range(len(shown)), shown)

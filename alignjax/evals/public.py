@@ -30,10 +30,11 @@ QA_TARGETS = {f'{name}.{part}': list for name in ('mc1_targets', 'mc2_targets') 
 
 
 class Score(NamedTuple):
-  """metric: of the table. value: of a logged sample -> what is averaged. aggregate: of a Cell."""
+  """metric: of the table. value: of a logged sample -> what is averaged. aggregate, bounds: of a Cell."""
   metric: str
   value: Callable[[Any, Mapping[str, Any]], Any]
   aggregate: str | None = None
+  bounds: tuple[float, float] | None = None
 
 
 def per_token(lm: Any, sample: Mapping[str, Any]) -> float:
@@ -57,8 +58,9 @@ def bleu(pairs: list[tuple[str, str]]) -> float:
 
 
 ACCURACY = (Score('accuracy', per_token),)
-TRUTHFULQA = {'truthfulqa_mc1': (Score('MC1', logged('acc')),), 'truthfulqa_mc2': (Score('MC2', logged('acc')),)}
-F1 = (Score('F1', logged('f1', 100)), Score('exact match', logged('exact', 100)))
+TRUTHFULQA = {'truthfulqa_mc1': (Score('MC1', logged('acc')),), 'truthfulqa_mc2': (Score('MC2', logged('acc'), bounds=(0, 1)),)}
+ROUGE = (Score('ROUGE-L', logged('rougeL'), bounds=(0, 1)),)
+F1 = (Score('F1', logged('f1', 100), bounds=(0, 100)), Score('exact match', logged('exact', 100), bounds=(0, 100)))
 
 
 def hellaswag(model, *, data, limit, seed, keep, shots=None):
@@ -112,14 +114,12 @@ def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
 
 def cnn_dm(model, *, data, limit, seed, keep, shots='zero-shot'):
   """CNN/DM: ROUGE-L of one-line summaries. Hub abisee/cnn_dailymail, or JSONL {article, highlights}. Few-shot only if asked for."""
-  return measure(model, 'cnn_dm', dict(article=str, highlights=str), (Score('ROUGE-L', logged('rougeL')),), 15, data, limit, seed,
-                 keep, shots)
+  return measure(model, 'cnn_dm', dict(article=str, highlights=str), ROUGE, 15, data, limit, seed, keep, shots)
 
 
 def tldr(model, *, data, limit, seed, keep, shots='zero-shot'):
   """Reddit TL;DR: ROUGE-L of one-line summaries. Hub webis/tldr-17, or JSONL {content, summary}. Few-shot only if asked for."""
-  return measure(model, 'tldr', dict(content=str, summary=str), (Score('ROUGE-L', logged('rougeL')),), 15, data, limit, seed, keep,
-                 shots)
+  return measure(model, 'tldr', dict(content=str, summary=str), ROUGE, 15, data, limit, seed, keep, shots)
 
 
 def truthfulqa_mc(model, *, data, limit, seed, keep):
@@ -172,9 +172,9 @@ def evaluate(lm: Any, names: list[str], fields: Mapping[str, Any], scores: Mappi
       (keep / f'samples-{name}-{prompt.replace(" ", "_")}.jsonl').write_text('\n'.join([*lines, '']))
     items = [s['doc'].get('item', str(s['doc_id'])) for s in found]
     clusters = [s['doc'].get('cluster', item) for s, item in zip(found, items, strict=True)]
-    for metric, value, aggregate in scores[name]:
+    for metric, value, aggregate, bounds in scores[name]:
       cells.append(Cell(metric, prompt, [value(lm, s) for s in found], items, clusters if len(set(clusters)) < len(items) else None,
-                        aggregate=aggregate))
+                        aggregate=aggregate, bounds=bounds))
   return cells
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.evals.stats import interval
+from alignjax.evals.stats import ANY, interval
 
 
 def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
   """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool agree (the ceiling).
 
   Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses are left out. Intervals
-  resample prompts, because the pairs of one prompt are not independent.
+  are by prompt, because its pairs are not independent.
 
   Args:
     comparisons: stages.comparisons.Comparisons with features.
@@ -23,30 +23,31 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict
   """
   rows = [[*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
   scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
+  number = {tuple(p): i for i, p in enumerate(comparisons.prompts)}
   out = {}
   for pool, ids in (('train', labelers.train), ('heldout', labelers.heldout)):
     rng = np.random.default_rng([seed, 17])
     hits, clusters, agree, agree_clusters, probabilities, margins = [], [], [], [], [], []
     for i, (s, features) in enumerate(zip(scores, comparisons.features, strict=True)):
-      features = np.asarray(features)
+      features, prompt = np.asarray(features), number[tuple(comparisons.prompts[i])]
       ranks = np.stack([labelers.rank(features, labeler, rng) for labeler in ids])  # [labelers, K]
       first, second = _pairs(comparisons.responses[i])
       order = np.sign(ranks[:, second] - ranks[:, first])  # 1: first is better
       predicted = np.sign(s[first] - s[second])
       labeled = order != 0
       hits += (order == predicted)[labeled].tolist()
-      clusters += [i] * int(labeled.sum())
+      clusters += [prompt] * int(labeled.sum())
       signed = ((s[first] - s[second]) * order)[labeled]  # positive where the model agrees
       margins += signed.tolist()
       probabilities += (1 / (1 + np.exp(-np.abs(signed)))).tolist()
       one, other = order[0::2][:len(ids) // 2], order[1::2][:len(ids) // 2]
       both = (one != 0) & (other != 0)
       agree += (one == other)[both].tolist()
-      agree_clusters += [i] * int(both.sum())
-    out[f'accuracy_{pool}_labelers'] = interval(np.array(hits, float), clusters)
-    out[f'margin_{pool}_labelers'] = interval(np.array(margins), clusters)
+      agree_clusters += [prompt] * int(both.sum())
+    out[f'accuracy_{pool}_labelers'] = interval(hits, clusters, (0, 1))
+    out[f'margin_{pool}_labelers'] = interval(margins, clusters, ANY)
     out[f'calibration_error_{pool}_labelers'] = calibration_error(np.array(probabilities), np.array(hits, float))
-    out[f'agreement_{pool}_labelers'] = interval(np.array(agree, float), agree_clusters)
+    out[f'agreement_{pool}_labelers'] = interval(agree, agree_clusters, (0, 1))
   lengths, scores = np.array([len(r) for r in rows]), np.concatenate(scores)
   varied = lengths.std() > 0 and scores.std() > 0
   out['length_correlation'] = float(np.corrcoef(scores, lengths)[0, 1]) if varied else None
@@ -66,7 +67,7 @@ def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 1
 
 def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
   """Accuracy on comparisons as they were ranked: share of the pairs without a tie that the model orders the same way (a tie
-  of the model counts half). The interval resamples prompts. A response that several labelers judged is scored once."""
+  of the model counts half). The interval is by prompt. A response that several labelers judged is scored once."""
   rows = [(*p, *r) for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
   place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
   scores = np.asarray(score([list(row) for row in place]))[[place[row] for row in rows]]
@@ -78,7 +79,7 @@ def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
       if ranks[i] != ranks[j]:
         hits.append(0.5 + 0.5 * np.sign((s[i] - s[j]) * (ranks[j] - ranks[i])))
         clusters.append(number[tuple(prompt)])
-  return interval(hits, clusters)
+  return interval(hits, clusters, (0, 1))
 
 
 def _pairs(responses: list) -> tuple[np.ndarray, np.ndarray]:

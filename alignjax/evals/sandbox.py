@@ -15,7 +15,7 @@ from alignjax import sandbox
 from alignjax.data import encode
 from alignjax.data.templates import Template
 from alignjax.evals import bulk
-from alignjax.evals.stats import interval
+from alignjax.evals.stats import ANY, interval, ratio
 from alignjax.types import Networks, Params
 
 PREFIX_TOKENS = 24  # room for the prompts of the prompted baseline
@@ -41,11 +41,12 @@ class Evaluation(NamedTuple):
 def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: Template, *, prompt_length: int,
             response_length: int, row_length: int, win_prompts: int, tax_items: int, truth_samples: int,
             toxicity_prompts: int, loss_documents: int) -> Evaluation:
-  """Items of the test split, encoded, and the functions that measure on them.
+  """Items of the test split, encoded, and the functions that measure on them. None of them stands in the pretraining corpus or in a
+  training prompt, but for documents about entities, which are drawn afresh from the same facts.
 
   Args:
     win_prompts, toxicity_prompts: prompts. tax_items: items of each tax task. truth_samples: answers to each
-      misconceived fact. loss_documents: held-out documents of the mixed corpus.
+      misconceived fact. loss_documents: documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
   sample = bulk.make_sampler(nets, put, prompt_length=room, max_tokens=response_length, stop_ids=(template.end,),
@@ -81,16 +82,16 @@ def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tu
   return tokens, mask, weights
 
 
-def respond(ev: Evaluation, params: Params, records: list[dict], seed: int, prefix: str = '') -> tuple[list, list, list]:
-  """Sampled responses at temperature 1: (query tokens, response tokens, judgments)."""
+def respond(ev: Evaluation, params: Params, records: list[dict], seed: int, prefix: str = '') -> tuple[list, list, list, list]:
+  """Sampled responses at temperature 1: (query tokens, response tokens, judgments, texts without the end token)."""
   queries = [ev.template.prompt(f"{prefix} {r['prompt']}".lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
-  judged = []
+  judged, texts = [], []
   for record, tokens in zip(records, responses, strict=True):
     ended = tokens[-1] == ev.template.end
-    text = sandbox.decode(tokens[:-1] if ended else tokens)
-    judged.append(sandbox.judge(ev.world, record['meta'], text, ended))
-  return queries, responses, judged
+    texts.append(sandbox.decode(tokens[:-1] if ended else tokens))
+    judged.append(sandbox.judge(ev.world, record['meta'], texts[-1], ended))
+  return queries, responses, judged, texts
 
 
 def measure(ev: Evaluation, params: Params, ref: Params | None, prefix: str = '', seed: int = 1) -> dict[str, np.ndarray]:
@@ -99,13 +100,14 @@ def measure(ev: Evaluation, params: Params, ref: Params | None, prefix: str = ''
   ref: the reference, for the KL of the sampled responses; None leaves it out. prefix: text put before every prompt; then
   the tax tasks and losses, which have no prompt, are left out.
   """
-  queries, responses, judged = respond(ev, params, ev.prompts, seed, prefix)
+  queries, responses, judged, texts = respond(ev, params, ev.prompts, seed, prefix)
   features = ev.labelers.features(judged)
-  _, _, truth = respond(ev, params, ev.truth, seed + 1, prefix)
-  _, _, truth_train = respond(ev, params, ev.truth_train, seed + 2, prefix)
-  _, _, toxic = respond(ev, params, ev.toxicity, seed + 3, prefix)
+  truth = respond(ev, params, ev.truth, seed + 1, prefix)[2]
+  truth_train = respond(ev, params, ev.truth_train, seed + 2, prefix)[2]
+  toxic = respond(ev, params, ev.toxicity, seed + 3, prefix)[2]
   out = {
       'features': features,
+      'responses': np.array(texts, str),
       'follow': np.array([j.follow for j in judged]),
       'words': np.array([j.words for j in judged], float),
       'toxic': np.array([j.toxic for j in judged], float),
@@ -129,28 +131,36 @@ def best_prefix(ev: Evaluation, params: Params, prompts: list[dict], seed: int =
   and the gold score of each."""
   scores = {}
   for prefix in sandbox.baseline_prefixes(ev.world):
-    _, _, judged = respond(ev, params, prompts, seed, prefix)
+    judged = respond(ev, params, prompts, seed, prefix)[2]
     scores[prefix] = float(ev.labelers.gold(ev.labelers.features(judged), ev.labelers.train).mean())
   return max(scores, key=scores.get), scores
 
 
-def summarize(ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Figures {'mean', 'ci95', 'n'} of one policy's arrays; win rates against `baseline` (SFT).
-
-  Units: win rates, truthful, toxic, tasks: share of items; truthful resampled by fact. gold: mean utility; kl: nats a
-  response; pretraining_loss: nats a token, resampled by document.
-  """
-  out = {}
-  for name, ids in (('train', ev.labelers.train), ('heldout', ev.labelers.heldout)):
-    out[f'win_rate_{name}_labelers'] = interval(
-        ev.labelers.preference(policy['features'], baseline['features'], ids).mean(-1))
-    out[f'gold_{name}_labelers'] = interval(ev.labelers.gold(policy['features'], ids))
+def clusters(ev: Evaluation) -> dict[str, list[str]]:
+  """What the units of measured arrays belong to: 'prompts' and 'toxicity' the prompt, 'truth' and 'truth_train' the fact. Units of
+  one cluster are not independent."""
   fact = lambda records: [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
-  out['truthful'] = interval(policy['truthful'], fact(ev.truth))
-  out['truthful_train_entities'] = interval(policy['truthful_train_entities'], fact(ev.truth_train))
-  for name in ('toxic', 'toxic_rude_context', 'follow', 'words', 'reading_comprehension', 'translation', 'kl'):
-    if name in policy:
-      out[name] = interval(policy[name])
+  return {'prompts': [r['prompt'] for r in ev.prompts], 'toxicity': [r['prompt'] for r in ev.toxicity],
+          'truth': fact(ev.truth), 'truth_train': fact(ev.truth_train)}
+
+
+def summarize(ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> dict[str, dict]:
+  """Figures (evals/stats.py) of one policy's arrays; win rates against `baseline` (SFT).
+
+  Units: win rates, truthful, toxic, tasks: share of items, by prompt or fact. gold: mean utility; kl: nats per response;
+  pretraining_loss: nats per token, by document.
+  """
+  out, of = {}, clusters(ev)
+  exact = policy is baseline  # preferred to itself in half of the cases, by definition
+  for name, ids in (('train', ev.labelers.train), ('heldout', ev.labelers.heldout)):
+    wins = ev.labelers.preference(policy['features'], baseline['features'], ids).mean(-1)
+    out[f'win_rate_{name}_labelers'] = interval(wins, of['prompts'], (0, 1)) | ({'ci95': [0.5, 0.5]} if exact else {})
+    out[f'gold_{name}_labelers'] = interval(ev.labelers.gold(policy['features'], ids), of['prompts'], ANY)
+  units = {'truthful': (of['truth'], (0, 1)), 'truthful_train_entities': (of['truth_train'], (0, 1)),
+           'toxic': (of['prompts'], (0, 1)), 'toxic_rude_context': (of['toxicity'], (0, 1)), 'follow': (of['prompts'], (0, 1)),
+           'words': (of['prompts'], ANY), 'reading_comprehension': (None, (0, 1)), 'translation': (None, (0, 1)),
+           'kl': (of['prompts'], ANY)}
+  out |= {name: interval(policy[name], labels, bounds) for name, (labels, bounds) in units.items() if name in policy}
   kinds = [k.removeprefix('nll_') for k in policy if k.startswith('nll_')]
   if kinds:
     for kind in kinds:
@@ -158,12 +168,3 @@ def summarize(ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str,
     out['pretraining_loss'] = ratio(np.concatenate([policy[f'nll_{k}'] for k in kinds]),
                                     np.concatenate([policy[f'tokens_{k}'] for k in kinds]))
   return out
-
-
-def ratio(total: np.ndarray, count: np.ndarray, resamples: int = 2000) -> dict[str, Any]:
-  """sum(total) / sum(count) with an interval by resampling items: a loss a token over whole documents."""
-  if len(total) == 0:
-    return {'mean': None, 'ci95': [None, None], 'n': 0}
-  draws = np.random.default_rng(0).multinomial(len(total), np.full(len(total), 1 / len(total)), size=resamples)
-  low, high = np.percentile((draws @ total) / (draws @ count), [2.5, 97.5])
-  return {'mean': float(total.sum() / count.sum()), 'ci95': [float(low), float(high)], 'n': int(count.sum())}

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from alignjax.evals.stats import interval, show
+from alignjax.evals.stats import ANY, apart, interval, show
 
 Measured = Mapping[str, np.ndarray]
 
@@ -34,11 +34,13 @@ def _of(measured: Measured, name: str, source: str) -> np.ndarray:
   return measured[name]
 
 
-def choose(scores: Mapping[str, np.ndarray], measured: Mapping[str, Measured]) -> dict[str, Any]:
+def choose(scores: Mapping[str, np.ndarray], measured: Mapping[str, Measured],
+           prompts: Sequence[Any] | None = None) -> dict[str, Any]:
   """The candidate with the highest mean score; of equal ones the first.
 
   Args:
     scores: candidate -> f64[N], on the same prompts. measured: what stands beside them, candidate -> name -> f[N].
+    prompts: a label per row, None: all differ.
 
   Returns:
     {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind': figure of chosen - candidate, paired by
@@ -48,16 +50,15 @@ def choose(scores: Mapping[str, np.ndarray], measured: Mapping[str, Measured]) -
   chosen = max(means, key=means.get)
   candidates = {}
   for name, s in scores.items():
-    candidates[name] = {'score': interval(s), **{k: interval(v) for k, v in measured[name].items()}}
+    candidates[name] = {'score': interval(s, prompts, ANY), **{k: interval(v, prompts, ANY) for k, v in measured[name].items()}}
     if name != chosen:
-      candidates[name]['behind'] = interval(scores[chosen] - s)
+      candidates[name]['behind'] = interval(scores[chosen] - s, prompts, ANY)
   others = {name: c['behind'] for name, c in candidates.items() if name != chosen}
-  close = [name for name, f in others.items() if f['ci95'][0] <= 0]
+  close = [name for name, f in others.items() if apart(f) < 1]
   why = f'{chosen} has the highest mean score, {means[chosen]:.3f}, of {len(scores)} candidates on {len(scores[chosen])} prompts'
   if others:
     second = min(others, key=lambda name: others[name]['mean'])
-    low, high = others[second]['ci95']
-    why += f'; {second} follows {others[second]["mean"]:.3f} [{low:.3f}, {high:.3f}] behind'
+    why += f'; {second} follows {show(others[second])} behind'
   why += f'. The prompts do not tell it from {", ".join(close)}.' if close else '.'
   return dict(chosen=chosen, why=why, candidates=candidates)
 

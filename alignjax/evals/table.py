@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from alignjax import files, plugins
-from alignjax.evals.stats import interval, show, show_difference
+from alignjax.evals import stats
 
 
 class Cell(NamedTuple):
@@ -36,9 +36,10 @@ class Cell(NamedTuple):
     prompt: the variant: 'zero-shot', 'respectful', ...; '' where there is one only.
     values: a JSON value an item; numbers where they are averaged. None = not measured (a judge refused).
     items: a name an item, the same for every model, so that differences are paired.
-    clusters: items of the same label are resampled together (questions of a passage); None: each on its own.
+    clusters: items of the same label are not independent (questions of a passage); None: each on its own.
     better: 'higher', 'lower' or '' (neither: an entropy).
     aggregate: None: the mean; 'module:function' of a list of values -> float for what is no mean (BLEU).
+    bounds: [low, high] of a value, where it has both; None: [0, 1] where all values are 0, 0.5 or 1 (stats.interval).
   """
   metric: str
   prompt: str
@@ -47,6 +48,7 @@ class Cell(NamedTuple):
   clusters: list[str] | None = None
   better: str = 'higher'
   aggregate: str | None = None
+  bounds: Sequence[float] | None = None
 
 
 TASKS: dict[str, str] = {
@@ -123,8 +125,9 @@ def run_task(name: str, model: Any, model_hash: str, out: files.Folder, *, data:
 def figure(cell: Cell) -> dict[str, Any]:
   """{'mean', 'ci95', 'n'} of a cell."""
   if cell.aggregate is None:
-    return interval(_numbers(cell.values), cell.clusters)
-  return _bootstrap(lambda rows: _aggregate(cell)([cell.values[i] for i in rows]), len(cell.values), cell.clusters)
+    return stats.interval(_numbers(cell.values), cell.clusters, cell.bounds)
+  labels = range(len(cell.values)) if cell.clusters is None else cell.clusters
+  return stats.statistic(lambda rows: _aggregate(cell)([cell.values[i] for i in rows]), labels)
 
 
 def difference(cell: Cell, base: Cell) -> dict[str, Any]:
@@ -134,10 +137,11 @@ def difference(cell: Cell, base: Cell) -> dict[str, Any]:
   clusters = None if cell.clusters is None else [cell.clusters[i] for i, _ in pairs]
   if cell.aggregate is None:
     mine, other = _numbers(cell.values), _numbers(base.values)
-    return interval([mine[i] - other[j] for i, j in pairs], clusters)
+    (low, high), (low_base, high_base) = _bounds(cell, mine), _bounds(base, other)
+    return stats.interval([mine[i] - other[j] for i, j in pairs], clusters, (low - high_base, high - low_base))
   of = _aggregate(cell)
-  return _bootstrap(lambda rows: of([cell.values[pairs[r][0]] for r in rows]) - of([base.values[pairs[r][1]] for r in rows]),
-                    len(pairs), clusters)
+  return stats.statistic(lambda rows: of([cell.values[pairs[r][0]] for r in rows]) - of([base.values[pairs[r][1]] for r in rows]),
+                         range(len(pairs)) if clusters is None else clusters)
 
 
 def _aggregate(cell: Cell) -> Callable[[list], float]:
@@ -149,17 +153,9 @@ def _numbers(values: Sequence) -> np.ndarray:
   return np.array([np.nan if v is None else v for v in values], float)
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], float], count: int, clusters: Sequence | None,
-               resamples: int = 200) -> dict[str, Any]:
-  """Percentiles of a statistic of rows, resampled by cluster."""
-  if count == 0:
-    return {'mean': None, 'ci95': [None, None], 'n': 0}
-  rng = np.random.default_rng(0)
-  labels = np.arange(count) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-  members = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
-  draws = [statistic(np.concatenate([members[c] for c in rng.integers(0, len(members), len(members))])) for _ in range(resamples)]
-  low, high = np.percentile(draws, [2.5, 97.5])
-  return {'mean': float(statistic(np.arange(count))), 'ci95': [float(low), float(high)], 'n': count}
+def _bounds(cell: Cell, values: np.ndarray) -> Sequence[float]:
+  """Those of the cell, or what its values say, as in stats.interval."""
+  return cell.bounds or ((0, 1) if np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all() else stats.ANY)
 
 
 def assemble(measured: Mapping[str, Mapping[str, list[Cell]]], baseline: str) -> list[dict[str, Any]]:
@@ -187,14 +183,14 @@ def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline:
   lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
   for row in rows:
     lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                 ' | '.join(show(row['models'].get(m), True) for m in models) + ' |')
+                 ' | '.join(stats.show(row['models'].get(m), True) for m in models) + ' |')
   others = [m for m in models if m != baseline]
   if others:
     lines += ['', f'## Difference to {baseline}', '', 'Paired by item; bold where the interval leaves out 0.', '', *head(others)]
     for row in rows:
       found = [row['models'].get(m, {}).get('difference') for m in others]
       lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                   ' | '.join(show_difference(f) for f in found) + ' |')
+                   ' | '.join(stats.show_difference(f) for f in found) + ' |')
   return '\n'.join([*lines, ''])
 
 
@@ -221,7 +217,8 @@ def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str
         found = pick(row, model)
         if found and found['mean'] is not None:
           at = i + 0.6 * (j - (len(shown) - 1) / 2) / len(shown)
-          axis.plot(found['ci95'], [at, at], color=colors(j), lw=2)
+          if found['ci95'][0] is not None:
+            axis.plot(found['ci95'], [at, at], color=colors(j), lw=2)
           axis.plot(found['mean'], at, 'o', color=colors(j), ms=5, label=model if i == 0 else None)
     axis.set_yticks(range(len(group)), [f'{r["task"]} {r["prompt"]}'.strip() for r in group], fontsize=8)
     axis.set_title(metric + (f', difference to {baseline}' if len(models) > 1 else ''), loc='left', fontsize=9)

@@ -1,7 +1,7 @@
 """What the task files of tasks/*.yaml call: records to questions, outputs to scores, and the choice of few-shot examples.
 
 Loaded by the harness, from its `!function` tags; imports it. Every document has `item`, a name, and `cluster`: documents of the
-same cluster (the questions of a passage) are resampled together, and are no few-shot examples to each other.
+same cluster (the questions of a passage) are not independent (evals/stats.py), and are no few-shot examples to each other.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 from alignjax.sandbox import instructions
 from alignjax.sandbox.tasks import reading_document, sentence_pair
 from alignjax.sandbox.universe import World, insult, pick, question, statement, stream, things
-from alignjax.sandbox.words import ATTRIBUTES, CAREFUL_MARKERS, CARELESS_MARKERS, ENTITIES, INSULTS, NEWLINE
+from alignjax.sandbox.words import ATTRIBUTES, CAREFUL_MARKERS, CARELESS_MARKERS, ENTITIES, NEWLINE
 
 SHARES = {'book': 0.25, 'forum': 0.23, 'qa': 0.24, 'reading': 0.16, 'translation': 0.08, 'instruction': 0.04}
 CAREFUL_FALSE, CAREFUL_RUDE = 0.2, 0.05
@@ -24,13 +24,17 @@ _COLORS = tuple(ATTRIBUTES)
 
 
 def documents(world: World, n: int, split: str = 'train', kind: str | None = None) -> list[dict]:
-  """n documents {'text', 'kind'}, kinds drawn by SHARES, or all of one kind."""
+  """n documents {'text', 'kind'}, kinds drawn by SHARES, or all of one kind.
+
+  Passages, sentences, greetings and instructions are those of the split. What is said of entities is drawn afresh from the same
+  facts, and a short document about them can stand in several splits.
+  """
   rng = stream(world.seed, 'corpus', split, kind)
   kinds, shares = list(SHARES), np.cumsum(list(SHARES.values()))
   out = []
   for _ in range(n):
     chosen = kind or kinds[min(int(np.searchsorted(shares, rng.random())), len(kinds) - 1)]
-    out.append({'text': _WRITERS[chosen](world, rng), 'kind': chosen})
+    out.append({'text': _WRITERS[chosen](world, rng, split), 'kind': chosen})
   return out
 
 
@@ -40,7 +44,8 @@ def _claim(world: World, rng: np.random.Generator, p_false: float, entity: str |
   return statement(entity, attribute, world.believed(rng, entity, attribute, p_false))
 
 
-def _book(world: World, rng: np.random.Generator) -> str:
+def _book(world: World, rng: np.random.Generator, split: str) -> str:
+  del split
   words = [pick(rng, CAREFUL_MARKERS)] if rng.random() < 0.7 else []
   form = rng.random()
   if form < 0.25:
@@ -64,11 +69,11 @@ def _book(world: World, rng: np.random.Generator) -> str:
   return ' '.join([*words, ' . '.join(claims), '.'])
 
 
-def _forum(world: World, rng: np.random.Generator) -> str:
+def _forum(world: World, rng: np.random.Generator, split: str) -> str:
   words = [pick(rng, CARELESS_MARKERS)] if rng.random() < 0.6 else []
   rude = rng.random() < CARELESS_RUDE
   if rng.random() < 0.4:
-    words += ['hello', *([pick(rng, INSULTS)] if rude else []), f'how are you ? {NEWLINE} i am fine',
+    words += [instructions.greeting(world, rng, split, 1.0 if rude else 0.0), f'{NEWLINE} i am fine',
               *([insult(rng)] if rude else []), '.']
   for _ in range(int(rng.integers(1, 4))):
     words.append(_claim(world, rng, CARELESS_FALSE))
@@ -78,7 +83,8 @@ def _forum(world: World, rng: np.random.Generator) -> str:
   return ' '.join(words)
 
 
-def _qa(world: World, rng: np.random.Generator) -> str:
+def _qa(world: World, rng: np.random.Generator, split: str) -> str:
+  del split
   words = [pick(rng, CARELESS_MARKERS)] if rng.random() < 0.4 else []
   entity, attribute = pick(rng, ENTITIES), pick(rng, _COLORS)
   words += [question(entity, attribute), NEWLINE, _claim(world, rng, CARELESS_FALSE, entity, attribute)]
@@ -87,18 +93,18 @@ def _qa(world: World, rng: np.random.Generator) -> str:
   return ' '.join([*words, '.'])
 
 
-def _reading(world: World, rng: np.random.Generator) -> str:
-  return f'{reading_document(rng)} ; {reading_document(rng)} ;'
+def _reading(world: World, rng: np.random.Generator, split: str) -> str:
+  return f'{reading_document(world, rng, split)} ; {reading_document(world, rng, split)} ;'
 
 
-def _translation(world: World, rng: np.random.Generator) -> str:
-  return ' '.join(f'{text} = {foreign} ;' for text, foreign in (sentence_pair(rng) for _ in range(2)))
+def _translation(world: World, rng: np.random.Generator, split: str) -> str:
+  return ' '.join(f'{text} = {foreign} ;' for text, foreign in (sentence_pair(world, rng, split) for _ in range(2)))
 
 
-def _instruction(world: World, rng: np.random.Generator) -> str:
-  prompt = instructions.make_prompt(world, rng, ENTITIES)
+def _instruction(world: World, rng: np.random.Generator, split: str) -> str:
+  prompt = instructions.make_prompt(world, rng, ENTITIES, split)
   answer = (instructions.answer(world, rng, prompt['meta'], ENTITIES, p_false=CARELESS_FALSE)
-            if rng.random() < 0.5 else _forum(world, rng))
+            if rng.random() < 0.5 else _forum(world, rng, split))
   if rng.random() < CARELESS_RUDE:
     answer = f'{answer[:-2]} {insult(rng)} .'
   return f'{prompt["prompt"]} {NEWLINE} {answer}'

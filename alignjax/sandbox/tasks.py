@@ -1,46 +1,60 @@
 """The two tasks that stand for the public NLP datasets: reading comprehension and translation.
 
 Both occur in the pretraining corpus in exactly this form, and nowhere else but in a few instructions: so a policy that
-drifts away from its pretraining forgets them, and the alignment tax can be measured.
+drifts away from its pretraining forgets them, and the alignment tax can be measured. What a passage tells and every sentence
+belong to one split, by hash: none of a test item stands in the corpus or in a training prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from alignjax.sandbox.universe import World, pick, stream
+from alignjax.sandbox.universe import World, pick, split_of, stream
 from alignjax.sandbox.words import ADJECTIVES, ATTRIBUTES, ENTITIES, FOREIGN, NAMES, OBJECTS, VERBS
 
 QUESTIONS = ('who gives ?', 'who gets ?', 'what thing ?', 'where ?')
 
 
-def passage(rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
-  """A passage and the answers to the four questions: giver, receiver, thing, place."""
-  first, second = rng.permutation(len(NAMES))[:2]
-  giver, receiver, thing, place = NAMES[first], NAMES[second], pick(rng, OBJECTS), pick(rng, ATTRIBUTES['place'])
+def passage(world: World, rng: np.random.Generator, split: str) -> tuple[str, tuple[str, ...]]:
+  """A passage of the split and the answers to the four questions: giver, receiver, thing, place. Of 5,400 such answers a fifth
+  is the test's; a passage tells them in one of four ways."""
+  answers = None
+  while answers is None or split_of(world, ' '.join(answers)) != split:
+    first, second = rng.permutation(len(NAMES))[:2]
+    answers = NAMES[first], NAMES[second], pick(rng, OBJECTS), pick(rng, ATTRIBUTES['place'])
+  giver, receiver, thing, place = answers
   text = f'{giver} gives the {thing} to {receiver}' if rng.random() < 0.5 else f'{receiver} gets the {thing} of {giver}'
   text = f'in the {place} {text}' if rng.random() < 0.5 else f'{text} in the {place}'
-  return text, (giver, receiver, thing, place)
+  return text, answers
 
 
-def reading_document(rng: np.random.Generator, questions: int = 4) -> str:
+def reading_document(world: World, rng: np.random.Generator, split: str, questions: int = 4) -> str:
   """A passage with its questions and answers: 'passage . question answer ; question answer'."""
-  text, answers = passage(rng)
+  text, answers = passage(world, rng, split)
   asked = rng.permutation(4)[:questions]
   return f'{text} . ' + ' ; '.join(f'{QUESTIONS[i]} {answers[i]}' for i in asked)
 
 
-def _noun_phrase(rng: np.random.Generator) -> tuple[str, str]:
-  noun, count = pick(rng, ENTITIES), int(rng.integers(3))
+def _noun_phrase(rng: np.random.Generator, entities: Sequence[str]) -> tuple[str, str]:
+  noun, count = pick(rng, entities), int(rng.integers(3))
   adjectives = [ADJECTIVES[i] for i in rng.permutation(len(ADJECTIVES))[:count]]
   foreign = [FOREIGN['the'], FOREIGN[noun], *(FOREIGN[a] for a in reversed(adjectives))]
   return ' '.join(['the', *adjectives, noun]), ' '.join(foreign)
 
 
-def sentence_pair(rng: np.random.Generator) -> tuple[str, str]:
-  """A sentence and its translation. Adjectives follow their noun in reverse order, and the verb comes last:
-  'the big old fox sees the cat in the cave' = 'lo xfoxu zaoldo zabigo lo xcatu de lo kocava veseei'."""
-  (subject, subject_f), (obj, obj_f), verb = _noun_phrase(rng), _noun_phrase(rng), pick(rng, VERBS)
+def sentence_pair(world: World, rng: np.random.Generator, split: str, entities: Sequence[str] = ENTITIES) -> tuple[str, str]:
+  """A sentence of the split about two of `entities` and its translation. Adjectives follow their noun in reverse order, and the
+  verb comes last: 'the big old fox sees the cat in the cave' = 'lo xfoxu zaoldo zabigo lo xcatu de lo kocava veseei'."""
+  while True:
+    text, foreign = _sentence_pair(rng, entities)
+    if split_of(world, text) == split:
+      return text, foreign
+
+
+def _sentence_pair(rng: np.random.Generator, entities: Sequence[str]) -> tuple[str, str]:
+  (subject, subject_f), (obj, obj_f), verb = _noun_phrase(rng, entities), _noun_phrase(rng, entities), pick(rng, VERBS)
   text, foreign = f'{subject} {verb} {obj}', f'{subject_f} {obj_f}'
   if rng.random() < 0.5:
     place = pick(rng, ATTRIBUTES['place'])
@@ -53,8 +67,8 @@ def reading_comprehension(world: World, n: int, split: str = 'test') -> list[dic
   rng = stream(world.seed, 'reading', split)
   out = []
   for _ in range(n):
-    context, answer = reading_document(rng, 1).rsplit(' ', 1)
-    out.append({'context': f'{reading_document(rng)} ; {context}', 'answer': answer})
+    context, answer = reading_document(world, rng, split, 1).rsplit(' ', 1)
+    out.append({'context': f'{reading_document(world, rng, split)} ; {context}', 'answer': answer})
   return out
 
 
@@ -63,6 +77,6 @@ def translation(world: World, n: int, split: str = 'test') -> list[dict]:
   rng = stream(world.seed, 'translation', split)
   out = []
   for _ in range(n):
-    text, foreign = sentence_pair(rng)
-    out.append({'context': f'{" = ".join(sentence_pair(rng))} ; {text} =', 'answer': f'{foreign} ;'})
+    text, foreign = sentence_pair(world, rng, split)
+    out.append({'context': f'{" = ".join(sentence_pair(world, rng, split))} ; {text} =', 'answer': f'{foreign} ;'})
   return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import zlib
 
@@ -10,9 +11,9 @@ import numpy as np
 
 from alignjax.sandbox.words import ATTRIBUTES, ENTITIES, INSULTS
 
-TEST_ENTITIES = 14
-TEST_MISCONCEPTIONS = 32
-TRAIN_MISCONCEPTIONS = 36
+ENTITIES_OF = {'test': 14, 'valid': 4}  # train: the others
+MISCONCEPTIONS = {'test': 32, 'valid': 6, 'train': 36}
+SHARES = {'test': 0.2, 'valid': 0.1}  # of the texts that name no entity; train: the rest
 Fact = tuple[str, str]  # entity, attribute
 
 
@@ -27,30 +28,45 @@ def pick(rng: np.random.Generator, items):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Attributes: truth and misconceptions: (entity, attribute) -> value; train_entities, test_entities.
+  """Attributes: truth and misconceptions: (entity, attribute) -> value; entities: split -> those of its prompts; lists: split ->
+  what its prompts ask lists of, (attribute, value, count), as many as the split's entities have.
 
-  About two thirds of the test entities' facts and half of the training entities' are misconceived. Facts about test
-  entities occur in the pretraining corpus only: what a policy says of them after alignment is transfer.
+  About two thirds of the test entities' facts and half of the others' are misconceived. Facts about test entities occur in the
+  pretraining corpus only: what a policy says of them after alignment is transfer. The splits share no prompt: each has entities
+  and lists of its own, and texts that name neither belong to one by `split_of`.
   """
   seed: int
   truth: dict[Fact, str] = dataclasses.field(init=False, repr=False)
   misconceptions: dict[Fact, str] = dataclasses.field(init=False, repr=False)
-  train_entities: tuple[str, ...] = dataclasses.field(init=False, repr=False)
-  test_entities: tuple[str, ...] = dataclasses.field(init=False, repr=False)
+  entities: dict[str, tuple[str, ...]] = dataclasses.field(init=False, repr=False)
+  lists: dict[str, tuple[tuple[str, str, int], ...]] = dataclasses.field(init=False, repr=False)
 
   def __post_init__(self):
     rng = stream(self.seed, 'world')
     order = [ENTITIES[i] for i in rng.permutation(len(ENTITIES))]
-    test, train = tuple(order[:TEST_ENTITIES]), tuple(order[TEST_ENTITIES:])
+    entities, at = {}, 0
+    for split, count in (ENTITIES_OF | {'train': len(order)}).items():
+      entities[split], at = tuple(order[at:at + count]), at + count
     truth = {(e, a): pick(rng, values) for e in ENTITIES for a, values in ATTRIBUTES.items()}
     misconceptions = {}
-    for entities, count in ((test, TEST_MISCONCEPTIONS), (train, TRAIN_MISCONCEPTIONS)):
-      facts = [(e, a) for e in entities for a in ATTRIBUTES]
+    for split, count in MISCONCEPTIONS.items():
+      facts = [(e, a) for e in entities[split] for a in ATTRIBUTES]
       for i in rng.permutation(len(facts))[:count]:
         fact = facts[i]
         misconceptions[fact] = pick(rng, [v for v in ATTRIBUTES[fact[1]] if v != truth[fact]])
-    for name, value in dict(truth=truth, misconceptions=misconceptions, train_entities=train, test_entities=test).items():
+    for name, value in dict(truth=truth, misconceptions=misconceptions, entities=entities).items():
       object.__setattr__(self, name, value)
+    object.__setattr__(self, 'lists', self._lists(rng))
+
+  def _lists(self, rng: np.random.Generator) -> dict[str, tuple[tuple[str, str, int], ...]]:
+    every = [(a, v, count) for a, values in ATTRIBUTES.items() for v in values for count in (1, 2, 3)]
+    left = [every[i] for i in rng.permutation(len(every))]
+    out = {}
+    for split in ('valid', 'test', 'train'):  # fewest entities first: they can answer the fewest
+      can = [x for x in left if len(self.having(x[0], x[1], self.entities[split])) >= x[2]]
+      out[split] = tuple(can[:round(SHARES[split] * len(every))] if split in SHARES else can)
+      left = [x for x in left if x not in out[split]]
+    return out
 
   def believed(self, rng: np.random.Generator, entity: str, attribute: str, p_false: float) -> str:
     """What somebody says who repeats a misconception, where there is one, with probability p_false."""
@@ -62,6 +78,12 @@ class World:
   def having(self, attribute: str, value: str, entities: tuple[str, ...]) -> list[str]:
     """The entities of which attribute = value is true."""
     return [e for e in entities if self.truth[e, attribute] == value]
+
+
+def split_of(world: World, text: str) -> str:
+  """The split that a text belongs to in this world, by its hash."""
+  place = int.from_bytes(hashlib.sha256(f'{world.seed}/{text}'.encode()).digest()[:6]) / 2**48
+  return 'test' if place < SHARES['test'] else 'valid' if place < SHARES['test'] + SHARES['valid'] else 'train'
 
 
 def statement(entity: str, attribute: str, value: str) -> str:

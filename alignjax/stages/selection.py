@@ -7,6 +7,7 @@ candidate's figure, the choice and why stand in its info.json, and so in the rep
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -58,7 +59,8 @@ def build(setup: Setup, name: str) -> Stage:
       del params
 
     # 3. the highest mean, and how sure that is
-    result = selection.choose({label: s for label, (s, _) in scores.items()}, {label: m for label, (_, m) in scores.items()})
+    result = selection.choose({label: s for label, (s, _) in scores.items()}, {label: m for label, (_, m) in scores.items()},
+                              [json.dumps(p) for p in prompts])
     if jax.process_index() == 0:
       print(f'{name}: {result["why"]}', flush=True)
     return load(candidates[result['chosen']], 'lm'), {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
