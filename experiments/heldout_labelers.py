@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import find_config, parse_flags  # noqa: E402  after the path
+from experiments import command  # noqa: E402  after the path
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -136,8 +136,8 @@ def markdown(result: dict) -> str:
 
 def main(argv: list[str]) -> None:
   from absl import app, flags
-  from ml_collections import config_flags
-  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg] with a reward model stage.', lock_config=True)
+  config, _, argv = command.read_config(argv)
+  flags.DEFINE_string('config', None, 'FILE.py[:arg] with a reward model stage, and --config.ENTRY=VALUE.')
   comparisons = flags.DEFINE_string('comparisons', None, "jsonl:FILE, ... with labeler_id; default: the config's data.comparisons.")
   mapping = flags.DEFINE_string('mapping', None, "of their fields; default: the config's data.mapping.comparisons.")
   folds = flags.DEFINE_integer('folds', 5, 'groups of labelers, each held out once.')
@@ -148,13 +148,12 @@ def main(argv: list[str]) -> None:
                                   'default: every vote is a comparison of its own.')
   rounds = flags.DEFINE_integer('rounds', 8, 'of --rankings: how often each response is in one.')
   out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'a folder.')
-  flags.mark_flag_as_required('config')
 
   def run(_):
     from absl import logging
     logging.set_verbosity(logging.WARNING)
     try:
-      c = config.value
+      c = config
       if comparisons.value:
         c.data.comparisons = comparisons.value
       if mapping.value:
@@ -168,8 +167,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
       raise SystemExit(f'error: {error}') from None
 
-  app.run(run, argv=argv, flags_parser=parse_flags)
+  app.run(run, argv=[sys.argv[0], *argv])
 
 
 if __name__ == '__main__':
-  main([sys.argv[0], *find_config(sys.argv[1:])])
+  command.start(main, sys.argv[1:])

@@ -85,6 +85,9 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
 
   text_side: in place of the one below, where no text is read (stages/abstract.py).
   """
+  for entry, seed in (('seed', config.seed), ('world.seed', config.world.get('seed', 0))):
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+      raise ValueError(f'{entry}={seed} must be a whole number from 0 on, below 2^32.')
   sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
   world, labelers, template, to_ids, decode, vocabulary = (text_side or tokens_and_texts)(config)
   if config.data.too_long not in encode.TOO_LONG:
