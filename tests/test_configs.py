@@ -84,7 +84,7 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments,message', [
-    (['--config.stages.ppo.iteration=3'], 'Did you mean 'iterations''),
+    (['--config.stages.ppo.iteration=3'], "Did you mean 'iterations'"),
     (['--config.seed=-1'], 'error: seed=-1 must be a whole number from 0 on'),
     (['--config.mesh.tensor=3'], 'error: mesh.fsdp=1 x mesh.tensor=3 does not divide'),
 ])
