@@ -183,6 +183,7 @@ def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, An
       (partial / 'sums.json').write_text(json.dumps(sums))
       (partial / 'info.json').write_text(_with_made(info, {**(made or {}), 'weights': fingerprints.of_value(sums)}))
       if partial != directory:
+        files.remove(directory)  # of a result that has lost its info.json
         files.move(partial, directory)
   except Exception as error:  # noqa: BLE001 as in Checkpoints
     raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on '

@@ -122,7 +122,7 @@ def weights_folder(workdir: files.Folder, spec: str) -> files.Folder:
 
 def _of_source(source: str, beside: bool, known: dict[str, list]) -> str:
   form, _, rest = source.partition(':')
-  name = rest.rpartition(':')[0] if form in ('hf', 'tfds') else rest
+  name = re.sub(r'\[[^\]]*\]', '', rest).rpartition(':')[0] if form in ('hf', 'tfds') else rest  # without its split
   if form == 'text' and '*' in name and not files.is_bucket(files.folder(name)):
     paths = sorted(glob.glob(os.path.expanduser(name)))
   elif form in ('jsonl', 'text') or files.folder(name).is_dir():

@@ -120,6 +120,8 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
     if finished(setup, name):
       say(f'{name}: finished before, reused ({folder})')
       return
+    if (folder / 'final').exists() and not files.is_bucket(folder):  # in a bucket, what a kill left
+      say(f'{name}: {folder / "final"} is damaged, as its info.json is missing: it is made again')
     say(f'{name}: start')
     began = time.perf_counter()
     stage = builder(setup, name)
