@@ -240,17 +240,17 @@ def _with_made(info: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 
 
 def weights(directory: str | os.PathLike) -> str:
-  """The fingerprint of final weights, from their checksums: the same on every mesh. Damaged where sums.json is not what was written."""
+  """The fingerprint of final weights, from their checksums: the same on every mesh. Damaged where sums.json is not what was
+  written."""
   directory = files.folder(directory)
-  info = load_info(directory)
+  info, path = load_info(directory), directory / 'sums.json'
+  advice = f'Delete {directory}, and the run that wrote it makes it again from its last checkpoint.'
   try:
-    found = fingerprints.of_value(json.loads((directory / 'sums.json').read_bytes()))
+    found = fingerprints.of_value(json.loads(path.read_bytes()))
   except (ValueError, OSError) as error:
-    raise Damaged(f'{directory / "sums.json"} is damaged or missing ({error}). Delete {directory}, and the run that wrote it makes it '
-                  'again from its last checkpoint.') from None
+    raise Damaged(f'{path} is damaged or missing ({error}). {advice}') from None
   if 'made' in info and info['made']['weights'] != found:
-    raise Damaged(f'{directory / "sums.json"} is damaged: it is not what info.json says. Delete {directory}, and the run that wrote '
-                  'it makes it again from its last checkpoint.')
+    raise Damaged(f'{path} is damaged: it is not what info.json says. {advice}')
   return found
 
 

@@ -1,10 +1,11 @@
-"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and function of a user's that it read, and of the
-weights that it started from.
+"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and function of a user's that it read, and of
+the weights that it started from.
 
-While a stage is built and finished, what it reads is noted (`Setup.read`: entry -> (kind, name)). WORKDIR/STAGE/inputs.json keeps the
-notes with their fingerprints for as long as there are checkpoints, final/info.json for the result. Before a stage's folder is used
-again, all are compared with what the same names stand for now; another one is an error before anything is compiled, or what
---on_changed_input says. So nothing is made from two versions of a thing, and a stage whose ancestor was trained again is done again.
+While a stage is built and finished, what it reads is noted (`Setup.read`: entry -> (kind, name)). WORKDIR/STAGE/inputs.json keeps
+the notes with their fingerprints for as long as there are checkpoints, final/info.json for the result. Before a stage's folder is
+used again, all are compared with what the same names stand for now; another one is an error before anything is compiled, or what
+--on_changed_input says. So nothing is made from two versions of a thing, and a stage whose ancestor was trained again is done
+again.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from alignjax import checkpoint, files, fingerprints, plugins
 from alignjax.models import hf
 
 CHOICES = ('fail', 'keep', 'restart')
-TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', 'chat_template*', '*.jinja',
-             'additional_chat_templates/*')  # the files of a checkpoint that decide tokens
+TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', 'chat_template*',
+             '*.jinja', 'additional_chat_templates/*')  # the files of a checkpoint that decide tokens
 Read = dict[str, tuple[str, str]]
 
 
@@ -148,8 +149,8 @@ def _tensors(folder: Any) -> list:
 def record(workdir: files.Folder, stage: str, config: Mapping[str, Any], read: Read) -> dict[str, Any]:
   """Adds what was read to WORKDIR/STAGE/inputs.json and returns its contents.
 
-  {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. origin: of the config and of what was read when the record
-  was first written, as the stage was built. It names the training that candidates and result belong to.
+  {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. origin: of the config and of what was read when the
+  record was first written, as the stage was built. It names the training that candidates and result belong to.
   """
   path = workdir / stage / 'inputs.json'
   known = _known(workdir)
@@ -180,14 +181,14 @@ def _load(path: files.Folder) -> dict[str, Any]:
       raise ValueError('its checksum differs')
     return found
   except (ValueError, KeyError, AttributeError, OSError) as error:
-    raise checkpoint.Damaged(f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made from. Delete '
-                             f'the folder {path.parent} to do the stage again.') from None
+    raise checkpoint.Damaged(f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made from. '
+                             f'Delete the folder {path.parent} to do the stage again.') from None
 
 
 def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: str, say: Callable[[str], None]) -> None:
-  """Compares what a stage's folder was made from with what it would be made from now; ancestors that are not finished yet are left
-  out. ChangedInput names what differs; or `choice` decides: 'keep' takes the new contents for those that the folder was made from (not
-  for weights of other stages), 'restart' deletes the folder."""
+  """Compares what a stage's folder was made from with what it would be made from now; ancestors that are not finished yet are
+  left out. ChangedInput names what differs; or `choice` decides: 'keep' takes the new contents for those that the folder was made
+  from (not for weights of other stages), 'restart' deletes the folder."""
   folder = workdir / stage
   finished = checkpoint.is_finished(folder / 'final')
   steps = folder / 'checkpoints' / 'steps'
@@ -240,14 +241,15 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
     files.write(folder / 'inputs.json', json.dumps((new := {k: found[k] for k in ('origin', 'config', 'inputs')})
                                                    | {'checksum': fingerprints.of_value(new)}, indent=2))
   else:
-    raise ChangedInput('\n'.join([f'{what} from other inputs than those that are there now:', *lines, _choose(folder, bool(weights))]))
+    first = f'{what} from other inputs than those that are there now:'
+    raise ChangedInput('\n'.join([first, *lines, _choose(folder, bool(weights))]))
 
 
 def _choose(folder: files.Folder, weights: bool = False) -> str:
   keep = ('Weights of another stage cannot be kept apart from it.' if weights else
           '--on_changed_input=keep goes on with what is there and takes the new contents for the same.')
-  return f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put back what was there, or use ' \
-         'another --workdir.'
+  return (f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put back what was there, or '
+          'use another --workdir.')
 
 
 def _known(workdir: files.Folder) -> dict[str, list]:

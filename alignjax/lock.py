@@ -3,10 +3,10 @@
     with lock.held(workdir):          # Busy where another run holds it
       ...
 
-On a disk the lock is the kernel's (flock on WORKDIR/.lock), which goes with the process that holds it, also by kill -9 and a power
-cut. A bucket, or a file system without flock, has a lease instead: the holder writes the file anew every HEARTBEAT seconds, and one
-that has stayed the same for LEASE seconds, watched by whoever wants it, belongs to nobody. So clocks need not agree. The file says who
-holds the lock.
+On a disk the lock is the kernel's (flock on WORKDIR/.lock), which goes with the process that holds it, also by kill -9 and a
+power cut. A bucket, or a file system without flock, has a lease instead: the holder writes the file anew every HEARTBEAT seconds,
+and one that has stayed the same for LEASE seconds, watched by whoever wants it, belongs to nobody. So clocks need not agree. The
+file says who holds the lock.
 """
 
 from __future__ import annotations
@@ -143,5 +143,5 @@ def _busy(path: files.Folder) -> str:
     owner = f'process {who["process"]} on {who["host"]} since {who["since"]} ({who["command"]})'
   except (ValueError, KeyError, TypeError):
     owner = 'another process'
-  return (f'{path.parent} is in use: {owner} runs in it. Wait for its end, stop it, or use another --workdir; the lock goes with that '
-          'process.')
+  return (f'{path.parent} is in use: {owner} runs in it. Wait for its end, stop it, or use another --workdir; the lock goes with '
+          'that process.')

@@ -82,7 +82,7 @@ def build(setup: Setup) -> None:
       (folder / 'prefixes.json').write_text(json.dumps(prefixes[0], indent=2))
   if not main_process:
     return
-  result = assemble(setup, ev, arrays, time.perf_counter() - began)
+  result = assemble(setup, ev, arrays, time.perf_counter() - began) | {'config': decisive(setup)}
   (setup.workdir / 'report.json').write_text(json.dumps(result, indent=2))
   pictures = plots.all_plots(setup.workdir, result)
   (setup.workdir / 'report.md').write_text(markdown(result, pictures))
@@ -94,13 +94,25 @@ def build(setup: Setup) -> None:
 
 
 def measured_from(setup: Setup, name: str, stage: str) -> str:
-  """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what they are measured on, the code."""
+  """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what they are measured on, the
+  code."""
   folder = lambda stage: setup.workdir / stage / 'final'
   c = setup.config
   return fingerprints.of_value([
       name == 'pretrained_prompted', checkpoint.weights(folder(stage)), checkpoint.weights(folder('sft')), str(setup.policy_model),
       c.world.to_dict(), c.data.to_dict(), {k: c.report[k] for k in MEASURED},
       fingerprints.of_function(evaluation.measure)])
+
+
+def decisive(setup: Setup) -> dict:
+  """The entries of the config that decide the report's numbers, the seeds among them: reports that differ in others may be
+  averaged."""
+  c = setup.config.to_dict()
+  left_out = ('log_every', 'save_every', 'keep_candidates')
+  stages = {name: {k: v for k, v in c['stages'][name].items() if k not in left_out} for name in sorted(c['stages'])
+            if checkpoint.is_finished(setup.workdir / name / 'final')}
+  return {k: c[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
+      'stages': stages, 'report': {k: c['report'][k] for k in ('policies', *MEASURED)}}
 
 
 def tasks(setup: Setup) -> None:

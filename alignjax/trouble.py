@@ -16,7 +16,6 @@ from alignjax.interrupt import EXIT_CODE, anywhere
 from alignjax.models.axes import path_name
 from alignjax.sharding import fetch
 
-
 TRACEBACK = 'traceback.txt'  # in the workdir: of the error that ended the last run
 
 
@@ -24,8 +23,8 @@ class StepFailed(RuntimeError):
   """A step could not be done; the message says why and from where the same command goes on."""
 
 
-def check_writable(folder: files.Folder) -> None:
-  """OSError before any work where `folder` cannot be made or written."""
+def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
+  """OSError before any work where `folder`, which a flag names, cannot be made or written."""
   probe = folder / f'.writable.{jax.process_index()}'
   try:
     if not files.is_bucket(folder):
@@ -37,7 +36,7 @@ def check_writable(folder: files.Folder) -> None:
       raise
     login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(folder)
     why = getattr(error, 'strerror', None) or error
-    raise OSError(f'cannot write to {folder} ({why}); use another --workdir{login}.') from error
+    raise OSError(f'cannot write to {folder} ({why}); use another {flag}{login}.') from error
 
 
 def on_first(action: Callable[[], None]) -> None:

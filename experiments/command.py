@@ -88,8 +88,8 @@ class _Pipe(io.FileIO):
 
 
 class Found(NamedTuple):
-  """config: locked, with the flags' changes. name: 'FILE-ARG' without folder and suffix. rest: --config=PATH[:ARG] and the arguments
-  that are no entries of the config."""
+  """config: locked, with the flags' changes. name: 'FILE-ARG' without folder and suffix. rest: --config=PATH[:ARG] and the
+  arguments that are no entries of the config."""
   config: Any
   name: str
   rest: list[str]
@@ -98,8 +98,8 @@ class Found(NamedTuple):
 def read_config(argv: list[str]) -> Found:
   """The config that --config=FILE[:ARG] names, changed by every --config.ENTRY=VALUE (experiments/overrides.py).
 
-  FILE is looked up in the working directory, then beside the commands. ARG goes to its get_config(ARG). Bad ones are a SystemExit with
-  one line. Where help is asked for, config is None.
+  FILE is looked up in the working directory, then beside the commands. ARG goes to its get_config(ARG). Bad ones are a SystemExit
+  with one line. Where help is asked for, config is None.
   """
   from absl import flags
 

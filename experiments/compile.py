@@ -184,6 +184,10 @@ def main(argv: list[str]) -> None:
   out = flags.DEFINE_string('out', None, 'A folder for CONFIG-STAGE-TOPOLOGY.json and the table of all of them.')
 
   def run(_):
+    from alignjax import files, trouble
+    if out.value:
+      folder = files.folder(out.value)
+      trouble.check_writable(folder, '--out')
     try:
       devices, chip = find_devices(topology.value)
       chosen = stage.value or config.stages_to_run[-1]
@@ -193,8 +197,6 @@ def main(argv: list[str]) -> None:
     title = f'{name} {chosen} {topology.value}'
     print(describe(title, result))
     if out.value:
-      folder = pathlib.Path(out.value)
-      folder.mkdir(parents=True, exist_ok=True)
       (folder / f'{re.sub("[ :]", "-", title)}.json').write_text(json.dumps(result | {'title': title}))
       found = [json.loads(p.read_text()) for p in sorted(folder.glob('*.json'))]
       text = summary({r['title']: r for r in found})

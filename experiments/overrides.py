@@ -6,8 +6,8 @@
   --config.stages.ppo.loss="dict(fn='mylab.losses:mine', beta=0.1)"     a whole dict takes the place of the one that is there
   --config.stages.ppo.loss.beta=0.2                        an argument of a function that the dict names, whether listed or not
 
-A value is a Python literal, or dict(...); text needs no quotes. Its kind must be that of the entry it replaces: a number for a number
-(whole where the entry is whole, except for those that may be fractions), text for text.
+A value is a Python literal, or dict(...); text needs no quotes. Its kind must be that of the entry it replaces: a number for a
+number (whole where the entry is whole, except for those that may be fractions), text for text.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any)
       size = f'has {len(node)} items' if isinstance(node, (tuple, list)) else 'is no list'
       raise ValueError(f'{flag}: {path} {size}.')
     items = list(node)
-    items[key] = _change(items[key], rest, text, flag, here, config) if rest else _read(text, type(items[key]), items[key], here, flag)
+    items[key] = (_change(items[key], rest, text, flag, here, config) if rest else
+                  _read(text, type(items[key]), items[key], here, flag))
     return type(node)(items)
   if not isinstance(node, (Mapping, ml_collections.ConfigDict)):
     raise ValueError(f'{flag}: {path}={node!r} has no entries of its own.')

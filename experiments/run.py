@@ -4,9 +4,9 @@
     python experiments/run.py --config=configs/ppo_ptx.py:tiny            the same in two minutes
     python experiments/run.py --config=configs/sft.py --workdir=/tmp/sft --config.seed=3
 
-A config is looked up in the working directory, then beside this file. `:arg` goes to its get_config(arg);
-`--config.a.b=VALUE` changes one entry (experiments/overrides.py). Stages that the chosen one starts from run first; finished ones are reused. Stopped by
-Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of the first two the exit code is 75.
+A config is looked up in the working directory, then beside this file. `:arg` goes to its get_config(arg); `--config.a.b=VALUE`
+changes one entry (experiments/overrides.py). Stages that the chosen one starts from run first; finished ones are reused. Stopped
+by Ctrl-C, SIGTERM or kill, the same command goes on from the last checkpoint; of the first two the exit code is 75.
 """
 
 import contextlib
@@ -52,9 +52,9 @@ def main(argv: list[str]) -> None:
                               'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say. See launch/README.md.')
   timeout = flags.DEFINE_integer('distributed_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1)
   profile = flags.DEFINE_string('profile', None, 'STAGE:FIRST-LAST: trace these steps into WORKDIR/STAGE/profile, for TensorBoard.')
-  changed = flags.DEFINE_enum('on_changed_input', 'fail', ('fail', 'keep', 'restart'), 'Where the data, a checkpoint or a function that a stage '
-                              'was made from is another one now: fail; keep what is there and take the new one for the same; or '
-                              'restart the stage, which deletes its folder.')
+  changed = flags.DEFINE_enum('on_changed_input', 'fail', ('fail', 'keep', 'restart'), 'Where the data, a checkpoint or a function '
+                              'that a stage was made from is another one now: fail; keep what is there and take the new one for '
+                              'the same; or restart the stage, which deletes its folder.')
 
   def run(_):
     from absl import logging

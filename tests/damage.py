@@ -1,14 +1,14 @@
 """Damages one file of a workdir at a time and runs the same command again: it must name the damage or end with the same numbers.
 
   python tests/damage.py --count=500 --folder=/tmp/damage          called again, it goes on
-  python tests/damage.py --count=20 --only=report -- --config=configs/sft.py:tiny      files whose path holds a word; flags of run.py
+  python tests/damage.py --count=20 --only=report -- --config=configs/sft.py:tiny    files whose path holds a word; flags of run.py
 
-Of a finished workdir of the `:tiny` main job and of one that was stopped in its middle, a file is drawn with a kind of damage: a byte
-flipped, cut to half, emptied, removed, or a folder in its place. What follows is one of
+Of a finished workdir of the `:tiny` main job and of one that was stopped in its middle, a file is drawn with a kind of damage: a
+byte flipped, cut to half, emptied, removed, or a folder in its place. What follows is one of
 
   named     the command ends with an error, or says a warning, that names the file or its folder
   no effect the run ends with the numbers of the undamaged one (tests/kills.py: fingerprint)
-  SILENT    it ends with other numbers and no word; BARE: with a traceback that is no message. Both are faults: the exit status is 1.
+  SILENT    it ends with other numbers and no word; BARE: with a traceback that is no message. Both are faults: the status is 1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import collections
 import json
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -47,7 +48,7 @@ def verdict(code: int, said: str, file: pathlib.PurePath, same: bool) -> str:
   if code and 'error: ' not in said:
     return 'BARE'
   names = {file.name, *(str(p) for p in file.parents if len(p.parts) > 1)}
-  told = [line for line in said.splitlines() if line.startswith(('error: ', 'WARNING')) or 'damaged' in line or 'made again' in line]
+  told = [line for line in said.splitlines() if re.search('^error: |^WARNING|damaged|made again', line)]
   if code or not same:
     return 'named' if any(n in line for n in names for line in [*told, *(said.splitlines() if code else [])]) else 'SILENT'
   return 'named' if any(n in line for n in names for line in told) else 'no effect'

@@ -21,13 +21,14 @@ def changed(*flags, config=None):
 
 
 @pytest.mark.parametrize('flag,expected', [
-    ('stages.ppo_ptx.kl.target=6.0', 6.0), ('stages.ppo_ptx.kl.target=6', 6), ('stages.ppo_ptx.ema_decay=0.992', 0.992),  # were None
+    ('stages.ppo_ptx.kl.target=6.0', 6.0), ('stages.ppo_ptx.kl.target=6', 6), ('stages.ppo_ptx.ema_decay=0.992', 0.992),
     ('stages.ppo_ptx.loss.value_clip=0.2', 0.2), ('stages.ppo_ptx.rollout.generate_rows=16', 16), ('data.template=chat', 'chat'),
     ('data.mapping.prompts=', ''), ('mesh.data=2', 2),
     ('stages.sft.demonstrations=None', None), ('stages.sft.optimizer.policy.clip_norm=None', None), ('data.template=None', None),
     ('stages.sft.save_every=None', None), ('reward_model=None', None), ('stages.sft.loss=None', None), ('stages_to_run=None', None),
     ('seed=3', 3), ('stages.sft.demonstrations=1e2', 100), ('stages.sft.epochs=0.5', 0.5),
-    ('stages.ppo.optimizer.policy.warmup=0.05', 0.05), ('stages.ppo.optimizer.policy.lr=1', 1.0), ('stages.ppo.kl.coef=1e-3', 0.001),
+    ('stages.ppo.optimizer.policy.warmup=0.05', 0.05), ('stages.ppo.optimizer.policy.lr=1', 1.0),
+    ('stages.ppo.kl.coef=1e-3', 0.001),
     ('data.pack=True', True), ('data.pack=false', False), ('stages.ppo.whiten_advantages=False', False),
     ("stages_to_run=('sft', 'rm')", ('sft', 'rm')), ("stages_to_run=['sft']", ('sft',)), ('stages_to_run=sft', ('sft',)),
     ('stages.rm.k_buckets=9', (9,)), ('stages.rm.row_lengths=()', ()), ('stages.rm.responses=(2, 4)', (2, 4)),
@@ -46,8 +47,8 @@ def test_a_flag_sets_an_entry(flag, expected):
 
 
 def test_a_dict_takes_the_place_of_a_whole_dict():
-  c = changed("stages.ppo.loss=dict(fn='mylab:dpo', beta=0.1, inner=dict(a=(1, -2)))", 'stages.ppo.loss.beta=0.3', 'report.policies={}',
-              "model={'num_layers': 1}")
+  c = changed("stages.ppo.loss=dict(fn='mylab:dpo', beta=0.1, inner=dict(a=(1, -2)))", 'stages.ppo.loss.beta=0.3',
+              'report.policies={}', "model={'num_layers': 1}")
   assert c.stages.ppo.loss.to_dict() == {'fn': 'mylab:dpo', 'beta': 0.3, 'inner': {'a': (1, -2)}}
   assert c.report.policies.to_dict() == {} and c.model.to_dict() == {'num_layers': 1}
   assert changed('stages.rm.policies[1].temperature=0.7').stages.rm.policies[1]['temperature'] == 0.7
@@ -58,12 +59,14 @@ def test_a_dict_takes_the_place_of_a_whole_dict():
     ('coef=3', 'Did you mean stages.ppo.kl.coef'),
     ('data.zzz=1', 'data has comparisons, demonstrations'),
     ('seed.x=1', 'seed=0 has no entries of its own'),
-    ('seed=a', 'seed is a whole number or None'), ('seed=1.5', 'seed is a whole number or None, not 1.5'), ('seed=True', 'not True'),
+    ('seed=a', 'seed is a whole number or None'), ('seed=1.5', 'seed is a whole number or None, not 1.5'),
+    ('seed=True', 'not True'),
     ('seed=', 'seed is a whole number'), ('seed=1e999', 'not inf'), ('data.pack=1', 'True or False or None, not 1'),
     ('stages.ppo.kl.coef=high', 'a number or None'), ("stages.ppo.kl.coef='0.1'", 'a number or None'),
     ("stages.rm.k_buckets=('a',)", 'a tuple such as (5, 7, 9) or None'), ('stages.rm.k_buckets={}', 'a tuple'),
     ('stages.ppo.loss=dict(3)', 'a dict or None'), ('stages.ppo.loss=__import__("os").getcwd()', 'a value is a literal'),
-    ('stages.ppo.loss={1: 2}', 'a dict'), ('stages.rm.responses[2]=5', 'has 2 items'), ('seed[0]=1', 'is no list'), ('=3', 'has a name'),
+    ('stages.ppo.loss={1: 2}', 'a dict'), ('stages.rm.responses[2]=5', 'has 2 items'), ('seed[0]=1', 'is no list'),
+    ('=3', 'has a name'),
     ('stages.ppo.kl.coef=' + '(' * 5000, 'a number'),
 ])
 def test_what_an_entry_cannot_be_is_named(flag, words):

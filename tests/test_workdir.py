@@ -1,5 +1,5 @@
-"""A workdir belongs to one run at a time and knows what its stages were made from: another file, checkpoint, function or ancestor is an
-error before any work, or what --on_changed_input says. The loop is the real one, on a stage of one parameter vector."""
+"""A workdir belongs to one run at a time and knows what its stages were made from: another file, checkpoint, function or ancestor
+is an error before any work, or what --on_changed_input says. The loop is the real one, on a stage of one parameter vector."""
 
 import contextlib
 import json
@@ -203,7 +203,7 @@ def test_restart_does_it_again_and_what_was_made_from_it_too(workdir, tmp_path):
 
 
 def test_a_stage_that_was_trained_again_is_not_mixed_with_what_was_made_from_the_old_one(workdir):
-  """As the program's own message advises: the folder is deleted, and its stage trained again, by other data or with another config."""
+  """As the program's own message advises: the folder is deleted, and its stage trained again, by other data or another config."""
   shutil.rmtree(workdir / 'a')
   run(workdir, 'a')
   run(workdir, 'b')  # the same bits: reused
@@ -292,7 +292,8 @@ def test_of_a_checkpoint_what_is_read_counts(tmp_path):
   assert of('checkpoint') != before
 
 
-@pytest.mark.parametrize('source,file', [('jsonl:{0}/a.jsonl', 'a.jsonl'), ('text:{0}/*.txt', 'b.txt'), ('hf:{0}:train', 'c/x.json'),
+@pytest.mark.parametrize('source,file', [('jsonl:{0}/a.jsonl', 'a.jsonl'), ('text:{0}/*.txt', 'b.txt'),
+                                         ('hf:{0}:train', 'c/x.json'),
                                          ('tfds:{0}:train[:5%]', 'c/x.json'), ('jsonl:{0}/a.jsonl; text:{0}/b.txt', 'b.txt')])
 def test_every_file_of_a_source_counts(tmp_path, source, file):
   for name in ('a.jsonl', 'b.txt', 'c/x.json'):

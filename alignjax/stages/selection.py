@@ -50,7 +50,8 @@ def build(setup: Setup, name: str) -> Stage:
       params = load(path, 'lm')
       key = fingerprints.of_value([checkpoint.weights(path), [setup.template.prompt(p) for p in prompts], cfg.temperature, cfg.rows,
                                    setup.response_length, setup.config.seed])
-      said = respond(params, seed_of(f'{setup.config.seed}/{name}'), folder / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl')
+      kept = folder / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl'
+      said = respond(params, seed_of(f'{setup.config.seed}/{name}'), kept)
       measured = {}
       if reward is not None:
         measured['reward'] = rewarder(reward, said)[:, 0]
