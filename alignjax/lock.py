@@ -37,12 +37,16 @@ class Busy(Exception):
 def held(workdir: files.Folder) -> Iterator[None]:
   """Holds the lock of a folder that exists, or raises Busy."""
   path = workdir / NAME
-  owner = None if files.is_bucket(workdir) else _flock(path)
-  with _lease(path) if owner is None else contextlib.closing(owner):
+  file = None if files.is_bucket(workdir) else _flock(path)
+  if file is None:
+    with _lease(path):
+      yield
+    return
+  with file:
     try:
       yield
     finally:
-      with contextlib.suppress(OSError):  # while the lock is still held, so that nobody else's file goes
+      with contextlib.suppress(OSError):  # while the lock is held, so that it is nobody else's
         path.unlink()
 
 
@@ -100,6 +104,8 @@ def _lease(path: files.Folder) -> Iterator[None]:
   finally:
     over.set()
     thread.join()
+    with contextlib.suppress(Exception):  # buckets raise many kinds
+      path.unlink()
 
 
 def _me(**more: float) -> bytes:
