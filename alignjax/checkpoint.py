@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alignjax import checksums, files
+from alignjax import checksums, files, fingerprints
 from alignjax.models.axes import path_name
 from alignjax.sharding import sync
 
@@ -41,10 +41,13 @@ class Checkpoints:
 
   def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2):
     self.directory = files.absolute(directory)
-    _check_config(self.directory / 'config.json', config)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True,
-                                           cleanup_tmp_directories=True)  # those of a killed save
-    self._manager = ocp.CheckpointManager(self.directory / 'steps', options=options)
+    check_config(self.directory / 'config.json', config)
+    steps = self.directory / 'steps'
+    for path in steps.iterdir() if jax.process_index() == 0 and steps.exists() else ():
+      if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):  # of a killed save; orbax's own removal outlives an error of the run
+        files.remove(path)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(steps, options=options)
     self._saving: int | None = None
 
   def __enter__(self) -> Checkpoints:
@@ -161,8 +164,11 @@ def _like(tree: Any, leaves: Mapping[str, Any]) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path).replace('/', '.')], tree)
 
 
-def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, Any]) -> None:
-  """Writes the final weights and what the stage reports, whole or not at all. OSError where the disk is full or read-only."""
+def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, Any], made: Mapping[str, Any] | None = None) -> None:
+  """Writes the final weights and what the stage reports, whole or not at all. OSError where the disk is full or read-only.
+
+  made: what they were made from (inputs.record). info.json holds it with the fingerprint of the weights, under 'made'.
+  """
   directory = files.absolute(directory)
   # info.json comes last: with it the folder is whole. A disk gives the folder its name then; a bucket would copy it.
   partial = directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
@@ -175,8 +181,9 @@ def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, An
     sums = checksums.describe(leaves)
     if jax.process_index() == 0:
       (partial / 'sums.json').write_text(json.dumps(sums))
-      (partial / 'info.json').write_text(json.dumps(info, indent=2))
+      (partial / 'info.json').write_text(_with_made(info, {**(made or {}), 'weights': fingerprints.of_value(sums)}))
       if partial != directory:
+        files.remove(directory)  # of a result that has lost its info.json
         files.move(partial, directory)
   except Exception as error:  # noqa: BLE001 as in Checkpoints
     raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on '
@@ -189,14 +196,15 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
   model or damaged."""
   directory = files.absolute(directory)
   wanted = _savable(abstract_params)
+  if is_finished(directory):
+    weights(directory)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(directory / 'params')
       saved = getattr(saved, 'item_metadata', saved)
       _check_shapes({k: tuple(v.shape) for k, v in getattr(saved, 'tree', saved).items()}, wanted, 'on disk')
       leaves = checkpointer.restore(directory / 'params', wanted)
-    if (directory / 'sums.json').exists():  # not of earlier versions
-      _check_sums(leaves, json.loads((directory / 'sums.json').read_text()))
+    _check_sums(leaves, json.loads((directory / 'sums.json').read_text()))
   except _Mismatch as error:
     raise ValueError(f'{directory}: weights of another model: {error}. Does model or reward_model of the '
                      'config differ from the run that wrote them?') from None
@@ -207,14 +215,51 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
 
 
 def load_info(directory: str | os.PathLike) -> dict[str, Any]:
-  return json.loads((files.folder(directory) / 'info.json').read_text())
+  """What a stage reports (save_params). Damaged where the file is not what was written."""
+  path = files.folder(directory) / 'info.json'
+  try:
+    info = json.loads(path.read_bytes())
+    made = dict(info.get('made', {}))
+    if made and made.pop('checksum', None) != fingerprints.of_value(info | {'made': made}):
+      raise ValueError('its checksum differs')
+  except (ValueError, AttributeError, TypeError, OSError) as error:
+    raise Damaged(f'{path} is damaged ({error}). Delete {path.parent}, and the run that wrote it makes it again from its last '
+                  'checkpoint.') from None
+  return info | ({'made': made} if made else {})
+
+
+def save_made(directory: str | os.PathLike, made: Mapping[str, Any]) -> None:
+  """Writes another 'made' into the info.json of a finished stage."""
+  info = load_info(directory)
+  files.write(files.folder(directory) / 'info.json', _with_made(info, {**made, 'weights': info['made']['weights']}))
+
+
+def _with_made(info: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+  info = json.loads(json.dumps({**info, 'made': dict(made)}))
+  return json.dumps(info | {'made': info['made'] | {'checksum': fingerprints.of_value(info)}}, indent=2)
+
+
+def weights(directory: str | os.PathLike) -> str:
+  """The fingerprint of final weights, from their checksums: the same on every mesh. Damaged where sums.json is not what was
+  written."""
+  directory = files.folder(directory)
+  info, path = load_info(directory), directory / 'sums.json'
+  advice = f'Delete {directory}, and the run that wrote it makes it again from its last checkpoint.'
+  try:
+    found = fingerprints.of_value(json.loads(path.read_bytes()))
+  except (ValueError, OSError) as error:
+    raise Damaged(f'{path} is damaged or missing ({error}). {advice}') from None
+  if 'made' in info and info['made']['weights'] != found:
+    raise Damaged(f'{path} is damaged: it is not what info.json says. {advice}')
+  return found
 
 
 def is_finished(directory: str | os.PathLike) -> bool:
   return (files.folder(directory) / 'info.json').exists()
 
 
-def _check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
+def check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
+  """ConfigMismatch names the entries that differ from those of the file, which is written where it is missing."""
   config = json.loads(json.dumps(config))
   if not path.exists():
     if jax.process_index() == 0:

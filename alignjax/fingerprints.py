@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ from alignjax import files
 from alignjax.sharding import fetch
 
 LENGTH = 16  # hexadecimal digits
+SETTLED_SECONDS = 3  # a file changed later than this ago may change again within one tick of its times
 
 
 def of_value(value: Any) -> str:
@@ -41,24 +43,43 @@ def of_params(params: Any) -> str:
   return digest.hexdigest()[:LENGTH]
 
 
-def of_files(paths: Iterable[str | os.PathLike]) -> str:
+def of_files(paths: Iterable[str | os.PathLike], known: dict[str, list] | None = None) -> str:
   """The fingerprint of the contents of files, local or in a bucket, in the order given; a folder stands for all files in it.
-  FileNotFoundError names one that is not there."""
+  FileNotFoundError names one that is not there.
+
+  known: {path: [size, times, hash]} of files that were read before, gone by while these are the same, and added to.
+  """
   digest = hashlib.sha256()
   for name in paths:
     path = files.folder(name)
     if not path.exists():
       raise FileNotFoundError(f'{name}: no such file or folder.')
     for file in sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]:
-      digest.update(_of_file(file))
+      digest.update(_of_file(file, {} if known is None else known))
   return digest.hexdigest()[:LENGTH]
 
 
-def _of_file(path: files.Folder) -> bytes:
+def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
   if files.is_bucket(path):
-    return hashlib.sha256(path.read_bytes()).digest()
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').digest()
+    stat = path.stat()
+    state, changed = [stat.length, stat.mtime], stat.mtime
+  else:
+    blob = path.resolve()
+    if blob.parent.name == 'blobs' and len(blob.name) == 64:  # of the hub's cache, which names large files by their hash
+      return bytes.fromhex(blob.name)
+    path, stat = blob, os.stat(blob)
+    state, changed = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns], max(stat.st_mtime_ns, stat.st_ctime_ns) / 1e9
+  name = os.fspath(path)
+  if name in known and known[name][:-1] == state:
+    return bytes.fromhex(known[name][-1])
+  if files.is_bucket(path):
+    digest = hashlib.sha256(path.read_bytes()).digest()
+  else:
+    with path.open('rb') as file:
+      digest = hashlib.file_digest(file, 'sha256').digest()
+  if time.time() - changed > SETTLED_SECONDS:
+    known[name] = [*state, digest.hex()]
+  return digest
 
 
 def of_function(function: Callable) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from alignjax import files, metrics, plots, sandbox
+from alignjax import checkpoint, files, fingerprints, metrics, plots, sandbox
 from alignjax.evals import findings, selection
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals.stats import show
@@ -52,6 +52,7 @@ MEANING = {
     'pretraining loss': 'cross-entropy of documents like those of pretraining, nats per token',
     'KL to SFT': 'mean of log pi(response) - log pi_SFT(response), nats per response',
 }
+MEASURED = ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents')  # entries of config.report
 
 
 def build(setup: Setup) -> None:
@@ -67,27 +68,36 @@ def build(setup: Setup) -> None:
   ref = initial_params(setup, 'stage:sft', 'lm', 0)
   arrays = {}
   for name, stage in policies.items():
-    kept = folder / f'{name}.npz'
-    if not kept.exists():
-      own = for_stage(setup, stage)
-      params = initial_params(own, f'stage:{stage}', 'lm', 0)
-      if name == 'pretrained_prompted':
-        prefix, scores = evaluation.best_prefix(
-            ev, params, sandbox.prompts(setup.world, setup.config.report.win_prompts // 2, 'valid'))
-        if main_process:
-          (folder / 'prefixes.json').write_text(json.dumps({'best': prefix, 'gold': scores}, indent=2))
-        measured = evaluation.measure(ev, params, None, prefix)
-      elif own is setup:
-        measured = evaluation.measure(ev, params, ref)
-      else:  # another architecture: its own compiled functions, and no KL to a reference of another size
-        measured = evaluation.measure(prepare(own), params, None)
+    own = for_stage(setup, stage)
+    prompted = name == 'pretrained_prompted'
+    kept = folder / f'{name}-{measured_from(own, name, stage)}.npz'
+    arrays[name] = _read(kept)
+    if arrays[name] is not None:
       if main_process:
-        _write(kept, measured)
-      sync(str(kept))
-    arrays[name] = dict(np.load(io.BytesIO(kept.read_bytes())))
+        print(f'report: {name} was measured before, reused ({kept})', flush=True)
+      continue
+    params = initial_params(own, f'stage:{stage}', 'lm', 0)
+    if prompted:
+      prefix, scores = evaluation.best_prefix(
+          ev, params, sandbox.prompts(setup.world, setup.config.report.win_prompts // 2, 'valid'))
+      measured = evaluation.measure(ev, params, None, prefix)
+      measured['prefixes'] = np.array(json.dumps({'best': prefix, 'gold': scores}))
+    elif own.policy_model == setup.policy_model:
+      measured = evaluation.measure(ev, params, ref)
+    else:  # another architecture: its own compiled functions, and no KL to a reference of another size
+      measured = evaluation.measure(prepare(own), params, None)
+    sync(f'{kept} measured')
+    if main_process:
+      _write(kept, measured)
+    arrays[name] = {k: np.asarray(v) for k, v in measured.items()}
+  if main_process:
+    _remove_others(folder, policies, setup)
+    prefixes = [json.loads(str(a.pop('prefixes'))) for a in arrays.values() if 'prefixes' in a]
+    if prefixes:
+      (folder / 'prefixes.json').write_text(json.dumps(prefixes[0], indent=2))
   if not main_process:
     return
-  result = assemble(setup, ev, arrays, time.perf_counter() - began)
+  result = assemble(setup, ev, arrays, time.perf_counter() - began) | {'config': decisive(setup)}
   (setup.workdir / 'report.json').write_text(json.dumps(result, indent=2))
   pictures = plots.all_plots(setup.workdir, result)
   (setup.workdir / 'report.md').write_text(markdown(result, pictures))
@@ -96,6 +106,28 @@ def build(setup: Setup) -> None:
                       [[NAMES.get(n, n), *(_short(p.get(c)) for c in list(COLUMNS)[:9])]
                        for n, p in result['policies'].items()])
   print(f'report: {setup.workdir / "report.md"}', flush=True)
+
+
+def measured_from(setup: Setup, name: str, stage: str) -> str:
+  """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what they are measured on, the
+  code."""
+  folder = lambda stage: setup.workdir / stage / 'final'
+  c = setup.config
+  return fingerprints.of_value([
+      name == 'pretrained_prompted', checkpoint.weights(folder(stage)), checkpoint.weights(folder('sft')), str(setup.policy_model),
+      c.world.to_dict(), c.data.to_dict(), {k: c.report[k] for k in MEASURED},
+      fingerprints.of_function(evaluation.measure)])
+
+
+def decisive(setup: Setup) -> dict:
+  """The entries of the config that decide the report's numbers, the seeds among them: reports that differ in others may be
+  averaged."""
+  c = setup.config.to_dict()
+  left_out = ('log_every', 'save_every', 'keep_candidates')
+  stages = {name: {k: v for k, v in c['stages'][name].items() if k not in left_out} for name in sorted(c['stages'])
+            if checkpoint.is_finished(setup.workdir / name / 'final')}
+  return {k: c[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
+      'stages': stages, 'report': {k: c['report'][k] for k in ('policies', *MEASURED)}}
 
 
 def tasks(setup: Setup) -> None:
@@ -126,15 +158,14 @@ def prepare(setup: Setup) -> evaluation.Evaluation:
   return evaluation.prepare(
       setup.nets, setup.sharder.spread, setup.world, setup.labelers, setup.template,
       prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
-      **{k: setup.config.report[k] for k in ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts',
-                                             'loss_documents')})
+      **{k: setup.config.report[k] for k in MEASURED})
 
 
 def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
   """The contents of report.json."""
   policies = {name: evaluation.summarize(ev, a, arrays['sft']) for name, a in arrays.items()}
-  infos = {p.parent.parent.name: json.loads(p.read_text()) for p in sorted(setup.workdir.glob('*/final/info.json'))}
-  rm = {k: v for k, v in infos.get('rm', {}).items() if k not in ('head', 'seconds', 'steps')}
+  infos = {p.parent.parent.name: checkpoint.load_info(p.parent) for p in sorted(setup.workdir.glob('*/final/info.json'))}
+  rm = {k: v for k, v in infos.get('rm', {}).items() if k not in ('head', 'seconds', 'steps', 'made')}
   prefixes = setup.workdir / 'report' / 'prefixes.json'
   versions = {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
   return {
@@ -226,7 +257,31 @@ def _short(figure: dict | None) -> str:
   return '' if not figure or figure['mean'] is None else f'{figure["mean"]:.2f}'
 
 
+def _read(path: files.Folder) -> dict[str, np.ndarray] | None:
+  """What `_write` wrote; None where there is nothing, or a damaged file, which is then measured again."""
+  if not path.exists():
+    return None
+  try:
+    arrays = dict(np.load(io.BytesIO(path.read_bytes())))
+    if str(arrays.pop('checksum')) == fingerprints.of_params(arrays):
+      return arrays
+  except Exception:  # noqa: BLE001 zipfile and numpy raise many kinds for a damaged file
+    pass
+  if jax.process_index() == 0:
+    print(f'report: {path} is damaged, measured again', flush=True)
+  return None
+
+
 def _write(path: files.Folder, arrays: dict[str, np.ndarray]) -> None:
+  arrays = {name: np.asarray(a) for name, a in arrays.items()}
   buffer = io.BytesIO()
-  np.savez(buffer, **arrays)
+  np.savez(buffer, **arrays, checksum=np.array(fingerprints.of_params(arrays)))
   files.write(path, buffer.getvalue())
+
+
+def _remove_others(folder: files.Folder, policies: dict[str, str], setup: Setup) -> None:
+  """Removes what was measured of other weights, by another protocol, or of policies that the report has no more."""
+  wanted = {f'{name}-{measured_from(for_stage(setup, stage), name, stage)}.npz' for name, stage in policies.items()}
+  for path in folder.glob('*.npz'):
+    if path.name not in wanted:
+      path.unlink()

@@ -8,23 +8,31 @@ reused. A run that was stopped at any point goes on from its last checkpoint and
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from alignjax import checkpoint, files, metrics, plugins, profile, throughput, trouble
+from alignjax import checkpoint, files, inputs, lock, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
-def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced: str | None = None) -> None:
+def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced: str | None = None,
+         on_changed_input: str = 'fail') -> None:
   """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
 
   Args:
     traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/profile.py).
+    on_changed_input: what happens where a stage's folder was made from other data, weights or functions than there are now
+      (alignjax/inputs.py): 'fail', 'keep' or 'restart'.
+
+  Raises:
+    lock.Busy: another run holds the workdir.
   """
   with Interrupt(config.grace_seconds) as interrupt:
     setup = make_setup(config, files.folder(workdir))
@@ -37,10 +45,27 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
     report = plugins.find(config.report.build, 'report.build')
     plugins.find(f'{report.__module__}:check', 'report.build')(setup)
     trouble.check_writable(setup.workdir)
-    for name in order:
-      run_stage(for_stage(setup, name), name, builders[name], interrupt, wanted)
-    if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
-      report(setup)
+    with alone(setup.workdir):
+      for name in order:
+        check_inputs(setup, name, on_changed_input)
+      for name in order:
+        run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input)
+      if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
+        report(setup)
+
+
+@contextlib.contextmanager
+def alone(workdir: files.Folder) -> Iterator[None]:
+  """Holds the workdir's lock, which process 0 takes for all; what an earlier run said of its error goes."""
+  with contextlib.ExitStack() as stack:
+    trouble.on_first(lambda: stack.enter_context(lock.held(workdir)))
+    if jax.process_index() == 0:
+      (workdir / trouble.TRACEBACK).unlink(missing_ok=True)
+    yield
+
+
+def check_inputs(setup: Setup, name: str, choice: str) -> None:
+  trouble.on_first(lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say))
 
 
 def resolve(config: ml_collections.ConfigDict) -> list[str]:
@@ -85,17 +110,22 @@ def finished(setup: Setup, name: str) -> bool:
   return checkpoint.is_finished(setup.workdir / name / 'final')
 
 
-def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None) -> None:
+def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None,
+              on_changed_input: str = 'fail') -> None:
   """One stage from its last checkpoint, or its start, to its end."""
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
+  check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now
   with checkpoint.Checkpoints(folder / 'checkpoints', config=identity(setup.config, name)) as saved:
     if finished(setup, name):
       say(f'{name}: finished before, reused ({folder})')
       return
+    if (folder / 'final').exists() and not files.is_bucket(folder):  # in a bucket, what a kill left
+      say(f'{name}: {folder / "final"} is damaged, as its info.json is missing: it is made again')
     say(f'{name}: start')
     began = time.perf_counter()
     stage = builder(setup, name)
+    made = record(setup, name)
     state, first = stage.state, 0
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     restored = saved.restore(abstract)
@@ -106,19 +136,20 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
     tracer = profile.Tracer(wanted, folder, first, stage.num_steps)
     with (metrics.Writer(folder, start_step=first, active=main_process) as writer,
           metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress, interrupt.held()):
-      state = loop(stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder)
+      state = loop(stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder, made)
     try:
       interrupt.check()
       params, info = stage.finish(state)
+      made = record(setup, name)
     except SystemExit:  # of Interrupt
       saved.save(stage.num_steps, state, wait=True)
       raise
     seconds = _elapsed(folder, time.perf_counter() - began)
-    checkpoint.save_params(folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps})
+    checkpoint.save_params(folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps}, made)
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
 
-def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: files.Folder):
+def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: files.Folder, made: dict):
   """Steps first..num_steps. A checkpoint every save_every steps and when something ends the run."""
   cfg = config.stages[folder.name]
   candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
@@ -160,7 +191,7 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
     else:
       progress.update(done)
     if done in candidates:
-      keep_candidate(stage, state, done, folder)
+      keep_candidate(stage, state, done, folder, made)
     if asked:
       trouble.stop_for_signal(saved, done, state, interrupt.asked or 'a signal to another process')
     if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps:
@@ -174,12 +205,20 @@ def candidate_steps(num_steps: int, count: int | None) -> list[int]:
   return sorted({round(num_steps * i / count) for i in range(1, count)} - {0, num_steps}) if count else []
 
 
-def keep_candidate(stage, state, step: int, folder: files.Folder) -> None:
+def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) -> None:
   """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for stages/selection.py to choose from."""
   path = folder / 'candidates' / str(step)
-  if not checkpoint.is_finished(path):  # there already where a run that was stopped repeats steps
-    params, info = stage.finish(state)
-    checkpoint.save_params(path, params, info | {'steps': step})
+  if checkpoint.is_finished(path) and checkpoint.load_info(path).get('made', {}).get('origin') == made['origin']:
+    return  # there already where a run that was stopped repeats steps
+  params, info = stage.finish(state)
+  checkpoint.save_params(path, params, info | {'steps': step}, made)
+
+
+def record(setup: Setup, name: str) -> dict:
+  """What the stage was made from, as far as it has read it: written by process 0 to STAGE/inputs.json, read by all."""
+  read = inputs.of_config(setup.config, name) | setup.read
+  trouble.on_first(lambda: inputs.record(setup.workdir, name, identity(setup.config, name), read))
+  return inputs.read_record(setup.workdir, name)
 
 
 def _elapsed(folder: files.Folder, seconds: float) -> float:

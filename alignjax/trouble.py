@@ -5,23 +5,26 @@ cannot be written. Every message says what to do next.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from alignjax import files
-from alignjax.interrupt import EXIT_CODE
+from alignjax.interrupt import EXIT_CODE, anywhere
 from alignjax.models.axes import path_name
 from alignjax.sharding import fetch
+
+TRACEBACK = 'traceback.txt'  # in the workdir: of the error that ended the last run
 
 
 class StepFailed(RuntimeError):
   """A step could not be done; the message says why and from where the same command goes on."""
 
 
-def check_writable(folder: files.Folder) -> None:
-  """OSError before any work where `folder` cannot be made or written."""
+def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
+  """OSError before any work where `folder`, which a flag names, cannot be made or written."""
   probe = folder / f'.writable.{jax.process_index()}'
   try:
     if not files.is_bucket(folder):
@@ -33,7 +36,22 @@ def check_writable(folder: files.Folder) -> None:
       raise
     login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(folder)
     why = getattr(error, 'strerror', None) or error
-    raise OSError(f'cannot write to {folder} ({why}); use another --workdir{login}.') from error
+    raise OSError(f'cannot write to {folder} ({why}); use another {flag}{login}.') from error
+
+
+def on_first(action: Callable[[], None]) -> None:
+  """What process 0 alone does, with all of them waiting; where it raises, it does so on every process, by its message there."""
+  error = None
+  if jax.process_index() == 0:
+    try:
+      action()
+    except Exception as e:  # noqa: BLE001 whatever it is, the others must not wait
+      error = e
+  failed, = anywhere(error is not None)
+  if error is not None:
+    raise error
+  if failed:
+    raise SystemExit('error: process 0 ended this run; its output says why.')
 
 
 def stop_for_bad_updates(saved, folder: files.Folder, step: int, state: Any, batch: Any, seen: Any, values: dict) -> None:

@@ -21,6 +21,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
+from experiments import command  # noqa: E402  after the path
+
 PPO_SAMPLES = 8  # a prompt, of the trained policies: their mean is wanted, not their best
 LOGGED = {'reward model': 'objective/scores', 'gold, training labelers': 'gold/train_labelers',
           'gold, held-out labelers': 'gold/heldout_labelers'}
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from alignjax import fingerprints, metrics
+  from alignjax import files, fingerprints, metrics, trouble
   from alignjax.data import sources
   from alignjax.evals import best_of_n, samples
   from alignjax.stages import finished
@@ -71,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
                          (options.temperature <= 0, '--temperature must be above 0: greedy samples are all the same.')):
     if wrong:
       raise ValueError(message)
-  out = pathlib.Path(options.out)
+  out = files.folder(options.out)
+  trouble.check_writable(out, '--out')
   saved = config_of(options.policy)
   world = None
   split = options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
@@ -100,8 +103,8 @@ def run(options: argparse.Namespace) -> None:
 
   def measured(model, count):
     """(responses, {measure: f[P,count]})."""
-    protocol = json.dumps([fingerprints.of_params(model.params), prompts, options.template, max_tokens, options.temperature,
-                           options.rows, options.seed, count])
+    protocol = json.dumps([fingerprints.of_params(model.params), [model.template.prompt(p) for p in prompts], max_tokens,
+                           options.temperature, options.rows, options.seed, count])
     kept = out / 'kept' / f'{hashlib.sha256(protocol.encode()).hexdigest()[:16]}.jsonl'
     respond = samples.make_responder(model, prompts, count=count, max_tokens=max_tokens, temperature=options.temperature,
                                      rows=options.rows)
@@ -122,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
     said, values = measured(policy, PPO_SAMPLES)
     divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
     result['policies'][name] = best_of_n.policy(divergence(policy.params, model.params, said), values, names)
-    log = pathlib.Path(path) / 'metrics.jsonl'
+    log = files.folder(path) / 'metrics.jsonl'
     logged = metrics.read(log) if log.exists() else {}
     if 'objective/kl' in logged:
       result['policies'][name]['training'] = {'kl': logged['objective/kl'].tolist(), **{
@@ -142,9 +145,10 @@ def label(stage: str) -> str:
 
 def config_of(model: str) -> dict | None:
   """The config that a finished stage was trained with; None of a Hugging Face checkpoint."""
-  path = pathlib.Path(model) / 'checkpoints' / 'config.json'
+  from alignjax import files
+  path = files.folder(model) / 'checkpoints' / 'config.json'
   return json.loads(path.read_text()) if not model.startswith('hf:') and path.exists() else None
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command.start(main, sys.argv[1:])

@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import find_config, parse_flags  # noqa: E402
+from experiments import command  # noqa: E402
 
 
 def find_libtpu() -> str:
@@ -177,26 +177,26 @@ def summary(results: dict[str, dict]) -> str:
 
 def main(argv: list[str]) -> None:
   from absl import app, flags
-  from ml_collections import config_flags
-  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg], as for run.py.', lock_config=True)
+  config, name, argv = command.read_config(argv)
+  flags.DEFINE_string('config', None, 'FILE.py[:arg] and --config.ENTRY=VALUE, as for run.py.')
   topology = flags.DEFINE_string('topology', 'local', 'CHIP:SHAPE, such as v5e:4x4; `local`: the devices at hand.')
   stage = flags.DEFINE_string('stage', None, "Which stage's step. Default: the config's last.")
   out = flags.DEFINE_string('out', None, 'A folder for CONFIG-STAGE-TOPOLOGY.json and the table of all of them.')
-  flags.mark_flag_as_required('config')
 
   def run(_):
+    from alignjax import files, trouble
+    if out.value:
+      folder = files.folder(out.value)
+      trouble.check_writable(folder, '--out')
     try:
       devices, chip = find_devices(topology.value)
-      name = stage.value or config.value.stages_to_run[-1]
-      result = compile_stage(config.value, name, devices, chip)
+      chosen = stage.value or config.stages_to_run[-1]
+      result = compile_stage(config, chosen, devices, chip)
     except (ValueError, FileNotFoundError) as error:
       raise SystemExit(f'error: {error}') from None
-    path = config_flags.get_config_filename(flags.FLAGS['config'])
-    title = f'{pathlib.Path(path.partition(":")[0]).stem} {name} {topology.value}'
+    title = f'{name} {chosen} {topology.value}'
     print(describe(title, result))
     if out.value:
-      folder = pathlib.Path(out.value)
-      folder.mkdir(parents=True, exist_ok=True)
       (folder / f'{re.sub("[ :]", "-", title)}.json').write_text(json.dumps(result | {'title': title}))
       found = [json.loads(p.read_text()) for p in sorted(folder.glob('*.json'))]
       text = summary({r['title']: r for r in found})
@@ -205,8 +205,8 @@ def main(argv: list[str]) -> None:
     if not result['fits']:
       raise SystemExit(1)
 
-  app.run(run, argv=argv, flags_parser=parse_flags)
+  app.run(run, argv=[sys.argv[0], *argv])
 
 
 if __name__ == '__main__':
-  main([sys.argv[0], *find_config(sys.argv[1:])])
+  command.start(main, sys.argv[1:])

@@ -18,6 +18,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
+from experiments import command  # noqa: E402  after the path
+
 
 def pairs(text: str, flag: str) -> dict[str, str]:
   """'a=x,b=y' -> {'a': 'x', 'b': 'y'}."""
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
-    from alignjax import distributed
+    from alignjax import distributed, files, trouble
     from alignjax.evals import evaluation, table
     from alignjax.sharding import AXES
     if options.tasks == 'help':
@@ -94,11 +96,13 @@ def main(argv: list[str]) -> None:
     except ValueError:
       raise ValueError(f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.') from None
     with distributed.joined(distributed.facts(vars(options)), 300) if options.distributed else contextlib.nullcontext():
-      evaluation.evaluate(models, tasks, options.out, data=data, options=own, baseline=baseline, limit=options.limit,
+      out = files.folder(options.out)
+      trouble.check_writable(out, '--out')
+      evaluation.evaluate(models, tasks, out, data=data, options=own, baseline=baseline, limit=options.limit,
                         seed=options.seed, template=options.template, mesh=mesh)
   except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command.start(main, sys.argv[1:])

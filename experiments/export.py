@@ -15,6 +15,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
+from experiments import command  # noqa: E402  after the path
+
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,15 +25,18 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'), help='of the tensors in the file')
   options = parser.parse_args(argv)
   try:
-    if pathlib.Path(options.out).exists():
+    from alignjax import files, trouble
+    out = files.folder(options.out)
+    if out.exists():
       raise ValueError(f'--out={options.out} is there already; name another folder or delete it.')
+    trouble.check_writable(out.parent, '--out')
     from alignjax.models import hf
     from alignjax.stages import finished
     model = finished.load(options.model)
     if model.source is None:
       raise ValueError(f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to take over; the '
                        "sandbox's architecture is none of transformers'.")
-    report = hf.save(options.out, model.source, model.cfg, model.params, dtype=options.dtype, tokenizer=model.tokenizer)
+    report = hf.save(out, model.source, model.cfg, model.params, dtype=options.dtype, tokenizer=model.tokenizer)
   except (ValueError, FileNotFoundError) as error:
     raise SystemExit(f'error: {error}') from None
   print(f'wrote {options.out}: {report["class"]}, {report["tensors"]} tensors, {report["bytes"] / 1e6:.1f} MB')
@@ -40,4 +45,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command.start(main, sys.argv[1:])

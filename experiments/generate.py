@@ -19,6 +19,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
+from experiments import command  # noqa: E402  after the path
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,7 +111,8 @@ def read_prompts(path: str) -> list:
   if path.endswith(('.jsonl', '.jsonl.gz')):
     from alignjax.data import sources
     return [r['prompt'] for r in sources.read(f'jsonl:{path}', 'prompts')]
-  file = pathlib.Path(path)
+  from alignjax import files
+  file = files.folder(path)
   if not file.exists():
     raise FileNotFoundError(f'--prompts_file={path}: no such file.')
   prompts = [line for line in file.read_text().splitlines() if line.strip()]
@@ -119,4 +122,4 @@ def read_prompts(path: str) -> list:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command.start(main, sys.argv[1:], ends_with_reader=True)

@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import find_config, parse_flags  # noqa: E402  after the path
+from experiments import command  # noqa: E402  after the path
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -44,7 +44,8 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
   protocol = dict(comparisons=hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16], folds=folds,
-                  min_votes=min_votes, split_seed=split_seed, rankings=rankings, rounds=rounds if rankings else None)
+                  min_votes=min_votes, split_seed=split_seed, rankings=rankings, rounds=rounds if rankings else None,
+                  models=made_from(config, out))
   path = out / 'protocol.json'
   if path.exists() and json.loads(path.read_text()) != protocol:
     raise ValueError(f'{out} holds the results of another protocol, {json.loads(path.read_text())}, not {protocol}. '
@@ -89,6 +90,22 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
     result[f'agreement_{pool}'] = interval(flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]), (0, 1))
     result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]), (0, 1))
   return dict(protocol=protocol, labelers=len(known), groups=groups, votes=len(kept), figures=result)
+
+
+def made_from(config, out: pathlib.Path) -> str:
+  """The fingerprint of what decides the reward models beside the votes: the config, the checkpoint, a user's functions."""
+  from alignjax import fingerprints, inputs, train
+  stages = train.resolve(config)
+  read = {}
+  for name in stages:
+    read |= inputs.of_config(config, name)
+    for spec in config.stages[name].init.values():
+      read |= {} if spec.startswith('stage:') else inputs.of_weights(spec)
+  def shared(identity):
+    data = {k: v for k, v in identity['data'].items() if k not in ('comparisons', 'mapping')}
+    return {**identity, 'data': data}
+  found = {entry: inputs.fingerprint(kind, name, out, {}) for entry, (kind, name) in read.items()}
+  return fingerprints.of_value([[shared(train.identity(config, name)) for name in stages], found])
 
 
 def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int) -> list:
@@ -136,8 +153,8 @@ def markdown(result: dict) -> str:
 
 def main(argv: list[str]) -> None:
   from absl import app, flags
-  from ml_collections import config_flags
-  config = config_flags.DEFINE_config_file('config', None, 'FILE.py[:arg] with a reward model stage.', lock_config=True)
+  config, _, argv = command.read_config(argv)
+  flags.DEFINE_string('config', None, 'FILE.py[:arg] with a reward model stage, and --config.ENTRY=VALUE.')
   comparisons = flags.DEFINE_string('comparisons', None, "jsonl:FILE, ... with labeler_id; default: the config's data.comparisons.")
   mapping = flags.DEFINE_string('mapping', None, "of their fields; default: the config's data.mapping.comparisons.")
   folds = flags.DEFINE_integer('folds', 5, 'groups of labelers, each held out once.')
@@ -148,18 +165,20 @@ def main(argv: list[str]) -> None:
                                   'default: every vote is a comparison of its own.')
   rounds = flags.DEFINE_integer('rounds', 8, 'of --rankings: how often each response is in one.')
   out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'a folder.')
-  flags.mark_flag_as_required('config')
 
   def run(_):
     from absl import logging
+
+    from alignjax import files, trouble
     logging.set_verbosity(logging.WARNING)
     try:
-      c = config.value
+      c = config
       if comparisons.value:
         c.data.comparisons = comparisons.value
       if mapping.value:
         c.data.mapping.comparisons = mapping.value
-      folder = pathlib.Path(out.value).absolute()
+      folder = files.absolute(out.value)
+      trouble.check_writable(folder, '--out')
       result = cross_validate(c, folder, folds=folds.value, seeds=seeds.value, min_votes=min_votes.value,
                               split_seed=split_seed.value, rankings=rankings.value, rounds=rounds.value)
       write(folder / 'heldout_labelers.json', json.dumps(result, indent=2))
@@ -168,8 +187,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
       raise SystemExit(f'error: {error}') from None
 
-  app.run(run, argv=argv, flags_parser=parse_flags)
+  app.run(run, argv=[sys.argv[0], *argv])
 
 
 if __name__ == '__main__':
-  main([sys.argv[0], *find_config(sys.argv[1:])])
+  command.start(main, sys.argv[1:])

@@ -18,6 +18,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
+from experiments import command  # noqa: E402  after the path
+
 
 def number(text: str) -> int | None:
   return None if text == 'none' else int(text)
@@ -40,7 +42,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--seed', type=int, default=0, help='of the split')
   options = parser.parse_args(argv)
   try:
+    from alignjax import files, trouble
     from alignjax.data import hygiene, sources
+    out = files.folder(options.out)
+    trouble.check_writable(out, '--out')
     try:
       shares = {name: float(share) for name, share in (part.split('=') for part in options.shares.split(','))}
     except ValueError:
@@ -58,8 +63,6 @@ def main(argv: list[str]) -> None:
       print(f'{rule.ljust(width)}  removed {removed:>8}  left {left:>8}')
     for name, rows in splits.items():
       print(f'{name}: {len(rows)} records, {len({r.get("user_id") for r in rows} - {None})} users')
-    out = pathlib.Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     if options.format == 'tfds':
       from alignjax.data.records import records_dataset_builder
       folder = records_dataset_builder.store({k: v for k, v in splits.items() if v}, options.kind, out, options.shards)
@@ -76,4 +79,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command.start(main, sys.argv[1:])

@@ -3,7 +3,7 @@ contradict it, or leave it open.
 
     python experiments/summarize.py runs/ppo_ptx-s*
 
-Reads RUN/report.json of every folder named and prints Markdown.
+Reads RUN/report.json of every folder named and prints Markdown. The runs must be of one config and of seeds that differ.
 """
 
 import json
@@ -15,6 +15,7 @@ if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
 from alignjax.report import COLUMNS, NAMES  # noqa: E402  after the path
+from experiments import command  # noqa: E402  after the path
 
 
 def spread(values: list[float]) -> str:
@@ -40,15 +41,50 @@ def table(reports: list[dict]) -> str:
   return '\n'.join(lines)
 
 
+def check(reports: dict[str, dict]) -> None:
+  """SystemExit where reports, by their folder, are not of one config, or of one seed twice."""
+  flat = {}
+  for folder, report in reports.items():
+    if 'config' not in report:
+      raise SystemExit(f'error: {folder}/report.json does not say by which config it was made; another version of alignjax '
+                       'wrote it.')
+    flat[folder] = flatten(report['config'])
+  seeds: dict[tuple, str] = {}
+  first = next(iter(flat))
+  for folder, config in flat.items():
+    seed = tuple(config.pop(k, None) for k in ('seed', 'world.seed'))
+    if seed in seeds:
+      raise SystemExit(f'error: {seeds[seed]} and {folder} are both of seed {seed[0]}: a mean over seeds counts each once.')
+    seeds[seed] = folder
+    differ = sorted(k for k in config.keys() | flat[first].keys() if config.get(k) != flat[first].get(k))
+    if differ:
+      shown = '\n'.join(f'  {k}: {flat[first].get(k)!r}, {config.get(k)!r}' for k in differ[:8])
+      more = f'\n  and {len(differ) - 8} more' if len(differ) > 8 else ''
+      raise SystemExit(f'error: {first} and {folder} are of different configs, so a mean over them says nothing:\n{shown}{more}')
+
+
+def flatten(tree, name: str = '') -> dict:
+  if isinstance(tree, dict) and tree:
+    return {k: v for key, child in tree.items() for k, v in flatten(child, f'{name}.{key}'.lstrip('.')).items()}
+  return {name: tree}
+
+
 def main(folders: list[str]) -> None:
   if not folders or folders[0] in ('-h', '--help'):
     raise SystemExit(__doc__)
-  paths = [pathlib.Path(f) / 'report.json' for f in folders]
-  missing = [str(p) for p in paths if not p.exists()]
+  paths = [pathlib.Path(f).expanduser() / 'report.json' for f in folders]
+  missing = [str(p) for p in paths if not p.is_file()]
   if missing:
     raise SystemExit(f'no report in {", ".join(missing)}: has the run ended?')
-  print(table([json.loads(p.read_text()) for p in paths]))
+  reports = {}
+  for folder, path in zip(folders, paths, strict=True):
+    try:
+      reports[folder] = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+      raise SystemExit(f'error: {path} cannot be read ({error}). The command that made the run writes it again.') from None
+  check(reports)
+  print(table(list(reports.values())))
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  command.start(main, sys.argv[1:], ends_with_reader=True)

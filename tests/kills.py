@@ -101,7 +101,8 @@ class Watch:
     text, folder = self.printed(), self.workdir / stage
     if stage == 'report':
       began = 'report: measuring' in text
-      return began and {'build': True, 'steps': (folder / 'pretrained.npz').exists(), 'save': self.unfinished() == 'report',
+      measured = any(True for _ in folder.glob('pretrained-*.npz'))
+      return began and {'build': True, 'steps': measured, 'save': self.unfinished() == 'report',
                         'final': (self.workdir / 'report.json').exists(), 'behind': (self.workdir / 'report.md').exists()}[moment]
     if f'{stage}: done' in text or f'{stage}: finished before' in text:
       return True

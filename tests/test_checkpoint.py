@@ -161,7 +161,8 @@ def test_final_weights(tmp_path):
   assert not checkpoint.is_finished(tmp_path / 'final')
   checkpoint.save_params(tmp_path / 'final', params, {'head': 'lm', 'accuracy': 0.7})
   assert checkpoint.is_finished(tmp_path / 'final')
-  assert checkpoint.load_info(tmp_path / 'final') == {'head': 'lm', 'accuracy': 0.7}
+  info = checkpoint.load_info(tmp_path / 'final')
+  assert info == {'head': 'lm', 'accuracy': 0.7, 'made': {'weights': checkpoint.weights(tmp_path / 'final')}}
   assert checkpoint.same(checkpoint.load_params(tmp_path / 'final', abstract(params)), params)
   with pytest.raises(ValueError, match='weights of another model'):
     checkpoint.load_params(tmp_path / 'final', abstract({'w': params['w']}))

@@ -10,7 +10,7 @@ import pytest
 
 from alignjax import train
 from alignjax.stages import abstract, ppo_ptx
-from experiments import run
+from experiments import command
 from experiments.configs import base, instructgpt_1b3, instructgpt_6b, instructgpt_175b, pretrain, rm, sft
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -74,15 +74,18 @@ def test_the_readme_names_every_file():
 
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  found = run.find_config(['--config=configs/ppo_ptx.py:tiny', '--config', 'configs/sft.py', '--config.seed=3'])
-  folder = pathlib.Path(run.__file__).parent / 'configs'
-  assert found == [f'--config={folder}/ppo_ptx.py:tiny', '--config', f'{folder}/sft.py', '--config.seed=3']
+  folder = pathlib.Path(command.__file__).parent / 'configs'
+  assert command.find_config('configs/ppo_ptx.py:tiny') == f'{folder}/ppo_ptx.py:tiny'
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs/sft.py').touch()
+  assert command.find_config('configs/sft.py') == 'configs/sft.py'
   with pytest.raises(SystemExit, match='configs/rm.py'):
-    run.find_config(['--config=configs/nothing.py'])
+    command.find_config('configs/nothing.py')
 
 
 @pytest.mark.parametrize('arguments,message', [
-    (['--config.stages.ppo.iteration=3'], 'Did you mean "iterations"'),
+    (['--config.stages.ppo.iteration=3'], "Did you mean 'iterations'"),
+    (['--config.seed=-1'], 'error: seed=-1 must be a whole number from 0 on'),
     (['--config.mesh.tensor=3'], 'error: mesh.fsdp=1 x mesh.tensor=3 does not divide'),
 ])
 def test_a_users_mistake_ends_with_one_sentence(tmp_path, arguments, message):

@@ -133,3 +133,36 @@ def test_a_bucket_that_cannot_be_written_ends_the_run_with_what_to_do(bucket):
   process = python(bucket, *RUN, '--workdir=gs://other/run')
   out, _ = process.communicate(timeout=100)
   assert process.returncode == 1 and 'error: cannot write to gs://other/run' in out and 'use another --workdir' in out
+
+
+LOCK = '''
+import sys
+from alignjax import files, inputs, lock
+lock.HEARTBEAT, lock.LEASE = 0.3, 2.0
+folder = files.folder('gs://bucket/locked')
+try:
+  with lock.held(folder):
+    print('held', flush=True)
+    if sys.argv[1] == 'wait':
+      sys.stdin.read()
+    files.write(folder / 'data.jsonl', '{}')
+    known = {}
+    first = inputs.fingerprint('data', 'jsonl:gs://bucket/locked/data.jsonl', folder, known)
+    files.write(folder / 'data.jsonl', '[1]')
+    assert inputs.fingerprint('data', 'jsonl:gs://bucket/locked/data.jsonl', folder, known) != first
+  assert not (folder / '.lock').exists()
+except lock.Busy as error:
+  print('busy:', error)
+'''
+
+
+def test_a_workdir_in_a_bucket_is_held_by_one_run(bucket):
+  first = python(bucket, '-c', LOCK, 'wait', stdin=subprocess.PIPE)
+  assert first.stdout.readline() == 'held\n'
+  out, _ = python(bucket, '-c', LOCK, 'go').communicate(timeout=60)
+  assert f'busy: gs://bucket/locked is in use: process {first.pid} on' in out, out
+  out, _ = first.communicate('', timeout=60)
+  assert first.returncode == 0, out
+  third = python(bucket, '-c', LOCK, 'go')
+  out, _ = third.communicate(timeout=60)
+  assert third.returncode == 0 and out == 'held\n', out

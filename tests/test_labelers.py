@@ -137,6 +137,10 @@ def test_the_whole_protocol_and_that_it_goes_on(tmp_path, monkeypatch):
   assert run() == result and trainings == ['fold1-seed0']
   with pytest.raises(ValueError, match='another protocol'):
     run(min_votes=11)
+  other = tiny(path)
+  other.stages.rm.optimizer.reward.lr = 2e-2  # a reward model of another config is not served for this one
+  with pytest.raises(ValueError, match='another protocol'):
+    heldout_labelers.cross_validate(other, tmp_path / 'out', folds=2, seeds=1, min_votes=12)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f'no data under {SHARED}: set ALIGNJAX_DATA')

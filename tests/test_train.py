@@ -87,11 +87,25 @@ def test_the_report_has_every_figure(finished):
 
 
 @pytest.mark.slow
-def test_a_table_of_several_runs(finished, capsys):
+def test_a_table_of_several_runs(finished, tmp_path, capsys):
   from experiments import summarize
-  summarize.main([str(finished), str(finished)])
+
+  def other(name, **changes):
+    report = json.loads((finished / 'report.json').read_text())
+    report['seed'] = report['config']['seed'] = report['config']['world']['seed'] = 1
+    report['config']['stages']['sft'] |= changes
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'report.json').write_text(json.dumps(report))
+    return str(tmp_path / name)
+
+  second = other('second')
+  summarize.main([str(finished), second])
   out = capsys.readouterr().out
-  assert '| SFT | 0.50 (0.50 to 0.50) |' in out and ' of 2 |' in out and 'Seeds 0, 0' in out
+  assert '| SFT | 0.50 (0.50 to 0.50) |' in out and ' of 2 |' in out and 'Seeds 0, 1' in out
+  with pytest.raises(SystemExit, match='are both of seed 1'):
+    summarize.main([str(finished), second, second])
+  with pytest.raises(SystemExit, match=r'different configs.*\n  stages.sft.epochs: 3, 16'):
+    summarize.main([str(finished), other('longer', epochs=16)])
   with pytest.raises(SystemExit, match='no report in'):
     summarize.main([str(finished / 'sft')])
 
@@ -111,6 +125,64 @@ def test_what_was_logged(finished):
     documented = file.read()
   missing = [name for name in log if not name.startswith(('time/', 'step')) and f'`{name}`' not in documented]
   assert not missing, f'README explains every metric; not {missing}'
+
+
+@pytest.mark.slow
+def test_a_report_keeps_what_holds_and_nothing_else(finished, patch, tmp_path, capsys):
+  """Kept by weights and protocol: another policy under the same name, or other prompts, is measured anew, the rest reused."""
+  from alignjax import report
+  workdir = tmp_path / 'w'
+  shutil.copytree(finished, workdir)
+  policies = ConfigDict(dict(sft='sft', ppo='ppo'))
+  c = config(stages_to_run=('ppo',), **{'report.policies': policies})
+  old = json.loads((finished / 'report.json').read_text())['policies']
+  capsys.readouterr()
+  kept = {p.name for p in (workdir / 'report').iterdir()}
+  train.main(c, workdir)
+  out = capsys.readouterr().out
+  assert out.count('was measured before, reused') == 2
+  assert {p.name for p in (workdir / 'report').iterdir()} <= kept and len(list((workdir / 'report').glob('*.npz'))) == 2
+  assert json.loads((workdir / 'report.json').read_text())['policies']['ppo'] == old['ppo']
+  measured = []
+  patch_measure = pytest.MonkeyPatch()
+  real = report.evaluation.measure
+  patch_measure.setattr(report.evaluation, 'measure', lambda ev, params, *a: measured.append(1) or real(ev, params, *a))
+  shutil.rmtree(workdir / 'ppo/final')  # another policy in the place of the old one
+  shutil.copytree(workdir / 'ppo_ptx/final', workdir / 'ppo/final')
+  setup = make_setup(c, workdir)
+  report.build(setup)
+  assert 'report: sft was measured before' in capsys.readouterr().out and len(measured) == 1
+  new = json.loads((workdir / 'report.json').read_text())['policies']
+  assert new['sft'] == old['sft'] and new['ppo'] == old['ppo_ptx'] != old['ppo']
+  path, = (workdir / 'report').glob('ppo-*.npz')
+  raw = path.read_bytes()
+  path.write_bytes(raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:])
+  report.build(setup)
+  assert f'{path} is damaged, measured again' in capsys.readouterr().out
+  assert json.loads((workdir / 'report.json').read_text())['policies'] == new
+  fewer = make_setup(config(stages_to_run=('ppo',), **{'report.policies': policies, 'report.win_prompts': 16}), workdir)
+  report.build(fewer)
+  assert json.loads((workdir / 'report.json').read_text())['policies']['ppo']['win_rate_train_labelers']['n'] == 16
+  assert len(measured) == 4 and len(list((workdir / 'report').glob('*.npz'))) == 2
+  patch_measure.undo()
+
+
+@pytest.mark.slow
+def test_comparisons_of_another_policy_are_not_used(finished, patch, tmp_path, capsys):
+  from alignjax.stages import comparisons
+  shutil.copytree(finished, tmp_path / 'w')
+  path = tmp_path / 'w/rm/comparisons.json'
+  before = path.read_bytes()
+  setup = make_setup(config(), tmp_path / 'w')
+  first = comparisons.training(setup, 'rm')
+  assert 'made again' not in capsys.readouterr().out and setup.read['stage:sft'] == ('weights', 'stage:sft')
+  path.write_bytes(before.replace(b'[[', b'[[7, ', 1))
+  assert comparisons.training(setup, 'rm') == first and path.read_bytes() == before
+  assert 'comparisons.json is damaged: the comparisons are made again' in capsys.readouterr().out
+  shutil.rmtree(tmp_path / 'w/sft/final')
+  shutil.copytree(finished / 'ppo/final', tmp_path / 'w/sft/final')
+  assert comparisons.training(setup, 'rm') != first
+  assert 'was made from other policies' in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def run(path, bad=(), step=None, num_steps=8, build=None, finish=None, failures=
     return Stage(first_state(), step or one_step, batch, num_steps, 3, finish or (lambda s: (s.params['policy'], {'head': 'lm'})),
                  failures=failures)
 
-  setup = types.SimpleNamespace(config=config(**changes), workdir=path)
+  setup = types.SimpleNamespace(config=config(**changes), workdir=path, read={})
   with interrupt or Interrupt(25.0) as i:
     train.run_stage(setup, 's', builder, i)
   return result(path)

@@ -5,13 +5,15 @@ them."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from alignjax import files
+from alignjax import files, fingerprints, inputs
 from alignjax.evals import bulk
+from alignjax.sharding import sync
 from alignjax.stages.setup import Setup, fit, initial_params, records, seed_of, stage_dir
 
 
@@ -29,7 +31,8 @@ def training(setup: Setup, name: str) -> Comparisons:
   source = setup.config.data.comparisons
   if source == 'sandbox:':
     cfg = setup.config.stages[name]
-    return _kept(stage_dir(setup, name) / 'comparisons.json',
+    key = made_from(setup, name)
+    return _kept(stage_dir(setup, name) / 'comparisons.json', key,
                  lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
   return _read(setup, name, held_out=False)
 
@@ -114,13 +117,36 @@ def _split(items: list, counts: np.ndarray):
     start += count
 
 
-def _kept(path, make) -> Comparisons:
-  """Reads `path` if it is there, else makes and writes it: whole or not at all."""
+def made_from(setup: Setup, name: str) -> str:
+  """The fingerprint of what the sandbox's comparisons are made from: the policies' weights and all that decides their samples."""
+  cfg = setup.config.stages[name].to_dict()
+  for policy in cfg['policies']:
+    setup.read.update(inputs.of_weights(policy['init']))
+  weights = {spec: inputs.fingerprint(kind, spec, setup.workdir, {}) for spec, (kind, _) in setup.read.items()
+             if spec in {p['init'] for p in cfg['policies']}}
+  config = setup.config.to_dict()
+  return fingerprints.of_value([weights, [cfg[k] for k in ('policies', 'prompts', 'responses')],
+                                [config[k] for k in ('seed', 'world', 'data', 'model')], name])
+
+
+def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
+  """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it, whole or not at all."""
+  found = None
   if path.exists():
-    return Comparisons(**json.loads(path.read_text()))
+    try:
+      kept = json.loads(path.read_bytes())
+      found = Comparisons(**kept['comparisons']) if kept['checksum'] == fingerprints.of_value(kept['comparisons']) else None
+      reason = 'is damaged' if found is None else 'was made from other policies or settings' if kept['made_from'] != key else ''
+    except (ValueError, KeyError, TypeError, OSError):
+      reason = 'is damaged'
+    if found is not None and not reason:
+      return found
+    if jax.process_index() == 0:
+      print(f'{path} {reason}: the comparisons are made again', flush=True)
+    sync(f'{path} read')  # by all, before one writes it
   made = make()._replace(features=None)
-  if jax.process_index():
-    return made
-  path.parent.mkdir(parents=True, exist_ok=True)
-  files.write(path, json.dumps(made._asdict()))
+  if jax.process_index() == 0:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = made._asdict()
+    files.write(path, json.dumps({'made_from': key, 'checksum': fingerprints.of_value(kept), 'comparisons': kept}))
   return made

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax import checkpoint, files, plugins
+from alignjax import checkpoint, files, fingerprints, inputs, plugins
 from alignjax.data import sources
 from alignjax.evals import samples, selection
 from alignjax.stages.finished import Model
@@ -27,6 +27,8 @@ def build(setup: Setup, name: str) -> Stage:
   folder = stage_dir(setup, name)
 
   # 1. validation prompts, the candidates, the judges: a reward model, a reference for the KL, the sandbox's labelers
+  if cfg.prompts.source != 'sandbox:':
+    setup.read.update(inputs.of_data(f'stages.{name}.prompts', cfg.prompts.source, cfg.prompts.mapping))
   records = _prompts(setup, cfg.prompts)
   prompts = [r['prompt'] for r in records]
   candidates = find_candidates(setup, name)
@@ -47,7 +49,10 @@ def build(setup: Setup, name: str) -> Stage:
     scores = {}
     for label, path in candidates.items():
       params = load(path, 'lm')
-      said = respond(params, seed_of(f'{setup.config.seed}/{name}'), folder / 'responses' / f'{label.replace("/", "-")}.jsonl')
+      key = fingerprints.of_value([checkpoint.weights(path), [setup.template.prompt(p) for p in prompts], cfg.temperature, cfg.rows,
+                                   setup.response_length, setup.config.seed])
+      kept = folder / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl'
+      said = respond(params, seed_of(f'{setup.config.seed}/{name}'), kept)
       measured = {}
       if reward is not None:
         measured['reward'] = rewarder(reward, said)[:, 0]
@@ -77,10 +82,12 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
     if checkpoint.is_finished(folder):
       out[str(folder)] = folder
       continue
-    kept = sorted((p for p in (folder / 'candidates').glob('*') if p.name.isdigit() and checkpoint.is_finished(p)),
-                  key=lambda p: int(p.name))
     if not checkpoint.is_finished(folder / 'final'):
       raise FileNotFoundError(f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.')
+    origin = lambda p: checkpoint.load_info(p).get('made', {}).get('origin')
+    kept = sorted((p for p in (folder / 'candidates').glob('*') if p.name.isdigit() and checkpoint.is_finished(p)
+                   and origin(p) == origin(folder / 'final')),  # else left by another training of the stage
+                  key=lambda p: int(p.name))
     out |= {f'{folder.name}/{p.name}': p for p in (*kept, folder / 'final')}
   if len(out) < 2:
     raise ValueError(f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose from but '

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from alignjax import checkpoint, files, optim, plugins
+from alignjax import checkpoint, files, inputs, optim, plugins
 from alignjax.data import encode, sources, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
@@ -29,6 +29,7 @@ class Setup(NamedTuple):
 
   nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's, which may differ.
   world, labelers: of the sandbox, or None. encode, decode: text <-> token ids.
+  read: sources, checkpoints and functions that were read, noted by whoever reads (alignjax/inputs.py).
   """
   config: ml_collections.ConfigDict
   workdir: files.Folder
@@ -42,6 +43,7 @@ class Setup(NamedTuple):
   encode: Callable[[str], list[int]]
   decode: Callable[[Any], str]
   vocabulary: int
+  read: inputs.Read
 
   @property
   def prompt_length(self) -> int:
@@ -85,6 +87,9 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
 
   text_side: in place of the one below, where no text is read (stages/abstract.py).
   """
+  for entry, seed in (('seed', config.seed), ('world.seed', config.world.get('seed', 0))):
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+      raise ValueError(f'{entry}={seed} must be a whole number from 0 on, below 2^32.')
   sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
   world, labelers, template, to_ids, decode, vocabulary = (text_side or tokens_and_texts)(config)
   if config.data.too_long not in encode.TOO_LONG:
@@ -101,7 +106,7 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, files.folder(workdir), sharder, policy_model, reward_model,
-               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary)
+               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary, {})
 
 
 def tokens_and_texts(config: ml_collections.ConfigDict) -> tuple:
@@ -164,6 +169,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
     from alignjax import sandbox
     make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
     return make(setup.world, count, split)
+  setup.read.update(inputs.of_data(f'data.{kind}', source, setup.config.data.mapping[kind]))
   return sources.read(source, kind, setup.config.data.mapping[kind], count)
 
 
@@ -172,6 +178,7 @@ def open_source(setup: Setup, kind: str, count: int | None) -> sources.Source:
   if setup.config.data[kind] == 'sandbox:':
     made = records(setup, kind, count)
     return sources.Source(len(made), lambda i: [made[i]])
+  setup.read.update(inputs.of_data(f'data.{kind}', setup.config.data[kind], setup.config.data.mapping[kind]))
   return sources.open_source(setup.config.data[kind], kind, setup.config.data.mapping[kind])
 
 
@@ -195,6 +202,7 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
       'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
     head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar head.
   """
+  setup.read.update(inputs.of_weights(spec))
   model = setup.policy_model if head == 'lm' else setup.reward_model
   key = jax.random.fold_in(jax.random.key(setup.config.seed), seed)
   fresh = lambda head: jax.eval_shape(lambda: transformer.init(model, key, head))
@@ -202,7 +210,7 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
     return jax.jit(lambda: transformer.init(model, key, head), out_shardings=setup.sharder.params(fresh(head)))()
   if spec.startswith('hf:'):
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
-  folder = stage_dir(setup, spec.removeprefix('stage:')) / 'final' if spec.startswith('stage:') else files.folder(spec)
+  folder = inputs.weights_folder(setup.workdir, spec)
   if not checkpoint.is_finished(folder):
     raise FileNotFoundError(f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, '
                             'hf:FOLDER_OR_HUB_NAME, FOLDER.')

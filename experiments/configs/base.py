@@ -55,7 +55,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.stages_to_run = ('ppo_ptx',)  # those they start from run first
   c.max_bad_updates = 10  # so many in a row with a loss or gradient that is not finite end the run
   c.grace_seconds = 25.0  # from SIGTERM to the end: most schedulers give 30
-  c.world = dict(seed=c.get_ref('seed'))
+  c.world = dict(seed=c.get_oneway_ref('seed'))
   c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
   c.data = dict(tokenizer='sandbox:', template=config_dict.placeholder(str),  # forms: alignjax/data/templates.py

@@ -13,6 +13,7 @@ from experiments.configs import recipe
 
 
 def get_config(size: str = 'default'):
+  recipe.check_size(size)
   c = recipe.get_config(
       'hf:meta-llama/Meta-Llama-3-8B-Instruct', template='chat',
       data=dict(demonstrations='hf:databricks/databricks-dolly-15k:train', comparisons='hf:openbmb/UltraFeedback:train',

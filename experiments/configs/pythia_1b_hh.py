@@ -12,6 +12,7 @@ from experiments.configs import recipe
 
 
 def get_config(size: str = 'default'):
+  recipe.check_size(size)
   hh = 'hf:Anthropic/hh-rlhf:train'
   c = recipe.get_config(
       'hf:EleutherAI/pythia-1b', template='dialogue',

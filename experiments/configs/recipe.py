@@ -27,18 +27,18 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
   """
   c = base.get_config()
   c.checkpoint = checkpoint
-  spec = c.get_ref('checkpoint')
+  spec = lambda: c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
   c.stages_to_run = ('ppo_ptx',)
   c.mesh.update(mesh or {})
   kinds = ('pretrain', 'demonstrations', 'comparisons', 'prompts')
-  c.data = dict(tokenizer=spec, template=template, mapping={**base.no_mapping(), **mapping},
+  c.data = dict(tokenizer=spec(), template=template, mapping={**base.no_mapping(), **mapping},
                 prompt_length=lengths[0], response_length=lengths[1], row_length=lengths[2], too_long='drop', pack=True,
                 **{kind: data[kind] for kind in kinds})
-  c.model = dict(source=spec, **model)
+  c.model = dict(source=spec(), **model)
   s = c.stages
   del s.pretrain, s.ppo
   adam = lambda rate, **kw: base.adam(rate, schedule='cosine', warmup=0.05, **kw)
-  s.sft.update(init=dict(policy=spec), demonstrations=config_dict.placeholder(int), epochs=2, batch_size=batch,
+  s.sft.update(init=dict(policy=spec()), demonstrations=config_dict.placeholder(int), epochs=2, batch_size=batch,
                documents=config_dict.placeholder(int), pretrain_mix=0.1, optimizer=dict(policy=adam(lr['sft'])))
   s.rm.update(prompts=config_dict.placeholder(int), policies=(), evaluation_prompts=100, bias_demonstrations=200,
               responses_per_batch=batch, k_buckets=(2, 4, 9), row_lengths=(sum(lengths[:2]) // 2,), log_every=5, save_every=100,
@@ -50,9 +50,15 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
   p.optimizer.policy.update(base.adam(lr['policy'], warmup=min(10, iterations // 2) * p.minibatches, warmup_from=0.1))
   p.optimizer.value.update(base.adam(lr['value']))
   # at the end: --config.report.tasks="('truthfulqa_mc',)" (experiments/evaluate.py --tasks=help)
-  c.report = dict(build='alignjax.report:tasks', policies=dict(pretrained=spec, sft='sft', ppo_ptx='ppo_ptx'),
+  c.report = dict(build='alignjax.report:tasks', policies=dict(pretrained=spec(), sft='sft', ppo_ptx='ppo_ptx'),
                   baseline='pretrained', tasks=(), data=ml_collections.ConfigDict(), limit=200)
   return c
+
+
+def check_size(size: str, known: tuple[str, ...] = ('default', 'tiny')) -> None:
+  """ValueError for an argument of get_config that is none of those known."""
+  if size not in known:
+    raise ValueError(f'config argument {size!r} is none of {list(known)}.')
 
 
 def shrink(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

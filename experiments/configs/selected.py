@@ -30,7 +30,7 @@ def get_config(size: str = 'default'):
 
 def selection(*candidates, ref=None, source='sandbox:', mapping=None, count=200, **by):
   """A stage that chooses. ref None: no KL. On your own data: source='jsonl:validation_prompts.jsonl'."""
-  off = config_dict.placeholder(str)
-  return dict(build='alignjax.stages.selection:build', init=dict(reward='stage:rm', ref=ref or off), candidates=candidates,
-              by=by, prompts=dict(source=source, mapping=mapping or off, count=count), temperature=1.0, rows=64,
+  off = lambda: config_dict.placeholder(str)
+  return dict(build='alignjax.stages.selection:build', init=dict(reward='stage:rm', ref=ref or off()), candidates=candidates,
+              by=by, prompts=dict(source=source, mapping=mapping or off(), count=count), temperature=1.0, rows=64,
               log_every=1, save_every=0)

@@ -25,17 +25,17 @@ def get_config(arg: str = 'truth'):
   small = size != ''
   c = base.get_config()
   c.checkpoint = 'hf:HuggingFaceTB/SmolLM2-135M' if small else 'hf:HuggingFaceTB/SmolLM2-1.7B'
-  spec = c.get_ref('checkpoint')
+  spec = lambda: c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
   c.stages_to_run = ('sft',)
-  none = config_dict.placeholder(str)
-  c.data = dict(tokenizer=spec, template='plain', pretrain=none, comparisons=none, prompts=none,
+  none = lambda: config_dict.placeholder(str)
+  c.data = dict(tokenizer=spec(), template='plain', pretrain=none(), comparisons=none(), prompts=none(),
                 demonstrations=f'jsonl:finetune_{kind}.jsonl', mapping={**base.no_mapping(), 'demonstrations': 'truthfulqa_judge'},
                 prompt_length=90 if small else 120, response_length=6, row_length=96 if small else 126, too_long='drop', pack=True)
-  c.model = dict(source=spec, dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', logits_chunk=256,
+  c.model = dict(source=spec(), dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', logits_chunk=256,
                  max_length=2048)
   s = c.stages
   del s.pretrain, s.rm, s.ppo, s.ppo_ptx
-  s.sft.update(init=dict(policy=spec), demonstrations=config_dict.placeholder(int), epochs=5, batch_size=8 if small else 32,
+  s.sft.update(init=dict(policy=spec()), demonstrations=config_dict.placeholder(int), epochs=5, batch_size=8 if small else 32,
                pretrain_mix=0.0, documents=0, log_every=10,
                optimizer=dict(policy=base.adam(1e-4 if small else 1e-5, schedule='cosine', warmup=0.05)))
   if small:

@@ -29,8 +29,8 @@ def get_config(size: str = 'small'):
                      optimizer=dict(reward=base.adam(3e-3, schedule='cosine', warmup=0.05, weight_decay=0.1)))
   if size == 'smollm2':
     c.checkpoint = 'hf:HuggingFaceTB/SmolLM2-135M-Instruct'
-    c.data.tokenizer = c.get_ref('checkpoint')
-    c.model = dict(source=c.get_ref('checkpoint'), dtype='bfloat16', max_length=2048)
-    c.stages.rm.init.reward = c.get_ref('checkpoint')
+    c.data.tokenizer = c.get_oneway_ref('checkpoint')
+    c.model = dict(source=c.get_oneway_ref('checkpoint'), dtype='bfloat16', max_length=2048)
+    c.stages.rm.init.reward = c.get_oneway_ref('checkpoint')
     c.stages.rm.optimizer.reward.lr = 2e-5
   return c

@@ -1,0 +1,107 @@
+"""What every command does with its output and its errors: ASCII terminals, readers that go, folders that cannot be written, ~."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from alignjax import files
+from experiments import command
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMANDS = ('run', 'compile', 'heldout_labelers', 'best_of_n', 'evaluate', 'export', 'generate', 'preference', 'prepare',
+            'summarize')
+
+PROGRAM = '''
+import pathlib, sys
+from experiments import command
+def main(argv):
+  for i in range(int(argv[0])):
+    print('\\u2026 \\U0001f600 \\udc80', 'x' * 100, flush=i % 2 == 0)
+  pathlib.Path(argv[1]).write_text('\\u2026')
+  print('to a person', file=sys.stderr)
+command.start(main, sys.argv[1:], ends_with_reader='--ends' in sys.argv)
+'''
+
+
+def program(*arguments, code=PROGRAM, **environment):
+  env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'LC_', 'LANG'))}
+  return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=env | {'PYTHONPATH': str(ROOT)} | environment)
+
+
+@pytest.mark.parametrize('environment', [
+    dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'),
+    dict(LC_ALL='POSIX'), dict(LC_ALL='C.UTF-8'), dict(PYTHONIOENCODING='latin-1')], ids=str)
+def test_text_that_the_output_cannot_hold_is_escaped(tmp_path, environment):
+  """And files are UTF-8, whatever the locale says."""
+  process = program(1, tmp_path / 'out', **environment)
+  out, err = process.communicate()
+  assert process.returncode == 0 and err == b'to a person\n'
+  assert out.startswith(b'\\u2026 \\U0001f600 \\udc80' if 'UTF' not in environment.get('LC_ALL', '') and 'PYTHONIOENCODING' in
+                        environment else (b'\\u2026', '…'.encode())), out
+  assert (tmp_path / 'out').read_bytes() == '…'.encode()
+
+
+@pytest.mark.parametrize('which', ['stdout', 'both'])
+def test_a_reader_that_goes_does_not_end_the_work(tmp_path, which):
+  process = program(5000, tmp_path / 'out')
+  process.stdout.readline()
+  process.stdout.close()
+  said = process.stderr.read() if which == 'stdout' else b'to a person\n'
+  process.stderr.close()
+  assert process.wait(60) == 0 and said == b'to a person\n' and (tmp_path / 'out').exists()
+
+
+def test_where_output_is_all_that_is_wanted_the_command_ends_with_its_reader(tmp_path):
+  process = program(10**9, tmp_path / 'out', '--ends')
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.wait(60) == 0 and process.stderr.read() == b'' and not (tmp_path / 'out').exists()
+  process.stderr.close()
+
+
+@pytest.mark.parametrize('raised,said', [
+    ("open('/nowhere/x')", "error: /nowhere/x: No such file or directory."), ("int('x')", 'error: invalid literal'),
+    ("import os; os.mkdir('/proc/x')", 'error: /proc/x: No such file'), ("raise OSError('its own words')", 'error: its own words'),
+    ("'\\ud800'.encode()", "error: 'utf-8' codec")])
+def test_an_error_is_one_line(raised, said):
+  code = f'from experiments import command\ndef main(argv):\n  {raised}\ncommand.start(main, [])'
+  process = program(code=code)
+  out, err = process.communicate()
+  assert process.returncode == 1 and err.decode().startswith(said) and err.count(b'\n') == 1 and out == b''
+
+
+def test_every_command_starts_so():
+  assert {p.stem for p in (ROOT / 'experiments').glob('*.py')} == {*COMMANDS, 'command', 'overrides'}
+  for name in COMMANDS:
+    assert 'command.start(main, sys.argv[1:]' in (ROOT / f'experiments/{name}.py').read_text(), name
+
+
+@pytest.mark.parametrize('name,arguments', [
+    ('export', '--model={0}/none --out={0}/file/x'), ('evaluate', '--tasks=truthfulqa_mc --models=a=hf:x --out={0}/file/x'),
+    ('prepare', '--source=jsonl:x --kind=prompts --out={0}/file/x'), ('best_of_n', '--policy=x --reward_model=y --out={0}/file/x'),
+    ('preference', '--policies=a=x,b=y --prompts=jsonl:x --judge=rm:x --out={0}/file/x'),
+    ('compile', '--config=configs/sft.py:tiny --out={0}/file/x'),
+    ('heldout_labelers', '--config=configs/ukp_rm.py --out={0}/file/x'),
+    ('run', '--config=configs/sft.py:tiny --workdir={0}/file/x')])
+def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(tmp_path, name, arguments):
+  (tmp_path / 'file').touch()
+  call = [sys.executable, str(ROOT / f'experiments/{name}.py'), *arguments.format(tmp_path).split()]
+  done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
+  line = next(x for x in done.stderr.splitlines() if x.startswith('error: '))
+  assert done.returncode == 1 and f'cannot write to {tmp_path}/file' in line
+  assert 'Not a directory' in line or 'File exists' in line
+
+
+def test_home_folders_are_found(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert files.folder('~/runs') == tmp_path / 'runs' and files.absolute('~') == tmp_path
+  assert files.folder('a~b/~') == pathlib.Path('a~b/~')
+  with pytest.raises(ValueError, match='~nobodyhasthisname/x: no user'):
+    files.folder('~nobodyhasthisname/x')
+  with pytest.raises(ValueError, match='zero byte'):
+    files.folder('a\0b')
+  assert command.in_words(KeyError('x')) == "KeyError: 'x'"
