@@ -19,10 +19,13 @@ Folder = pathlib.Path | epath.Path
 
 
 def folder(name: str | os.PathLike) -> Folder:
-  """The path of that name. ValueError for a bucket that cannot be reached from here, saying what is missing."""
+  """The path of that name, `~` expanded. ValueError for a bucket that cannot be reached from here, saying what is missing."""
   scheme, found, _ = os.fspath(name).partition('://')
   if not found:
-    return pathlib.Path(name)
+    try:
+      return pathlib.Path(name).expanduser()
+    except RuntimeError:
+      raise ValueError(f'{name}: the home folder is not known here; write the whole path.') from None
   if scheme != 'gs':
     raise ValueError(f'{name}: a folder is a local one or gs://BUCKET/...')
   if importlib.util.find_spec('gcsfs') is None:

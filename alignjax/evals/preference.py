@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.evals.judgments import FLAGS, Judged, Verdict
+from alignjax.evals.judgment_rows import FLAGS
+from alignjax.evals.judgments import Judged, Verdict
 from alignjax.evals.stats import interval
 
 RESAMPLES = 500
