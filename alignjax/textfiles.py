@@ -48,8 +48,9 @@ def read(path: str | os.PathLike, where: str = '') -> str:
   return decode(raw, f'{where}{path}')
 
 
-def decode(raw: bytes, where: str) -> str:
-  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line and what it looks like."""
+def decode(raw: bytes, where: str, first: int = 1) -> str:
+  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line and what it looks like.
+  first: the number of its first line."""
   other = next((name for start, name in OTHERS.items() if raw.startswith(start)), None)
   if other or b'\x00' in raw[:4]:
     raise ValueError(f'{where}: {other or "UTF-16 or binary"}, not text in UTF-8; convert it first.')
@@ -57,7 +58,7 @@ def decode(raw: bytes, where: str) -> str:
     return raw.decode('utf-8-sig')
   except UnicodeDecodeError as error:
     at = error.start + 3 * raw.startswith(b'\xef\xbb\xbf')
-    line = raw.count(b'\n', 0, at) + 1
+    line = raw.count(b'\n', 0, at) + first
     raise ValueError(f'{where}: not UTF-8 (byte {at}) in line {line}; convert it first.') from error
 
 

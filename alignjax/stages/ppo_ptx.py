@@ -236,7 +236,7 @@ def check(setup: Setup, name: str) -> None:
 
 
 def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
-  """What a person wants to see of a rollout: sample rows (prompt, response, score, gold or None), and the gold score where known."""
+  """What a person wants to see of a rollout: sample rows (prompt, response, score, gold or None), gold scores where known."""
   responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
   end = setup.template.end
   texts, ended = [], []
