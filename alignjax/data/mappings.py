@@ -31,14 +31,13 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
   """The mapping that a config entry names; None maps nothing."""
   if not name:
     return None
-  head, *renames = [part.strip() for part in name.split(',')]
-  if '=' in head:
-    head, renames = '', [head, *renames]
+  renames = [part.strip() for part in name.split(',')]
+  head = renames.pop(0) if '=' not in renames[0] else None
   names = dict(part.partition('=')[::2] for part in renames)
   names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
   if not all('=' in part for part in renames) or not all([*names, *names.values()]) or len(names) < len(renames):
     raise ValueError(f"{where}={name!r}: fields are renamed by 'ours=theirs,ours=theirs', each of ours once.")
-  if not head:
+  if head is None:
     return functools.partial(rename, names=names)
   if ':' in head:
     from alignjax import plugins
