@@ -29,7 +29,7 @@ SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 def read(path: str | os.PathLike, where: str = '') -> str:
   """The text of a file. where: stands before the file's name in errors, such as 'data.prompts: '."""
   path = os.fspath(path)
-  if '\0' in path:
+  if re.search('[\0\ud800-\udfff]', path):
     raise ValueError(f'{where}{path!r} is no name of a file.')
   file = files.folder(path)
   try:
