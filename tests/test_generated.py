@@ -148,8 +148,9 @@ def test_sources_by_name(folder, form, name, rest, kind):
 
 
 @examples
-@given(name=st.one_of(text, st.lists(st.sampled_from(['prompt', 'response', '=', '=', ',', ' ', 'q', 'from_scores', ':', 'os',
-                                                      'module', ';', 'find', 'apply', '_pair', '.', 'hh_rlhf']), max_size=7).map(''.join)),
+@given(name=st.one_of(text, st.lists(st.sampled_from([
+    'prompt', 'response', '=', '=', ',', ' ', 'q', 'from_scores', ':', 'os', 'module', ';', 'find', 'apply', '_pair', '.',
+    'hh_rlhf']), max_size=7).map(''.join)),
        raw=st.dictionaries(st.sampled_from(['prompt', 'q', 'response', 'responses', 'scores', 'chosen']), value, max_size=4))
 def test_mappings_by_name(name, raw):
   change = read(lambda: mappings.find(name, 'data.mapping.prompts'), 'data.mapping.prompts')
