@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from alignjax import fingerprints, metrics
+  from alignjax import files, fingerprints, metrics
   from alignjax.data import sources
   from alignjax.evals import best_of_n, samples
   from alignjax.stages import finished
@@ -68,10 +68,13 @@ def run(options: argparse.Namespace) -> None:
   most = options.samples or 2 * ns[-1]
   for wrong, message in ((ns[0] < 1, '--n must be 1 or more.'), (options.limit < 1, '--limit must be 1 or more.'),
                          (most < ns[-1], f'--samples={most} is fewer than the largest n, {ns[-1]}.'),
-                         (options.temperature <= 0, '--temperature must be above 0: greedy samples are all the same.')):
+                         (options.rows < 1, '--rows must be 1 or more.'), (options.seed < 0, '--seed must not be negative.'),
+                         (options.max_tokens is not None and options.max_tokens < 1, '--max_tokens must be 1 or more.'),
+                         (not 0 < options.temperature < float('inf'),
+                          '--temperature must be above 0: greedy samples are all the same.')):
     if wrong:
       raise ValueError(message)
-  out = pathlib.Path(options.out)
+  out = files.folder(options.out)
   saved = config_of(options.policy)
   world = None
   split = options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
@@ -121,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     said, values = measured(policy, PPO_SAMPLES)
     divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
     result['policies'][name] = best_of_n.policy(divergence(policy.params, model.params, said), values)
-    log = pathlib.Path(path) / 'metrics.jsonl'
+    log = files.folder(path) / 'metrics.jsonl'
     logged = metrics.read(log) if log.exists() else {}
     if 'objective/kl' in logged:
       result['policies'][name]['training'] = {'kl': logged['objective/kl'].tolist(), **{
@@ -141,8 +144,11 @@ def label(stage: str) -> str:
 
 def config_of(model: str) -> dict | None:
   """The config that a finished stage was trained with; None of a Hugging Face checkpoint."""
-  path = pathlib.Path(model) / 'checkpoints' / 'config.json'
-  return json.loads(path.read_text()) if not model.startswith('hf:') and path.exists() else None
+  from alignjax import files
+  if model.startswith('hf:'):
+    return None
+  path = files.folder(model) / 'checkpoints' / 'config.json'
+  return json.loads(path.read_text()) if path.exists() else None
 
 
 if __name__ == '__main__':

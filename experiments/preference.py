@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  from alignjax import metrics
+  from alignjax import files, metrics
   from alignjax.evals import judgments, preference, preference_report
   policies, kinds, out = check(options)
   judged = judgments.Judged([], [], {}, {}, [])
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if left:
       judged.notes.append(f'{left} of {len(records)} prompts have no response of some policy and are left out')
     if options.export:
-      key = judgments.export(pairs, pathlib.Path(options.export), options.seed)
+      key = judgments.export(pairs, files.folder(options.export), options.seed)
       print(f'{options.export}: {len(pairs)} pairs to judge; {key} says who they are', flush=True)
   elif len(people) < len(kinds):
     pairs = judgments.pairs_of(judged)
@@ -121,6 +121,7 @@ def run(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, str]], pathlib.Path]:
   """(policies, judges as (kind, rest), out): what is wrong with the flags is told before anything runs."""
+  from alignjax import files
   from alignjax.evals import judges
   from experiments.evaluate import pairs
   policies = pairs(options.policies, '--policies')
@@ -143,15 +144,18 @@ def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, 
     endpoint('', options)
   if any(kind == 'sandbox' for kind, _ in kinds) and trained(policies)[0] is None:
     raise ValueError('--judge=sandbox needs policies that were trained in the sandbox; these were not.')
-  return policies, kinds, pathlib.Path(options.out)
+  return policies, kinds, files.folder(options.out)
 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:
   """The seed of the sandbox's world that the policies were trained in, or None; and the longest responses of their training."""
+  from alignjax import files
   found, lengths = set(), []
   for spec in policies.values():
-    path = pathlib.Path(spec) / 'checkpoints' / 'config.json'
-    if not spec.startswith('hf:') and path.exists():
+    if spec.startswith('hf:'):
+      continue
+    path = files.folder(spec) / 'checkpoints' / 'config.json'
+    if path.exists():
       config = json.loads(path.read_text())
       lengths.append(config['data']['response_length'])
       if config['data']['tokenizer'] == 'sandbox:':
@@ -187,7 +191,7 @@ def ask(kind: str, spec: str, pairs: list, options: argparse.Namespace, world: i
     weights = fingerprints.of_params(model.params)
     return judges.reward_model(pairs, model, weights, folder, f'rm:{spec}', options.judge_template or '', options.rows)
   if kind == 'openai':
-    text = pathlib.Path(options.judge_instructions).read_text() if options.judge_instructions else openai_judge.INSTRUCTIONS
+    text = instructions(options) or openai_judge.INSTRUCTIONS
     return openai_judge.judge(pairs, endpoint(spec, options), folder, f'openai:{spec}', text, options.judge_workers)
   return judges.own(pairs, plugins.find(spec, '--judge'), folder / spec.replace(':', '.'), spec)
 
@@ -208,9 +212,13 @@ def endpoint(model: str, options: argparse.Namespace):
     raise ValueError(f'--judge_body={options.judge_body} is not JSON ({error.msg}).') from None
   if not isinstance(body, dict):
     raise ValueError(f'--judge_body={options.judge_body} is no JSON object.')
-  if options.judge_instructions and not pathlib.Path(options.judge_instructions).exists():
-    raise FileNotFoundError(f'--judge_instructions={options.judge_instructions}: no such file.')
+  instructions(options)
   return openai_judge.Endpoint(url, key, model, body)
+
+
+def instructions(options: argparse.Namespace) -> str | None:
+  from alignjax import textfiles
+  return textfiles.read(options.judge_instructions, '--judge_instructions=') if options.judge_instructions else None
 
 
 def add(judged, more) -> None:

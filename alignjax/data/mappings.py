@@ -196,8 +196,13 @@ def _argue(argument: dict) -> str:
 
 @functools.cache
 def _arguments(path: pathlib.Path) -> dict:
-  rows = [textfiles.parse(text, f'{path}, line {number}') for number, text in textfiles.values(textfiles.read(path), str(path))]
-  return {(r['topic'], r['arg_id']): r for r in rows}
+  found = {}
+  for number, text in textfiles.values(textfiles.read(path), str(path)):
+    row = textfiles.parse(text, f'{path}, line {number}')
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), (str, int)) for k in ('topic', 'arg_id', 'text')):
+      raise ValueError(f'{path}, line {number}: an argument has topic, arg_id and text.')
+    found[row['topic'], row['arg_id']] = row
+  return found
 
 
 # demonstrations

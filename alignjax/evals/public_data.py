@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignjax import textfiles
+from alignjax import files, textfiles
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
 
@@ -23,7 +23,7 @@ def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str,
   fields: name -> type; 'a.b' is the field b of the field a. What is not there or of another type is an error that names the
   file, the line and the field.
   """
-  path = pathlib.Path(data)
+  path = files.folder(data)
   if not path.is_dir():
     return {'validation': _records(path, fields)}
   out = {}
