@@ -28,10 +28,7 @@ SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 def read(path: str | os.PathLike, where: str = '') -> str:
   """The text of a file. where: stands before the file's name in errors, such as 'data.prompts: '."""
-  path = os.fspath(path)
-  if re.search('[\0\ud800-\udfff]', path):
-    raise ValueError(f'{where}{path!r} is no name of a file.')
-  file = files.folder(path)
+  path, file = os.fspath(path), place(path, where)
   try:
     if file.is_dir():
       raise ValueError(f'{where}{path} is a folder; name the file in it.')
@@ -40,12 +37,26 @@ def read(path: str | os.PathLike, where: str = '') -> str:
     raise FileNotFoundError(f'{where}{path}: no such file.') from None
   except OSError as error:
     raise ValueError(f'{where}{path} cannot be read ({error.strerror or error}).') from error
+  except Exception as error:  # noqa: BLE001 a bucket's client raises many kinds
+    if isinstance(error, ValueError) or not files.is_bucket(file):
+      raise
+    raise ValueError(f'{where}{path} cannot be read ({type(error).__name__}: {error}).') from error
   if raw[:2] == b'\x1f\x8b':
     try:
       raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
       raise ValueError(f'{where}{path}: not a whole gzip file ({error}).') from error
   return decode(raw, f'{where}{path}')
+
+
+def place(path: str | os.PathLike, where: str = '') -> files.Folder:
+  """The path of that name."""
+  if re.search('[\0\ud800-\udfff]', os.fspath(path)):
+    raise ValueError(f'{where}{os.fspath(path)!r} is no name of a file.')
+  try:
+    return files.folder(path)
+  except ValueError as error:
+    raise ValueError(f'{where}{error}') from None
 
 
 def decode(raw: bytes, where: str, first: int = 1) -> str:

@@ -117,7 +117,7 @@ def test_tables(folder, cells, name):
 
 
 names = st.lists(st.sampled_from(['a', 'data', '.jsonl', ';', '; ', ':', '/', '//', '*', '[', ']', '~', '..', '.', '\\', ' ', '\0',
-                                  'é', '\ud800', 'train', ':train', ':train[:5%]', '+', 'gs://', 'jsonl:', 'hf:', 'x' * 260, '\n']),
+                                  'é', '\ud800', 'train', ':train', ':train[:5%]', '+', 's3://', 'jsonl:', 'hf:', 'x' * 260, '\n']),
                  max_size=6).map(''.join)
 
 

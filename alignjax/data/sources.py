@@ -200,7 +200,7 @@ def _jsonl(path: str, kind: str) -> Raw:
 def _text(pattern: str, kind: str) -> Raw:
   if kind != 'pretrain':
     raise ValueError(f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.')
-  folder = files.folder(pattern)
+  folder = textfiles.place(pattern, f'data.{kind}: ')
   if '*' in pattern and files.is_bucket(folder):
     fixed = next(p for p in folder.parents if '*' not in str(p))
     paths = sorted(str(p) for p in fixed.glob(folder.relative_to(fixed).as_posix()))
