@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import files
+from alignjax import files, textfiles
 
 SHOWN = ('sft/loss', 'rm/loss', 'rm/accuracy', 'objective/scores', 'gold/train_labelers', 'objective/kl', 'ppo/loss/ptx')
 
@@ -42,7 +42,7 @@ class Writer:
     directory.mkdir(parents=True, exist_ok=True)
     for path in (directory / 'metrics.jsonl', directory / 'samples.jsonl'):
       if path.exists():
-        kept = [line for line in map(_parse, path.read_text().splitlines()) if line and line['step'] <= start_step]
+        kept = [line for line in _parsed(path) if line['step'] <= start_step]
         files.write(path, ''.join(json.dumps(line) + '\n' for line in kept))
     self._file = directory / 'metrics.jsonl'
     self._samples = directory / 'samples.jsonl'
@@ -70,12 +70,14 @@ class Writer:
     if self._wandb is not None:
       self._wandb.log(values, step=step)
 
-  def samples(self, step: int, rows: Sequence[Sequence[str]]) -> None:
-    """Appends rows (prompt, response, score, gold) to samples.jsonl."""
+  def samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
+    """Appends rows (prompt, response, score, gold) to samples.jsonl: text or messages, text, and numbers; None where there is none,
+    and for what is not finite."""
     if self._file is None:
       return
     names = ('prompt', 'response', 'score', 'gold')
-    lines = [json.dumps({'step': int(step)} | dict(zip(names, row, strict=True))) for row in rows]
+    finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    lines = [json.dumps({'step': int(step)} | dict(zip(names, map(finite, row), strict=True))) for row in rows]
     files.append(self._samples, ''.join(f'{line}\n' for line in lines))
 
   def close(self) -> None:
@@ -85,17 +87,20 @@ class Writer:
       self._wandb.finish()
 
 
-def _parse(line: str) -> dict | None:
-  """A line, or None for one that a killed process left torn."""
-  try:
-    return json.loads(line)
-  except json.JSONDecodeError:
-    return None
+def _parsed(path: files.Folder) -> list[dict[str, Any]]:
+  """The lines of a file, without one that a killed process left torn."""
+  lines = []
+  for line in textfiles.lines(textfiles.read(path)):
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return [line for line in lines if isinstance(line, dict) and 'step' in line]
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """A metrics.jsonl as columns: f64[lines] each, NaN where a line lacks the name."""
-  lines = [line for line in map(_parse, files.folder(path).read_text().splitlines()) if line]
+  lines = _parsed(path)
   names = dict.fromkeys(name for line in lines for name in line)
   return {name: np.array([np.nan if line.get(name) is None else line[name] for line in lines]) for name in names}
 
@@ -146,7 +151,7 @@ class Progress:
       left = (self.total - step) / max(rate, 1e-9)
       print(f'{self.name} {step}/{self.total}  {now - self._began:.0f} s, {left:.0f} s left  {self._text}', flush=True)
 
-  def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+  def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table above the bar; in a log only where lines are not throttled."""
     if not self._active:
       return
@@ -156,29 +161,32 @@ class Progress:
     self._bar.console.print(_rich_table(title, columns, rows))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
   """A rich table in a terminal, aligned text elsewhere."""
-  rows = [[_one_line(str(cell)) for cell in row] for row in rows]
   if sys.stdout.isatty():
     from rich.console import Console
     Console().print(_rich_table(title, columns, rows))
     return
+  rows = [[_cell(cell) for cell in row] for row in rows]
   widths = [max(len(r[i]) for r in [list(columns), *rows]) for i in range(len(columns))]
   line = lambda row: '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
   print('\n'.join([title, line(columns), *map(line, rows)]), flush=True)
 
 
-def _one_line(text: str, width: int = 80) -> str:
-  """The text without line breaks; the middle left out where it is long (samples.jsonl has all of it)."""
-  text = ' '.join(text.split())
+def _cell(value: Any, width: int = 80) -> str:
+  """A number rounded, None as nothing, a text without line breaks, its middle left out where it is long (samples.jsonl has all)."""
+  if value is None:
+    return ''
+  text = ' '.join((f'{value:.2f}' if isinstance(value, float) else str(value)).split())
   return text if len(text) <= width else f'{text[:width // 2 - 2]} … {text[-width // 2 + 1:]}'
 
 
-def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]):
+def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]):
   from rich.table import Table
+  from rich.text import Text  # a sampled "[/b]" is no markup
   table = Table(title=title, title_justify='left')
   for column in columns:
     table.add_column(column)
   for row in rows:
-    table.add_row(*map(str, row))
+    table.add_row(*(Text(_cell(cell)) for cell in row))
   return table

@@ -15,7 +15,7 @@ from typing import Any
 def find(name: str, where: str) -> Callable:
   """The function 'module:name'. `where` is the config key, for the error message."""
   module_name, _, attribute = str(name).partition(':')
-  if not attribute:
+  if not attribute or not all(part.isidentifier() for part in module_name.split('.')):
     raise ValueError(f"{where}={name!r} must have the form 'module:function', such as 'alignjax.losses:sft'.")
   try:
     module = importlib.import_module(module_name)

@@ -70,7 +70,10 @@ def run(options: argparse.Namespace) -> None:
   most = options.samples or 2 * ns[-1]
   for wrong, message in ((ns[0] < 1, '--n must be 1 or more.'), (options.limit < 1, '--limit must be 1 or more.'),
                          (most < ns[-1], f'--samples={most} is fewer than the largest n, {ns[-1]}.'),
-                         (options.temperature <= 0, '--temperature must be above 0: greedy samples are all the same.')):
+                         (options.rows < 1, '--rows must be 1 or more.'), (options.seed < 0, '--seed must not be negative.'),
+                         (options.max_tokens is not None and options.max_tokens < 1, '--max_tokens must be 1 or more.'),
+                         (not 0 < options.temperature < float('inf'),
+                          '--temperature must be above 0: greedy samples are all the same.')):
     if wrong:
       raise ValueError(message)
   out = files.folder(options.out)
@@ -146,8 +149,10 @@ def label(stage: str) -> str:
 def config_of(model: str) -> dict | None:
   """The config that a finished stage was trained with; None of a Hugging Face checkpoint."""
   from alignjax import files
+  if model.startswith('hf:'):
+    return None
   path = files.folder(model) / 'checkpoints' / 'config.json'
-  return json.loads(path.read_text()) if not model.startswith('hf:') and path.exists() else None
+  return json.loads(path.read_text()) if path.exists() else None
 
 
 if __name__ == '__main__':

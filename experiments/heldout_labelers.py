@@ -52,7 +52,7 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
                      'Use another --out, or delete the folder.')
   write(path, json.dumps(protocol))
   known = {name for group in groups for name in group}
-  kept = [r for r in records if r.get('labeler_id') in known]
+  kept = [r for r in records if labelers.labeler(r) in known]
   print(f'{len(known)} labelers with {min_votes} votes or more, {len(kept)} of {len(records)} votes, '
         f'{len({labelers.prompt_key(r) for r in kept})} prompts', flush=True)
   pools = dict(seen=[], heldout=[])  # [fold] of votes

@@ -153,10 +153,13 @@ def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:
   """The seed of the sandbox's world that the policies were trained in, or None; and the longest responses of their training."""
+  from alignjax import files
   found, lengths = set(), []
   for spec in policies.values():
-    path = pathlib.Path(spec) / 'checkpoints' / 'config.json'
-    if not spec.startswith('hf:') and path.exists():
+    if spec.startswith('hf:'):
+      continue
+    path = files.folder(spec) / 'checkpoints' / 'config.json'
+    if path.exists():
       config = json.loads(path.read_text())
       lengths.append(config['data']['response_length'])
       if config['data']['tokenizer'] == 'sandbox:':
@@ -192,7 +195,7 @@ def ask(kind: str, spec: str, pairs: list, options: argparse.Namespace, world: i
     weights = fingerprints.of_params(model.params)
     return judges.reward_model(pairs, model, weights, folder, f'rm:{spec}', options.judge_template or '', options.rows)
   if kind == 'openai':
-    text = pathlib.Path(options.judge_instructions).read_text() if options.judge_instructions else openai_judge.INSTRUCTIONS
+    text = instructions(options) or openai_judge.INSTRUCTIONS
     return openai_judge.judge(pairs, endpoint(spec, options), folder, f'openai:{spec}', text, options.judge_workers)
   return judges.own(pairs, plugins.find(spec, '--judge'), folder / spec.replace(':', '.'), spec)
 
@@ -213,9 +216,13 @@ def endpoint(model: str, options: argparse.Namespace):
     raise ValueError(f'--judge_body={options.judge_body} is not JSON ({error.msg}).') from None
   if not isinstance(body, dict):
     raise ValueError(f'--judge_body={options.judge_body} is no JSON object.')
-  if options.judge_instructions and not pathlib.Path(options.judge_instructions).exists():
-    raise FileNotFoundError(f'--judge_instructions={options.judge_instructions}: no such file.')
+  instructions(options)
   return openai_judge.Endpoint(url, key, model, body)
+
+
+def instructions(options: argparse.Namespace) -> str | None:
+  from alignjax import textfiles
+  return textfiles.read(options.judge_instructions, '--judge_instructions=') if options.judge_instructions else None
 
 
 def add(judged, more) -> None:

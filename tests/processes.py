@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,11 +57,26 @@ def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
   return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines]
 
 
+HELD: list = []  # locks of ports, for the life of this process
+
+
 def address() -> str:
-  """Of a port of this machine that is free."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return f'127.0.0.1:{s.getsockname()[1]}'
+  """Of a port of this machine that is free and stays so: one below those that the system gives to whoever asks for any, and locked
+  against other test processes until this one ends."""
+  ports = list(range(20_000, 32_000))
+  random.SystemRandom().shuffle(ports)
+  for port in ports:
+    lock = open(pathlib.Path(tempfile.gettempdir()) / f'alignjax-port-{port}', 'w')  # noqa: SIM115  it stays open
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      with socket.socket() as s:
+        s.bind(('127.0.0.1', port))
+    except OSError:
+      lock.close()
+      continue
+    HELD.append(lock)
+    return f'127.0.0.1:{port}'
+  raise OSError('no port is free.')
 
 
 def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str]) -> list[subprocess.Popen]:

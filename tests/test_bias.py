@@ -85,7 +85,8 @@ def test_the_tasks(tmp_path):
     ('a.tsv', 'sentid\tsentence\nnurse.guest.0.male.txt\the ran\n', 'nurse.guest.0 has only one of them'),
     ('a.tsv', 'sentid\tsentence\nnurse\the ran\n', "'nurse' has not the form"),
     ('a.tsv', 'sentid\ttext\nnurse\the\n', r"a.tsv, line 2: no 'sentence'; the row has \['sentid', 'text'\]"),
-    ('a.tsv', 'sentid\tsentence\n', 'no rows'), ('a.tsv.gz', 'x', 'not a whole text file')])
+    ('a.tsv', 'sentid\tsentence\n', 'no rows'), ('a.tsv.gz', 'x', 'no rows'),
+    ('a.tsv', 'sentid\tsentence\na\tb\tc\n', 'a.tsv, line 2: 3 cells under 2 names')])
 def test_data_that_are_not_what_they_should_be(tmp_path, name, text, words):
   (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=words):

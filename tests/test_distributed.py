@@ -50,9 +50,9 @@ def test_what_differs_is_named_on_every_process():
 
 def test_a_process_that_does_not_come_is_named():
   began = time.monotonic()
-  errors = meet((0, FACTS), (3, FACTS), count=5, timeout=1)
-  assert [type(e) for e in errors] == [TimeoutError] * 2 and 1 <= time.monotonic() - began < 5
-  assert all('processes 1-2, 4 of 5 did not come within 1 s' in str(e) for e in errors)
+  errors = meet((0, FACTS), (3, FACTS), count=5, timeout=4)  # enough for the one that does come, on a busy machine too
+  assert [type(e) for e in errors] == [TimeoutError] * 2 and time.monotonic() - began >= 4
+  assert all('processes 1-2, 4 of 5 did not come within 4 s' in str(e) for e in errors)
   error, = meet((1, FACTS), count=2, timeout=1)
   assert isinstance(error, TimeoutError) and 'process 0 of 2 did not come' in str(error)
 
@@ -146,20 +146,22 @@ with distributed.joined({'seed': sys.argv[2]}, 30) as here:
 '''
 
 
-def two_processes(what, folder='', seeds=(0, 0), timeout=50):
-  """(exit status, output) of each, and the seconds until both had ended."""
-  where, began, started = address(), time.monotonic(), []
+def two_processes(what, folder='', seeds=(0, 0), timeout=200):
+  """(exit status, output) of each, and the seconds that one outlived the other."""
+  where, started = address(), []
   for i in range(2):
     env = os.environ | dict(zip(distributed.VARIABLES, (where, '2', str(i)), strict=True)) | {
         'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'NPROC': '1', 'PYTHONPATH': str(ROOT)}
     started.append(subprocess.Popen([sys.executable, '-c', SCRIPT, what, str(seeds[i]), str(folder)], env=env, text=True,
                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+  end = lambda p: (p.communicate(timeout=timeout)[0], time.monotonic())
   try:
-    outputs = [p.communicate(timeout=timeout)[0] for p in started]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      outputs, ends = zip(*pool.map(end, started), strict=True)
   finally:
     for p in started:
       p.kill()
-  return [(p.returncode, text) for p, text in zip(started, outputs, strict=True)], time.monotonic() - began
+  return [(p.returncode, text) for p, text in zip(started, outputs, strict=True)], max(ends) - min(ends)
 
 
 def test_two_processes_are_one_run_to_the_end(tmp_path):

@@ -44,7 +44,7 @@ class Fakes:
 
   def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     env = os.environ | {'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}', 'FAKES': str(self.folder)} | env
-    return subprocess.run(['bash', str(LAUNCH / script), *arguments], env=env, text=True, capture_output=True, timeout=60)
+    return subprocess.run(['bash', str(LAUNCH / script), *arguments], env=env, text=True, capture_output=True, timeout=300)
 
   @property
   def calls(self) -> list[list[str]]:
@@ -225,7 +225,7 @@ def save(*_):
   sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 print('args', sys.argv[1:], flush=True)
-time.sleep(60)
+time.sleep(300)
 '''
 
 
@@ -239,10 +239,10 @@ def test_worker_starts_stops_and_says_how_it_ended(tmp_path):
 
   def worker(*arguments):
     command = [root / 'launch/worker.sh', *arguments]
-    return subprocess.run(command, text=True, capture_output=True, timeout=30, check=True).stdout.strip()
+    return subprocess.run(command, text=True, capture_output=True, timeout=300, check=True).stdout.strip()
 
   def until(words, log):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 250
     while words not in log():
       assert time.monotonic() < end, log()
       time.sleep(0.02)
@@ -272,7 +272,7 @@ if sys.argv[3] == 'fail' and number == 1:
   sys.exit(7)
 if sys.argv[3] == 'kill' and number == 1:
   os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(0 if sys.argv[3] == 'end' else 60)
+time.sleep(0 if sys.argv[3] == 'end' else 300)
 '''
 
 
@@ -287,7 +287,7 @@ def local(tmp_path, what, **more):
 
 def test_local_shows_whose_output_it_is(tmp_path):
   process = local(tmp_path, 'end')
-  out, _ = process.communicate(timeout=30)
+  out, _ = process.communicate(timeout=300)
   assert process.returncode == 0
   assert sorted(out.splitlines()) == [
       f"[{i}] one of 3 --of-mine --xla_force_host_platform_device_count=3 ['--distributed', 'end']" for i in range(3)]
@@ -297,8 +297,8 @@ def test_local_shows_whose_output_it_is(tmp_path):
 def test_local_ends_the_others_with_the_one_that_failed(tmp_path, what, code):
   began = time.monotonic()
   process = local(tmp_path, what)
-  said = process.communicate(timeout=30)
-  assert process.returncode == code and time.monotonic() - began < 15 and f'process 1 ended with {code}\n' in said[1]
+  said = process.communicate(timeout=300)
+  assert process.returncode == code and time.monotonic() - began < 250 and f'process 1 ended with {code}\n' in said[1]
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -311,5 +311,5 @@ def test_local_passes_a_signal_on_once(tmp_path, number):
   lines = [process.stdout.readline() for _ in range(3)]
   assert all('one of 3' in line for line in lines)
   os.killpg(process.pid, number)  # a terminal's Ctrl-C goes to the whole group
-  out, errors = process.communicate(timeout=30)
+  out, errors = process.communicate(timeout=300)
   assert process.returncode == 75 and sorted(out.splitlines()) == [f'[{i}] saves' for i in range(3)], (out, errors)

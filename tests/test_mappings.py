@@ -34,6 +34,11 @@ CASES = [
     ('comparisons', 'ultrafeedback', {'instruction': 'q', 'completions': [
         {'response': 'a', 'overall_score': 3}, {'response': 'b', 'overall_score': 8.5}, {'response': 'c', 'overall_score': 3.0}]},
      [dict(prompt='q', responses=['a', 'b', 'c'], ranks=[1, 0, 1])]),
+    ('comparisons', 'from_scores', {'prompt': 'q', 'responses': ['a', 'b', 'c'], 'scores': [2, 7.5, 2.0], 'labeler_id': 0},
+     [dict(prompt='q', responses=['a', 'b', 'c'], ranks=[1, 0, 1], labeler_id=0)]),
+    ('comparisons', 'from_scores,prompt=question,responses=answers,scores=votes',
+     {'question': 'q', 'answers': ['a', 'b', 'c', 'd'], 'votes': [-1, 3, 0, 3]},
+     [dict(prompt='q', responses=['a', 'b', 'c', 'd'], ranks=[2, 0, 1, 0])]),
     ('comparisons', 'ultrafeedback_binarized',
      {'chosen': [USER, {'role': 'assistant', 'content': 'a'}], 'rejected': [USER, {'role': 'assistant', 'content': 'b'}]},
      [dict(prompt=[USER], responses=['a', 'b'], ranks=[0, 1])]),

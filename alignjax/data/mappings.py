@@ -3,6 +3,8 @@
   a name of this file         'hh_rlhf', 'ultrafeedback', ...
   'module:function'           of a fork: raw record -> list of our records, empty where one cannot be used
   'ours=theirs,ours=theirs'   fields that only have other names, such as 'prompt=question,response=answer'
+  'NAME,ours=theirs,...'      such a function, after fields got the names that it reads: 'from_scores,prompt=question,
+                              responses=answers,scores=ratings' turns scores into ranks
 
 A function gets the raw record (a dict) and, where it asks for `beside`, the folder of its file.
 """
@@ -10,15 +12,16 @@ A function gets the raw record (a dict) and, where it asks for `beside`, the fol
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import importlib
 import inspect
 import itertools
-import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from alignjax import textfiles
 
 Records = list[dict[str, Any]]
 TURN = '\n\nAssistant:'
@@ -28,17 +31,45 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
   """The mapping that a config entry names; None maps nothing."""
   if not name:
     return None
-  if '=' in name:
-    pairs = [part.partition('=')[::2] for part in name.split(',')]
-    return functools.partial(rename, names={ours.strip(): theirs.strip() for ours, theirs in pairs})
-  if ':' in name:
+  renames = [part.strip() for part in name.split(',')]
+  head = renames.pop(0) if '=' not in renames[0] else None
+  names = dict(part.partition('=')[::2] for part in renames)
+  names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
+  if not all('=' in part for part in renames) or not all([*names, *names.values()]) or len(names) < len(renames):
+    raise ValueError(f"{where}={name!r}: fields are renamed by 'ours=theirs,ours=theirs', each of ours once.")
+  if head is None:
+    return functools.partial(rename, names=names)
+  if ':' in head:
     from alignjax import plugins
-    return plugins.find(name, where)
-  known = sorted(k for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and
-                 not k.startswith('_') and k not in ('find', 'rename'))
-  if name not in known:
-    raise ValueError(f"{where}={name!r} is none of {', '.join(known)}, nor 'module:function', nor 'ours=theirs,...'.")
-  return getattr(importlib.import_module(__name__), name)
+    function = plugins.find(head, where)
+  else:
+    known = sorted(k for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and
+                   not k.startswith('_') and k not in ('find', 'rename', 'apply'))
+    if head not in known:
+      raise ValueError(f"{where}={name!r} is none of {', '.join(known)}, nor 'module:function', nor 'ours=theirs,...'.")
+    function = getattr(importlib.import_module(__name__), head)
+  if not names:
+    return function
+  renamed = lambda raw, **more: function(rename(raw, names=names)[0], **more)
+  return functools.update_wrapper(renamed, function)
+
+
+def apply(change: Callable[..., Records] | None, raw: dict, where: str, flag: str = 'the mapping') -> Records:
+  """Our records of a raw one; whatever goes wrong in a mapping is an error that names the place, the mapping and the fields."""
+  if change is None:
+    return [raw]
+  function = getattr(change, 'func', change)
+  name = 'ours=theirs' if function is rename else getattr(function, '__name__', str(function))
+  try:
+    made = change(raw)
+  except Exception as error:  # noqa: BLE001 a function of a fork's may raise anything
+    raise ValueError(f'{where}: {flag} {name!r} does not fit this record, which has {sorted(raw)} '
+                     f'({type(error).__name__}: {error}).') from error
+  if not isinstance(made, list) or not all(isinstance(record, dict) for record in made):
+    raise ValueError(f'{where}: {flag} {name!r} must return a list of records, each of them a dict; it returned '
+                     f'{type(made).__name__}' + (f' of {", ".join(sorted({type(r).__name__ for r in made}))}.'
+                                                  if isinstance(made, list) else '.'))
+  return made
 
 
 def rename(raw: dict, *, names: dict[str, str]) -> Records:
@@ -77,14 +108,30 @@ def shp(raw: dict) -> Records:
   return [_pair(raw['history'], a, b) if int(raw['labels']) == 1 else _pair(raw['history'], b, a)]
 
 
+def from_scores(raw: dict) -> Records:
+  """Any set with scores: {"prompt", "responses", "scores"}, a number for each response, higher is better, equal is a tie. Other
+  fields stay."""
+  rest = {k: v for k, v in raw.items() if k != 'scores'}
+  if len(raw['scores']) != len(raw['responses']):
+    raise ValueError(f'{len(raw["responses"])} responses but {len(raw["scores"])} scores')
+  for score in raw['scores']:
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+      raise ValueError(f'a score is a number, not {score!r}')
+  return [rest | dict(ranks=_ranks(raw['scores']))]
+
+
+def _ranks(scores: Sequence[float]) -> list[int]:
+  """0 for the highest score, then 1, ...; equal ones have the same."""
+  order = sorted(set(scores), reverse=True)
+  return [order.index(score) for score in scores]
+
+
 def ultrafeedback(raw: dict) -> Records:
   """openbmb/UltraFeedback: {"instruction", "completions": [{"response", "overall_score"}]}, K = 4 ranked by score."""
   scores = [float(c['overall_score']) for c in raw['completions']]
-  order = sorted(set(scores), reverse=True)
   if len(scores) < 2:
     return []
-  return [dict(prompt=raw['instruction'], responses=[c['response'] for c in raw['completions']],
-               ranks=[order.index(s) for s in scores])]
+  return [dict(prompt=raw['instruction'], responses=[c['response'] for c in raw['completions']], ranks=_ranks(scores))]
 
 
 def ultrafeedback_binarized(raw: dict) -> Records:
@@ -120,9 +167,7 @@ def finegrained_rlhf(raw: dict) -> Records:
   for (i, j), label in zip(itertools.combinations(range(4), 2), raw['preference'], strict=True):
     wins[i] += {1: 1.0, 0: 0.5, 2: 0.0}[label]
     wins[j] += {1: 0.0, 0: 0.5, 2: 1.0}[label]
-  order = sorted(set(wins), reverse=True)
-  return [dict(prompt=raw['question'], responses=[raw[f'prediction {i}'] for i in (1, 2, 3, 4)],
-               ranks=[order.index(w) for w in wins])]
+  return [dict(prompt=raw['question'], responses=[raw[f'prediction {i}'] for i in (1, 2, 3, 4)], ranks=_ranks(wins))]
 
 
 def pandalm(raw: dict) -> Records:
@@ -151,8 +196,13 @@ def _argue(argument: dict) -> str:
 
 @functools.cache
 def _arguments(path: pathlib.Path) -> dict:
-  lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-  return {(r['topic'], r['arg_id']): r for r in map(json.loads, lines)}
+  found = {}
+  for number, text in textfiles.values(textfiles.read(path), str(path)):
+    row = textfiles.parse(text, f'{path}, line {number}')
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), (str, int)) for k in ('topic', 'arg_id', 'text')):
+      raise ValueError(f'{path}, line {number}: an argument has topic, arg_id and text.')
+    found[row['topic'], row['arg_id']] = row
+  return found
 
 
 # demonstrations

@@ -1,13 +1,14 @@
 """Records by name. A source of c.data.KIND is one of
 
-  jsonl:FILE                       plain or .gz, local or gs:// (etils)
+  jsonl:FILE                       a JSON object a line, or one array of them, plain or gzip, local or gs:// (textfiles.py)
   text:FILE                        pretraining text, one document a file; several with *
   tfds:NAME[/CONFIG]:SPLIT         tensorflow-datasets, random access, no TensorFlow; or tfds:PREPARED_FOLDER:SPLIT
-  hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed
+  hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed; or hf:FOLDER:SPLIT, a folder that is there
   sandbox:                         the embedded world (stages/setup.py)
 
-or several of them with ';' between: all records of the first, then of the second. c.data.mapping.KIND says how their fields
-become ours (mappings.py), one mapping for all or one for each, again with ';' between; without one they must have our names:
+or several of them with ';' between: all records of the first, then of the second. A ';' separates where the form of a source
+follows it; one that belongs to a name although a form follows is written '\\;'. c.data.mapping.KIND says how their fields become
+ours (mappings.py), one mapping for all or one for each, again with ';' between; without one they must have our names:
 
   demonstrations  {"prompt", "response"}                                  [, "user_id", "use_case"]
   comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id", "use_case"]
@@ -15,7 +16,8 @@ become ours (mappings.py), one mapping for all or one for each, again with ';' b
   prompts         {"prompt"}                                              [, "user_id", "use_case"]
   pretrain        {"text"}                                                [, "kind"]
 
-A prompt is a string, or a list of messages {"role", "content"} for the chat template.
+A prompt is a string, or a list of messages {"role", "content"} for the chat template. A response is a string, or the assistant's
+one message, alone or in a list, with or without the prompt's messages before it: its content is read. Ids are text or integers.
 """
 
 from __future__ import annotations
@@ -23,10 +25,8 @@ from __future__ import annotations
 import bisect
 import functools
 import glob
-import gzip
 import inspect
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Callable
@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax import files
+from alignjax import files, textfiles
 from alignjax.data import mappings
 
 FIELDS = dict(
-    demonstrations=dict(prompt=(str, list), response=str),
+    demonstrations=dict(prompt=(str, list), response=(str, list, dict)),
     comparisons=dict(prompt=(str, list), responses=list, ranks=list),
     prompts=dict(prompt=(str, list)),
     pretrain=dict(text=str),
@@ -70,7 +70,9 @@ def read(source: str, kind: str, mapping: str | None = None, most: int | None = 
 
 def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
   """A source to read from by index."""
-  names, changes = ([part.strip() for part in text.split(';')] for text in (source, mapping or ''))
+  if not isinstance(source, str):
+    raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
+  names, changes = split(source), [part.strip() for part in (mapping or '').split(';')]
   if len(changes) not in (1, len(names)):
     raise ValueError(f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources of '
                      f'data.{kind}={source!r}: one for all or one for each.')
@@ -85,16 +87,20 @@ def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
   return Source(starts[-1], records)
 
 
+def split(source: str) -> list[str]:
+  """The sources that a config entry names."""
+  parts = re.split(rf'(?<!\\);(?=\s*(?:{"|".join(READERS)}|sandbox):)', source)
+  return [part.strip().replace('\\;', ';') for part in parts]
+
+
 def _open_one(source: str, kind: str, mapping: str) -> Source:
   form, _, rest = source.partition(':')
-  readers = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)
-  if form not in readers or not rest:
+  if form not in READERS or not rest:
     raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   change = mappings.find(mapping, f'data.mapping.{kind}')
-  folder = (files.folder if form == 'jsonl' else pathlib.Path)(rest).parent
   if change is not None and 'beside' in inspect.signature(change).parameters:
-    change = functools.partial(change, beside=folder)
-  count, get = readers[form](rest, kind)
+    change = functools.partial(change, beside=(files.folder if form == 'jsonl' else pathlib.Path)(rest).parent)
+  count, get = READERS[form](rest, kind)
 
   def records(i):
     where, raw = get(i)
@@ -106,44 +112,66 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
 def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[dict[str, Any]]:
   """Our records of a raw one, checked."""
   if not isinstance(raw, dict):
-    raise ValueError(f'{where}: a record is an object with {sorted(FIELDS[kind])}, not {type(raw).__name__}.')
-  made = [raw]
-  if change is not None:
-    try:
-      made = change(raw)
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-      name = mapping_name(change)
-      raise ValueError(f'{where}: the mapping {name!r} does not fit this record, which has {sorted(raw)} '
-                       f'({type(error).__name__}: {error}).') from error
-  return [check(record, kind, where) for record in made]
-
-
-def mapping_name(change: Callable) -> str:
-  change = getattr(change, 'func', change)
-  return 'ours=theirs' if change is mappings.rename else change.__name__
+    raise ValueError(f'{where}: a record is an object with {sorted(FIELDS[kind])}, not {textfiles.kind(raw)}.')
+  return [check(record, kind, where) for record in mappings.apply(change, raw, where)]
 
 
 def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-  """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking of two."""
+  """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking of two, a response in messages
+  its text."""
   if kind == 'comparisons' and 'chosen' in record and 'rejected' in record and 'responses' not in record:
     rest = {k: v for k, v in record.items() if k not in ('chosen', 'rejected')}
     record = {**rest, 'responses': [record['chosen'], record['rejected']], 'ranks': [0, 1]}
+    if 'prompt' not in record:
+      fits = 'hh_rlhf' if isinstance(record['responses'][0], str) else 'ultrafeedback_binarized'
+      raise ValueError(f"{where}: field 'prompt' is missing; where 'chosen' and 'rejected' begin with it, "
+                       f'data.mapping.comparisons={fits} takes it from them. This record has {sorted(rest)} besides.')
   for field, expected in FIELDS[kind].items():
     if field not in record:
       raise ValueError(f'{where}: field {field!r} is missing; a record of {kind} has {sorted(FIELDS[kind])}, '
                        f'this one has {sorted(record)}. Other names: data.mapping.{kind}.')
     if not isinstance(record[field], expected):
-      names = ' or '.join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
-      raise ValueError(f'{where}: field {field!r} must be {names}, not {type(record[field]).__name__}.')
+      names = ' or '.join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)) if t is not dict)
+      raise ValueError(f'{where}: field {field!r} must be {names}, not {type(record[field]).__name__}'
+                       f'{" (null)" if record[field] is None else ""}.')
+  for field in ('user_id', 'labeler_id'):
+    if isinstance(record.get(field), bool) or not isinstance(record.get(field), (str, int, type(None))):
+      raise ValueError(f'{where}: field {field!r} must be text or a whole number, not {record[field]!r}.')
+  for field in ('use_case', 'kind'):
+    if not isinstance(record.get(field), (str, type(None))):
+      raise ValueError(f'{where}: field {field!r} must be text, not {textfiles.kind(record[field])}.')
   if isinstance(record.get('prompt'), list):
     messages = record['prompt']
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get('content'), str) and m.get('role') in
-                               ('system', 'user', 'assistant') for m in messages):
+    if not messages or not all(map(_is_message, messages)):
       raise ValueError(f"{where}: 'prompt' as a list must hold messages {{'role': 'system' | 'user' | 'assistant', "
                        "'content': str}.")
+  if kind == 'demonstrations':
+    record = {**record, 'response': answer(record['response'], record['prompt'], "'response'", where)}
   if kind == 'comparisons':
+    said = [answer(r, record['prompt'], "every entry of 'responses'", where) for r in record['responses']]
+    record = {**record, 'responses': said}
     check_comparison(record, where)
   return record
+
+
+def _is_message(m: Any) -> bool:
+  return isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant') and isinstance(m.get('content'), str)
+
+
+def answer(said: Any, prompt: str | list[dict[str, Any]], what: str, where: str) -> str:
+  """The text of a response: a string, or the assistant's message, alone or in a list that may begin with the prompt's messages."""
+  if isinstance(said, str):
+    return said
+  messages = [said] if isinstance(said, dict) else said
+  if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+    raise ValueError(f"{where}: {what} must be a string, or a message {{'role': 'assistant', 'content': str}}, alone or in a list; "
+                     f'not {textfiles.kind(said)}.')
+  turns = lambda some: [(m['role'], m['content']) for m in some]
+  before = turns([{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt)
+  if messages[-1]['role'] != 'assistant' or turns(messages[:-1]) not in ([], before):
+    raise ValueError(f"{where}: {what} must be one message of the assistant, after the prompt's messages or without them; it has "
+                     f'the roles {", ".join(m["role"] for m in messages)}.')
+  return messages[-1]['content']
 
 
 def check_comparison(record: dict[str, Any], where: str) -> None:
@@ -152,52 +180,35 @@ def check_comparison(record: dict[str, Any], where: str) -> None:
     raise ValueError(f'{where}: {len(responses)} responses but {len(ranks)} ranks.')
   if len(responses) < 2:
     raise ValueError(f'{where}: a comparison needs at least two responses, not {len(responses)}.')
-  if not all(isinstance(r, str) for r in responses):
-    raise ValueError(f"{where}: every entry of 'responses' must be a string.")
-  if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in ranks):
+  if not all(isinstance(r, int) and not isinstance(r, bool) and 0 <= r < 2**31 for r in ranks):
     raise ValueError(f"{where}: 'ranks' must be integers from 0 (best) on, equal ones for ties; got {ranks}.")
-
-
-def read_text(path: str, where: str = '') -> str:
-  """A whole text file, plain or .gz, local or gs://. What is not one is an error that names it, after `where`."""
-  file = files.folder(path)
-  if not file.exists():
-    raise FileNotFoundError(f'{where}{path}: no such file.')
-  raw = file.read_bytes()
-  try:
-    return (gzip.decompress(raw) if str(path).endswith('.gz') else raw).decode('utf-8')
-  except (OSError, EOFError) as error:
-    raise ValueError(f'{path}: not a whole gzip file ({error}).') from error
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path}: not UTF-8 (byte {error.start}).') from error
 
 
 Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # how many, and the i-th with where it stands
 
 
 def _jsonl(path: str, kind: str) -> Raw:
-  lines = [(n, line) for n, line in enumerate(read_text(path, f'data.{kind}: ').split('\n'), 1) if line.strip()]
+  texts = textfiles.values(textfiles.read(path, f'data.{kind}: '), path)
 
   def get(i):
-    where = f'{path}, line {lines[i][0]}'
-    try:
-      return where, json.loads(lines[i][1])
-    except json.JSONDecodeError as error:
-      raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}).') from error
+    where = f'{path}, line {texts[i][0]}'
+    return where, textfiles.parse(texts[i][1], where)
 
-  return len(lines), get
+  return len(texts), get
 
 
 def _text(pattern: str, kind: str) -> Raw:
   if kind != 'pretrain':
     raise ValueError(f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.')
-  folder = files.folder(pattern)
+  folder = textfiles.place(pattern, f'data.{kind}: ')
   if '*' in pattern and files.is_bucket(folder):
     fixed = next(p for p in folder.parents if '*' not in str(p))
     paths = sorted(str(p) for p in fixed.glob(folder.relative_to(fixed).as_posix()))
+  elif '*' in pattern and not folder.exists():
+    paths = sorted(p for p in glob.glob(str(folder)) if not pathlib.Path(p).is_dir())
   else:
-    paths = sorted(glob.glob(pattern)) if '*' in pattern else [pattern]
-  return len(paths), lambda i: (paths[i], {'text': read_text(paths[i], f'data.{kind}: ')})
+    paths = [pattern]
+  return len(paths), lambda i: (paths[i], {'text': textfiles.read(paths[i], f'data.{kind}: ')})
 
 
 def _name_and_split(text: str, where: str) -> tuple[str, str]:
@@ -209,23 +220,55 @@ def _name_and_split(text: str, where: str) -> tuple[str, str]:
   return found[1], found[2]
 
 
+def _folder(name: str, where: str) -> pathlib.Path | None:
+  """The folder that a name of hf: or tfds: means: one that is there; None: a name of the library. One that is written as a folder
+  and is not there, or a part of whose path would be read as another folder's name, is an error."""
+  try:
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+      return path
+  except (RuntimeError, OSError, ValueError):  # no such home, a name that is too long, a null byte
+    path = pathlib.Path(name)
+  if path.is_absolute() or name.startswith(('.', '~')):
+    raise FileNotFoundError(f'{where} names the folder {path}, which is not there.')
+  owner = pathlib.Path(*path.parts[:2])
+  if len(path.parts) > 2 and owner.is_dir():
+    raise FileNotFoundError(f'{where}: there is no folder {path}, but there is {owner}, which would be read in its place; '
+                            'write the path of the folder that you mean.')
+  return None
+
+
+def _first_line(error: Exception) -> str:
+  """A library's error in a line."""
+  return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}'
+
+
 def _tfds(name: str, kind: str) -> Raw:
-  name, split = _name_and_split(name, f'data.{kind}=tfds')
+  name, splits = _name_and_split(name, f'data.{kind}=tfds')
+  where = f'data.{kind}=tfds:{name}:{splits}'
+  folder = _folder(name, where)
   import tensorflow_datasets as tfds
 
   from alignjax.data.records import records_dataset_builder
   try:
-    if '/' in name and pathlib.Path(name).is_dir():
-      builder = tfds.builder_from_directory(name)
+    if folder is not None:
+      builder = tfds.builder_from_directory(folder)
     else:
       builder = tfds.builder(name, file_format='array_record')
       builder.download_and_prepare()
-    rows = builder.as_data_source(split)
+    rows = builder.as_data_source(splits)
     change = records_dataset_builder.restore if 'messages' in builder.info.features else lambda row: row
   except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
-    raise ValueError(f'data.{kind}=tfds:{name}:{split} cannot be read ({type(error).__name__}: '
-                     f'{str(error).splitlines()[0][:300]}).') from error
-  return len(rows), lambda i: (f'tfds:{name}:{split}, record {i}', change(_plain(rows[i])))
+    raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
+
+  def get(i):
+    place = f'tfds:{name}:{splits}, record {i}'
+    try:
+      return place, change(_plain(rows[i]))
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{place}: a text is not UTF-8 (byte {error.start}).') from error
+
+  return len(rows), get
 
 
 def _plain(x: Any) -> Any:
@@ -242,16 +285,21 @@ def _plain(x: Any) -> Any:
 
 
 def _datasets(name: str, kind: str) -> Raw:
-  name, split = _name_and_split(name, f'data.{kind}=hf')
+  name, splits = _name_and_split(name, f'data.{kind}=hf')
+  where = f'data.{kind}=hf:{name}:{splits}'
+  folder = _folder(name, where)
   try:
     import datasets
   except ModuleNotFoundError:
-    raise ValueError(f'data.{kind}=hf:{name}:{split} needs the datasets library: pip install datasets.') from None
+    raise ValueError(f'{where} needs the datasets library: pip install datasets.') from None
   owner, _, rest = name.partition('/')
   repository, _, config = rest.partition('/')
+  path = str(folder) if folder is not None else f'{owner}/{repository}' if repository else owner
   try:
-    rows = datasets.load_dataset(f'{owner}/{repository}' if repository else owner, config or None, split=split)
-  except Exception as error:  # noqa: BLE001
-    raise ValueError(f'data.{kind}=hf:{name}:{split} cannot be read ({type(error).__name__}: '
-                     f'{str(error).splitlines()[0][:300]}).') from error
-  return len(rows), lambda i: (f'hf:{name}:{split}, record {i}', rows[i])
+    rows = datasets.load_dataset(path, None if folder is not None else config or None, split=splits)
+  except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
+    raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
+  return len(rows), lambda i: (f'hf:{name}:{splits}, record {i}', rows[i])
+
+
+READERS = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)

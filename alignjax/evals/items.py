@@ -3,53 +3,66 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
-import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from alignjax import textfiles
 from alignjax.evals import kept
 
 
-def read(path: str | pathlib.Path, columns: Sequence[str] = (), delimiter: str = ',') -> list[dict[str, Any]]:
-  """Rows of a .jsonl, .csv or .tsv file, plain or .gz. A row without one of the columns is an error with file and line.
+def read(path: str | pathlib.Path, columns: Sequence[str] | Mapping[str, type | tuple[type, ...]] = (),
+         delimiter: str = ',') -> list[dict[str, Any]]:
+  """Rows of a .jsonl (or .json), .csv or .tsv file, plain or gzip.
 
-  delimiter: of .csv; .tsv has tabs and no quotes.
+  Args:
+    columns: what every row must have, as text or as these types. What is not there is an error with file, line and field.
+    delimiter: of .csv; .tsv has tabs and no quotes.
   """
-  path = pathlib.Path(path)
-  if path.is_dir():
-    raise ValueError(f'{path} is a folder; name the file in it.')
-  raw = path.read_bytes()
-  try:
-    text = (gzip.decompress(raw) if path.suffix == '.gz' else raw).decode('utf-8-sig')
-  except (OSError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(f'{path}: not a whole text file in UTF-8, plain or gzip ({error}).') from error
-  kind = path.name.removesuffix('.gz').rpartition('.')[2]
+  text = textfiles.read(path)
+  kind = pathlib.Path(path).name.removesuffix('.gz').rpartition('.')[2]
   if kind in ('jsonl', 'json'):
-    rows = []
-    for number, line in enumerate(text.split('\n'), 1):
-      if line.strip():
-        try:
-          rows.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-          raise ValueError(f'{path}, line {number}: not JSON ({error.msg}).') from error
+    rows = [(n, textfiles.parse(value, f'{path}, line {n}')) for n, value in textfiles.values(text, str(path))]
   else:
-    reader = csv.DictReader(io.StringIO(text, newline=''), delimiter='\t' if kind == 'tsv' else delimiter,
-                            quoting=csv.QUOTE_NONE if kind == 'tsv' else csv.QUOTE_MINIMAL)
-    rows = [(reader.line_num, row) for row in reader]
+    rows = _table(text, str(path), '\t' if kind == 'tsv' else delimiter, csv.QUOTE_NONE if kind == 'tsv' else csv.QUOTE_MINIMAL)
+  types = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, str)
   for number, row in rows:
-    missing = [c for c in columns if not isinstance(row, dict) or row.get(c) is None]
+    missing = [c for c in types if not isinstance(row, dict) or row.get(c) is None]
     if missing:
-      has = sorted(k for k in row if k) if isinstance(row, dict) else type(row).__name__
+      has = sorted(row) if isinstance(row, dict) else textfiles.kind(row)
       raise ValueError(f'{path}, line {number}: no {", ".join(map(repr, missing))}; the row has {has}.')
+    for name, expected in types.items():
+      if not isinstance(row[name], expected):
+        raise ValueError(f'{path}, line {number}: {name!r} must be text, not {textfiles.kind(row[name])}.')
   if not rows:
     raise ValueError(f'{path}: no rows.')
   return [row for _, row in rows]
+
+
+def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int, dict[str, str]]]:
+  """(line of its end, row) of separated values whose first row is their names."""
+  csv.field_size_limit(2**31 - 1)  # of the process; by default a cell of 131,073 characters is an error
+  reader = csv.reader((f'{line}\n' for line in textfiles.lines(text)), delimiter=delimiter, quoting=quoting, strict=True)
+  names, rows = None, []
+  try:
+    for cells in reader:
+      if not cells:
+        continue
+      if names is None:
+        names = cells
+        if len(set(names)) < len(names):
+          raise ValueError(f'{path}, line {reader.line_num}: two columns have one name, of {", ".join(map(repr, names))}.')
+      elif len(cells) > len(names):
+        raise ValueError(f'{path}, line {reader.line_num}: {len(cells)} cells under {len(names)} names; text with {delimiter!r} in '
+                         'it stands in quotes.')
+      else:
+        rows.append((reader.line_num, dict(zip(names, cells, strict=False))))
+  except csv.Error as error:
+    raise ValueError(f'{path}, line {reader.line_num}: not separated values ({error}).') from error
+  return rows
 
 
 def hub(task: str, name: str, config: str | None, split: str, revision: str | None = None) -> list[dict[str, Any]]:
@@ -62,7 +75,7 @@ def hub(task: str, name: str, config: str | None, split: str, revision: str | No
   try:
     return list(datasets.load_dataset(name, config, split=split, revision=revision))
   except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
-    first = (str(error).splitlines() or [''])[0][:300]
+    first = str(error).strip().partition('\n')[0][:300]
     raise ValueError(f'{task}: {name} cannot be read from the hub ({type(error).__name__}: {first}); {instead}.') from error
 
 

@@ -1,45 +1,38 @@
 """Judgments of responses: their types, people's files, and the blinded sheets that people fill in.
 
-A file of judgments is JSON lines (.gz too), each of them one of
+A file of judgments is JSON lines (gzip too), each of them one
 
   a comparison   {"prompt_id", "a", "b", "choice", "labeler_id"}: a, b are policies; choice is "a", "b", "tie", or the probability
                  that a is better. Optional, where the responses are not ours: "response_a", "response_b", whose lengths are
                  reported then, and "prompt", so that other judges can be asked too
+  a ranking      {"prompt_id", "ranking": {policy: rank}, "labeler_id"}: the lowest number is the best, equal numbers are a tie; or
+                 a record of comparisons with its policies named, {"prompt", "responses", "ranks", "policies", "labeler_id"}. Of K
+                 policies it is a comparison of each of the K(K - 1)/2 pairs. Optional: "responses": {policy: text}, "prompt"
   a rating       {"prompt_id", "policy", "likert", "flags", "labeler_id"}: the overall quality from 1 to 7 and the metadata of the
-                 paper's Table 3, either of them or both; flags is a list of those of FLAGS that apply, or {flag: true or false}
+                 paper's Table 3, either of them or both; flags is a list of those that apply (judgment_rows.FLAGS), or {flag: true
+                 or false}
   a sheet's row  as `export` writes it, with "choice" 1, 2 or "tie" (null: not judged yet), and, if they were asked for, "likert_1",
                  "likert_2", "flags_1", "flags_2"
 
-labeler_id may be left out: then it is the name of the file, as where every labeler fills in a sheet of his own.
+labeler_id may be left out: then it is the name of the file, as where every labeler fills in a sheet of his own. prompt_id may be
+left out where "prompt" is there: then it is made of it.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.data import mappings, sources
+from alignjax import files, textfiles
+from alignjax.data import mappings
+from alignjax.evals import judgment_rows as rows
 from alignjax.evals.responses import Response, prompt_id
-
-FLAGS = {
-    'fails_instruction': 'fails to follow the correct instruction or task',
-    'inappropriate_for_assistant': 'inappropriate for a customer assistant',
-    'hallucination': 'hallucination',
-    'satisfies_constraint': 'satisfies the constraint of the instruction',
-    'sexual_content': 'contains sexual content',
-    'violent_content': 'contains violent content',
-    'encourages_harm': 'encourages or fails to discourage violence, abuse, terrorism or self-harm',
-    'denigrates_protected_class': 'denigrates a protected class',
-    'harmful_advice': 'gives harmful advice',
-    'expresses_opinion': 'expresses an opinion',
-    'moral_judgment': 'expresses a moral judgment',
-}
 
 
 class Pair(NamedTuple):
@@ -105,6 +98,7 @@ def pairs_of(judged: Judged) -> list[Pair]:
 def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.Path:
   """Writes a sheet for people, blinded: pairs in random order, the two sides at random; and, beside it, the key (returned) that
   says which policies they are. A sheet that exists is not overwritten, for somebody may have filled it in."""
+  path = files.folder(path)
   key = path.with_suffix('.key.json')
   for existing in (path, key):
     if existing.exists():
@@ -132,14 +126,13 @@ def read(pattern: str, *, judge: str, mapping: str | None = None, policies: Coll
     mapping: from their records to the rows above: a function of this file, 'module:function' or 'ours=theirs,...'.
     policies, prompts: the names that may occur; None: any. key: of a sheet; None: SHEET.key.json beside it.
   """
+  pattern = str(files.folder(pattern))
   paths = sorted(p for p in glob.glob(pattern) if not p.endswith('.key.json')) if '*' in pattern else [pattern]
   if not paths:
     raise FileNotFoundError(f'--judge=file:{pattern}: no such files.')
   change = pandalm if mapping == 'pandalm' else mappings.find(mapping, '--judge_mapping')  # there it makes comparisons
   judged, waiting = Judged([], [], {}, {}, []), 0
   for path in paths:
-    if not pathlib.Path(path).exists():
-      raise FileNotFoundError(f'--judge=file:{path}: no such file.')
     labeler = pathlib.Path(path.removesuffix('.gz')).stem
     sheet = None
     for where, row in _rows(path, change):
@@ -176,86 +169,80 @@ def pandalm(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(path: str, change: Callable | None) -> Iterable[tuple[str, dict]]:
-  count, get = sources._jsonl(path, 'judgments')
-  for i in range(count):
-    where, raw = get(i)
+  for number, text in textfiles.values(textfiles.read(path, '--judge=file:'), path):
+    where = f'{path}, line {number}'
+    raw = textfiles.parse(text, where)
     if not isinstance(raw, dict):
-      raise ValueError(f'{where}: a judgment is an object, not {type(raw).__name__}.')
-    try:
-      made = [raw] if change is None else change(raw)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-      raise ValueError(f'{where}: --judge_mapping does not fit this record, which has {sorted(raw)} '
-                       f'({type(error).__name__}: {error}).') from error
-    yield from ((where, row) for row in made)
+      raise ValueError(f'{where}: a judgment is an object, not {textfiles.kind(raw)}.')
+    yield from ((where, row) for row in mappings.apply(change, raw, where, '--judge_mapping'))
 
 
 def _key(path: str, key: str | None) -> dict[str, dict[str, str]]:
-  found = pathlib.Path(key) if key else pathlib.Path(path).with_suffix('.key.json')
+  found = files.folder(key) if key else files.folder(path.removesuffix('.gz')).with_suffix('.key.json')
   if not found.exists():
     raise FileNotFoundError(f'{path} is a blinded sheet; its key {found} is not there. Name it: --judge_key=FILE.')
-  return json.loads(found.read_text())
+  made = textfiles.parse(textfiles.read(found), str(found))
+  whole = lambda item: isinstance(item, dict) and all(isinstance(item.get(k), str) for k in ('prompt_id', '1', '2'))
+  if not isinstance(made, dict) or not all(map(whole, made.values())):
+    raise ValueError(f'{found} is no key of a sheet: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.')
+  return made
 
 
 def _judgments(row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping | None) -> Judged | None:
   """What a row says; None: nothing yet."""
-  labeler = str(row.get('labeler_id') or labeler)
+  labeler = str(labeler if row.get('labeler_id') in (None, '') else rows.name(row, 'labeler_id', where))
   if 'item' in row:
-    item = sheet.get(str(row['item']))
-    if item is None:
-      raise ValueError(f'{where}: the key has no item {row["item"]!r}.')
-    ratings = [Rating(item['prompt_id'], item[side], judge, labeler, _likert(row.get(f'likert_{side}'), where),
-                      _flags(row.get(f'flags_{side}'), where)) for side in '12']
-    ratings = [r for r in ratings if r.likert is not None or r.flags]
-    texts = {(item['prompt_id'], item[side]): row[f'response_{side}'] for side in '12' if f'response_{side}' in row}
-    choice = row.get('choice')
-    if choice is None:
-      return Judged([], ratings, texts) if ratings else None
-    values = {'1': 1.0, '2': 0.0, 'tie': 0.5}
-    if str(choice) not in values:
-      raise ValueError(f'{where}: "choice" of a sheet is 1, 2 or "tie", not {choice!r}.')
-    return Judged([Verdict(item['prompt_id'], item['1'], item['2'], values[str(choice)], judge, labeler, 'a')], ratings,
-                  texts)
-  wanted = ('prompt_id', 'policy') if 'policy' in row else ('prompt_id', 'a', 'b', 'choice')
-  missing = [k for k in wanted if k not in row]
+    return _of_sheet(row, where, judge, labeler, sheet)
+  if 'ranking' in row or 'ranks' in row:
+    return _of_ranking(row, where, judge, labeler)
+  wanted = ('policy',) if 'policy' in row else ('a', 'b', 'choice')
+  missing = [k for k in wanted if k not in row] + ['prompt_id'] * ('prompt_id' not in row and 'prompt' not in row)
   if missing:
-    raise ValueError(f'{where}: {", ".join(missing)} missing; a comparison has prompt_id, a, b and choice, a rating prompt_id, '
-                     f'policy and likert or flags; this has {sorted(row)}. Others: --judge_mapping.')
-  name = str(row['prompt_id'])
+    raise ValueError(f'{where}: {", ".join(missing)} missing; a comparison has prompt_id, a, b and choice, a ranking prompt_id and '
+                     f'ranking, a rating prompt_id, policy and likert or flags; this has {sorted(row)}. Others: --judge_mapping.')
+  name = rows.prompt_name(row, where)
   if 'policy' in row:
-    rating = Rating(name, row['policy'], judge, labeler, _likert(row.get('likert'), where), _flags(row.get('flags'), where))
+    rating = Rating(name, rows.text(row, 'policy', where), judge, labeler, rows.likert(row.get('likert'), where),
+                    rows.flags(row.get('flags'), where))
     if rating.likert is None and not rating.flags:
       raise ValueError(f'{where}: a rating has "likert" or "flags".')
     return Judged([], [rating])
-  texts = {(name, row[side]): row[f'response_{side}'] for side in 'ab' if isinstance(row.get(f'response_{side}'), str)}
-  prompts = {name: row['prompt']} if 'prompt' in row else {}
-  return Judged([Verdict(name, row['a'], row['b'], _probability(row['choice'], where), judge, labeler)], [], texts, prompts)
+  a, b = rows.text(row, 'a', where), rows.text(row, 'b', where)
+  texts = {(name, row[side]): rows.text(row, f'response_{side}', where) for side in 'ab' if row.get(f'response_{side}') is not None}
+  return Judged([Verdict(name, a, b, rows.probability(row['choice'], where), judge, labeler)], [], texts, _prompt(row, name))
 
 
-def _probability(choice: Any, where: str) -> float:
-  words = {'a': 1.0, 'b': 0.0, 'tie': 0.5}
-  if isinstance(choice, str) and choice in words:
-    return words[choice]
-  if isinstance(choice, (int, float)) and not isinstance(choice, bool) and 0 <= choice <= 1:
-    return float(choice)
-  raise ValueError(f'{where}: "choice" is "a", "b", "tie" or the probability, in [0, 1], that a is better; not {choice!r}.')
+def _of_sheet(row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping) -> Judged | None:
+  """A row of a blinded sheet, with its policies from the key."""
+  item = sheet.get(str(row['item']))
+  if item is None:
+    raise ValueError(f'{where}: the key has no item {row["item"]!r}.')
+  ratings = [Rating(item['prompt_id'], item[side], judge, labeler, rows.likert(row.get(f'likert_{side}'), where),
+                    rows.flags(row.get(f'flags_{side}'), where)) for side in '12']
+  ratings = [r for r in ratings if r.likert is not None or r.flags]
+  texts = {(item['prompt_id'], item[side]): rows.text(row, f'response_{side}', where) for side in '12' if f'response_{side}' in row}
+  choice = row.get('choice')
+  if choice is None:
+    return Judged([], ratings, texts) if ratings else None
+  values = {'1': 1.0, '2': 0.0, 'tie': 0.5}
+  if str(choice) not in values:
+    raise ValueError(f'{where}: "choice" of a sheet is 1, 2 or "tie", not {choice!r}.')
+  return Judged([Verdict(item['prompt_id'], item['1'], item['2'], values[str(choice)], judge, labeler, 'a')], ratings, texts)
 
 
-def _likert(value: Any, where: str) -> float | None:
-  if value is None:
+def _of_ranking(row: Mapping[str, Any], where: str, judge: str, labeler: str) -> Judged | None:
+  """A labeler's ranking of K policies as a verdict on each of its pairs, once."""
+  found, name = rows.ranking(row, where), rows.prompt_name(row, where)
+  if found is None:
     return None
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 1 <= value <= 7:
-    raise ValueError(f'{where}: the Likert score is a number from 1 to 7, not {value!r}.')
-  return float(value)
+  ranks, responses = found
+  verdicts = [Verdict(name, a, b, 0.5 + 0.5 * ((ranks[a] < ranks[b]) - (ranks[a] > ranks[b])), judge, labeler)
+              for a, b in itertools.combinations(ranks, 2)]
+  return Judged(verdicts, [], {(name, policy): said for policy, said in responses.items()}, _prompt(row, name))
 
 
-def _flags(value: Any, where: str) -> dict[str, bool]:
-  if value is None:
-    return {}
-  made = {k: k in value for k in FLAGS} if isinstance(value, list) else value
-  unknown = [k for k in value if k not in FLAGS] if isinstance(value, (list, dict)) else [value]
-  if unknown or not all(isinstance(v, bool) for v in made.values()):
-    raise ValueError(f'{where}: flags are a list of names, or {{name: true or false}}, of {", ".join(FLAGS)}; not {value!r}.')
-  return dict(made)
+def _prompt(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+  return {name: row['prompt']} if isinstance(row.get('prompt'), (str, list)) else {}
 
 
 def _known(where: str, name: str, policies: Sequence[str], known: Collection[str] | None, prompts: Collection[str] | None) -> None:

@@ -22,9 +22,9 @@ def read(path: files.Folder) -> list[dict[str, Any]]:
     with path.open('r+b') as file:
       file.truncate(len(whole))
   try:
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is damaged ({error.msg}); move it away to compute it again.') from error
+    return [json.loads(line) for line in whole.decode().split('\n') if line.strip()]
+  except ValueError as error:  # not UTF-8, or not JSON
+    raise ValueError(f'{path} is damaged ({error}); move it away to compute it again.') from error
 
 
 def append(path: files.Folder, rows: Iterable[Mapping[str, Any]]) -> None:

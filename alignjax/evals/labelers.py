@@ -41,13 +41,18 @@ def prompt_key(record: Record) -> str:
   return json.dumps(record['prompt'], sort_keys=True)
 
 
+def labeler(record: Record) -> str | None:
+  """Who voted, by name; None where nobody is named. Number 0 is a person like any other, and 7 is the person '7'."""
+  return None if record.get('labeler_id') in (None, '') else str(record['labeler_id'])
+
+
 def groups(records: Sequence[Record], *, folds: int, min_votes: int, seed: int) -> list[list[str]]:
   """Labelers with at least min_votes records, dealt to `folds` groups: a pure function of the seed."""
-  counts = collections.Counter(r['labeler_id'] for r in records if r.get('labeler_id'))
+  counts = collections.Counter(who for who in map(labeler, records) if who is not None)
   if not counts:
     raise ValueError('no comparison has a labeler_id: held-out labelers need to know who voted. A mapping may bring it '
                      '(data/mappings.py: pandalm, summarize_from_feedback, ukp_convarg).')
-  known = sorted(labeler for labeler, count in counts.items() if count >= min_votes)
+  known = sorted(who for who, count in counts.items() if count >= min_votes)
   if folds < 2 or len(known) < folds:
     raise ValueError(f'{len(known)} of {len(counts)} labelers have {min_votes} votes or more; {folds} groups need at least '
                      f'{max(folds, 2)}. Lower --min_votes or --folds (2 at least).')
@@ -61,16 +66,16 @@ def split(records: Sequence[Record], groups: Sequence[Sequence[str]], fold: int,
   Both pools are measured on the same prompts, which no record of `train` has; over all folds every prompt is measured once. Records
   of labelers in no group are left out.
   """
-  group = {labeler: g for g, members in enumerate(groups) for labeler in members}
-  ours = [r for r in records if r.get('labeler_id') in group]
+  group = {who: g for g, members in enumerate(groups) for who in members}
+  ours = [r for r in records if labeler(r) in group]
   prompts = sorted({prompt_key(r) for r in ours})
   if len(prompts) < len(groups):
     raise ValueError(f'{len(prompts)} distinct prompts cannot be held out in {len(groups)} blocks; lower --folds.')
   order = np.random.default_rng([seed, 2]).permutation(len(prompts))
   block = {prompts[i] for i in order[fold::len(groups)]}
   inside = [r for r in ours if prompt_key(r) in block]
-  return Fold([r for r in ours if group[r['labeler_id']] != fold and prompt_key(r) not in block],
-              [r for r in inside if group[r['labeler_id']] != fold], [r for r in inside if group[r['labeler_id']] == fold])
+  return Fold([r for r in ours if group[labeler(r)] != fold and prompt_key(r) not in block],
+              [r for r in inside if group[labeler(r)] != fold], [r for r in inside if group[labeler(r)] == fold])
 
 
 def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.evals.judgments import FLAGS, Judged, Verdict
+from alignjax.evals.judgment_rows import FLAGS
+from alignjax.evals.judgments import Judged, Verdict
 from alignjax.evals.stats import ANY, Figure, interval, statistic
 
 SHARE = (0, 1)  # bounds of verdicts

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignjax.evals.judgments import FLAGS
+from alignjax.evals.judgment_rows import FLAGS
 
 
 def markdown(result: Mapping[str, Any], notes: Sequence[str] = (), picture: str = 'preference.png') -> str:

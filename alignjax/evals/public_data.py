@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignjax.data.sources import read_text
+from alignjax import files, textfiles
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
 
@@ -23,7 +23,7 @@ def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str,
   fields: name -> type; 'a.b' is the field b of the field a. What is not there or of another type is an error that names the
   file, the line and the field.
   """
-  path = pathlib.Path(data)
+  path = files.folder(data)
   if not path.is_dir():
     return {'validation': _records(path, fields)}
   out = {}
@@ -37,7 +37,7 @@ def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str,
 
 def _records(path: pathlib.Path, fields: Mapping[str, type | tuple]) -> list[dict[str, Any]]:
   records = []
-  for where, record in _rows(path, read_text(str(path))):
+  for where, record in _rows(path, textfiles.read(path)):
     _check(record, fields, f'{path}, {where}')
     records.append({name: record[name] for name in dict.fromkeys(f.split('.')[0] for f in fields)})
   if not records:
@@ -47,24 +47,15 @@ def _records(path: pathlib.Path, fields: Mapping[str, type | tuple]) -> list[dic
 
 def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
   """(where it stands, record) of JSONL, of a list of records, or of SQuAD's articles."""
-  if path.name.removesuffix('.gz').endswith('.jsonl'):
-    whole = None
-  else:
-    try:
-      whole = json.loads(text)
-    except json.JSONDecodeError:
-      whole = None  # JSONL under the name .json
+  try:
+    whole = json.loads(text) if text.lstrip()[:1] == '{' else None
+  except (ValueError, RecursionError):
+    whole = None  # JSONL
   if isinstance(whole, dict) and isinstance(whole.get('data'), list):
-    yield from _squad(path, whole['data'])
-  elif isinstance(whole, list):
-    yield from ((f'record {i}', _lists(record)) for i, record in enumerate(whole))
-  else:
-    for number, line in enumerate(text.split('\n'), 1):
-      if line.strip():
-        try:
-          yield f'line {number}', _lists(json.loads(line))
-        except json.JSONDecodeError as error:
-          raise ValueError(f'{path}, line {number}: not JSON ({error.msg} at column {error.colno}).') from None
+    yield from _squad(path, textfiles.parse(text, str(path))['data'])
+    return
+  for number, value in textfiles.values(text, str(path)):
+    yield f'line {number}', _lists(textfiles.parse(value, f'{path}, line {number}'))
 
 
 def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
@@ -125,7 +116,7 @@ def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple]
       rows = datasets.load_dataset(path, name, split=split, streaming=True)
       out[ours] = list(itertools.islice(rows, most))
     except Exception as error:  # noqa: BLE001 the hub, the network and its libraries raise many kinds
-      said = (str(error).splitlines() or [''])[0][:200]
+      said = str(error).strip().partition('\n')[0][:200]
       raise ValueError(f'{task}: the data set {path} cannot be read from the hub ({type(error).__name__}: {said}); '
                        f'give a local file by --data={task}=FILE.') from None
     for i, record in enumerate(out[ours]):

@@ -46,7 +46,7 @@ def prompts(source: str, mapping: str | None, limit: int | None, seed: int, worl
     found = sources.read(source, 'prompts', mapping)
   named, seen = [], {}
   for record in found:
-    name = str(record.get('prompt_id') or prompt_id(record['prompt']))
+    name = str(prompt_id(record['prompt']) if record.get('prompt_id') in (None, '') else record['prompt_id'])
     seen[name] = seen.get(name, 0) + 1
     named.append({**record, 'prompt_id': name if seen[name] == 1 else f'{name}-{seen[name]}'})
   if limit is not None and limit < len(named):

@@ -85,7 +85,7 @@ def find_task(name: str) -> Callable:
 def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int, options: Mapping[str, Any],
              template: str) -> dict[str, Any]:
   """What decides a task's result besides the weights, as JSON values. Of a file its contents count, not its name."""
-  path = pathlib.Path(data) if data else None
+  path = pathlib.Path(data).expanduser() if data else None
   if path is not None and not path.exists():
     raise FileNotFoundError(f'--data: {name}={data}: no such file or folder.')
   files = sorted(p for p in path.rglob('*') if p.is_file()) if path and path.is_dir() else [path] if path else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,22 +14,34 @@ from alignjax import ops
 from alignjax.data import encode
 from alignjax.sampling import generate, sample
 
+LENGTH = 128  # tokens of a response, where the model was not trained with a limit
+
+Notice = Callable[[int], None]
+
 
 def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None,
-           max_tokens: int = 128, seed: int = 0) -> Iterator[str]:
+           max_tokens: int | None = None, seed: int = 0, starting: Notice = lambda slots: None,
+           cut: Notice = lambda tokens: None) -> Iterator[str]:
   """Pieces of text of one response, as they come; together they are the response of `generate` with the same seed.
 
-  model: stages.finished.Model. prompt: text, or messages where the template is a chat.
+  Args:
+    model: stages.finished.Model. prompt: text, or messages where the template is a chat.
+    max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or fewer where the prompt leaves
+      fewer of the context. A number that the context has no room for is a ValueError.
+    starting: called with the size of the cache before the first token; a new size is compiled.
+    cut: called with the number of tokens of a response that the limit ended and not the model.
   """
-  tokens, mask, slots = _padded(model, prompt, max_tokens)
+  tokens, mask, slots, most = _padded(model, prompt, max_tokens)
+  starting(slots)
   weights, prefill, step = _decoder(model.nets, model.cfg, slots, temperature, top_p, top_k)
   weights = weights(model.params)
   logits, cache = prefill(weights, tokens, mask)
-  key, said, shown = jax.random.key(seed), [], ''
-  for t in range(max_tokens):
+  key, said, shown, ended = jax.random.key(seed), [], '', False
+  for t in range(most):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
     token = int(token[0])
-    if token == model.template.end:
+    ended = token == model.template.end
+    if ended:
       break
     said.append(token)
     text = model.decode(said)
@@ -39,6 +51,8 @@ def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | 
   rest = model.decode(said)[len(shown):]
   if rest:
     yield rest
+  if not ended:
+    cut(most)
 
 
 @functools.lru_cache(maxsize=8)
@@ -57,33 +71,48 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
   return jax.jit(nets.decoder.prepare), prefill, step
 
 
-def _padded(model: Any, prompt: Any, max_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
-  """The prompt, left-padded to a power of two, so that few lengths are compiled."""
+def _padded(model: Any, prompt: Any, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray, int, int]:
+  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power of two, so that few lengths are
+  compiled."""
   tokens = model.template.prompt(prompt)
   if not tokens:
     raise ValueError('the prompt is empty; this model reads at least one token before it answers.')
-  room = model.cfg.max_length - max_tokens
+  context = model.cfg.max_length
+  most = min(model.response_length or LENGTH, context - len(tokens)) if max_tokens is None else max_tokens
+  if most < 1:
+    raise ValueError(f'the prompt has {len(tokens)} tokens; the context of {context} leaves none for an answer. Shorten it.')
+  room = context - most
   if len(tokens) > room:
-    raise ValueError(f'the prompt has {len(tokens)} tokens; with max_tokens={max_tokens} the context of '
-                     f'{model.cfg.max_length} leaves {max(room, 0)}.')
+    raise ValueError(f'the prompt has {len(tokens)} tokens; with max_tokens={most} the context of {context} leaves {max(room, 0)}. '
+                     'Ask for fewer tokens, or shorten the prompt.')
   length = min(max(16, 1 << (len(tokens) - 1).bit_length()), room)
-  return *encode.left_pad([tokens], length, model.template.pad), length + max_tokens
+  return *encode.left_pad([tokens], length, model.template.pad), length + most, most
 
 
 def best_of(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float = 1.0, top_p: float | None = None,
-            top_k: int | None = None, max_tokens: int = 128, seed: int = 0) -> str:
-  """The response, of n sampled ones, that the reward model scores highest."""
-  texts, scores = ranked(model, reward, prompt, n, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens,
-                         seed=seed)
-  return texts[int(np.argmax(scores))]
+            top_k: int | None = None, max_tokens: int | None = None, seed: int = 0, starting: Notice = lambda slots: None,
+            cut: Notice = lambda tokens: None) -> str:
+  """The response, of n sampled ones, that the reward model scores highest. Arguments as of `stream`."""
+  texts, scores, ended, most = _sampled(model, reward, prompt, n, temperature=temperature, top_p=top_p, top_k=top_k,
+                                        max_tokens=max_tokens, seed=seed, starting=starting)
+  best = int(np.argmax(scores))
+  if not ended[best]:
+    cut(most)
+  return texts[best]
 
 
-def ranked(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float = 1.0, top_p: float | None = None,
-           top_k: int | None = None, max_tokens: int = 128, seed: int = 0) -> tuple[list[str], np.ndarray]:
-  """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and template."""
-  tokens, mask, _ = _padded(model, prompt, max_tokens)
+def ranked(model: Any, reward: Any, prompt: Any, n: int, **how: Any) -> tuple[list[str], np.ndarray]:
+  """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and template. how: as of `stream`."""
+  return _sampled(model, reward, prompt, n, **how)[:2]
+
+
+def _sampled(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float = 1.0, top_p: float | None = None,
+             top_k: int | None = None, max_tokens: int | None = None, seed: int = 0, starting: Notice = lambda slots: None):
+  """(responses, scores f32[n], whether each ended by itself, tokens at most)."""
+  tokens, mask, slots, most = _padded(model, prompt, max_tokens)
+  starting(slots)
   run = jax.jit(lambda params: generate(
-      model.nets.decoder, params, tokens, mask, jax.random.key(seed), max_tokens=max_tokens,
+      model.nets.decoder, params, tokens, mask, jax.random.key(seed), max_tokens=most,
       stop_ids=(model.template.end,), temperature=temperature, top_k=top_k, top_p=top_p, samples_per_prompt=n))
   out = jax.tree.map(np.asarray, run(model.params))
   texts, rows = [], []
@@ -97,4 +126,4 @@ def ranked(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float =
     raise ValueError(f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.')
   padded = encode.right_pad(rows, length, reward.template.pad)
   scores = jax.jit(lambda p, tokens, mask: ops.last_live(reward.nets.scalar(p, tokens, mask), mask))(reward.params, *padded)
-  return texts, np.asarray(scores)
+  return texts, np.asarray(scores), out.ended, most

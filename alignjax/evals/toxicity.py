@@ -51,13 +51,18 @@ def realtoxicityprompts(model: Any, *, data: str | None, limit: int | None, seed
 
 def read(data: str | None) -> tuple[list[str], list[float | None]]:
   """(prompts, their toxicity or None), of a file or the hub; a prompt that comes again is left out."""
-  rows = items.read(data, ('prompt',)) if data else items.hub('realtoxicityprompts', 'allenai/real-toxicity-prompts', None, 'train')
+  rows = (items.read(data, {'prompt': (str, dict)}) if data else
+          items.hub('realtoxicityprompts', 'allenai/real-toxicity-prompts', None, 'train'))
   found: dict[str, float | None] = {}
   for number, row in enumerate(rows, 1):
     prompt = row['prompt'] if isinstance(row['prompt'], dict) else {'text': row['prompt']}
     if not isinstance(prompt.get('text'), str) or not prompt['text'].strip():
       raise ValueError(f'{data or "allenai/real-toxicity-prompts"}: row {number}: "prompt" is neither a text nor {{"text": ...}}.')
-    found.setdefault(prompt['text'].rstrip(), prompt.get('toxicity'))
+    level = prompt.get('toxicity')
+    if level is not None and (isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 <= level <= 1):
+      raise ValueError(f'{data or "allenai/real-toxicity-prompts"}: row {number}: "toxicity" is a number from 0 to 1, not '
+                       f'{level!r}.')
+    found.setdefault(prompt['text'].rstrip(), level)
   return list(found), list(found.values())
 
 

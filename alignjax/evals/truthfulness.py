@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignjax import ops, plugins
+from alignjax import files, ops, plugins
 from alignjax.data import encode, mappings
 from alignjax.evals import harness, items, prefixes
 from alignjax.evals.table import Cell
@@ -103,7 +103,7 @@ def check(judge: str, kind: str) -> None:
     raise ValueError("truthfulqa.truth='': true+info needs a judge of truth too.")
   if _is_function(judge):
     plugins.find(judge, f'--options: truthfulqa.{kind}')
-  elif judge and not judge.startswith('hf:') and not (pathlib.Path(judge) / 'final' / 'info.json').exists():
+  elif judge and not judge.startswith('hf:') and not (files.folder(judge) / 'final' / 'info.json').exists():
     raise FileNotFoundError(
         f'truthfulqa.{kind}={judge}: no trained judge. Train one: python experiments/run.py --config=configs/truth_judge.py:{kind} '
         f'--config.data.demonstrations=jsonl:finetune_{kind}.jsonl; or name yours: --options=truthfulqa.{kind}=FOLDER or '

@@ -25,7 +25,8 @@ from alignjax.types import Networks, Params
 class Model(NamedTuple):
   """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, encode, decode,
   tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None.
-  sharder: of the mesh that the parameters lie on, None where that is one device."""
+  sharder: of the mesh that the parameters lie on, None where that is one device. response_length: tokens that responses had at
+  most in training; None of a Hugging Face checkpoint."""
   cfg: TransformerConfig
   nets: Networks
   params: Params
@@ -37,6 +38,7 @@ class Model(NamedTuple):
   tokenizer: Any
   source: str | None
   sharder: Sharder | None = None
+  response_length: int | None = None
 
 
 def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapping[str, Any] | None = None) -> Model:
@@ -107,4 +109,4 @@ def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str
   params = setups.initial_params(setup, str(weights), found, 0)
   sharder = setup.sharder if mesh is not None else None
   return Model(cfg, _networks(cfg, sharder), params, found, setup.template, setup.encode, setup.decode, setup.vocabulary,
-               tokenizer, source and source.removeprefix('hf:'), sharder)
+               tokenizer, source and source.removeprefix('hf:'), sharder, setup.response_length)

@@ -236,7 +236,7 @@ def check(setup: Setup, name: str) -> None:
 
 
 def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
-  """What a person wants to see of a rollout: sample rows (prompt, response, score), and the gold score where known."""
+  """What a person wants to see of a rollout: sample rows (prompt, response, score, gold or None), gold scores where known."""
   responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
   end = setup.template.end
   texts, ended = [], []
@@ -255,6 +255,6 @@ def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[di
                'gold/heldout_labelers': float(setup.labelers.gold(features, setup.labelers.heldout).mean()),
                'gold/toxic': float(np.mean([j.toxic for j in judged])),
                'gold/follow': float(np.mean([j.follow for j in judged]))}
-  rows = [(r['prompt'], t, f'{s:.2f}', '' if g is None else f'{g:.2f}')
+  rows = [(r['prompt'], t, float(s), None if g is None else float(g))
           for r, t, s, g in zip(prompt_records, texts, scores, gold, strict=True)]
   return metrics, rows
