@@ -27,6 +27,7 @@ from alignjax.models.families import FAMILIES, SCORE, Family, Tensor
 from alignjax.types import Params
 
 SINGLE, INDEX, SUMS = 'model.safetensors', 'model.safetensors.index.json', 'SHA256SUMS'
+HUB_SECONDS = 10  # that the hub has for an answer
 DTYPES = ('F64', 'F32', 'F16', 'BF16')  # of safetensors
 
 
@@ -63,13 +64,20 @@ def folder_of(name: str | os.PathLike) -> pathlib.Path:
   hub = text.rstrip('/')
   if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hub):
     raise FileNotFoundError(f'hf:{text}: no such folder ({path.absolute()}).')
-  from huggingface_hub import snapshot_download
+  from huggingface_hub import HfApi, snapshot_download
+  revision = cause = None
   try:
-    return pathlib.Path(snapshot_download(hub, allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt', '*.jinja'],
-                                          ignore_patterns=['original/*', 'consolidated*'], etag_timeout=5))
+    revision = HfApi().model_info(hub, timeout=HUB_SECONDS).sha  # the download itself would wait for an answer without end
+  except Exception as error:  # noqa: BLE001 no way to the hub: what was downloaded before will do
+    cause = error
+  try:
+    return pathlib.Path(snapshot_download(hub, revision=revision, local_files_only=cause is not None,
+                                          allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt', '*.jinja'],
+                                          ignore_patterns=['original/*', 'consolidated*']))
   except Exception as error:  # noqa: BLE001 the hub's errors are many; the message says what failed
+    cause = cause or error
     raise FileNotFoundError(f'hf:{text}: there is no folder {path.absolute()}, and no model {hub!r} is to be had from the hub '
-                            f'({type(error).__name__}: {(str(error).splitlines() or [""])[0]}).') from error
+                            f'({type(cause).__name__}: {(str(cause).splitlines() or [""])[0]}).') from cause
 
 
 def verify(folder: pathlib.Path, weights: bool) -> None:
