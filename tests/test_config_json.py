@@ -1,5 +1,5 @@
-"""config.json and safetensors headers: the defaults are those of transformers' config classes, and whatever else stands there is read
-as they read it or refused by name. Made by generation: ALIGNJAX_EXAMPLES=2000 for a long run.
+"""config.json and safetensors headers: the defaults are those of transformers' config classes, and whatever else stands there is
+read as they read it or refused by name. Inputs are made by generation: ALIGNJAX_EXAMPLES=2000 for a long run.
 """
 
 import json
@@ -157,8 +157,8 @@ VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st.floats(), st.text(max_size=6),
     st.sampled_from(['16', 'silu', 'gelu', 'full_attention', 'bfloat16', 10**30, -10**30]),
     st.lists(st.one_of(st.integers(0, 3), st.sampled_from(['full_attention', 'sliding_attention'])), max_size=3),
-    st.dictionaries(st.sampled_from(['rope_type', 'type', 'rope_theta', 'factor', 'partial_rotary_factor', 'low_freq_factor']), st.one_of(
-        st.none(), st.floats(), st.integers(), st.sampled_from(['default', 'llama3', 'yarn'])), max_size=4))
+    st.dictionaries(st.sampled_from(['rope_type', 'type', 'rope_theta', 'factor', 'partial_rotary_factor', 'low_freq_factor']),
+                    st.one_of(st.none(), st.floats(), st.integers(), st.sampled_from(['default', 'llama3', 'yarn'])), max_size=4))
 
 
 def ends_well(folder):
@@ -196,9 +196,12 @@ def test_a_damaged_config_is_read_or_refused(data):
 
 
 HEADERS = st.one_of(
-    st.tuples(st.just('dtype'), st.sampled_from(['F64', 'F16', 'BF16', 'I8', 'I64', 'BOOL', 'F8_E4M3', 'F8_E5M2', 'F4', 'C64', 'U16', 'X', 3, None])),
-    st.tuples(st.just('shape'), st.one_of(st.lists(st.integers(-2, 20), max_size=4), st.lists(st.integers(), max_size=3), st.just('16'))),
-    st.tuples(st.just('data_offsets'), st.one_of(st.lists(st.integers(-2, 30000), max_size=3), st.lists(st.integers(), max_size=2), st.none())),
+    st.tuples(st.just('dtype'), st.sampled_from(['F64', 'F16', 'BF16', 'I8', 'I64', 'BOOL', 'F8_E4M3', 'F8_E5M2', 'F4', 'C64',
+                                                 'U16', 'X', 3, None])),
+    st.tuples(st.just('shape'), st.one_of(st.lists(st.integers(-2, 20), max_size=4), st.lists(st.integers(), max_size=3),
+                                          st.just('16'))),
+    st.tuples(st.just('data_offsets'), st.one_of(st.lists(st.integers(-2, 30000), max_size=3), st.lists(st.integers(), max_size=2),
+                                                 st.none())),
     st.tuples(st.sampled_from(['drop', 'rename', 'other']), st.text(max_size=5)))
 
 
@@ -252,13 +255,14 @@ def test_names_are_read_or_refused_in_words(tmp_path, monkeypatch):
   monkeypatch.setattr('huggingface_hub.HfApi.model_info', lambda self, name, timeout: fail(f'no way to {name}'))
   monkeypatch.setattr('huggingface_hub.snapshot_download', lambda name, local_files_only, **kw: fail('not in the cache'))
   shutil.copytree(GOLDEN / 'llama', tmp_path / 'some' / 'model')
-  for name in (tmp_path / 'some' / 'model', 'some/model', 'some/model/', './some/model', '~/some/model', '~/some/model/', 'some//model'):
+  for name in (tmp_path / 'some' / 'model', 'some/model', 'some/model/', './some/model', '~/some/model', '~/some/model/',
+               'some//model'):
     assert hf.fields(name)['d_model'] == 16
   absent = f'no such folder .*{tmp_path}'
   for name, words in ((f'{tmp_path}/some/modle', absent), ('./some/modle', absent), ('some/model/deeper', absent), ('../x', absent),
                       ('~/modle', absent), ('~nobody-of-this-name/x', 'no such folder'), ('', 'names no checkpoint'),
                       (' ', 'names no checkpoint'), ('some/model/config.json', 'is a file; name the folder'),
-                      ('org/model', f"no folder {tmp_path}/org/model, and no model 'org/model' is to be had from the hub .*no way to"),
+                      ('org/model', f"no folder {tmp_path}/org/model, and no model 'org/model' is to be had from the hub .*no way"),
                       ('org/model/', "no model 'org/model' is to be had"), ('model', "no model 'model' is to be had"),
                       ('a b/c', absent), ('a\0b', 'no such folder'), ('org/model@v1', absent)):
     with pytest.raises(FileNotFoundError, match=words):
@@ -275,8 +279,8 @@ def test_a_hub_that_cannot_be_reached_is_an_error(silent, tmp_path):
     if silent:
       listener.listen()
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, cwd=tmp_path, env={
-        **os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{listener.getsockname()[1]}', 'HF_HOME': str(tmp_path), 'JAX_PLATFORMS': 'cpu',
-        'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)})
+        **os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{listener.getsockname()[1]}', 'HF_HOME': str(tmp_path),
+        'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)})
   assert "no model 'org/model' is to be had from the hub" in done.stdout and done.stdout.endswith(' True\n'), done.stderr[-2000:]
 
 

@@ -14,6 +14,7 @@ from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
+from alignjax.stages import finished, setup
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/expected.npz'))
@@ -181,7 +182,7 @@ BROKEN = {
     'an index of nothing': (_index({}), 'weight_map has to be an object'),
     'an index of numbers': (_index({NORM: 3}), 'weight_map has to be an object'),
     'an index of other folders': (_index({NORM: '../model.safetensors'}), 'no safetensors file of this folder'),
-    'an index cut': (_moved(lambda f: (f / 'model.safetensors.index.json').write_text('{"weight_map": ')), 'index.json, line 1: not JSON'),
+    'an index cut': (_moved(lambda f: (f / 'model.safetensors.index.json').write_text('{"weight_map": ')), 'line 1: not JSON'),
     'shards without an index': (_moved(lambda f: None), 'model-1.safetensors is not read, as in transformers'),
     'an adapter': (lambda f: (f / 'adapter_config.json').write_text('{}'), 'PEFT adapter'),
     'the head twice': (_tensors(lambda t: t.update({'embed_out.weight': t['lm_head.weight']})), "no place.*'embed_out.weight'"),
@@ -225,7 +226,35 @@ def test_no_such_folder():
 
 
 def test_a_sliding_window_bounds_the_context():
+  """model.max_length may not exceed what config.json bounds: beyond a window the layers would see less than ours, and a table of
+  positions has its length. Rotary positions go on."""
   assert hf.fields(GOLDEN / 'mistral')['max_length'] == 20
+  asked = lambda name, length: setup.model_config(dict(source=f'hf:{GOLDEN / name}', max_length=length), 61, 'model').max_length
+  assert asked('mistral', 20) == 20 and asked('mistral', 8) == 8 and asked('llama', 64) == 64 and asked('gpt2', 32) == 32
+  for name, length, words in (('mistral', 21, r'model.max_length=21, but .* sliding_window=20 .*would see less than ours'),
+                              ('gpt2', 33, r'model.max_length=33, but .* n_positions=32 in its config.json; its table'),
+                              ('gpt2', 16, r'model.max_length=16, but .* n_positions=32 .*set it to 32')):
+    with pytest.raises(ValueError, match=words):
+      asked(name, length)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+  shutil.copytree(GOLDEN / 'chat', tmp_path, dirs_exist_ok=True)
+  tensors = load_file(tmp_path / 'model.safetensors')
+  save_file(tensors | {'model.embed_tokens.weight': tensors['model.embed_tokens.weight'][:250]}, tmp_path / 'model.safetensors')
+  _config(vocab_size=250)(tmp_path)
+  with pytest.raises(ValueError, match='vocab_size=250, but the tokenizer has 260 tokens'):
+    finished.load(f'hf:{tmp_path}', 'lm')
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+  """Its readers raise what they like, a bare Exception among it."""
+  shutil.copytree(GOLDEN / 'chat', tmp_path, dirs_exist_ok=True)
+  raw = (tmp_path / 'tokenizer.json').read_bytes()
+  for damaged in (b'', raw[:2000], b'{}', b'[1]', b'\xff\xfe'):
+    (tmp_path / 'tokenizer.json').write_bytes(damaged)
+    with pytest.raises(ValueError, match=f'data.tokenizer=.*{tmp_path}'):
+      setup.load_tokenizer(f'hf:{tmp_path}')
 
 
 def test_every_parameter_of_every_family_has_a_place():

@@ -29,7 +29,7 @@ FREE = ('max_length', 'dropout', 'dtype', 'remat', 'logits_chunk', 'attention_ch
 
 
 def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerConfig, params: Params, *, dtype: str = 'float32',
-         shard_bytes: int = 5 * 10**9, tokenizer: Any = None, end: int | None = None, bias: str | None = None) -> dict[str, Any]:
+         shard_bytes: int = 5 * 10**9, tokenizer: Any = None, ends: Sequence[int] = (), bias: str | None = None) -> dict[str, Any]:
   """Writes a policy as a causal language model, a reward model as a sequence classifier with one label. Written under another name
   and renamed, so it is whole or not there; SHA256SUMS holds every file's checksum, which hf.load compares.
 
@@ -37,7 +37,8 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
     source: the checkpoint the run started from; its config.json, generation_config.json and, without `tokenizer`, its tokenizer
       files are taken over.
     tokenizer: of the run, written with its chat template.
-    end: the token that ends a response, written with the tokenizer's end of text as what ends generation.
+    ends: the tokens that stop generation, first the one that responses were trained to end with; the tokenizer's end of text is
+      added.
     dtype: of the file: 'float32', 'bfloat16' or 'float16'.
     bias: what becomes of a reward model's bias where transformers' classifier has no place for it: 'drop' (every score is shifted
       by it, differences and rankings are the same) or 'keep' (config.json's alignjax_score_bias, to be added to the logit).
@@ -51,7 +52,7 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
   family, scalar = FAMILIES[kind], 'score' in params['final']
   config = _config(config_json.read_object(source / 'config.json'), declared, cfg, family.classes[scalar], dtype, source)
   report: dict[str, Any] = {'class': family.classes[scalar]}
-  config |= _special_ids(config, tokenizer, end)
+  config |= _special_ids(config, tokenizer, ends)
   if scalar:
     params, report['bias'] = _place_bias(params, config, bias)
     config |= dict(num_labels=1, id2label={'0': 'score'}, label2id={'score': 0}, problem_type='regression')
@@ -93,13 +94,13 @@ def _config(config: dict[str, Any], declared: Mapping[str, Any], cfg: Transforme
   return config
 
 
-def _special_ids(config: Mapping[str, Any], tokenizer: Any, end: int | None) -> dict[str, Any]:
-  """Entries of config.json: what ends a response first, then the tokenizer's end of text."""
+def _special_ids(config: Mapping[str, Any], tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
+  """Entries of config.json; without a tokenizer they are the source's."""
   if tokenizer is None:
-    return {} if end is None else dict(eos_token_id=end)
-  ends = list(dict.fromkeys(i for i in (end, tokenizer.eos_token_id) if i is not None))
+    return {}
+  every = list(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None))
   bos = tokenizer.bos_token_id
-  return dict(eos_token_id=ends[0] if len(ends) == 1 else ends or None, pad_token_id=tokenizer.pad_token_id,
+  return dict(eos_token_id=every[0] if len(every) == 1 else every or None, pad_token_id=tokenizer.pad_token_id,
               bos_token_id=config.get('bos_token_id') if bos is None else bos)
 
 
@@ -132,9 +133,10 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
     norm = {**norm, 'bias': (np.asarray(norm['bias']) + bias * w / np.dot(w, w)).astype(np.float32)}
     return {**params, 'final': {'norm': norm, 'score': score}}, 'folded into the last norm'
   if choice not in BIAS:
-    raise ValueError(f"the reward model has the bias {bias:.6g}, for which transformers' {config['architectures'][0]} has no place. "
-                     '--bias=drop leaves it out, which shifts all scores alike, so that differences and rankings stay; --bias=keep leaves '
-                     'it in config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it loads it).')
+    name = config['architectures'][0]
+    raise ValueError(f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. --bias=drop leaves it "
+                     'out, which shifts all scores alike, so that differences and rankings stay; --bias=keep writes it to '
+                     'config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it loads it).')
   if choice == 'drop':
     return params, f'{bias:.6g}, left out: add it to a score for that of alignjax'
   config['alignjax_score_bias'] = bias
@@ -144,8 +146,8 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
 def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[Any, Params, str]:
   """transformers' classifier scores a row at its last token that is not pad_token_id, so that pad must be no token that a response
   ends in. In this order: the tokenizer's own; a special token that is reserved or made for it; a new token where the model has
-  embeddings to spare; the beginning of text; a new token with a row of zeros. Rows are padded on the right, where absolute positions
-  do not move.
+  embeddings to spare; the beginning of text; a new token with a row of zeros. The tokenizer then pads on the right, where absolute
+  positions do not move.
 
   Returns (tokenizer, params, the choice in words); changes `config`.
   """
@@ -164,13 +166,15 @@ def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[
     free = [tokenizer.bos_token_id]
   if free:
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
-    words = f'{tokenizer.pad_token} (id {free[0]})' + ('' if own else ', because the tokenizer has none, or one that ends responses')
+    why = '' if own else ', because the tokenizer has none, or one that ends responses'
+    words = f'{tokenizer.pad_token} (id {free[0]}){why}'
   else:
     tokenizer.add_special_tokens({'pad_token': '<|alignjax_pad|>'})
     more = max(0, tokenizer.pad_token_id + 1 - vocab)
-    words = f'{tokenizer.pad_token} (id {tokenizer.pad_token_id}), a new token' + (f'; {more} rows of embeddings added' if more else '')
-    rows = np.asarray(params['embed']['tokens'])
-    params = {**params, 'embed': {**params['embed'], 'tokens': np.concatenate([rows, np.zeros_like(rows[:more])])}}
+    rows = f', with {more} more rows of embeddings' if more else ''
+    words = f'{tokenizer.pad_token} (id {tokenizer.pad_token_id}), a new token{rows}'
+    table = np.asarray(params['embed']['tokens'])
+    params = {**params, 'embed': {**params['embed'], 'tokens': np.concatenate([table, np.zeros_like(table[:more])])}}
     config['vocab_size'] = vocab + more
   config['pad_token_id'] = tokenizer.pad_token_id
   return tokenizer, params, words

@@ -119,8 +119,10 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise FileNotFoundError(f'{folder / file}: named in {INDEX}, but not there.')
     return sorted(folder / file for file in set(where.values()))
   others = sorted(p.name for pattern in ('*.safetensors', '*.bin') for p in folder.glob(pattern))
-  hint = (f' {others[0]} is a pickle, which is not read; convert it with transformers.' if others and others[0].endswith('.bin') else
-          f' {others[0]} is not read, as in transformers: rename it, or write the index of its shards.' if others else '')
+  hint = ''
+  if others:
+    hint = (f' {others[0]} is a pickle, which is not read; convert it with transformers.' if others[0].endswith('.bin') else
+            f' {others[0]} is not read, as in transformers: rename it, or write the index of its shards.')
   raise FileNotFoundError(f'{folder}: no {SINGLE} and no {INDEX}.{hint}')
 
 
@@ -200,10 +202,11 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
   if declared['tie_embeddings'] and not scored:
     files.share(family.embedding, family.head)
   if head == 'lm' and cfg.tie_embeddings and files.differ(family.head, family.embedding):
-    raise ValueError(f'{folder}: {family.head} differs from {family.embedding}, which model.tie_embeddings=True would use for both. '
-                     'Leave model.tie_embeddings out: the file decides.')
+    raise ValueError(f'{folder}: {family.head} differs from {family.embedding}, which model.tie_embeddings=True would use for '
+                     'both. Leave model.tie_embeddings out: the file decides.')
   if cfg.num_layers > len(files.names):
-    raise ValueError(f'{folder}: the files hold {len(files.names)} tensors, too few for the {cfg.num_layers} layers of config.json.')
+    raise ValueError(f'{folder}: the files hold {len(files.names)} tensors, too few for the {cfg.num_layers} layers that '
+                     'config.json declares.')
   table = [t for t in family.tensors(cfg) if head == 'lm' or not t.paths[0].startswith('final/head')]
   if head == 'scalar' and scored:
     table.append(SCORE)
@@ -270,7 +273,8 @@ def _check(files: Files, table: list[Tensor], family: Family, cfg: TransformerCo
       wanted[tensor.name.format(i=i)] = shape
   missing = sorted(wanted.keys() - files.names)
   if missing:
-    hint = ' If the model uses its embeddings for it, config.json has to say "tie_word_embeddings": true.' * (missing == [family.head])
+    tied = ' If the model uses its embeddings for it, config.json has to say "tie_word_embeddings": true.'
+    hint = tied if missing == [family.head] else ''
     raise ValueError(f'{files.folder}: {len(missing)} tensors are missing, first {missing[0]!r}.{hint}')
   for name, shape in wanted.items():
     if files.shape(name) != shape:

@@ -136,7 +136,8 @@ def load_tokenizer(name: str) -> Any:
   try:
     return AutoTokenizer.from_pretrained(folder)
   except Exception as error:  # noqa: BLE001 damaged files raise what their readers raise, a bare Exception of tokenizers included
-    raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} ({type(error).__name__}: {error}).') from error
+    raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} '
+                     f'({type(error).__name__}: {error}).') from error
 
 
 def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
