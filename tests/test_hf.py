@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from alignjax.models import families, hf, transformer
+from alignjax.models import config_json, export, families, hf, transformer
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
+from alignjax.stages import finished, setup
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/expected.npz'))
@@ -54,7 +55,7 @@ def test_logits_and_greedy_continuation_equal_those_of_transformers(name):
 def test_saved_and_loaded_is_the_same(name, head, tmp_path):
   cfg = config(GOLDEN / name)
   params = hf.load(GOLDEN / name, cfg, head, ONE.params, jax.random.key(3))
-  report = hf.save(tmp_path / 'out', GOLDEN / name, cfg, params, shard_bytes=5000)
+  report = export.save(tmp_path / 'out', GOLDEN / name, cfg, params, shard_bytes=5000)
   assert report['class'].endswith('ForCausalLM' if head == 'lm' else 'ForSequenceClassification') or name == 'gpt2'
   assert len(list((tmp_path / 'out').glob('model-*.safetensors'))) > 1 and not list(tmp_path.glob('*.partial'))
   same(hf.load(tmp_path / 'out', cfg, head, ONE.params), params)
@@ -82,26 +83,34 @@ def test_low_precision_files_are_read_to_float32(tmp_path):
   cfg = config(GOLDEN / 'llama')
   params = hf.load(GOLDEN / 'llama', cfg, 'lm', ONE.params)
   for dtype in ('bfloat16', 'float16'):
-    hf.save(tmp_path / dtype, GOLDEN / 'llama', cfg, params, dtype=dtype)
+    export.save(tmp_path / dtype, GOLDEN / 'llama', cfg, params, dtype=dtype)
     back = leaves(hf.load(tmp_path / dtype, cfg, 'lm', ONE.params))
     for name, value in leaves(params).items():
       np.testing.assert_array_equal(back[name], np.asarray(jax.numpy.asarray(value).astype(dtype), np.float32))
 
 
 def test_a_reward_models_bias_is_folded_or_kept(tmp_path):
-  """GPT-2's last LayerNorm takes it (the scores stay); RMSNorm cannot, so it is in config.json."""
+  """GPT-2's last LayerNorm takes it (the scores stay); RMSNorm cannot, so there is a choice: config.json, or left out."""
   tokens = np.arange(10, dtype=np.int32)[None]
   for name, folded in (('gpt2', True), ('llama', False)):
     cfg = config(GOLDEN / name)
     params = hf.load(GOLDEN / name, cfg, 'scalar', ONE.params, jax.random.key(1))
     params['final']['score']['bias'] += 0.7
-    report = hf.save(tmp_path / name, GOLDEN / name, cfg, params)
+    if not folded:
+      with pytest.raises(ValueError, match=r'the bias 0\.7, for which .*--bias=drop .*--bias=keep'):
+        export.save(tmp_path / name, GOLDEN / name, cfg, params)
+      assert not (tmp_path / name).exists()
+      export.save(tmp_path / 'dropped', GOLDEN / name, cfg, params, bias='drop')
+    report = export.save(tmp_path / name, GOLDEN / name, cfg, params, bias='keep')
     written = json.loads((tmp_path / name / 'config.json').read_text())
     assert ('folded' in report['bias']) == folded and (written.get('alignjax_score_bias') is None) == folded
     score = lambda p: transformer.make_networks(cfg).scalar(p, tokens, tokens >= 0)  # noqa: B023
     back = hf.load(tmp_path / name, cfg, 'scalar', ONE.params)
     np.testing.assert_allclose(score(back), score(params), rtol=1e-5, atol=1e-5)
     assert (float(back['final']['score']['bias'][0]) == 0.0) == folded
+    if not folded:
+      dropped = hf.load(tmp_path / 'dropped', cfg, 'scalar', ONE.params)
+      np.testing.assert_allclose(score(dropped) + 0.7, score(params), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match='a reward model'):
       hf.load(tmp_path / name, cfg, 'lm', ONE.params)
 
@@ -131,6 +140,18 @@ def _config(**changes):
   return edit
 
 
+def _moved(then):
+  """The tensors in a file that is neither model.safetensors nor in an index."""
+  def edit(folder):
+    (folder / 'model.safetensors').rename(folder / 'model-1.safetensors')
+    then(folder)
+  return edit
+
+
+def _index(where):
+  return _moved(lambda folder: (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': where})))
+
+
 NORM, QUERY = 'model.norm.weight', 'model.layers.1.self_attn.q_proj.weight'
 BROKEN = {
     'no config': (lambda f: (f / 'config.json').unlink(), 'no config.json'),
@@ -144,7 +165,7 @@ BROKEN = {
     'linear rope, old key': (_config(rope_parameters='DELETE', rope_scaling={'type': 'linear'}), "rope_type 'linear'"),
     'heads': (_config(num_attention_heads=3, head_dim='DELETE'), 'num_heads=3'),
     'kv heads': (_config(num_key_value_heads=3), 'num_kv_heads=3'),
-    'no tensors': (lambda f: (f / 'model.safetensors').unlink(), 'no \\*.safetensors file'),
+    'no tensors': (lambda f: (f / 'model.safetensors').unlink(), 'no model.safetensors and no model.safetensors.index.json'),
     'pickle': (lambda f: (f / 'model.safetensors').rename(f / 'pytorch_model.bin'), 'is a pickle, which is not read'),
     'cut file': (lambda f: (f / 'model.safetensors').write_bytes((f / 'model.safetensors').read_bytes()[:5000]),
                  'model.safetensors: not a whole safetensors file'),
@@ -153,11 +174,37 @@ BROKEN = {
     'a tensor too many': (_tensors(lambda t: t.update({'model.extra.weight': t[NORM]})), "no place.*'model.extra.weight'"),
     'a tensor misshapen': (_tensors(lambda t: t.update({QUERY: t[QUERY][:-1]})),
                            r'q_proj.weight has the shape \[15, 16\].*\[16, 16\]'),
-    'integers': (_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int8)})), 'model.norm.weight is int8; quantised'),
+    'integers': (_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int8)})), 'model.norm.weight is I8; quantised'),
     'a layer too many': (_config(num_hidden_layers=1), 'tensors have no place'),
     'a layer too few': (_config(num_hidden_layers=3), "missing, first 'model.layers.2"),
-    'a file of the index missing': (lambda f: (f / 'model.safetensors.index.json').write_text(json.dumps(
-        {'weight_map': {NORM: 'model-2.safetensors'}})), 'model-2.safetensors: named in model.safetensors.index.json'),
+    'a file of the index missing': (_index({NORM: 'model-2.safetensors'}),
+                                    'model-2.safetensors: named in model.safetensors.index.json'),
+    'an index of nothing': (_index({}), 'weight_map has to be an object'),
+    'an index of numbers': (_index({NORM: 3}), 'weight_map has to be an object'),
+    'an index of other folders': (_index({NORM: '../model.safetensors'}), 'no safetensors file of this folder'),
+    'an index cut': (_moved(lambda f: (f / 'model.safetensors.index.json').write_text('{"weight_map": ')), 'line 1: not JSON'),
+    'shards without an index': (_moved(lambda f: None), 'model-1.safetensors is not read, as in transformers'),
+    'an adapter': (lambda f: (f / 'adapter_config.json').write_text('{}'), 'PEFT adapter'),
+    'the head twice': (_tensors(lambda t: t.update({'embed_out.weight': t['lm_head.weight']})), "no place.*'embed_out.weight'"),
+    'a name twice': (_tensors(lambda t: t.update({'norm.weight': t[NORM]})), "'.*norm.weight' is there twice"),
+    'no head': (_tensors(lambda t: t.pop('lm_head.weight')), "first 'lm_head.weight'. .*tie_word_embeddings"),
+    'quantised': (_config(quantization_config={'quant_method': 'fp8'}), 'quantization_config={.* is not covered'),
+    'quantised dtype': (_config(dtype='float8_e4m3fn'), "dtype='float8_e4m3fn' is not covered"),
+    'another class': (_config(architectures=['LlamaBiModel']), r"architectures=\['LlamaBiModel'\] is not covered"),
+    'not causal': (_config(is_causal=False), 'is_causal=False is not covered'),
+    'another file': (_config(transformers_weights='other.safetensors'), "transformers_weights='other.safetensors' is not covered"),
+    'a text for a number': (_config(hidden_size='16'), "hidden_size='16' is not a whole number"),
+    'a fraction of a layer': (_config(num_hidden_layers=2.0), 'num_hidden_layers=2.0 is not a whole number'),
+    'a negative size': (_config(intermediate_size=-24), 'intermediate_size=-24 is not a whole number from 1'),
+    'null': (_config(vocab_size=None), 'vocab_size=None is not a whole number'),
+    'a giant': (_config(num_hidden_layers=10**9), 'the files hold 21 tensors, too few for the 1000000000 layers'),
+    'a wide giant': (_config(intermediate_size=2**31 - 1), 'asks for .2147483647, 16'),
+    'a list': (lambda f: (f / 'config.json').write_text('[]'), 'config.json: a JSON object is expected'),
+    'not text': (lambda f: (f / 'config.json').write_bytes(b'\xff{}'), 'config.json: not JSON'),
+    'yes': (_config(tie_word_embeddings='yes'), "tie_word_embeddings='yes' is not true or false"),
+    'rope by layer type': (_config(rope_parameters={'full_attention': {'rope_type': 'default'}}), 'one flat object'),
+    'rope in text': (_config(rope_scaling='linear'), "rope_scaling='linear' is not covered"),
+    'windows in llama': (_config(layer_types=['sliding_attention'] * 2), 'layer_types=.* is not covered for llama'),
     'another width': (_config(hidden_size=32, head_dim=4), r'has the shape \[61, 16\].*\[61, 32\]'),
 }
 
@@ -170,7 +217,7 @@ def test_a_broken_checkpoint_is_named(name, tmp_path):
   breaks(folder)
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
     hf.load(folder, config(folder), 'lm', ONE.params)
-  assert str(folder) in str(error.value) or name in ('heads', 'kv heads')
+  assert str(folder) in str(error.value)
 
 
 def test_no_such_folder():
@@ -179,13 +226,41 @@ def test_no_such_folder():
 
 
 def test_a_sliding_window_bounds_the_context():
+  """model.max_length may not exceed what config.json bounds: beyond a window the layers would see less than ours, and a table of
+  positions has its length. Rotary positions go on."""
   assert hf.fields(GOLDEN / 'mistral')['max_length'] == 20
+  asked = lambda name, length: setup.model_config(dict(source=f'hf:{GOLDEN / name}', max_length=length), 61, 'model').max_length
+  assert asked('mistral', 20) == 20 and asked('mistral', 8) == 8 and asked('llama', 64) == 64 and asked('gpt2', 32) == 32
+  for name, length, words in (('mistral', 21, r'model.max_length=21, but .* sliding_window=20 .*would see less than ours'),
+                              ('gpt2', 33, r'model.max_length=33, but .* n_positions=32 in its config.json; its table'),
+                              ('gpt2', 16, r'model.max_length=16, but .* n_positions=32 .*set it to 32')):
+    with pytest.raises(ValueError, match=words):
+      asked(name, length)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+  shutil.copytree(GOLDEN / 'chat', tmp_path, dirs_exist_ok=True)
+  tensors = load_file(tmp_path / 'model.safetensors')
+  save_file(tensors | {'model.embed_tokens.weight': tensors['model.embed_tokens.weight'][:250]}, tmp_path / 'model.safetensors')
+  _config(vocab_size=250)(tmp_path)
+  with pytest.raises(ValueError, match='vocab_size=250, but the tokenizer has 260 tokens'):
+    finished.load(f'hf:{tmp_path}', 'lm')
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+  """Its readers raise what they like, a bare Exception among it."""
+  shutil.copytree(GOLDEN / 'chat', tmp_path, dirs_exist_ok=True)
+  raw = (tmp_path / 'tokenizer.json').read_bytes()
+  for damaged in (b'', raw[:2000], b'{}', b'[1]', b'\xff\xfe'):
+    (tmp_path / 'tokenizer.json').write_bytes(damaged)
+    with pytest.raises(ValueError, match=f'data.tokenizer=.*{tmp_path}'):
+      setup.load_tokenizer(f'hf:{tmp_path}')
 
 
 def test_every_parameter_of_every_family_has_a_place():
   for name in NAMES:
     cfg = config(GOLDEN / name)
-    kind, _ = families.read_config(GOLDEN / name)
+    kind = config_json.declared(GOLDEN / name).kind
     known = {p for t in families.FAMILIES[kind].tensors(cfg) for p in t.paths}
     assert known == set(leaves(jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0))) and  # noqa: B023
                                hf.load(GOLDEN / name, cfg, 'lm', ONE.params)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax import optim
-from alignjax.models import hf, transformer
+from alignjax.models import export, hf, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.sharding import Sharder, make_mesh
 
@@ -30,7 +30,7 @@ def test_item_5_logits_equal_those_of_transformers(name, seed, tmp_path):
   expected = make.logits_of(model, tokens, mask)
   out = transformer.make_networks(cfg).logits(params, jnp.asarray(tokens), jnp.asarray(mask))
   np.testing.assert_allclose(np.asarray(out)[mask], expected[mask], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-  hf.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
+  export.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
   back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
   np.testing.assert_array_equal(make.logits_of(back, tokens, mask), expected)
 
@@ -43,7 +43,7 @@ def test_a_reward_model_goes_to_transformers(name, tmp_path):
   cfg = TransformerConfig(**hf.fields(tmp_path / 'in'))
   params = hf.load(tmp_path / 'in', cfg, 'scalar', SHARDER.params, jax.random.key(5))
   params['final']['score']['bias'] += 0.3
-  report = hf.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
+  report = export.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
   model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'out').eval()
   rows = [np.arange(1, n, dtype=np.int32)[None] for n in (4, 9)]
   for row in rows:

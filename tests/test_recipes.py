@@ -84,7 +84,7 @@ def test_a_recipe_runs_from_a_checkpoint_and_files(workdir):
 @pytest.mark.slow
 def test_export_is_what_was_trained(workdir, tmp_path, capsys):
   for stage, head in (('ppo_ptx', 'lm'), ('rm', 'scalar')):
-    export.main([f'--model={workdir / stage}', f'--out={tmp_path / stage}'])
+    export.main([f'--model={workdir / stage}', f'--out={tmp_path / stage}', '--bias=keep'])
     model, back = finished.load(str(workdir / stage)), finished.load(f'hf:{tmp_path / stage}', head)
     for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(back.params), strict=True):
       np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -1,19 +1,18 @@
-"""Hugging Face checkpoints in and out: safetensors and config.json, no pickle, no remote code, no torch.
+"""Checkpoints of Hugging Face read: safetensors and config.json, no pickle, no remote code, no torch. Written: models/export.py.
 
     cfg = TransformerConfig(**hf.fields(name))                config.json -> TransformerConfig
     params = hf.load(name, cfg, head, shardings)              tensor by tensor onto the devices
-    hf.save(folder, source, cfg, params)                      a folder that transformers loads
 
-Which families, and which tensor goes where: models/families.py.
+The files and tensors that count are those that transformers would take; what it would take otherwise is refused by name. Which
+families, and which tensor goes where: models/families.py; which entries: models/config_json.py.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,58 +20,130 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import transformer
+from alignjax.models import config_json, transformer
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
-from alignjax.models.families import FAMILIES, SCORE, Family, Tensor, read_config
+from alignjax.models.families import FAMILIES, SCORE, Family, Tensor
 from alignjax.types import Params
+
+SINGLE, INDEX, SUMS = 'model.safetensors', 'model.safetensors.index.json', 'SHA256SUMS'
+HUB_SECONDS = 10  # that the hub has for an answer
+DTYPES = ('F64', 'F32', 'F16', 'BF16')  # of safetensors
 
 
 def fields(name: str | os.PathLike) -> dict[str, Any]:
-  """The fields of TransformerConfig that a checkpoint's config.json declares."""
-  return read_config(folder_of(name))[1]
+  """The fields of TransformerConfig that a checkpoint declares: config.json, and the files where they have another head than the
+  tied embeddings that it promises. Then the head counts, as in transformers."""
+  folder = folder_of(name)
+  verify(folder, weights=False)
+  kind, declared, _ = config_json.declared(folder)
+  if declared['tie_embeddings'] and any((folder / file).is_file() for file in (SINGLE, INDEX)):
+    family = FAMILIES[kind]
+    declared['tie_embeddings'] = not Files(folder, family).differ(family.head, family.embedding)
+  return declared
+
+
+def bound(name: str | os.PathLike) -> str | None:
+  """The entry of config.json that bounds max_length, or None where rotary positions go on (config_json.Declared)."""
+  return config_json.declared(folder_of(name)).bound
 
 
 def folder_of(name: str | os.PathLike) -> pathlib.Path:
   """The local folder of a checkpoint: a path, or a name on the hub, downloaded without pickles and code."""
-  path = pathlib.Path(name).expanduser()
+  text = str(name)
+  try:
+    path = pathlib.Path(text).expanduser()
+  except RuntimeError as error:  # ~ of nobody
+    raise FileNotFoundError(f'hf:{text}: no such folder ({error}).') from None
+  if not text.strip():
+    raise FileNotFoundError("hf: names no checkpoint; write 'hf:FOLDER_OR_HUB_NAME'.")
   if path.is_dir():
     return path
-  if path.is_absolute() or str(name).count('/') > 1 or str(name).startswith('.'):
-    raise FileNotFoundError(f'hf:{name}: no such folder.')
-  from huggingface_hub import snapshot_download
+  if os.path.lexists(path):
+    raise FileNotFoundError(f'hf:{text}: {path} is a file; name the folder that holds config.json and {SINGLE}.')
+  hub = text.rstrip('/')
+  if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hub):
+    raise FileNotFoundError(f'hf:{text}: no such folder ({path.absolute()}).')
+  from huggingface_hub import HfApi, snapshot_download
+  revision = cause = None
   try:
-    return pathlib.Path(snapshot_download(str(name), allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt',
-                                                                     '*.jinja']))
+    revision = HfApi().model_info(hub, timeout=HUB_SECONDS).sha  # the download itself would wait for an answer without end
+  except Exception as error:  # noqa: BLE001 no way to the hub: what was downloaded before will do
+    cause = error
+  try:
+    return pathlib.Path(snapshot_download(hub, revision=revision, local_files_only=cause is not None,
+                                          allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt', '*.jinja'],
+                                          ignore_patterns=['original/*', 'consolidated*']))
   except Exception as error:  # noqa: BLE001 the hub's errors are many; the message says what failed
-    raise FileNotFoundError(f'hf:{name}: neither a folder here nor to be had from the hub '
-                            f'({type(error).__name__}: {str(error).splitlines()[0]}).') from error
+    cause = cause or error
+    raise FileNotFoundError(f'hf:{text}: there is no folder {path.absolute()}, and no model {hub!r} is to be had from the hub '
+                            f'({type(cause).__name__}: {(str(cause).splitlines() or [""])[0]}).') from cause
+
+
+def verify(folder: pathlib.Path, weights: bool) -> None:
+  """Compares the files of an export with its SHA256SUMS, where there is one. ValueError or FileNotFoundError names the file.
+
+  weights: those with tensors, or all others.
+  """
+  sums = folder / SUMS
+  if not sums.is_file():
+    return
+  for number, line in enumerate(sums.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
+    if not (found := re.fullmatch(r'([0-9a-f]{64})  ([^/]+)', line)):
+      raise ValueError(f'{sums}, line {number}: not a SHA-256 and a file name. Restore the file, or delete it to go on unchecked.')
+    path = folder / found[2]
+    if path.name.endswith('.safetensors') != weights:
+      continue
+    if not path.is_file():
+      raise FileNotFoundError(f'{path}: named in {SUMS}, but not there.')
+    with path.open('rb') as file:
+      if hashlib.file_digest(file, 'sha256').hexdigest() != found[1]:
+        raise ValueError(f'{path}: not what was exported, by {SUMS}. If the change is meant, delete {SUMS}; else export again.')
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files that transformers reads: model.safetensors; without it, those that the index names; and no others."""
+  if (folder / 'adapter_config.json').exists():
+    raise ValueError(f'{folder}: adapter_config.json makes it a PEFT adapter, which is not read. Merge it into its model first.')
+  index = folder / INDEX
+  if (folder / SINGLE).is_file():
+    return [folder / SINGLE]
+  if index.is_file():
+    where = config_json.read_object(index).get('weight_map')
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+      raise ValueError(f'{index}: weight_map has to be an object of tensor and file names.')
+    for file in set(where.values()):
+      if os.path.isabs(file) or os.path.normpath(file).startswith('..') or not file.endswith('.safetensors'):
+        raise ValueError(f'{index}: weight_map names {file!r}, which is no safetensors file of this folder.')
+      if not (folder / file).is_file():
+        raise FileNotFoundError(f'{folder / file}: named in {INDEX}, but not there.')
+    return sorted(folder / file for file in set(where.values()))
+  others = sorted(p.name for pattern in ('*.safetensors', '*.bin') for p in folder.glob(pattern))
+  hint = ''
+  if others:
+    hint = (f' {others[0]} is a pickle, which is not read; convert it with transformers.' if others[0].endswith('.bin') else
+            f' {others[0]} is not read, as in transformers: rename it, or write the index of its shards.')
+  raise FileNotFoundError(f'{folder}: no {SINGLE} and no {INDEX}.{hint}')
 
 
 class Files:
-  """The tensors of a folder's safetensors files by name, each read when asked for. Names as in transformers, whether or
-  not the file has the trunk's prefix."""
+  """The tensors of a checkpoint by name, each read when asked for. Names as in transformers, whether or not the file has the
+  trunk's prefix. A tensor that is there twice is a ValueError."""
 
   def __init__(self, folder: pathlib.Path, family: Family):
     from safetensors import SafetensorError, safe_open
-    index = folder / 'model.safetensors.index.json'
-    paths = sorted({folder / f for f in json.loads(index.read_text())['weight_map'].values()} if index.exists()
-                   else folder.glob('*.safetensors'))
-    if not paths:
-      other = sorted(p.name for p in folder.glob('*.bin'))
-      raise FileNotFoundError(f'{folder}: no *.safetensors file' +
-                              (f'; {other[0]} is a pickle, which is not read. Convert it with transformers.' if other else '.'))
     self._where: dict[str, tuple[Any, str]] = {}
-    for path in paths:
+    homes: dict[str, str] = {}
+    for path in weight_files(folder):
       try:
         file = safe_open(path, framework='np')
-      except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: named in {index.name}, but not there.') from None
-      except SafetensorError as error:
+      except (SafetensorError, OSError) as error:
         raise ValueError(f'{path}: not a whole safetensors file ({error}).') from error
-      for name in file.keys():  # noqa: SIM118 not a dict
-        full = name if name.startswith((family.prefix, 'lm_head.', 'embed_out.', 'score.')) else family.prefix + name
-        self._where[full] = (file, name)
+      for key in file.keys():  # noqa: SIM118 not a dict
+        name = family.name(key)
+        if name in homes:
+          raise ValueError(f'{path}: tensor {key!r} is there twice, the other time in {homes[name]}.')
+        self._where[name], homes[name] = (file, key), path.name
     self.names = set(self._where)
     self.folder = folder
 
@@ -80,9 +151,30 @@ class Files:
     file, key = self._where[name]
     return tuple(file.get_slice(key).get_shape())
 
+  def dtype(self, name: str) -> str:
+    file, key = self._where[name]
+    return file.get_slice(key).get_dtype()
+
   def read(self, name: str) -> np.ndarray:
     file, key = self._where[name]
     return file.get_tensor(key)
+
+  def differ(self, name: str, other: str) -> bool:
+    """Whether both tensors are there, of one shape, and hold other numbers."""
+    both = (name, other)
+    if not {*both} <= self.names or self.shape(name) != self.shape(other) or not self.shape(name) or not all(
+        self.dtype(n) in DTYPES for n in both):
+      return False
+    rows = self.shape(name)[0]
+    a, b = (self._where[n][0].get_slice(self._where[n][1]) for n in both)
+    some = lambda x, i: x[i:min(i + 4096, rows)].astype(np.float32)
+    return any(not np.array_equal(some(a, i), some(b, i)) for i in range(0, rows, 4096))
+
+  def share(self, name: str, other: str) -> None:
+    """Lets a tensor that is missing be another one that is there."""
+    if name not in self.names and other in self.names:
+      self._where[name] = self._where[other]
+      self.names.add(name)
 
 
 def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: Callable[[Params], Params],
@@ -99,12 +191,22 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
     shardings: tree of shapes -> tree of shardings (Sharder.params).
   """
   folder = folder_of(name)
-  kind, _ = read_config(folder)
+  verify(folder, weights=False)
+  verify(folder, weights=True)
+  kind, declared, _ = config_json.declared(folder)
   family = FAMILIES[kind]
   files = Files(folder, family)
   scored = SCORE.name in files.names
   if head == 'lm' and scored:
     raise ValueError(f'{folder}: a reward model (it has {SCORE.name}); a policy cannot start from it.')
+  if declared['tie_embeddings'] and not scored:
+    files.share(family.embedding, family.head)
+  if head == 'lm' and cfg.tie_embeddings and files.differ(family.head, family.embedding):
+    raise ValueError(f'{folder}: {family.head} differs from {family.embedding}, which model.tie_embeddings=True would use for '
+                     'both. Leave model.tie_embeddings out: the file decides.')
+  if cfg.num_layers > len(files.names):
+    raise ValueError(f'{folder}: the files hold {len(files.names)} tensors, too few for the {cfg.num_layers} layers that '
+                     'config.json declares.')
   table = [t for t in family.tensors(cfg) if head == 'lm' or not t.paths[0].startswith('final/head')]
   if head == 'scalar' and scored:
     table.append(SCORE)
@@ -118,8 +220,8 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
       loaded[path] = array
   if head == 'scalar':
     fresh = transformer.init_head(cfg, jax.random.key(0) if key is None else key)
-    bias = json.loads((folder / 'config.json').read_text()).get('alignjax_score_bias', 0.0)
-    fresh['bias'] = fresh['bias'] + bias
+    if scored:
+      fresh['bias'] = fresh['bias'] + config_json.score_bias(folder)
     for path in ('kernel', 'bias'):
       loaded.setdefault(f'final/score/{path}', jax.device_put(fresh[path], placed[f'final/score/{path}']))
   return jax.tree_util.tree_map_with_path(lambda path, _: loaded[path_name(path)], shapes)
@@ -128,15 +230,15 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
 def has_score(name: str | os.PathLike) -> bool:
   """Whether a checkpoint is a reward model: a sequence classifier's `score.weight` is in its files."""
   folder = folder_of(name)
-  return SCORE.name in Files(folder, FAMILIES[read_config(folder)[0]]).names
+  return SCORE.name in Files(folder, FAMILIES[config_json.declared(folder).kind]).names
 
 
-def _sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
+def sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
   heads = cfg.kv_heads if 'key' in paths[0] or 'value' in paths[0] else cfg.num_heads
   return dict(n=heads, h=cfg.head_width, j=len(paths))
 
 
-def _needed(side: str, sizes: Mapping[str, int]) -> dict[str, int]:
+def needed(side: str, sizes: Mapping[str, int]) -> dict[str, int]:
   """Sizes that a pattern's side does not tell: those of its products."""
   return {k: v for k, v in sizes.items() if '(' in side and k in side.replace('(', ' ').replace(')', ' ').split()}
 
@@ -148,7 +250,7 @@ def _file_shape(tensor: Tensor, cfg: TransformerConfig, leaves: Mapping[str, Any
   left, right = (side.strip() for side in tensor.pattern.split('->'))
   right = right.removeprefix('j ') if len(tensor.paths) > 1 else right
   words = re.findall(r'\([^)]*\)|\S+', right)
-  size = _sizes(cfg, tensor.paths) | {word: n for word, n in zip(words, ours, strict=True) if not word.startswith('(')}
+  size = sizes(cfg, tensor.paths) | {word: n for word, n in zip(words, ours, strict=True) if not word.startswith('(')}
   out, group = [], None
   for word in left.replace('(', '( ').replace(')', ' )').split():
     if word == '(':
@@ -171,13 +273,18 @@ def _check(files: Files, table: list[Tensor], family: Family, cfg: TransformerCo
       wanted[tensor.name.format(i=i)] = shape
   missing = sorted(wanted.keys() - files.names)
   if missing:
-    raise ValueError(f'{files.folder}: {len(missing)} tensors are missing, first {missing[0]!r}.')
+    tied = ' If the model uses its embeddings for it, config.json has to say "tie_word_embeddings": true.'
+    hint = tied if missing == [family.head] else ''
+    raise ValueError(f'{files.folder}: {len(missing)} tensors are missing, first {missing[0]!r}.{hint}')
   for name, shape in wanted.items():
     if files.shape(name) != shape:
       raise ValueError(f'{files.folder}: tensor {name} has the shape {list(files.shape(name))}, but config.json (or model.* of '
                        f'the config) asks for {list(shape)}.')
-  heads = {'lm_head.weight', 'embed_out.weight'}  # tied copies of the embedding, or replaced by the scalar head
-  extra = sorted(n for n in files.names - wanted.keys() - heads if not n.endswith(family.harmless))
+    if files.dtype(name) not in DTYPES:
+      raise ValueError(f'{files.folder}: tensor {name} is {files.dtype(name)}; quantised checkpoints are not read, only '
+                       f'{", ".join(DTYPES)}.')
+  head = {family.head}  # a tied copy of the embedding, or replaced by the scalar head
+  extra = sorted(n for n in files.names - wanted.keys() - head if not n.endswith(family.harmless))
   if extra:
     raise ValueError(f'{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]!r}.')
 
@@ -195,10 +302,8 @@ def _load_one(files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, plac
     if not users:
       continue
     raw = files.read(tensor.name.format(i=i))
-    if raw.dtype.kind != 'f' and raw.dtype.name != 'bfloat16':
-      raise ValueError(f'{files.folder}: tensor {tensor.name.format(i=i)} is {raw.dtype}; quantised checkpoints are not read.')
     value = rearrange(raw.astype(np.float32), tensor.pattern,
-                      **_needed(tensor.pattern.split('->')[0], _sizes(cfg, tensor.paths)))
+                      **needed(tensor.pattern.split('->')[0], sizes(cfg, tensor.paths)))
     values = value if len(tensor.paths) > 1 else [value]
     for span in users:
       cut = tuple(slice(a, b) for a, b in (span[1:] if stacked else span))
@@ -206,100 +311,3 @@ def _load_one(files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, plac
         piece[i - span[0][0] if stacked else ...] = v[cut]
   return [jax.make_array_from_single_device_arrays(
       shape, placed[path], [jax.device_put(pieces[spans[d]][j], d) for d in devices]) for j, path in enumerate(tensor.paths)]
-
-
-def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerConfig, params: Params, *,
-         dtype: str = 'float32', shard_bytes: int = 5 * 10**9, tokenizer: Any = None) -> dict[str, Any]:
-  """Writes a folder that transformers loads: policy as a causal language model, reward model as a sequence classifier with
-  one label. Written under another name and renamed, so it is whole or not there.
-
-  Args:
-    source: the checkpoint the run started from; its config.json and tokenizer files are taken over.
-    tokenizer: written instead of the source's.
-    dtype: of the file: 'float32', 'bfloat16' or 'float16'.
-
-  Returns:
-    What a reader should know: {'class', 'tensors', 'bytes' and, of a reward model, 'bias': where it went}. transformers'
-    classifier has no bias: with a LayerNorm before the head it is folded into that norm's bias (exact: nothing else reads
-    it); with RMSNorm it stays in config.json as alignjax_score_bias, to be added to the logit. Differences of scores, and
-    so rankings, do not depend on it.
-  """
-  import ml_dtypes
-  from safetensors.numpy import save_file
-  source, folder = folder_of(source), pathlib.Path(folder)
-  kind, _ = read_config(source)
-  family = FAMILIES[kind]
-  scalar = 'score' in params['final']
-  config = json.loads((source / 'config.json').read_text())
-  config = {k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')}
-  config |= dict(architectures=[family.classes[scalar]], dtype=dtype)
-  report: dict[str, Any] = {'class': family.classes[scalar]}
-  table = family.tensors(cfg)
-  if scalar:
-    table = [t for t in table if not t.paths[0].startswith('final/head')] + [SCORE]
-    params, report['bias'] = _fold_bias(params, config)
-    config |= dict(num_labels=1, id2label={'0': 'score'}, label2id={'score': 0}, problem_type='regression')
-    config['pad_token_id'] = _pad_apart(config, tokenizer)
-  partial = folder.with_name(folder.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-  cast = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}[dtype]
-  shards: list[dict[str, np.ndarray]] = [{}]
-  total = 0
-  names: list[tuple[int, str]] = []
-  for tensor in table:
-    for i in range(cfg.num_layers if '{i}' in tensor.name else 1):
-      values = [np.asarray(leaves[p][i] if p.startswith('layers/') else leaves[p]) for p in tensor.paths]
-      left, right = tensor.pattern.split('->')
-      whole = np.stack(values) if len(values) > 1 else values[0]
-      whole = np.ascontiguousarray(rearrange(whole, f'{right} -> {left}', **_needed(right, _sizes(cfg, tensor.paths))).astype(cast))
-      if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + whole.nbytes > shard_bytes:
-        save_file(shards[-1], partial / f'shard-{len(shards)}.safetensors', metadata={'format': 'pt'})
-        shards[-1] = {}
-        shards.append({})
-      name = tensor.name.format(i=i)
-      shards[-1][name] = whole
-      names.append((len(shards), name))
-      total += whole.nbytes
-  save_file(shards[-1], partial / f'shard-{len(shards)}.safetensors', metadata={'format': 'pt'})
-  count = len(shards)
-  final = lambda k: 'model.safetensors' if count == 1 else f'model-{k:05d}-of-{count:05d}.safetensors'
-  for k in range(1, count + 1):
-    (partial / f'shard-{k}.safetensors').chmod(0o644)  # safetensors writes files for the owner alone
-    (partial / f'shard-{k}.safetensors').rename(partial / final(k))
-  if count > 1:
-    (partial / 'model.safetensors.index.json').write_text(json.dumps(
-        {'metadata': {'total_size': total}, 'weight_map': {name: final(k) for k, name in names}}, indent=2))
-  (partial / 'config.json').write_text(json.dumps(config, indent=2))
-  if tokenizer is not None:
-    tokenizer.save_pretrained(partial)
-  else:
-    for path in source.iterdir():
-      if path.suffix in ('.json', '.model', '.txt', '.jinja') and not (partial / path.name).exists() and 'index' not in path.name:
-        shutil.copy(path, partial / path.name)
-  shutil.rmtree(folder, ignore_errors=True)
-  partial.rename(folder)
-  return report | dict(tensors=len(names), bytes=total)
-
-
-def _fold_bias(params: Params, config: dict[str, Any]) -> tuple[Params, str]:
-  """w.(norm + b) + c = w.(norm + b + c w / |w|^2): a LayerNorm's bias takes the score's."""
-  norm, score = params['final']['norm'], params['final']['score']
-  bias, w = float(np.asarray(score['bias'])[0]), np.asarray(score['kernel'])[:, 0]
-  if 'bias' in norm:
-    norm = {**norm, 'bias': np.asarray(norm['bias']) + bias * w / np.dot(w, w)}
-    return {**params, 'final': {'norm': norm, 'score': score}}, 'folded into the last norm'
-  config['alignjax_score_bias'] = bias
-  return params, f'{bias:.6g}, in config.json as alignjax_score_bias: add it to the logit'
-
-
-def _pad_apart(config: Mapping[str, Any], tokenizer: Any) -> int | None:
-  """transformers' classifier reads the last token that is not pad_token_id: right only if pad is no token of a response.
-  Without one it takes one row at a time and reads its last token, which is always right."""
-  pad = config.get('pad_token_id') if tokenizer is None else tokenizer.pad_token_id
-  ends = config.get('eos_token_id')
-  ends = [*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, 'eos_token_id', None)]
-  return None if pad in ends else pad
-
-

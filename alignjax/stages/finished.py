@@ -73,6 +73,8 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   sharder = _sharder(mesh)
   tokenizer = setups.load_tokenizer(source)
   cfg = TransformerConfig(**hf.fields(source))
+  if cfg.vocab_size < len(tokenizer):
+    raise ValueError(f'{name}: config.json has vocab_size={cfg.vocab_size}, but the tokenizer has {len(tokenizer)} tokens.')
   if head == 'scalar' and not hf.has_score(source):
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)

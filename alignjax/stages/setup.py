@@ -137,10 +137,12 @@ def load_tokenizer(name: str) -> Any:
   """The tokenizer of 'hf:FOLDER_OR_HUB_NAME' (the prefix may be left out)."""
   from transformers import AutoTokenizer
   folder = hf.folder_of(name.removeprefix('hf:'))
+  hf.verify(folder, weights=False)
   try:
     return AutoTokenizer.from_pretrained(folder)
-  except (ValueError, OSError, KeyError) as error:
-    raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} ({error}).') from error
+  except Exception as error:  # noqa: BLE001 damaged files raise what their readers raise, a bare Exception of tokenizers included
+    raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} '
+                     f'({type(error).__name__}: {error}).') from error
 
 
 def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
@@ -155,7 +157,15 @@ def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> Transf
       raise ValueError(f'{where}.{key} is no field of TransformerConfig.' + (f' Did you mean {near[0]!r}?' if near else ''))
   spec = {'vocab_size': vocabulary, **spec}
   if source := spec.pop('source', None):
-    spec = hf.fields(source.removeprefix('hf:')) | {k: v for k, v in spec.items() if k != 'vocab_size'}
+    name = source.removeprefix('hf:')
+    declared, asked = hf.fields(name), spec.get('max_length')
+    if asked is not None and (entry := hf.bound(name)):
+      longest = declared['max_length']
+      if asked > longest or entry == 'n_positions' and asked != longest:
+        raise ValueError(f'{where}.max_length={asked}, but the checkpoint {source} has {entry}={longest} in its config.json' + (
+            '; its table of positions has that length. ' if entry == 'n_positions' else
+            ', and beyond that its layers would see less than ours. ') + f'Leave {where}.max_length out, or set it to {longest}.')
+    spec = declared | {k: v for k, v in spec.items() if k != 'vocab_size'}
     if spec['vocab_size'] < vocabulary:
       raise ValueError(f'{where}.source={source!r} has a vocabulary of {spec["vocab_size"]}, data.tokenizer one of '
                        f'{vocabulary}; they do not belong together.')
