@@ -17,6 +17,7 @@ import numpy as np
 
 from alignjax import checkpoint, files, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
+from alignjax.stages import template_date
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
@@ -27,6 +28,7 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
     traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/profile.py).
   """
   with Interrupt(config.grace_seconds) as interrupt:
+    template_date.pin(config, workdir)
     setup = make_setup(config, files.folder(workdir))
     order = resolve(config)
     wanted = profile.parse(traced) if traced else None

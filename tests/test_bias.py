@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.data.templates import Template
+from alignjax.data.templates import of_words
 from alignjax.evals import bias, harness, prefixes, table
 from alignjax.models.config import TransformerConfig
 from alignjax.stages import finished
@@ -32,8 +32,8 @@ def known(max_length=40):
   nets = Networks(logits=lambda params, tokens, mask: jnp.log(jnp.asarray(CHAIN, jnp.float32))[tokens], logprobs=None, scalar=None,
                   decoder=None)
   encode = lambda text: [WORDS.index(w) if w in WORDS else 1 for w in text.split()]
-  template = Template(encode, lambda text: [*encode(text), 0], end=0, pad=0, separator=0)
-  return finished.Model(cfg, nets, {}, 'lm', template, encode, None, len(WORDS), None, None)
+  template = of_words(encode, None, 0, 0, '')._replace(first=())  # a text begins with itself, a document after 0
+  return finished.Model(cfg, nets, {}, 'lm', template, len(WORDS), None, None)
 
 
 def bits(p):

@@ -29,7 +29,7 @@ def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | 
   for t in range(max_tokens):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
     token = int(token[0])
-    if token == model.template.end:
+    if token in model.template.ends:
       break
     said.append(token)
     text = model.decode(said)
@@ -60,8 +60,6 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
 def _padded(model: Any, prompt: Any, max_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
   """The prompt, left-padded to a power of two, so that few lengths are compiled."""
   tokens = model.template.prompt(prompt)
-  if not tokens:
-    raise ValueError('the prompt is empty; this model reads at least one token before it answers.')
   room = model.cfg.max_length - max_tokens
   if len(tokens) > room:
     raise ValueError(f'the prompt has {len(tokens)} tokens; with max_tokens={max_tokens} the context of '
@@ -84,14 +82,13 @@ def ranked(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float =
   tokens, mask, _ = _padded(model, prompt, max_tokens)
   run = jax.jit(lambda params: generate(
       model.nets.decoder, params, tokens, mask, jax.random.key(seed), max_tokens=max_tokens,
-      stop_ids=(model.template.end,), temperature=temperature, top_k=top_k, top_p=top_p, samples_per_prompt=n))
+      stop_ids=model.template.ends, temperature=temperature, top_k=top_k, top_p=top_p, samples_per_prompt=n))
   out = jax.tree.map(np.asarray, run(model.params))
   texts, rows = [], []
-  for row, live, ended in zip(out.responses, out.mask, out.ended, strict=True):
-    said = row[live].tolist()
-    texts.append(model.decode(said[:-1] if ended else said))
-    response = reward.template.response(texts[-1])
-    rows.append(reward.template.prompt(prompt) + (response if ended else response[:-1]))
+  for row, live in zip(out.responses, out.mask, strict=True):
+    text, ended = model.template.said(row[live])
+    texts.append(text)
+    rows.append(sum(reward.template.row(prompt, text, ended), []))
   length = max(map(len, rows))
   if length > reward.cfg.max_length:
     raise ValueError(f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.')
