@@ -94,9 +94,8 @@ def test_data_that_are_not_what_they_should_be(tmp_path, name, text, words):
 
 def test_first_tokens_of_tokenizers():
   """A tokenizer that begins a text with <s> (id 1) begins it here too, once, before a prefix and without one."""
-  plain = types.SimpleNamespace(encode=lambda text, add_special_tokens=True, verbose=True:
-                                [*([1] if add_special_tokens else []), *map(ord, text)])
-  model = known()._replace(tokenizer=plain)
+  model = known()
+  model = model._replace(template=model.template._replace(bare=lambda text: [*map(ord, text)], first=(1,), start=(1,)))
   assert prefixes.split(model, '', 'ab') == ([1], [97, 98])
   assert prefixes.split(model, 'x:', 'ab') == ([1, 120, 58], [10, 97, 98])
   assert prefixes.split(known(), '', 'he ran') == ([0], [2, 4])

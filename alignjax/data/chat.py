@@ -116,7 +116,8 @@ def _answer(text: str) -> dict[str, str]:
 def _messages(said: Any) -> list[dict[str, Any]]:
   if isinstance(said, str):
     return [{'role': 'user', 'content': said}]
-  good = lambda message: isinstance(message, dict) and isinstance(message.get('role'), str)
+  good = lambda m: isinstance(m, dict) and isinstance(m.get('role'), str) and (
+      isinstance(m.get('content'), (str, list)) or bool(m.get('tool_calls')))  # templates render an absent text as '' or 'None'
   if not isinstance(said, (list, tuple)) or not said or not all(map(good, said)):
     raise ValueError(f'a prompt is text, or a list of messages {{"role", "content"}}, one or more; this one is {said!r:.200}.')
   return list(said)
