@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import types
 
 import jax.numpy as jnp
 import numpy as np
