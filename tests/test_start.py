@@ -225,3 +225,14 @@ def test_the_text_of_a_response():
   assert template.said(four) == ('4', False)
   assert template.said([TURN]) == ('', True) and template.said([]) == ('', False)
   assert template.said([*four, TURN, TURN]) == ('4<|im_end|>', True), 'nothing but the last token ended it'
+
+
+def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path):
+  shutil.copytree(CHAT, tmp_path / 'c')
+  ends = lambda form: templates.make(load_tokenizer(str(tmp_path / 'c')), form).ends
+  assert ends('plain') == (EOS,) and ends('chat') == (EOS, TURN)
+  (tmp_path / 'c' / 'generation_config.json').write_text('{"eos_token_id": [256, 258, 5]}')
+  assert ends('plain') == (EOS, TURN), 'and 5 is a letter'
+  (tmp_path / 'c' / 'generation_config.json').write_text('[')
+  with pytest.raises(ValueError, match='generation_config.json: not a JSON object'):
+    ends('plain')

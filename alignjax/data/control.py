@@ -37,9 +37,10 @@ class Control(NamedTuple):
 
 
 def special(tokenizer: Any) -> dict[int, str]:
-  """{id: name} of the tokens that the tokenizer marks as special."""
+  """{id: name} of the tokens that the tokenizer marks as special, but for single bytes, <0x0A>, which stand for text."""
   found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-  return found | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+  found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+  return {i: name for i, name in found.items() if not re.fullmatch('<0x[0-9A-F]{2}>', name)}
 
 
 def make(tokenizer: Any, control: Mapping[int, str]) -> Control:

@@ -20,6 +20,8 @@ how a conversation begins: nothing is added to what it renders.
 
 from __future__ import annotations
 
+import json
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -87,8 +89,8 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   if form == 'chat':
     made = chat.make(tokenizer, date, opened, without_end)
     response = lambda said: made.pair([chat.QUESTION], said)[1]
-    ends = tuple(sorted({made.end, eos}))
-    return Template(made.prompt, made.pair, response, made.control.encode, decode, made.end, ends, pad, first, start, close)
+    return Template(made.prompt, made.pair, response, made.control.encode, decode, made.end, _ends(tokenizer, made.end), pad, first,
+                    start, close)
   template = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
   if '{prompt}' not in template:
     raise ValueError(f'data.template={form!r} is none of {NAMES}, nor a text with {{prompt}} in it.')
@@ -106,8 +108,8 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   def response(said):
     return [*bare(space + without_end(said, [tokenizer.eos_token]).removeprefix(' ' if space else '')), eos]
 
-  return Template(prompt, lambda asked, said: (prompt(asked), response(said)), response, bare, decode, eos, (eos,), pad, first,
-                  start, close)
+  pair = lambda asked, said: (prompt(asked), response(said))
+  return Template(prompt, pair, response, bare, decode, eos, _ends(tokenizer, eos), pad, first, start, close)
 
 
 def of_words(encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str], end: int, pad: int,
@@ -134,6 +136,23 @@ def each(function: Callable[[Any], Any], things: Iterable[Any], where: str) -> l
 def without_end(said: str, names: Sequence[str]) -> str:
   """A response without the end tokens that its text already ends with, and the white space after them."""
   return re.sub(f'(?:(?:{"|".join(map(re.escape, names))})\\s*)+\\Z', '', said)
+
+
+def _ends(tokenizer: Any, end: int) -> tuple[int, ...]:
+  """All tokens that stop generation: the template's end, the tokenizer's end of text, and the control tokens that the checkpoint
+  beside the tokenizer names (transformers' generate stops at those of generation_config.json, else of config.json)."""
+  ends = {end, tokenizer.eos_token_id}
+  for name in ('generation_config.json', 'config.json'):
+    path = pathlib.Path(tokenizer.name_or_path) / name
+    if path.is_file():
+      try:
+        named = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+      except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: not a JSON object in UTF-8 ({error}).') from None
+      if named is not None:
+        named = {*(named if isinstance(named, list) else [named])}
+        return tuple(sorted(ends | named & control.special(tokenizer).keys()))
+  return tuple(sorted(ends))
 
 
 def _first(tokenizer: Any) -> tuple[int, ...]:
