@@ -2,15 +2,20 @@
 
 import datetime
 import functools
+import json
 import pathlib
+import shutil
 import types
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
+from alignjax import train
 from alignjax.data import encode, templates
-from alignjax.stages import template_date
-from alignjax.stages.setup import load_tokenizer, token_rows
+from alignjax.stages import ppo_ptx, rm, sft, template_date
+from alignjax.stages.setup import load_tokenizer, make_setup, token_rows
+from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 
@@ -297,3 +302,41 @@ def test_a_pinned_day_is_what_transformers_renders_on_it(monkeypatch):
     tokenizer.chat_template = source
     assert tokenizer.decode(templates.make(tokenizer, 'chat', '2026-02-03').prompt('a')) == tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, tokenize=False)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+  """A recipe on the golden checkpoint with another chat template, and records whose prompts have a system turn."""
+  def make(source):
+    shutil.copytree(CHAT, tmp_path / 'checkpoint')
+    (tmp_path / 'checkpoint' / 'chat_template.jinja').write_text(source)
+    c = smollm2_135m.get_config('tiny')
+    c.checkpoint, c.model.max_length = f'hf:{tmp_path}/checkpoint', 256
+    turns = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'}]
+    row = dict(prompt=turns, response='a', responses=['a', 'b'], ranks=[0, 1])
+    (tmp_path / 'records.jsonl').write_text(json.dumps(row) + '\n')
+    for kind in ('demonstrations', 'comparisons', 'prompts'):
+      c.data[kind], c.data.mapping[kind] = f'jsonl:{tmp_path}/records.jsonl', None
+    c.stages.rm.evaluation_prompts = 0
+    return c
+  return make
+
+
+def test_every_stage_names_the_source_of_a_refused_conversation(recipe, tmp_path):
+  made = make_setup(recipe(ALTERNATE), tmp_path / 'run', jax.devices()[:1])
+  for stage, name in ((sft, 'sft'), (rm, 'rm'), (ppo_ptx, 'ppo_ptx')):
+    with pytest.raises(ValueError, match=r"data\.\w+='jsonl:.*records.jsonl', record 1 .*roles must take turns"):
+      stage.build(made, name)
+
+
+def test_a_run_pins_the_day_before_anything_reads_text(recipe, tmp_path, monkeypatch):
+  c = recipe(DATED)
+  seen = []
+  monkeypatch.setattr(train, 'make_setup', lambda config, workdir: seen.append(config.data.template_date) or 1 / 0)
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'template_date').write_text('2026-02-03\n')
+  with pytest.raises(ZeroDivisionError):
+    train.main(c, tmp_path / 'run')
+  assert seen == ['2026-02-03']
+  c.data.template_date = '2026-02-03'
+  assert 'Today: 3 February' in load_tokenizer(c.data.tokenizer).decode(make_setup(c, 'x', jax.devices()[:1]).template.prompt('a'))
