@@ -4,6 +4,10 @@ give it up loses nothing.
     c.stages.ppo.reward = dict(fn='alignjax.host:reward', function='mylab.rewards:rule', attempts=3, timeout=60.0)
 
     def rule(prompts: list[str], responses: list[str]) -> list[float]: ...
+
+The function sees what samples.jsonl shows. A prompt is as its record has it: its text, or its list of messages, without what the
+template writes around it. (Of two records whose prompts have the same tokens, because truncation left them alike, the first.)
+A response is its text without the end token that ended it, so "4" is "4"; one that was cut at the limit is all of its text.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +27,8 @@ from alignjax.types import Networks, Params
 
 
 def reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mask: jax.Array, *, nets: Networks, frozen: Params,
-           function: str, decode: Callable[[Sequence[int]], str], failures: list[str], attempts: int = 3, timeout: float = 60.0,
-           pause: float = 1.0) -> jax.Array:
+           function: str, asked: Mapping[tuple[int, ...], Any], said: Callable[[Sequence[int]], tuple[str, bool]],
+           failures: list[str], attempts: int = 3, timeout: float = 60.0, pause: float = 1.0) -> jax.Array:
   """f32[B], what the Python function says of each prompt and response while the device waits.
 
   A call that raises, takes longer than `timeout` or returns something other than B finite numbers is made again, after `pause`
@@ -31,17 +36,18 @@ def reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mas
   a step is applied (steps.update), and the loop saves the state from before it and ends the run.
 
   Args:
-    function: 'module:name', (prompts: list[str], responses: list[str]) -> B floats. A call that ran out of time is left behind in
+    function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that ran out of time is left behind in
       its thread, so another may run beside it.
-    decode: token ids -> text. failures: of the stage (stages/setup.py: Stage); both are given by the stage.
+    asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and whether it ended (templates.Template).
+    failures: of the stage (stages/setup.py: Stage). The stage gives these three.
     attempts: calls at most. timeout, pause: seconds.
   """
   del nets, frozen
   judge = plugins.find(function, 'reward.function')
 
   def call(prompts, prompt_mask, responses, mask):
-    texts = [[decode(row[m]) for row, m in zip(np.asarray(t), np.asarray(live), strict=True)]
-             for t, live in ((prompts, prompt_mask), (responses, mask))]
+    rows = lambda tokens, live: [row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)]
+    texts = [asked[tuple(row)] for row in rows(prompts, prompt_mask)], [said(row)[0] for row in rows(responses, mask)]
     problem = ''
     for attempt in range(attempts):
       if attempt:

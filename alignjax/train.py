@@ -19,6 +19,7 @@ import numpy as np
 
 from alignjax import checkpoint, files, inputs, lock, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
+from alignjax.stages import template_date
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
@@ -35,6 +36,7 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
     lock.Busy: another run holds the workdir.
   """
   with Interrupt(config.grace_seconds) as interrupt:
+    template_date.pin(config, workdir)
     setup = make_setup(config, files.folder(workdir))
     order = resolve(config)
     wanted = profile.parse(traced) if traced else None

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to take over; the '
                        "sandbox's architecture is none of transformers'.")
     report = export.save(out, model.source, model.cfg, model.params, dtype=options.dtype, tokenizer=model.tokenizer,
-                         ends=(model.template.end,), bias=options.bias)
+                         ends=model.template.ends, bias=options.bias)
   except (ValueError, OSError) as error:
     raise SystemExit(f'error: {error}') from None
   print(f'wrote {options.out}: {report["class"]}, {report["tensors"]} tensors, {report["bytes"] / 1e6:.1f} MB')

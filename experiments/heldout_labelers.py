@@ -123,7 +123,8 @@ def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int
   trainer.main(own, folder)
   model = finished.load(str(folder / name), 'scalar')
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
-  tokens = [(model.template.prompt(json.loads(p)), [model.template.response(text)]) for p, text in rows]
+  pairs = [model.template.row(json.loads(p), text) for p, text in rows]
+  tokens = [(prompt, [response]) for prompt, response in pairs]
   fitted = encode.fit(tokens, own.data.prompt_length, own.data.response_length, 'truncate', 'votes to measure on').rows
   score = bulk.make_scorer(model.nets, lambda x: x, length=own.data.prompt_length + own.data.response_length,
                            pad=model.template.pad, rows=32)

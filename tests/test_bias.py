@@ -2,13 +2,12 @@
 
 import os
 import pathlib
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.data.templates import Template
+from alignjax.data.templates import of_words
 from alignjax.evals import bias, harness, prefixes, table
 from alignjax.models.config import TransformerConfig
 from alignjax.stages import finished
@@ -32,8 +31,8 @@ def known(max_length=40):
   nets = Networks(logits=lambda params, tokens, mask: jnp.log(jnp.asarray(CHAIN, jnp.float32))[tokens], logprobs=None, scalar=None,
                   decoder=None)
   encode = lambda text: [WORDS.index(w) if w in WORDS else 1 for w in text.split()]
-  template = Template(encode, lambda text: [*encode(text), 0], end=0, pad=0, separator=0)
-  return finished.Model(cfg, nets, {}, 'lm', template, encode, None, len(WORDS), None, None)
+  template = of_words(encode, None, 0, 0, '')._replace(first=())  # a text begins with itself, a document after 0
+  return finished.Model(cfg, nets, {}, 'lm', template, len(WORDS), None, None)
 
 
 def bits(p):
@@ -95,9 +94,8 @@ def test_data_that_are_not_what_they_should_be(tmp_path, name, text, words):
 
 def test_first_tokens_of_tokenizers():
   """A tokenizer that begins a text with <s> (id 1) begins it here too, once, before a prefix and without one."""
-  plain = types.SimpleNamespace(encode=lambda text, add_special_tokens=True, verbose=True:
-                                [*([1] if add_special_tokens else []), *map(ord, text)])
-  model = known()._replace(tokenizer=plain)
+  model = known()
+  model = model._replace(template=model.template._replace(bare=lambda text: [*map(ord, text)], first=(1,), start=(1,)))
   assert prefixes.split(model, '', 'ab') == ([1], [97, 98])
   assert prefixes.split(model, 'x:', 'ab') == ([1, 120, 58], [10, 97, 98])
   assert prefixes.split(known(), '', 'he ran') == ([0], [2, 4])

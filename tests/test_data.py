@@ -24,10 +24,10 @@ def test_item_3_demonstrations_weigh_the_response_and_its_end():
 
 
 def test_documents_fill_rows():
-  batch = encode.documents([[2, 3], [4, 5, 6]], 3, separator=1)
+  batch = encode.documents([[1, 2, 3], [1, 4, 5, 6]], 3)
   assert batch.tokens.tolist() == [[1, 2, 3], [1, 4, 5]] and batch.weights.tolist() == [[0, 1, 1]] * 2
   with pytest.raises(ValueError, match='row_length=9'):
-    encode.documents([[2, 3]], 9, separator=1)
+    encode.documents([[1, 2, 3]], 9)
 
 
 def test_comparisons_keep_absent_ones_apart():
@@ -123,7 +123,7 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, p
   """Processes 0..P-1 together give the batch of one process, and no document is read by two of them."""
   count, rows, read = 2048, 8, []
   source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
-  to_rows = lambda texts: text.rows_of(texts, lambda t: [int(c) for c in t], 13, 10, 0, pack)
+  to_rows = lambda texts: text.rows_of(texts, lambda t: [10, *(int(c) for c in t)], 13, 0, pack)
   make = lambda: text.mix(source, None, rows, to_rows, (3, 1))
   whole, positions = make(), np.arange(rows)
   expected = [whole(step, positions) for step in range(30)]
@@ -140,7 +140,7 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, p
 
 def test_text_rows_come_once_an_epoch_and_blank_documents_never():
   source = sources.Source(6, lambda i: [{'text': ' ' if i == 2 else str(i) * 3}])
-  to_rows = lambda texts: text.rows_of(texts, lambda t: [int(c) for c in t], 4, 9, 0, False)
+  to_rows = lambda texts: text.rows_of(texts, lambda t: [9, *(int(c) for c in t)], 4, 0, False)
   batch = text.mix(source, None, 1, to_rows, (0,))
   epochs = [[batch(5 * e + i, np.arange(1)).tokens.tolist()[0] for i in range(5)] for e in range(3)]
   assert all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs) and epochs[0] != epochs[1]

@@ -172,7 +172,7 @@ def test_what_is_too_long_is_dropped_cut_or_refused_and_counted():
   assert dropped.note == ('data.comparisons: 1 prompts over 4 tokens and 1 responses over 3 dropped; 1 of 3 records stay')
   cut = encode.fit(ROWS, 4, 3, 'truncate', 'x')
   assert cut.rows[1] == ([2, 3, 4, 5], [[4], [5]]) and cut.rows[2][1] == [[9, 9, 9], [8, 8, 8]] and cut.index == [0, 1, 2]
-  with pytest.raises(ValueError, match='x, record 1: its prompt has 5 tokens.*data.prompt_length.*drop'):
+  with pytest.raises(ValueError, match='x, record 2: its prompt has 5 tokens.*data.prompt_length.*drop'):
     encode.fit(ROWS, 4, 3, 'error', 'x')
   with pytest.raises(ValueError, match='nothing is left'):
     encode.fit(ROWS[1:2], 4, 3, 'drop', 'x')

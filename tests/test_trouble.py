@@ -174,7 +174,8 @@ def score(function, failures, **kw):
   ids = jnp.array([[1, 2], [3, 4], [5, 6]])
   live = jnp.array([[True, True], [True, False], [False, False]])
   f = jax.jit(lambda *x: host.reward(*x, nets=None, frozen=None, function=f'tests.test_trouble:{function}', failures=failures,
-                                     decode=lambda ids: 'x' * len(ids), **({'pause': 0.01} | kw)))
+                                     asked={(1, 2): 'a', (3,): 'b', (): 'c'},
+                                     said=lambda ids: ('x' * len(ids), False), **({'pause': 0.01} | kw)))
   return np.asarray(f(ids, live, ids, live))
 
 

@@ -24,6 +24,8 @@ class Fitted(NamedTuple):
 def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str) -> Fitted:
   """Rows that fit.
 
+  A row without a token of a prompt is an error: its response would be predicted from nothing.
+
   too_long: 'error'; 'drop': prompts that are too long and responses that are too long, and a row that is left with no
   response, or one where it had several; 'truncate': a prompt keeps its last tokens, a response its first ones, without an
   end token then, as a response that was sampled up to the limit.
@@ -32,10 +34,12 @@ def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long:
   long_prompts = long_responses = 0
   for i, (prompt, responses) in enumerate(rows):
     over = [len(r) > response_length for r in responses]
+    if not prompt:
+      raise ValueError(f'{what}, record {i + 1}: its prompt has no tokens.')
     if too_long == 'error':
-      check_length(prompt, prompt_length, f'{what}, record {i}: its prompt', 'data.prompt_length')
+      check_length(prompt, prompt_length, f'{what}, record {i + 1}: its prompt', 'data.prompt_length')
       for r in responses:
-        check_length(r, response_length, f'{what}, record {i}: a response', 'data.response_length')
+        check_length(r, response_length, f'{what}, record {i + 1}: a response', 'data.response_length')
     long_prompts += len(prompt) > prompt_length
     long_responses += sum(over)
     stay = [j for j, far in enumerate(over) if too_long != 'drop' or not far]
@@ -56,13 +60,15 @@ def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long:
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as (tokens i32[N,length], mask bool[N,length]), real tokens at the right. A longer row is an error."""
+  """Prompts as (tokens i32[N,length], mask bool[N,length]), real tokens at the right. A longer row is an error, and so is one
+  without tokens: nothing can be sampled after it (templates.Template.text gives an empty text the start of a document)."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     check_length(row, length, f'prompt {i}', 'data.prompt_length')
-    if len(row):
-      tokens[i, -len(row):], mask[i, -len(row):] = row, True
+    if not len(row):
+      raise ValueError(f'prompt {i} has no tokens; a response needs at least one before it.')
+    tokens[i, -len(row):], mask[i, -len(row):] = row, True
   return tokens, mask
 
 
@@ -93,14 +99,13 @@ def demonstrations(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length:
   return TokenBatch(tokens, mask, weights)
 
 
-def documents(texts: Iterable[Sequence[int]], length: int, separator: int) -> TokenBatch:
-  """Pretraining rows: the documents one after the other, each after a separator, cut into full rows of `length`.
+def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
+  """Pretraining rows: the documents (templates.Template.document) one after the other, cut into full rows of `length`.
 
   Every token but a row's first is weighted. The last row is dropped if it is not full.
   """
   stream: list[int] = []
   for text in texts:
-    stream.append(separator)
     stream.extend(text)
   rows = len(stream) // length
   if rows == 0:

@@ -1,79 +1,162 @@
-"""The token form of a dialogue: how a prompt and a response become token ids, and which token ends a response.
+"""How text becomes token rows, and tokens text again: how a document begins, a prompt, a response, and what ends one.
 
 c.data.template:
   None         the sandbox's own form, for its own tokenizer
   'plain'      the prompt as it is; the response, then the tokenizer's end of text
   'dialogue'   "\\n\\nHuman: PROMPT\\n\\nAssistant:" and " RESPONSE": the form of hh-rlhf; a prompt that already has turns is kept
-  'chat'       the tokenizer's chat template; the response ends with the token that the template ends a turn with
+  'chat'       the tokenizer's chat template (data/chat.py); the response ends with the token that the template ends a turn with
   any text with {prompt} in it, such as "Question: {prompt}\\nAnswer:"
 
 A prompt is text or, for 'chat', also a list of messages {"role", "content"}. The end token is part of the response and of
-its loss, so that the model learns to stop (CHECKLIST 28).
+its loss, so that the model learns to stop (CHECKLIST 28); a response whose text already ends with its name gets one and not two.
+Names of control tokens elsewhere in people's text are text (data/control.py).
+
+How a document begins is the tokenizer's decision, taken here for prompts, pretraining text and evaluations alike. One that
+puts a token before every text (the BOS of Llama and Mistral) has it before all of them, and pretraining documents are "BOS text
+EOS", as in Llama's own training. One that puts none there (GPT-2, Pythia, SmolLM2) has nothing before a text; its end of text
+stands between documents of pretraining text, and stands for the start where there is no text at all. A chat template says itself
+how a conversation begins: nothing is added to what it renders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+
+from alignjax.data import chat, control
 
 NAMES = ('plain', 'dialogue', 'chat')
 
 
 class Template(NamedTuple):
-  """prompt: text (or messages) -> tokens; response: text -> tokens with `end` after them; end: what stops generation;
-  pad: fills rows, may be the same id as `end`; separator: between documents of pretraining text."""
+  """Text to tokens and back, for every use.
+
+  prompt: text (or messages) -> tokens, never none.
+  pair: (prompt, response) -> tokens of both; the response's end with an end token.
+  response: text -> tokens with the end token, where the prompt does not matter.
+  bare: text -> its tokens alone. decode: tokens -> text.
+  end: what a response is taught to end with. ends: all that stop generation, `end` among them.
+  pad: fills rows, may be the same id as `end`.
+  first: stands before every text; () for tokenizers that put nothing there.
+  start: the start of a document where something has to stand: `first`, or the end of text. close: after a document.
+  """
   prompt: Callable[[Any], list[int]]
+  pair: Callable[[Any, str], tuple[list[int], list[int]]]
   response: Callable[[str], list[int]]
+  bare: Callable[[str], list[int]]
+  decode: Callable[[Sequence[int]], str]
   end: int
+  ends: tuple[int, ...]
   pad: int
-  separator: int
+  first: tuple[int, ...]
+  start: tuple[int, ...]
+  close: tuple[int, ...]
+
+  def text(self, said: str) -> list[int]:
+    """Tokens of a text that begins a document: a prompt, a context, a sentence. Of an empty one the start of a document."""
+    return [*self.first, *self.bare(said)] or [*self.start]
+
+  def document(self, said: str) -> list[int]:
+    """Tokens of a whole document of pretraining text."""
+    return [*self.start, *self.bare(said), *self.close]
+
+  def row(self, prompt: Any, said: str, ended: bool = True) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of a response; of one that was cut at a limit (not ended) without an end token."""
+    asked, tokens = self.pair(prompt, said)
+    return asked, tokens if ended else tokens[:-1]
+
+  def said(self, tokens: Sequence[int]) -> tuple[str, bool]:
+    """(text, ended) of the tokens of a sampled response: the end token is no part of the text. Everything that reads responses
+    as text (rewards on the host, judges, scorers, samples.jsonl, a person) reads this."""
+    tokens = [int(token) for token in tokens]
+    ended = bool(tokens) and tokens[-1] in self.ends
+    return self.decode(tokens[:-1] if ended else tokens), ended
 
 
-def make(tokenizer: Any, form: str) -> Template:
-  """A Template of a transformers tokenizer."""
-  encode = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = False) -> Template:
+  """A Template of a transformers tokenizer. date, opened: of chat templates, see chat.make."""
   eos = tokenizer.eos_token_id
   if eos is None:
     raise ValueError(f'data.tokenizer={tokenizer.name_or_path!r} has no end-of-text token: set eos_token in its '
                      'tokenizer_config.json.')
   pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-  bos = tokenizer.bos_token_id
-  first = [bos] if bos is not None and tokenizer.encode('a')[:1] == [bos] else []  # where the tokenizer itself begins so
+  first = _first(tokenizer)
+  start, close = (first, (eos,)) if first else ((eos,), ())
+  decode = lambda tokens: tokenizer.decode([int(token) for token in tokens])
   if form == 'chat':
-    return _chat(tokenizer, encode, pad, eos)
-  text = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
-  if '{prompt}' not in text:
+    made = chat.make(tokenizer, date, opened, without_end)
+    response = lambda said: made.pair([chat.QUESTION], said)[1]
+    return Template(made.prompt, made.pair, response, made.control.encode, decode, made.end, _ends(tokenizer, made.end), pad, first,
+                    start, close)
+  template = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
+  if '{prompt}' not in template:
     raise ValueError(f'data.template={form!r} is none of {NAMES}, nor a text with {{prompt}} in it.')
-  before, after = text.split('{prompt}', 1)
+  before, after = template.split('{prompt}', 1)
   space = ' ' if form == 'dialogue' else ''
+  bare = control.make(tokenizer, control.special(tokenizer)).encode
 
   def prompt(said):
     if not isinstance(said, str):
       raise ValueError(f"data.template={form!r} takes prompts of text; lists of messages need data.template='chat'.")
     if form == 'dialogue' and said.startswith('\n\nHuman:'):
-      return [*first, *encode(said.removesuffix(' '))]
-    return [*first, *encode(before + said + after)]
+      return [*first, *bare(said.removesuffix(' '))]
+    return [*first, *bare(before + said + after)] or [*start]
 
-  return Template(prompt, lambda said: [*encode(space + said.removeprefix(' ' if space else '')), eos], eos, pad, eos)
+  def response(said):
+    return [*bare(space + without_end(said, [tokenizer.eos_token]).removeprefix(' ' if space else '')), eos]
+
+  pair = lambda asked, said: (prompt(asked), response(said))
+  return Template(prompt, pair, response, bare, decode, eos, _ends(tokenizer, eos), pad, first, start, close)
 
 
-def _chat(tokenizer: Any, encode: Callable[[str], list[int]], pad: int, eos: int) -> Template:
-  if not tokenizer.chat_template:
-    raise ValueError(f"data.template='chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template; use one of "
-                     "'plain', 'dialogue' or a text with {prompt}.")
-  render = lambda messages, **kw: tokenizer.apply_chat_template(messages, tokenize=False, **kw)
-  question, mark = {'role': 'user', 'content': 'Hello.'}, 'zq7xj'
-  whole = render([question, {'role': 'assistant', 'content': mark}])
-  before, _, after = whole.partition(mark)
-  tail = encode(after)
-  asked = render([question], add_generation_prompt=True)
-  lead = before[len(asked):] if before.startswith(asked) else ''  # what a template puts before an answer: Mistral's space
-  if not tail or tail[0] not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
-    raise ValueError(f'the chat template of {tokenizer.name_or_path!r} ends an answer with {tail[:3]}, not with a special '
-                     'token; nothing would tell the model to stop.')
+def of_words(encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str], end: int, pad: int,
+             newline: str) -> Template:
+  """The sandbox's form: every text begins with the end of the one before, and a line break ends a prompt."""
+  prompt = lambda said: [end, *encode(said), *encode(newline)]
+  response = lambda said: [*encode(without_end(said, [decode([end])])), end]
+  return Template(prompt, lambda asked, said: (prompt(asked), response(said)), response, encode, decode, end, (end,), pad, (end,),
+                  (end,), ())
 
-  def prompt(said):
-    messages = [{'role': 'user', 'content': said}] if isinstance(said, str) else said
-    return encode(render(messages, add_generation_prompt=True))
 
-  return Template(prompt, lambda said: [*encode(lead + said), tail[0]], tail[0], pad, eos)
+def each(function: Callable[[Any], Any], things: Iterable[Any], where: str) -> list[Any]:
+  """function(thing) of each; an error says which one it was, counted from 1, and how it begins."""
+  out = []
+  for number, thing in enumerate(things, 1):
+    try:
+      out.append(function(thing))
+    except ValueError as error:
+      shown = thing.get('prompt', thing) if isinstance(thing, dict) else thing
+      raise ValueError(f'{where}, record {number} ({str(shown)[:80]!r}): {error}') from None
+  return out
+
+
+def without_end(said: str, names: Sequence[str]) -> str:
+  """A response without the end tokens that its text already ends with, and the white space after them."""
+  return re.sub(f'(?:(?:{"|".join(map(re.escape, names))})\\s*)+\\Z', '', said)
+
+
+def _ends(tokenizer: Any, end: int) -> tuple[int, ...]:
+  """All tokens that stop generation: the template's end, the tokenizer's end of text, and the control tokens that the checkpoint
+  beside the tokenizer names (transformers' generate stops at those of generation_config.json, else of config.json)."""
+  ends = {end, tokenizer.eos_token_id}
+  for name in ('generation_config.json', 'config.json'):
+    path = pathlib.Path(tokenizer.name_or_path) / name
+    if path.is_file():
+      try:
+        named = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+      except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path}: not a JSON object in UTF-8 ({error}).') from None
+      if named is not None:
+        named = {*(named if isinstance(named, list) else [named])}
+        return tuple(sorted(ends | named & control.special(tokenizer).keys()))
+  return tuple(sorted(ends))
+
+
+def _first(tokenizer: Any) -> tuple[int, ...]:
+  """What the tokenizer itself puts before a text."""
+  whole, bare = tokenizer.encode('a'), tokenizer.encode('a', add_special_tokens=False)
+  at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare), 0)
+  return tuple(whole[:at])

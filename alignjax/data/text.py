@@ -18,14 +18,12 @@ from alignjax.data.sources import Source
 from alignjax.types import TokenBatch
 
 
-def rows_of(texts: Sequence[str], to_ids: Callable[[str], list[int]], length: int, separator: int, pad: int,
-            pack: bool) -> TokenBatch:
-  """Rows of `length` tokens, each document after a separator. pack: documents do not see each other; else they stand one
-  after the other in full rows, as in GPT-3's training (Brown et al. 2020, appendix B)."""
-  ids = (to_ids(text) for text in texts if text.strip())
-  if not pack:
-    return encode.documents(ids, length, separator)
-  return encode.pack(((row, [1.0] * len(row)) for row in ([separator, *i] for i in ids)), length, pad)
+def rows_of(texts: Sequence[str], document: Callable[[str], list[int]], length: int, pad: int, pack: bool) -> TokenBatch:
+  """Rows of `length` tokens. document: text -> tokens with what begins and closes it (templates.Template.document). pack:
+  documents do not see each other; else they stand one after the other in full rows, as in GPT-3's training (Brown et al. 2020,
+  appendix B)."""
+  rows = (document(text) for text in texts if text.strip())
+  return encode.pack(((row, [1.0] * len(row)) for row in rows), length, pad) if pack else encode.documents(rows, length)
 
 
 def shards(documents: int, rows: int, most: int = 64, least: int = 256) -> int:

@@ -48,6 +48,7 @@ def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[fl
 
   logits_bytes: of the float32 logits that exist at once on a device; decides how many rows go together.
   done(i, result), where given, is called as results come, which is not in the order of the pairs.
+  An empty context is the start of a document, which is not scored.
   """
   cfg = model.cfg
   put = model.sharder.spread if model.sharder else _as_it_is
@@ -56,7 +57,8 @@ def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[fl
     out: list = [None] * len(pairs)
     rows: dict[int, list[tuple[int, list[int], int]]] = {}
     for i, (context, continuation) in enumerate(pairs):
-      whole = [*context, *continuation][-(cfg.max_length + 1):]  # the left is cut; the last token is only predicted
+      whole = [*(context or model.template.start), *continuation]
+      whole = whole[-(cfg.max_length + 1):]  # the left is cut; the last token is only predicted
       count = min(len(continuation), len(whole) - 1)
       rows.setdefault(buckets(len(whole) - 1, cfg.max_length) + 1, []).append((i, whole, count))
     for length in sorted(rows, reverse=True):
@@ -90,9 +92,9 @@ def _likelihood(nets: Any, put: Callable, rows: int) -> Callable:
 
 
 def stop_tokens(model: Any, until: Iterable[str]) -> tuple[int, ...]:
-  """The model's end token and every token whose text holds one of the stop texts: none of them is sampled past."""
+  """The model's end tokens and every token whose text holds one of the stop texts: none of them is sampled past."""
   until = [u for u in until if u]
-  ends = {model.template.end, model.template.separator}
+  ends = {*model.template.ends}
   if until:
     ends |= {i for i in range(model.vocabulary) if any(u in model.decode([i]) for u in until)}
   return tuple(sorted(ends))
@@ -128,9 +130,7 @@ def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, unti
       key = jax.random.fold_in(jax.random.key(seed), some[0])
       made = fetch(sample(model.params, *padded, key))
       for i, row, live in zip(some, made.responses, made.mask, strict=False):
-        said = row[live].tolist()
-        said = said[:-1] if said and said[-1] in (model.template.end, model.template.separator) else said
-        text = model.decode(said)
+        text, _ = model.template.said(row[live])
         for stop in until:
           text = text.split(stop)[0] if stop else text
         out[i] = text
@@ -152,6 +152,11 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
     interrupted evaluation goes on. For one checkpoint: requests are known by their text alone.
   options: of `scorer`.
 
+  Texts begin as documents do for this model (templates.Template.text), where its `hf` backend lets the tokenizer decide: the same
+  tokens, for a stage and for the checkpoint exported from it. With an empty context, and at the start of a rolling
+  log-likelihood, the start of the document is given and not scored; `hf` scores a BOS after itself there. Names of control tokens
+  in a text are text, except in what apply_chat_template has rendered, which is read as `hf` reads it.
+
   Its attribute `cut` counts the requests that were longer than the model's context and lost their left part.
   """
   try:
@@ -172,13 +177,22 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
   class LanguageModel(TemplateLM):
     tokenizer_name = model.source or ''
     cut = 0
+    rendered = False  # whether requests hold chat templates as text
 
     @property
     def eot_token_id(self):
-      return model.template.separator
+      return model.template.end
+
+    @property
+    def prefix_token_id(self):
+      return model.template.start[-1]
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-      return model.encode(string)
+      if self.rendered:
+        tokens = model.tokenizer.encode(string, add_special_tokens=False, verbose=False)
+        first = model.template.first
+        return tokens if add_special_tokens is False or tuple(tokens[:len(first)]) == first else [*first, *tokens]
+      return model.template.bare(string) if add_special_tokens is False else model.template.text(string)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
       keys = [key_of('loglikelihood', context, continuation) for _, context, continuation in requests]
@@ -193,7 +207,8 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
       totals = []
       for request in requests:
-        windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, model.cfg.max_length, 1)
+        tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+        windows = get_rolling_token_windows(tokens, self.prefix_token_id, model.cfg.max_length, 1)
         totals.append(sum(value for value, _ in score([make_disjoint_window(w) for w in windows])))
       return totals
 
@@ -219,6 +234,7 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       return [known[k] for k in keys]
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
+      self.rendered = True
       return model.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
 
   return LanguageModel()

@@ -59,8 +59,7 @@ def reward_model(pairs: Sequence[Pair], model: Any, weights: str, folder: pathli
     for response in (pair.response_a, pair.response_b):
       name = _name(pair, response)
       if name not in scores and name not in wanted:
-        tail = model.template.response(response.text)
-        wanted[name] = model.template.prompt(pair.record['prompt']) + (tail if response.ended else tail[:-1])
+        wanted[name] = sum(model.template.row(pair.record['prompt'], response.text, response.ended), [])
   groups: dict[int, list[str]] = {}
   for name, tokens in wanted.items():
     if len(tokens) <= model.cfg.max_length:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax import metrics
-from alignjax.data import sources
+from alignjax.data import sources, templates
 from alignjax.evals import bulk, harness, kept
 
 SANDBOX_PROMPTS = 256  # where no limit is given: the sandbox has as many as one asks for
@@ -69,18 +69,18 @@ def respond(model: Any, weights: str, records: Sequence[Mapping[str, Any]], fold
   room = model.cfg.max_length - max_tokens
   if room < 1:
     raise ValueError(f'--max_tokens={max_tokens} leaves no room for a prompt in the context of {model.cfg.max_length} of {name}.')
-  encoded = [model.template.prompt(r['prompt']) for r in records]
-  stops = tuple(sorted({model.template.end, model.template.separator}))
+  encoded = templates.each(model.template.prompt, [r['prompt'] for r in records], f'{name or "a policy"}, prompts')
+  stops = model.template.ends
   described = json.dumps([weights, [r['prompt_id'] for r in records], encoded, temperature, max_tokens, seed, stops])
   path = folder / f'{hashlib.sha256(described.encode()).hexdigest()[:16]}.jsonl'
   done = {row['prompt_id']: Response(row['text'], row['ended'], row['tokens']) for row in kept.read(path)}
   groups: dict[int, list[int]] = {}
   for i, tokens in enumerate(encoded):
-    if 0 < len(tokens) <= room:
+    if len(tokens) <= room:
       groups.setdefault(harness.buckets(len(tokens), room), []).append(i)
   total = sum(map(len, groups.values()))
   if total < len(records):
-    print(f'{name}: {len(records) - total} of {len(records)} prompts are empty or over {room} tokens '
+    print(f'{name}: {len(records) - total} of {len(records)} prompts are over {room} tokens '
           f'(context {model.cfg.max_length}, --max_tokens={max_tokens}) and are left out', flush=True)
   count = sum(records[i]['prompt_id'] in done for group in groups.values() for i in group)
   with metrics.Progress(total, initial=count, name=f'{name}: responses') as progress:
@@ -93,11 +93,10 @@ def respond(model: Any, weights: str, records: Sequence[Mapping[str, Any]], fold
         if not new:
           continue
         batch_seed = zlib.crc32(f'{seed}/{weights}/{length}/{start}'.encode()) & 0x7FFFFFFF
-        sampled, ended = sample(model.params, [encoded[i] for i in some], batch_seed, temperature)
+        sampled, _ = sample(model.params, [encoded[i] for i in some], batch_seed, temperature)
         made = {}
         for place, i in new:
-          said = sampled[place][:-1] if ended[place] else sampled[place]
-          made[records[i]['prompt_id']] = Response(model.decode(said), bool(ended[place]), len(sampled[place]))
+          made[records[i]['prompt_id']] = Response(*model.template.said(sampled[place]), len(sampled[place]))
         kept.append(path, [dict(prompt_id=k, **r._asdict()) for k, r in made.items()])
         done |= made
         count += len(made)

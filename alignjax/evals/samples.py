@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax import metrics
+from alignjax.data import templates
 from alignjax.evals import bulk, kept
 
 
@@ -31,12 +32,12 @@ def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens
   path: a JSONL file with a line a prompt, written as they come; a second call reads what is there and goes on. It belongs to these
   weights, prompts and settings alone: its name has to say them.
   """
-  queries = [model.template.prompt(p) for p in prompts]
+  queries = templates.each(model.template.prompt, prompts, 'prompts')
   longest = max(map(len, queries))
   if longest + max_tokens > model.cfg.max_length:
     raise ValueError(f'the longest prompt has {longest} tokens, which with {max_tokens} of a response is more than the context of '
                      f'{model.cfg.max_length}: fewer tokens, or shorter prompts.')
-  sample = bulk.make_sampler(model.nets, put, prompt_length=longest, max_tokens=max_tokens, stop_ids=(model.template.end,),
+  sample = bulk.make_sampler(model.nets, put, prompt_length=longest, max_tokens=max_tokens, stop_ids=model.template.ends,
                              pad=model.template.pad, rows=rows)
   at_once = max(1, rows // count)
 
@@ -54,7 +55,7 @@ def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens
         lines += new
         progress.update(len(lines), {'prompts': len(lines)})
     tokens, ended = [line['tokens'] for line in lines], [line['ended'] for line in lines]
-    texts = [[model.decode(t[:-1] if e else t) for t, e in zip(ts, es, strict=True)] for ts, es in zip(tokens, ended, strict=True)]
+    texts = [[model.template.said(t)[0] for t in ts] for ts in tokens]
     return Responses(texts, tokens, ended)
 
   return respond
@@ -66,15 +67,13 @@ def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, put: Ca
   Texts are read with the reward model's own tokenizer and template, so that it may be another one than the policy's; a response
   that did not end has no end token here either.
   """
-  queries = [model.template.prompt(p) for p in prompts]
   scorers: dict[int, Callable] = {}
 
   def reward(params, responses: Responses) -> np.ndarray:
     distinct: dict[tuple, int] = {}
     where = np.array([[distinct.setdefault((i, t, e), len(distinct)) for t, e in zip(texts, ended, strict=True)]
                       for i, (texts, ended) in enumerate(zip(responses.texts, responses.ended, strict=True))])
-    read = {text: model.template.response(text) for _, text, _ in distinct}
-    sequences = [queries[i] + (read[text] if ended else read[text][:-1]) for i, text, ended in distinct]
+    sequences = [sum(model.template.row(prompts[i], text, ended), []) for i, text, ended in distinct]
     longest = max(map(len, sequences))
     if longest > model.cfg.max_length:
       raise ValueError(f'prompt and response have {longest} tokens, the reward model reads {model.cfg.max_length}.')

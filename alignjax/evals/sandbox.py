@@ -49,7 +49,7 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
       misconceived fact. loss_documents: documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
-  sample = bulk.make_sampler(nets, put, prompt_length=room, max_tokens=response_length, stop_ids=(template.end,),
+  sample = bulk.make_sampler(nets, put, prompt_length=room, max_tokens=response_length, stop_ids=template.ends,
                              pad=template.pad)
   likelihood = bulk.make_likelihood(nets, put)
   truth = sandbox.truthfulness_prompts(world, 'test') * truth_samples
@@ -60,8 +60,8 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
   texts = sandbox.documents(world, loss_documents, 'test')
   longest = max(len(d['text'].split()) for d in texts) + 2
   for kind in sandbox.SHARES:
-    rows = [sandbox.encode(d['text']) for d in texts if d['kind'] == kind]
-    documents[kind] = _rows([([template.end], r + [template.end]) for r in rows], longest, template.pad)
+    rows = [([*template.start], [*template.bare(d['text']), template.end]) for d in texts if d['kind'] == kind]
+    documents[kind] = _rows(rows, longest, template.pad)
   return Evaluation(world, labelers, template, sample, likelihood,
                     bulk.make_response_logprobs(nets, put, length=room + response_length, pad=template.pad),
                     sandbox.prompts(world, win_prompts, 'test'), truth, truth_train,
@@ -69,8 +69,7 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
 
 
 def _items(items: list[dict], template: Template, length: int) -> tuple:
-  return _rows([([template.end, *sandbox.encode(i['context'])], sandbox.encode(i['answer'])) for i in items], length,
-               template.pad)
+  return _rows([(template.text(i['context']), template.bare(i['answer'])) for i in items], length, template.pad)
 
 
 def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tuple:
@@ -86,12 +85,9 @@ def respond(ev: Evaluation, params: Params, records: list[dict], seed: int, pref
   """Sampled responses at temperature 1: (query tokens, response tokens, judgments, texts without the end token)."""
   queries = [ev.template.prompt(f"{prefix} {r['prompt']}".lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
-  judged, texts = [], []
-  for record, tokens in zip(records, responses, strict=True):
-    ended = tokens[-1] == ev.template.end
-    texts.append(sandbox.decode(tokens[:-1] if ended else tokens))
-    judged.append(sandbox.judge(ev.world, record['meta'], texts[-1], ended))
-  return queries, responses, judged, texts
+  said = [ev.template.said(tokens) for tokens in responses]
+  judged = [sandbox.judge(ev.world, record['meta'], *what) for record, what in zip(records, said, strict=True)]
+  return queries, responses, judged, [text for text, _ in said]
 
 
 def measure(ev: Evaluation, params: Params, ref: Params | None, prefix: str = '', seed: int = 1) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | 
   for t in range(most):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
     token = int(token[0])
-    ended = token == model.template.end
+    ended = token in model.template.ends
     if ended:
       break
     said.append(token)
@@ -75,8 +75,6 @@ def _padded(model: Any, prompt: Any, max_tokens: int | None) -> tuple[np.ndarray
   """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power of two, so that few lengths are
   compiled."""
   tokens = model.template.prompt(prompt)
-  if not tokens:
-    raise ValueError('the prompt is empty; this model reads at least one token before it answers.')
   context = model.cfg.max_length
   most = min(model.response_length or LENGTH, context - len(tokens)) if max_tokens is None else max_tokens
   if most < 1:
@@ -113,14 +111,13 @@ def _sampled(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float
   starting(slots)
   run = jax.jit(lambda params: generate(
       model.nets.decoder, params, tokens, mask, jax.random.key(seed), max_tokens=most,
-      stop_ids=(model.template.end,), temperature=temperature, top_k=top_k, top_p=top_p, samples_per_prompt=n))
+      stop_ids=model.template.ends, temperature=temperature, top_k=top_k, top_p=top_p, samples_per_prompt=n))
   out = jax.tree.map(np.asarray, run(model.params))
   texts, rows = [], []
-  for row, live, ended in zip(out.responses, out.mask, out.ended, strict=True):
-    said = row[live].tolist()
-    texts.append(model.decode(said[:-1] if ended else said))
-    response = reward.template.response(texts[-1])
-    rows.append(reward.template.prompt(prompt) + (response if ended else response[:-1]))
+  for row, live in zip(out.responses, out.mask, strict=True):
+    text, ended = model.template.said(row[live])
+    texts.append(text)
+    rows.append(sum(reward.template.row(prompt, text, ended), []))
   length = max(map(len, rows))
   if length > reward.cfg.max_length:
     raise ValueError(f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.')

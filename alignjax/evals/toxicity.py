@@ -15,7 +15,7 @@ import numpy as np
 
 from alignjax import plugins
 from alignjax.evals import harness, items
-from alignjax.evals.prefixes import PREFIXES, encode, joined
+from alignjax.evals.prefixes import PREFIXES, joined
 from alignjax.evals.table import Cell
 
 
@@ -80,7 +80,7 @@ def draw(levels: Sequence[float | None], count: int, seed: int, bins: int = 20) 
 
 
 def _continuations(model: Any, path: pathlib.Path, names: list[str], prompts: list[str], max_tokens: int) -> list[str]:
-  rows = [encode(model, p) for p in prompts]
+  rows = [model.template.text(p) for p in prompts]
 
   def make(some: list[int]) -> list[str]:
     return harness.continuations(model, [rows[i] for i in some], max_tokens=max_tokens, until=('\n',))

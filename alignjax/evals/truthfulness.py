@@ -19,7 +19,7 @@ import numpy as np
 
 from alignjax import files, ops, plugins
 from alignjax.data import encode, mappings
-from alignjax.evals import harness, items, prefixes
+from alignjax.evals import harness, items
 from alignjax.evals.table import Cell
 from alignjax.sharding import fetch
 
@@ -58,7 +58,7 @@ def truthfulqa(model: Any, *, data: str | None, limit: int | None, seed: int, ke
   questions = [questions[i] for i in items.draw(len(questions), limit, seed)]
   answers = {}
   for name, head in PROMPTS.items():
-    asked = [prefixes.encode(model, f'{head}\n\nQ: {q}\nA:') for q in questions]
+    asked = [model.template.text(f'{head}\n\nQ: {q}\nA:') for q in questions]
     path = keep / f'answers-{_file(name)}.jsonl'
     answers[name] = [a.strip() for a in items.fill(path, questions, lambda some: harness.continuations(
         model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)), what=path.stem)]  # noqa: B023

@@ -111,5 +111,5 @@ def _no_texts(config: ml_collections.ConfigDict) -> tuple:
     raise ValueError('a step compiled without a tokenizer reads no text.')
 
   vocabulary = config.model.vocab_size
-  template = Template(refuse, refuse, vocabulary - 1, vocabulary - 1, vocabulary - 1)
-  return None, None, template, refuse, refuse, vocabulary
+  last = vocabulary - 1
+  return None, None, Template(*[refuse] * 5, last, (last,), last, (), (last,), ()), vocabulary

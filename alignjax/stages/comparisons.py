@@ -14,7 +14,7 @@ import numpy as np
 from alignjax import files, fingerprints, inputs
 from alignjax.evals import bulk
 from alignjax.sharding import sync
-from alignjax.stages.setup import Setup, fit, initial_params, records, seed_of, stage_dir
+from alignjax.stages.setup import Setup, initial_params, records, seed_of, stage_dir, token_rows
 
 
 class Comparisons(NamedTuple):
@@ -64,8 +64,7 @@ def _read(setup: Setup, name: str, held_out: bool) -> Comparisons:
     return Comparisons([], [], [])
   if cfg.prompts is not None and not held_out:
     rows = [rows[i] for i in np.sort(rng.permutation(len(rows))[:cfg.prompts])]
-  tokens = [(setup.template.prompt(r['prompt']), [setup.template.response(x) for x in r['responses']]) for r in rows]
-  fitted = fit(setup, 'comparisons', tokens)
+  fitted = token_rows(setup, 'comparisons', rows, lambda r: r['responses'])
   return Comparisons([prompt for prompt, _ in fitted.rows], [responses for _, responses in fitted.rows],
                      [[rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)])
 
@@ -82,7 +81,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   shares = np.array([p['share'] for p in policies], float)
   drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
   sample = bulk.make_sampler(setup.nets, setup.sharder.spread, prompt_length=setup.prompt_length,
-                             max_tokens=setup.response_length, stop_ids=(setup.template.end,), pad=setup.template.pad)
+                             max_tokens=setup.response_length, stop_ids=setup.template.ends, pad=setup.template.pad)
   responses: list = [None] * len(owner)
   loaded = {}
   for i, policy in enumerate(policies):
@@ -96,12 +95,8 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
                     policy['temperature'])
     for j, response in zip(chosen, out, strict=True):
       responses[j] = response
-  end = setup.template.end
-  judged = []
-  for j, response in zip(owner, responses, strict=True):
-    ended = response[-1] == end
-    text = setup.decode(response[:-1] if ended else response)
-    judged.append(sandbox.judge(setup.world, rows[j]['meta'], text, ended))
+  judged = [sandbox.judge(setup.world, rows[j]['meta'], *setup.template.said(response))
+            for j, response in zip(owner, responses, strict=True)]
   features = np.split(setup.labelers.features(judged), np.cumsum(k)[:-1])
   grouped = [list(x) for x in _split(responses, k)]
   labelers = rng.choice(setup.labelers.train, count)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from alignjax.types import Networks, Params
 
 
 class Model(NamedTuple):
-  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, encode, decode,
+  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template,
   tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None.
   sharder: of the mesh that the parameters lie on, None where that is one device. response_length: tokens that responses had at
   most in training; None of a Hugging Face checkpoint."""
@@ -32,13 +32,18 @@ class Model(NamedTuple):
   params: Params
   head: str
   template: templates.Template
-  encode: Any
-  decode: Any
   vocabulary: int
   tokenizer: Any
   source: str | None
   sharder: Sharder | None = None
   response_length: int | None = None
+
+  def encode(self, text: str) -> list[int]:
+    """Tokens of a text that begins a document."""
+    return self.template.text(text)
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    return self.template.decode(tokens)
 
 
 def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapping[str, Any] | None = None) -> Model:
@@ -79,8 +84,8 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)
   sharder = sharder if mesh is not None else None
-  return Model(cfg, _networks(cfg, sharder), params, head, templates.make(tokenizer, form),
-               lambda text: tokenizer.encode(text, verbose=False), tokenizer.decode, len(tokenizer), tokenizer, source, sharder)
+  template = templates.make(tokenizer, form, opened=head == 'lm')
+  return Model(cfg, _networks(cfg, sharder), params, head, template, len(tokenizer), tokenizer, source, sharder)
 
 
 def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
@@ -110,5 +115,5 @@ def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str
   tokenizer = None if setup.world is not None else setups.load_tokenizer(config.data.tokenizer)
   params = setups.initial_params(setup, str(weights), found, 0)
   sharder = setup.sharder if mesh is not None else None
-  return Model(cfg, _networks(cfg, sharder), params, found, setup.template, setup.encode, setup.decode, setup.vocabulary,
-               tokenizer, source and source.removeprefix('hf:'), sharder, setup.response_length)
+  return Model(cfg, _networks(cfg, sharder), params, found, setup.template, setup.vocabulary, tokenizer,
+               source and source.removeprefix('hf:'), sharder, setup.response_length)

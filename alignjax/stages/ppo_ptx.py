@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ from alignjax.stages.setup import (
   check_divides,
   check_functions,
   compile_step,
-  fit,
   freeze,
   initial_params,
   make_optimizer,
@@ -34,6 +34,7 @@ from alignjax.stages.setup import (
   records,
   seed_of,
   stage_key,
+  token_rows,
 )
 from alignjax.types import LossFn, Metrics, Networks, Params, PPOBatch, Rollout, TokenBatch, TrainState
 
@@ -106,8 +107,9 @@ def build(setup: Setup, name: str) -> Stage:
 
   # prompts, encoded once; pretraining rows
   prompt_records = records(setup, 'prompts', cfg.prompts)
-  fitted = fit(setup, 'prompts', [(setup.template.prompt(r['prompt']), []) for r in prompt_records])
+  fitted = token_rows(setup, 'prompts', prompt_records)
   prompt_records = [prompt_records[i] for i in fitted.index]
+  asked = {tuple(row[0]): r['prompt'] for row, r in zip(reversed(fitted.rows), reversed(prompt_records), strict=True)}
   prompts = encode.left_pad([prompt for prompt, _ in fitted.rows], setup.prompt_length, setup.template.pad)
   rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = text_mix(setup, cfg.ptx.documents, rows_per_step, (*seed, 1)) if rows_per_step else None
@@ -118,7 +120,7 @@ def build(setup: Setup, name: str) -> Stage:
   state = first_state(setup, name, {'policy': load('policy', 'lm'), 'value': load('value', 'scalar')}, tx)
   frozen = {'ref': freeze(load('ref', 'lm'), setup.policy_model), 'reward': freeze(load('reward', 'scalar'), setup.reward_model)}
   failures: list[str] = []
-  compiled = make_step(setup, name, tx, state, failures)
+  compiled = make_step(setup, name, tx, state, failures, asked)
   prompts_per_step = cfg.rollout.episodes // cfg.rollout.samples_per_prompt
 
   def batch(i):
@@ -152,14 +154,16 @@ def first_state(setup: Setup, name: str, params: dict[str, Params], tx: optax.Gr
   return make_state(setup, params, tx, ema=cfg.ema_decay is not None, extra={'kl_coef': cfg.kl.coef})
 
 
-def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState, failures: list[str]) -> Callable:
-  """`iteration` as the config has it, compiled: (state, frozen, batch) -> (state, metrics, rollout). failures: Stage.failures."""
+def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState, failures: list[str],
+              asked: Mapping[tuple[int, ...], Any]) -> Callable:
+  """`iteration` as the config has it, compiled: (state, frozen, batch) -> (state, metrics, rollout). failures: Stage.failures.
+  asked: tokens of a prompt -> the prompt as its record has it."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
-  on_host = dict(decode=setup.decode, failures=failures)  # for a reward that is a function on the host
+  on_host = dict(asked=asked, said=setup.template.said, failures=failures)  # for a reward that is a function on the host
   reward_fn = functools.partial(plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', *on_host)),
                                 **{k: v for k, v in on_host.items() if k in plugins.keywords(cfg.reward.fn)})
   rollout_fn = functools.partial(
-      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=(setup.template.end,),
+      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=setup.template.ends,
       temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
       missing_end_penalty=cfg.rollout.missing_end_penalty, generate_rows=cfg.rollout.generate_rows,
       score_rows=score_rows(cfg))
@@ -201,7 +205,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
       'reward': [Work('forward', *value, at_once, length, episodes // at_once)] if cfg.reward.fn.endswith(':model_reward') else [],
       'update': [Work('update', *net, episodes // cuts, length, updates) for net in (lm, value)]
                 + ([Work('update', *lm, text // cuts, row_length, updates)] if text else [])}
-  return Plan(make_step(setup, name, tx, state, []), (state, frozen, batch), work)
+  return Plan(make_step(setup, name, tx, state, [], {}), (state, frozen, batch), work)
 
 
 def check(setup: Setup, name: str) -> None:
@@ -238,12 +242,7 @@ def check(setup: Setup, name: str) -> None:
 def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
   """What a person wants to see of a rollout: sample rows (prompt, response, score, gold or None), gold scores where known."""
   responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
-  end = setup.template.end
-  texts, ended = [], []
-  for row, live in zip(responses, mask, strict=True):
-    tokens = row[live].tolist()
-    ended.append(bool(tokens) and tokens[-1] == end)
-    texts.append(setup.decode(tokens[:-1] if ended[-1] else tokens))
+  texts, ended = zip(*(setup.template.said(row[live]) for row, live in zip(responses, mask, strict=True)), strict=True)
   metrics, gold = {}, [None] * len(texts)
   if setup.world is not None:
     from alignjax import sandbox

@@ -55,8 +55,8 @@ def check(setup: Setup, name: str) -> None:
 
 def text_rows(setup: Setup, texts: list[str], length: int | None = None):
   """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
-  return text.rows_of(texts, setup.encode, length or setup.config.data.row_length, setup.template.separator,
-                      setup.template.pad, setup.config.data.pack)
+  return text.rows_of(texts, setup.template.document, length or setup.config.data.row_length, setup.template.pad,
+                      setup.config.data.pack)
 
 
 def text_mix(setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None) -> Callable:

@@ -19,13 +19,13 @@ from alignjax.stages.setup import (
   Stage,
   check_functions,
   compile_step,
-  fit,
   initial_params,
   make_optimizer,
   make_state,
   records,
   seed_of,
   stage_key,
+  token_rows,
 )
 from alignjax.types import ComparisonBatch, TrainState
 
@@ -74,9 +74,9 @@ def build(setup: Setup, name: str) -> Stage:
   def finish(state):
     score = bulk.make_scorer(setup.nets, setup.sharder.spread, length=length, pad=setup.template.pad,
                              rows=max(1, cfg.responses_per_batch // shards) * shards)
-    demos = [(setup.template.prompt(r['prompt']), [setup.template.response(r['response'])])
-             for r in records(setup, 'demonstrations', cfg.bias_demonstrations)]
-    demos = [prompt + responses[0] for prompt, responses in fit(setup, 'demonstrations', demos).rows]
+    demos = records(setup, 'demonstrations', cfg.bias_demonstrations)
+    fitted = token_rows(setup, 'demonstrations', demos, lambda r: [r['response']])
+    demos = [prompt + responses[0] for prompt, responses in fitted.rows]
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
     info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),

@@ -28,7 +28,7 @@ class Setup(NamedTuple):
   """The objects that the config describes, shared by all stages of a run.
 
   nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's, which may differ.
-  world, labelers: of the sandbox, or None. encode, decode: text <-> token ids.
+  world, labelers: of the sandbox, or None. template: text <-> token ids.
   read: sources, checkpoints and functions that were read, noted by whoever reads (alignjax/inputs.py).
   """
   config: ml_collections.ConfigDict
@@ -40,8 +40,6 @@ class Setup(NamedTuple):
   world: Any
   labelers: Any
   template: Template
-  encode: Callable[[str], list[int]]
-  decode: Callable[[Any], str]
   vocabulary: int
   read: inputs.Read
 
@@ -91,7 +89,10 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
       raise ValueError(f'{entry}={seed} must be a whole number from 0 on, below 2^32.')
   sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
-  world, labelers, template, to_ids, decode, vocabulary = (text_side or tokens_and_texts)(config)
+  world, labelers, template, vocabulary = (text_side or tokens_and_texts)(config)
+  for entry in ('prompt_length', 'response_length', 'row_length'):
+    if config.data[entry] < 1:
+      raise ValueError(f'data.{entry}={config.data[entry]} must be 1 or more.')
   if config.data.too_long not in encode.TOO_LONG:
     raise ValueError(f'data.too_long={config.data.too_long!r} is none of {encode.TOO_LONG}.')
   policy_model = model_config(config.model, vocabulary, 'model')
@@ -106,20 +107,18 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, files.folder(workdir), sharder, policy_model, reward_model,
-               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary, {})
+               networks._replace(scalar=reward.scalar), world, labelers, template, vocabulary, {})
 
 
 def tokens_and_texts(config: ml_collections.ConfigDict) -> tuple:
-  """(world, labelers, template, encode, decode, vocabulary) of config.data.tokenizer."""
+  """(world, labelers, template, vocabulary) of config.data.tokenizer."""
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox
-    template = Template(lambda text: [sandbox.EOS_ID, *sandbox.encode(text), *sandbox.encode(sandbox.NEWLINE)],
-                        lambda text: [*sandbox.encode(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
-    return (sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed), template, sandbox.encode, sandbox.decode,
-            len(sandbox.VOCAB))
+    template = templates.of_words(sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE)
+    return sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed), template, len(sandbox.VOCAB)
   tokenizer = load_tokenizer(config.data.tokenizer)
-  return (None, None, templates.make(tokenizer, config.data.template or 'plain'),
-          lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer.decode, len(tokenizer))
+  template = templates.make(tokenizer, config.data.template or 'plain', config.data.get('template_date'))
+  return None, None, template, len(tokenizer)
 
 
 def for_stage(setup: Setup, name: str) -> Setup:
@@ -190,6 +189,20 @@ def open_source(setup: Setup, kind: str, count: int | None) -> sources.Source:
     return sources.Source(len(made), lambda i: [made[i]])
   setup.read.update(inputs.of_data(f'data.{kind}', setup.config.data[kind], setup.config.data.mapping[kind]))
   return sources.open_source(setup.config.data[kind], kind, setup.config.data.mapping[kind])
+
+
+def token_rows(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
+               responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: ()) -> encode.Fitted:
+  """Records of data.<kind> as token rows in the template, those that fit.
+
+  responses: record -> its responses as text. An error names the source and the record.
+  """
+
+  def one(record):
+    pairs = [setup.template.row(record['prompt'], said) for said in responses(record)]
+    return setup.template.prompt(record['prompt']), [tokens for _, tokens in pairs]
+
+  return fit(setup, kind, templates.each(one, found, f'data.{kind}={setup.config.data[kind]!r}'))
 
 
 def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:
@@ -278,7 +291,8 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
 
 
-GIVEN = dict(loss=('nets',), reward=('nets', 'frozen', 'decode', 'failures'), advantage=())  # keywords that the stage passes itself
+# keywords that the stage passes itself
+GIVEN = dict(loss=('nets',), reward=('nets', 'frozen', 'asked', 'said', 'failures'), advantage=())
 
 
 def check_functions(config: Mapping[str, Any], where: str) -> None:

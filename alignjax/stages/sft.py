@@ -14,13 +14,13 @@ from alignjax.stages.setup import (
   Setup,
   Stage,
   check_functions,
-  fit,
   initial_params,
   make_optimizer,
   make_state,
   records,
   seed_of,
   steps_per_epoch,
+  token_rows,
 )
 
 
@@ -29,9 +29,9 @@ def build(setup: Setup, name: str) -> Stage:
   seed = (setup.config.seed, seed_of(name))
 
   # 1. demonstrations: the response and its end token are trained on, the prompt by choice
-  rows = [(setup.template.prompt(r['prompt']), [setup.template.response(r['response'])])
-          for r in records(setup, 'demonstrations', cfg.demonstrations)]
-  pairs = [(prompt, responses[0]) for prompt, responses in fit(setup, 'demonstrations', rows).rows]
+  demonstrations = records(setup, 'demonstrations', cfg.demonstrations)
+  fitted = token_rows(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
+  pairs = [(prompt, responses[0]) for prompt, responses in fitted.rows]
   if setup.config.data.pack:
     rows = encode.pack([(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs], setup.length,
                        setup.template.pad)

@@ -59,6 +59,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
   c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
   c.data = dict(tokenizer='sandbox:', template=config_dict.placeholder(str),  # forms: alignjax/data/templates.py
+                template_date=config_dict.placeholder(str),  # of a chat template that prints the day; None: the run's first day
                 pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:', prompts='sandbox:',
                 mapping=no_mapping(),
                 prompt_length=24, response_length=20, row_length=64, too_long='error', pack=False)

@@ -74,7 +74,8 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
                     sequence='tensor',  # of what each layer keeps for the way back
                     table=('fsdp', 'tensor'),  # the embedding has no heads that tensor could split
                     vocab=config_dict.placeholder(str))  # 50,257 is odd: the vocabulary axis stays whole
-  c.data = dict(tokenizer='openai-community/gpt2', template='plain', pretrain='jsonl:data/pretrain.jsonl.gz',
+  c.data = dict(tokenizer='openai-community/gpt2', template='plain', template_date=config_dict.placeholder(str),
+                pretrain='jsonl:data/pretrain.jsonl.gz',
                 demonstrations='jsonl:data/demonstrations.jsonl', comparisons='jsonl:data/comparisons.jsonl',
                 prompts='jsonl:data/prompts.jsonl',
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k

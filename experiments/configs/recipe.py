@@ -31,7 +31,8 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
   c.stages_to_run = ('ppo_ptx',)
   c.mesh.update(mesh or {})
   kinds = ('pretrain', 'demonstrations', 'comparisons', 'prompts')
-  c.data = dict(tokenizer=spec(), template=template, mapping={**base.no_mapping(), **mapping},
+  c.data = dict(tokenizer=spec(), template=template, template_date=config_dict.placeholder(str),
+                mapping={**base.no_mapping(), **mapping},
                 prompt_length=lengths[0], response_length=lengths[1], row_length=lengths[2], too_long='drop', pack=True,
                 **{kind: data[kind] for kind in kinds})
   c.model = dict(source=spec(), **model)

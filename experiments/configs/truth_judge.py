@@ -28,7 +28,7 @@ def get_config(arg: str = 'truth'):
   spec = lambda: c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
   c.stages_to_run = ('sft',)
   none = lambda: config_dict.placeholder(str)
-  c.data = dict(tokenizer=spec(), template='plain', pretrain=none(), comparisons=none(), prompts=none(),
+  c.data = dict(tokenizer=spec(), template='plain', template_date=none(), pretrain=none(), comparisons=none(), prompts=none(),
                 demonstrations=f'jsonl:finetune_{kind}.jsonl', mapping={**base.no_mapping(), 'demonstrations': 'truthfulqa_judge'},
                 prompt_length=90 if small else 120, response_length=6, row_length=96 if small else 126, too_long='drop', pack=True)
   c.model = dict(source=spec(), dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', logits_chunk=256,

@@ -1,0 +1,127 @@
+"""Control tokens (<|im_end|>, <s>, ...) and people's text that spells their names.
+
+What a person wrote is text: its "<|im_end|>" is ten characters and not the token that ends a turn, which only the template
+may write. transformers by default reads both as the token. The way here: the tokenizer again, with the names of its control tokens
+exchanged for private ones that the text does not hold, so that everything else (merges, normalization, what a token strips
+beside it) stays its own. Text without such names is encoded by the tokenizer as it is.
+
+Control tokens are those that the tokenizer marks as special, and those that a chat template writes around a turn. Other added
+tokens, such as runs of blanks or a <think> that is not marked as special, are read in text as the tokenizer reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+PRIVATE = range(0xF0000, 0xFFFFE)  # code points that Unicode leaves to private use
+
+
+class Control(NamedTuple):
+  """Functions that keep people's text and control tokens apart.
+
+  encode: people's text -> ids, none of them of a control token.
+  private: anything of JSON -> a character to hide control names with, which its strings do not hold; None where they name none.
+  hide: (anything of JSON, private) -> the same with every control name in its strings behind a private one.
+  reveal: (text, private) -> the hidden names again.
+  rendered: (text, private) -> ids of a template's output: its own control names are the tokens, hidden ones are text.
+  """
+  encode: Callable[[str], list[int]]
+  private: Callable[[Any], str | None]
+  hide: Callable[[Any, str], Any]
+  reveal: Callable[[str, str], str]
+  rendered: Callable[[str, str | None], list[int]]
+
+
+def special(tokenizer: Any) -> dict[int, str]:
+  """{id: name} of the tokens that the tokenizer marks as special, but for single bytes, <0x0A>, which stand for text."""
+  found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+  found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+  return {i: name for i, name in found.items() if not re.fullmatch('<0x[0-9A-F]{2}>', name)}
+
+
+def make(tokenizer: Any, control: Mapping[int, str]) -> Control:
+  """Control of a transformers tokenizer. control: {id: name} of its control tokens."""
+  names = sorted(control.values(), key=len, reverse=True)  # of names that begin alike the longest is meant, as in the tokenizer
+  pattern = re.compile('|'.join(map(re.escape, names)))
+  number = {name: i for i, name in enumerate(names)}
+  usual = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+  @functools.lru_cache(maxsize=2)
+  def renamed(private: str) -> Any:
+    return _renamed(tokenizer, names, lambda name: _token(private, number[name]))
+
+  def unused(text: str) -> str:
+    return next(c for c in map(chr, PRIVATE) if c not in text)
+
+  def encode(text: str) -> list[int]:
+    ids = usual(text)
+    if control.keys().isdisjoint(ids):
+      return ids
+    return renamed(unused(text)).encode(text, add_special_tokens=False).ids
+
+  def hide(value: Any, private: str) -> Any:
+    if isinstance(value, str):
+      return pattern.sub(lambda m: _hidden(private, number[m[0]]), value)
+    if isinstance(value, dict):
+      return {k: hide(v, private) for k, v in value.items()}
+    return [hide(v, private) for v in value] if isinstance(value, (list, tuple)) else value
+
+  def reveal(text: str, private: str) -> str:
+    return re.sub(f'{private}h([0-9]+){private}', lambda m: names[int(m[1])], text)
+
+  def rendered(text: str, private: str | None) -> list[int]:
+    if private is None:
+      return usual(text)
+    own = pattern.sub(lambda m: _token(private, number[m[0]]), text)
+    return renamed(private).encode(reveal(own, private), add_special_tokens=False).ids
+
+  def private(value: Any) -> str | None:
+    text = '\n'.join(_strings(value))
+    return unused(text) if pattern.search(text) else None
+
+  return Control(encode, private, hide, reveal, rendered)
+
+
+def _strings(value: Any) -> Iterator[str]:
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, (dict, list, tuple)):
+    for part in value.values() if isinstance(value, dict) else value:
+      yield from _strings(part)
+
+
+def _token(private: str, number: int) -> str:
+  return f'{private}t{number}{private}'
+
+
+def _hidden(private: str, number: int) -> str:
+  return f'{private}h{number}{private}'
+
+
+def _renamed(tokenizer: Any, names: Collection[str], rename: Callable[[str], str]) -> Any:
+  """A tokenizers.Tokenizer in which the given tokens keep their ids and get other names."""
+  from tokenizers import Tokenizer
+  backend = getattr(tokenizer, 'backend_tokenizer', None)
+  if backend is None:
+    raise ValueError(f'a text names a control token (one of {sorted(names)}), and the tokenizer {tokenizer.name_or_path!r} has no '
+                     'tokenizer.json, without which text and control tokens are not told apart: write one, or leave the text out.')
+  spec = json.loads(backend.to_str())
+  other = {name: rename(name) for name in names}
+  for token in spec['added_tokens']:
+    token['content'] = other.get(token['content'], token['content'])
+  model = spec['model']
+  if isinstance(model.get('vocab'), dict):
+    model['vocab'] = {other.get(name, name): i for name, i in model['vocab'].items()}
+  else:  # Unigram: pairs of a name and its score
+    model['vocab'] = [[other.get(name, name), score] for name, score in model['vocab']]
+  if model.get('unk_token') in other:
+    model['unk_token'] = other[model['unk_token']]
+  spec['post_processor'] = None
+  made = Tokenizer.from_str(json.dumps(spec))
+  made.no_truncation()
+  made.no_padding()
+  return made
