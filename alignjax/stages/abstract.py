@@ -112,4 +112,4 @@ def _no_texts(config: ml_collections.ConfigDict) -> tuple:
 
   vocabulary = config.model.vocab_size
   template = Template(refuse, refuse, vocabulary - 1, vocabulary - 1, vocabulary - 1)
-  return None, None, template, refuse, refuse, vocabulary
+  return None, None, template, refuse, refuse, range(vocabulary)

@@ -16,7 +16,7 @@ import ml_collections
 from alignjax import checkpoint, files
 from alignjax.data import templates
 from alignjax.models import hf, transformer
-from alignjax.models.config import TransformerConfig
+from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.sharding import RULES, Sharder, make_mesh
 from alignjax.stages import setup as setups
 from alignjax.types import Networks, Params
@@ -24,7 +24,8 @@ from alignjax.types import Networks, Params
 
 class Model(NamedTuple):
   """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, encode, decode,
-  tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None.
+  tokenizer: text <-> tokens (tokenizer None: the sandbox's); vocabulary: one more than the largest id of a token. source: the
+  Hugging Face checkpoint behind it, or None.
   sharder: of the mesh that the parameters lie on, None where that is one device."""
   cfg: TransformerConfig
   nets: Networks
@@ -70,13 +71,14 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   source = name.removeprefix('hf:')
   sharder = _sharder(mesh)
   tokenizer = setups.load_tokenizer(source)
-  cfg = TransformerConfig(**hf.fields(source))
+  ids, fields = setups.token_ids(tokenizer), hf.fields(source)
+  cfg = TransformerConfig(**fields, unused_ids=ranges_without(ids, fields['vocab_size']))
   if head == 'scalar' and not hf.has_score(source):
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)
   sharder = sharder if mesh is not None else None
   return Model(cfg, _networks(cfg, sharder), params, head, templates.make(tokenizer, form),
-               lambda text: tokenizer.encode(text, verbose=False), tokenizer.decode, len(tokenizer), tokenizer, source, sharder)
+               lambda text: tokenizer.encode(text, verbose=False), tokenizer.decode, ids[-1] + 1, tokenizer, source, sharder)
 
 
 def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:

@@ -18,8 +18,8 @@ from alignjax import checkpoint, files, optim, plugins
 from alignjax.data import encode, sources, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
-from alignjax.models.axes import path_name
-from alignjax.models.config import TransformerConfig
+from alignjax.models.axes import as_used
+from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Metrics, Networks, Params, TrainState
 
@@ -28,7 +28,7 @@ class Setup(NamedTuple):
   """The objects that the config describes, shared by all stages of a run.
 
   nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's, which may differ.
-  world, labelers: of the sandbox, or None. encode, decode: text <-> token ids.
+  world, labelers: of the sandbox, or None. encode, decode: text <-> token ids. ids: those that have a token, in order.
   """
   config: ml_collections.ConfigDict
   workdir: files.Folder
@@ -41,7 +41,12 @@ class Setup(NamedTuple):
   template: Template
   encode: Callable[[str], list[int]]
   decode: Callable[[Any], str]
-  vocabulary: int
+  ids: Sequence[int]
+
+  @property
+  def vocabulary(self) -> int:
+    """One more than the largest id of a token. The model's vocabulary may be larger."""
+    return self.ids[-1] + 1
 
   @property
   def prompt_length(self) -> int:
@@ -86,11 +91,11 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   text_side: in place of the one below, where no text is read (stages/abstract.py).
   """
   sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
-  world, labelers, template, to_ids, decode, vocabulary = (text_side or tokens_and_texts)(config)
+  world, labelers, template, to_ids, decode, ids = (text_side or tokens_and_texts)(config)
   if config.data.too_long not in encode.TOO_LONG:
     raise ValueError(f'data.too_long={config.data.too_long!r} is none of {encode.TOO_LONG}.')
-  policy_model = model_config(config.model, vocabulary, 'model')
-  reward_model = model_config(config.reward_model or config.model, vocabulary, 'reward_model')
+  policy_model = model_config(config.model, ids, 'model')
+  reward_model = model_config(config.reward_model or config.model, ids, 'reward_model')
   length = config.data.prompt_length + config.data.response_length
   for name, model in (('model', policy_model), ('reward_model', reward_model)):
     sharder.check_heads(model, name)
@@ -101,20 +106,20 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, files.folder(workdir), sharder, policy_model, reward_model,
-               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, vocabulary)
+               networks._replace(scalar=reward.scalar), world, labelers, template, to_ids, decode, ids)
 
 
 def tokens_and_texts(config: ml_collections.ConfigDict) -> tuple:
-  """(world, labelers, template, encode, decode, vocabulary) of config.data.tokenizer."""
+  """(world, labelers, template, encode, decode, ids) of config.data.tokenizer."""
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox
     template = Template(lambda text: [sandbox.EOS_ID, *sandbox.encode(text), *sandbox.encode(sandbox.NEWLINE)],
                         lambda text: [*sandbox.encode(text), sandbox.EOS_ID], sandbox.EOS_ID, sandbox.PAD_ID, sandbox.EOS_ID)
     return (sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed), template, sandbox.encode, sandbox.decode,
-            len(sandbox.VOCAB))
+            range(len(sandbox.VOCAB)))
   tokenizer = load_tokenizer(config.data.tokenizer)
   return (None, None, templates.make(tokenizer, config.data.template or 'plain'),
-          lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer.decode, len(tokenizer))
+          lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer.decode, token_ids(tokenizer))
 
 
 def for_stage(setup: Setup, name: str) -> Setup:
@@ -122,7 +127,7 @@ def for_stage(setup: Setup, name: str) -> Setup:
   changes = setup.config.stages[name].get('model')
   if not changes:
     return setup
-  model = model_config({**setup.config.model, **changes}, setup.policy_model.vocab_size, f'stages.{name}.model')
+  model = model_config({**setup.config.model, **changes}, setup.ids, f'stages.{name}.model')
   setup.sharder.check_heads(model, f'stages.{name}.model')
   networks = transformer.make_networks(model, setup.sharder.constrain, setup.sharder.for_decoding)
   return setup._replace(policy_model=model, nets=networks._replace(scalar=setup.nets.scalar))
@@ -138,22 +143,30 @@ def load_tokenizer(name: str) -> Any:
     raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} ({error}).') from error
 
 
-def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
+def token_ids(tokenizer: Any) -> list[int]:
+  """The ids that have a token, in order. Not 0 .. len(tokenizer) - 1: added tokens may leave holes before them."""
+  return sorted(set(tokenizer.get_vocab().values()))
+
+
+def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> TransformerConfig:
   """TransformerConfig of a config entry; an unknown field is an error with the nearest known one.
 
   An entry source='hf:FOLDER_OR_HUB_NAME' takes the architecture of that checkpoint; the other entries change it.
+  ids: those that have a token; what the model's vocabulary has beside them becomes its unused_ids.
   """
   fields = [f.name for f in dataclasses.fields(TransformerConfig)]
   for key in spec:
     if key not in (*fields, 'source'):
       near = difflib.get_close_matches(key, fields, 1)
       raise ValueError(f'{where}.{key} is no field of TransformerConfig.' + (f' Did you mean {near[0]!r}?' if near else ''))
+  vocabulary = ids[-1] + 1
   spec = {'vocab_size': vocabulary, **spec}
   if source := spec.pop('source', None):
     spec = hf.fields(source.removeprefix('hf:')) | {k: v for k, v in spec.items() if k != 'vocab_size'}
-    if spec['vocab_size'] < vocabulary:
-      raise ValueError(f'{where}.source={source!r} has a vocabulary of {spec["vocab_size"]}, data.tokenizer one of '
-                       f'{vocabulary}; they do not belong together.')
+  if spec['vocab_size'] < vocabulary:
+    raise ValueError(f'{where}{f".source={source!r}" if source else ""} has a vocabulary of {spec["vocab_size"]}, data.tokenizer '
+                     f'one of {vocabulary}; they do not belong together.')
+  spec.setdefault('unused_ids', ranges_without(ids, spec['vocab_size']))
   return TransformerConfig(**spec)
 
 
@@ -220,14 +233,8 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
 
 
 def freeze(params: Params, model: TransformerConfig) -> Params:
-  """Weights that are only read, in the dtype that every use casts them to; norms and scalar heads, used in float32, stay."""
-
-  def one(path, leaf):
-    if any(word in path_name(path) for word in ('norm', 'score')):
-      return leaf
-    return leaf.update(dtype=model.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(model.dtype)
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  """Weights of a frozen network, in the dtype that its every use casts them to."""
+  return as_used(params, model.dtype)
 
 
 def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.GradientTransformation:
