@@ -244,7 +244,7 @@ def test_an_empty_prompt_does_not_see_what_follows(family, chunk):
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama'])
 def test_ids_without_a_token_have_no_probability(family):
-  """Holes and a padded end of the vocabulary: everything is as if it held the other ids alone."""
+  """Holes and a padded end of the vocabulary: log-probabilities are as if it held the other ids alone; the logits stay."""
   _, plain, params, _ = model(family)
   nets = transformer.make_networks(config(family, unused_ids=((10, 12), (45, 50))))
   known = np.delete(np.arange(VOCAB), [10, 11, 45, 46, 47, 48, 49])
@@ -253,10 +253,17 @@ def test_ids_without_a_token_have_no_probability(family):
   @jax.jit
   def run(params):
     grads = jax.grad(lambda p: sum(x.sum() for x in nets.logprobs(p, tokens, mask)))(params)
-    return nets.logits(params, tokens, mask), plain.logits(params, tokens, mask), nets.logprobs(params, tokens, mask), grads
+    weights = nets.decoder.prepare(params)
+    decoded, cache = nets.decoder.prefill(weights, tokens, mask, 7)
+    after, _ = nets.decoder.step(weights, tokens[:, 0], mask[:, 1], cache)
+    return (nets.logits(params, tokens, mask), plain.logits(params, tokens, mask), nets.logprobs(params, tokens, mask), grads,
+            decoded, after)
 
-  logits, without, (logprobs, entropy), grads = jax.tree.map(np.asarray, run(params))
-  np.testing.assert_array_equal(logits[..., known], without[..., known])
+  logits, without, (logprobs, entropy), grads, decoded, after = jax.tree.map(np.asarray, run(params))
+  np.testing.assert_array_equal(logits, without)
+  close(decoded[:, known], without[:, -1, known], rtol=1e-4, atol=1e-4)
+  for out in (decoded, after):
+    assert (np.delete(out, known, -1) == transformer.NEVER).all() and (out[:, known] > -1e3).all()
   exact = np.exp(without[..., known].astype(np.float64))
   exact /= exact.sum(-1, keepdims=True)
   place = np.searchsorted(known, np.asarray(tokens))

@@ -240,10 +240,15 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     return params | {'final': params['final'] | {'head': head}}
 
   def unembed(params, x):
-    """[..., D] -> float32 logits [..., V]; NEVER at ids that no token has, here and so in every distribution."""
+    """[..., D] -> float32 logits [..., V]."""
     x = Final(cfg, 'lm').apply({'params': params['final']}, x)
     if cfg.tie_embeddings:
       x = _to_float32(x, params['embed']['tokens'].astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return x
+
+  def next_token(params, x):
+    """The logits of the distribution that is sampled, scored and trained: unembed, NEVER at ids that no token has."""
+    x = unembed(params, x)
     if cfg.unused_ids:
       unused = np.isin(np.arange(cfg.vocab_size), np.r_[tuple(slice(*ids) for ids in cfg.unused_ids)])
       x = jnp.where(unused.reshape((1,) * (x.ndim - 1) + (-1,)), NEVER, x)
@@ -260,7 +265,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     params = whole_head(params)
 
     def score(x, targets):
-      return ops.token_logprobs(unembed(params, x) / temperature, targets)
+      return ops.token_logprobs(next_token(params, x) / temperature, targets)
 
     if cfg.logits_chunk is None or b * (t - 1) <= cfg.logits_chunk:
       out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
@@ -292,7 +297,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     grow = lambda y: tuple(constrain(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - q), (0, 0))), 'batch', 'kv_heads', None, None)
                            for layer in y)
     cache = KVCache(k=grow(k), v=grow(v), mask=jnp.pad(mask, ((0, 0), (0, slots - q))), index=jnp.int32(q))
-    return unembed(weights, x[:, -1]), cache
+    return next_token(weights, x[:, -1]), cache
 
   def step(weights, tokens, mask, cache):
     seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask[:, None], cache.index, axis=1)
@@ -306,6 +311,6 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
       ks.append(k)
       vs.append(v)
     cache = KVCache(k=tuple(ks), v=tuple(vs), mask=seen, index=cache.index + 1)
-    return unembed(weights, x[:, 0]), cache
+    return next_token(weights, x[:, 0]), cache
 
   return Networks(logits=logits, logprobs=logprobs, scalar=scalar, decoder=Decoder(prepare, prefill, step))
