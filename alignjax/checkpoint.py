@@ -102,7 +102,7 @@ class Checkpoints:
     for step in steps:
       try:
         sums = self._manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore())).sums
-        _check_shapes({k: tuple(shape) for k, (shape, *_) in sums.items()}, wanted)
+        _check_arrays({k: (tuple(shape), dtype) for k, (shape, dtype, _) in sums.items()}, wanted)
         leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
         _check_sums(leaves, sums)
       except _Mismatch as error:
@@ -128,9 +128,11 @@ class Checkpoints:
     self._manager.reload()
 
 
-def _check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint') -> None:
-  wanted = {k: tuple(v.shape) for k, v in wanted.items()}
-  wrong = [f'{k}: {found.get(k, "absent")} {place}, {wanted.get(k, "absent")} in the model'
+def _check_arrays(found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint') -> None:
+  """found: (shape, dtype) by name. Read as another dtype, an array would be another one than what its checksum is of."""
+  wanted = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
+  show = lambda arrays, k: '{1} {0}'.format(*arrays[k]) if k in arrays else 'absent'
+  wrong = [f'{k}: {show(found, k)} {place}, {show(wanted, k)} in the model'
            for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
   if wrong:
     raise _Mismatch('; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
@@ -202,7 +204,7 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(directory / 'params')
       saved = getattr(saved, 'item_metadata', saved)
-      _check_shapes({k: tuple(v.shape) for k, v in getattr(saved, 'tree', saved).items()}, wanted, 'on disk')
+      _check_arrays({k: (tuple(v.shape), str(v.dtype)) for k, v in getattr(saved, 'tree', saved).items()}, wanted, 'on disk')
       leaves = checkpointer.restore(directory / 'params', wanted)
     _check_sums(leaves, json.loads((directory / 'sums.json').read_text()))
   except _Mismatch as error:

@@ -8,6 +8,7 @@ A fork names its own function: (*, steps, **its own numbers) -> optax.GradientTr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -27,7 +28,7 @@ def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0
     warmup: updates of linear warmup, or a fraction of `steps` where below 1; from warmup_from * lr.
     eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)); 'tensorflow', the form of the original code, to sqrt(v)
       without that correction, which is the larger epsilon early on (CHECKLIST 17).
-    weight_decay: decoupled (AdamW), on matrices only.
+    weight_decay: decoupled (AdamW), of the parameters that `decays` names.
     clip_norm: global gradient norm of this entry of params.
   """
   rate = make_schedule(steps=steps, lr=lr, schedule=schedule, warmup=warmup, warmup_from=warmup_from, final=final)
@@ -40,9 +41,23 @@ def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   chain.append(moments)
   if weight_decay:
-    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    chain.append(optax.add_decayed_weights(weight_decay, mask=matrices))
+    chain.append(optax.add_decayed_weights(weight_decay, mask=decays))
   return optax.chain(*chain, optax.scale_by_learning_rate(rate))
+
+
+def decays(params: Any) -> Any:
+  """A tree of bools like params: which of them weight decay shrinks.
+
+  Matrices do, embeddings among them (the embedding is the unembedding where the two are tied; GPT-2's and Megatron's code decay
+  it too); scales and biases do not, nor does any other vector. Parameters under 'layers' are stacked [L, ...]: a norm's
+  scale [L,D] is a vector of each layer.
+  """
+
+  def one(path, leaf):
+    *parents, name = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    return name not in ('scale', 'bias') and len(leaf.shape) - ('layers' in parents) > 1
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def make_schedule(*, steps: int, lr: float, schedule: str, warmup: float, warmup_from: float,

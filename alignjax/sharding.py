@@ -27,7 +27,14 @@ RULES = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='ten
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh of axes (data, fsdp, tensor) over all devices; data=None takes what the others leave."""
+  """A mesh of axes (data, fsdp, tensor) over all devices; data=None takes what the others leave.
+
+  What trains or uses a model begins here, and so here jax's 64-bit mode is refused: random draws, integers and parameters
+  would be of other types than those that programs and checkpoints declare.
+  """
+  if jax.config.jax_enable_x64:
+    raise ValueError('jax is in its 64-bit mode (JAX_ENABLE_X64, or --jax_enable_x64), but alignjax computes in float32 and less. '
+                     'Unset JAX_ENABLE_X64.')
   devices = jax.devices() if devices is None else devices
   rest = fsdp * tensor
   if data is None:

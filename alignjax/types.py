@@ -170,10 +170,12 @@ class Decoder(NamedTuple):
 class Networks(NamedTuple):
   """A model as pure functions. Losses, rollout and evaluation see these and never a module.
 
-  logits(params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1.
+  logits(params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1. The model's own, over its whole
+    vocabulary, as in transformers: for evaluations that compare with other tools.
   logprobs(params, tokens, mask, temperature=1.0, key=None) -> (logprobs, entropy), both f32[B,T]:
     logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that distribution; column 0 is 0. This is
-    the one place where logits are shifted against tokens, and where a large vocabulary is cut into chunks.
+    the one place where logits are shifted against tokens, and where a large vocabulary is cut into chunks. It and the
+    decoder share one distribution, over the ids that have a token.
   scalar(params, tokens, mask) -> f32[B,T], the value or reward head at every position, after reading token t.
   decoder: Decoder.
   A dropout key of None means no dropout.

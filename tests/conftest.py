@@ -14,7 +14,8 @@ import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-compiled = tempfile.mkdtemp(prefix='alignjax-compiled-')
-atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+if not (compiled := os.environ.get('JAX_COMPILATION_CACHE_DIR')):  # tests/mutations.py shares one between processes
+  compiled = tempfile.mkdtemp(prefix='alignjax-compiled-')
+  atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', compiled)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)

@@ -91,5 +91,17 @@ def assert_additive(loss_fn, params, batch, nets, parts: int = 2, rtol: float = 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), whole, cut)
 
 
+def assert_float32_logits(nets, params, tokens, mask) -> None:
+  """The logits are float32 and were not rounded to bfloat16 on the way. For a fork's networks too."""
+  logits = nets.logits(params, tokens, mask)
+  assert logits.dtype == jnp.float32
+  assert_not_rounded(logits)
+
+
+def assert_not_rounded(x) -> None:
+  """Few of many float32 numbers are bfloat16 numbers by chance: about one in 2^16."""
+  assert np.mean(np.asarray(x == x.astype(jnp.bfloat16).astype(jnp.float32))) < 0.01
+
+
 def close(a, b, **tolerance) -> None:
   np.testing.assert_allclose(np.asarray(a), np.asarray(b), **({'rtol': 1e-5, 'atol': 1e-6} | tolerance))

@@ -166,6 +166,9 @@ def test_final_weights(tmp_path):
   assert checkpoint.same(checkpoint.load_params(tmp_path / 'final', abstract(params)), params)
   with pytest.raises(ValueError, match='weights of another model'):
     checkpoint.load_params(tmp_path / 'final', abstract({'w': params['w']}))
+  other = {k: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) for k, x in params.items()}
+  with pytest.raises(ValueError, match=r'another model: half: bfloat16 \(8, 8\) on disk, float32 \(8, 8\) in the model'):
+    checkpoint.load_params(tmp_path / 'final', other)  # not damaged: its checksums are of bfloat16
 
 
 @pytest.mark.parametrize('damage', [flip, cut, delete])

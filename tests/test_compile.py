@@ -244,8 +244,15 @@ def test_unknown_topologies(topology, words):
 
 
 def test_chips_of_devices():
-  assert chips.of_device('TPU v5 lite') == 'v5e' and chips.of_device('NVIDIA H100 80GB HBM3') == 'H100'
-  assert chips.of_device('cpu') is None
+  peak = lambda kind: chips.CHIPS[chips.of_device(kind)].flops
+  assert chips.of_device('TPU v5 lite') == 'v5e'
+  assert (peak('NVIDIA H100 80GB HBM3'), peak('NVIDIA H100 PCIe'), peak('NVIDIA H100 NVL')) == (989e12, 756e12, 835e12)
+  assert (peak('NVIDIA H200'), peak('NVIDIA H200 NVL'), peak('NVIDIA A100-SXM4-40GB')) == (989e12, 835e12, 312e12)
+  bandwidth = lambda kind: chips.CHIPS[chips.of_device(kind)].bandwidth
+  assert (bandwidth('NVIDIA A100-SXM4-80GB'), bandwidth('NVIDIA A100 80GB PCIe')) == (2039e9, 1935e9)
+  assert all(name in chips.CHIPS for name in chips.KINDS.values())
+  for unknown in ('cpu', 'NVIDIA GH200 480GB', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'NVIDIA A100X', 'NVIDIA H20'):
+    assert chips.of_device(unknown) is None, unknown
 
 
 def test_a_missing_compiler_and_an_unknown_stage_are_errors_that_say_what_to_do(monkeypatch):

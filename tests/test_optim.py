@@ -1,11 +1,13 @@
 """Optimizers by hand-computed numbers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alignjax import optim
-from tests.fakes import close
+from alignjax.models import transformer
+from tests.fakes import close, config
 
 
 def run(tx, grads, start=0.0):
@@ -65,6 +67,21 @@ def test_decay_is_of_matrices_and_clipping_of_the_whole_entry():
   updates, _ = clipped.update({'w': 3 * jnp.ones((1, 1)), 'b': 4 * jnp.ones(1)}, clipped.init(params), params)
   close(updates['w'][0, 0], -0.6 / 1.6)
   close(updates['b'][0], -0.8 / 1.8)
+
+
+@pytest.mark.parametrize('head', ['lm', 'scalar'])
+@pytest.mark.parametrize('family', ['gpt2', 'llama', 'neox'])
+def test_decay_leaves_stacked_norms_and_biases_alone(family, head):
+  """A real tree, whose layers are stacked: a norm's scale is [L,D] and a bias of the projections [L,NH]."""
+  shapes = jax.eval_shape(lambda: transformer.init(config(family, qk_norm=family == 'llama'), jax.random.key(0), head))
+  params = {'policy': jax.tree.map(lambda x: jnp.ones(x.shape), shapes)}
+  tx = optim.make({'policy': optim.adam(steps=1, lr=1.0, weight_decay=0.5)})
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  left, found = {'tokens', 'positions', 'kernel'}, set()
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    found.add(path[-1].key)
+    close(update, np.full(update.shape, -0.5 if path[-1].key in left else 0.0))
+  assert found >= {'tokens', 'kernel', 'scale'} and ('bias' in found or head == 'lm')
 
 
 @pytest.mark.parametrize('wrong,words', [(dict(schedule='linear'), 'linear'), (dict(eps_form='keras'), 'keras'),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from alignjax import host, losses, ops, rollout, steps
+from alignjax.models import transformer
 from alignjax.types import PPOBatch
-from tests.fakes import FAMILIES, close, model, prompts
+from tests.fakes import FAMILIES, close, config, model, prompts
 
 
 def collect(family='gpt2', seed=0, reward_fn=rollout.model_reward, **kw):
@@ -33,6 +34,27 @@ def test_item_8_the_ratio_before_the_first_update_is_exactly_1(family, seed):
   for i in range(2):
     assert float(grads({'policy': params, 'value': scalar}, jax.tree.map(lambda x: x[i], cut))) == 0.0  # noqa: B023
   assert float(metrics['rollout/sampler_gap_max']) < 1e-4
+
+
+def test_item_8_ids_without_a_token_are_neither_drawn_nor_scored():
+  """A vocabulary of 50 whose tokenizer has 12 ids: sampler and scorer share the distribution over these."""
+  _, _, params, scalar = model()
+  nets = transformer.make_networks(config(unused_ids=((12, 50),)))
+
+  @jax.jit
+  def run(params, scalar, *prompts):
+    ro, metrics = rollout.collect(nets, {'policy': params, 'value': scalar}, {'ref': params}, *prompts, jax.random.key(0),
+                                  max_tokens=6, stop_ids=(3,), reward_fn=lambda *rows, nets, frozen: jnp.zeros(8))
+    batch = PPOBatch(ro, ro.values, ro.values, ro.mask.astype(jnp.float32))
+    _, ppo, _ = steps.gradients(losses.ppo, {'policy': params, 'value': scalar}, batch, None, nets=nets)
+    return ro, metrics, ppo, nets.logits(params, *ro.sequences())
+
+  ro, metrics, ppo, logits = jax.tree.map(np.asarray, run(params, scalar, *prompts(0, rows=8)))
+  assert ro.responses.max() < 12 and len(set(ro.responses[ro.mask].tolist())) > 5
+  assert ppo['ppo/ratio_max_dev'] == 0.0 and metrics['rollout/sampler_gap_max'] < 1e-4
+  for b, t in zip(*np.nonzero(ro.mask), strict=True):
+    row = logits[b, 6 + t - 1, :12].astype(np.float64)
+    close(ro.logprobs[b, t], row[ro.responses[b, t]] - np.log(np.exp(row).sum()), rtol=1e-4)
 
 
 def test_item_9_scoring_knows_the_temperature():

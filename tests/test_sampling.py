@@ -1,6 +1,7 @@
 """Sampling: the distribution, when it stops, and that it edits nothing."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from alignjax import sampling
+from alignjax.evals import bulk, talk
+from alignjax.stages import finished, setup
 from alignjax.types import Decoder, KVCache
 from tests.fakes import VOCAB, close, model, prompts
 
@@ -140,3 +143,30 @@ def test_item_4_decoding_stops_when_all_rows_have():
 def test_a_chunk_that_does_not_divide_is_refused():
   with pytest.raises(ValueError, match='chunk=3'):
     generate(chunk=3)
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled():
+  """The golden chat model has 264 ids, its tokenizer 260 tokens. With the other four far likelier than all, none is drawn, one by
+  one or in bulk, at a temperature or greedily, by a checkpoint or in a run's setup."""
+  chat = pathlib.Path(__file__).parent / 'golden' / 'chat'
+  model = finished.load(f'hf:{chat}', form='chat')
+  assert model.vocabulary == 260 and model.cfg.unused_ids == ((260, 264),)
+  table = model.params['embed']['tokens']
+  loud = model.params | {'embed': {'tokens': table.at[260:].set(100 * jax.random.normal(jax.random.key(0), (4, 16)))}}
+  model = model._replace(params=loud)
+  logits = model.nets.logits(loud, jnp.array([model.template.prompt('a')]), jnp.ones((1, len(model.template.prompt('a'))), bool))
+  assert logits[0, -1].argmax() >= 260
+  sample = bulk.make_sampler(model.nets, lambda x: x, prompt_length=40, max_tokens=8, stop_ids=(model.template.end,), pad=0, rows=8)
+  for temperature in (0.0, 1.0):
+    responses, _ = sample(loud, [model.template.prompt('Say a')] * 8, 0, temperature)
+    assert max(max(r) for r in responses) < 260
+    ids = []
+    listening = model._replace(decode=lambda said: ids.extend(said[-1:]) or '')  # noqa: B023
+    list(talk.stream(listening, 'Say a', temperature=temperature, max_tokens=8))
+    assert ids and max(ids) < 260
+  cfg = setup.model_config({'source': f'hf:{chat}'}, setup.token_ids(model.tokenizer), 'model')
+  assert cfg.unused_ids == ((260, 264),)
+  assert setup.model_config(dict(vocab_size=9, num_layers=1, d_model=4, num_heads=1, max_length=8), [0, 1, 4], 'm').unused_ids == (
+      (2, 4), (5, 9))
+  with pytest.raises(ValueError, match='model has a vocabulary of 5, data.tokenizer one of 260'):
+    setup.model_config(dict(vocab_size=5, num_layers=1, d_model=4, num_heads=1, max_length=8), range(260), 'model')

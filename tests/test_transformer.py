@@ -1,5 +1,6 @@
 """The transformer's invariants, for every family."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from alignjax.models import transformer
-from tests.fakes import FAMILIES, VOCAB, close, config, model
+from alignjax.models.config import ranges_without
+from tests.fakes import FAMILIES, VOCAB, assert_float32_logits, assert_not_rounded, close, config, model
 
 
 def rows(seed, count=3, length=9):
@@ -122,6 +124,159 @@ def test_bfloat16_activations_give_float32_log_probabilities_near_the_exact_ones
   a, b = half.logprobs(params, tokens, mask)[0], nets.logprobs(params, tokens, mask)[0]
   assert a.dtype == jnp.float32 and half.scalar(scalar, tokens, mask).dtype == jnp.float32
   assert 1e-5 < float(jnp.abs(jnp.where(mask, a - b, 0)).max()) < 0.3
+
+
+def bfloat16_model(seed=0, **changes):
+  """Untied, logits of a spread of 8 as those of real models: (config, networks, parameters, and a little changed ones)."""
+  cfg = config('llama', d_model=64, vocab_size=64, embedding_std=1.0, dtype='bfloat16', **changes)
+  params = jax.jit(lambda: transformer.init(cfg, jax.random.key(seed)))()
+  rng = np.random.default_rng(seed)
+  params['final']['head']['kernel'] *= 8
+  moved = jax.tree.map(lambda p: p * (1 + 0.003 * rng.standard_normal(p.shape, np.float32)), params)
+  return cfg, transformer.make_networks(cfg), params, moved
+
+
+def test_bfloat16_logits_of_untied_embeddings_come_out_in_float32():
+  """The same numbers as with tied ones, bit for bit, from the same table; next to none of them is a bfloat16."""
+  cfg, nets, params, _ = bfloat16_model()
+  tied = transformer.make_networks(dataclasses.replace(cfg, tie_embeddings=True))
+  params['final']['head']['kernel'] = params['embed']['tokens'].T
+  tokens, mask = padded(rows(0, length=20), 20, 'left')
+  logits = nets.logits(params, tokens, mask)
+  same = {**params, 'final': {'norm': params['final']['norm']}}
+  np.testing.assert_array_equal(logits, tied.logits(same, tokens, mask))
+  assert_float32_logits(nets, params, tokens, mask)
+
+  @jax.jit
+  def decode(params):
+    weights = nets.decoder.prepare(params)
+    logits, cache = nets.decoder.prefill(weights, tokens, mask, 24)
+    return logits, nets.decoder.step(weights, tokens[:, 0], mask[:, -1], cache)[0]
+
+  for logits in decode(params):
+    assert_not_rounded(logits)
+
+
+@pytest.mark.parametrize('chunk', [None, 16])
+def test_log_ratios_in_bfloat16_are_those_of_the_float64_product(chunk):
+  """What a small update does to a token's log-probability, given what the layers say (the logits of an identity for a head)."""
+  cfg, nets, before, after = bfloat16_model(logits_chunk=chunk)
+  tokens, mask = padded(rows(1, count=4, length=20), 20, 'left')
+
+  def exact(params):
+    with_identity = {**params, 'final': {**params['final'], 'head': {'kernel': jnp.eye(64)}}}
+    kernel = np.asarray(params['final']['head']['kernel'].astype(jnp.bfloat16), np.float64)
+    logits = np.asarray(nets.logits(with_identity, tokens, mask), np.float64) @ kernel
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(logprobs[:, :-1], np.asarray(tokens)[:, 1:, None], -1)[..., 0]
+
+  live = np.asarray(mask)[:, :-1] & np.asarray(mask)[:, 1:]
+  true = (exact(after) - exact(before))[live]
+  ours = (nets.logprobs(after, tokens, mask)[0] - nets.logprobs(before, tokens, mask)[0])[:, 1:]
+  assert true.std() > 0.05
+  assert np.abs(np.asarray(ours)[live] - true).max() < 1e-4
+
+
+def test_a_scalar_head_reads_a_norm_in_float32():
+  """Two rows of hidden numbers that differ by less than a bfloat16 does: their scores differ as in float64."""
+  cfg = config('llama', d_model=8, num_heads=1, num_kv_heads=1, dtype='bfloat16')
+  params = jax.jit(lambda: transformer.init(cfg, jax.random.key(0), 'scalar'))()['final']
+  x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (1, 5, 8)), jnp.bfloat16)
+  exact = np.asarray(x, np.float64)
+  exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + cfg.norm_eps) @ np.asarray(params['score']['kernel'], np.float64)
+  close(transformer.Final(cfg, 'scalar').apply({'params': params}, x), exact[..., 0], rtol=1e-5)
+
+
+def test_decoding_keeps_what_scoring_computes_in_float32():
+  """Norm scales and scores stay float32 in the weights that sampling uses; every other weight is cast once."""
+  _, nets, params, _ = bfloat16_model()
+  weights = jax.eval_shape(nets.decoder.prepare, params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+    assert leaf.dtype == (jnp.float32 if 'norm' in str(path) else jnp.bfloat16), path
+
+
+def test_attention_by_a_float64_loop(heads=2):
+  """Weights of the visible columns only; a query with nothing to see gets 0, and no gradient is NaN."""
+  rng = np.random.default_rng(heads)
+  q = jnp.asarray(rng.normal(0, 1, (1, 4, 1, heads, 6)), jnp.float32)
+  k, v = (jnp.asarray(rng.normal(0, 1, (1, 1, 5, 6)), jnp.float32) for _ in range(2))
+  visible = np.array([[[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]]], bool)
+  expected = np.zeros((1, 4, 1, heads, 6))
+  for t in range(4):
+    for n in range(heads):
+      seen = np.flatnonzero(visible[0, t])
+      logits = [np.asarray(q[0, t, 0, n], np.float64) @ np.asarray(k[0, 0, s], np.float64) / np.sqrt(6) for s in seen]
+      for weight, s in zip(np.exp(logits) / np.exp(logits).sum(), seen, strict=True):
+        expected[0, t, 0, n] += weight * np.asarray(v[0, 0, s], np.float64)
+  out, back = jax.vjp(jax.jit(lambda *x: transformer._attend(*x, jnp.asarray(visible))), q, k, v)
+  close(out, expected, rtol=1e-5)
+  assert (np.asarray(out[0, 0]) == 0).all()
+  assert all(np.isfinite(g).all() for g in back(jnp.ones_like(out)))
+  assert (np.asarray(back(jnp.ones_like(out))[0][0, 0]) == 0).all()
+
+
+@pytest.mark.parametrize('family,chunk', [('gpt2', None), ('llama', 5)])
+def test_an_empty_prompt_does_not_see_what_follows(family, chunk):
+  """A row of pads alone, then three tokens: the first one's log-probability knows none of them, and decoding agrees."""
+  _, _, params, _ = model(family)
+  nets = transformer.make_networks(config(family, attention_chunk=chunk))
+  prompts = jnp.array([[0, 0, 0], [0, 7, 8]])
+  mask = jnp.array([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]], bool)
+  row = lambda *ids: jnp.concatenate([prompts, jnp.array([ids] * 2)], 1)
+
+  @jax.jit
+  def run(params):
+    score = lambda tokens, mask: nets.logprobs(params, tokens, mask)[0]
+    weights = nets.decoder.prepare(params)
+    first, cache = nets.decoder.prefill(weights, prompts, mask[:, :3], 6)
+    second, _ = nets.decoder.step(weights, jnp.array([3, 3]), jnp.ones(2, bool), cache)
+    grads = jax.grad(lambda p: nets.logprobs(p, row(3, 4, 5), mask)[0].sum())(params)
+    return (score(row(3, 4, 5), mask), score(row(3, 9, 1), mask), score(row(3, 4, 5), mask.astype(jnp.int32)),
+            jax.nn.log_softmax(first), jax.nn.log_softmax(second), grads)
+
+  one, other, packed, first, second, grads = run(params)
+  assert (one[:, 3] == other[:, 3]).all() and (one[:, 4] != other[:, 4]).all()
+  close(first[:, 3], one[:, 3], rtol=1e-4, atol=1e-5)
+  close(second[:, 4], one[:, 4], rtol=1e-4, atol=1e-5)
+  close(packed[:, 3:], one[:, 3:], rtol=1e-4, atol=1e-5)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama'])
+def test_ids_without_a_token_have_no_probability(family):
+  """Holes and a padded end of the vocabulary: log-probabilities are as if it held the other ids alone; the logits stay."""
+  _, plain, params, _ = model(family)
+  nets = transformer.make_networks(config(family, unused_ids=((10, 12), (45, 50))))
+  known = np.delete(np.arange(VOCAB), [10, 11, 45, 46, 47, 48, 49])
+  tokens, mask = padded([known[[3, 20, 1, 40, 8]], known[[5, 6]]], 6, 'left')
+
+  @jax.jit
+  def run(params):
+    grads = jax.grad(lambda p: sum(x.sum() for x in nets.logprobs(p, tokens, mask)))(params)
+    weights = nets.decoder.prepare(params)
+    decoded, cache = nets.decoder.prefill(weights, tokens, mask, 7)
+    after, _ = nets.decoder.step(weights, tokens[:, 0], mask[:, 1], cache)
+    return (nets.logits(params, tokens, mask), plain.logits(params, tokens, mask), nets.logprobs(params, tokens, mask), grads,
+            decoded, after)
+
+  logits, without, (logprobs, entropy), grads, decoded, after = jax.tree.map(np.asarray, run(params))
+  np.testing.assert_array_equal(logits, without)
+  close(decoded[:, known], without[:, -1, known], rtol=1e-4, atol=1e-4)
+  for out in (decoded, after):
+    assert (np.delete(out, known, -1) == transformer.NEVER).all() and (out[:, known] > -1e3).all()
+  exact = np.exp(without[..., known].astype(np.float64))
+  exact /= exact.sum(-1, keepdims=True)
+  place = np.searchsorted(known, np.asarray(tokens))
+  close(logprobs[:, 1:], np.log(np.take_along_axis(exact[:, :-1], place[:, 1:, None], -1)[..., 0]), rtol=1e-4, atol=1e-5)
+  close(entropy[:, 1:], -(exact * np.log(exact)).sum(-1)[:, :-1], rtol=1e-4)
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+  head = grads['embed']['tokens'] if family == 'gpt2' else grads['final']['head']['kernel'].T
+  assert (np.asarray(head)[[10, 11, 45, 49]] == 0).all() and (np.asarray(head)[known] != 0).any(1).all()
+
+
+def test_ranges_of_ids_without_a_token():
+  assert ranges_without([0, 1, 4], 8) == ((2, 4), (5, 8))
+  assert ranges_without(range(8), 8) == () and ranges_without([1, 2, 9], 3) == ((0, 1),)
 
 
 def test_compiled_size_does_not_grow_with_depth():

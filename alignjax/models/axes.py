@@ -1,4 +1,4 @@
-"""Logical axes of every parameter of models/transformer.py: the table that sharding rules are applied to.
+"""Logical axes of every parameter of models/transformer.py: the table that sharding rules are applied to. And their dtypes.
 
 A pattern matches the end of a parameter's path. Stacked layers have a leading 'layers' axis, which the code adds. An
 axis that no rule names is replicated; a parameter that no pattern matches is an error.
@@ -44,6 +44,18 @@ def logical_axes(params: Any) -> Any:
           raise ValueError(f'parameter {name} has shape {leaf.shape}, but models/axes.py gives it the axes {axes}.')
         return axes
     raise ValueError(f'parameter {name} {leaf.shape} has no axes: add its pattern to AXES in models/axes.py.')
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def as_used(params: Any, dtype: Any) -> Any:
+  """Weights (arrays or shapes) that are only read, in the dtype that every use casts them to: `dtype`, but norms and scalar
+  heads, which compute in float32, stay."""
+
+  def one(path, leaf):
+    if any(word in path_name(path) for word in ('norm', 'score')):
+      return leaf
+    return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, params)
 

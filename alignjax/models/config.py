@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +13,9 @@ class TransformerConfig:
 
   Attributes:
     vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the context in tokens.
+    unused_ids: half-open ranges of ids of the vocabulary that no token of the tokenizer has (a vocabulary padded for the
+      hardware, or holes between added tokens). They have probability 0 in sampling, in log-probabilities and so in training;
+      only Networks.logits are the checkpoint's own. Set from the tokenizer; see `ranges_without`.
     num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None = num_heads.
     head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.
     positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong to the latter.
@@ -34,6 +39,7 @@ class TransformerConfig:
   d_model: int
   num_heads: int
   max_length: int
+  unused_ids: tuple[tuple[int, int], ...] = ()
   num_kv_heads: int | None = None
   head_dim: int | None = None
   d_ff: int | None = None
@@ -88,3 +94,9 @@ class TransformerConfig:
   @property
   def rotary_width(self) -> int:
     return int(self.head_width * self.rotary_fraction)
+
+
+def ranges_without(ids: Iterable[int], size: int) -> tuple[tuple[int, int], ...]:
+  """The half-open ranges of 0..size-1 that hold none of the ids: ([0, 1, 4], 8) -> ((2, 4), (5, 8))."""
+  bounds = [-1, *sorted({i for i in ids if i < size}), size]
+  return tuple((before + 1, after) for before, after in itertools.pairwise(bounds) if after - before > 1)

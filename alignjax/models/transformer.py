@@ -12,49 +12,32 @@ layer's cache is updated in place. This is the only file that imports flax.linen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignjax import ops
+from alignjax.models import rotary
+from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
 from alignjax.types import Decoder, KVCache, Networks, Params
 
-NEVER = -1e30  # added nothing, replaces: a masked attention logit, finite so that a row of pads stays free of NaN
+NEVER = -1e30  # replaces a masked logit: finite, so that 0 * NEVER in an entropy, or a query that sees nothing, gives no NaN
+
+# Products of cfg.dtype that come out as they were accumulated: rounded to bfloat16, a logit of 20 would move by steps of 0.125.
+_to_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
-def _norm(cfg: TransformerConfig, name: str) -> nn.Module:
+def _norm(cfg: TransformerConfig, name: str, dtype: Any = None) -> nn.Module:
+  dtype = dtype or cfg.dtype
   if cfg.norm == 'rmsnorm':
-    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, name=name)
-  return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=cfg.dtype, use_fast_variance=False, name=name)
-
-
-def rotary_angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-  """cos and sin, f32[B,T,1,width/2], of Su et al. 2021 in the two-halves layout of GPT-NeoX and Llama."""
-  if cfg.positions != 'rotary':
-    return None
-  width = cfg.rotary_width
-  frequencies = cfg.rope_theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  if cfg.rope_llama3:  # slow ones divided by `factor`, fast ones kept, a linear passage between
-    factor, low, high, original = cfg.rope_llama3
-    turns = frequencies * original / (2 * jnp.pi)
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    frequencies = frequencies * (keep + (1 - keep) / factor)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies.reshape(1, 1, 1, -1)
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-  """Rotates the leading `rotary_width` features of x [B,T,heads,H] in float32; the rest pass through."""
-  if angles is None:
-    return x
-  cos, sin = angles
-  half = cos.shape[-1]
-  first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)
+  return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def _anywhere(x, *axes):
@@ -64,9 +47,14 @@ def _anywhere(x, *axes):
 
 
 def _attend(q, k, v, visible):
-  """q [B,T,G,N/G,H] scaled; k, v [B,G,S,H]; visible bool[B,T,S] -> [B,T,G,N/G,H]. Softmax in float32."""
-  logits = jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, NEVER), axis=-1)
+  """q [B,T,G,N/G,H]; k, v [B,G,S,H]; visible bool[B,T,S] -> [B,T,G,N/G,H]. Scale and softmax in float32.
+
+  A query that sees nothing attends to nothing, its output is 0: the softmax of a row of NEVER alone would be uniform over
+  all columns, those of the future too.
+  """
+  logits = jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32) * q.shape[-1]**-0.5
+  visible = visible[:, None, None]
+  weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, NEVER), axis=-1), 0.0)
   return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
 
 
@@ -88,15 +76,15 @@ class Attention(nn.Module):
       return nn.Dense(heads * cfg.head_width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)(x).reshape(b, t, heads, -1)
 
     per_head = lambda y, name: _norm(cfg, name)(y) if cfg.qk_norm else y
-    q = rotate(per_head(project(cfg.num_heads, 'query'), 'query_norm'), angles)
-    k = rotate(per_head(project(cfg.kv_heads, 'key'), 'key_norm'), angles).swapaxes(1, 2)
+    q = rotary.rotate(per_head(project(cfg.num_heads, 'query'), 'query_norm'), angles)
+    k = rotary.rotate(per_head(project(cfg.kv_heads, 'key'), 'key_norm'), angles).swapaxes(1, 2)
     v = project(cfg.kv_heads, 'value').swapaxes(1, 2)
     if cache is not None:
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
       v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
     q = self.constrain(q, 'batch', None, 'heads', None)
     k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
-    q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width) * cfg.head_width**-0.5  # [B,T,G,N/G,H]
+    q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
     if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
       parts = []  # causal: queries up to a column read no key beyond it
       for stop in range(cfg.attention_chunk, t + cfg.attention_chunk, cfg.attention_chunk):
@@ -162,21 +150,22 @@ class Embed(nn.Module):
 
 
 class Final(nn.Module):
-  """The last norm and, for a scalar head or untied embeddings, the projection. The scalar head starts at N(0, 1/(D+1))
-  in variance with bias 0 (openai/summarize-from-feedback, query_response_model.py)."""
+  """The last norm and, for a scalar head or untied embeddings, the projection, whose result is float32. The scalar head starts
+  at N(0, 1/(D+1)) in variance with bias 0 (openai/summarize-from-feedback, query_response_model.py); it and its norm are
+  computed in float32 throughout, on accelerators too, whose default for float32 products is less."""
   cfg: TransformerConfig
   head: str  # 'lm' or 'scalar'
 
   @nn.compact
   def __call__(self, x):
     cfg = self.cfg
-    x = _norm(cfg, 'norm')(x)
+    x = _norm(cfg, 'norm', jnp.float32 if self.head == 'scalar' else None)(x)
     if self.head == 'scalar':
       init = nn.initializers.normal((cfg.d_model + 1) ** -0.5)
-      return nn.Dense(1, dtype=jnp.float32, kernel_init=init, name='score')(x)[..., 0]
+      return nn.Dense(1, dtype=jnp.float32, precision='highest', kernel_init=init, name='score')(x)[..., 0]
     if cfg.tie_embeddings:
       return x
-    return nn.Dense(cfg.vocab_size, use_bias=False, dtype=cfg.dtype, name='head')(x)
+    return nn.Dense(cfg.vocab_size, use_bias=False, dtype=cfg.dtype, dot_general=_to_float32, name='head')(x)
 
 
 def _residual_init(cfg: TransformerConfig) -> Callable:
@@ -188,7 +177,7 @@ def init(cfg: TransformerConfig, key: jax.Array, head: str = 'lm') -> Params:
   """Fresh float32 parameters. head: 'lm' or 'scalar'."""
   keys = jax.random.split(key, 3)
   x, tokens = jnp.zeros((1, 1, cfg.d_model), cfg.dtype), jnp.zeros((1, 1), jnp.int32)
-  angles, visible = rotary_angles(cfg, tokens), jnp.ones((1, 1, 1), bool)
+  angles, visible = rotary.angles(cfg, tokens), jnp.ones((1, 1, 1), bool)
   layer = lambda k: Block(cfg).init(k, x, angles, visible)['params']
   return {
       'embed': Embed(cfg).init(keys[0], tokens, tokens)['params'],
@@ -223,7 +212,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     if tokens.shape[1] > cfg.max_length:
       raise ValueError(f'{tokens.shape[1]} tokens exceed model.max_length={cfg.max_length}.')
     where = ops.positions(mask)
-    angles = rotary_angles(cfg, where)
+    angles = rotary.angles(cfg, where)
     visible = ops.visible(mask)
     x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
 
@@ -254,9 +243,16 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     """[..., D] -> float32 logits [..., V]."""
     x = Final(cfg, 'lm').apply({'params': params['final']}, x)
     if cfg.tie_embeddings:
-      x = jax.lax.dot_general(x, params['embed']['tokens'].astype(dtype), (((x.ndim - 1,), (1,)), ((), ())),
-                              preferred_element_type=jnp.float32)
-    return x.astype(jnp.float32)
+      x = _to_float32(x, params['embed']['tokens'].astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return x
+
+  def next_token(params, x):
+    """The logits of the distribution that is sampled, scored and trained: unembed, NEVER at ids that no token has."""
+    x = unembed(params, x)
+    if cfg.unused_ids:
+      unused = np.isin(np.arange(cfg.vocab_size), np.r_[tuple(slice(*ids) for ids in cfg.unused_ids)])
+      x = jnp.where(unused.reshape((1,) * (x.ndim - 1) + (-1,)), NEVER, x)
+    return x
 
   def logits(params, tokens, mask, key=None):
     x, _ = run_layers(params, tokens, mask, key)
@@ -269,7 +265,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     params = whole_head(params)
 
     def score(x, targets):
-      return ops.token_logprobs(unembed(params, x) / temperature, targets)
+      return ops.token_logprobs(next_token(params, x) / temperature, targets)
 
     if cfg.logits_chunk is None or b * (t - 1) <= cfg.logits_chunk:
       out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
@@ -288,7 +284,7 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
 
   def prepare(params):
     # The prefill reads the layers one by one as they are stored: to gather the stack for it too would hold a second copy.
-    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    params = as_used(params, dtype)
     layers = [jax.tree.map(lambda w: w[i], params['layers']) for i in range(cfg.num_layers)]  # noqa: B023
     whole = constrain_weights({'embed': params['embed'], 'final': params['final'], 'unstacked': layers})
     if cfg.tie_embeddings:  # in one step: the TPU compiler failed on the way over pieces
@@ -301,12 +297,12 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
     grow = lambda y: tuple(constrain(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - q), (0, 0))), 'batch', 'kv_heads', None, None)
                            for layer in y)
     cache = KVCache(k=grow(k), v=grow(v), mask=jnp.pad(mask, ((0, 0), (0, slots - q))), index=jnp.int32(q))
-    return unembed(weights, x[:, -1]), cache
+    return next_token(weights, x[:, -1]), cache
 
   def step(weights, tokens, mask, cache):
     seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask[:, None], cache.index, axis=1)
     where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)
-    angles = rotary_angles(cfg, where)
+    angles = rotary.angles(cfg, where)
     x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
     one_token = lambda x, *axes: constrain(x, *(None if axis == 'sequence' else axis for axis in axes))
     ks, vs = [], []
@@ -315,6 +311,6 @@ def make_networks(cfg: TransformerConfig, constrain: Callable[..., Any] = _anywh
       ks.append(k)
       vs.append(v)
     cache = KVCache(k=tuple(ks), v=tuple(vs), mask=seen, index=cache.index + 1)
-    return unembed(weights, x[:, 0]), cache
+    return next_token(weights, x[:, 0]), cache
 
   return Networks(logits=logits, logprobs=logprobs, scalar=scalar, decoder=Decoder(prepare, prefill, step))

@@ -112,4 +112,4 @@ def _no_texts(config: ml_collections.ConfigDict) -> tuple:
 
   vocabulary = config.model.vocab_size
   last = vocabulary - 1
-  return None, None, Template(*[refuse] * 5, last, (last,), last, (), (last,), ()), vocabulary
+  return None, None, Template(*[refuse] * 5, last, (last,), last, (), (last,), ()), range(vocabulary)

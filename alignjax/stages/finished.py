@@ -16,15 +16,15 @@ import ml_collections
 from alignjax import checkpoint, files
 from alignjax.data import templates
 from alignjax.models import hf, transformer
-from alignjax.models.config import TransformerConfig
+from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.sharding import RULES, Sharder, make_mesh
 from alignjax.stages import setup as setups
 from alignjax.types import Networks, Params
 
 
 class Model(NamedTuple):
-  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template,
-  tokenizer, vocabulary: text <-> tokens (tokenizer None: the sandbox's). source: the Hugging Face checkpoint behind it, or None.
+  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, tokenizer: text <-> tokens (tokenizer None: the sandbox's);
+  vocabulary: one more than the largest id of a token. source: the Hugging Face checkpoint behind it, or None.
   sharder: of the mesh that the parameters lie on, None where that is one device. response_length: tokens that responses had at
   most in training; None of a Hugging Face checkpoint."""
   cfg: TransformerConfig
@@ -77,15 +77,16 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   source = name.removeprefix('hf:')
   sharder = _sharder(mesh)
   tokenizer = setups.load_tokenizer(source)
-  cfg = TransformerConfig(**hf.fields(source))
-  if cfg.vocab_size < len(tokenizer):
-    raise ValueError(f'{name}: config.json has vocab_size={cfg.vocab_size}, but the tokenizer has {len(tokenizer)} tokens.')
+  ids, fields = setups.token_ids(tokenizer), hf.fields(source)
+  if fields['vocab_size'] <= ids[-1]:
+    raise ValueError(f'{name}: config.json has vocab_size={fields["vocab_size"]}, but the tokenizer has ids up to {ids[-1]}.')
+  cfg = TransformerConfig(**fields, unused_ids=ranges_without(ids, fields['vocab_size']))
   if head == 'scalar' and not hf.has_score(source):
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)
   sharder = sharder if mesh is not None else None
   template = templates.make(tokenizer, form, opened=head == 'lm')
-  return Model(cfg, _networks(cfg, sharder), params, head, template, len(tokenizer), tokenizer, source, sharder)
+  return Model(cfg, _networks(cfg, sharder), params, head, template, ids[-1] + 1, tokenizer, source, sharder)
 
 
 def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:

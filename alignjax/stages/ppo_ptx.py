@@ -136,12 +136,17 @@ def build(setup: Setup, name: str) -> Stage:
 
   tokens = cfg.rollout.episodes * setup.length + setup.config.data.row_length * rows_per_step
   return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations, tokens,
-               finish=lambda state: (state.ema if cfg.keep == 'ema' else state.params['policy'], {'head': 'lm'}),
+               finish=lambda state: (kept(state, cfg.keep), {'head': 'lm'}),
                observe=observe, failures=failures, work=throughput.ppo(
                    setup.policy_model, setup.reward_model, episodes=cfg.rollout.episodes,
                    samples_per_prompt=cfg.rollout.samples_per_prompt, prompt_length=setup.prompt_length,
                    response_length=setup.response_length, row_length=setup.config.data.row_length, ptx_rows=rows_per_step,
                    epochs=cfg.inner_epochs, reward_model=cfg.reward.fn == 'alignjax.rollout:model_reward'))
+
+
+def kept(state: TrainState, keep: str) -> Params:
+  """What the stage ends with. keep: 'policy', the parameters after the last update, or 'ema', their moving average."""
+  return {'policy': state.params['policy'], 'ema': state.ema}[keep]
 
 
 def optimizer(setup: Setup, name: str) -> optax.GradientTransformation:

@@ -18,8 +18,8 @@ from alignjax import checkpoint, files, inputs, optim, plugins
 from alignjax.data import encode, sources, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
-from alignjax.models.axes import path_name
-from alignjax.models.config import TransformerConfig
+from alignjax.models.axes import as_used
+from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Metrics, Networks, Params, TrainState
 
@@ -28,7 +28,7 @@ class Setup(NamedTuple):
   """The objects that the config describes, shared by all stages of a run.
 
   nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's, which may differ.
-  world, labelers: of the sandbox, or None. template: text <-> token ids.
+  world, labelers: of the sandbox, or None. template: text <-> token ids. ids: those that have a token, in order.
   read: sources, checkpoints and functions that were read, noted by whoever reads (alignjax/inputs.py).
   """
   config: ml_collections.ConfigDict
@@ -40,8 +40,13 @@ class Setup(NamedTuple):
   world: Any
   labelers: Any
   template: Template
-  vocabulary: int
+  ids: Sequence[int]
   read: inputs.Read
+
+  @property
+  def vocabulary(self) -> int:
+    """One more than the largest id of a token. The model's vocabulary may be larger."""
+    return self.ids[-1] + 1
 
   @property
   def prompt_length(self) -> int:
@@ -89,14 +94,14 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
       raise ValueError(f'{entry}={seed} must be a whole number from 0 on, below 2^32.')
   sharder = Sharder(make_mesh(**config.mesh, devices=devices), config.sharding.to_dict())
-  world, labelers, template, vocabulary = (text_side or tokens_and_texts)(config)
+  world, labelers, template, ids = (text_side or tokens_and_texts)(config)
   for entry in ('prompt_length', 'response_length', 'row_length'):
     if config.data[entry] < 1:
       raise ValueError(f'data.{entry}={config.data[entry]} must be 1 or more.')
   if config.data.too_long not in encode.TOO_LONG:
     raise ValueError(f'data.too_long={config.data.too_long!r} is none of {encode.TOO_LONG}.')
-  policy_model = model_config(config.model, vocabulary, 'model')
-  reward_model = model_config(config.reward_model or config.model, vocabulary, 'reward_model')
+  policy_model = model_config(config.model, ids, 'model')
+  reward_model = model_config(config.reward_model or config.model, ids, 'reward_model')
   length = config.data.prompt_length + config.data.response_length
   for name, model in (('model', policy_model), ('reward_model', reward_model)):
     sharder.check_heads(model, name)
@@ -107,18 +112,18 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
   networks = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(config, files.folder(workdir), sharder, policy_model, reward_model,
-               networks._replace(scalar=reward.scalar), world, labelers, template, vocabulary, {})
+               networks._replace(scalar=reward.scalar), world, labelers, template, ids, {})
 
 
 def tokens_and_texts(config: ml_collections.ConfigDict) -> tuple:
-  """(world, labelers, template, vocabulary) of config.data.tokenizer."""
+  """(world, labelers, template, ids) of config.data.tokenizer."""
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox
     template = templates.of_words(sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE)
-    return sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed), template, len(sandbox.VOCAB)
+    return sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed), template, range(len(sandbox.VOCAB))
   tokenizer = load_tokenizer(config.data.tokenizer)
   template = templates.make(tokenizer, config.data.template or 'plain', config.data.get('template_date'))
-  return None, None, template, len(tokenizer)
+  return None, None, template, token_ids(tokenizer)
 
 
 def for_stage(setup: Setup, name: str) -> Setup:
@@ -126,7 +131,7 @@ def for_stage(setup: Setup, name: str) -> Setup:
   changes = setup.config.stages[name].get('model')
   if not changes:
     return setup
-  model = model_config({**setup.config.model, **changes}, setup.policy_model.vocab_size, f'stages.{name}.model')
+  model = model_config({**setup.config.model, **changes}, setup.ids, f'stages.{name}.model')
   setup.sharder.check_heads(model, f'stages.{name}.model')
   networks = transformer.make_networks(model, setup.sharder.constrain, setup.sharder.for_decoding)
   return setup._replace(policy_model=model, nets=networks._replace(scalar=setup.nets.scalar))
@@ -144,16 +149,23 @@ def load_tokenizer(name: str) -> Any:
                      f'({type(error).__name__}: {error}).') from error
 
 
-def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> TransformerConfig:
+def token_ids(tokenizer: Any) -> list[int]:
+  """The ids that have a token, in order. Not 0 .. len(tokenizer) - 1: added tokens may leave holes before them."""
+  return sorted(set(tokenizer.get_vocab().values()))
+
+
+def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> TransformerConfig:
   """TransformerConfig of a config entry; an unknown field is an error with the nearest known one.
 
   An entry source='hf:FOLDER_OR_HUB_NAME' takes the architecture of that checkpoint; the other entries change it.
+  ids: those that have a token; what the model's vocabulary has beside them becomes its unused_ids.
   """
   fields = [f.name for f in dataclasses.fields(TransformerConfig)]
   for key in spec:
     if key not in (*fields, 'source'):
       near = difflib.get_close_matches(key, fields, 1)
       raise ValueError(f'{where}.{key} is no field of TransformerConfig.' + (f' Did you mean {near[0]!r}?' if near else ''))
+  vocabulary = ids[-1] + 1
   spec = {'vocab_size': vocabulary, **spec}
   if source := spec.pop('source', None):
     name = source.removeprefix('hf:')
@@ -165,9 +177,10 @@ def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> Transf
             '; its table of positions has that length. ' if entry == 'n_positions' else
             ', and beyond that its layers would see less than ours. ') + f'Leave {where}.max_length out, or set it to {longest}.')
     spec = declared | {k: v for k, v in spec.items() if k != 'vocab_size'}
-    if spec['vocab_size'] < vocabulary:
-      raise ValueError(f'{where}.source={source!r} has a vocabulary of {spec["vocab_size"]}, data.tokenizer one of '
-                       f'{vocabulary}; they do not belong together.')
+  if spec['vocab_size'] < vocabulary:
+    raise ValueError(f'{where}{f".source={source!r}" if source else ""} has a vocabulary of {spec["vocab_size"]}, data.tokenizer '
+                     f'one of {vocabulary}; they do not belong together.')
+  spec.setdefault('unused_ids', ranges_without(ids, spec['vocab_size']))
   return TransformerConfig(**spec)
 
 
@@ -251,14 +264,8 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
 
 
 def freeze(params: Params, model: TransformerConfig) -> Params:
-  """Weights that are only read, in the dtype that every use casts them to; norms and scalar heads, used in float32, stay."""
-
-  def one(path, leaf):
-    if any(word in path_name(path) for word in ('norm', 'score')):
-      return leaf
-    return leaf.update(dtype=model.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(model.dtype)
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  """Weights of a frozen network, in the dtype that its every use casts them to."""
+  return as_used(params, model.dtype)
 
 
 def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.GradientTransformation:
