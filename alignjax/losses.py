@@ -21,10 +21,16 @@ def sft(params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Netwo
 
   Used for pretraining (every token weighs 1) and for supervised fine-tuning (paper section 3.5), where the data decides
   the weights: response and end-of-text only by default. The paper does not say whether prompts were masked.
+  Where pretraining text is mixed in (appendix C.3), the loss is sum_s share_s loss_s over the sources of batch.mix; the mean
+  loss of each source and its share of the weights are among the metrics.
   """
   logprobs, _ = nets.logprobs(params['policy'], batch.tokens, batch.mask, key=key)
   loss = -jnp.sum(batch.weights * logprobs)
-  return loss, {'sft/loss': loss}
+  metrics = {'sft/loss': loss}
+  for i, (name, share) in enumerate(batch.mix):
+    weights = batch.of_source(i)
+    metrics |= {f'sft/loss/{name}': -jnp.sum(weights * logprobs) / share, f'sft/share/{name}': jnp.sum(weights)}
+  return loss, metrics
 
 
 def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None, *,
@@ -34,7 +40,8 @@ def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None
   Each response passes through the model once, and all C(K,2) pairs of a prompt are one batch element; as independent
   pairs, each response would be trained on K - 1 times and one epoch overfits (paper, footnote 5). Ties are dropped (C.2)
   and absent responses masked; K in C(K,2) counts the responses that are present. What the paper leaves open: with ties,
-  we still divide by C(K,2), and a prompt whose responses all tie is left out of the mean (ComparisonBatch.normalized).
+  we still divide by C(K,2), and the stage leaves out prompts whose responses all tie. Every prompt has the same weight in an
+  epoch (ComparisonBatch.normalized); `rm/loss` and the other figures are means over the prompts of the batch.
   """
   del key  # no dropout: the paper reports none for the reward model
   b, k, t = batch.tokens.shape
@@ -47,8 +54,8 @@ def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  per_prompt_mean = lambda x: jnp.sum(batch.weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
-  return loss, {'rm/loss': loss, 'rm/accuracy': per_prompt_mean(margins > 0), 'rm/margin': per_prompt_mean(margins)}
+  mean = lambda x: jnp.sum(batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
+  return loss, {'rm/loss': jnp.sum(batch.mean_weights * per_prompt), 'rm/accuracy': mean(margins > 0), 'rm/margin': mean(margins)}
 
 
 def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Networks, clip_eps: float = 0.2,

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from alignjax import throughput
 from alignjax.data import batches, text
 from alignjax.stages import supervised
-from alignjax.stages.abstract import Plan
+from alignjax.stages.abstract import Plan, token_rows
 from alignjax.stages.setup import (
   Setup,
   Stage,
-  check_functions,
   initial_params,
   make_optimizer,
   make_state,
@@ -46,11 +45,12 @@ def build(setup: Setup, name: str) -> Stage:
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
-  return supervised.abstract_step(setup, name, setup.config.data.row_length)
+  batch = token_rows(setup, setup.config.stages[name].batch_size, setup.config.data.row_length)
+  return supervised.abstract_step(setup, name, batch)
 
 
 def check(setup: Setup, name: str) -> None:
-  check_functions(setup.config.stages[name], f'stages.{name}')
+  supervised.check(setup, name, abstract_step)
 
 
 def text_rows(setup: Setup, texts: list[str], length: int | None = None):
