@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import ops
-from alignjax.types import ComparisonBatch, Metrics, Networks, Params, PPOBatch, TokenBatch
+from alignjax.types import ComparisonBatch, Metrics, Networks, Params, PPOBatch, PreferenceBatch, TokenBatch
 
 
 def sft(params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Networks) -> tuple[jax.Array, Metrics]:
@@ -56,6 +56,34 @@ def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
   mean = lambda x: jnp.sum(batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
   return loss, {'rm/loss': jnp.sum(batch.mean_weights * per_prompt), 'rm/accuracy': mean(margins > 0), 'rm/margin': mean(margins)}
+
+
+def response_logprobs(params: Params, batch: PreferenceBatch, *, nets: Networks) -> jax.Array:
+  """f32[B,K,T]: log pi of each response token given all before it, 0 on prompts and pads. params: of one language model."""
+  b, k, t = batch.tokens.shape
+  logprobs, _ = nets.logprobs(params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
+  return jnp.where(batch.response_mask, logprobs.reshape(b, k, t), 0.0)
+
+
+def dpo(params: Params, batch: PreferenceBatch, key: jax.Array | None, *, nets: Networks,
+        beta: float = 0.1) -> tuple[jax.Array, Metrics]:
+  """Direct preference optimization (Rafailov et al. 2023, Eq. 7): -log sigmoid(h_w - h_l), h = beta log(pi(y|x) / pi_ref(y|x)).
+
+  Of K ranked responses the mean over the pairs without a tie; K = 2 is the paper's. pi(y|x) is of the whole response, its end
+  token included. No dropout, so that policy and reference are equal before the first update.
+  """
+  del key
+  if batch.ref_logprobs is None:
+    raise ValueError('dpo needs a reference: init.ref must name its weights.')
+  implicit = beta * jnp.sum(response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, axis=-1)  # [B,K]
+  wins = batch.pairs()
+  margins = jnp.where(wins, implicit[:, :, None] - implicit[:, None, :], 0.0)
+  count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
+  per_prompt = lambda x: jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+  losses = -per_prompt(jax.nn.log_sigmoid(margins))
+  mean = lambda x: jnp.sum(batch.mean_weights * x)
+  return jnp.sum(batch.weights * losses), {
+      'dpo/loss': mean(losses), 'dpo/accuracy': mean(per_prompt(margins > 0)), 'dpo/margin': mean(per_prompt(margins))}
 
 
 def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Networks, clip_eps: float = 0.2,

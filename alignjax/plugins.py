@@ -29,7 +29,8 @@ def find(name: str, where: str) -> Callable:
   return getattr(module, attribute)
 
 
-def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (), facts: Mapping[str, Any] = MappingProxyType({})) -> Callable:
+def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (),
+         facts: Mapping[str, Any] = MappingProxyType({})) -> Callable:
   """The function of a spec with its coefficients bound. They are its keyword-only arguments.
 
   An entry that the function does not take is an error here, before anything is compiled: a coefficient that does
@@ -37,8 +38,8 @@ def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (), facts: 
 
   Args:
     given: names of the keyword arguments that the caller will pass itself.
-    facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument of such a name gets
-      the value. In the spec it is an error, since two entries could disagree.
+    facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument of such a name
+      gets the value. In the spec it is an error, since two entries could disagree.
   """
   if 'fn' not in spec:
     raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec)}.")

@@ -71,7 +71,7 @@ def token_rows(setup: Setup, rows: int, length: int) -> TokenBatch:
 
 
 def evaluate(function: Callable, where: str, *arguments: Any) -> Any:
-  """The shapes of function(*arguments). An exception becomes a ValueError that names the config key, before anything is compiled."""
+  """The shapes of function(*arguments). An exception becomes a ValueError that names the config key."""
   try:
     return jax.eval_shape(function, *arguments)
   except Exception as error:  # noqa: BLE001 a fork's function may raise anything
@@ -79,7 +79,8 @@ def evaluate(function: Callable, where: str, *arguments: Any) -> Any:
     raise ValueError(f'{where} cannot be traced on the shapes of this stage: {type(error).__name__}: {text}') from error
 
 
-def check_loss(loss_fn: LossFn, where: str, fn: str, params: Params, batch: Any, nets: Networks, key: jax.Array | None = None) -> None:
+def check_loss(loss_fn: LossFn, where: str, fn: str, params: Params, batch: Any, nets: Networks,
+               key: jax.Array | None = None) -> None:
   """What every stage needs of a loss (types.LossFn), found out from shapes alone: (loss f32[], metrics {name: f32[]}).
 
   Args:
@@ -91,19 +92,22 @@ def check_loss(loss_fn: LossFn, where: str, fn: str, params: Params, batch: Any,
   if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], dict)):
     raise ValueError(f'{rule}; it returns {_shapes(made)}.')
   loss, metrics = made
-  if not hasattr(loss, 'shape') or loss.shape != () or loss.dtype != jnp.float32:
+  if not _is_float(loss, ()) or loss.dtype != jnp.float32:
     raise ValueError(f'{rule}; its loss is {_shapes(loss)}.')
   for name, value in metrics.items():
-    if not isinstance(name, str) or not hasattr(value, 'shape') or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+    if not isinstance(name, str) or not _is_float(value, ()):
       raise ValueError(f'{rule}; its metric {name!r} is {_shapes(value)}.')
 
 
 def check_arrays(made: Any, where: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
   """That a function returned one float array of `shape` for each of `names`."""
   arrays = made if isinstance(made, tuple) else (made,)
-  if len(arrays) != len(names) or not all(
-      hasattr(x, 'shape') and x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating) for x in arrays):
+  if len(arrays) != len(names) or not all(_is_float(x, shape) for x in arrays):
     raise ValueError(f'{where} must return {" and ".join(names)}, float arrays of shape {shape}; it returns {_shapes(made)}.')
+
+
+def _is_float(x: Any, shape: tuple[int, ...]) -> bool:
+  return isinstance(x, jax.ShapeDtypeStruct) and x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _shapes(tree: Any) -> str:

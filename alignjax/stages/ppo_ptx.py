@@ -20,19 +20,18 @@ from alignjax.sharding import fetch
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.pretrain import text_mix
+from alignjax.stages.records import fit, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
   check_divides,
   check_functions,
   compile_step,
-  fit,
   for_stage,
   freeze,
   initial_params,
   make_optimizer,
   make_state,
-  records,
   seed_of,
   stage_key,
 )

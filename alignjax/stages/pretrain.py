@@ -8,14 +8,13 @@ from alignjax import throughput
 from alignjax.data import batches, text
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, token_rows
+from alignjax.stages.records import open_documents, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
   initial_params,
   make_optimizer,
   make_state,
-  open_source,
-  records,
   seed_of,
   steps_per_epoch,
 )
@@ -61,5 +60,4 @@ def text_rows(setup: Setup, texts: list[str], length: int | None = None):
 
 def text_mix(setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None) -> Callable:
   """batch(step, positions) of pretraining rows, for a stage that mixes `rows` of them into every step."""
-  return text.mix(open_source(setup, 'pretrain', documents), documents, rows,
-                  lambda texts: text_rows(setup, texts, length), seed)
+  return text.mix(open_documents(setup, documents), rows, lambda texts: text_rows(setup, texts, length), seed)

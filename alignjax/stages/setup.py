@@ -16,7 +16,7 @@ import ml_collections
 import optax
 
 from alignjax import checkpoint, files, optim, plugins
-from alignjax.data import encode, sources, templates
+from alignjax.data import encode, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
 from alignjax.models.axes import path_name
@@ -156,32 +156,6 @@ def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> Transf
       raise ValueError(f'{where}.source={source!r} has a vocabulary of {spec["vocab_size"]}, data.tokenizer one of '
                        f'{vocabulary}; they do not belong together.')
   return TransformerConfig(**spec)
-
-
-def records(setup: Setup, kind: str, count: int | None, split: str = 'train') -> list[dict]:
-  """`count` records of data.<kind>: generated where the source is 'sandbox:', else the source's first ones (None: all)."""
-  source = setup.config.data[kind]
-  if source == 'sandbox:':
-    from alignjax import sandbox
-    make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
-    return make(setup.world, count, split)
-  return sources.read(source, kind, setup.config.data.mapping[kind], count)
-
-
-def open_source(setup: Setup, kind: str, count: int | None) -> sources.Source:
-  """data.<kind> to read from by index."""
-  if setup.config.data[kind] == 'sandbox:':
-    made = records(setup, kind, count)
-    return sources.Source(len(made), lambda i: [made[i]])
-  return sources.open_source(setup.config.data[kind], kind, setup.config.data.mapping[kind])
-
-
-def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:
-  """Rows within data.prompt_length and data.response_length: data.too_long drops the others, cuts them, or is an error."""
-  fitted = encode.fit(rows, setup.prompt_length, setup.response_length, setup.config.data.too_long, f'data.{kind}')
-  if fitted.note and jax.process_index() == 0:
-    print(fitted.note, flush=True)
-  return fitted
 
 
 def stage_dir(setup: Setup, name: str) -> files.Folder:

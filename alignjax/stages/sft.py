@@ -16,14 +16,13 @@ from alignjax.data import batches, encode
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, array, token_rows
 from alignjax.stages.pretrain import text_mix
+from alignjax.stages.records import fit, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
-  fit,
   initial_params,
   make_optimizer,
   make_state,
-  records,
   seed_of,
   steps_per_epoch,
 )
