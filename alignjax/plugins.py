@@ -41,8 +41,8 @@ def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (),
     facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument of such a name
       gets the value. In the spec it is an error, since two entries could disagree.
   """
-  if 'fn' not in spec:
-    raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec)}.")
+  if spec is None or 'fn' not in spec:
+    raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec or {}) or 'none'}.")
   function = find(spec['fn'], f'{where}.fn')
   coefficients = {key: value for key, value in spec.items() if key != 'fn'}
   passed = {*given, *facts}

@@ -4,8 +4,8 @@ function of a fork, such as IPO, SimPO or KTO, in 20 lines (tests/fork_losses.py
     c.stages.dpo = dict(build='alignjax.stages.preference:build', init=dict(policy='stage:sft', ref='stage:sft'),
                         loss=dict(fn='alignjax.losses:dpo', beta=0.1), ...)         whole: experiments/configs/dpo.py
 
-The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names weights, what the frozen reference
-says of every response token. init.ref=None leaves the reference out, for losses without one.
+The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names weights, what the frozen
+reference says of every response token. init.ref=None leaves the reference out, for losses without one.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ candidate's figure, the choice and why stand in its info.json, and so in the rep
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,8 +94,8 @@ def _prompts(setup: Setup, name: str) -> list[dict]:
   if cfg.source in (data.demonstrations, data.comparisons, data.prompts):
     found = [r for r in found if hygiene.held_out(r['prompt'], data.heldout.share, data.heldout.seed)]
     if not found:
-      raise ValueError(f'stages.{name}.prompts.source={cfg.source!r} is trained on and data.heldout.share={data.heldout.share} holds '
-                       'none of its prompts out: raise it, or name another source.')
+      raise ValueError(f'stages.{name}.prompts.source={cfg.source!r} is trained on, and data.heldout.share={data.heldout.share} '
+                       'holds none of its prompts out: raise it, or name another source.')
   return batches.draw(found, cfg.count, (setup.config.seed, seed_of(name)))
 
 

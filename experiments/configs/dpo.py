@@ -29,5 +29,5 @@ def get_config(size: str = 'default'):
       del s[name]
   c.stages_to_run = ('dpo',)
   if real:
-    c.report.policies = dict(pretrained=c.get_ref('checkpoint'), sft='sft', dpo='dpo')
+    c.report.policies = dict(pretrained=c.get_oneway_ref('checkpoint'), sft='sft', dpo='dpo')
   return c
