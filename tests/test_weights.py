@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import checkpoint, losses, metrics, steps, train
+from alignjax import checkpoint, losses, metrics, plugins, steps, train
 from alignjax.data import encode, hygiene
 from alignjax.stages import comparisons, rm, selection, sft
 from alignjax.stages.comparisons import Comparisons
 from alignjax.stages.records import open_documents, records
 from alignjax.stages.setup import initial_params, make_setup
-from experiments.configs import base, pythia_1b_hh, ukp_rm
+from experiments.configs import base, dpo, pythia_1b_hh, ukp_rm
 from experiments.configs.selected import selection as selected
 from tests.fakes import assert_additive, close, model, ppo_batch
 
@@ -62,7 +62,8 @@ def test_a_mix_is_a_share_of_the_loss(packed):
   assert figures['sft/loss'] == total
   twice = jax.tree.map(lambda x: jnp.concatenate([x, x[2:]]), batch)  # more rows of text change the noise, not the weight
   close(loss(twice)[0], total)
-  assert_additive(losses.sft, {'policy': params}, batch, nets, parts=4)  # each microbatch has rows of one source
+  if packed:
+    assert_additive(losses.sft, {'policy': params}, batch, nets, parts=4)  # each microbatch has rows of one source
 
 
 @pytest.mark.parametrize('pack', [False, True])
@@ -101,7 +102,8 @@ def test_ptx_is_a_mean_over_its_own_tokens():
 @pytest.mark.parametrize('changes,words', [
     ({'pretrain_mix': 1.0}, 'pretrain_mix=1.0 must be a share of the loss'), ({'pretrain_mix': -0.1}, 'pretrain_mix=-0.1 must be'),
     ({'pretrain_mix': 0.5, 'batch_size': 1}, 'no demonstration in a batch of 1'),
-    ({'microbatches': 3}, 'batch_size by microbatches'), ({'microbatches': 0}, 'batch_size by microbatches'), ({'epochs': -1}, 'epochs=-1 must be a number, 0 or more'),
+    ({'microbatches': 3}, 'batch_size by microbatches'), ({'microbatches': 0}, 'batch_size by microbatches'),
+    ({'epochs': -1}, 'epochs=-1 must be a number, 0 or more'),
 ])
 def test_settings_of_sft_that_cannot_be(changes, words, tmp_path):
   c = base.get_config('tiny')
@@ -307,3 +309,16 @@ def test_a_share_that_cannot_be(one_source, share, tmp_path):
   c.data.heldout.share = share
   with pytest.raises(ValueError, match=f'data.heldout.share={share} must be from 0 to below 1'):
     records(make_setup(c, tmp_path), 'demonstrations', None)
+
+
+@pytest.mark.parametrize('stage', ['sft', 'rm', 'dpo'])
+def test_a_step_compiles_from_shapes(stage, tmp_path):
+  """experiments/compile.py asks for this: the step on its own abstract batch, as the stage's real one."""
+  c = dpo.get_config('tiny')
+  if stage == 'rm':
+    c = base.get_config('tiny')
+  setup = make_setup(c, tmp_path)
+  plan = plugins.find(f'{c.stages[stage].build.partition(":")[0]}:abstract_step', 'x')(setup, stage)
+  after, figures, _ = jax.eval_shape(plan.step, *plan.arguments)
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, plan.arguments[0])
+  assert figures[f'{stage}/loss'].shape == () and sum(map(len, plan.work.values())) > 0

@@ -43,16 +43,16 @@ def prompt_key(record: Record) -> str:
 
 def groups(records: Sequence[Record], *, folds: int, min_votes: int, seed: int) -> list[list[str]]:
   """Labelers with at least min_votes records, dealt to `folds` groups: a pure function of the seed."""
-  counts = collections.Counter(r['labeler_id'] for r in records if r.get('labeler_id') not in (None, ''))
+  counts = collections.Counter(r['labeler_id'] for r in records if r.get('labeler_id'))
   if not counts:
     raise ValueError('no comparison has a labeler_id: held-out labelers need to know who voted. A mapping may bring it '
                      '(data/mappings.py: pandalm, summarize_from_feedback, ukp_convarg).')
-  known = sorted((labeler for labeler, count in counts.items() if count >= min_votes), key=str)
+  known = sorted(labeler for labeler, count in counts.items() if count >= min_votes)
   if folds < 2 or len(known) < folds:
     raise ValueError(f'{len(known)} of {len(counts)} labelers have {min_votes} votes or more; {folds} groups need at least '
                      f'{max(folds, 2)}. Lower --min_votes or --folds (2 at least).')
   order = np.random.default_rng([seed, 1]).permutation(len(known))
-  return [sorted((known[i] for i in order[g::folds]), key=str) for g in range(folds)]
+  return [sorted(known[i] for i in order[g::folds]) for g in range(folds)]
 
 
 def split(records: Sequence[Record], groups: Sequence[Sequence[str]], fold: int, seed: int) -> Fold:
