@@ -53,15 +53,15 @@ def build(setup: Setup, name: str) -> Stage:
     frozen = {'ref': freeze(initial_params(setup, cfg.init.ref, 'lm', seed_of(name)), setup.policy_model)}
   compiled = make_step(setup, name, tx, state)
 
-  def work(rows, length):
+  def work_of(rows, length):
     own = throughput.training(setup.policy_model, rows, length)
     return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}  # the reference reads what the policy is trained on
 
+  work = comparisons.mean_work(plan, work_of)
   info = {'head': 'lm', 'prompts': len(data.prompts), 'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
   return Stage(state, lambda state, batch: compiled(state, frozen, batch),
                lambda i: comparisons.batch(setup, data, plan, i, encode.preferences), len(plan.order),
-               cfg.responses_per_batch * setup.length, finish=lambda state: (state.params['policy'], info),
-               work=comparisons.mean_work(plan, work))
+               work.get('tokens_trained', 0), finish=lambda state: (state.params['policy'], info), work=work)
 
 
 def update(state: TrainState, frozen: Params, batch: PreferenceBatch, *, key: jax.Array, loss_fn: Callable, nets: Networks, tx,

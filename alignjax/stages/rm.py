@@ -64,7 +64,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   work = comparisons.mean_work(plan, lambda rows, t: throughput.training(setup.reward_model, rows, t, 'scalar'))
   return Stage(state, step, lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons), len(plan.order),
-               cfg.responses_per_batch * length, finish, work=work)
+               work.get('tokens_trained', 0), finish, work=work)
 
 
 def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:
