@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from alignjax import train
 from alignjax.data import encode, templates
 from alignjax.stages import ppo_ptx, rm, sft, template_date
-from alignjax.stages.setup import load_tokenizer, make_setup, token_rows
+from alignjax.stages.records import encoded
+from alignjax.stages.setup import load_tokenizer, make_setup
 from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -251,7 +252,7 @@ def test_a_conversation_that_the_template_refuses_is_named(bad, words):
   good = [{'role': 'user', 'content': 'q'}]
   for kind, responses in (('prompts', lambda r: ()), ('demonstrations', lambda r: ['a'])):
     with pytest.raises(ValueError, match=f"data.{kind}='jsonl:people.jsonl', record 2 .*{words}") as error:
-      token_rows(fake, kind, [dict(prompt=good), dict(prompt=bad)], responses)
+      encoded(fake, kind, [dict(prompt=good), dict(prompt=bad)], responses)
     assert len(str(error.value).splitlines()) == 1 and error.value.__suppress_context__
 
 
