@@ -103,7 +103,7 @@ def check(setup: Setup) -> None:
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
   return evaluation.prepare(
-      setup.nets, setup.sharder.spread, setup.world, setup.labelers, setup.template,
+      setup.nets, setup.sharder, setup.world, setup.labelers, setup.template,
       prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
       **{k: setup.config.report[k] for k in ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts',
                                              'loss_documents')})

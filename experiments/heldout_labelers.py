@@ -108,7 +108,7 @@ def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
   tokens = [(model.template.prompt(json.loads(p)), [model.template.response(text)]) for p, text in rows]
   fitted = encode.fit(tokens, own.data.prompt_length, own.data.response_length, 'truncate', 'votes to measure on').rows
-  score = bulk.make_scorer(model.nets, lambda x: x, length=own.data.prompt_length + own.data.response_length,
+  score = bulk.make_scorer(model.nets, model.sharder, length=own.data.prompt_length + own.data.response_length,
                            pad=model.template.pad, rows=32)
   scores = score(model.params, [p + r[0] for p, r in fitted])
   return [[p, text, float(s)] for (p, text), s in zip(rows, scores, strict=True)]

@@ -10,37 +10,17 @@ them, and lie over the model's mesh where it has one (finished.load(..., mesh=..
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from alignjax import metrics
 from alignjax.data import encode
 from alignjax.evals import bulk, kept
-from alignjax.sampling import generate
-from alignjax.sharding import fetch
-
-
-def buckets(length: int, most: int, smallest: int = 32) -> int:
-  """The padded length of a row: a power of two, or half between two, of at most `most`."""
-  size = smallest
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return min(size, most)
-
-
-def rows_of(model: Any, wanted: int, most: int) -> int:
-  """Rows that are computed together for `wanted` of them: a power of two of at most `most` on each of the mesh's shards, so
-  that a few rows do not cost as much as many, and many have one shape."""
-  shards = model.sharder.batch_shards if model.sharder else 1
-  each = -(-wanted // shards)
-  return shards * max(1, min(most, 1 << (each - 1).bit_length()))
 
 
 def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[float, bool]]]:
@@ -50,43 +30,23 @@ def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[fl
   done(i, result), where given, is called as results come, which is not in the order of the pairs.
   """
   cfg = model.cfg
-  put = model.sharder.spread if model.sharder else _as_it_is
+  shards = model.sharder.batch_shards if model.sharder else 1
+  at_once = lambda length: shards * max(1, min(64, logits_bytes // (4 * length * cfg.vocab_size)))
+  likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 
   def score(pairs, done=None):
-    out: list = [None] * len(pairs)
-    rows: dict[int, list[tuple[int, list[int], int]]] = {}
-    for i, (context, continuation) in enumerate(pairs):
-      whole = [*context, *continuation][-(cfg.max_length + 1):]  # the left is cut; the last token is only predicted
+    wholes = [[*context, *continuation][-(cfg.max_length + 1):] for context, continuation in pairs]  # the left is cut
+    width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1  # the last token is only predicted
+    tokens, mask = encode.right_pad(wholes, width, model.template.pad)
+    weights = np.zeros(tokens.shape, np.float32)
+    for i, (whole, (_, continuation)) in enumerate(zip(wholes, pairs, strict=True)):
       count = min(len(continuation), len(whole) - 1)
-      rows.setdefault(buckets(len(whole) - 1, cfg.max_length) + 1, []).append((i, whole, count))
-    for length in sorted(rows, reverse=True):
-      chosen = rows[length]
-      size = rows_of(model, len(chosen), min(64, logits_bytes // (4 * length * cfg.vocab_size)))
-      run = _likelihood(model.nets, put, size)
-      for start in range(0, len(chosen), size):
-        some = chosen[start:start + size]
-        tokens, mask = encode.right_pad([whole for _, whole, _ in some], length, model.template.pad)
-        weights = np.zeros(tokens.shape, np.float32)
-        for row, (_, whole, count) in enumerate(some):
-          weights[row, len(whole) - count:len(whole)] = 1.0
-        logprobs, greedy = run(model.params, tokens, mask, weights)
-        for (i, _, _), logprob, hit in zip(some, logprobs, greedy, strict=True):
-          out[i] = (float(logprob), bool(hit))
-          if done:
-            done(i, out[i])
-    return out
+      weights[i, len(whole) - count:len(whole)] = 1.0
+    plain = done and (lambda i, found: done(i, (float(found[0]), bool(found[1]))))
+    logprobs, greedy = likelihood(model.params, tokens, mask, weights, plain)
+    return list(zip(logprobs.tolist(), greedy.tolist(), strict=True))
 
   return score
-
-
-def _as_it_is(rows: Any) -> Any:
-  return rows
-
-
-@functools.lru_cache(maxsize=64)
-def _likelihood(nets: Any, put: Callable, rows: int) -> Callable:
-  """Kept by the network's functions, not by the model: no parameters stay alive with it."""
-  return bulk.make_likelihood(nets, put, rows)
 
 
 def stop_tokens(model: Any, until: Iterable[str]) -> tuple[int, ...]:
@@ -107,42 +67,27 @@ def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, unti
   done(i, text), where given, is called as texts come, which is not in the order of the prompts.
   """
   cfg = model.cfg
-  stops = stop_tokens(model, until)
   room = cfg.max_length - max_tokens
   if room < 1:
     raise ValueError(f'max_tokens={max_tokens} leaves no room for a prompt in a context of {cfg.max_length}.')
-  prompts = [p[-room:] for p in prompts]
+  shards = model.sharder.batch_shards if model.sharder else 1
+  slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width
+  at_once = lambda length: shards * max(1, min(rows, cache_bytes // (slot * (length + max_tokens))))
+  sample = bulk.make_sampler(model.nets, model.sharder, prompt_length=room, max_tokens=max_tokens,
+                             stop_ids=stop_tokens(model, until), pad=model.template.pad, rows=at_once)
   out: list[str] = [''] * len(prompts)
-  groups: dict[int, list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    groups.setdefault(buckets(len(prompt), room), []).append(i)
-  sample = _sampler(model.nets, max_tokens, stops, temperature)
-  for length, chosen in sorted(groups.items()):
-    slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width * (length + max_tokens)
-    size = rows_of(model, len(chosen), min(rows, cache_bytes // slot))
-    for start in range(0, len(chosen), size):
-      some = chosen[start:start + size]
-      padded = encode.left_pad([prompts[i] for i in some] + [prompts[some[0]]] * (size - len(some)), length, model.template.pad)
-      if model.sharder:
-        padded = model.sharder.spread(padded)
-      key = jax.random.fold_in(jax.random.key(seed), some[0])
-      made = fetch(sample(model.params, *padded, key))
-      for i, row, live in zip(some, made.responses, made.mask, strict=False):
-        said = row[live].tolist()
-        said = said[:-1] if said and said[-1] in (model.template.end, model.template.separator) else said
-        text = model.decode(said)
-        for stop in until:
-          text = text.split(stop)[0] if stop else text
-        out[i] = text
-        if done:
-          done(i, text)
+
+  def finish(i, made):
+    said = made[0]
+    text = model.decode(said[:-1] if said and said[-1] in (model.template.end, model.template.separator) else said)
+    for stop in until:
+      text = text.split(stop)[0] if stop else text
+    out[i] = text
+    if done:
+      done(i, text)
+
+  sample(model.params, [p[-room:] for p in prompts], seed, temperature, done=finish)
   return out
-
-
-@functools.lru_cache(maxsize=32)
-def _sampler(nets: Any, max_tokens: int, stops: tuple[int, ...], temperature: float) -> Callable:
-  return jax.jit(lambda params, tokens, mask, key: generate(
-      nets.decoder, params, tokens, mask, key, max_tokens=max_tokens, stop_ids=stops, temperature=temperature))
 
 
 def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any) -> Any:
@@ -191,11 +136,14 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       return [tuple(known[k]) for k in keys]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      totals = []
-      for request in requests:
-        windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, model.cfg.max_length, 1)
-        totals.append(sum(value for value, _ in score([make_disjoint_window(w) for w in windows])))
-      return totals
+      keys = [key_of('rolling', *request.args) for request in requests]
+      new = {key: request.args[0] for key, request in zip(keys, requests, strict=True) if key not in known}
+      cut = {key: [make_disjoint_window(w) for w in get_rolling_token_windows(
+          self.tok_encode(text), self.prefix_token_id, model.cfg.max_length, 1)] for key, text in new.items()}
+      scores = iter(score([w for windows in cut.values() for w in windows]))
+      for key, windows in cut.items():
+        add(key, sum(next(scores)[0] for _ in windows))
+      return [known[key] for key in keys]
 
     def generate_until(self, requests, disable_tqdm=False):
       keys = [key_of('generate', *request.args) for request in requests]
