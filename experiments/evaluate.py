@@ -7,9 +7,10 @@
     python experiments/evaluate.py --tasks=help                  the tasks, and where their data come from; help:arc, the harness's
                                                                   whose names hold "arc"
 
-A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/table.md, table.json and table.png.
-All models compute in one dtype (--dtype). What was measured is kept by everything that makes it (weights, dtype, tokenizer, template,
-data, the source of the task and of functions of your own): a second call computes what is new and says so, an interrupted one goes on.
+A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/table.md, table.json and, of several
+models, table.png. All models compute in one dtype (--dtype). What was measured is kept by everything that makes it (weights, dtype,
+tokenizer, template, data, the source of the task and of functions of your own): a second call computes what is new and says what it
+reuses, an interrupted one goes on.
 """
 
 import argparse
@@ -48,9 +49,11 @@ def describe(part: str) -> str:
   from alignjax.evals import harness_tasks, table
   known = harness_tasks.index()
   if part:
-    return '\n'.join(f'{name:40} {known[name].kind}' for name in sorted(known) if part in name) or f'No task of the harness has {part!r}.'
-  lines = [f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in table.find_tasks(list(table.TASKS)).items()]
-  return '\n'.join([*lines, '', f'module:function, FILE.yaml, a folder of such files, or one of the {len(known)} tasks and groups of '
+    found = [f'{name:40} {known[name].kind}' for name in sorted(known) if part in name]
+    return '\n'.join(found) or f'No task of the harness has {part!r} in its name.'
+  ours = table.find_tasks(list(table.TASKS))
+  lines = [f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()]
+  return '\n'.join([*lines, '', f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} tasks and tags of '
                     'lm-evaluation-harness; --tasks=help:PART lists those whose names hold PART.'])
 
 

@@ -11,9 +11,7 @@ response wins" reaches. Writes OUT/heldout_labelers.md and .json. Each model's s
 the same command goes on where it was stopped. Start the stage from a folder or a checkpoint: a 'stage:' would be trained for each.
 """
 
-import hashlib
 import json
-import os
 import pathlib
 import sys
 
@@ -24,41 +22,39 @@ if str(HERE.parent) not in sys.path:
 from experiments.run import find_config, parse_flags  # noqa: E402  after the path
 
 
-def write(path: pathlib.Path, text: str) -> None:
-  """Whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
-
-
 def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_votes: int, split_seed: int = 0,
-                   rankings: int | None = None, rounds: int = 1) -> dict:
+                   rankings: int | None = None, rounds: int = 1, dtype: str = 'float32') -> dict:
   """Trains what is not there yet and returns the contents of heldout_labelers.json.
 
   config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its mapping, is cross-validated.
   """
+  from alignjax import fingerprints
   from alignjax.data import sources
-  from alignjax.evals import labelers
+  from alignjax.evals import kept, labelers
   from alignjax.evals.stats import interval
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
-  protocol = dict(comparisons=hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16], folds=folds,
-                  min_votes=min_votes, split_seed=split_seed, rankings=rankings, rounds=rounds if rankings else None)
+  recipe = json.loads(config.to_json_best_effort())
+  recipe['data'] = {k: v for k, v in recipe['data'].items() if k != 'comparisons'} | dict(mapping=None)  # the records say these
+  protocol = dict(comparisons=fingerprints.of_value(records), folds=folds, min_votes=min_votes, split_seed=split_seed,
+                  rankings=rankings, rounds=rounds if rankings else None, dtype=dtype, config=fingerprints.of_value(recipe),
+                  code=fingerprints.of_function(labelers.split))
   path = out / 'protocol.json'
-  if path.exists() and json.loads(path.read_text()) != protocol:
-    raise ValueError(f'{out} holds the results of another protocol, {json.loads(path.read_text())}, not {protocol}. '
+  before = kept.read_whole(path)
+  if before not in (None, protocol):
+    other = ', '.join(k for k in protocol if before.get(k) != protocol[k])
+    raise ValueError(f'{out} holds the results of another protocol, {before}, not {protocol}: {other} changed. '
                      'Use another --out, or delete the folder.')
-  write(path, json.dumps(protocol))
+  kept.write_whole(path, protocol)
   known = {name for group in groups for name in group}
-  kept = [r for r in records if r.get('labeler_id') in known]
-  print(f'{len(known)} labelers with {min_votes} votes or more, {len(kept)} of {len(records)} votes, '
-        f'{len({labelers.prompt_key(r) for r in kept})} prompts', flush=True)
+  chosen = [r for r in records if r.get('labeler_id') in known]
+  print(f'{len(known)} labelers with {min_votes} votes or more, {len(chosen)} of {len(records)} votes, '
+        f'{len({labelers.prompt_key(r) for r in chosen})} prompts', flush=True)
   pools = dict(seen=[], heldout=[])  # [fold] of votes
   hits = dict(seen=[], heldout=[], seen_longer=[], heldout_longer=[])  # [fold][seed] of values
   agree = dict(seen=[], heldout=[])  # [fold] of (values, prompts)
   for fold in range(folds):
-    cut = labelers.split(kept, groups, fold, split_seed)
+    cut = labelers.split(chosen, groups, fold, split_seed)
     cast = dict(seen=labelers.votes(cut.seen), heldout=labelers.votes(cut.heldout))
     for pool, votes in cast.items():
       if not votes or not cut.train:
@@ -71,11 +67,14 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
     agree['heldout'].append(labelers.agreement(cast['heldout'], cast['seen']))
     for seed in range(seeds):
       folder = out / f'fold{fold}-seed{seed}'
-      if not (folder / 'scores.json').exists():
+      scored = kept.read_whole(folder / 'scores.json')
+      if scored is None:
         train = labelers.rankings(cut.train, k=rankings, rounds=rounds, seed=split_seed + fold) if rankings else cut.train
-        scored = trained(config, folder, train, [*cut.seen, *cut.heldout], seed)
-        write(folder / 'scores.json', json.dumps(scored))
-      scores = {(p, r): s for p, r, s in json.loads((folder / 'scores.json').read_text())}
+        scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
+        kept.write_whole(folder / 'scores.json', scored)
+      else:
+        print(f'fold {fold}, seed {seed}: scores are kept from before, in {folder}', flush=True)
+      scores = {(p, r): s for p, r, s in scored['scores']}
       for pool, votes in cast.items():
         hits[pool][fold].append(labelers.hits(votes, lambda p, r: scores[p, r]))  # noqa: B023  used at once
       print(f'fold {fold}, seed {seed}: seen {hits["seen"][fold][-1].mean():.3f}, held out {hits["heldout"][fold][-1].mean():.3f}',
@@ -88,23 +87,25 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
   for pool in pools:
     result[f'agreement_{pool}'] = interval(flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]))
     result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]))
-  return dict(protocol=protocol, labelers=len(known), groups=groups, votes=len(kept), figures=result)
+  return dict(protocol=protocol, labelers=len(known), groups=groups, votes=len(chosen), figures=result)
 
 
-def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int) -> list:
+def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int, dtype: str) -> list:
   """Trains a reward model by the config's stage on records and scores all responses of others: [[prompt, response, score]]."""
+  from alignjax import files
   from alignjax import train as trainer
   from alignjax.data import encode
   from alignjax.evals import bulk, labelers
   from alignjax.stages import finished
   name = config.stages_to_run[-1]
-  write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))
+  folder.mkdir(parents=True, exist_ok=True)
+  files.write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))
   own = config.copy_and_resolve_references()
   own.seed = config.seed + seed
   own.data.comparisons, own.data.mapping.comparisons = f'jsonl:{folder / "train.jsonl"}', None
   own.stages[name].evaluation_prompts = 0  # measured here
   trainer.main(own, folder)
-  model = finished.load(str(folder / name), 'scalar')
+  model = finished.load(str(folder / name), 'scalar', dtype=dtype)
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
   tokens = [(model.template.prompt(json.loads(p)), [model.template.response(text)]) for p, text in rows]
   fitted = encode.fit(tokens, own.data.prompt_length, own.data.response_length, 'truncate', 'votes to measure on').rows
@@ -147,11 +148,14 @@ def main(argv: list[str]) -> None:
   rankings = flags.DEFINE_integer('rankings', None, 'Makes rankings of so many responses from the training votes (labelers.py); '
                                   'default: every vote is a comparison of its own.')
   rounds = flags.DEFINE_integer('rounds', 8, 'of --rankings: how often each response is in one.')
+  dtype = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'that the models are measured in.')
   out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'a folder.')
   flags.mark_flag_as_required('config')
 
   def run(_):
     from absl import logging
+
+    from alignjax import files
     logging.set_verbosity(logging.WARNING)
     try:
       c = config.value
@@ -161,11 +165,12 @@ def main(argv: list[str]) -> None:
         c.data.mapping.comparisons = mapping.value
       folder = pathlib.Path(out.value).absolute()
       result = cross_validate(c, folder, folds=folds.value, seeds=seeds.value, min_votes=min_votes.value,
-                              split_seed=split_seed.value, rankings=rankings.value, rounds=rounds.value)
-      write(folder / 'heldout_labelers.json', json.dumps(result, indent=2))
-      write(folder / 'heldout_labelers.md', markdown(result))
+                              split_seed=split_seed.value, rankings=rankings.value, rounds=rounds.value,
+                              dtype=dtype.value)
+      files.write(folder / 'heldout_labelers.json', json.dumps(result, indent=2))
+      files.write(folder / 'heldout_labelers.md', markdown(result))
       print(markdown(result), flush=True)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
       raise SystemExit(f'error: {error}') from None
 
   app.run(run, argv=argv, flags_parser=parse_flags)

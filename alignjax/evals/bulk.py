@@ -132,8 +132,8 @@ def make_sampler(nets: Networks, sharder: Sharder | None, *, prompt_length: int,
     numbers = np.asarray(occurrences(map(tuple, prompts)) if numbers is None else numbers, np.uint32)
     make = lambda some, length: (*encode.left_pad([prompts[i] for i in some], length, pad), names[some], numbers[some])
     said = lambda row: (row.responses[row.mask].tolist(), bool(row.ended))
-    out = each(lambda params, *batch: run(params, jax.random.key(seed), temperature, *batch), make, [len(p) for p in prompts], params,
-               most=prompt_length, rows=rows, sharder=sharder, more=max_tokens,
+    out = each(lambda params, *batch: run(params, jax.random.key(seed), temperature, *batch), make, list(map(len, prompts)),
+               params, most=prompt_length, rows=rows, sharder=sharder, more=max_tokens,
                done=done and (lambda i, row: done(i, said(row))))
     return [said(row)[0] for row in out], np.array([row.ended for row in out], bool)
 

@@ -18,7 +18,7 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
              options: Mapping[str, Mapping[str, Any]] | None = None, baseline: str | None = None, limit: int | None = None,
              seed: int = 0, template: str | None = None, mesh: Mapping[str, int] | None = None,
              dtype: str = 'float32') -> list[dict[str, Any]]:
-  """Writes OUT/table.md, table.json and table.png; returns the rows (table.assemble).
+  """Writes OUT/table.md, table.json and, of several models, table.png; returns the rows (table.assemble).
 
   Args:
     models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory at a time.
@@ -52,8 +52,12 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
     return rows
   result = dict(models=dict(models), baseline=baseline, limit=limit, seed=seed, dtype=dtype, rows=rows)
   files.write(out / 'table.json', json.dumps(result, indent=2))
-  files.write(out / 'table.md', table.markdown(rows, list(models), baseline) + '\n![differences](table.png)\n')
-  table.plot(rows, list(models), baseline, out / 'table.png')
+  files.write(out / 'table.md', table.markdown(rows, list(models), baseline) +
+              ('\n![differences](table.png)\n' if len(models) > 1 else ''))
+  if len(models) > 1:
+    table.plot(rows, list(models), baseline, out / 'table.png')
+  elif (out / 'table.png').exists():
+    (out / 'table.png').unlink()  # of an earlier call with more models
   short = lambda f: '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
   metrics.print_table(f'{out}/table.md', ('task', 'metric', 'prompt', *models),
                       [(r['task'], r['metric'], r['prompt'], *(short(r['models'].get(m)) for m in models)) for r in rows])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,12 @@ def stop_tokens(model: Any, until: Iterable[str]) -> tuple[int, ...]:
 
 
 def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, until: tuple[str, ...] = (), temperature: float = 0.0,
-                  seed: int = 0, rows: int = 16, cache_bytes: int = 2**30,
+                  seed: int = 0, rows: int = 16, cache_bytes: int = 2**30, numbers: Sequence[int] | None = None,
                   done: Callable[[int, str], None] | None = None) -> list[str]:
   """Text that follows each prompt (token lists; cut on the left), up to the first of the stop texts.
 
   rows: at most so many together on a device, and no more than have cache_bytes of keys and values (as float32).
+  numbers: of the samples of one prompt (bulk.make_sampler).
   done(i, text), where given, is called as texts come, which is not in the order of the prompts.
   """
   cfg = model.cfg
@@ -86,7 +87,7 @@ def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, unti
     if done:
       done(i, text)
 
-  sample(model.params, [p[-room:] for p in prompts], seed, temperature, done=finish)
+  sample(model.params, [p[-room:] for p in prompts], seed, temperature, numbers, finish)
   return out
 
 
@@ -94,7 +95,7 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
   """The harness's LM object of a finished.Model.
 
   keep: a JSONL file that every answer is appended to as it comes, and read from before anything is computed, so that an
-    interrupted evaluation goes on. For one checkpoint: requests are known by their text alone.
+    interrupted evaluation goes on. For one model (finished.facts): requests are known by their text alone.
   options: of `scorer`.
 
   Its attribute `cut` counts the requests that were longer than the model's context and lost their left part.
@@ -146,23 +147,24 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       return [known[key] for key in keys]
 
     def generate_until(self, requests, disable_tqdm=False):
-      keys = [key_of('generate', *request.args) for request in requests]
-      groups: dict[tuple, dict[str, list[int]]] = {}
-      for key, request in zip(keys, requests, strict=True):
+      numbers = bulk.occurrences(json.dumps(request.args) for request in requests)  # a task may ask for several samples of a prompt
+      keys = [key_of('generate', *request.args, number if _temperature(request.args[1]) else 0)
+              for request, number in zip(requests, numbers, strict=True)]
+      groups: dict[tuple, dict[str, tuple[list[int], int]]] = {}
+      for key, request, number in zip(keys, requests, numbers, strict=True):
         asked = request.args[1]
         until = asked.get('until') or []
         until = (until,) if isinstance(until, str) else tuple(until)
-        sampled = asked.get('do_sample', False) or asked.get('temperature', 0) > 0
-        temperature = float(asked.get('temperature', 1.0)) if sampled else 0.0
         prompt, most = self.tok_encode(request.args[0]), int(asked.get('max_gen_toks', 256))
         self.cut += len(prompt) > model.cfg.max_length - most
         if key not in known:
-          groups.setdefault((until, most, temperature), {})[key] = prompt
+          groups.setdefault((until, most, _temperature(asked)), {})[key] = prompt, number
       with metrics.Progress(sum(map(len, groups.values())), name='written', active=not disable_tqdm) as progress:
         count = _counted(progress, lambda key, text: add(key, text))
         for (until, most, temperature), prompts in groups.items():
           names = list(prompts)
-          continuations(model, list(prompts.values()), max_tokens=most, until=until, temperature=temperature,
+          rows, which = zip(*prompts.values(), strict=True)
+          continuations(model, list(rows), max_tokens=most, until=until, temperature=temperature, numbers=which,
                         done=lambda i, text, names=names: count(names[i], text))
       return [known[k] for k in keys]
 
@@ -170,6 +172,12 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       return model.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
 
   return LanguageModel()
+
+
+def _temperature(asked: dict[str, Any]) -> float:
+  """Of a request's generation_kwargs; 0 is greedy."""
+  sampled = asked.get('do_sample', False) or asked.get('temperature', 0) > 0
+  return float(asked.get('temperature', 1.0)) if sampled else 0.0
 
 
 def _counted(progress: metrics.Progress, then: Callable) -> Callable:

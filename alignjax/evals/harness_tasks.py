@@ -2,9 +2,9 @@
 
     --tasks=my_task.yaml,my_tasks/,arc_easy,lambada_openai        the third and fourth are the harness's
 
-Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from the current folder), prompts, number of
-examples, metrics, filters. Prompts are plain text. A group is refused, because its parts are rows of the table: name its members.
-Options of each: shots=N. --data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the data.
+Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from the current folder), prompts,
+number of examples, metrics, filters. Prompts are plain text. A group is refused, because its parts are rows of the table: name its
+members. Options of each: shots=N. --data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the data.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def find(name: str) -> dict[str, Callable] | None:
     if path.is_dir() and not isinstance(config.get('task'), str):
       continue  # a part that others include, or a group
     if not isinstance(config.get('task'), str):
-      raise ValueError(f'{file}: {"a group of tasks; name its members" if "group" in config else "no task: the entry `task` is its name"}.')
+      what = 'a group of tasks; name its members' if 'group' in config else 'no task: it has no entry `task`, the name of one'
+      raise ValueError(f'{file}: {what}.')
     if config['task'] in found:
       raise ValueError(f'{name}: two files have the task {config["task"]!r}; the second is {file}.')
     found[config['task']] = _task(config['task'], file)
@@ -171,10 +172,10 @@ def measure(name: str, path: pathlib.Path, model: Any, *, data: str | None, limi
     write_samples(keep, f'{name}-{prompt}' + ('' if filtered == 'none' else f'-{filtered}'), found)
     for metric in dict.fromkeys(m for s in found for m in s['metrics']):
       values = [_plain(s.get(metric)) for s in found]
-      aggregate = aggregations.get(metric)
-      cells.append(Cell(metric if filtered == 'none' else f'{metric}, {filtered}', prompt, values, [str(s['doc_id']) for s in found],
+      label = metric if filtered == 'none' else f'{metric}, {filtered}'
+      cells.append(Cell(label, prompt, values, [str(s['doc_id']) for s in found],
                         better={True: 'higher', False: 'lower'}.get(better.get(metric), ''),
-                        aggregate=_aggregate(path, metric, aggregate, values)))
+                        aggregate=_aggregate(path, metric, aggregations.get(metric), values)))
   return cells
 
 
@@ -195,8 +196,8 @@ def _aggregate(path: pathlib.Path, metric: str, aggregate: Callable | None, valu
     return None
   module = getattr(aggregate, '__module__', None)
   if aggregate is None or '<' in getattr(aggregate, '__qualname__', '<'):
-    raise ValueError(f'{path}: the metric {metric!r} is no mean of numbers, and its aggregation has no name by which it can be found '
-                     'again; make it a function of a module.')
+    raise ValueError(f'{path}: the metric {metric!r} is no mean of numbers, and its aggregation has no name by which it can be '
+                     'found again; make it a function of a module.')
   return f'{module}:{name}'
 
 
@@ -220,8 +221,8 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
     task = ConfigurableTask(config=config)
   except Exception as error:  # noqa: BLE001  the hub, the network, the data library and the file's own functions raise many kinds
     said = ' '.join(str(error).split())[:300]
-    raise ValueError(f'{name}: the task of {path} cannot be made ({type(error).__name__}: {said}). Where its data are on the hub and '
-                     f'cannot be had, give a file: --data={name}=FILE.') from None
+    raise ValueError(f'{name}: the task of {path} cannot be made ({type(error).__name__}: {said}). Where its data are on the hub '
+                     f'and cannot be had, give a file: --data={name}=FILE.') from None
   task.set_fewshot_seed(seed)
   return task
 

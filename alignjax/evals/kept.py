@@ -1,5 +1,5 @@
-"""What was dear to compute, on the disk with a checksum: JSON lines that grow, so that an interrupted call goes on where it stopped,
-and whole JSON files. What is damaged is named, not read: no figure ever comes from it.
+"""What was dear to compute, on the disk with a checksum: JSON lines that grow, so that an interrupted call goes on where it
+stopped, and whole JSON files. What is damaged is named, not read: no figure ever comes from it.
 """
 
 from __future__ import annotations

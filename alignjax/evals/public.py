@@ -3,8 +3,9 @@
 Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is greedy and cut at the first
 newline; a multiple choice is the option of the highest log-likelihood a token (the paper's "lowest" is a slip). Prompts are
 plain text, whatever the model's template is, as in the paper. Where we choose: few-shot examples are drawn anew for each
-question, by the seed, from the training split or, where the data are one file, from the rest of it, never from the question's
-own passage; prompts that exceed the context lose their left part, as in the harness, and are counted aloud.
+question, by the seed, from the training split (of the hub's from records that the seed draws over all of it) or, where the data
+are one file, from the rest of it, never from the question's own passage; prompts that exceed the context lose their left part, as
+in the harness, and are counted aloud.
 
 Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with train.jsonl and validation.jsonl), or
 the hub. The head of tasks/TASK.yaml says which fields. `lm_eval --include_path alignjax/evals/tasks` runs the same files.
@@ -12,6 +13,7 @@ the hub. The head of tasks/TASK.yaml says which fields. `lm_eval --include_path 
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -43,8 +45,8 @@ def per_token(lm: Any, sample: Mapping[str, Any]) -> float:
 
 
 def logged(name: str, scale: float = 1.0) -> Callable[[Any, Mapping[str, Any]], Any]:
-  """What the task file computed."""
-  return lambda lm, sample: scale * float(sample[name])
+  """What the task file computed; None where it left the document out (NaN)."""
+  return lambda lm, sample: None if math.isnan(sample[name]) else scale * float(sample[name])
 
 
 def bleu(pairs: list[tuple[str, str]]) -> float:
@@ -174,7 +176,7 @@ def _tasks(names: list[str], fields: Mapping[str, Any], data: str | None, shots:
   configs = [load_yaml(path if (path := TASKS / f'{name}.yaml').exists() else
                        next(pathlib.Path(lm_eval.tasks.__file__).parent.glob(f'*/{name}.yaml'))) for name in names]
   task = names[0].replace('_mc1', '_mc')
-  records = public_data.local(task, data, fields) if data else public_data.hub(task, configs[0], fields, bool(shots))
+  records = public_data.local(task, data, fields) if data else public_data.hub(task, configs[0], fields, bool(shots), seed)
   if 'process_docs' not in configs[0]:
     records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}
   changes = dict(custom_dataset=lambda **_: records, validation_split=None, test_split='validation', training_split=None)

@@ -100,7 +100,8 @@ def _find(name: str) -> dict[str, Callable]:
   return found
 
 
-def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int,
+             options: Mapping[str, Any]) -> dict[str, Any]:
   """What decides a task's result besides the model, as JSON values: of files, models and functions the contents, not the names."""
   if data and not pathlib.Path(data).exists():
     raise FileNotFoundError(f'--data: {name}={data}: no such file or folder.')
@@ -254,13 +255,13 @@ def _arrow(better: str) -> str:
 
 def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder) -> None:
   """The differences to the baseline as points with intervals, a line a row of the table and one scale a metric: the tax at a
-  glance. Where there is one model alone, its figures."""
+  glance. For more than one model."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
   metrics = list(dict.fromkeys(row['metric'] for row in rows))
-  shown = [m for m in models if m != baseline] or list(models)
-  pick = lambda row, m: row['models'].get(m, {}).get('difference') if len(models) > 1 else row['models'].get(m)
+  shown = [m for m in models if m != baseline]
+  pick = lambda row, m: row['models'].get(m, {}).get('difference')
   groups = [[row for row in rows if row['metric'] == metric] for metric in metrics]
   figure, axes = plt.subplots(len(metrics), 1, figsize=(8, 0.8 * len(metrics) + 0.35 * len(rows) + 0.6), constrained_layout=True,
                               squeeze=False, height_ratios=[len(g) + 1 for g in groups])
@@ -274,11 +275,10 @@ def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str
           axis.plot(found['ci95'], [at, at], color=colors(j), lw=2)
           axis.plot(found['mean'], at, 'o', color=colors(j), ms=5, label=model if i == 0 else None)
     axis.set_yticks(range(len(group)), [f'{r["task"]} {r["prompt"]}'.strip() for r in group], fontsize=8)
-    axis.set_title(metric + (f', difference to {baseline}' if len(models) > 1 else ''), loc='left', fontsize=9)
+    axis.set_title(f'{metric}, difference to {baseline}', loc='left', fontsize=9)
     axis.invert_yaxis()
     axis.grid(axis='x', alpha=0.3)
-    if len(models) > 1:
-      axis.axvline(0, color='#888888', lw=1)
+    axis.axvline(0, color='#888888', lw=1)
   axes[0, 0].legend(fontsize=8)
   files.save_figure(figure, path)
   plt.close(figure)
