@@ -53,8 +53,8 @@ def describe(part: str) -> str:
     return '\n'.join(found) or f'No task of the harness has {part!r} in its name.'
   ours = table.find_tasks(list(table.TASKS))
   lines = [f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()]
-  return '\n'.join([*lines, '', f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} tasks and tags of '
-                    'lm-evaluation-harness; --tasks=help:PART lists those whose names hold PART.'])
+  return '\n'.join([*lines, '', f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names that '
+                    'lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.'])
 
 
 def main(argv: list[str]) -> None:

@@ -312,7 +312,7 @@ def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   assert set(found) == {f'instructgpt_{n}' for n in names}
   assert {name for name, where in table.TASKS.items() if '.public:' in where} == names | {'truthfulqa_mc'}
   for name in names:
-    assert table.find_task(name).__doc__.count('JSONL') == 1
+    assert table.find_tasks([name])[name].__doc__.count('JSONL') == 1
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, model, monkeypatch):
@@ -339,12 +339,6 @@ def test_requests_beyond_the_context_are_counted(model):
   make = lambda text: type('Request', (), dict(args=(text, ' x')))
   lm.loglikelihood([make('a' * 600), make('b')])
   assert lm.cut == 1
-
-
-def test_few_rows_are_not_padded_to_many(model):
-  assert [harness.rows_of(model, n, 64) for n in (1, 3, 64, 1000)] == [1, 4, 64, 64]
-  spread = model._replace(sharder=type('Sharder', (), dict(batch_shards=8)))
-  assert [harness.rows_of(spread, n, 4) for n in (1, 9, 1000)] == [8, 16, 32]
 
 
 def test_what_is_compiled_keeps_no_parameters_alive():

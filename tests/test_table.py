@@ -49,11 +49,12 @@ def test_what_is_the_same_is_measured_once(tmp_path):
   file.write_text('data')
   copy.write_text('data')
   other.write_text('other data')
-  run = lambda params=1.0, **kw: table.run_task('test_table:letters', model(params), fingerprints.of_params(model(params).params),
-                                                tmp_path / 'out', **(dict(data=str(file)) | kw))[1]
+  run = lambda params=1.0, facts=None, **kw: table.run_task(
+      'test_table:letters', letters, model(params), {'weights': params, **(facts or {})}, tmp_path / 'out',
+      **(dict(data=str(file)) | kw))[1]
   assert [run(), run(), run(data=str(copy))] == [False, True, True] and len(CALLS) == 1
   for change in (dict(params=2.0), dict(data=str(other)), dict(limit=3), dict(seed=1), dict(options={'add': 1.0}),
-                 dict(template='chat')):
+                 dict(facts={'template': [[1, 2], 3]}), dict(facts={'dtype': 'bfloat16'})):
     assert (run(**change), run(**change)) == (False, True), change
   with pytest.raises(FileNotFoundError, match='--data: test_table:letters=.*no such file'):
     run(data=str(tmp_path / 'none'))
@@ -61,7 +62,7 @@ def test_what_is_the_same_is_measured_once(tmp_path):
     run(options={'plus': 1})
 
 
-def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path, monkeypatch):
+def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path):
   def fails(model, *, data, limit, seed, keep):
     assert (keep / 'seen').exists() == bool(CALLS)
     CALLS.append({})
@@ -70,8 +71,7 @@ def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path, mon
       raise ValueError('the judge is gone')
     return [Cell('m', '', [1.0], ['a'])]
 
-  monkeypatch.setattr(table, 'find_task', lambda name: fails)
-  run = lambda: table.run_task('fails', model(1.0), 'hash', tmp_path)
+  run = lambda: table.run_task('fails', fails, model(1.0), {}, tmp_path)
   with pytest.raises(ValueError, match='the judge is gone'):
     run()
   assert run() == ([Cell('m', '', [1.0], ['a'])], False) and run()[1]

@@ -4,7 +4,8 @@
 
 Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from the current folder), prompts,
 number of examples, metrics, filters. Prompts are plain text. A group is refused, because its parts are rows of the table: name its
-members. Options of each: shots=N. --data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the data.
+members. Options of each: shots=N. --data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the
+data.
 """
 
 from __future__ import annotations
