@@ -25,9 +25,17 @@ from alignjax.sampling import generate
 from alignjax.sharding import Sharder, fetch
 from alignjax.types import Networks
 
-COMPILE_SECONDS = dict(cpu=3.0)  # for one shape more, and the FLOPs a second that rows are computed with: rough, and only
-OTHER_COMPILE_SECONDS = 10.0     # for the choice between padding and one shape more
-RATES, OTHER_RATE = dict(cpu=3e10), 5e13
+
+class Speed(NamedTuple):
+  """Of a device: seconds to compile a shape, FLOPs and bytes of weights a second, seconds for any step. Rough, and only for the
+  choice between padding, further batches and further shapes."""
+  compile: float
+  flops: float
+  bytes: float
+  step: float
+
+
+SPEEDS, OTHER = dict(cpu=Speed(3.0, 3e10, 1e10, 5e-4)), Speed(10.0, 5e13, 1.5e12, 3e-3)
 
 
 class Batch(NamedTuple):
@@ -46,9 +54,9 @@ def bucket(length: int, most: int, smallest: int = 32) -> int:
 
 
 def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *, shards: int = 1, shape_cost: float = 0,
-         more: int = 0) -> list[Batch]:
-  """Which rows are computed together, the longest first: the plan with the fewest padded tokens, a further shape counted as
-  `shape_cost` of them. A pure function of its arguments.
+         batch_cost: float = 0, more: int = 0) -> list[Batch]:
+  """Which rows are computed together, the longest first: the plan with the fewest padded tokens, a shape counted as `shape_cost`
+  of them and a batch as `batch_cost`. A pure function of its arguments.
 
   Where full batches of the greatest length cost less than a shape, it is these, whose one shape the next call has too.
 
@@ -59,7 +67,7 @@ def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *,
   """
   at_most = lambda length: max(shards, (rows(length) if callable(rows) else rows) // shards * shards)
   full = [at_most(most)] * -(-len(lengths) // at_most(most))
-  if sum(full) * (most + more) <= shape_cost:
+  if sum(full) * (most + more) + len(full) * batch_cost <= shape_cost:
     return _cut(sorted(range(len(lengths)), key=lambda i: -lengths[i]), most, full)
   groups: dict[int, list[int]] = {}
   for i, length in enumerate(lengths):
@@ -70,13 +78,13 @@ def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *,
     choices = []
     for begin in range(end):
       length, count = sizes[begin], sum(len(groups[s]) for s in sizes[begin:end])
-      cost, cut = _sizes(count, length + more, at_most(length), shards, shape_cost)
+      cost, cut = _sizes(count, length + more, at_most(length), shards, shape_cost, batch_cost)
       choices.append((best[begin][0] + cost, [*best[begin][1], (sizes[begin:end], length, cut)]))
     best.append(min(choices, key=lambda choice: choice[0]))
   return [batch for lengths, length, cut in best[-1][1] for batch in _cut([i for s in lengths for i in groups[s]], length, cut)]
 
 
-def _sizes(count: int, length: int, most: int, shards: int, shape_cost: float) -> tuple[float, list[int]]:
+def _sizes(count: int, length: int, most: int, shards: int, shape_cost: float, batch_cost: float) -> tuple[float, list[int]]:
   """(cost, sizes) of batches for `count` rows of one length: powers of two a shard, of one size, with or without a smaller last."""
   best: tuple[float, list[int]] = (float('inf'), [])
   powers = [shards << p for p in range(most.bit_length()) if shards << p <= most]
@@ -84,7 +92,7 @@ def _sizes(count: int, length: int, most: int, shards: int, shape_cost: float) -
     full, rest = divmod(count, size)
     last = next((p for p in powers if p >= rest), size) if rest else 0
     for cut in ([size] * (full + bool(rest)), [size] * full + [last] * bool(rest)):
-      cost = sum(cut) * length + len(set(cut)) * shape_cost
+      cost = sum(cut) * length + len(set(cut)) * shape_cost + len(cut) * batch_cost
       if cost < best[0]:
         best = cost, cut
   return best
@@ -101,13 +109,13 @@ def each(run: Callable, make: Callable[[list[int], int], Any], lengths: Sequence
   """What `run` gives for each row: a list of its results' rows.
 
   run: (params, *arrays) -> arrays with a row each. make: (places, padded length) -> a tuple of numpy arrays. most, rows, more: of
-  `plan`; the cost of a shape is that of its compilation, as rows of these parameters cost.
+  `plan`, whose costs are by the number of parameters.
   """
-  device = jax.default_backend()
-  token = 2.0 * max(1, sum(x.size for x in jax.tree.leaves(params)))  # FLOPs
-  cost = COMPILE_SECONDS.get(device, OTHER_COMPILE_SECONDS) * RATES.get(device, OTHER_RATE) / token
+  speed, size = SPEEDS.get(jax.default_backend(), OTHER), max(1, sum(x.size for x in jax.tree.leaves(params)))
+  token = 2 * size / speed.flops  # seconds
+  costs = dict(shape_cost=speed.compile / token, batch_cost=(1 + more) * (speed.step + 4 * size / speed.bytes) / token)
   out: list[Any] = [None] * len(lengths)
-  for batch in plan(lengths, most, rows, shards=sharder.batch_shards if sharder else 1, shape_cost=cost, more=more):
+  for batch in plan(lengths, most, rows, shards=sharder.batch_shards if sharder else 1, more=more, **costs):
     arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
     made = fetch(run(params, *(sharder.spread(arrays) if sharder else arrays)))
     for place, i in enumerate(batch.rows):
