@@ -2,15 +2,19 @@
 
 import json
 import pathlib
+import re
+import shutil
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from alignjax import fingerprints
-from alignjax.evals import table
+from alignjax.evals import evaluation, table
 from alignjax.evals.table import Cell
+from alignjax.stages import finished
 from experiments import evaluate
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -106,6 +110,59 @@ def test_fingerprints_are_of_the_weights():
   assert fingerprints.of_params(tree([1, 2])) == fingerprints.of_params(tree([1, 2]))
   others = [tree([2, 1]), tree([[1, 2]]), {'a': {'c': np.array([1, 2], np.float32)}}, {'a': {'b': np.array([1, 2], np.float64)}}]
   assert len({fingerprints.of_params(t) for t in [tree([1, 2]), *others]}) == 5
+
+
+def variant(folder, **files):
+  """A copy of the checkpoint with other files: name=function of the JSON in it."""
+  shutil.copytree(CHAT, folder)
+  for name, change in files.items():
+    path = folder / f'{name}.json'
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+  return folder
+
+
+def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_measured_apart(tmp_path):
+  lower = variant(tmp_path / 'lower', tokenizer=lambda t: t | dict(normalizer=dict(type='Lowercase')))
+  context = variant(tmp_path / 'context', config=lambda c: c | dict(max_position_embeddings=256))
+  theta = variant(tmp_path / 'theta', config=lambda c: c | dict(rope_theta=5000.0))
+  models = [(f'hf:{CHAT}', 'plain', 'float32'), (f'hf:{CHAT}', 'plain', 'bfloat16'), (f'hf:{CHAT}', 'chat', 'float32'),
+            (f'hf:{CHAT}', 'Q: {prompt}', 'float32'), (f'hf:{lower}', 'plain', 'float32'), (f'hf:{context}', 'plain', 'float32'),
+            (f'hf:{theta}', 'plain', 'float32')]
+  loaded = [finished.load(name, 'lm', form, dtype=dtype) for name, form, dtype in models]
+  facts = [finished.facts(m) for m in loaded]
+  assert len({f['weights'] for f in facts}) == 1 and [m.cfg.dtype for m in loaded][:2] == ['float32', 'bfloat16']
+  run = lambda m, f: table.run_task('test_table:letters', letters, m, f, tmp_path / 'out')[1]
+  assert [run(m, f) for m, f in zip(loaded, facts, strict=True)] == [False] * len(models) and len(CALLS) == len(models)
+  shutil.copytree(CHAT, tmp_path / 'same')
+  again = finished.load(f'hf:{tmp_path / "same"}', 'lm', 'plain', dtype='float32')
+  again.tokenizer('a b', truncation=True, max_length=3)  # a call leaves its settings in the tokenizer
+  assert finished.facts(again) == facts[0] and run(again, finished.facts(again))
+
+
+def test_a_declared_dtype_is_what_the_products_are_computed_in():
+  """In float32 whole: by default an accelerator rounds the factors of a float32 product."""
+  tokens = np.zeros((1, 4), np.int32)
+  for dtype, precision in (('float32', {'HIGHEST'}), ('bfloat16', {None})):
+    m = finished.load(f'hf:{CHAT}', 'lm', dtype=dtype)
+    jaxpr = str(jax.make_jaxpr(m.nets.logits)(m.params, tokens, tokens == 0))
+    found = set(re.findall(r'precision=(\S+)', jaxpr))
+    assert all('HIGHEST' in p for p in found) if precision == {'HIGHEST'} else found == {'None'}, found
+    assert ('bf16' in jaxpr) == (dtype == 'bfloat16')
+
+
+def test_one_model_has_no_plot_of_differences(tmp_path, monkeypatch):
+  monkeypatch.setattr(finished, 'load', lambda *_: model(1.0))
+  monkeypatch.setattr(finished, 'facts', lambda m: {})
+  (tmp_path / 'table.png').write_text('of an earlier call')
+  evaluation.evaluate({'one': 'x'}, ['test_table:letters'], tmp_path)
+  assert not (tmp_path / 'table.png').exists() and 'table.png' not in (tmp_path / 'table.md').read_text()
+
+
+def test_a_task_named_twice_and_one_that_is_not_there():
+  with pytest.raises(ValueError, match="the task 'rte' is there twice"):
+    table.find_tasks(['rte', 'rte'])
+  with pytest.raises(ValueError, match="no task 'hellaswig'; did you mean hellaswag"):
+    table.find_tasks(['hellaswig'])
 
 
 @pytest.mark.slow
