@@ -106,7 +106,8 @@ def test_a_folder_of_task_files(folder, scripted, tmp_path):
   assert list(tasks) == ['my_choice', 'my_text', 'my_words']  # what others include is no task
   run = lambda name, **kw: {c.metric: c for c in tasks[name](None, **(dict(data=None, limit=None, seed=0, keep=tmp_path) | kw))}
   choice = run('my_choice')
-  assert choice['acc'].values == [0.0, 1.0, 0.0] * 2 and choice['acc'].items == list('012345') and choice['acc'].prompt == 'zero-shot'
+  assert choice['acc'].values == [0.0, 1.0, 0.0] * 2 and choice['acc'].items == list('012345')
+  assert choice['acc'].prompt == 'zero-shot'
   assert scripted.asked[0] == ('Q: WHY 0?\nA:', ' yes')
   assert table.figure(choice['f1'])['mean'] == pytest.approx(1 / 3) and choice['f1'].values[1] == [1.0, 1.0]
   words = run('my_words')

@@ -108,7 +108,7 @@ def test_a_damaged_evaluation_has_no_other_numbers(tmp_path, monkeypatch, interr
         path.unlink()
     return json.dumps(evaluation.evaluate({'a': '1', 'b': '2'}, ['tests.test_kept:drawn'], out))
 
-  assert under_fire(out, run, 0) > 3
+  assert under_fire(out, run, 0) >= 1
   assert len(list(out.glob('cells/*.json'))) == 2
 
 
@@ -135,7 +135,7 @@ def test_damaged_responses_and_scores_have_no_other_numbers(tmp_path, monkeypatc
     pairs = [Pair(r, 'a', 'b', Response('x' * i), y) for i, (r, y) in enumerate(zip(records, said[1], strict=True))]
     return said, judges.reward_model(pairs, model, 'f', tmp_path / 'out' / 'judged', 'rm')
 
-  assert under_fire(tmp_path / 'out', run, 1) > 5
+  assert under_fire(tmp_path / 'out', run, 1) >= 2
 
 
 def test_a_judge_of_ones_own_begins_anew_after_its_source_changed(tmp_path, monkeypatch, capsys):

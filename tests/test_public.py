@@ -126,7 +126,7 @@ TEXTS = [
     ('quac', dict(wikipedia_page_title='Page', section_title='Life', context='She left. CANNOTANSWER', questions=['Why?', 'When?'],
                   answers=dict(texts=[['CANNOTANSWER'], ['Then']])),
      dict(wikipedia_page_title='Marius', section_title='War', context='He won. CANNOTANSWER', questions=['Who?'],
-          answers=dict(texts=[['He won the war', 'CANNOTANSWER']])), 'he won',
+          answers=dict(texts=[['He won the war', 'CANNOTANSWER', 'He won the war']])), 'he won',
      'Answer each question using information in the preceding background paragraph.\n' + ABSTAIN + '"I don\'t know."\n\n|'
      "TITLE: Page - Life\n\nPARAGRAPH: She left.\n\nQ: Why?\n\nA: I don't know.\n\nQ: When?\n\nA: Then\n\n|"
      'TITLE: Marius - War\n\nPARAGRAPH: He won.\n\nQ: Who?\n\nA:', {'F1': pytest.approx(80.0), 'exact match': 0.0}),
