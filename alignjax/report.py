@@ -97,8 +97,7 @@ def tasks(setup: Setup) -> None:
 def check(setup: Setup) -> None:
   """What the report names, before any stage runs."""
   from alignjax.evals import table
-  for name in setup.config.report.get('tasks', ()):
-    table.find_task(name)
+  table.find_tasks(setup.config.report.get('tasks', ()))
 
 
 def prepare(setup: Setup) -> evaluation.Evaluation:

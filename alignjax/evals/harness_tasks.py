@@ -64,11 +64,10 @@ def find(name: str) -> dict[str, Callable] | None:
 
 def _read(path: pathlib.Path, functions: bool = False) -> dict[str, Any]:
   """The contents of a task file, with what it includes. Functions of !function are names unless asked for."""
-  import yaml
-  from lm_eval.tasks._yaml_loader import load_yaml
+  from lm_eval.tasks import _yaml_loader
   try:
-    return load_yaml(path, resolve_func=functions)
-  except (yaml.YAMLError, ValueError, OSError, ImportError, AttributeError, SyntaxError) as error:
+    return _yaml_loader.load_yaml(path, resolve_func=functions)
+  except (_yaml_loader.yaml.YAMLError, ValueError, OSError, ImportError, AttributeError, SyntaxError) as error:
     raise ValueError(f'{path}: not a task file of the harness ({type(error).__name__}: {" ".join(str(error).split())}).') from None
 
 
