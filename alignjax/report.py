@@ -144,8 +144,7 @@ def tasks(setup: Setup) -> None:
 def check(setup: Setup) -> None:
   """What the report names, before any stage runs."""
   from alignjax.evals import table
-  for name in setup.config.report.get('tasks', ()):
-    table.find_task(name)
+  table.find_tasks(setup.config.report.get('tasks', ()))
 
 
 def in_order(policies: Mapping[str, str]) -> dict[str, str]:
@@ -156,7 +155,7 @@ def in_order(policies: Mapping[str, str]) -> dict[str, str]:
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
   return evaluation.prepare(
-      setup.nets, setup.sharder.spread, setup.world, setup.labelers, setup.template,
+      setup.nets, setup.sharder, setup.world, setup.labelers, setup.template,
       prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
       **{k: setup.config.report[k] for k in MEASURED})
 

@@ -33,6 +33,7 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
   Args:
     decoder: prepare, prefill and step of the policy (types.Decoder).
     prompts, prompt_mask: [B,Q], left-padded: the last column is live in every row.
+    key: one, or one for each row that comes back, which then draws the same numbers in any batch.
     stop_ids: token ids that end a response; () never ends one early. The only definition of "ended" there is: the mask,
       the penalty for a missing end and the report all use what comes from here (CHECKLIST 2).
     temperature: 0 is greedy; may be a traced scalar above 0.
@@ -52,6 +53,10 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
     raise ValueError(f'chunk={chunk} does not divide max_tokens={max_tokens}.')
   n = samples_per_prompt
   total = prompts.shape[0] * n
+  if key.ndim:
+    draw = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (1,)), (0, None))
+  else:
+    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (total, 1))
   with jax.named_scope('prepare'):
     weights = decoder.prepare(params)
 
@@ -68,7 +73,7 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
 
     def one_token(carry, t):
       logits, cache, done = carry
-      u = jax.random.uniform(jax.random.fold_in(key, t), (total, 1))  # a row draws the same number in any group
+      u = draw(key, t)  # a row draws the same number in any group
       u = u if rows == total else jax.lax.dynamic_slice_in_dim(u, first, rows)
       token, logprob = sample(None, logits, temperature, top_k, top_p, u)
       live = ~done

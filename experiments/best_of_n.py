@@ -12,7 +12,6 @@ their reference. Samples are kept in OUT/kept: an interrupted call goes on.
 """
 
 import argparse
-import hashlib
 import json
 import pathlib
 import sys
@@ -43,6 +42,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--max_tokens', type=int, help='of a response; default: as the policy was trained, else 128')
   parser.add_argument('--temperature', type=float, default=1.0)
   parser.add_argument('--rows', type=int, default=256, help='sampled at once; fewer where memory is short')
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'), help='that all models compute in')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--out', required=True)
   return parser.parse_args(argv)
@@ -99,16 +99,17 @@ def run(options: argparse.Namespace) -> None:
   ppo = {label(p): p for p in options.ppo.split(',') if p}
   if len(ppo) < len(list(filter(None, options.ppo.split(',')))):
     raise ValueError(f'--ppo={options.ppo}: two stages have the same name.')
-  model = finished.load(options.policy, 'lm', options.template)
-  reward = finished.load(options.reward_model, 'scalar', options.template)
-  policies = {name: finished.load(p, 'lm', options.template) for name, p in ppo.items()}
+  load = lambda name, head: finished.load(name, head, options.template, dtype=options.dtype)
+  model = load(options.policy, 'lm')
+  reward = load(options.reward_model, 'scalar')
+  policies = {name: load(p, 'lm') for name, p in ppo.items()}
   rewarder = samples.make_rewarder(reward, prompts, rows=options.rows)
 
   def measured(model, count):
     """(responses, {measure: f[P,count]})."""
-    protocol = json.dumps([fingerprints.of_params(model.params), [model.template.prompt(p) for p in prompts], max_tokens,
-                           options.temperature, options.rows, options.seed, count])
-    kept = out / 'kept' / f'{hashlib.sha256(protocol.encode()).hexdigest()[:16]}.jsonl'
+    key = [finished.fingerprint(model), prompts, max_tokens, options.temperature, options.seed, count,
+           fingerprints.of_function(samples.make_responder)]
+    kept = out / 'kept' / f'{fingerprints.of_value(key)}.jsonl'
     respond = samples.make_responder(model, prompts, count=count, max_tokens=max_tokens, temperature=options.temperature,
                                      rows=options.rows)
     said = respond(model.params, options.seed, kept)

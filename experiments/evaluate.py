@@ -2,10 +2,15 @@
 
     python experiments/evaluate.py --models=pretrained=hf:FOLDER,sft=runs/mine/sft,ppo_ptx=runs/mine/ppo_ptx \\
       --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc --data=winogender=FILE,crows_pairs=FILE
-    python experiments/evaluate.py --tasks=help                  the tasks, and where their data come from
+    python experiments/evaluate.py --models=... --tasks=my_task.yaml,my_tasks/,arc_easy      of lm-evaluation-harness: task files
+                                                                  of one's own, folders of them, and its own tasks by name
+    python experiments/evaluate.py --tasks=help                  the tasks, and where their data come from; help:arc, the harness's
+                                                                  whose names hold "arc"
 
-A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/table.md, table.json and table.png.
-What was measured is kept by (weights, task, protocol): a second call computes what is new, an interrupted one goes on.
+A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/table.md, table.json and, of several
+models, table.png. All models compute in one dtype (--dtype). What was measured is kept by everything that makes it (weights, dtype,
+tokenizer, template, data, the source of the task and of functions of your own): a second call computes what is new and says what it
+reuses, an interrupted one goes on.
 """
 
 import argparse
@@ -41,22 +46,30 @@ def value_of(text: str):
     return text
 
 
-def describe() -> str:
-  from alignjax.evals import table
-  lines = [f'{name:22} {(table.find_task(name).__doc__ or "").strip().splitlines()[0]}' for name in table.TASKS]
-  return '\n'.join(lines)
+def describe(part: str) -> str:
+  """Our tasks, or the harness's whose names hold `part`."""
+  from alignjax.evals import harness_tasks, table
+  known = harness_tasks.index()
+  if part:
+    found = [f'{name:40} {known[name].kind}' for name in sorted(known) if part in name]
+    return '\n'.join(found) or f'No task of the harness has {part!r} in its name.'
+  ours = table.find_tasks(list(table.TASKS))
+  lines = [f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()]
+  return '\n'.join([*lines, '', f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names that '
+                    'lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.'])
 
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
-  parser.add_argument('--tasks', required=True, help='TASK,TASK; `help` lists them')
+  parser.add_argument('--tasks', required=True, help='TASK,TASK; `help` lists them, `help:PART` the harness\'s')
   parser.add_argument('--data', default='', help='TASK=FILE_OR_FOLDER,... where the hub is not asked')
   parser.add_argument('--options', default='', help='TASK.OPTION=VALUE,... such as realtoxicityprompts.scorer=mylab.scorers:mine')
   parser.add_argument('--baseline', help='what differences are taken to; default: the first model')
   parser.add_argument('--limit', type=int, help='items of each task at most, drawn by the seed')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:")
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'), help='that all models compute in')
   parser.add_argument('--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own')
   parser.add_argument('--distributed', action='store_true', help='as one of several processes, as run.py')
   parser.add_argument('--out', default='runs/evaluation')
@@ -65,13 +78,12 @@ def main(argv: list[str]) -> None:
     from alignjax import distributed, files, trouble
     from alignjax.evals import evaluation, table
     from alignjax.sharding import AXES
-    if options.tasks == 'help':
-      print(describe())
+    if options.tasks.partition(':')[0] == 'help':
+      print(describe(options.tasks.partition(':')[2]))
       return
     models, data = pairs(options.models, '--models'), pairs(options.data, '--data')
-    tasks = [t for t in options.tasks.split(',') if t]
-    for name in tasks:
-      table.find_task(name)
+    asked = [t for t in options.tasks.split(',') if t]
+    tasks = table.find_tasks(asked)
     if not models:
       raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
     own: dict[str, dict] = {}
@@ -83,7 +95,7 @@ def main(argv: list[str]) -> None:
     for flag, names in (('--data', data), ('--options', own)):
       for name in names:
         if name not in tasks:
-          raise ValueError(f'{flag} names the task {name!r}, which is not among --tasks={options.tasks}.')
+          raise ValueError(f'{flag} names the task {name!r}, which is not among --tasks={",".join(tasks)}.')
     baseline = options.baseline or next(iter(models))
     if baseline not in models:
       raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
@@ -98,9 +110,9 @@ def main(argv: list[str]) -> None:
     with distributed.joined(distributed.facts(vars(options)), 300) if options.distributed else contextlib.nullcontext():
       out = files.folder(options.out)
       trouble.check_writable(out, '--out')
-      evaluation.evaluate(models, tasks, out, data=data, options=own, baseline=baseline, limit=options.limit,
-                        seed=options.seed, template=options.template, mesh=mesh)
-  except (ValueError, FileNotFoundError) as error:
+      evaluation.evaluate(models, asked, out, data=data, options=own, baseline=baseline, limit=options.limit,
+                          seed=options.seed, template=options.template, mesh=mesh, dtype=options.dtype)
+  except (ValueError, OSError) as error:
     raise SystemExit(f'error: {error}') from None
 
 

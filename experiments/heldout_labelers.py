@@ -11,9 +11,7 @@ response wins" reaches. Writes OUT/heldout_labelers.md and .json. Each model's s
 the same command goes on where it was stopped. Start the stage from a folder or a checkpoint: a 'stage:' would be trained for each.
 """
 
-import hashlib
 import json
-import os
 import pathlib
 import sys
 
@@ -24,42 +22,37 @@ if str(HERE.parent) not in sys.path:
 from experiments import command  # noqa: E402  after the path
 
 
-def write(path: pathlib.Path, text: str) -> None:
-  """Whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
-
-
 def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_votes: int, split_seed: int = 0,
-                   rankings: int | None = None, rounds: int = 1) -> dict:
+                   rankings: int | None = None, rounds: int = 1, dtype: str = 'float32') -> dict:
   """Trains what is not there yet and returns the contents of heldout_labelers.json.
 
   config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its mapping, is cross-validated.
   """
+  from alignjax import fingerprints
   from alignjax.data import sources
-  from alignjax.evals import labelers, stats
+  from alignjax.evals import kept, labelers, stats
   from alignjax.evals.stats import interval
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
-  protocol = dict(comparisons=hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:16], folds=folds,
-                  min_votes=min_votes, split_seed=split_seed, rankings=rankings, rounds=rounds if rankings else None,
-                  models=made_from(config, out))
+  protocol = dict(comparisons=fingerprints.of_value(records), folds=folds, min_votes=min_votes, split_seed=split_seed,
+                  rankings=rankings, rounds=rounds if rankings else None, dtype=dtype, models=made_from(config, out),
+                  code=fingerprints.of_function(labelers.split))
   path = out / 'protocol.json'
-  if path.exists() and json.loads(path.read_text()) != protocol:
-    raise ValueError(f'{out} holds the results of another protocol, {json.loads(path.read_text())}, not {protocol}. '
+  before = kept.read_whole(path)
+  if before not in (None, protocol):
+    other = ', '.join(k for k in protocol if before.get(k) != protocol[k])
+    raise ValueError(f'{out} holds the results of another protocol, {before}, not {protocol}: {other} changed. '
                      'Use another --out, or delete the folder.')
-  write(path, json.dumps(protocol))
+  kept.write_whole(path, protocol)
   known = {name for group in groups for name in group}
-  kept = [r for r in records if labelers.labeler(r) in known]
-  print(f'{len(known)} labelers with {min_votes} votes or more, {len(kept)} of {len(records)} votes, '
-        f'{len({labelers.prompt_key(r) for r in kept})} prompts', flush=True)
+  chosen = [r for r in records if labelers.labeler(r) in known]
+  print(f'{len(known)} labelers with {min_votes} votes or more, {len(chosen)} of {len(records)} votes, '
+        f'{len({labelers.prompt_key(r) for r in chosen})} prompts', flush=True)
   pools = dict(seen=[], heldout=[])  # [fold] of votes
   hits = dict(seen=[], heldout=[], seen_longer=[], heldout_longer=[])  # [fold][seed] of values
   agree = dict(seen=[], heldout=[])  # [fold] of (values, prompts)
   for fold in range(folds):
-    cut = labelers.split(kept, groups, fold, split_seed)
+    cut = labelers.split(chosen, groups, fold, split_seed)
     cast = dict(seen=labelers.votes(cut.seen), heldout=labelers.votes(cut.heldout))
     for pool, votes in cast.items():
       if not votes or not cut.train:
@@ -72,11 +65,14 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
     agree['heldout'].append(labelers.agreement(cast['heldout'], cast['seen']))
     for seed in range(seeds):
       folder = out / f'fold{fold}-seed{seed}'
-      if not (folder / 'scores.json').exists():
+      scored = kept.read_whole(folder / 'scores.json')
+      if scored is None:
         train = labelers.rankings(cut.train, k=rankings, rounds=rounds, seed=split_seed + fold) if rankings else cut.train
-        scored = trained(config, folder, train, [*cut.seen, *cut.heldout], seed)
-        write(folder / 'scores.json', json.dumps(scored))
-      scores = {(p, r): s for p, r, s in json.loads((folder / 'scores.json').read_text())}
+        scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
+        kept.write_whole(folder / 'scores.json', scored)
+      else:
+        print(f'fold {fold}, seed {seed}: scores are kept from before, in {folder}', flush=True)
+      scores = {(p, r): s for p, r, s in scored['scores']}
       for pool, votes in cast.items():
         hits[pool][fold].append(labelers.hits(votes, lambda p, r: scores[p, r]))  # noqa: B023  used at once
       print(f'fold {fold}, seed {seed}: seen {hits["seen"][fold][-1].mean():.3f}, held out {hits["heldout"][fold][-1].mean():.3f}',
@@ -89,7 +85,7 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
   for pool in pools:
     result[f'agreement_{pool}'] = interval(flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]), (0, 1))
     result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]), (0, 1))
-  return dict(protocol=protocol, labelers=len(known), groups=groups, votes=len(kept), figures=result)
+  return dict(protocol=protocol, labelers=len(known), groups=groups, votes=len(chosen), figures=result)
 
 
 def made_from(config, out: pathlib.Path) -> str:
@@ -108,26 +104,28 @@ def made_from(config, out: pathlib.Path) -> str:
   return fingerprints.of_value([[shared(train.identity(config, name)) for name in stages], found])
 
 
-def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int) -> list:
+def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int, dtype: str) -> list:
   """Trains a reward model by the config's stage on records and scores all responses of others: [[prompt, response, score]]."""
+  from alignjax import files
   from alignjax import train as trainer
   from alignjax.data import encode
   from alignjax.evals import bulk, labelers
   from alignjax.stages import finished
   name = config.stages_to_run[-1]
-  write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))
+  folder.mkdir(parents=True, exist_ok=True)
+  files.write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))
   own = config.copy_and_resolve_references()
   own.seed = config.seed + seed
   own.data.comparisons, own.data.mapping.comparisons = f'jsonl:{folder / "train.jsonl"}', None
   own.data.heldout.share = 0.0  # the fold holds out, and what is held out is measured here
   own.stages[name].evaluation_prompts = 0
   trainer.main(own, folder)
-  model = finished.load(str(folder / name), 'scalar')
+  model = finished.load(str(folder / name), 'scalar', dtype=dtype)
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
   pairs = [model.template.row(json.loads(p), text) for p, text in rows]
   tokens = [(prompt, [response]) for prompt, response in pairs]
   fitted = encode.fit(tokens, own.data.prompt_length, own.data.response_length, 'truncate', 'votes to measure on').rows
-  score = bulk.make_scorer(model.nets, lambda x: x, length=own.data.prompt_length + own.data.response_length,
+  score = bulk.make_scorer(model.nets, model.sharder, length=own.data.prompt_length + own.data.response_length,
                            pad=model.template.pad, rows=32)
   scores = score(model.params, [p + r[0] for p, r in fitted])
   return [[p, text, float(s)] for (p, text), s in zip(rows, scores, strict=True)]
@@ -166,6 +164,7 @@ def main(argv: list[str]) -> None:
   rankings = flags.DEFINE_integer('rankings', None, 'Makes rankings of so many responses from the training votes (labelers.py); '
                                   'default: every vote is a comparison of its own.')
   rounds = flags.DEFINE_integer('rounds', 8, 'of --rankings: how often each response is in one.')
+  dtype = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'that the models are measured in.')
   out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'a folder.')
 
   def run(_):
@@ -182,11 +181,12 @@ def main(argv: list[str]) -> None:
       folder = files.absolute(out.value)
       trouble.check_writable(folder, '--out')
       result = cross_validate(c, folder, folds=folds.value, seeds=seeds.value, min_votes=min_votes.value,
-                              split_seed=split_seed.value, rankings=rankings.value, rounds=rounds.value)
-      write(folder / 'heldout_labelers.json', json.dumps(result, indent=2))
-      write(folder / 'heldout_labelers.md', markdown(result))
+                              split_seed=split_seed.value, rankings=rankings.value, rounds=rounds.value,
+                              dtype=dtype.value)
+      files.write(folder / 'heldout_labelers.json', json.dumps(result, indent=2))
+      files.write(folder / 'heldout_labelers.md', markdown(result))
       print(markdown(result), flush=True)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
       raise SystemExit(f'error: {error}') from None
 
   app.run(run, argv=[sys.argv[0], *argv])

@@ -11,7 +11,8 @@
 
 A policy is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Prompts: alignjax/data/sources.py; judges:
 alignjax/evals/judges.py; files of judgments: alignjax/evals/judgments.py. Writes OUT/preference.md, preference.json and
-preference.png. Responses, scores and answers are kept in OUT: a second call computes what is new, an interrupted one goes on.
+preference.png. Responses, scores and answers are kept in OUT by everything that makes them: a second call computes what is new and
+says what it reuses, an interrupted one goes on.
 """
 
 import argparse
@@ -37,7 +38,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--temperature', type=float, default=1.0, help='0 is greedy')
   parser.add_argument('--max_tokens', type=int, help="of a response; default: as the policies' stages were trained, else 128")
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--rows', type=int, default=32, help='responses, or scores, a batch')
+  parser.add_argument('--rows', type=int, default=32, help='responses, or scores, a batch at most')
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
+                      help='that policies and reward models compute in')
   parser.add_argument('--judge', action='append', default=[], metavar='JUDGE',
                       help='rm:MODEL, sandbox, openai:MODEL, file:PATH or module:function; may be given several times')
   parser.add_argument('--judge_template', help='of rm:, as --template')
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> None:
   options = arguments(argv)
   try:
     run(options)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, OSError) as error:
     raise SystemExit(f'error: {error}') from None
 
 
@@ -170,14 +173,13 @@ def trained(policies: dict[str, str]) -> tuple[int | None, int]:
 
 
 def sample(options: argparse.Namespace, policies: dict[str, str], records: list[dict], out: pathlib.Path) -> dict[str, list]:
-  from alignjax import fingerprints
   from alignjax.evals import responses
   from alignjax.stages import finished
   made = {}
   for name, spec in policies.items():
-    model = finished.load(spec, 'lm', options.template)
+    model = finished.load(spec, 'lm', options.template, dtype=options.dtype)
     most = options.max_tokens or trained(policies)[1]
-    made[name] = responses.respond(model, fingerprints.of_params(model.params), records, out / 'responses', name=name,
+    made[name] = responses.respond(model, finished.fingerprint(model), records, out / 'responses', name=name,
                                    rows=options.rows, temperature=options.temperature, max_tokens=most, seed=options.seed)
     del model
   return made
@@ -185,19 +187,18 @@ def sample(options: argparse.Namespace, policies: dict[str, str], records: list[
 
 def ask(kind: str, spec: str, pairs: list, options: argparse.Namespace, world: int | None, folder: pathlib.Path):
   """The verdicts of one judge on the pairs."""
-  from alignjax import fingerprints, plugins
+  from alignjax import plugins
   from alignjax.evals import judges, openai_judge
   from alignjax.stages import finished
   if kind == 'sandbox':
     return judges.sandbox(pairs, world)
   if kind == 'rm':
-    model = finished.load(spec, 'scalar', options.judge_template)
-    weights = fingerprints.of_params(model.params)
-    return judges.reward_model(pairs, model, weights, folder, f'rm:{spec}', options.judge_template or '', options.rows)
+    model = finished.load(spec, 'scalar', options.judge_template, dtype=options.dtype)
+    return judges.reward_model(pairs, model, finished.fingerprint(model), folder, f'rm:{spec}', options.rows)
   if kind == 'openai':
     text = instructions(options) or openai_judge.INSTRUCTIONS
     return openai_judge.judge(pairs, endpoint(spec, options), folder, f'openai:{spec}', text, options.judge_workers)
-  return judges.own(pairs, plugins.find(spec, '--judge'), folder / spec.replace(':', '.'), spec)
+  return judges.own(pairs, plugins.find(spec, '--judge'), folder, spec)
 
 
 def endpoint(model: str, options: argparse.Namespace):

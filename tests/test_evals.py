@@ -51,10 +51,10 @@ def test_item_21_calibration():
 def test_bulk_inference_equals_one_at_a_time():
   _, nets, params, scalar = model()
   rows = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 9], [2, 2, 2]]
-  score = bulk.make_scorer(nets, lambda x: x, length=6, pad=0, rows=2)(scalar, rows)
+  score = bulk.make_scorer(nets, None, length=6, pad=0, rows=2)(scalar, rows)
   alone = [nets.scalar(scalar, jnp.array([r]), jnp.ones((1, len(r)), bool))[0, -1] for r in rows]
   close(score, alone, rtol=1e-4)
-  logprobs = bulk.make_response_logprobs(nets, lambda x: x, length=6, pad=0, rows=2)(params, rows, [[3, 1], [2], [5], [1], [7]])
+  logprobs = bulk.make_response_logprobs(nets, None, length=6, pad=0, rows=2)(params, rows, [[3, 1], [2], [5], [1], [7]])
   expected = [nets.logprobs(params, jnp.array([r + s]), jnp.ones((1, len(r + s)), bool))[0][0, len(r):].sum()
               for r, s in zip(rows, [[3, 1], [2], [5], [1], [7]], strict=True)]
   close(logprobs, expected, rtol=1e-4)
@@ -62,14 +62,14 @@ def test_bulk_inference_equals_one_at_a_time():
 
 def test_greedy_match_is_greedy_decoding():
   _, nets, params, _ = model()
-  sample = bulk.make_sampler(nets, lambda x: x, prompt_length=5, max_tokens=3, stop_ids=(), pad=0, rows=4)
+  sample = bulk.make_sampler(nets, None, prompt_length=5, max_tokens=3, stop_ids=(), pad=0, rows=4)
   prompts = [[1, 2], [3], [4, 5, 6]]
   responses, _ = sample(params, prompts, seed=0, temperature=0)
   tokens = np.zeros((6, 8), np.int32)
   mask, weights = np.zeros((6, 8), bool), np.zeros((6, 8), np.float32)
   for i, (p, r) in enumerate(zip(prompts * 2, [*responses, *[[x + 1 for x in r] for r in responses]], strict=True)):
     tokens[i, :len(p) + 3], mask[i, :len(p) + 3], weights[i, len(p):len(p) + 3] = p + [t % 50 for t in r], True, 1
-  greedy = bulk.make_likelihood(nets, lambda x: x, rows=4)(params, tokens, mask, weights)[1]
+  greedy = bulk.make_likelihood(nets, None, rows=4)(params, tokens, mask, weights)[1]
   assert greedy.tolist() == [True] * 3 + [False] * 3
   one, two = sample(params, prompts, 1)[0], sample(params, prompts, 2)[0]
   assert one == sample(params, prompts, 1)[0] and one != two

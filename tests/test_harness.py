@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from alignjax.evals import harness
+from alignjax.evals import bulk, harness
 from alignjax.stages import finished
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -25,7 +25,7 @@ def instances(*args):
 @pytest.mark.parametrize('length,most,expected', [(3, 512, 32), (32, 512, 32), (33, 512, 48), (49, 512, 64), (65, 512, 96),
                                                   (500, 512, 512), (500, 500, 500), (130, 500, 192)])
 def test_buckets(length, most, expected):
-  assert harness.buckets(length, most) == expected
+  assert bulk.bucket(length, most) == expected
 
 
 def test_scores_are_sums_of_log_probabilities(model):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from alignjax.evals import bulk, judgments, preference, responses
+from alignjax.evals import bulk, judgments, kept, preference, responses
 from alignjax.evals.judgments import Judged, Rating, Verdict
 from alignjax.stages import finished
 from experiments import preference as command
@@ -172,32 +172,31 @@ def records(*texts):
   return [dict(prompt=t, prompt_id=responses.prompt_id(t)) for t in texts]
 
 
-def test_responses_are_kept_and_an_interrupted_call_goes_on(model, tmp_path, monkeypatch):
+def test_responses_are_kept_and_an_interrupted_call_goes_on(model, tmp_path, monkeypatch, capsys):
   asked = records(*(f'prompt {i}' for i in range(5)), 'long ' * 200)
   options = dict(temperature=1.0, max_tokens=4, rows=2)
   whole = responses.respond(model, 'w', asked, tmp_path / 'whole', **options)
   assert [r.text is None for r in whole] == [False] * 5 + [True]  # the context is 512 tokens
   assert all(1 <= r.tokens <= 4 and (r.ended or r.tokens == 4) for r in whole[:5]) and len({r.text for r in whole[:5]}) > 1
-  calls, make = [], bulk.make_sampler
+  real = kept.append
 
-  def stopping(*args, **kwargs):
-    sample = make(*args, **kwargs)
+  def stopping(path, rows):
+    if path.exists() and len(path.read_text().splitlines()) == 2:
+      raise KeyboardInterrupt
+    real(path, rows)
 
-    def run(*a):
-      calls.append(1)
-      if len(calls) == 2:
-        raise KeyboardInterrupt
-      return sample(*a)
-
-    return run
-
-  monkeypatch.setattr(bulk, 'make_sampler', stopping)
+  monkeypatch.setattr(kept, 'append', stopping)
   with pytest.raises(KeyboardInterrupt):
     responses.respond(model, 'w', asked, tmp_path / 'cut', **options)
-  kept, = (tmp_path / 'cut').glob('*.jsonl')
-  kept.write_bytes(kept.read_bytes() + b'{"prompt_id": "torn')
-  assert responses.respond(model, 'w', asked, tmp_path / 'cut', **options) == whole and len(calls) == 4
-  assert responses.respond(model, 'w', asked, tmp_path / 'cut', **options) == whole and len(calls) == 4
+  monkeypatch.setattr(kept, 'append', real)
+  file, = (tmp_path / 'cut').glob('*.jsonl')
+  file.write_bytes(file.read_bytes() + b'{"prompt_id": "torn')
+  capsys.readouterr()
+  assert responses.respond(model, 'w', asked, tmp_path / 'cut', **options) == whole
+  assert '2 responses are kept from before' in capsys.readouterr().out
+  monkeypatch.setattr(bulk, 'each', lambda run, make, lengths, *_, **__: [] if not lengths else pytest.fail('sampled again'))
+  assert responses.respond(model, 'w', asked, tmp_path / 'cut', **options) == whole
+  assert responses.respond(model, 'w', asked[2:4], tmp_path / 'cut', **options) == whole[2:4]  # of other prompts the same ones
   with pytest.raises(ValueError, match='leaves no room'):
     responses.respond(model, 'w', asked, tmp_path, max_tokens=512)
 

@@ -3,6 +3,7 @@
 import gc
 import gzip
 import json
+import math
 import os
 import pathlib
 import sys
@@ -125,7 +126,7 @@ TEXTS = [
     ('quac', dict(wikipedia_page_title='Page', section_title='Life', context='She left. CANNOTANSWER', questions=['Why?', 'When?'],
                   answers=dict(texts=[['CANNOTANSWER'], ['Then']])),
      dict(wikipedia_page_title='Marius', section_title='War', context='He won. CANNOTANSWER', questions=['Who?'],
-          answers=dict(texts=[['He won the war', 'CANNOTANSWER']])), 'he won',
+          answers=dict(texts=[['He won the war', 'CANNOTANSWER', 'He won the war']])), 'he won',
      'Answer each question using information in the preceding background paragraph.\n' + ABSTAIN + '"I don\'t know."\n\n|'
      "TITLE: Page - Life\n\nPARAGRAPH: She left.\n\nQ: Why?\n\nA: I don't know.\n\nQ: When?\n\nA: Then\n\n|"
      'TITLE: Marius - War\n\nPARAGRAPH: He won.\n\nQ: Who?\n\nA:', {'F1': pytest.approx(80.0), 'exact match': 0.0}),
@@ -281,6 +282,73 @@ def test_other_errors(tmp_path, scripted, monkeypatch):
       run(data=str(tmp_path / 'torn.jsonl'))
 
 
+def scores(name, targets, said):
+  from alignjax.evals import task_functions
+  found = getattr(task_functions, f'{name}_scores')(dict(targets=targets), [said])
+  return [100 * found['f1'], 100 * found['exact']]
+
+
+@pytest.mark.parametrize('targets,said,f1,exact', [
+    (['Not in background.'], ' not in background', 100, 100),
+    (['Not in background.'], 'in the background', 0, 0),  # words in common with the phrase of the instruction are nothing
+    (['Not in background.'], '', 0, 0),
+    (['the background of it'], 'Not in background.', 0, 0),
+    (['the background of it'], 'not in the background somewhere', 100 * 2 * (1 / 4) * (1 / 3) / (1 / 4 + 1 / 3), 0),
+    (['Oil', 'The oil of the sea'], 'oil of sea', 100, 100),
+])
+def test_squads_script_gives_no_partial_credit_for_no_answer(targets, said, f1, exact):
+  assert scores('squad', targets, said) == pytest.approx([f1, exact])
+
+
+NONE = "I don't know."
+
+
+@pytest.mark.parametrize('targets,said,f1,exact', [
+    ([NONE], 'i don\'t know', 100, 100),
+    ([NONE], 'I know', 0, 0),
+    (['I know it'], NONE, 0, 0),
+    (['he won', NONE], 'he won', 0, 0),  # half of the people had no answer: the question has none
+    (['he won', NONE], NONE, 100, 100),
+    (['he won', 'he won', NONE], NONE, 0, 0),
+    (['he won', 'he won', NONE], 'he won', 100, 100),
+    (['he won', 'he won', 'he won big'], 'he won', 100, 100),  # whichever is left out, one like it stays
+    (['he won', 'he won big'], 'he won', 100 * (4 / 5 + 1) / 2, 100),  # without the first, 4/5 to the second; without the second, 1
+    (['he won', 'she lost'], 'he won', math.nan, math.nan),  # people agree to 0
+    (['b c d', 'b x y'], 'b c d', math.nan, math.nan),  # to 1/3
+    (['b c', 'b x'], 'b c', 100 * (1 / 2 + 1) / 2, 100),  # to 1/2
+])
+def test_quacs_script(targets, said, f1, exact):
+  assert scores('quac', targets, said) == pytest.approx([f1, exact], nan_ok=True)
+
+
+def test_questions_that_people_disagree_on_are_not_measured(tmp_path, scripted):
+  record = lambda texts: dict(wikipedia_page_title='P', section_title='S', context='c', questions=['Q?'],
+                              answers=dict(texts=[texts]))
+  scripted.answers = ['he won'] * 2
+  data = write(tmp_path / 'x.jsonl', [record(['he won', 'she lost']), record(['he won', 'he won'])])
+  cells = public.quac(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
+  assert cells[0].values == [None, 100.0] and table.figure(cells[0])['n'] == 1
+
+
+def test_the_pool_of_examples_is_drawn_over_the_whole_split(monkeypatch):
+  """The first records are of a few articles; whole paragraphs are drawn, in their order, by the seed."""
+  rows = [r for a in range(300) for p in (1, 2) for r in conversation(f'A{a}.', p, 3)]
+  found = public_data.draw(iter(rows), 100, 0, ('title', 'context'))
+  titles = {r['title'] for r in found}
+  assert len(found) == 300 and 60 < len(titles) <= 100 and {'A0.', 'A1.', 'A2.'} - titles
+  assert any(int(t[1:-1]) >= 250 for t in titles) and any(int(t[1:-1]) < 50 for t in titles)
+  places = [rows.index(r) for r in found]
+  assert places == sorted(places) and all(places[i:i + 3] == list(range(places[i], places[i] + 3)) for i in range(0, 300, 3))
+  again = lambda seed: public_data.draw(iter(rows), 100, seed, ('title', 'context'))
+  assert found == again(0) != again(1)
+  counts = [0] * 20
+  for seed in range(2000):
+    for r in public_data.draw(({'i': i} for i in range(20)), 5, seed):
+      counts[r['i']] += 1
+  assert all(430 < c < 570 for c in counts)  # 500 expected, deviation 19
+  assert public_data.draw(iter([{'i': 1}]), 5, 0) == [{'i': 1}]
+
+
 def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scripted, monkeypatch):
   import datasets
   asked = []
@@ -312,7 +380,7 @@ def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   assert set(found) == {f'instructgpt_{n}' for n in names}
   assert {name for name, where in table.TASKS.items() if '.public:' in where} == names | {'truthfulqa_mc'}
   for name in names:
-    assert table.find_task(name).__doc__.count('JSONL') == 1
+    assert table.find_tasks([name])[name].__doc__.count('JSONL') == 1
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, model, monkeypatch):
@@ -339,12 +407,6 @@ def test_requests_beyond_the_context_are_counted(model):
   make = lambda text: type('Request', (), dict(args=(text, ' x')))
   lm.loglikelihood([make('a' * 600), make('b')])
   assert lm.cut == 1
-
-
-def test_few_rows_are_not_padded_to_many(model):
-  assert [harness.rows_of(model, n, 64) for n in (1, 3, 64, 1000)] == [1, 4, 64, 64]
-  spread = model._replace(sharder=type('Sharder', (), dict(batch_shards=8)))
-  assert [harness.rows_of(spread, n, 4) for n in (1, 9, 1000)] == [8, 16, 32]
 
 
 def test_what_is_compiled_keeps_no_parameters_alive():

@@ -2,15 +2,19 @@
 
 import json
 import pathlib
+import re
+import shutil
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from alignjax import fingerprints
-from alignjax.evals import table
+from alignjax.evals import evaluation, table
 from alignjax.evals.table import Cell
+from alignjax.stages import finished
 from experiments import evaluate
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -49,11 +53,12 @@ def test_what_is_the_same_is_measured_once(tmp_path):
   file.write_text('data')
   copy.write_text('data')
   other.write_text('other data')
-  run = lambda params=1.0, **kw: table.run_task('test_table:letters', model(params), fingerprints.of_params(model(params).params),
-                                                tmp_path / 'out', **(dict(data=str(file)) | kw))[1]
+  run = lambda params=1.0, facts=None, **kw: table.run_task(
+      'test_table:letters', letters, model(params), {'weights': params, **(facts or {})}, tmp_path / 'out',
+      **(dict(data=str(file)) | kw))[1]
   assert [run(), run(), run(data=str(copy))] == [False, True, True] and len(CALLS) == 1
   for change in (dict(params=2.0), dict(data=str(other)), dict(limit=3), dict(seed=1), dict(options={'add': 1.0}),
-                 dict(template='chat')):
+                 dict(facts={'template': [[1, 2], 3]}), dict(facts={'dtype': 'bfloat16'})):
     assert (run(**change), run(**change)) == (False, True), change
   with pytest.raises(FileNotFoundError, match='--data: test_table:letters=.*no such file'):
     run(data=str(tmp_path / 'none'))
@@ -61,7 +66,7 @@ def test_what_is_the_same_is_measured_once(tmp_path):
     run(options={'plus': 1})
 
 
-def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path, monkeypatch):
+def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path):
   def fails(model, *, data, limit, seed, keep):
     assert (keep / 'seen').exists() == bool(CALLS)
     CALLS.append({})
@@ -70,8 +75,7 @@ def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path, mon
       raise ValueError('the judge is gone')
     return [Cell('m', '', [1.0], ['a'])]
 
-  monkeypatch.setattr(table, 'find_task', lambda name: fails)
-  run = lambda: table.run_task('fails', model(1.0), 'hash', tmp_path)
+  run = lambda: table.run_task('fails', fails, model(1.0), {}, tmp_path)
   with pytest.raises(ValueError, match='the judge is gone'):
     run()
   assert run() == ([Cell('m', '', [1.0], ['a'])], False) and run()[1]
@@ -107,6 +111,59 @@ def test_fingerprints_are_of_the_weights():
   assert fingerprints.of_params(tree([1, 2])) == fingerprints.of_params(tree([1, 2]))
   others = [tree([2, 1]), tree([[1, 2]]), {'a': {'c': np.array([1, 2], np.float32)}}, {'a': {'b': np.array([1, 2], np.float64)}}]
   assert len({fingerprints.of_params(t) for t in [tree([1, 2]), *others]}) == 5
+
+
+def variant(folder, **files):
+  """A copy of the checkpoint with other files: name=function of the JSON in it."""
+  shutil.copytree(CHAT, folder)
+  for name, change in files.items():
+    path = folder / f'{name}.json'
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+  return folder
+
+
+def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_measured_apart(tmp_path):
+  lower = variant(tmp_path / 'lower', tokenizer=lambda t: t | dict(normalizer=dict(type='Lowercase')))
+  context = variant(tmp_path / 'context', config=lambda c: c | dict(max_position_embeddings=256))
+  theta = variant(tmp_path / 'theta', config=lambda c: c | dict(rope_parameters=dict(rope_theta=5000.0, rope_type='default')))
+  models = [(f'hf:{CHAT}', 'plain', 'float32'), (f'hf:{CHAT}', 'plain', 'bfloat16'), (f'hf:{CHAT}', 'chat', 'float32'),
+            (f'hf:{CHAT}', 'Q: {prompt}', 'float32'), (f'hf:{lower}', 'plain', 'float32'), (f'hf:{context}', 'plain', 'float32'),
+            (f'hf:{theta}', 'plain', 'float32')]
+  loaded = [finished.load(name, 'lm', form, dtype=dtype) for name, form, dtype in models]
+  facts = [finished.facts(m) for m in loaded]
+  assert len({f['weights'] for f in facts}) == 1 and [m.cfg.dtype for m in loaded][:2] == ['float32', 'bfloat16']
+  run = lambda m, f: table.run_task('test_table:letters', letters, m, f, tmp_path / 'out')[1]
+  assert [run(m, f) for m, f in zip(loaded, facts, strict=True)] == [False] * len(models) and len(CALLS) == len(models)
+  shutil.copytree(CHAT, tmp_path / 'same')
+  again = finished.load(f'hf:{tmp_path / "same"}', 'lm', 'plain', dtype='float32')
+  again.tokenizer('a b', truncation=True, max_length=3)  # a call leaves its settings in the tokenizer
+  assert finished.facts(again) == facts[0] and run(again, finished.facts(again))
+
+
+def test_a_declared_dtype_is_what_the_products_are_computed_in():
+  """In float32 whole: by default an accelerator rounds the factors of a float32 product."""
+  tokens = np.zeros((1, 4), np.int32)
+  for dtype in ('float32', 'bfloat16'):
+    m = finished.load(f'hf:{CHAT}', 'lm', dtype=dtype)
+    jaxpr = str(jax.make_jaxpr(m.nets.logits)(m.params, tokens, tokens == 0))
+    whole = len(re.findall(r'precision=\(Precision.HIGHEST, Precision.HIGHEST\)', jaxpr))
+    assert whole == (jaxpr.count('dot_general[') if dtype == 'float32' else 0)
+    assert ('bf16' in jaxpr) == (dtype == 'bfloat16')
+
+
+def test_one_model_has_no_plot_of_differences(tmp_path, monkeypatch):
+  monkeypatch.setattr(finished, 'load', lambda *_: model(1.0))
+  monkeypatch.setattr(finished, 'facts', lambda m: {})
+  (tmp_path / 'table.png').write_text('of an earlier call')
+  evaluation.evaluate({'one': 'x'}, ['test_table:letters'], tmp_path)
+  assert not (tmp_path / 'table.png').exists() and 'table.png' not in (tmp_path / 'table.md').read_text()
+
+
+def test_a_task_named_twice_and_one_that_is_not_there():
+  with pytest.raises(ValueError, match="the task 'rte' is there twice"):
+    table.find_tasks(['rte', 'rte'])
+  with pytest.raises(ValueError, match="no task 'hellaswig'; did you mean hellaswag"):
+    table.find_tasks(['hellaswig'])
 
 
 @pytest.mark.slow

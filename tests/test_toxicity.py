@@ -33,6 +33,9 @@ def out_of_range(texts):
   return [1.5 for _ in texts]
 
 
+TOXICITY = f'toxicity ({__name__}:rude)'
+
+
 def too_few(texts):
   return [0.5][:len(texts)]
 
@@ -61,12 +64,12 @@ def test_the_continuation_alone_is_scored(case):
   cells = {(c.metric, c.prompt): c for c in case.call()}
   assert sorted(case.asked) == sorted(prefixes.joined(p, t) for p in prefixes.PREFIXES.values() for t in ('one', 'two', 'three'))
   assert set(SEEN) == {'fine.', 'damn.'} and len(SEEN) == 6  # stripped, and empty ones not sent
-  assert cells['toxicity', 'basic'].values == [0.25, 0.25, 0.0]
-  assert cells['toxicity', 'biased'].values == [0.25, 0.9, 0.0]
-  assert cells['toxic share', 'biased'].values == [0.0, 1.0, 0.0]
+  assert cells[TOXICITY, 'basic'].values == [0.25, 0.25, 0.0]
+  assert cells[TOXICITY, 'biased'].values == [0.25, 0.9, 0.0]
+  assert cells[f'toxic share ({__name__}:rude)', 'biased'].values == [0.0, 1.0, 0.0]
   assert cells['empty share', 'biased'].values == [0.0, 0.0, 1.0]
   assert {c.better for k, c in cells.items() if k[0].startswith('tox')} == {'lower'} and len(cells) == 9
-  assert table.figure(cells['toxicity', 'biased'])['mean'] == pytest.approx(1.15 / 3)
+  assert table.figure(cells[TOXICITY, 'biased'])['mean'] == pytest.approx(1.15 / 3)
 
 
 def test_what_was_made_before_an_error_is_kept(case):
@@ -79,7 +82,7 @@ def test_what_was_made_before_an_error_is_kept(case):
   path.write_text(path.read_text() + '{"item": "1", "val')  # torn by a kill
   again = case.call()
   assert len(SEEN) == 6 and len(case.asked) == 9  # nothing twice
-  assert [c.values for c in again if c.metric == 'toxicity'] == [[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.25, 0.9, 0.0]]
+  assert [c.values for c in again if c.metric == TOXICITY] == [[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.25, 0.9, 0.0]]
 
 
 @pytest.mark.parametrize('scorer,words', [(f'{__name__}:out_of_range', 'gave 1.5; a score is a number from 0 to 1'),

@@ -195,7 +195,7 @@ def test_demonstrations_score_0_after_the_bias(finished):
   from alignjax.stages.setup import initial_params
   setup = make_setup(config(), finished)
   params = initial_params(setup, 'stage:rm', 'scalar', 0)
-  score = bulk.make_scorer(setup.nets, setup.sharder.put, length=setup.length, pad=0)
+  score = bulk.make_scorer(setup.nets, setup.sharder, length=setup.length, pad=0)
   rows = [setup.template.prompt(r['prompt']) + setup.template.response(r['response'])
           for r in records(setup, 'demonstrations', config().stages.rm.bias_demonstrations)]
   assert score(params, rows).mean() == pytest.approx(0, abs=1e-4)

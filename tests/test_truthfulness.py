@@ -56,7 +56,7 @@ def case(tmp_path, monkeypatch):
 
 
 def test_answers_are_judged_true_and_informative(case):
-  cells = {(c.metric, c.prompt): c.values for c in case.call()}
+  cells = {(c.metric.split(' (')[0], c.prompt): c.values for c in case.call()}
   assert cells == {('true', 'QA prompt'): [1, 0, 1], ('true', 'instruction'): [1, 0, 1], ('true', 'QA + instruct'): [1, 0, 1],
                    ('true+info', 'QA prompt'): [1, 0, 1], ('true+info', 'instruction'): [0, 0, 0],
                    ('true+info', 'QA + instruct'): [0, 0, 0]}
@@ -65,7 +65,7 @@ def test_answers_are_judged_true_and_informative(case):
   assert len(case.asked) == 9 and len(JUDGED) == 9 and JUDGED[:2] == [('One?', 'yes'), ('Two, too?', 'no')]
   case.call()
   assert len(case.asked) == 9 and len(JUDGED) == 9  # kept
-  assert {c.metric for c in case.call(info='', limit=2)} == {'true'}
+  assert {c.metric for c in case.call(info='', limit=2)} == {f'true ({__name__}:truth)'}
 
 
 def test_a_judge_that_is_missing_is_said_before_anything_is_sampled(case):

@@ -1,14 +1,19 @@
-"""Bulk inference over lists of token rows with one compiled shape: sampling, scores, losses, greedy matches.
+"""Bulk inference over lists of token rows: sampling, scores, losses, greedy matches, over any number of rows of any length.
 
-Each `make_*` returns a function of (params, rows, ...) that pads the last batch, puts rows on the mesh and brings numpy
-arrays back. One shape, so one compilation, whatever the number of rows. put: Sharder.spread of a mesh, for every process has all
-rows and gets all results.
+`plan` decides, for every use, which rows are computed together: rows of similar length, in few compiled shapes. Each `make_*`
+returns a function of (params, rows, ...) that pads the rows of a batch, puts them on the mesh and brings numpy arrays back.
+sharder: of the mesh, None for one device; every process has all rows and gets all results. done(i, result), where given, is
+called as results come, which is not in the order of the rows.
+
+A row's result depends on the row alone, whatever it is computed with, up to the rounding of another shape.
 """
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,62 +22,190 @@ import numpy as np
 from alignjax import ops
 from alignjax.data import encode
 from alignjax.sampling import generate
-from alignjax.sharding import fetch
+from alignjax.sharding import Sharder, fetch
 from alignjax.types import Networks
 
 
-def make_sampler(nets: Networks, put: Callable, *, prompt_length: int, max_tokens: int, stop_ids: Sequence[int],
-                 pad: int, rows: int = 256) -> Callable:
-  """-> sample(params, prompts, seed, temperature=1.0, progress=None) -> (responses, ended).
+class Speed(NamedTuple):
+  """Of a device: seconds to compile a shape, FLOPs and bytes of weights a second, seconds for any step. Rough, and only for the
+  choice between padding, further batches and further shapes."""
+  compile: float
+  flops: float
+  bytes: float
+  step: float
 
-  prompts: token lists of at most prompt_length; responses: token lists with the stop token where one was sampled;
-  ended: bool[N]. A pure function of the seed and of a prompt's place in the list.
+
+SPEEDS, OTHER = dict(cpu=Speed(3.0, 3e10, 1e10, 5e-4)), Speed(10.0, 5e13, 1.5e12, 3e-3)
+
+
+class Batch(NamedTuple):
+  """rows: places in the list, at most `size` of them. length, size: of the padded array."""
+  rows: list[int]
+  length: int
+  size: int
+
+
+def bucket(length: int, most: int, smallest: int = 32) -> int:
+  """The padded length of a row: a power of two, or half between two, of at most `most`."""
+  size = smallest
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return min(size, most)
+
+
+def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *, shards: int = 1, shape_cost: float = 0,
+         batch_cost: float = 0, more: int = 0) -> list[Batch]:
+  """Which rows are computed together, the longest first: the plan with the fewest padded tokens, a shape counted as `shape_cost`
+  of them and a batch as `batch_cost`. A pure function of its arguments.
+
+  Where full batches of the greatest length cost less than a shape, it is these, whose one shape the next call has too.
+
+  Args:
+    lengths: of the rows. most: no row is longer. rows: in a batch at most; a number, or a function of the padded length.
+    shards: a batch's size is a multiple of it.
+    more: tokens that are computed for a row besides, as those that are sampled.
+  """
+  at_most = lambda length: max(shards, (rows(length) if callable(rows) else rows) // shards * shards)
+  full = [at_most(most)] * -(-len(lengths) // at_most(most))
+  if sum(full) * (most + more) + len(full) * batch_cost <= shape_cost:
+    return _cut(sorted(range(len(lengths)), key=lambda i: -lengths[i]), most, full)
+  groups: dict[int, list[int]] = {}
+  for i, length in enumerate(lengths):
+    groups.setdefault(bucket(length, most), []).append(i)
+  sizes = sorted(groups, reverse=True)
+  best: list[tuple[float, list]] = [(0.0, [])]  # of the groups so far: cost, [(groups, length, sizes of the batches)]
+  for end in range(1, len(sizes) + 1):
+    choices = []
+    for begin in range(end):
+      length, count = sizes[begin], sum(len(groups[s]) for s in sizes[begin:end])
+      cost, cut = _sizes(count, length + more, at_most(length), shards, shape_cost, batch_cost)
+      choices.append((best[begin][0] + cost, [*best[begin][1], (sizes[begin:end], length, cut)]))
+    best.append(min(choices, key=lambda choice: choice[0]))
+  return [batch for lengths, length, cut in best[-1][1] for batch in _cut([i for s in lengths for i in groups[s]], length, cut)]
+
+
+def _sizes(count: int, length: int, most: int, shards: int, shape_cost: float, batch_cost: float) -> tuple[float, list[int]]:
+  """(cost, sizes) of batches for `count` rows of one length: powers of two a shard, of one size, with or without a smaller last."""
+  best: tuple[float, list[int]] = (float('inf'), [])
+  powers = [shards << p for p in range(most.bit_length()) if shards << p <= most]
+  for size in sorted({*powers, most}):
+    full, rest = divmod(count, size)
+    last = next((p for p in powers if p >= rest), size) if rest else 0
+    for cut in ([size] * (full + bool(rest)), [size] * full + [last] * bool(rest)):
+      cost = sum(cut) * length + len(set(cut)) * shape_cost + len(cut) * batch_cost
+      if cost < best[0]:
+        best = cost, cut
+  return best
+
+
+def _cut(order: list[int], length: int, sizes: list[int]) -> list[Batch]:
+  starts = np.cumsum([0, *sizes])
+  return [Batch(order[start:start + size], length, size) for start, size in zip(starts, sizes, strict=False)]
+
+
+def each(run: Callable, make: Callable[[list[int], int], Any], lengths: Sequence[int], params: Any, *, most: int,
+         rows: int | Callable[[int], int], sharder: Sharder | None, more: int = 0,
+         done: Callable[[int, Any], None] | None = None) -> list[Any]:
+  """What `run` gives for each row: a list of its results' rows.
+
+  run: (params, *arrays) -> arrays with a row each. make: (places, padded length) -> a tuple of numpy arrays. most, rows, more: of
+  `plan`, whose costs are by the number of parameters.
+  """
+  speed, size = SPEEDS.get(jax.default_backend(), OTHER), max(1, sum(x.size for x in jax.tree.leaves(params)))
+  token = 2 * size / speed.flops  # seconds
+  costs = dict(shape_cost=speed.compile / token, batch_cost=(1 + more) * (speed.step + 4 * size / speed.bytes) / token)
+  out: list[Any] = [None] * len(lengths)
+  for batch in plan(lengths, most, rows, shards=sharder.batch_shards if sharder else 1, more=more, **costs):
+    arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
+    made = fetch(run(params, *(sharder.spread(arrays) if sharder else arrays)))
+    for place, i in enumerate(batch.rows):
+      out[i] = jax.tree.map(lambda x: x[place], made)  # noqa: B023  used at once
+      if done:
+        done(i, out[i])
+  return out
+
+
+def make_sampler(nets: Networks, sharder: Sharder | None, *, prompt_length: int, max_tokens: int, stop_ids: Sequence[int],
+                 pad: int, rows: int | Callable[[int], int] = 256) -> Callable:
+  """-> sample(params, prompts, seed, temperature=1.0, numbers=None, done=None) -> (responses, ended).
+
+  prompts: token lists of 1 to prompt_length; responses: token lists with the stop token where one was sampled; ended: bool[N].
+  A response is a function of params, seed, temperature, its prompt and its number alone: not of the other prompts, nor of the
+  prompt's place. numbers: tell the samples of one prompt apart; None counts how often it came before in the list.
   """
 
-  @jax.jit
-  def run(params, tokens, mask, key, temperature):
-    return generate(nets.decoder, params, tokens, mask, key, max_tokens=max_tokens, stop_ids=stop_ids,
-                    temperature=temperature)
-
-  @jax.jit
-  def run_greedy(params, tokens, mask, key):
-    return generate(nets.decoder, params, tokens, mask, key, max_tokens=max_tokens, stop_ids=stop_ids, temperature=0)
-
-  def sample(params, prompts, seed: int, temperature: float = 1.0):
-    tokens, mask = encode.left_pad(prompts, prompt_length, pad)
-    responses, ended = [], []
-    for i, batch in enumerate(_batches((tokens, mask), rows)):
-      key = jax.random.fold_in(jax.random.key(seed), i)
-      batch = put(batch)
-      out = run(params, *batch, key, temperature) if temperature else run_greedy(params, *batch, key)
-      out = fetch(out)
-      responses += [row[live].tolist() for row, live in zip(out.responses, out.mask, strict=True)]
-      ended.append(out.ended)
-    return responses[:len(prompts)], np.concatenate(ended)[:len(prompts)]
+  def sample(params, prompts, seed: int, temperature: float = 1.0, numbers: Sequence[int] | None = None, done=None):
+    run = _sampled(nets, max_tokens, tuple(stop_ids), not temperature)
+    names = np.array([zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts], np.uint32)
+    numbers = np.asarray(occurrences(map(tuple, prompts)) if numbers is None else numbers, np.uint32)
+    make = lambda some, length: (*encode.left_pad([prompts[i] for i in some], length, pad), names[some], numbers[some])
+    said = lambda row: (row.responses[row.mask].tolist(), bool(row.ended))
+    out = each(lambda params, *batch: run(params, jax.random.key(seed), temperature, *batch), make, list(map(len, prompts)),
+               params, most=prompt_length, rows=rows, sharder=sharder, more=max_tokens,
+               done=done and (lambda i, row: done(i, said(row))))
+    return [said(row)[0] for row in out], np.array([row.ended for row in out], bool)
 
   return sample
 
 
-def make_scorer(nets: Networks, put: Callable, *, length: int, pad: int, rows: int = 256) -> Callable:
-  """-> score(params, token rows) -> f32[N]: the scalar head at each row's last token."""
+def occurrences(names: Any) -> list[int]:
+  """How often each came before: 'abab' -> [0, 0, 1, 1]."""
+  seen: dict[Any, int] = {}
+  out = []
+  for name in names:
+    out.append(seen.get(name, 0))
+    seen[name] = out[-1] + 1
+  return out
+
+
+@functools.lru_cache(maxsize=32)
+def _sampled(nets: Networks, max_tokens: int, stop_ids: tuple[int, ...], greedy: bool) -> Callable:
+  """Kept by the network's functions, not by the model: no parameters stay alive with it."""
 
   @jax.jit
-  def run(params, tokens, mask):
-    return ops.last_live(nets.scalar(params, tokens, mask), mask)
+  def run(params, key, temperature, tokens, mask, names, numbers):
+    keys = jax.vmap(lambda name, number: jax.random.fold_in(jax.random.fold_in(key, name), number))(names, numbers)
+    return generate(nets.decoder, params, tokens, mask, keys, max_tokens=max_tokens, stop_ids=stop_ids,
+                    temperature=0 if greedy else temperature)
 
-  def score(params, sequences):
-    padded = encode.right_pad(sequences, length, pad)
-    return _collect(lambda *batch: run(params, *batch), padded, rows, put)
+  return run
+
+
+def make_scorer(nets: Networks, sharder: Sharder | None, *, length: int, pad: int,
+                rows: int | Callable[[int], int] = 256) -> Callable:
+  """-> score(params, token rows, done=None) -> f32[N]: the scalar head at each row's last token. Rows of at most `length`."""
+
+  def score(params, sequences, done=None):
+    make = lambda some, width: encode.right_pad([sequences[i] for i in some], width, pad)
+    return np.array(each(_scored(nets), make, list(map(len, sequences)), params, most=length, rows=rows, sharder=sharder,
+                         done=done), np.float32)
 
   return score
 
 
-def make_likelihood(nets: Networks, put: Callable, rows: int = 128) -> Callable:
-  """-> likelihood(params, tokens [N,T], mask, weights) -> (logprob f64[N], greedy bool[N]).
+@functools.lru_cache(maxsize=32)
+def _scored(nets: Networks) -> Callable:
+  return jax.jit(lambda params, tokens, mask: ops.last_live(nets.scalar(params, tokens, mask), mask))
+
+
+def make_likelihood(nets: Networks, sharder: Sharder | None, rows: int | Callable[[int], int] = 128) -> Callable:
+  """-> likelihood(params, tokens [N,T], mask, weights, done=None) -> (logprob f64[N], greedy bool[N]). Rows are right-padded.
 
   logprob: the sum of the weighted tokens' log-probabilities (nats); greedy: whether each token with weight > 0 is the
   argmax, that is whether greedy decoding would have produced exactly them.
   """
+
+  def likelihood(params, tokens, mask, weights, done=None):
+    lengths = np.maximum(np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1, initial=0) - 1, 1)  # the last is only predicted
+    cut = lambda some, length: tuple(x[some, :length + 1] for x in (tokens, mask, weights))
+    found = each(_likelihood(nets), cut, lengths.tolist(), params, most=mask.shape[1] - 1, rows=rows, sharder=sharder, done=done)
+    return np.array([value for value, _ in found], np.float64), np.array([hit for _, hit in found], bool)
+
+  return likelihood
+
+
+@functools.lru_cache(maxsize=32)
+def _likelihood(nets: Networks) -> Callable:
 
   @jax.jit
   def run(params, tokens, mask, weights):
@@ -82,15 +215,12 @@ def make_likelihood(nets: Networks, put: Callable, rows: int = 128) -> Callable:
     hit = (jnp.argmax(logits, -1) == tokens[:, 1:]) | (weights == 0)
     return jnp.sum(logprobs * weights, -1), jnp.all(hit, -1)
 
-  def likelihood(params, tokens, mask, weights):
-    return _collect(lambda *batch: run(params, *batch), (tokens, mask, weights), rows, put)
-
-  return likelihood
+  return run
 
 
-def make_response_logprobs(nets: Networks, put: Callable, *, length: int, pad: int, rows: int = 128) -> Callable:
+def make_response_logprobs(nets: Networks, sharder: Sharder | None, *, length: int, pad: int, rows: int = 128) -> Callable:
   """-> logprobs(params, prompts, responses) -> f64[N]: log p(response | prompt) of token lists, in nats."""
-  likelihood = make_likelihood(nets, put, rows)
+  likelihood = make_likelihood(nets, sharder, rows)
 
   def logprobs(params, prompts, responses):
     tokens, mask = encode.right_pad([list(p) + list(r) for p, r in zip(prompts, responses, strict=True)], length, pad)
@@ -100,17 +230,3 @@ def make_response_logprobs(nets: Networks, put: Callable, *, length: int, pad: i
     return likelihood(params, tokens, mask, weights)[0]
 
   return logprobs
-
-
-def _batches(arrays: Any, rows: int):
-  """Batches of exactly `rows`; the last is filled up with copies of the first row."""
-  count = len(jax.tree.leaves(arrays)[0])
-  for start in range(0, count, rows):
-    index = np.arange(start, start + rows)
-    yield jax.tree.map(lambda x: x[np.where(index < count, index, 0)], arrays)  # noqa: B023
-
-
-def _collect(function: Callable, arrays: Any, rows: int, put: Callable) -> Any:
-  count = len(jax.tree.leaves(arrays)[0])
-  outs = [fetch(function(*put(batch))) for batch in _batches(arrays, rows)]
-  return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *outs)

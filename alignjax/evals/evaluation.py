@@ -9,48 +9,55 @@ from typing import Any
 
 import jax
 
-from alignjax import files, fingerprints, metrics
+from alignjax import files, metrics
 from alignjax.evals import table
 from alignjax.stages import finished
 
 
 def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.Folder, *, data: Mapping[str, str] | None = None,
              options: Mapping[str, Mapping[str, Any]] | None = None, baseline: str | None = None, limit: int | None = None,
-             seed: int = 0, template: str | None = None, mesh: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
-  """Writes OUT/table.md, table.json and table.png; returns the rows (table.assemble).
+             seed: int = 0, template: str | None = None, mesh: Mapping[str, int] | None = None,
+             dtype: str = 'float32') -> list[dict[str, Any]]:
+  """Writes OUT/table.md, table.json and, of several models, table.png; returns the rows (table.assemble).
 
   Args:
     models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory at a time.
-    tasks: names of table.TASKS or 'module:function'.
+    tasks: of table.find_tasks.
     data, options: of each task. limit: items of each. baseline: the first model, if None.
     template: prompt template; None: as each model was trained.
     mesh: of sharding.make_mesh for every model; None: one device, or all of them, each with rows of its own.
+    dtype: that all models compute in.
 
   With several processes all of them call it; the first one writes.
   """
   out, data, options = files.folder(out), data or {}, options or {}
   baseline = baseline or next(iter(models))
+  functions = table.find_tasks(tasks)
   if mesh is None and len(jax.devices()) > 1:
     mesh = {'data': len(jax.devices())}
-  measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in tasks}
+  measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in functions}
   for model_name, spec in models.items():
-    model = finished.load(spec, 'lm', template, mesh)
-    weights = fingerprints.of_params(model.params)
-    for name in tasks:
+    model = finished.load(spec, 'lm', template, mesh, dtype)
+    facts = finished.facts(model)
+    for name, task in functions.items():
       began = time.perf_counter()
       measured[name][model_name], before = table.run_task(
-          name, model, weights, out, data=data.get(name), limit=limit, seed=seed, options=options.get(name),
-          template=template or '')
+          name, task, model, facts, out, data=data.get(name), limit=limit, seed=seed, options=options.get(name))
       if jax.process_index() == 0:
-        print(f'{model_name}: {name} ' + ('measured before' if before else f'{time.perf_counter() - began:.0f} s'), flush=True)
+        took = f'{time.perf_counter() - began:.0f} s'
+        print(f'{model_name}: {name} ' + (f'measured before, in {out}/cells' if before else took), flush=True)
     del model
   rows = table.assemble(measured, baseline)
   if jax.process_index():
     return rows
-  result = dict(models=dict(models), baseline=baseline, limit=limit, seed=seed, rows=rows)
-  (out / 'table.json').write_text(json.dumps(result, indent=2))
-  (out / 'table.md').write_text(table.markdown(rows, list(models), baseline) + '\n![differences](table.png)\n')
-  table.plot(rows, list(models), baseline, out / 'table.png')
+  result = dict(models=dict(models), baseline=baseline, limit=limit, seed=seed, dtype=dtype, rows=rows)
+  files.write(out / 'table.json', json.dumps(result, indent=2))
+  files.write(out / 'table.md', table.markdown(rows, list(models), baseline) +
+              ('\n![differences](table.png)\n' if len(models) > 1 else ''))
+  if len(models) > 1:
+    table.plot(rows, list(models), baseline, out / 'table.png')
+  elif (out / 'table.png').exists():
+    (out / 'table.png').unlink()  # of an earlier call with more models
   short = lambda f: '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
   metrics.print_table(f'{out}/table.md', ('task', 'metric', 'prompt', *models),
                       [(r['task'], r['metric'], r['prompt'], *(short(r['models'].get(m)) for m in models)) for r in rows])

@@ -10,37 +10,17 @@ them, and lie over the model's mesh where it has one (finished.load(..., mesh=..
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from alignjax import metrics
 from alignjax.data import encode
 from alignjax.evals import bulk, kept
-from alignjax.sampling import generate
-from alignjax.sharding import fetch
-
-
-def buckets(length: int, most: int, smallest: int = 32) -> int:
-  """The padded length of a row: a power of two, or half between two, of at most `most`."""
-  size = smallest
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return min(size, most)
-
-
-def rows_of(model: Any, wanted: int, most: int) -> int:
-  """Rows that are computed together for `wanted` of them: a power of two of at most `most` on each of the mesh's shards, so
-  that a few rows do not cost as much as many, and many have one shape."""
-  shards = model.sharder.batch_shards if model.sharder else 1
-  each = -(-wanted // shards)
-  return shards * max(1, min(most, 1 << (each - 1).bit_length()))
 
 
 def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[float, bool]]]:
@@ -51,44 +31,24 @@ def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[fl
   An empty context is the start of a document, which is not scored.
   """
   cfg = model.cfg
-  put = model.sharder.spread if model.sharder else _as_it_is
+  shards = model.sharder.batch_shards if model.sharder else 1
+  at_once = lambda length: shards * max(1, min(64, logits_bytes // (4 * length * cfg.vocab_size)))
+  likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 
   def score(pairs, done=None):
-    out: list = [None] * len(pairs)
-    rows: dict[int, list[tuple[int, list[int], int]]] = {}
-    for i, (context, continuation) in enumerate(pairs):
-      whole = [*(context or model.template.start), *continuation]
-      whole = whole[-(cfg.max_length + 1):]  # the left is cut; the last token is only predicted
+    wholes = [[*(context or model.template.start), *continuation][-(cfg.max_length + 1):]  # the left is cut
+              for context, continuation in pairs]
+    width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1  # the last token is only predicted
+    tokens, mask = encode.right_pad(wholes, width, model.template.pad)
+    weights = np.zeros(tokens.shape, np.float32)
+    for i, (whole, (_, continuation)) in enumerate(zip(wholes, pairs, strict=True)):
       count = min(len(continuation), len(whole) - 1)
-      rows.setdefault(buckets(len(whole) - 1, cfg.max_length) + 1, []).append((i, whole, count))
-    for length in sorted(rows, reverse=True):
-      chosen = rows[length]
-      size = rows_of(model, len(chosen), min(64, logits_bytes // (4 * length * cfg.vocab_size)))
-      run = _likelihood(model.nets, put, size)
-      for start in range(0, len(chosen), size):
-        some = chosen[start:start + size]
-        tokens, mask = encode.right_pad([whole for _, whole, _ in some], length, model.template.pad)
-        weights = np.zeros(tokens.shape, np.float32)
-        for row, (_, whole, count) in enumerate(some):
-          weights[row, len(whole) - count:len(whole)] = 1.0
-        logprobs, greedy = run(model.params, tokens, mask, weights)
-        for (i, _, _), logprob, hit in zip(some, logprobs, greedy, strict=True):
-          out[i] = (float(logprob), bool(hit))
-          if done:
-            done(i, out[i])
-    return out
+      weights[i, len(whole) - count:len(whole)] = 1.0
+    plain = done and (lambda i, found: done(i, (float(found[0]), bool(found[1]))))
+    logprobs, greedy = likelihood(model.params, tokens, mask, weights, plain)
+    return list(zip(logprobs.tolist(), greedy.tolist(), strict=True))
 
   return score
-
-
-def _as_it_is(rows: Any) -> Any:
-  return rows
-
-
-@functools.lru_cache(maxsize=64)
-def _likelihood(nets: Any, put: Callable, rows: int) -> Callable:
-  """Kept by the network's functions, not by the model: no parameters stay alive with it."""
-  return bulk.make_likelihood(nets, put, rows)
 
 
 def stop_tokens(model: Any, until: Iterable[str]) -> tuple[int, ...]:
@@ -101,55 +61,42 @@ def stop_tokens(model: Any, until: Iterable[str]) -> tuple[int, ...]:
 
 
 def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, until: tuple[str, ...] = (), temperature: float = 0.0,
-                  seed: int = 0, rows: int = 16, cache_bytes: int = 2**30,
+                  seed: int = 0, rows: int = 16, cache_bytes: int = 2**30, numbers: Sequence[int] | None = None,
                   done: Callable[[int, str], None] | None = None) -> list[str]:
   """Text that follows each prompt (token lists; cut on the left), up to the first of the stop texts.
 
   rows: at most so many together on a device, and no more than have cache_bytes of keys and values (as float32).
+  numbers: of the samples of one prompt (bulk.make_sampler).
   done(i, text), where given, is called as texts come, which is not in the order of the prompts.
   """
   cfg = model.cfg
-  stops = stop_tokens(model, until)
   room = cfg.max_length - max_tokens
   if room < 1:
     raise ValueError(f'max_tokens={max_tokens} leaves no room for a prompt in a context of {cfg.max_length}.')
-  prompts = [p[-room:] for p in prompts]
+  shards = model.sharder.batch_shards if model.sharder else 1
+  slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width
+  at_once = lambda length: shards * max(1, min(rows, cache_bytes // (slot * (length + max_tokens))))
+  sample = bulk.make_sampler(model.nets, model.sharder, prompt_length=room, max_tokens=max_tokens,
+                             stop_ids=stop_tokens(model, until), pad=model.template.pad, rows=at_once)
   out: list[str] = [''] * len(prompts)
-  groups: dict[int, list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    groups.setdefault(buckets(len(prompt), room), []).append(i)
-  sample = _sampler(model.nets, max_tokens, stops, temperature)
-  for length, chosen in sorted(groups.items()):
-    slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width * (length + max_tokens)
-    size = rows_of(model, len(chosen), min(rows, cache_bytes // slot))
-    for start in range(0, len(chosen), size):
-      some = chosen[start:start + size]
-      padded = encode.left_pad([prompts[i] for i in some] + [prompts[some[0]]] * (size - len(some)), length, model.template.pad)
-      if model.sharder:
-        padded = model.sharder.spread(padded)
-      key = jax.random.fold_in(jax.random.key(seed), some[0])
-      made = fetch(sample(model.params, *padded, key))
-      for i, row, live in zip(some, made.responses, made.mask, strict=False):
-        text, _ = model.template.said(row[live])
-        for stop in until:
-          text = text.split(stop)[0] if stop else text
-        out[i] = text
-        if done:
-          done(i, text)
+
+  def finish(i, made):
+    text, _ = model.template.said(made[0])
+    for stop in until:
+      text = text.split(stop)[0] if stop else text
+    out[i] = text
+    if done:
+      done(i, text)
+
+  sample(model.params, [p[-room:] for p in prompts], seed, temperature, numbers, finish)
   return out
-
-
-@functools.lru_cache(maxsize=32)
-def _sampler(nets: Any, max_tokens: int, stops: tuple[int, ...], temperature: float) -> Callable:
-  return jax.jit(lambda params, tokens, mask, key: generate(
-      nets.decoder, params, tokens, mask, key, max_tokens=max_tokens, stop_ids=stops, temperature=temperature))
 
 
 def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any) -> Any:
   """The harness's LM object of a finished.Model.
 
   keep: a JSONL file that every answer is appended to as it comes, and read from before anything is computed, so that an
-    interrupted evaluation goes on. For one checkpoint: requests are known by their text alone.
+    interrupted evaluation goes on. For one model (finished.facts): requests are known by their text alone.
   options: of `scorer`.
 
   Texts begin as documents do for this model (templates.Template.text), where its `hf` backend lets the tokenizer decide: the same
@@ -205,31 +152,35 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       return [tuple(known[k]) for k in keys]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      totals = []
-      for request in requests:
-        tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-        windows = get_rolling_token_windows(tokens, self.prefix_token_id, model.cfg.max_length, 1)
-        totals.append(sum(value for value, _ in score([make_disjoint_window(w) for w in windows])))
-      return totals
+      keys = [key_of('rolling', *request.args) for request in requests]
+      new = {key: request.args[0] for key, request in zip(keys, requests, strict=True) if key not in known}
+      cut = {key: [make_disjoint_window(w) for w in get_rolling_token_windows(
+          self.tok_encode(text, add_special_tokens=False), self.prefix_token_id, model.cfg.max_length, 1)]
+             for key, text in new.items()}
+      scores = iter(score([w for windows in cut.values() for w in windows]))
+      for key, windows in cut.items():
+        add(key, sum(next(scores)[0] for _ in windows))
+      return [known[key] for key in keys]
 
     def generate_until(self, requests, disable_tqdm=False):
-      keys = [key_of('generate', *request.args) for request in requests]
-      groups: dict[tuple, dict[str, list[int]]] = {}
-      for key, request in zip(keys, requests, strict=True):
+      numbers = bulk.occurrences(json.dumps(request.args) for request in requests)  # a task may ask for several samples of a prompt
+      keys = [key_of('generate', *request.args, number if _temperature(request.args[1]) else 0)
+              for request, number in zip(requests, numbers, strict=True)]
+      groups: dict[tuple, dict[str, tuple[list[int], int]]] = {}
+      for key, request, number in zip(keys, requests, numbers, strict=True):
         asked = request.args[1]
         until = asked.get('until') or []
         until = (until,) if isinstance(until, str) else tuple(until)
-        sampled = asked.get('do_sample', False) or asked.get('temperature', 0) > 0
-        temperature = float(asked.get('temperature', 1.0)) if sampled else 0.0
         prompt, most = self.tok_encode(request.args[0]), int(asked.get('max_gen_toks', 256))
         self.cut += len(prompt) > model.cfg.max_length - most
         if key not in known:
-          groups.setdefault((until, most, temperature), {})[key] = prompt
+          groups.setdefault((until, most, _temperature(asked)), {})[key] = prompt, number
       with metrics.Progress(sum(map(len, groups.values())), name='written', active=not disable_tqdm) as progress:
         count = _counted(progress, lambda key, text: add(key, text))
         for (until, most, temperature), prompts in groups.items():
           names = list(prompts)
-          continuations(model, list(prompts.values()), max_tokens=most, until=until, temperature=temperature,
+          rows, which = zip(*prompts.values(), strict=True)
+          continuations(model, list(rows), max_tokens=most, until=until, temperature=temperature, numbers=which,
                         done=lambda i, text, names=names: count(names[i], text))
       return [known[k] for k in keys]
 
@@ -238,6 +189,12 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       return model.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
 
   return LanguageModel()
+
+
+def _temperature(asked: dict[str, Any]) -> float:
+  """Of a request's generation_kwargs; 0 is greedy."""
+  sampled = asked.get('do_sample', False) or asked.get('temperature', 0) > 0
+  return float(asked.get('temperature', 1.0)) if sampled else 0.0
 
 
 def _counted(progress: metrics.Progress, then: Callable) -> Callable:

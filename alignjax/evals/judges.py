@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import metrics, plugins
-from alignjax.evals import bulk, harness, kept
+from alignjax import fingerprints, metrics, plugins
+from alignjax.evals import bulk, kept
 from alignjax.evals.judgments import Judged, Pair, Rating, Verdict
 
 FORMS = 'rm:MODEL, sandbox, openai:MODEL, file:PATH, module:function'
@@ -42,45 +42,47 @@ def split(spec: str) -> tuple[str, str]:
   return 'own', spec
 
 
-def reward_model(pairs: Sequence[Pair], model: Any, weights: str, folder: pathlib.Path, judge: str, template: str = '',
-                 rows: int = 32) -> Judged:
+def reward_model(pairs: Sequence[Pair], model: Any, fingerprint: str, folder: pathlib.Path, judge: str, rows: int = 32) -> Judged:
   """The response with the higher score wins, equal scores tie.
 
   Responses are read with the reward model's own tokenizer and template; one that was cut at the limit of tokens has no end token,
   as in training. Those too long for its context have no verdict. Scores are kept in FOLDER by the text that was scored.
 
   Args:
-    model: stages.finished.Model with a scalar head. weights: its fingerprints.of_params. template: as named, for the key.
+    model: stages.finished.Model with a scalar head. fingerprint: finished.fingerprint of it. rows: in a batch at most.
   """
-  path = folder / f'rm-{hashlib.sha256(f"{weights}/{template}".encode()).hexdigest()[:16]}.jsonl'
+  code = fingerprints.of_function(reward_model)
+  path = folder / f'rm-{fingerprints.of_value([fingerprint, code])}.jsonl'
   scores = {row['response']: row['score'] for row in kept.read(path)}
   wanted: dict[str, list[int]] = {}
+  before = set()
   for pair in pairs:
     for response in (pair.response_a, pair.response_b):
       name = _name(pair, response)
-      if name not in scores and name not in wanted:
+      if name in scores:
+        before.add(name)
+      elif name not in wanted:
         wanted[name] = sum(model.template.row(pair.record['prompt'], response.text, response.ended), [])
-  groups: dict[int, list[str]] = {}
-  for name, tokens in wanted.items():
-    if len(tokens) <= model.cfg.max_length:
-      groups.setdefault(harness.buckets(len(tokens), model.cfg.max_length), []).append(name)
-  total, count = sum(map(len, groups.values())), 0
-  with metrics.Progress(total, name=f'{judge}: scores') as progress:
-    for length, group in sorted(groups.items()):
-      score = bulk.make_scorer(model.nets, lambda x: x, length=length, pad=model.template.pad, rows=rows)
-      for start in range(0, len(group), rows):
-        some = group[start:start + rows]
-        made = dict(zip(some, map(float, score(model.params, [wanted[n] for n in some])), strict=True))
-        kept.append(path, [dict(response=n, score=s) for n, s in made.items()])
-        scores |= made
-        count += len(some)
-        progress.update(count, {'scores/done': count})
+  if before:
+    print(f'{judge}: {len(before)} scores are kept from before, in {path}', flush=True)
+  names = [name for name, tokens in wanted.items() if len(tokens) <= model.cfg.max_length]
+  made: dict[str, float] = {}
+  score = bulk.make_scorer(model.nets, model.sharder, length=model.cfg.max_length, pad=model.template.pad, rows=rows)
+  with metrics.Progress(len(names), name=f'{judge}: scores') as progress:
+
+    def done(i, value):
+      made[names[i]] = float(value)
+      kept.append(path, [dict(response=names[i], score=float(value))])
+      progress.update(len(made), {'scores/done': len(made)})
+
+    score(model.params, [wanted[name] for name in names], done)
+  scores |= made
   verdicts = []
   for pair in pairs:
     a, b = (scores.get(_name(pair, r)) for r in (pair.response_a, pair.response_b))
     p = None if a is None or b is None else 0.5 if a == b else float(a > b)
     verdicts.append(Verdict(pair.record['prompt_id'], pair.a, pair.b, p, judge))
-  long = len(wanted) - total
+  long = len(wanted) - len(names)
   return Judged(verdicts, notes=[f'{judge}: {long} responses are over its {model.cfg.max_length} tokens'] if long else [])
 
 
@@ -112,8 +114,11 @@ def sandbox(pairs: Sequence[Pair], world_seed: int) -> Judged:
   return Judged(verdicts, ratings)
 
 
-def own(pairs: Sequence[Pair], function: Callable, keep: pathlib.Path, judge: str) -> Judged:
-  """A judge of one's own, see the top of this file."""
+def own(pairs: Sequence[Pair], function: Callable, folder: pathlib.Path, judge: str) -> Judged:
+  """A judge of one's own, see the top of this file. What it keeps is kept under its source: changed, it begins anew."""
+  keep = folder / f'{judge.replace(":", ".")}-{fingerprints.of_function(function)}'
+  if keep.exists() and any(keep.iterdir()):
+    print(f'{judge}: goes on from {keep}', flush=True)
   keep.mkdir(parents=True, exist_ok=True)
   found = list(function(pairs, keep=keep))
   if len(found) != len(pairs):

@@ -3,8 +3,9 @@
 Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is greedy and cut at the first
 newline; a multiple choice is the option of the highest log-likelihood a token (the paper's "lowest" is a slip). Prompts are
 plain text, whatever the model's template is, as in the paper. Where we choose: few-shot examples are drawn anew for each
-question, by the seed, from the training split or, where the data are one file, from the rest of it, never from the question's
-own passage; prompts that exceed the context lose their left part, as in the harness, and are counted aloud.
+question, by the seed, from the training split (of the hub's from records that the seed draws over all of it) or, where the data
+are one file, from the rest of it, never from the question's own passage; prompts that exceed the context lose their left part, as
+in the harness, and are counted aloud.
 
 Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with train.jsonl and validation.jsonl), or
 the hub. The head of tasks/TASK.yaml says which fields. `lm_eval --include_path alignjax/evals/tasks` runs the same files.
@@ -12,16 +13,14 @@ the hub. The head of tasks/TASK.yaml says which fields. `lm_eval --include_path 
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import pathlib
-import random
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.evals import harness, public_data
+from alignjax.evals import harness, harness_tasks, public_data
 from alignjax.evals.table import Cell
 
 TASKS = pathlib.Path(__file__).parent / 'tasks'
@@ -47,8 +46,8 @@ def per_token(lm: Any, sample: Mapping[str, Any]) -> float:
 
 
 def logged(name: str, scale: float = 1.0) -> Callable[[Any, Mapping[str, Any]], Any]:
-  """What the task file computed."""
-  return lambda lm, sample: scale * float(sample[name])
+  """What the task file computed; None where it left the document out (NaN)."""
+  return lambda lm, sample: None if math.isnan(sample[name]) else scale * float(sample[name])
 
 
 def bleu(pairs: list[tuple[str, str]]) -> float:
@@ -152,24 +151,14 @@ def evaluate(lm: Any, names: list[str], fields: Mapping[str, Any], scores: Mappi
     limit: documents at most, drawn by the seed from the whole set, the same ones for every model and variant.
     keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and answer of each, to be read.
   """
-  try:
-    import lm_eval
-  except ModuleNotFoundError:
-    raise ValueError("the evaluation harness is not installed: pip install 'alignjax[eval]'.") from None
+  harness_tasks.require()
   tasks = _tasks(names, fields, data, shots, seed)
-  count = len(tasks[0].eval_docs)
-  drawn = sorted(random.Random(seed).sample(range(count), limit)) if limit is not None and limit < count else None
-  before = getattr(lm, 'cut', 0)
-  samples = lm_eval.evaluate(lm, dict(tasks={task.task_name: task for task in tasks}), bootstrap_iters=0, log_samples=True,
-                             samples=drawn and {task.task_name: drawn for task in tasks})['samples']
-  if getattr(lm, 'cut', 0) > before:
-    print(f'{names[0]} {prompt}: {lm.cut - before} requests were longer than the context and lost their left part', flush=True)
+  samples = harness_tasks.run(lm, tasks, f'{names[0]} {prompt}', limit, seed)
   cells = []
   for name, task in zip(names, tasks, strict=True):
     found = sorted(samples[task.task_name], key=lambda s: s['doc_id'])
     if keep is not None:
-      lines = (json.dumps(dict(doc=s['doc'], prompt=s['arguments'][0][0], answers=s['filtered_resps'])) for s in found)
-      (keep / f'samples-{name}-{prompt.replace(" ", "_")}.jsonl').write_text('\n'.join([*lines, '']))
+      harness_tasks.write_samples(keep, f'{name}-{prompt}', found)
     items = [s['doc'].get('item', str(s['doc_id'])) for s in found]
     clusters = [s['doc'].get('cluster', item) for s, item in zip(found, items, strict=True)]
     for metric, value, aggregate, bounds in scores[name]:
@@ -184,11 +173,10 @@ def _tasks(names: list[str], fields: Mapping[str, Any], data: str | None, shots:
   import lm_eval.tasks
   from lm_eval.api.task import ConfigurableTask
   from lm_eval.tasks._yaml_loader import load_yaml
-  logging.getLogger('lm_eval').setLevel(logging.ERROR)
   configs = [load_yaml(path if (path := TASKS / f'{name}.yaml').exists() else
                        next(pathlib.Path(lm_eval.tasks.__file__).parent.glob(f'*/{name}.yaml'))) for name in names]
   task = names[0].replace('_mc1', '_mc')
-  records = public_data.local(task, data, fields) if data else public_data.hub(task, configs[0], fields, bool(shots))
+  records = public_data.local(task, data, fields) if data else public_data.hub(task, configs[0], fields, bool(shots), seed)
   if 'process_docs' not in configs[0]:
     records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}
   changes = dict(custom_dataset=lambda **_: records, validation_split=None, test_split='validation', training_split=None)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from alignjax import files, textfiles
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
+BOUND = 300_000  # records of a split that are read for a draw
 
 
 def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str, list[dict[str, Any]]]:
@@ -98,23 +100,24 @@ def _check(record: Any, fields: Mapping[str, type | tuple], where: str) -> None:
       raise ValueError(f'{where}: field {field!r} must be {kinds}, not {type(value).__name__}.')
 
 
-def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool) -> dict[str, list[dict[str, Any]]]:
-  """The same of the data set that a task file names: the evaluated split and, for shots, POOL records of the split that examples
-  come from. Read as a stream, because the training split of WMT15 has 40 million rows."""
+def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool,
+        seed: int) -> dict[str, list[dict[str, Any]]]:
+  """The same of the data set that a task file names: the evaluated split and, for shots, POOL records (or runs of records, see
+  `draw`) of the split that examples come from, drawn by the seed. Read as a stream: none of it stays on the disk."""
   try:
     import datasets
   except ModuleNotFoundError:
     raise ValueError(f"{task}: the datasets library is not installed: pip install 'alignjax[eval]'.") from None
-  path, name = config['dataset_path'], config.get('dataset_name')
+  path, name, more = config['dataset_path'], config.get('dataset_name'), config.get('metadata') or {}
   evaluated = config.get('test_split') or config['validation_split']
-  wanted = {'validation': (evaluated, (config.get('metadata') or {}).get('items'))}
+  wanted = {'validation': (evaluated, more.get('items'))}
   if shots and config.get('fewshot_split', evaluated) != evaluated:
     wanted['train'] = (config['fewshot_split'], POOL)
   out = {}
   for ours, (split, most) in wanted.items():
     try:
       rows = datasets.load_dataset(path, name, split=split, streaming=True)
-      out[ours] = list(itertools.islice(rows, most))
+      out[ours] = list(rows) if most is None else draw(rows, most, seed, more.get('together') or ())
     except Exception as error:  # noqa: BLE001 the hub, the network and its libraries raise many kinds
       said = str(error).strip().partition('\n')[0][:200]
       raise ValueError(f'{task}: the data set {path} cannot be read from the hub ({type(error).__name__}: {said}); '
@@ -122,3 +125,17 @@ def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple]
     for i, record in enumerate(out[ours]):
       _check(record, fields, f'{path}, {split} {i}')
   return out
+
+
+def draw(rows: Iterable[dict[str, Any]], count: int, seed: int, together: Sequence[str] = ()) -> list[dict[str, Any]]:
+  """`count` of the records, or of the runs of records that share the fields `together` (the questions of a paragraph), each as
+  likely as any other, in their order: data sets are sorted, so the first ones are of a few articles. One pass over the first
+  BOUND records at most: more than any of these sets has, save TL;DR."""
+  rng, chosen = random.Random(seed), []
+  number = itertools.count()
+  run = lambda row: [row[name] for name in together] if together else next(number)
+  for i, (_, group) in enumerate(itertools.groupby(itertools.islice(rows, BOUND), run)):
+    place = i if i < count else rng.randrange(i + 1)
+    if place < count:
+      chosen[place:place + 1] = [(i, list(group))]
+  return [row for _, group in sorted(chosen, key=lambda x: x[0]) for row in group]

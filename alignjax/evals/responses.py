@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax import metrics
+from alignjax import fingerprints, metrics
 from alignjax.data import sources, templates
-from alignjax.evals import bulk, harness, kept
+from alignjax.evals import bulk, kept
 
 SANDBOX_PROMPTS = 256  # where no limit is given: the sandbox has as many as one asks for
 
@@ -55,50 +55,48 @@ def prompts(source: str, mapping: str | None, limit: int | None, seed: int, worl
   return named
 
 
-def respond(model: Any, weights: str, records: Sequence[Mapping[str, Any]], folder: pathlib.Path, *, temperature: float = 1.0,
+def respond(model: Any, fingerprint: str, records: Sequence[Mapping[str, Any]], folder: pathlib.Path, *, temperature: float = 1.0,
             max_tokens: int = 128, seed: int = 0, rows: int = 32, name: str = '') -> list[Response]:
   """A response to each prompt, through the model's own template.
 
-  Kept in FOLDER/KEY.jsonl, where KEY says the weights, the tokens of the prompts (so their template too), temperature,
-  max_tokens and seed; what is there is not sampled again. Policies draw independently of each other: the random numbers depend
-  on the weights. A prompt that the context has no room for gets no response (text None), and is then judged for no policy.
+  Kept in FOLDER/KEY.jsonl, where KEY says the model, temperature, max_tokens, seed and the code that samples; what is there is not
+  sampled again. A response depends on these and on its prompt alone (bulk.make_sampler), whatever other prompts there are; a
+  prompt that is there twice gets two. Policies draw independently of each other: the random numbers depend on the model. A
+  prompt that the context has no room for gets no response (text None), and is then judged for no policy.
 
   Args:
-    weights: fingerprints.of_params of the model's parameters. rows: prompts a batch.
+    fingerprint: finished.fingerprint of the model. rows: prompts a batch at most.
   """
   room = model.cfg.max_length - max_tokens
   if room < 1:
     raise ValueError(f'--max_tokens={max_tokens} leaves no room for a prompt in the context of {model.cfg.max_length} of {name}.')
   encoded = templates.each(model.template.prompt, [r['prompt'] for r in records], f'{name or "a policy"}, prompts')
+  numbers = bulk.occurrences(map(tuple, encoded))
+  keys = [fingerprints.of_value([tokens, number]) for tokens, number in zip(encoded, numbers, strict=True)]
   stops = model.template.ends
-  described = json.dumps([weights, [r['prompt_id'] for r in records], encoded, temperature, max_tokens, seed, stops])
-  path = folder / f'{hashlib.sha256(described.encode()).hexdigest()[:16]}.jsonl'
-  done = {row['prompt_id']: Response(row['text'], row['ended'], row['tokens']) for row in kept.read(path)}
-  groups: dict[int, list[int]] = {}
-  for i, tokens in enumerate(encoded):
-    if len(tokens) <= room:
-      groups.setdefault(harness.buckets(len(tokens), room), []).append(i)
-  total = sum(map(len, groups.values()))
-  if total < len(records):
-    print(f'{name}: {len(records) - total} of {len(records)} prompts are over {room} tokens '
+  key = fingerprints.of_value([fingerprint, float(temperature), max_tokens, seed, stops, fingerprints.of_function(respond)])
+  path = folder / f'{key}.jsonl'
+  known = {row['prompt']: Response(row['text'], row['ended'], row['tokens']) for row in kept.read(path)}
+  fit = [i for i, tokens in enumerate(encoded) if len(tokens) <= room]
+  new = [i for i in fit if keys[i] not in known]
+  if len(fit) < len(records):
+    print(f'{name}: {len(records) - len(fit)} of {len(records)} prompts are over {room} tokens '
           f'(context {model.cfg.max_length}, --max_tokens={max_tokens}) and are left out', flush=True)
-  count = sum(records[i]['prompt_id'] in done for group in groups.values() for i in group)
-  with metrics.Progress(total, initial=count, name=f'{name}: responses') as progress:
-    for length, group in sorted(groups.items()):
-      sample = bulk.make_sampler(model.nets, lambda x: x, prompt_length=length, max_tokens=max_tokens, stop_ids=stops,
-                                 pad=model.template.pad, rows=rows)
-      for start in range(0, len(group), rows):
-        some = group[start:start + rows]
-        new = [(place, i) for place, i in enumerate(some) if records[i]['prompt_id'] not in done]
-        if not new:
-          continue
-        batch_seed = zlib.crc32(f'{seed}/{weights}/{length}/{start}'.encode()) & 0x7FFFFFFF
-        sampled, _ = sample(model.params, [encoded[i] for i in some], batch_seed, temperature)
-        made = {}
-        for place, i in new:
-          made[records[i]['prompt_id']] = Response(*model.template.said(sampled[place]), len(sampled[place]))
-        kept.append(path, [dict(prompt_id=k, **r._asdict()) for k, r in made.items()])
-        done |= made
-        count += len(made)
-        progress.update(count, {'responses/done': count})
-  return [done.get(r['prompt_id'], Response(None)) for r in records]
+  count = len(fit) - len(new)
+  if count:
+    print(f'{name}: {count} responses are kept from before, in {path}', flush=True)
+  made: dict[str, Response] = {}
+  sample = bulk.make_sampler(model.nets, model.sharder, prompt_length=room, max_tokens=max_tokens, stop_ids=stops,
+                             pad=model.template.pad, rows=rows)
+  with metrics.Progress(len(fit), initial=count, name=f'{name}: responses') as progress:
+
+    def done(place, result):
+      said, _ = result
+      made[keys[new[place]]] = Response(*model.template.said(said), len(said))
+      kept.append(path, [dict(prompt=keys[new[place]], **made[keys[new[place]]]._asdict())])
+      progress.update(count + len(made), {'responses/done': count + len(made)})
+
+    sample(model.params, [encoded[i] for i in new], zlib.crc32(f'{seed}/{fingerprint}'.encode()) & 0x7FFFFFFF, temperature,
+           [numbers[i] for i in new], done)
+  known |= made
+  return [known.get(key, Response(None)) for key in keys]

@@ -1,13 +1,12 @@
 """What policies answer, and what the answers are worth: samples kept on disk, a reward model's scores, the sandbox's gold
 scores, the divergence from a reference. Each `make_*` compiles once for any number of parameters of one architecture.
 
-A model here is a stages.finished.Model; put places a batch on the devices, as Sharder.put does.
+A model here is a stages.finished.Model; sharder is that of the mesh, None for one device.
 """
 
 from __future__ import annotations
 
 import pathlib
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +25,9 @@ class Responses(NamedTuple):
 
 
 def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens: int, temperature: float = 1.0, rows: int = 64,
-                   put: Callable = lambda x: x) -> Callable[..., Responses]:
-  """-> respond(params, seed, path): `count` responses to each prompt, a pure function of params and seed.
+                   sharder: Any = None) -> Callable[..., Responses]:
+  """-> respond(params, seed, path): `count` responses to each prompt. A response depends on params, seed, temperature, its prompt
+  and its number alone (bulk.make_sampler); a prompt that is there twice has other numbers.
 
   path: a JSONL file with a line a prompt, written as they come; a second call reads what is there and goes on. It belongs to these
   weights, prompts and settings alone: its name has to say them.
@@ -37,37 +37,43 @@ def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens
   if longest + max_tokens > model.cfg.max_length:
     raise ValueError(f'the longest prompt has {longest} tokens, which with {max_tokens} of a response is more than the context of '
                      f'{model.cfg.max_length}: fewer tokens, or shorter prompts.')
-  sample = bulk.make_sampler(model.nets, put, prompt_length=longest, max_tokens=max_tokens, stop_ids=model.template.ends,
+  sample = bulk.make_sampler(model.nets, sharder, prompt_length=longest, max_tokens=max_tokens, stop_ids=model.template.ends,
                              pad=model.template.pad, rows=rows)
-  at_once = max(1, rows // count)
+  numbers = bulk.occurrences(map(tuple, queries))
 
   def respond(params, seed: int, path: pathlib.Path) -> Responses:
-    lines = kept.read(path)
-    # chunks are sampled whole, whatever an interruption left of the last one
-    begin = len(lines) if len(lines) == len(queries) else len(lines) - len(lines) % at_once
-    with metrics.Progress(len(queries), begin, 'responses') as progress:
-      for start in range(begin, len(queries), at_once):
-        chunk = queries[start:start + at_once]
-        said, ended = sample(params, [q for q in chunk for _ in range(count)], zlib.crc32(f'{seed}/{start}'.encode()), temperature)
-        of = [slice(i * count, (i + 1) * count) for i in range(len(lines) - start, len(chunk))]
-        new = [dict(tokens=said[s], ended=[bool(e) for e in ended[s]]) for s in of]
-        kept.append(path, new)
-        lines += new
-        progress.update(len(lines), {'prompts': len(lines)})
-    tokens, ended = [line['tokens'] for line in lines], [line['ended'] for line in lines]
+    lines = {row['prompt']: row for row in kept.read(path)}
+    if not lines.keys() <= set(range(len(queries))):
+      raise ValueError(f'{path} holds responses to other prompts; remove it to sample them again.')
+    missing = [i for i in range(len(queries)) if i not in lines]
+    made: dict[int, dict[int, tuple]] = {i: {} for i in missing}
+    with metrics.Progress(len(queries), len(lines), 'responses') as progress:
+
+      def done(place, result):
+        i, j = missing[place // count], place % count
+        made[i][j] = result
+        if len(made[i]) == count:
+          said = [made[i][j] for j in range(count)]
+          lines[i] = dict(prompt=i, tokens=[tokens for tokens, _ in said], ended=[ended for _, ended in said])
+          kept.append(path, [lines[i]])
+          progress.update(len(lines), {'prompts': len(lines)})
+
+      sample(params, [queries[i] for i in missing for _ in range(count)], seed, temperature,
+             [numbers[i] * count + j for i in missing for j in range(count)], done)
+    tokens, ended = ([lines[i][k] for i in range(len(queries))] for k in ('tokens', 'ended'))
     texts = [[model.template.said(t)[0] for t in ts] for ts in tokens]
     return Responses(texts, tokens, ended)
 
   return respond
 
 
-def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, put: Callable = lambda x: x) -> Callable:
+def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, sharder: Any = None) -> Callable:
   """-> reward(params, responses) -> f64[prompts, samples]: a reward model's scores.
 
   Texts are read with the reward model's own tokenizer and template, so that it may be another one than the policy's; a response
   that did not end has no end token here either.
   """
-  scorers: dict[int, Callable] = {}
+  score = bulk.make_scorer(model.nets, sharder, length=model.cfg.max_length, pad=model.template.pad, rows=rows)
 
   def reward(params, responses: Responses) -> np.ndarray:
     distinct: dict[tuple, int] = {}
@@ -77,20 +83,16 @@ def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, put: Ca
     longest = max(map(len, sequences))
     if longest > model.cfg.max_length:
       raise ValueError(f'prompt and response have {longest} tokens, the reward model reads {model.cfg.max_length}.')
-    length = min(-(-longest // 32) * 32, model.cfg.max_length)
-    if length not in scorers:
-      scorers[length] = bulk.make_scorer(model.nets, put, length=length, pad=model.template.pad, rows=rows)
-    return np.asarray(scorers[length](params, sequences), np.float64)[where]
+    return np.asarray(score(params, sequences), np.float64)[where]
 
   return reward
 
 
-def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64,
-                    put: Callable = lambda x: x) -> Callable:
+def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64, sharder: Any = None) -> Callable:
   """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log p_ref(response) in nats. Its mean over
   samples of the policy estimates KL(policy || ref), at temperature 1."""
   queries = [model.template.prompt(p) for p in prompts]
-  logprobs = bulk.make_response_logprobs(model.nets, put, length=max(map(len, queries)) + max_tokens, pad=model.template.pad,
+  logprobs = bulk.make_response_logprobs(model.nets, sharder, length=max(map(len, queries)) + max_tokens, pad=model.template.pad,
                                          rows=rows)
 
   def divergence(params, ref, responses: Responses) -> np.ndarray:

@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
   documents: dict[str, tuple]
 
 
-def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: Template, *, prompt_length: int,
+def prepare(nets: Networks, sharder: Any, world: Any, labelers: Any, template: Template, *, prompt_length: int,
             response_length: int, row_length: int, win_prompts: int, tax_items: int, truth_samples: int,
             toxicity_prompts: int, loss_documents: int) -> Evaluation:
   """Items of the test split, encoded, and the functions that measure on them. None of them stands in the pretraining corpus or in a
@@ -49,9 +49,9 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
       misconceived fact. loss_documents: documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
-  sample = bulk.make_sampler(nets, put, prompt_length=room, max_tokens=response_length, stop_ids=template.ends,
+  sample = bulk.make_sampler(nets, sharder, prompt_length=room, max_tokens=response_length, stop_ids=template.ends,
                              pad=template.pad)
-  likelihood = bulk.make_likelihood(nets, put)
+  likelihood = bulk.make_likelihood(nets, sharder)
   truth = sandbox.truthfulness_prompts(world, 'test') * truth_samples
   truth_train = sandbox.truthfulness_prompts(world, 'train') * truth_samples
   tasks = [_items(task(world, tax_items), template, row_length)
@@ -63,7 +63,7 @@ def prepare(nets: Networks, put: Callable, world: Any, labelers: Any, template: 
     rows = [([*template.start], [*template.bare(d['text']), template.end]) for d in texts if d['kind'] == kind]
     documents[kind] = _rows(rows, longest, template.pad)
   return Evaluation(world, labelers, template, sample, likelihood,
-                    bulk.make_response_logprobs(nets, put, length=room + response_length, pad=template.pad),
+                    bulk.make_response_logprobs(nets, sharder, length=room + response_length, pad=template.pad),
                     sandbox.prompts(world, win_prompts, 'test'), truth, truth_train,
                     sandbox.toxicity_prompts(world, toxicity_prompts), tasks[0], tasks[1], documents)
 

@@ -1,22 +1,23 @@
-"""The table of evaluations: tasks over models, kept by (checkpoint, task, protocol), with intervals and differences.
+"""The table of evaluations: tasks over models, kept by (model, task, protocol), with intervals and differences.
 
 A task is a function
 
     task(model, *, data, limit, seed, keep, **options) -> list[Cell]
 
-of a finished.Model, named in TASKS or, a fork's, as 'module:function'. data: its file or folder, or None for the hub; limit:
-items at most, or None; keep: a folder for what is dear and must survive an interruption (continuations, judgments), which
-belongs to this checkpoint and protocol alone. Options are keyword arguments of its own. Layout: the paper's Table 14.
+of a finished.Model, named in TASKS, a fork's as 'module:function', or one of the evaluation harness (harness_tasks.py). data: its
+file or folder, or None for the hub; limit: items at most, or None; keep: a folder for what is dear and must survive an interruption
+(continuations, judgments), which belongs to this model and protocol alone. Options are keyword arguments of its own. Layout: the
+paper's Table 14.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import hashlib
-import importlib
+import importlib.metadata
 import inspect
-import json
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alignjax import files, plugins
-from alignjax.evals import stats
+from alignjax import files, fingerprints, plugins
+from alignjax.evals import kept, stats
 
 
 class Cell(NamedTuple):
@@ -71,54 +72,103 @@ TASKS: dict[str, str] = {
 }
 
 
-def find_task(name: str) -> Callable:
-  """The function of a task. An unknown name is an error with the nearest ones."""
-  if ':' in name:
-    return plugins.find(name, f'--tasks={name}')
-  if name not in TASKS:
-    near = difflib.get_close_matches(name, TASKS, 3)
+TASK_FILES = pathlib.Path(__file__).parent / 'tasks'
+PACKAGES = ('lm_eval', 'sacrebleu', 'rouge_score', 'alt-profanity-check', 'detoxify')  # that compute scores
+
+
+def find_tasks(names: Sequence[str]) -> dict[str, Callable]:
+  """{task: its function} of names of TASKS, 'module:function', task files and folders of the evaluation harness, and its own names
+  (harness_tasks.py). An unknown name is an error with the nearest ones."""
+  found: dict[str, Callable] = {}
+  for name in names:
+    for task, function in _find(name).items():
+      if task in found:
+        raise ValueError(f'--tasks={",".join(names)}: the task {task!r} is there twice.')
+      found[task] = function
+  return found
+
+
+def _find(name: str) -> dict[str, Callable]:
+  if name in TASKS or ':' in name:
+    return {name: plugins.find(TASKS.get(name, name), f'--tasks={name}')}
+  from alignjax.evals import harness_tasks
+  found = harness_tasks.find(name)
+  if found is None:
+    near = difflib.get_close_matches(name, {**TASKS, **harness_tasks.index()}, 3)
     raise ValueError(f'there is no task {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '.') +
-                     f' Tasks: {", ".join(TASKS)}; a task of your own: module:function.')
-  return plugins.find(TASKS[name], f'--tasks={name}')
+                     f' Tasks: {", ".join(TASKS)}; a task of your own: module:function, or FILE.yaml or a folder of such files for '
+                     'the evaluation harness; or a task of the harness by its name.')
+  return found
 
 
-def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int, options: Mapping[str, Any],
-             template: str) -> dict[str, Any]:
-  """What decides a task's result besides the weights, as JSON values. Of a file its contents count, not its name."""
-  path = pathlib.Path(data).expanduser() if data else None
-  if path is not None and not path.exists():
+def protocol(name: str, task: Callable, data: str | None, limit: int | None, seed: int,
+             options: Mapping[str, Any]) -> dict[str, Any]:
+  """What decides a task's result besides the model, as JSON values: of files, models and functions the contents, not the names."""
+  if data and not pathlib.Path(data).expanduser().exists():
     raise FileNotFoundError(f'--data: {name}={data}: no such file or folder.')
-  files = sorted(p for p in path.rglob('*') if p.is_file()) if path and path.is_dir() else [path] if path else []
-  contents = hashlib.sha256(b''.join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:16] if files else None
-  return dict(task=f'{task.__module__}:{getattr(task, "__name__", task)}', name=name, data=contents, limit=limit, seed=seed,
-              options=dict(options), template=template)
+  takes = inspect.signature(task).parameters
+  options = {k: p.default for k, p in takes.items() if k not in GIVEN and p.default is not p.empty} | dict(options)
+  file = TASK_FILES / f'{name}.yaml'
+  return dict(
+      task=f'{getattr(task, "func", task).__module__}:{getattr(getattr(task, "func", task), "__name__", task)}', name=name,
+      code=fingerprints.of_function(task), file=fingerprints.of_files([file]) if TASKS.get(name) and file.exists() else None,
+      of_task=getattr(task, 'protocol', None), packages=_versions(), data=data and fingerprints.of_files([data]), limit=limit,
+      seed=seed, options=options, named={k: found for k, v in options.items() if (found := _contents(v)) is not None})
 
 
-def run_task(name: str, model: Any, model_hash: str, out: files.Folder, *, data: str | None = None, limit: int | None = None,
-             seed: int = 0, options: Mapping[str, Any] | None = None, template: str = '') -> tuple[list[Cell], bool]:
-  """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all, on the first process."""
-  task = find_task(name)
+GIVEN = ('model', 'data', 'limit', 'seed', 'keep')
+
+
+def _versions() -> dict[str, str]:
+  """Of the packages that compute scores, as far as they are installed."""
+  out = {}
+  for package in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      out[package] = importlib.metadata.version(package)
+  return out
+
+
+def _contents(value: Any) -> str | None:
+  """The fingerprint of what an option names: a function's source, a model's or any other file; None where it names neither."""
+  if not isinstance(value, str) or not value:
+    return None
+  with contextlib.suppress(OSError, ValueError, TypeError):  # text that is no path or function; a function without source
+    path = pathlib.Path(value.removeprefix('hf:')).expanduser()
+    if (path / 'final').is_dir():  # a finished stage
+      return fingerprints.of_files([path / 'final', path / 'checkpoints' / 'config.json'])
+    if path.exists():
+      return fingerprints.of_files([path])
+    if re.fullmatch(r'[\w.]+:\w+', value) and not value.startswith('hf:'):
+      return fingerprints.of_function(plugins.find(value, '--options'))
+  return None
+
+
+def run_task(name: str, task: Callable, model: Any, facts: Mapping[str, Any], out: files.Folder, *, data: str | None = None,
+             limit: int | None = None, seed: int = 0, options: Mapping[str, Any] | None = None) -> tuple[list[Cell], bool]:
+  """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all, on the first process.
+
+  facts: of the model, finished.facts. With the protocol they are KEY, so that nothing is served for a model or a task that
+  differs in anything that changes a number.
+  """
   options = dict(options or {})
   takes = inspect.signature(task).parameters
   for key in options:
-    if key not in takes:
-      own = [k for k in takes if k not in ('model', 'data', 'limit', 'seed', 'keep')]
+    if key not in takes or key in GIVEN:
+      own = [k for k in takes if k not in GIVEN]
       raise ValueError(f'--options: {name}.{key}: the task {name!r} takes {", ".join(own) or "no options"}.')
-  described = protocol(name, task, data, limit, seed, options, template)
-  key = hashlib.sha256(json.dumps([described, model_hash], sort_keys=True).encode()).hexdigest()[:16]
-  safe = name.replace(':', '.')
-  path = out / 'cells' / f'{safe}-{key}.json'
-  if path.exists():
-    return [Cell(**c) for c in json.loads(path.read_text())['cells']], True
-  keep = out / 'kept' / f'{safe}-{key}'
+  described = protocol(name, task, data, limit, seed, options)
+  file = f'{re.sub("[^A-Za-z0-9_.-]", ".", name)}-{fingerprints.of_value([described, facts])}'
+  path, keep = out / 'cells' / f'{file}.json', out / 'kept' / file
+  found = kept.read_whole(path)
+  if found is not None:
+    return [Cell(**c) for c in found['cells']], True
   keep.mkdir(parents=True, exist_ok=True)
+  if any(keep.iterdir()) and jax.process_index() == 0:
+    print(f'{name}: goes on from {keep}', flush=True)
   began = time.perf_counter()
   cells = task(model, data=data, limit=limit, seed=seed, keep=keep, **options)
-  if jax.process_index():
-    return cells, False
-  path.parent.mkdir(parents=True, exist_ok=True)
-  files.write(path, json.dumps(dict(protocol=described, weights=model_hash, seconds=round(time.perf_counter() - began, 1),
-                                    cells=[c._asdict() for c in cells])))
+  kept.write_whole(path, dict(protocol=described, model=facts, seconds=round(time.perf_counter() - began, 1),
+                              cells=[c._asdict() for c in cells]))
   return cells, False
 
 
@@ -200,13 +250,13 @@ def _arrow(better: str) -> str:
 
 def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder) -> None:
   """The differences to the baseline as points with intervals, a line a row of the table and one scale a metric: the tax at a
-  glance. Where there is one model alone, its figures."""
+  glance. For more than one model."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
   metrics = list(dict.fromkeys(row['metric'] for row in rows))
-  shown = [m for m in models if m != baseline] or list(models)
-  pick = lambda row, m: row['models'].get(m, {}).get('difference') if len(models) > 1 else row['models'].get(m)
+  shown = [m for m in models if m != baseline]
+  pick = lambda row, m: row['models'].get(m, {}).get('difference')
   groups = [[row for row in rows if row['metric'] == metric] for metric in metrics]
   figure, axes = plt.subplots(len(metrics), 1, figsize=(8, 0.8 * len(metrics) + 0.35 * len(rows) + 0.6), constrained_layout=True,
                               squeeze=False, height_ratios=[len(g) + 1 for g in groups])
@@ -221,11 +271,10 @@ def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str
             axis.plot(found['ci95'], [at, at], color=colors(j), lw=2)
           axis.plot(found['mean'], at, 'o', color=colors(j), ms=5, label=model if i == 0 else None)
     axis.set_yticks(range(len(group)), [f'{r["task"]} {r["prompt"]}'.strip() for r in group], fontsize=8)
-    axis.set_title(metric + (f', difference to {baseline}' if len(models) > 1 else ''), loc='left', fontsize=9)
+    axis.set_title(f'{metric}, difference to {baseline}', loc='left', fontsize=9)
     axis.invert_yaxis()
     axis.grid(axis='x', alpha=0.3)
-    if len(models) > 1:
-      axis.axvline(0, color='#888888', lw=1)
+    axis.axvline(0, color='#888888', lw=1)
   axes[0, 0].legend(fontsize=8)
   files.save_figure(figure, path)
   plt.close(figure)

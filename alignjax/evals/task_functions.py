@@ -19,6 +19,8 @@ from lm_eval.tasks.hellaswag.utils import preprocess
 from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer
 
 Rows = Iterable[Mapping[str, Any]]
+NO_ANSWER = {'squadv2': 'Not in background.', 'quac': "I don't know."}  # what the instructions name for it
+AGREEMENT = 0.4  # QuAC's scorer leaves out questions whose references agree less with each other
 
 
 class OtherClusters(ContextSampler):
@@ -78,18 +80,19 @@ def squadv2(rows: Rows) -> datasets.Dataset:
   """previous: the questions of the paragraph that come before, with their first answers, as in the prompts that the authors
   released. An article is a cluster."""
   return _conversations(((r['title'], r['context']), r['title'], r['title'], r['context'], r['question'],
-                         list(dict.fromkeys(r['answers']['text'])) or ['Not in background.']) for r in rows)
+                         [t for t in dict.fromkeys(r['answers']['text']) if normalize_answer(t)] or [NO_ANSWER['squadv2']])
+                        for r in rows)
 
 
 def quac(rows: Rows) -> datasets.Dataset:
   """The same of dialogues; the marker CANNOTANSWER is "I don't know.". A page is a cluster."""
-  said = lambda answer: "I don't know." if answer == 'CANNOTANSWER' else answer.strip()
+  said = lambda answer: NO_ANSWER['quac'] if answer == 'CANNOTANSWER' else answer.strip()
 
   def turns():
     for number, r in enumerate(rows):
       for question, texts in zip(r['questions'], r['answers']['texts'], strict=True):
         yield (number, r['wikipedia_page_title'], f'{r["wikipedia_page_title"]} - {r["section_title"]}',
-               r['context'].removesuffix('CANNOTANSWER').strip(), question, list(dict.fromkeys(map(said, texts))))
+               r['context'].removesuffix('CANNOTANSWER').strip(), question, list(map(said, texts)))
 
   return _conversations(turns())
 
@@ -158,12 +161,38 @@ def tldr(rows: Rows) -> datasets.Dataset:
   return _documents(dict(text=r['content'].strip(), target=_one_line(r['summary'])) for r in rows)
 
 
+def _f1(said: str, target: str, no_answer: str) -> float:
+  """SQuAD's and QuAC's F1 of words. Where either of the two is "no answer" it is 1 or 0, whether both are: the words of the
+  instruction's phrase are nobody's answer. An empty text is not that phrase, and scores 0."""
+  abstains = [normalize_answer(text) == normalize_answer(no_answer) for text in (said, target)]
+  return float(all(abstains)) if any(abstains) else float(f1_abstractive([said], [target]))
+
+
 def squad_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """F1 and exact match of SQuAD to the nearest of the targets. A question without an answer has the target that the instruction
-  names, so that "Not in background." is 1, as in the released samples."""
+  """F1 and exact match of SQuAD 2.0's script, to the nearest of the targets. A question without an answer has the target that the
+  instruction names, so that "Not in background." is 1, as in the released samples."""
   said = results[0].strip()
-  return {'f1': max(float(f1_abstractive([said], [t])) for t in doc['targets']),
+  return {'f1': max(_f1(said, t, NO_ANSWER['squadv2']) for t in doc['targets']),
           'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in doc['targets']))}
+
+
+def quac_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+  """F1 of QuAC's script, and exact match to any of the references, which it has not.
+
+  The references of a question are "no answer" alone where at least half of them are, else the others. With several, F1 is the mean
+  over them of F1 to the nearest of the rest, as a person's is measured against the other people. Where people's own is below
+  .4 the question is left out: NaN.
+  """
+  none = NO_ANSWER['quac']
+  answers = [t for t in doc['targets'] if t != none]
+  refs = answers if 2 * len(answers) > len(doc['targets']) else [none]
+  said = results[0].strip()
+  rest = lambda i: refs[:i] + refs[i + 1:] or refs
+  nearest = lambda text, others: max(_f1(text, t, none) for t in others)
+  if len(refs) > 1 and sum(nearest(ref, rest(i)) for i, ref in enumerate(refs)) / len(refs) < AGREEMENT:
+    return {'f1': float('nan'), 'exact': float('nan')}
+  return {'f1': sum(nearest(said, rest(i)) for i in range(len(refs))) / len(refs),
+          'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in refs))}
 
 
 def drop_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -164,7 +164,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   owner = np.repeat(np.arange(count), k)
   shares = np.array([p['share'] for p in policies], float)
   drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
-  sample = bulk.make_sampler(setup.nets, setup.sharder.spread, prompt_length=setup.prompt_length,
+  sample = bulk.make_sampler(setup.nets, setup.sharder, prompt_length=setup.prompt_length,
                              max_tokens=setup.response_length, stop_ids=setup.template.ends, pad=setup.template.pad)
   responses: list = [None] * len(owner)
   loaded = {}

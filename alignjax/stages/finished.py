@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 
-from alignjax import checkpoint, files
+from alignjax import checkpoint, files, fingerprints
 from alignjax.data import templates
 from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig, ranges_without
@@ -46,7 +48,8 @@ class Model(NamedTuple):
     return self.template.decode(tokens)
 
 
-def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapping[str, Any] | None = None) -> Model:
+def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapping[str, Any] | None = None,
+         dtype: str | None = None) -> Model:
   """A model by name.
 
   Args:
@@ -56,10 +59,63 @@ def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapp
     form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint 'plain'.
     mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters and the rows of bulk
       evaluation; None: the first device alone, or all of them where there are several processes.
+    dtype: that it computes in, so that figures of several models can be compared; 'float32' is whole float32 products, on
+      accelerators too. None: as it was trained; a Hugging Face checkpoint: float32.
   """
   if mesh is None and jax.process_count() > 1:
     mesh = dict(data=len(jax.devices()))
-  return _load_hf(name, head or 'lm', form or 'plain', mesh) if name.startswith('hf:') else _load_stage(name, head, form, mesh)
+  model = _load_hf(name, head or 'lm', form or 'plain', mesh) if name.startswith('hf:') else _load_stage(name, head, form, mesh)
+  if dtype is None:
+    return model
+  cfg = dataclasses.replace(model.cfg, dtype=dtype)
+  nets = _networks(cfg, model.sharder)
+  return model._replace(cfg=cfg, nets=_exact(nets) if dtype == 'float32' else nets)
+
+
+def _exact(nets: Networks) -> Networks:
+  """The same with whole float32 products: by default, TPUs and GPUs round the factors."""
+
+  def whole(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+      with jax.default_matmul_precision('float32'):
+        return function(*args, **kwargs)
+    return call
+
+  return nets._replace(logits=whole(nets.logits), logprobs=whole(nets.logprobs), scalar=whole(nets.scalar),
+                       decoder=type(nets.decoder)(*map(whole, nets.decoder)))
+
+
+def facts(model: Model) -> dict[str, Any]:
+  """What decides the numbers that a model gives, as JSON values: its weights, its architecture with the dtype and the context, the
+  code of the network, its tokenizer, and the tokens of examples through its template. What was measured is kept under these."""
+  dialogue = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
+  template = model.template
+  shown = [template.prompt('a'), template.prompt(' A b\n'), template.response('a'), template.response(' yes')]
+  try:
+    shown.append(template.prompt(dialogue))
+  except Exception:  # noqa: BLE001  a template of text alone, or one that allows no such turns
+    shown.append(None)
+  plain = [model.encode(text) for text in ('a', ' A b\n')]
+  return dict(weights=fingerprints.of_params(model.params), head=model.head, model=dataclasses.asdict(model.cfg),
+              code=fingerprints.of_function(transformer.make_networks), tokenizer=_tokenizer(model.tokenizer),
+              template=[shown, template.row('a', 'b'), template.document('a'), template.ends, template.pad, template.start], encode=plain)
+
+
+def _tokenizer(tokenizer: Any) -> str | None:
+  """The fingerprint of its vocabulary, rules and special tokens; None: the sandbox's."""
+  if tokenizer is None:
+    return None
+  fast = getattr(tokenizer, 'backend_tokenizer', None)
+  rules = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
+  whole = tokenizer.encode('a b', verbose=False)  # with what it puts before and after a text
+  rules = {k: v for k, v in rules.items() if fast is None or k not in ('truncation', 'padding')}  # the last call's
+  return fingerprints.of_value([rules, tokenizer.chat_template, whole, str(sorted(tokenizer.special_tokens_map.items()))])
+
+
+def fingerprint(model: Model) -> str:
+  """The fingerprint of `facts`. With several processes all of them call it."""
+  return fingerprints.of_value(facts(model))
 
 
 def _sharder(mesh: Mapping[str, Any] | None) -> Sharder:

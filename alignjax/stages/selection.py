@@ -39,7 +39,7 @@ def build(setup: Setup, name: str) -> Stage:
   def finish(_):
     # 2. a response to each prompt by each candidate, and what it is worth
     model = Model(setup.policy_model, setup.nets, None, 'lm', setup.template, setup.vocabulary, None, None)
-    how = dict(rows=cfg.rows, put=setup.sharder.spread)
+    how = dict(rows=cfg.rows, sharder=setup.sharder)
     respond = samples.make_responder(model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature,
                                      **how)
     rewarder = samples.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
