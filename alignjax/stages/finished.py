@@ -99,7 +99,8 @@ def facts(model: Model) -> dict[str, Any]:
   plain = [model.encode(text) for text in ('a', ' A b\n')]
   return dict(weights=fingerprints.of_params(model.params), head=model.head, model=dataclasses.asdict(model.cfg),
               code=fingerprints.of_function(transformer.make_networks), tokenizer=_tokenizer(model.tokenizer),
-              template=[shown, template.row('a', 'b'), template.document('a'), template.ends, template.pad, template.start], encode=plain)
+              template=[shown, template.row('a', 'b'), template.document('a'), template.ends, template.pad, template.start],
+              encode=plain)
 
 
 def _tokenizer(tokenizer: Any) -> str | None:
