@@ -84,8 +84,8 @@ class Interrupt:
       while woken := self._wake.recv(1):
         if woken[0] in (signal.SIGTERM, signal.SIGINT) and not self._over.wait(self.grace):
           with contextlib.suppress(OSError):  # nobody may read it any more
-            os.write(1, f'stopped by {signal.Signals(woken[0]).name} after grace_seconds={self.grace:g} in the middle of a step; the '
-                        'same command goes on from the last checkpoint\n'.encode())
+            os.write(1, f'stopped by {signal.Signals(woken[0]).name} after grace_seconds={self.grace:g} in the middle of a step; '
+                        'the same command goes on from the last checkpoint\n'.encode())
           os._exit(EXIT_CODE)
 
 

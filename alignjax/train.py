@@ -145,6 +145,7 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
       saved.save(stage.num_steps, state, wait=True)
       raise
     seconds = _elapsed(folder, time.perf_counter() - began)
+    made |= {'logs': inputs.logs(folder)}
     checkpoint.save_params(folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps}, made)
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
