@@ -171,10 +171,6 @@ def record(workdir: files.Folder, stage: str, config: Mapping[str, Any], read: R
   return new
 
 
-def read_record(workdir: files.Folder, stage: str) -> dict[str, Any]:
-  return _load(workdir / stage / 'inputs.json')
-
-
 def _write(path: files.Folder, found: Mapping[str, Any]) -> None:
   files.write(path, json.dumps({**found, 'checksum': fingerprints.of_value(found)}, indent=2))
 

@@ -336,7 +336,8 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('stage,file', [(s, f) for s in 'ab' for f in ('inputs.json', 'final/info.json', 'final/sums.json',
-                                                                        'checkpoints/config.json', 'metrics.jsonl', '../hashed.json')])
+                                                                        'checkpoints/config.json', 'metrics.jsonl',
+                                                                        '../hashed.json')])
 @pytest.mark.parametrize('how', ['flip', 'cut', 'empty', 'remove', 'folder'])
 def test_a_damaged_file_is_named_or_without_effect(workdir, stage, file, how, capsys):
   from tests.damage import damage
