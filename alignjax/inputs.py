@@ -108,7 +108,8 @@ def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, li
   if kind == 'weights':
     return checkpoint.weights(weights_folder(workdir, name))
   if kind in ('data', 'beside'):
-    each = (_of_source(part.strip(), kind == 'beside', known) for part in name.split(';'))
+    parts = re.split(r'(?<!\\);(?=\s*(?:jsonl|text|tfds|hf|sandbox):)', name)  # as data/sources.py
+    each = (_of_source(part.strip().replace('\\;', ';'), kind == 'beside', known) for part in parts)
     return fingerprints.of_value(list(each))
   folder = hf.folder_of(name.removeprefix('hf:'))
   patterns = {'tokenizer': ('config.json', *TOKENIZER), 'architecture': ('config.json',), 'checkpoint': ('config.json',)}[kind]
@@ -166,12 +167,12 @@ def record(workdir: files.Folder, stage: str, config: Mapping[str, Any], read: R
   new = dict(origin=origin, config=config, inputs=inputs | made)
   if new != old:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, json.dumps(new | {'checksum': fingerprints.of_value(new)}, indent=2))
+    _write(path, new)
   return new
 
 
-def read_record(workdir: files.Folder, stage: str) -> dict[str, Any]:
-  return _load(workdir / stage / 'inputs.json')
+def _write(path: files.Folder, found: Mapping[str, Any]) -> None:
+  files.write(path, json.dumps({**found, 'checksum': fingerprints.of_value(found)}, indent=2))
 
 
 def _load(path: files.Folder) -> dict[str, Any]:
@@ -206,6 +207,9 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
     if (folder / 'checkpoints' / 'config.json').exists():
       checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)  # which names the entries
     raise checkpoint.ConfigMismatch(f'{what} with another config than this one. Use another --workdir, or delete the folder.')
+  if finished and (wrong := [name for name, was in found.get('logs', {}).items() if logs(folder).get(name) != was]):
+    say(f'WARNING: {" and ".join(str(folder / name) for name in wrong)}: damaged or changed since the stage ended; what is drawn '
+        'from there may be wrong, the weights are not touched.')
   known, changes, gone = _known(workdir), {}, []
   for entry, was in found['inputs'].items():
     if was['kind'] == 'weights' and not checkpoint.is_finished(weights_folder(workdir, was['name'])):
@@ -238,11 +242,16 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
       found['inputs'][entry]['fingerprint'] = now
     if finished:
       checkpoint.save_made(folder / 'final', found)
-    files.write(folder / 'inputs.json', json.dumps((new := {k: found[k] for k in ('origin', 'config', 'inputs')})
-                                                   | {'checksum': fingerprints.of_value(new)}, indent=2))
+    _write(folder / 'inputs.json', {k: found[k] for k in ('origin', 'config', 'inputs')})
   else:
     first = f'{what} from other inputs than those that are there now:'
     raise ChangedInput('\n'.join([first, *lines, _choose(folder, bool(weights))]))
+
+
+def logs(folder: files.Folder) -> dict[str, str]:
+  """The fingerprints of what a stage logged, which pictures are drawn from."""
+  paths = [folder / name for name in ('metrics.jsonl', 'samples.jsonl')]
+  return {p.name: fingerprints.of_files([p]) for p in paths if p.exists()}
 
 
 def _choose(folder: files.Folder, weights: bool = False) -> str:

@@ -147,6 +147,7 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
       saved.save(stage.num_steps, state, wait=True)
       raise
     seconds = _elapsed(folder, time.perf_counter() - began)
+    made |= {'logs': inputs.logs(folder)}
     checkpoint.save_params(folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps}, made)
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
@@ -210,17 +211,19 @@ def candidate_steps(num_steps: int, count: int | None) -> list[int]:
 def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) -> None:
   """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for stages/selection.py to choose from."""
   path = folder / 'candidates' / str(step)
-  if checkpoint.is_finished(path) and checkpoint.load_info(path).get('made', {}).get('origin') == made['origin']:
-    return  # there already where a run that was stopped repeats steps
+  there = jax.process_index() == 0 and checkpoint.is_finished(path) and (
+      checkpoint.load_info(path).get('made', {}).get('origin') == made['origin'])
+  if anywhere(there)[0]:
+    return  # where a run that was stopped repeats steps
   params, info = stage.finish(state)
   checkpoint.save_params(path, params, info | {'steps': step}, made)
 
 
 def record(setup: Setup, name: str) -> dict:
-  """What the stage was made from, as far as it has read it: written by process 0 to STAGE/inputs.json, read by all."""
-  read = inputs.of_config(setup.config, name) | setup.read
-  trouble.on_first(lambda: inputs.record(setup.workdir, name, identity(setup.config, name), read))
-  return inputs.read_record(setup.workdir, name)
+  """What the stage was made from, as far as it has read it, which process 0 keeps in STAGE/inputs.json; empty on the others."""
+  read, made = inputs.of_config(setup.config, name) | setup.read, {}
+  trouble.on_first(lambda: made.update(inputs.record(setup.workdir, name, identity(setup.config, name), read)))
+  return made
 
 
 def _elapsed(folder: files.Folder, seconds: float) -> float:

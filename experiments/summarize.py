@@ -73,6 +73,9 @@ def main(folders: list[str]) -> None:
   if not folders or folders[0] in ('-h', '--help'):
     raise SystemExit(__doc__)
   paths = [pathlib.Path(f).expanduser() / 'report.json' for f in folders]
+  twice = [f for i, f in enumerate(folders) if paths[i].resolve() in [p.resolve() for p in paths[:i]]]
+  if twice:
+    raise SystemExit(f'error: {twice[0]} is named twice: a mean over seeds counts each once.')
   missing = [str(p) for p in paths if not p.is_file()]
   if missing:
     raise SystemExit(f'no report in {", ".join(missing)}: has the run ended?')

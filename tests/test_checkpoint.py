@@ -203,3 +203,20 @@ def test_checksums_do_not_depend_on_the_mesh():
   spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), 'tensor')))
   assert checksums.describe({'x': spread}) == checksums.describe({'x': x}) == {'x': [[8, 6], 'float32', int(checksums.checksum(x))]}
   assert checksums.different({'x': x, 'y': x}, checksums.describe({'x': x, 'y': x + 1})) == ['y']
+
+
+def test_no_thread_outlives_an_error(tmp_path, monkeypatch):
+  """One that still cleared what a killed save left would print a traceback of its own behind the error's message."""
+  import asyncio
+  import threading
+
+  from orbax.checkpoint._src.path import temporary_paths
+
+  async def slow(*_, **__):
+    await asyncio.sleep(2)
+
+  monkeypatch.setattr(temporary_paths, 'cleanup_temporary_paths', slow)
+  before = set(threading.enumerate())
+  with pytest.raises(ValueError, match='a clear error'), checkpoint.Checkpoints(tmp_path / 'c', config={}):
+    raise ValueError('a clear error')
+  assert not [t for t in set(threading.enumerate()) - before if 'target_setting_result' in t.name]

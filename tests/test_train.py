@@ -1,5 +1,6 @@
 """The main job in miniature: it ends with a report; stopped anywhere, it goes on and ends with the same bits."""
 
+import functools
 import json
 import os
 import shutil
@@ -103,7 +104,9 @@ def test_a_table_of_several_runs(finished, tmp_path, capsys):
   out = capsys.readouterr().out
   assert '| SFT | 0.50 (0.50 to 0.50) |' in out and ' of 2 |' in out and 'Seeds 0, 1' in out
   with pytest.raises(SystemExit, match='are both of seed 1'):
-    summarize.main([str(finished), second, second])
+    summarize.main([str(finished), second, other('copy')])
+  with pytest.raises(SystemExit, match='second is named twice'):
+    summarize.main([str(finished), second, f'{second}/'])
   with pytest.raises(SystemExit, match=r'different configs.*\n  stages.sft.epochs: 3, 16'):
     summarize.main([str(finished), other('longer', epochs=16)])
   with pytest.raises(SystemExit, match='no report in'):
@@ -146,9 +149,15 @@ def test_a_report_keeps_what_holds_and_nothing_else(finished, patch, tmp_path, c
   assert {p.name for p in (workdir / 'report').iterdir()} <= kept and len(list((workdir / 'report').glob('*.npz'))) == 2
   assert json.loads((workdir / 'report.json').read_text())['policies']['ppo'] == old['ppo']
   measured = []
-  patch_measure = pytest.MonkeyPatch()
   real = report.evaluation.measure
-  patch_measure.setattr(report.evaluation, 'measure', lambda ev, params, *a: measured.append(1) or real(ev, params, *a))
+
+  @functools.wraps(real)  # so that its source is that of the real one
+  def measure(*args):
+    measured.append(1)
+    return real(*args)
+
+  patch_measure = pytest.MonkeyPatch()
+  patch_measure.setattr(report.evaluation, 'measure', measure)
   shutil.rmtree(workdir / 'ppo/final')  # another policy in the place of the old one
   shutil.copytree(workdir / 'ppo_ptx/final', workdir / 'ppo/final')
   setup = make_setup(c, workdir)

@@ -294,9 +294,10 @@ def test_of_a_checkpoint_what_is_read_counts(tmp_path):
 
 @pytest.mark.parametrize('source,file', [('jsonl:{0}/a.jsonl', 'a.jsonl'), ('text:{0}/*.txt', 'b.txt'),
                                          ('hf:{0}:train', 'c/x.json'),
-                                         ('tfds:{0}:train[:5%]', 'c/x.json'), ('jsonl:{0}/a.jsonl; text:{0}/b.txt', 'b.txt')])
+                                         ('tfds:{0}:train[:5%]', 'c/x.json'), ('jsonl:{0}/a.jsonl; text:{0}/b.txt', 'b.txt'),
+                                         ('jsonl:{0}/d;e.jsonl', 'd;e.jsonl')])
 def test_every_file_of_a_source_counts(tmp_path, source, file):
-  for name in ('a.jsonl', 'b.txt', 'c/x.json'):
+  for name in ('a.jsonl', 'b.txt', 'c/x.json', 'd;e.jsonl'):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('1')
   name = source.format(tmp_path)
@@ -335,7 +336,8 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('stage,file', [(s, f) for s in 'ab' for f in ('inputs.json', 'final/info.json', 'final/sums.json',
-                                                                        'checkpoints/config.json', '../hashed.json')])
+                                                                        'checkpoints/config.json', 'metrics.jsonl',
+                                                                        '../hashed.json')])
 @pytest.mark.parametrize('how', ['flip', 'cut', 'empty', 'remove', 'folder'])
 def test_a_damaged_file_is_named_or_without_effect(workdir, stage, file, how, capsys):
   from tests.damage import damage
@@ -348,3 +350,5 @@ def test_a_damaged_file_is_named_or_without_effect(workdir, stage, file, how, ca
     assert pathlib.Path(file).name in str(error) or 'another config' in str(error), error
     return
   assert {s: checkpoint.load_info(workdir / s / 'final')['made']['weights'] for s in 'ab'} == expected
+  if file == 'metrics.jsonl':
+    assert f'WARNING: {workdir / stage / file}: damaged' in capsys.readouterr().out
