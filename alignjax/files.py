@@ -19,13 +19,15 @@ Folder = pathlib.Path | epath.Path
 
 
 def folder(name: str | os.PathLike) -> Folder:
-  """The path of that name, `~` expanded. ValueError for a bucket that cannot be reached from here, saying what is missing."""
+  """The path of that name; ~ and ~NAME in front are home folders. ValueError for what cannot be one, saying what is missing."""
   scheme, found, _ = os.fspath(name).partition('://')
+  if '\0' in os.fspath(name):
+    raise ValueError(f'{name!r}: a name holds no zero byte.')
   if not found:
     try:
       return pathlib.Path(name).expanduser()
     except RuntimeError:
-      raise ValueError(f'{name}: the home folder is not known here; write the whole path.') from None
+      raise ValueError(f'{name}: no user of that name has a home folder here.') from None
   if scheme != 'gs':
     raise ValueError(f'{name}: a folder is a local one or gs://BUCKET/...')
   if importlib.util.find_spec('gcsfs') is None:

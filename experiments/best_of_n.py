@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from alignjax import files, fingerprints, metrics
+  from alignjax import fingerprints, metrics
   from alignjax.data import sources
   from alignjax.evals import best_of_n, samples
   from alignjax.stages import finished
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
                           '--temperature must be above 0: greedy samples are all the same.')):
     if wrong:
       raise ValueError(message)
-  out = files.folder(options.out)
+  out = pathlib.Path(options.out)
   saved = config_of(options.policy)
   world = None
   split = options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     said, values = measured(policy, PPO_SAMPLES)
     divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
     result['policies'][name] = best_of_n.policy(divergence(policy.params, model.params, said), values)
-    log = files.folder(path) / 'metrics.jsonl'
+    log = pathlib.Path(path) / 'metrics.jsonl'
     logged = metrics.read(log) if log.exists() else {}
     if 'objective/kl' in logged:
       result['policies'][name]['training'] = {'kl': logged['objective/kl'].tolist(), **{
@@ -144,11 +144,8 @@ def label(stage: str) -> str:
 
 def config_of(model: str) -> dict | None:
   """The config that a finished stage was trained with; None of a Hugging Face checkpoint."""
-  from alignjax import files
-  if model.startswith('hf:'):
-    return None
-  path = files.folder(model) / 'checkpoints' / 'config.json'
-  return json.loads(path.read_text()) if path.exists() else None
+  path = pathlib.Path(model) / 'checkpoints' / 'config.json'
+  return json.loads(path.read_text()) if not model.startswith('hf:') and path.exists() else None
 
 
 if __name__ == '__main__':

@@ -21,6 +21,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
+from experiments import command  # noqa: E402  after the path
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,5 +182,4 @@ def read_prompts(path: str) -> list:
 
 
 if __name__ == '__main__':
-  from experiments import command
   command.start(main, sys.argv[1:], ends_with_reader=True)

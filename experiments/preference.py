@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  from alignjax import files, metrics
+  from alignjax import metrics
   from alignjax.evals import judgments, preference, preference_report
   policies, kinds, out = check(options)
   judged = judgments.Judged([], [], {}, {}, [])
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     if left:
       judged.notes.append(f'{left} of {len(records)} prompts have no response of some policy and are left out')
     if options.export:
-      key = judgments.export(pairs, files.folder(options.export), options.seed)
+      key = judgments.export(pairs, pathlib.Path(options.export), options.seed)
       print(f'{options.export}: {len(pairs)} pairs to judge; {key} says who they are', flush=True)
   elif len(people) < len(kinds):
     pairs = judgments.pairs_of(judged)
@@ -121,7 +121,6 @@ def run(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, str]], pathlib.Path]:
   """(policies, judges as (kind, rest), out): what is wrong with the flags is told before anything runs."""
-  from alignjax import files
   from alignjax.evals import judges
   from experiments.evaluate import pairs
   policies = pairs(options.policies, '--policies')
@@ -144,7 +143,7 @@ def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, 
     endpoint('', options)
   if any(kind == 'sandbox' for kind, _ in kinds) and trained(policies)[0] is None:
     raise ValueError('--judge=sandbox needs policies that were trained in the sandbox; these were not.')
-  return policies, kinds, files.folder(options.out)
+  return policies, kinds, pathlib.Path(options.out)
 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:

@@ -40,7 +40,6 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--seed', type=int, default=0, help='of the split')
   options = parser.parse_args(argv)
   try:
-    from alignjax import files
     from alignjax.data import hygiene, sources
     try:
       shares = {name: float(share) for name, share in (part.split('=') for part in options.shares.split(','))}
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
       print(f'{rule.ljust(width)}  removed {removed:>8}  left {left:>8}')
     for name, rows in splits.items():
       print(f'{name}: {len(rows)} records, {len({r.get("user_id") for r in rows} - {None})} users')
-    out = files.folder(options.out)
+    out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     if options.format == 'tfds':
       from alignjax.data.records import records_dataset_builder

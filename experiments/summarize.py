@@ -40,7 +40,7 @@ def table(reports: list[dict]) -> str:
 def main(folders: list[str]) -> None:
   if not folders or folders[0] in ('-h', '--help'):
     raise SystemExit(__doc__)
-  paths = [pathlib.Path(f).expanduser() / 'report.json' for f in folders]
+  paths = [pathlib.Path(f) / 'report.json' for f in folders]
   missing = [str(p) for p in paths if not p.exists()]
   if missing:
     raise SystemExit(f'no report in {", ".join(missing)}: has the run ended?')
