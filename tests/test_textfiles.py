@@ -12,7 +12,7 @@ from alignjax import files, metrics, textfiles
 from alignjax.data import mappings, sources
 from alignjax.evals import items, judgments, kept, labelers, public_data
 from alignjax.stages import finished
-from experiments import best_of_n, generate, preference, prepare
+from experiments import generate, preference
 
 ODD = 'a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\rj'  # what str.splitlines takes for ends of lines
 
@@ -316,13 +316,10 @@ def test_commands_know_the_home_folder(tmp_path, monkeypatch):
   saved = dict(data=dict(response_length=7, tokenizer='sandbox:'), world=dict(seed=3))
   (tmp_path / 'run/sft/checkpoints').mkdir(parents=True)
   (tmp_path / 'run/sft/checkpoints/config.json').write_text(json.dumps(saved))
-  assert best_of_n.config_of('~/run/sft') == saved and preference.trained(dict(a='~/run/sft')) == (3, 7)
+  assert preference.trained(dict(a='~/run/sft')) == (3, 7)
   (tmp_path / 'text').write_bytes(gzip.compress('\ufeffJudge.'.encode()))
-  flags = preference.arguments(['--judge_instructions=~/text', '--out=~/out', '--policies=a=x,b=y', '--prompts=z', '--judge=rm:w'])
-  assert preference.instructions(flags) == 'Judge.' and preference.check(flags)[2] == tmp_path / 'out'
-  (tmp_path / 'raw.jsonl').write_text('\n'.join(json.dumps(dict(prompt=f'p{i}')) for i in range(40)))
-  prepare.main(['--source=jsonl:~/raw.jsonl', '--kind=prompts', '--out=~/prepared'])
-  assert len(sources.read('jsonl:~/prepared/train.jsonl.gz', 'prompts')) > 20
+  flags = preference.arguments(['--judge_instructions=~/text'])
+  assert preference.instructions(flags) == 'Judge.'
   with pytest.raises(FileNotFoundError, match='no finished stage'):
     finished.load('~/run/rm')
 

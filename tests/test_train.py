@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from alignjax import checkpoint, train
 from alignjax.stages.setup import make_setup
+from experiments import generate
 from experiments.configs import ppo_ptx
 
 READ: set[str] = set()
@@ -55,6 +56,13 @@ def finished(patch, tmp_path_factory):
     m.setattr(ConfigDict, '__getattr__', read_attribute)
     train.main(config(), workdir)
   return workdir
+
+
+@pytest.mark.slow
+def test_generate_answers_of_the_main_jobs_result_with_its_defaults(finished, capsys):
+  """Of 20 tokens at most, as in training: the context of 96 has no room for 128."""
+  generate.main([f'--model={finished}/ppo_ptx', '--prompt=what is red ?', '--temperature=0'])
+  assert len(capsys.readouterr().out.split()) <= 20
 
 
 @pytest.mark.slow
