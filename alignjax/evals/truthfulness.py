@@ -119,7 +119,7 @@ def load(judge: str, kind: str) -> Judge:
   if _is_function(judge):
     return plugins.find(judge, f'--options: truthfulqa.{kind}')
   from alignjax.stages import finished
-  read = reader(finished.load(judge, 'lm'))
+  read = reader(finished.load(judge, 'lm', dtype='float32'))  # the same judge, whatever it judges computes in
   return lambda questions, answers: read([f'Q: {q}\nA: {a}\n{ENDS[kind]}' for q, a in zip(questions, answers, strict=True)])
 
 
