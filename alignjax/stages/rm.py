@@ -66,9 +66,9 @@ def build(setup: Setup, name: str) -> Stage:
   state = make_state(setup, {'reward': params}, tx)
   step = make_step(setup, name, tx, state)
 
-  sizes = [(per_batch[number[bucket[rows[0]]]] * bucket[rows[0]][0], bucket[rows[0]][1]) for rows in order]  # rows, length
-  each = [throughput.training(setup.reward_model, rows, t, 'scalar') for rows, t in sizes]
-  work = {kind: float(np.mean([w[kind] for w in each])) for kind in each[0]}
+  def work(i):
+    k, t = bucket[order[i][0]]
+    return throughput.training(setup.reward_model, per_batch[number[k, t]] * k, t, 'scalar')
 
   # 4. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
@@ -90,7 +90,7 @@ def build(setup: Setup, name: str) -> Stage:
                                   lambda rows: score(params, rows), setup.config.seed)
     return params, info
 
-  return Stage(state, step, batch, len(order), cfg.responses_per_batch * length, finish, work=work)
+  return Stage(state, step, batch, len(order), finish, work=work)
 
 
 def prompts_per_batch(setup: Setup, name: str, k: int) -> int:

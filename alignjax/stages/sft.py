@@ -56,9 +56,9 @@ def build(setup: Setup, name: str) -> Stage:
       parts.append(text(i, own[own >= demos] - demos))
     return setup.sharder.put(jax.tree.map(lambda *x: np.concatenate(x), *parts))
 
-  return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
+  return Stage(state, step, batch, num_steps,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
-               work=throughput.training(setup.policy_model, cfg.batch_size, setup.length))
+               work=lambda _: throughput.training(setup.policy_model, cfg.batch_size, setup.length))
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
