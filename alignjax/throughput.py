@@ -6,7 +6,7 @@ given here is each phase's tokens over the whole step's seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -29,7 +29,7 @@ def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> floa
 
 def training(cfg: TransformerConfig, rows: int, length: int, head: str = 'lm') -> dict[str, float]:
   """The work of one step that trains on `rows` rows; a backward pass is two forward ones. Recomputation does not count."""
-  return {'tokens_trained': rows * length, 'flops': 3 * rows * forward_flops(cfg, length, head)}
+  return {'tokens': rows * length, 'tokens_trained': rows * length, 'flops': 3 * rows * forward_flops(cfg, length, head)}
 
 
 def ppo(policy: TransformerConfig, value: TransformerConfig, *, episodes: int, samples_per_prompt: int, prompt_length: int,
@@ -42,9 +42,15 @@ def ppo(policy: TransformerConfig, value: TransformerConfig, *, episodes: int, s
   generated = (episodes / samples_per_prompt) * prefill + episodes * (lm - prefill)
   scored = episodes * (2 * lm + (2 if reward_model else 1) * scalar)
   trained = 3 * epochs * (episodes * (lm + scalar) + ptx_rows * forward_flops(policy, row_length))
-  return {'episodes': episodes, 'tokens_generated': episodes * response_length,
+  return {'episodes': episodes, 'tokens': episodes * length + ptx_rows * row_length, 'tokens_generated': episodes * response_length,
           'tokens_scored': episodes * length * (4 if reward_model else 3),
           'tokens_trained': epochs * (2 * episodes * length + ptx_rows * row_length), 'flops': generated + scored + trained}
+
+
+def mean(works: Iterable[Mapping[str, float]]) -> dict[str, float]:
+  """The mean work of several steps."""
+  works = list(works)
+  return {kind: sum(work[kind] for work in works) / len(works) for kind in works[0]}
 
 
 def metrics(work: Mapping[str, float], seconds: float) -> dict[str, float]:

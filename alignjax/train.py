@@ -183,8 +183,7 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
       now = time.perf_counter()
       values['optim/skipped'] = float(skipped[0])
       values['time/step_seconds'] = seconds = (now - last_time) / (done - last_step)
-      values['time/tokens_per_second'] = stage.tokens_per_step / seconds
-      values |= throughput.metrics(stage.work, seconds)
+      values |= throughput.metrics(throughput.mean(map(stage.work, range(last_step, done))), seconds)
       last_time, last_step = now, done
       writer.write(done, values)
       progress.update(done, values)

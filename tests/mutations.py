@@ -1,7 +1,7 @@
 # ruff: noqa: E501  an edit stands in one line
 """Puts bugs into the code, one at a time, and looks whether a test fails.
 
-  python tests/mutations.py                            the 25 of the correctness checklist, some minutes
+  python tests/mutations.py                            the 25 of the correctness checklist and others by hand, some minutes
   python tests/mutations.py 1 8 23                     these
   python tests/mutations.py --generated=60 --seed=0    60 of those that tests/mutants.py makes of the numeric files, an hour
   python tests/mutations.py --generated=9 --files=ops.py,losses.py
@@ -76,6 +76,27 @@ MUTATIONS = {  # item: (the bug, file, what stands there, what stood there when 
     25: ('a decoded token stands at its cache slot', 'models/transformer.py',
          'where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)',
          'where = jnp.broadcast_to(cache.index, (tokens.shape[0], 1))', 'test_transformer'),
+    # of no item: bugs that once no test saw
+    26: ('the KL penalty is a bonus', 'stages/ppo_ptx.py', 'rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)',
+         'rollout.ref_logprobs, rollout.logprobs, rollout.mask, kl_coef)', 'test_iteration'),
+    27: ('the adaptive KL coefficient is discarded', 'stages/ppo_ptx.py', "jnp.isfinite(metrics['objective/scores']), steered, kl_coef)",
+         "jnp.isfinite(metrics['objective/scores']), kl_coef, kl_coef)", 'test_iteration'),
+    28: ("keep='ema' keeps the policy", 'stages/ppo_ptx.py', "'ema': state.ema}[keep]", "'ema': state.params['policy']}[keep]", 'test_iteration'),
+    29: ('later inner epochs are not shuffled', 'stages/ppo_ptx.py', 'orders.at[0].set(jnp.arange(count))', 'orders.at[:].set(jnp.arange(count))',
+         'test_iteration'),
+    30: ("the reward model's accuracy is of training prompts", 'stages/comparisons.py', "cfg.policies[:1], cfg.evaluation_prompts, 'test')",
+         "cfg.policies[:1], cfg.evaluation_prompts, 'train')", 'test_heldout_prompts'),
+    31: ('the reference is scored without the temperature', 'rollout.py',
+         "nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)", "nets.logprobs(frozen['ref'], tokens, token_mask)",
+         'test_iteration'),
+    32: ('the moving average is of the parameters before the update', 'steps.py', "- e), ema, params['policy'])",
+         "- e), ema, state.params['policy'])", 'test_iteration'),
+    33: ('untied logits are rounded to bfloat16', 'models/transformer.py', 'dot_general=_to_float32, name', 'name', 'test_transformer'),
+    34: ('decay of stacked norms', 'optim.py', "len(leaf.shape) - ('layers' in parents) > 1", 'len(leaf.shape) > 1', 'test_optim'),
+    35: ('a query that sees nothing sees all', 'models/transformer.py', 'NEVER), axis=-1), 0.0)', 'NEVER), axis=-1), 1.0 / visible.shape[-1])',
+         'test_transformer'),
+    36: ('ids without a token are drawn', 'models/transformer.py', 'return next_token(weights, x[:, 0]), cache', 'return unembed(weights, x[:, 0]), cache',
+         'test_transformer'),
 }
 
 
@@ -118,7 +139,7 @@ def of_checklist(cache: str, item: int) -> str:
   text = (ROOT / 'alignjax' / name).read_text()
   if text.count(right) != 1:
     return f'OUT OF DATE: {name} has {text.count(right)} times {right!r}'
-  return trial(cache, {name: text.replace(right, wrong)}, tests, f'item_{item}_')
+  return trial(cache, {name: text.replace(right, wrong)}, tests, f'item_{item}_' if item <= 25 else '')
 
 
 def generated(cache: str, count: int, seed: int, files: list[str]) -> int:
@@ -138,7 +159,7 @@ def generated(cache: str, count: int, seed: int, files: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(description='Bugs put into the code, and whether a test fails.')
-  parser.add_argument('items', nargs='*', type=int, help='of the checklist; none: all 25')
+  parser.add_argument('items', nargs='*', type=int, help='of MUTATIONS; none: all')
   parser.add_argument('--generated', type=int, default=0, help='this many generated mutants instead')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--files', default=','.join(TESTS), help='of the generated ones, below alignjax/')

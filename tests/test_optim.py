@@ -84,6 +84,11 @@ def test_decay_leaves_stacked_norms_and_biases_alone(family, head):
   assert found >= {'tokens', 'kernel', 'scale'} and ('bias' in found or head == 'lm')
 
 
+def test_decay_of_a_parameter_of_a_fork_goes_by_the_shape_in_a_layer():
+  arrays = {'layers': {'gain': jnp.ones((2, 3)), 'mix': jnp.ones((2, 3, 3)), 'bias': jnp.ones((2, 4, 3))}, 'gain': jnp.ones(3)}
+  assert optim.decays(arrays) == {'layers': {'gain': False, 'mix': True, 'bias': False}, 'gain': False}
+
+
 @pytest.mark.parametrize('wrong,words', [(dict(schedule='linear'), 'linear'), (dict(eps_form='keras'), 'keras'),
                                          (dict(warmup=5), 'only 3')])
 def test_wrong_choices_are_refused(wrong, words):

@@ -85,7 +85,11 @@ def test_flops_by_hand():
   """A layer: q and out 8x8 each, k and v 8x4 each, three 8x16 of the MLP: 576 weights. Attention: 2 T^2 * 8 a layer."""
   assert throughput.forward_flops(SMALL, 10) == 2 * 10 * (2 * 576 + 8 * 50) + 2 * (2 * 100 * 8)
   assert throughput.forward_flops(SMALL, 10, 'scalar') == 2 * 10 * (2 * 576 + 8) + 2 * (2 * 100 * 8)
-  assert throughput.training(SMALL, 4, 10) == {'tokens_trained': 40, 'flops': 12 * throughput.forward_flops(SMALL, 10)}
+  flops = 12 * throughput.forward_flops(SMALL, 10)
+  assert throughput.training(SMALL, 4, 10) == {'tokens': 40, 'tokens_trained': 40, 'flops': flops}
+  short = throughput.training(SMALL, 4, 5)  # two steps of buckets of different length
+  assert throughput.mean([throughput.training(SMALL, 4, 10), short]) == {
+      'tokens': 30, 'tokens_trained': 30, 'flops': (flops + short['flops']) / 2}
 
 
 def test_flops_are_what_the_compiler_counts():
@@ -103,7 +107,7 @@ def test_the_work_of_an_iteration():
   work = throughput.ppo(SMALL, SMALL, episodes=8, samples_per_prompt=2, prompt_length=6, response_length=4, row_length=12,
                         ptx_rows=16, epochs=1, reward_model=True)
   assert work['episodes'] == 8 and work['tokens_generated'] == 32 and work['tokens_scored'] == 4 * 80
-  assert work['tokens_trained'] == 2 * 80 + 16 * 12
+  assert work['tokens_trained'] == 2 * 80 + 16 * 12 and work['tokens'] == 80 + 16 * 12
   lm, scalar, text = (throughput.forward_flops(SMALL, *a) for a in ((10,), (10, 'scalar'), (12,)))
   prefill = throughput.forward_flops(SMALL, 6)
   trained = 3 * (8 * (lm + scalar) + 16 * text)

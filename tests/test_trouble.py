@@ -91,8 +91,8 @@ def run(path, bad=(), step=None, num_steps=8, build=None, finish=None, failures=
   def builder(setup, name):
     if build is not None:
       build()
-    return Stage(first_state(), step or one_step, batch, num_steps, 3, finish or (lambda s: (s.params['policy'], {'head': 'lm'})),
-                 failures=failures)
+    return Stage(first_state(), step or one_step, batch, num_steps, finish or (lambda s: (s.params['policy'], {'head': 'lm'})),
+                 work=lambda step: {'tokens': 3.0 * (step + 1)}, failures=failures)
 
   setup = types.SimpleNamespace(config=config(**changes), workdir=path, read={})
   with interrupt or Interrupt(25.0) as i:
@@ -119,6 +119,13 @@ def test_a_run_goes_through_a_few_bad_updates(tmp_path, capsys):
   for i in (0, 1, 4, 5, 7):
     expected, _, _ = one_step(expected, Row(jnp.array([1.0, i, 1.0])))
   assert checkpoint.same(result(tmp_path)['w'], expected.params['policy']['w'])
+
+
+def test_tokens_per_second_are_those_of_the_steps_that_were_timed(tmp_path):
+  """Step i has 3i tokens; a line for every two steps holds their mean."""
+  run(tmp_path, num_steps=4, **{'stages.s.log_every': 2})
+  log = [json.loads(x) for x in (tmp_path / 's/metrics.jsonl').read_text().splitlines()]
+  close([x['time/tokens_per_second'] * x['time/step_seconds'] for x in log], [4.5, 10.5], rtol=1e-3)
 
 
 def test_too_many_in_a_row_end_it_with_the_batch_kept(tmp_path):

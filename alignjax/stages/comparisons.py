@@ -117,10 +117,10 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
   return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(plan.prompts))))
 
 
-def mean_work(plan: Updates, work: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
-  """The mean over the updates of work(rows, tokens), for throughput."""
-  each = [work(plan.prompts * k, t) for (k, t), _ in plan.order]
-  return {kind: sum(w[kind] for w in each) / len(each) for kind in each[0]} if each else {}
+def work(plan: Updates, step: int, of: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
+  """of(rows, tokens of a row) of an update, for throughput."""
+  (k, t), _ = plan.order[step]
+  return of(plan.prompts * k, t)
 
 
 def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:

@@ -136,10 +136,9 @@ def build(setup: Setup, name: str) -> Stage:
     index = np.repeat(batches.indices(len(prompt_records), prompts_per_step, i, seed), cfg.rollout.samples_per_prompt)
     return look(setup, [prompt_records[j] for j in index], rollout)
 
-  tokens = cfg.rollout.episodes * setup.length + setup.config.data.row_length * rows_per_step
-  return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations, tokens,
+  return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations,
                finish=lambda state: (kept(state, cfg.keep), {'head': 'lm'}),
-               observe=observe, failures=failures, work=throughput.ppo(
+               observe=observe, failures=failures, work=lambda _: throughput.ppo(
                    setup.policy_model, setup.reward_model, episodes=cfg.rollout.episodes,
                    samples_per_prompt=cfg.rollout.samples_per_prompt, prompt_length=setup.prompt_length,
                    response_length=setup.response_length, row_length=setup.config.data.row_length, ptx_rows=rows_per_step,

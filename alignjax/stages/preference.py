@@ -57,11 +57,10 @@ def build(setup: Setup, name: str) -> Stage:
     own = throughput.training(setup.policy_model, rows, length)
     return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}  # the reference reads what the policy is trained on
 
-  work = comparisons.mean_work(plan, work_of)
   info = {'head': 'lm', 'prompts': len(data.prompts), 'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
   return Stage(state, lambda state, batch: compiled(state, frozen, batch),
                lambda i: comparisons.batch(setup, data, plan, i, encode.preferences), len(plan.order),
-               work.get('tokens_trained', 0), finish=lambda state: (state.params['policy'], info), work=work)
+               finish=lambda state: (state.params['policy'], info), work=lambda i: comparisons.work(plan, i, work_of))
 
 
 def update(state: TrainState, frozen: Params, batch: PreferenceBatch, *, key: jax.Array, loss_fn: Callable, nets: Networks, tx,

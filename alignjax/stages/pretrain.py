@@ -38,9 +38,9 @@ def build(setup: Setup, name: str) -> Stage:
     index = batches.indices(len(rows.tokens), cfg.batch_size, i, (setup.config.seed, seed_of(name)))
     return setup.sharder.put(batches.take(rows, setup.sharder.local(index)))
 
-  return Stage(state, step, batch, num_steps, cfg.batch_size * rows.tokens.shape[1],
+  return Stage(state, step, batch, num_steps,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
-               work=throughput.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
+               work=lambda _: throughput.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:

@@ -62,9 +62,8 @@ def build(setup: Setup, name: str) -> Stage:
       info['accuracy_heldout_prompts'] = rm_accuracy.on_ranks(held_out, lambda rows: score(params, rows))
     return params, info
 
-  work = comparisons.mean_work(plan, lambda rows, t: throughput.training(setup.reward_model, rows, t, 'scalar'))
-  return Stage(state, step, lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons), len(plan.order),
-               work.get('tokens_trained', 0), finish, work=work)
+  return Stage(state, step, lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons), len(plan.order), finish,
+               work=lambda i: comparisons.work(plan, i, lambda rows, t: throughput.training(setup.reward_model, rows, t, 'scalar')))
 
 
 def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:

@@ -69,7 +69,7 @@ def build(setup: Setup, name: str) -> Stage:
     return load(candidates[result['chosen']], 'lm'), {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
 
   state = make_state(setup, {'policy': {}}, optax.identity())
-  return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, 0, finish)
+  return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, finish)
 
 
 def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:

@@ -68,20 +68,19 @@ class Stage(NamedTuple):
   state: the first TrainState, on its shardings; a checkpoint replaces it.
   step: (state, batch) -> (state, metrics, seen), compiled, donates the state.
   batch: step number -> global batch; a pure function.
-  num_steps, tokens_per_step: for the loop, and for throughput.
+  num_steps: for the loop.
   finish: state -> (params to keep, info as JSON values).
   observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged steps; or None.
-  work: what a step does, for throughput.metrics: tokens by phase, episodes, FLOPs.
+  work: step number -> what that step does, for throughput.metrics: tokens, tokens by phase, episodes, FLOPs. Batches may differ.
   failures: where a function on the host that the step calls says why it gave up (alignjax/host.py); one ends the run.
   """
   state: TrainState
   step: Callable[[TrainState, Any], tuple[TrainState, Metrics, Any]]
   batch: Callable[[int], Any]
   num_steps: int
-  tokens_per_step: int
   finish: Callable[[TrainState], tuple[Params, dict]]
   observe: Callable[[int, TrainState, Any], tuple[Metrics, list]] | None = None
-  work: Mapping[str, float] = {}
+  work: Callable[[int], Mapping[str, float]] = lambda step: {}
   failures: Sequence[str] = ()
 
 

@@ -63,9 +63,9 @@ def build(setup: Setup, name: str) -> Stage:
       made = made.replace(source=(own >= demos).astype(np.int32), mix=mix_of(cfg))
     return setup.sharder.put(made)
 
-  return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
+  return Stage(state, step, batch, num_steps,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
-               work=throughput.training(setup.policy_model, cfg.batch_size, setup.length))
+               work=lambda _: throughput.training(setup.policy_model, cfg.batch_size, setup.length))
 
 
 def mix_of(cfg) -> tuple[tuple[str, float], ...]:

@@ -1,0 +1,23 @@
+"""What the sandbox's reward model is measured on."""
+
+import jax
+
+from alignjax import sandbox
+from alignjax.stages import comparisons
+from alignjax.stages.setup import make_setup
+from experiments.configs import ppo_ptx
+
+
+def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):
+  """Of the split 'test', with responses of the first policy alone; training takes those of 'train'."""
+  setup = make_setup(ppo_ptx.get_config('tiny'), tmp_path, jax.devices()[:1])
+  cfg = setup.config.stages.rm
+  prompts = lambda count, split: [setup.template.prompt(r['prompt']) for r in sandbox.prompts(setup.world, count, split)]
+  answer = setup.template.response(sandbox.demonstrations(setup.world, 1, 'train')[0]['response'])
+  loaded = []
+  monkeypatch.setattr(comparisons, 'initial_params', lambda setup, spec, *_: loaded.append(spec))
+  sample = lambda params, queries, *_: ([answer] * len(queries), None)
+  monkeypatch.setattr(comparisons.bulk, 'make_sampler', lambda *_, **__: sample)
+  assert comparisons.evaluation(setup, 'rm').prompts == prompts(cfg.evaluation_prompts, 'test')
+  assert loaded == [cfg.policies[0]['init']]
+  assert prompts(cfg.evaluation_prompts, 'test') != prompts(cfg.evaluation_prompts, 'train')
