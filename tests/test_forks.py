@@ -76,7 +76,7 @@ def offline(folder, **changes):
                 response_length=6, row_length=12)
   c.data.heldout.share = 0.0
   c.model.update(num_layers=1, d_model=32, num_heads=2, max_length=32)
-  c.stages.dpo.update(init=dict(policy='random', ref='random'), prompts=None, policies=(), k_buckets=(2, 3), row_lengths=(),
+  c.stages.dpo.update(init=dict(policy='random', ref='random'), prompts=None, policies=(), k_buckets=(3,), row_lengths=(),
                       responses_per_batch=12, epochs=3, log_every=1)
   c.stages.dpo.optimizer.policy.lr = 1e-2
   c.update_from_flattened_dict(changes)
@@ -100,11 +100,6 @@ def test_dpo_is_a_stage(one_device, tmp_path):
   assert checkpoint.load_info(tmp_path / 'run/dpo/final')['prompts'] == 24
   before, after = initial_params(setup, 'random', 'lm', 0), initial_params(setup, 'stage:dpo', 'lm', 0)
   assert not checkpoint.same(before, after)
-  setup = make_setup(offline(tmp_path, **{'stages.dpo.microbatches': 2, 'stages.dpo.epochs': 1}), tmp_path)
-  stage = preference.build(setup, 'dpo')
-  _, cut, _ = stage.step(stage.state, stage.batch(0))
-  for name in ('dpo/loss', 'optim/grad_norm_policy'):
-    assert cut[name] == pytest.approx(log[name][0], rel=1e-4), 'microbatches change memory alone'
 
 
 @pytest.mark.parametrize('loss', ['ipo', 'simpo', 'kto'])
@@ -113,6 +108,7 @@ def test_a_forks_offline_loss_is_a_function_and_a_config(one_device, loss, tmp_p
   c.stages.dpo.loss = dict(fn=f'tests.fork_losses:{loss}', beta=0.5)
   if loss == 'simpo':
     c.stages.dpo.init.ref = None
+  c.stages.dpo.microbatches = 2
   setup = make_setup(c.lock(), tmp_path)
   preference.check(setup, 'dpo')
   stage = preference.build(setup, 'dpo')
@@ -121,6 +117,8 @@ def test_a_forks_offline_loss_is_a_function_and_a_config(one_device, loss, tmp_p
     state, measured, _ = stage.step(state, stage.batch(i))
     values.append(float(measured[f'{loss}/loss']))
   assert np.mean(values[-3:]) < np.mean(values[:3])
+  if loss != 'simpo':  # policy == reference at the start: (1 / (2 beta))^2, and 1 - sigmoid(0)
+    assert values[0] == pytest.approx({'ipo': 1.0, 'kto': 0.5}[loss], abs=1e-6)
 
 
 def test_a_loss_that_needs_the_reference_says_so(one_device, tmp_path):
