@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import ops
-from alignjax.types import ComparisonBatch, Metrics, Networks, Params, PPOBatch, TokenBatch
+from alignjax.types import ComparisonBatch, Metrics, Networks, Params, PPOBatch, PreferenceBatch, TokenBatch
 
 
 def sft(params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Networks) -> tuple[jax.Array, Metrics]:
@@ -21,10 +21,16 @@ def sft(params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Netwo
 
   Used for pretraining (every token weighs 1) and for supervised fine-tuning (paper section 3.5), where the data decides
   the weights: response and end-of-text only by default. The paper does not say whether prompts were masked.
+  Where pretraining text is mixed in (appendix C.3), the loss is sum_s share_s loss_s over the sources of batch.mix; the mean
+  loss of each source and its share of the weights are among the metrics.
   """
   logprobs, _ = nets.logprobs(params['policy'], batch.tokens, batch.mask, key=key)
   loss = -jnp.sum(batch.weights * logprobs)
-  return loss, {'sft/loss': loss}
+  metrics = {'sft/loss': loss}
+  for i, (name, share) in enumerate(batch.mix):
+    weights = batch.of_source(i)
+    metrics |= {f'sft/loss/{name}': -jnp.sum(weights * logprobs) / share, f'sft/share/{name}': jnp.sum(weights)}
+  return loss, metrics
 
 
 def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None, *,
@@ -34,7 +40,8 @@ def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None
   Each response passes through the model once, and all C(K,2) pairs of a prompt are one batch element; as independent
   pairs, each response would be trained on K - 1 times and one epoch overfits (paper, footnote 5). Ties are dropped (C.2)
   and absent responses masked; K in C(K,2) counts the responses that are present. What the paper leaves open: with ties,
-  we still divide by C(K,2), and a prompt whose responses all tie is left out of the mean (ComparisonBatch.normalized).
+  we still divide by C(K,2), and the stage leaves out prompts whose responses all tie. Every prompt has the same weight in an
+  epoch (ComparisonBatch.normalized); `rm/loss` and the other figures are means over the prompts of the batch.
   """
   del key  # no dropout: the paper reports none for the reward model
   b, k, t = batch.tokens.shape
@@ -47,8 +54,36 @@ def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  per_prompt_mean = lambda x: jnp.sum(batch.weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
-  return loss, {'rm/loss': loss, 'rm/accuracy': per_prompt_mean(margins > 0), 'rm/margin': per_prompt_mean(margins)}
+  mean = lambda x: jnp.sum(batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
+  return loss, {'rm/loss': jnp.sum(batch.mean_weights * per_prompt), 'rm/accuracy': mean(margins > 0), 'rm/margin': mean(margins)}
+
+
+def response_logprobs(params: Params, batch: PreferenceBatch, *, nets: Networks) -> jax.Array:
+  """f32[B,K,T]: log pi of each response token given all before it, 0 on prompts and pads. params: of one language model."""
+  b, k, t = batch.tokens.shape
+  logprobs, _ = nets.logprobs(params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
+  return jnp.where(batch.response_mask, logprobs.reshape(b, k, t), 0.0)
+
+
+def dpo(params: Params, batch: PreferenceBatch, key: jax.Array | None, *, nets: Networks,
+        beta: float = 0.1) -> tuple[jax.Array, Metrics]:
+  """Direct preference optimization (Rafailov et al. 2023, Eq. 7): -log sigmoid(h_w - h_l), h = beta log(pi(y|x) / pi_ref(y|x)).
+
+  Of K ranked responses the mean over the pairs without a tie; K = 2 is the paper's. pi(y|x) is of the whole response, its end
+  token included. No dropout, so that policy and reference are equal before the first update.
+  """
+  del key
+  if batch.ref_logprobs is None:
+    raise ValueError('dpo needs a reference: init.ref must name its weights.')
+  implicit = beta * jnp.sum(response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, axis=-1)  # [B,K]
+  wins = batch.pairs()
+  margins = jnp.where(wins, implicit[:, :, None] - implicit[:, None, :], 0.0)
+  count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
+  per_prompt = lambda x: jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+  losses = -per_prompt(jax.nn.log_sigmoid(margins))
+  mean = lambda x: jnp.sum(batch.mean_weights * x)
+  return jnp.sum(batch.weights * losses), {
+      'dpo/loss': mean(losses), 'dpo/accuracy': mean(per_prompt(margins > 0)), 'dpo/margin': mean(per_prompt(margins))}
 
 
 def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Networks, clip_eps: float = 0.2,

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -28,30 +29,42 @@ def find(name: str, where: str) -> Callable:
   return getattr(module, attribute)
 
 
-def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = ()) -> Callable:
-  """functools.partial of spec['fn'] with the other entries as keyword arguments, checked against its signature.
+def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (),
+         facts: Mapping[str, Any] = MappingProxyType({})) -> Callable:
+  """The function of a spec with its coefficients bound. They are its keyword-only arguments.
 
   An entry that the function does not take is an error here, before anything is compiled: a coefficient that does
-  nothing cannot exist. `given` names the keyword arguments that the caller will pass itself.
+  nothing cannot exist.
+
+  Args:
+    given: names of the keyword arguments that the caller will pass itself.
+    facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument of such a name
+      gets the value. In the spec it is an error, since two entries could disagree.
   """
-  if 'fn' not in spec:
-    raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec)}.")
+  if spec is None or 'fn' not in spec:
+    raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec or {}) or 'none'}.")
   function = find(spec['fn'], f'{where}.fn')
   coefficients = {key: value for key, value in spec.items() if key != 'fn'}
+  passed = {*given, *facts}
+  for key in coefficients:
+    if key in passed:
+      value = f', {facts[key]!r} here' if isinstance(facts.get(key), (int, float, str)) else ''
+      raise ValueError(f'{where}.{key}: the stage passes {key!r} itself{value}, to a function that has a keyword argument of '
+                       'that name. Remove this entry.')
   parameters = inspect.signature(function).parameters.values()
   takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-  keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in set(given)]
+  own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in passed]
   if not takes_any:
+    names = [p.name for p in own]
     for key in coefficients:
-      if key not in keywords:
-        near = difflib.get_close_matches(key, keywords, 1)
+      if key not in names:
+        near = difflib.get_close_matches(key, names, 1)
         hint = f' Did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'{where}.{key}: {spec["fn"]} takes {keywords or "no coefficients"}, not {key!r}.{hint}')
-  required = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and
-              p.name not in coefficients and p.name not in set(given)]
+        raise ValueError(f'{where}.{key}: {spec["fn"]} takes {names or "no coefficients"}, not {key!r}.{hint}')
+  required = [p.name for p in own if p.default is p.empty and p.name not in coefficients]
   if required:
     raise ValueError(f'{where}: {spec["fn"]} needs {", ".join(required)}.')
-  return functools.partial(function, **coefficients)
+  return functools.partial(function, **coefficients, **{k: v for k, v in facts.items() if k in keywords(spec['fn'])})
 
 
 def keywords(name: str) -> list[str]:

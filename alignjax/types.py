@@ -52,13 +52,25 @@ class TokenBatch:
       number of each token's document in its row from 1 on, 0 on pads: nothing is attended to across documents.
     weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained on. After
       `normalized()` they add up to 1, and the loss is their weighted sum.
+    source: i32[B], which entry of `mix` each row comes from; None where all rows are of one source.
+    mix: (name, share) of each source. After `normalized()` the weights of a source add up to its share, however many rows and
+      tokens it has in the batch, so that a share is one of the loss and not of rows.
   """
   tokens: jax.Array
   mask: jax.Array
   weights: jax.Array
+  source: jax.Array | None = None
+  mix: tuple[tuple[str, float], ...] = flax.struct.field(pytree_node=False, default=())
 
   def normalized(self) -> TokenBatch:
-    return self.replace(weights=normalize(self.weights))
+    if self.source is None:
+      return self.replace(weights=normalize(self.weights))
+    parts = [share * normalize(self.of_source(i)) for i, (_, share) in enumerate(self.mix)]
+    return self.replace(weights=sum(parts))
+
+  def of_source(self, index: int) -> jax.Array:
+    """f32[B,T]: the weights of the rows of source `index`, 0 elsewhere."""
+    return jnp.where((self.source == index)[:, None], self.weights, 0.0)
 
 
 @flax.struct.dataclass
@@ -69,13 +81,17 @@ class ComparisonBatch:
     tokens: i32[B,K,T], prompt and response.
     mask: bool[B,K,T].
     ranks: i32[B,K], 0 is best, equal numbers are ties, -1 marks an absent response.
-    weights: f32[B], weight of each prompt, 0 for a row that only fills the batch; after `normalized()` they add up to
-      1 over the prompts that have at least one pair without a tie.
+    weights: f32[B], weight of each prompt in the loss: 1, and 0 for a row that only fills the batch. `normalized()` divides
+      them by B, which is the same for every update of a run. So each prompt weighs the same over an epoch (the expectation of
+      Eq. 1), and a short last batch makes a smaller gradient instead of heavier prompts.
+    mean_weights: f32[B], the same for figures: after `normalized()` they add up to 1 over the prompts of this batch that have
+      a pair without a tie, so that accuracy and loss of a short batch are logged as means. None before.
   """
   tokens: jax.Array
   mask: jax.Array
   ranks: jax.Array
   weights: jax.Array
+  mean_weights: jax.Array | None = None
 
   def pairs(self) -> jax.Array:
     """bool[B,K,K]: [b, i, j] is True where response i was ranked above response j; ties and absent ones never are."""
@@ -84,8 +100,20 @@ class ComparisonBatch:
     return better & present[:, :, None] & present[:, None, :]
 
   def normalized(self) -> ComparisonBatch:
-    informative = self.pairs().any((1, 2))
-    return self.replace(weights=normalize(jnp.where(informative, self.weights, 0.0)))
+    informative = jnp.where(self.pairs().any((1, 2)), self.weights, 0.0)
+    return self.replace(weights=self.weights / len(self.weights), mean_weights=normalize(informative))
+
+
+@flax.struct.dataclass
+class PreferenceBatch(ComparisonBatch):
+  """A ComparisonBatch for losses of a policy, without a reward model (stages/preference.py).
+
+  Attributes:
+    response_mask: bool[B,K,T], True on the tokens of the responses, their end token included.
+    ref_logprobs: f32[B,K,T], log pi_ref of each response token, 0 elsewhere; None where the stage has no reference.
+  """
+  response_mask: jax.Array | None = None
+  ref_logprobs: jax.Array | None = None
 
 
 @flax.struct.dataclass

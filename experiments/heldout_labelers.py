@@ -102,7 +102,8 @@ def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int
   own = config.copy_and_resolve_references()
   own.seed = config.seed + seed
   own.data.comparisons, own.data.mapping.comparisons = f'jsonl:{folder / "train.jsonl"}', None
-  own.stages[name].evaluation_prompts = 0  # measured here
+  own.data.heldout.share = 0.0  # the fold holds out, and what is held out is measured here
+  own.stages[name].evaluation_prompts = 0
   trainer.main(own, folder)
   model = finished.load(str(folder / name), 'scalar')
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})

@@ -4,8 +4,9 @@
     python experiments/prepare.py --source=jsonl:hh.jsonl.gz --mapping=hh_rlhf --kind=comparisons --out=data/hh --format=tfds
 
 Writes OUT/train.jsonl.gz, valid.jsonl.gz, test.jsonl.gz, or array_record shards for `tfds:`, and prints the names to put into
-the config. Rules (alignjax/data/hygiene.py): prompts over --max_tokens; the same first --prefix characters; more than
---per_user prompts of a user_id; splits by user_id; personal data by pattern, in the training split. `none` is off.
+the config. Rules (alignjax/data/hygiene.py has them by kind): blank prompts; prompts over --max_tokens; duplicates, of prompts by
+their first --prefix characters; more than --per_user prompts of a user_id; splits by user_id, else by prompt; personal data by
+pattern, in the training split. `none` is off. Pretraining text has the first and the third rule only, and whole texts count.
 """
 
 import argparse
@@ -31,7 +32,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', required=True, help='a folder')
   parser.add_argument('--format', default='jsonl', choices=('jsonl', 'tfds'))
   parser.add_argument('--shards', type=int, default=1, help='files a split, of --format=tfds')
-  parser.add_argument('--prefix', type=number, default=200, metavar='CHARACTERS', help='default 200; the paper reports none')
+  parser.add_argument('--prefix', type=number, default=200, metavar='CHARACTERS',
+                      help='of a prompt that make it a duplicate; default 200, the paper reports none; other kinds have rules of '
+                      'their own, which any number turns on')
   parser.add_argument('--per_user', type=number, default=200, help='default 200 (paper 3.2)')
   parser.add_argument('--max_tokens', type=number, default=1000, help='default 1000 (paper C)')
   parser.add_argument('--tokenizer', help='hf:FOLDER_OR_HUB_NAME that counts tokens; default: words')
@@ -45,19 +48,25 @@ def main(argv: list[str]) -> None:
       shares = {name: float(share) for name, share in (part.split('=') for part in options.shares.split(','))}
     except ValueError:
       raise ValueError(f"--shares={options.shares} has not the form 'train=0.9,valid=0.05,test=0.05'.") from None
+    if not all(0 <= share < float('inf') for share in shares.values()) or not sum(shares.values()):
+      raise ValueError(f'--shares={options.shares}: a share is a number from 0 on, and one at least is above 0.')
     length = lambda text: len(text.split())
     if options.tokenizer:
       from alignjax.stages.setup import load_tokenizer
       tokenizer = load_tokenizer(options.tokenizer)
       length = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     records = sources.read(options.source, options.kind, options.mapping)
-    splits, log = hygiene.clean(records, prefix=options.prefix, per_user=options.per_user, max_tokens=options.max_tokens,
-                                length=length, remove_pii=not options.keep_pii, shares=shares, seed=options.seed)
+    splits, log = hygiene.clean(records, kind=options.kind, prefix=options.prefix, per_user=options.per_user,
+                                max_tokens=options.max_tokens, length=length, remove_pii=not options.keep_pii, shares=shares,
+                                seed=options.seed)
     width = max(len(rule) for rule, _, _ in log)
     for rule, removed, left in log:
       print(f'{rule.ljust(width)}  removed {removed:>8}  left {left:>8}')
     for name, rows in splits.items():
-      print(f'{name}: {len(rows)} records, {len({r.get("user_id") for r in rows} - {None})} users')
+      print(f'{name}: {len(rows)} records, {len({hygiene.user_of(r) for r in rows} - {None})} users')
+    for name in (name for name, rows in splits.items() if not rows):
+      print(f'WARNING: the split {name} is empty: of {log[-1][2]} records that are left none came into its share of '
+            f'{shares[name]:g}. Give more records, other --shares, or another --seed.')
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     if options.format == 'tfds':

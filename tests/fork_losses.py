@@ -3,26 +3,44 @@
 import jax
 import jax.numpy as jnp
 
+from alignjax.losses import response_logprobs
 
-def dpo(params, batch, key, *, nets, ref, beta=0.1):
-  """Rafailov et al. 2023, Eq. 7, over every ranked pair of a ComparisonBatch; policy and reference log-probabilities of
-  whole sequences (the prompt's part cancels between two responses to it). ref: frozen parameters."""
-  b, k, t = batch.tokens.shape
-  tokens, mask = batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t)
 
-  def sequence(p):
-    return jnp.sum(nets.logprobs(p, tokens, mask)[0] * mask, -1).reshape(b, k)
-
-  implicit = beta * (sequence(params['policy']) - jax.lax.stop_gradient(sequence(ref)))
+def _over_pairs(per_pair, batch):
+  """f32[B]: the mean of f32[B,K,K] over a prompt's pairs (winner, loser)."""
   wins = batch.pairs()
-  margins = implicit[:, :, None] - implicit[:, None, :]
-  per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), (1, 2)) / jnp.maximum(wins.sum((1, 2)), 1)
-  accuracy = jnp.sum(jnp.where(wins, margins > 0, 0.0), (1, 2)) / jnp.maximum(wins.sum((1, 2)), 1)
-  return jnp.sum(batch.weights * per_prompt), {'dpo/accuracy': jnp.sum(batch.weights * accuracy)}
+  return jnp.sum(jnp.where(wins, per_pair, 0.0), (1, 2)) / jnp.maximum(jnp.sum(wins, (1, 2)), 1)
+
+
+def ipo(params, batch, key, *, nets, beta=0.1):
+  """Azar et al. 2023, Eq. 17: (h_w - h_l - 1 / (2 beta))^2, h the log-ratio to the reference."""
+  ratio = jnp.sum(response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, -1)
+  losses = _over_pairs(jnp.square(ratio[:, :, None] - ratio[:, None, :] - 1 / (2 * beta)), batch)
+  return jnp.sum(batch.weights * losses), {'ipo/loss': jnp.sum(batch.mean_weights * losses)}
+
+
+def simpo(params, batch, key, *, nets, beta=2.0, gamma=0.5):
+  """Meng et al. 2024, Eq. 6: no reference, log-probabilities a token, a margin."""
+  length = jnp.maximum(jnp.sum(batch.response_mask, -1), 1)
+  score = beta * jnp.sum(response_logprobs(params['policy'], batch, nets=nets), -1) / length
+  losses = _over_pairs(-jax.nn.log_sigmoid(score[:, :, None] - score[:, None, :] - gamma), batch)
+  return jnp.sum(batch.weights * losses), {'simpo/loss': jnp.sum(batch.mean_weights * losses)}
+
+
+def kto(params, batch, key, *, nets, beta=0.1):
+  """In the manner of Ethayarajh et al. 2024: the best responses are desirable, the others not, each by itself; the reference point,
+  a KL there, is 0."""
+  ratio = beta * jnp.sum(response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, -1)
+  present = batch.ranks >= 0
+  losses = jnp.sum(jnp.where(present, 1 - jax.nn.sigmoid(jnp.where(batch.ranks == 0, ratio, -ratio)), 0.0), 1) / present.sum(1)
+  return jnp.sum(batch.weights * losses), {'kto/loss': jnp.sum(batch.mean_weights * losses)}
 
 
 def leave_one_out(rewards, values, mask, *, samples_per_prompt):
-  """RLOO (Ahmadian et al. 2024): each response against the mean of the other samples of its prompt; no value network."""
+  """RLOO (Ahmadian et al. 2024): each response against the mean of the other samples of its prompt; no value network. The stage
+  passes samples_per_prompt."""
+  if samples_per_prompt < 2:
+    raise ValueError('leave_one_out compares the samples of a prompt: rollout.samples_per_prompt must be 2 or more')
   total = jnp.sum(rewards * mask, -1).reshape(-1, samples_per_prompt)
   others = (total.sum(1, keepdims=True) - total) / (samples_per_prompt - 1)
   advantages = jnp.where(mask, (total - others).reshape(-1, 1), 0.0)
@@ -37,7 +55,7 @@ def policy_gradient(params, batch, key, *, nets, clip_eps=0.2):
   ratio = jnp.exp(jnp.where(live, logprobs[:, batch.rollout.prompts.shape[1]:] - batch.rollout.logprobs, 0.0))
   surrogate = jnp.minimum(batch.advantages * ratio, batch.advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps))
   loss = -jnp.sum(batch.weights * surrogate)
-  return loss, {'ppo/loss/policy': loss, 'ppo/ratio_max_dev': jnp.max(jnp.abs(ratio - 1))}
+  return loss, {'ppo/loss/policy': loss}
 
 
 def many_sevens(prompts, prompt_mask, responses, mask, *, nets, frozen):

@@ -57,16 +57,33 @@ def test_item_23_the_order_is_a_function_of_seed_and_step(count, size):
     assert (batches.indices(count, size, 0, (0, 1)) != batches.indices(count, size, 0, (1, 1))).any()
 
 
-def test_buckets_hold_every_row_once():
-  buckets = [0, 1, 0, 0, 1, 0, 0]
-  made = batches.bucketed(buckets, {0: 2, 1: 3}, (0,))
-  assert sorted(np.concatenate(made)) == list(range(7))
-  for rows in made:
-    assert len({buckets[i] for i in rows}) == 1 and len(rows) <= 3
+@pytest.mark.parametrize('seed', range(3))
+def test_buckets_hold_every_row_once_in_batches_of_one_size(seed):
+  """5, 3, 1 and 2 rows of four shapes, in fours: what is left over moves to a shape with room for it; one batch alone is short."""
+  kinds = [(2, 8)] * 5 + [(2, 16)] * 3 + [(4, 8)] + [(4, 16)] * 2
+  made = batches.bucketed(kinds, 4, (seed,))
+  assert sorted(np.concatenate([rows for _, rows in made])) == list(range(11))
+  assert sorted(len(rows) for _, rows in made) == [3, 4, 4]
+  for shape, rows in made:
+    assert all(kinds[i][0] <= shape[0] and kinds[i][1] <= shape[1] for i in rows)
+    assert len(rows) == 4 or shape == (4, 16)
+  apart = batches.bucketed([(2, 16), (4, 8)], 4, (seed,))  # neither has room for the other
+  assert sorted((shape, rows.tolist()) for shape, rows in apart) == [((2, 16), [0]), ((4, 8), [1])]
+
+
+def test_a_short_batch_is_filled_with_weight_0():
   filled = batches.fill(encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 2, 1), 3)
   assert filled.weights.tolist() == [1, 0, 0] and filled.tokens.shape == (3, 2, 6)
   with pytest.raises(ValueError, match='no rows'):
     batches.indices(0, 1, 0, (0,))
+
+
+def test_a_draw_is_by_the_seed_and_keeps_the_order():
+  """Of a sorted file the first 10 of 100 would all be of its first tenth."""
+  drawn = [batches.draw(range(100), 10, (seed,)) for seed in range(20)]
+  assert all(d == sorted(set(d)) and len(d) == 10 for d in drawn) and drawn[0] == batches.draw(range(100), 10, (0,))
+  assert np.mean(drawn) == pytest.approx(49.5, abs=6) and len({tuple(d) for d in drawn}) == 20
+  assert batches.draw('abc', 5, (0,)) == batches.draw('abc', None, (0,)) == ['a', 'b', 'c']
 
 
 GOOD = {'demonstrations': {'prompt': 'a', 'response': 'b'},
@@ -124,7 +141,7 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, p
   count, rows, read = 2048, 8, []
   source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
   to_rows = lambda texts: text.rows_of(texts, lambda t: [int(c) for c in t], 13, 10, 0, pack)
-  make = lambda: text.mix(source, None, rows, to_rows, (3, 1))
+  make = lambda: text.mix(source, rows, to_rows, (3, 1))
   whole, positions = make(), np.arange(rows)
   expected = [whole(step, positions) for step in range(30)]
   assert sorted(read) == list(range(count))
@@ -141,11 +158,9 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, p
 def test_text_rows_come_once_an_epoch_and_blank_documents_never():
   source = sources.Source(6, lambda i: [{'text': ' ' if i == 2 else str(i) * 3}])
   to_rows = lambda texts: text.rows_of(texts, lambda t: [int(c) for c in t], 4, 9, 0, False)
-  batch = text.mix(source, None, 1, to_rows, (0,))
+  batch = text.mix(source, 1, to_rows, (0,))
   epochs = [[batch(5 * e + i, np.arange(1)).tokens.tolist()[0] for i in range(5)] for e in range(3)]
   assert all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs) and epochs[0] != epochs[1]
-  first = text.mix(source, 4, 1, to_rows, (0,))
-  assert {first(i, np.arange(1)).tokens[0, 1] for i in range(9)} == {0, 1, 3}
 
 
 def test_packing_by_hand():

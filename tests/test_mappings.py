@@ -29,6 +29,13 @@ CASES = [
     ('comparisons', 'summarize_from_feedback',
      {'info': POST, 'summaries': [{'text': 'x'}, {'text': 'y'}], 'choice': 1, 'worker': 'w'},
      [dict(prompt='SUBREDDIT: r/s\nTITLE: t\nPOST: p\nTL;DR:', responses=['y', 'x'], ranks=[0, 1], labeler_id='w')]),
+    ('comparisons', 'summarize_from_feedback',  # CNN/DM: the fields of a post are null
+     {'info': {'id': '1', 'post': None, 'title': None, 'subreddit': None, 'site': 'cnn', 'article': 'a'},
+      'summaries': [{'text': 'x'}, {'text': 'y'}], 'choice': 0, 'worker': None},
+     [dict(prompt='ARTICLE: a\nTL;DR:', responses=['x', 'y'], ranks=[0, 1])]),
+    ('comparisons', 'summarize_from_feedback',
+     {'info': {'article': 'a', 'title': 't'}, 'summaries': [{'text': 'x'}, {'text': 'y'}], 'choice': 0, 'worker': 0},
+     [dict(prompt='TITLE: t\nARTICLE: a\nTL;DR:', responses=['x', 'y'], ranks=[0, 1], labeler_id='0')]),
     ('comparisons', 'shp', {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': 'b', 'labels': 0},
      [dict(prompt='q', responses=['b', 'a'], ranks=[0, 1])]),
     ('comparisons', 'ultrafeedback', {'instruction': 'q', 'completions': [

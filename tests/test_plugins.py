@@ -24,3 +24,15 @@ def test_coefficients_arrive():
   bound = plugins.bind(dict(fn='alignjax.losses:ppo_ptx', ptx_coef=27.8, vf_coef=0.1), 'loss', given=('nets',))
   assert bound.keywords == dict(ptx_coef=27.8, vf_coef=0.1)
   assert plugins.keywords('alignjax.ops:gae') == ['gamma', 'lam']
+
+
+def test_facts_arrive_where_they_are_asked_for_and_nowhere_else():
+  facts = dict(samples_per_prompt=4, temperature=0.7)
+  bound = plugins.bind(dict(fn='alignjax.losses:ppo', clip_eps=0.1), 'loss', given=('nets',), facts=facts)
+  assert bound.keywords == dict(clip_eps=0.1, temperature=0.7)
+  with pytest.raises(ValueError, match=r"loss.temperature: the stage passes 'temperature' itself, 0.7 here.*Remove this entry"):
+    plugins.bind(dict(fn='alignjax.losses:ppo', temperature=0.7), 'loss', given=('nets',), facts=facts)
+  with pytest.raises(ValueError, match="loss.nets: the stage passes 'nets' itself"):
+    plugins.bind(dict(fn='alignjax.losses:ppo', nets=1), 'loss', given=('nets',))
+  with pytest.raises(ValueError, match="needs an entry fn='module:function'; it has none"):
+    plugins.bind(None, 'loss')

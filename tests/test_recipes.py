@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from alignjax import metrics, train
+from alignjax.data import hygiene
 from alignjax.evals import talk
 from alignjax.evals.table import Cell
 from alignjax.models import hf
@@ -78,7 +79,10 @@ def test_a_recipe_runs_from_a_checkpoint_and_files(workdir):
   log = metrics.read(workdir / 'ppo_ptx' / 'metrics.jsonl')
   assert (log['ppo/ratio_max_dev'] == 0).all() and log['objective/kl'][0] == pytest.approx(0, abs=1e-5)
   info = json.loads((workdir / 'rm' / 'final' / 'info.json').read_text())
-  assert info['prompts'] == 20 and 0 <= info['accuracy_heldout_prompts']['mean'] <= 1
+  config = json.loads((workdir / 'rm' / 'checkpoints' / 'config.json').read_text())['data']
+  raw = [json.loads(line)['instruction'] for line in open(config['comparisons'].removeprefix('jsonl:'))]
+  held = sum(hygiene.held_out(prompt, **config['heldout']) for prompt in raw)
+  assert 0 < held < 24 and info['prompts'] <= 24 - held and 0 <= info['accuracy_heldout_prompts']['mean'] <= 1
 
 
 @pytest.mark.slow

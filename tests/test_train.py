@@ -105,7 +105,9 @@ def test_what_was_logged(finished):
   readme = (os.path.dirname(os.path.dirname(__file__)) + '/README.md')
   with open(readme) as file:
     documented = file.read()
-  missing = [name for name in log if not name.startswith(('time/', 'step')) and f'`{name}`' not in documented]
+  stages = ('pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx')
+  logged = {name for stage in stages for name in metrics.read(finished / stage / 'metrics.jsonl')}
+  missing = [name for name in logged if not name.startswith(('time/', 'step')) and f'`{name}`' not in documented]
   assert not missing, f'README explains every metric; not {missing}'
 
 
@@ -113,7 +115,8 @@ def test_what_was_logged(finished):
 def test_demonstrations_score_0_after_the_bias(finished):
   """Paper 3.5: recompute the mean score of the very demonstrations from the saved reward model."""
   from alignjax.evals import bulk
-  from alignjax.stages.setup import initial_params, records
+  from alignjax.stages.records import records
+  from alignjax.stages.setup import initial_params
   setup = make_setup(config(), finished)
   params = initial_params(setup, 'stage:rm', 'scalar', 0)
   score = bulk.make_scorer(setup.nets, setup.sharder.put, length=setup.length, pad=0)

@@ -24,23 +24,39 @@ def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray
   return order[offset:offset + size]
 
 
-def bucketed(buckets: Sequence[int], sizes: dict[int, int], seed: Sequence[int]) -> list[np.ndarray]:
-  """One epoch of batches in which all rows have the same bucket, so that few shapes are compiled and little is padding.
+def bucketed(kinds: Sequence[tuple[int, ...]], size: int, seed: Sequence[int]) -> list[tuple[tuple[int, ...], np.ndarray]]:
+  """One epoch of batches of `size` rows, those of a batch with room for the same shape, so that few shapes are compiled and little
+  is padding.
 
   Args:
-    buckets: the bucket of each row.
-    sizes: bucket -> rows a batch.
+    kinds: the shape that each row needs, such as (responses, tokens).
 
   Returns:
-    Row numbers of each batch, in shuffled order. A bucket's last batch may be short: fill it with weight 0 (`fill`).
+    (shape, row numbers) of each batch, in shuffled order; every row is in one batch. What does not fill a batch of its shape moves
+    to the next larger one that occurs, so a batch is short only where there is none: fill it with weight 0 (`fill`).
   """
   rng = np.random.default_rng(list(seed))
-  buckets = np.asarray(buckets)
+  rows = {kind: [] for kind in sorted(set(kinds))}
+  for i in rng.permutation(len(kinds)).tolist():
+    rows[kinds[i]].append(i)
   out = []
-  for bucket, size in sizes.items():
-    rows = rng.permutation(np.flatnonzero(buckets == bucket))
-    out += [rows[i:i + size] for i in range(0, len(rows), size)]
+  for kind, own in rows.items():  # in ascending order: a shape that has room for another comes after it
+    full = len(own) // size * size
+    out += [(kind, np.array(own[i:i + size])) for i in range(0, full, size)]
+    larger = next((other for other in rows if other > kind and all(a >= b for a, b in zip(other, kind, strict=True))), None)
+    if larger is not None:
+      rows[larger] += own[full:]
+    elif own[full:]:
+      out.append((kind, np.array(own[full:])))
   return [out[i] for i in rng.permutation(len(out))]
+
+
+def draw(items: Sequence[Any], count: int | None, seed: Sequence[int]) -> list[Any]:
+  """`count` of the items, chosen at random by the seed, in their order; None, or more than there are: all. Not the first ones,
+  because a file may be sorted."""
+  if count is None or count >= len(items):
+    return list(items)
+  return [items[i] for i in np.sort(np.random.default_rng(list(seed)).choice(len(items), count, replace=False)).tolist()]
 
 
 def take(batch: Any, rows: np.ndarray) -> Any:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.types import ComparisonBatch, TokenBatch
+from alignjax.types import ComparisonBatch, PreferenceBatch, TokenBatch
 
 TOO_LONG = ('error', 'drop', 'truncate')
 Row = tuple[list[int], list[list[int]]]  # a prompt and its responses, as tokens
@@ -163,6 +163,15 @@ def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[S
       check_length(row, length, f'comparison {i}, response {j}', 'data.prompt_length or data.response_length')
       tokens[i, j, :len(row)], mask[i, j, :len(row)], out[i, j] = row, True, order[j]
   return ComparisonBatch(tokens, mask, out, np.ones(n, np.float32))
+
+
+def preferences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
+                ranks: Sequence[Sequence[int]], length: int, k: int, pad: int) -> PreferenceBatch:
+  """The same rows, and which of their tokens are the response's."""
+  made = comparisons(prompts, responses, ranks, length, k, pad)
+  first = np.array([len(p) for p in prompts])[:, None, None]
+  return PreferenceBatch(made.tokens, made.mask, made.ranks, made.weights,
+                         response_mask=made.mask & (np.arange(length) >= first))
 
 
 def check_length(row: Sequence[int], length: int, what: str, key: str) -> None:

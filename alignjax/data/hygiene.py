@@ -1,7 +1,20 @@
-"""Prompt hygiene, as the paper did it (section 3.2, appendices A.2 and C): duplicates, a cap a user, splits by user, length,
-personal data. Every rule takes records and returns (kept, removed); `clean` runs them in order and counts.
+"""Hygiene of records, as the paper did it for its prompts (section 3.2, appendices A.2 and C): duplicates, a cap for each user,
+splits by user, length, personal data. Every rule takes records and returns (kept, removed); `clean` runs them in order and counts.
+Which prompts no stage is trained on is decided here too (`held_out`).
 
-What the paper does not report is ours: the length of prefix that makes two prompts duplicates, how personal data was found
+The rules by kind of record:
+
+  rule                  prompts              demonstrations        comparisons                          pretrain
+  no text               blank prompt         blank prompt          blank prompt                         blank text
+  length                of the prompt        of the prompt         of the prompt                        none
+  duplicate             the same beginning   prompt and response   prompt, ranked responses, labeler    the whole text
+  cap for each user     prompts              distinct prompts      distinct prompts                     none
+  personal data         in the prompt        in prompt, response   in the prompt or any response        none
+
+A comparison is the same whatever the order of its responses, and another one if its labeler ranked them otherwise. Pretraining text
+is no user's, and long: a book is not dropped for its length, for a licence that many books begin with, or for one address in it.
+
+What the paper does not report is ours: the length of the beginning that makes two prompts duplicates, how personal data was found
 (here: documented patterns), the shares of the splits."""
 
 from __future__ import annotations
@@ -18,22 +31,60 @@ PII = {
     'e-mail': re.compile(r'\b[\w.+-]+@[\w-]+(\.[\w-]+)+\b'),
     'phone': re.compile(r'(?<![\w.])(\+\d{1,3}[ .-]?)?(\(\d{2,4}\)|\d{3})[ .-]\d{3,4}[ .-]\d{3,4}(?!\w|\.\d)'),
     'us ssn': re.compile(r'(?<!\d)(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?!\d)'),
-    'card': re.compile(r'(?<!\d)(?:\d[ -]?){13,16}(?!\d)'),
+    'card': re.compile(r'(?<!\w)(?:\d[ -]?){12,15}\d(?!\w)'),
     'iban': re.compile(r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b'),
     'ip address': re.compile(r'(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\d|\.\d)'),
 }
 
 
+DECIMAL = re.compile(r'(?:\d+|(?<![^\s(=+-]))\.\d+')  # in 'no.4111' and '...4111' the point is none of a number
+
+
 def text_of(record: dict[str, Any]) -> str:
-  """The prompt as one string, for reading only."""
+  """The prompt, or the document, as one string, for reading only."""
   prompt = record.get('prompt', record.get('text', ''))
   return prompt if isinstance(prompt, str) else '\n'.join(m['content'] for m in prompt)
 
 
+def texts_of(record: dict[str, Any]) -> str:
+  """The prompt with its response or responses."""
+  return '\n'.join([text_of(record), *([record['response']] if 'response' in record else []), *record.get('responses', [])])
+
+
+def user_of(record: dict[str, Any]) -> str | None:
+  """Who asked: the user_id as text, 0 like any other; None without one. An empty text is none (records_dataset_builder.py)."""
+  user = record.get('user_id')
+  return None if user is None or user == '' else str(user)
+
+
+def conversation(prompt: str | list[dict[str, str]]) -> str:
+  """What makes two prompts one for a split: the first thing a person says in them, case and space apart. As text, as messages and
+  in the form of a dialogue ("Human: ...", then "Assistant:") it is the same, and the later turns of a conversation, which hold
+  answers to the first one, stay on its side."""
+  if isinstance(prompt, list):
+    said = next((m['content'] for m in prompt if m['role'] == 'user'), text_of({'prompt': prompt}))
+  else:
+    dialogue = re.match(r'\s*Human:(.*?)(?:\n\nAssistant:|\Z)', prompt, re.DOTALL)
+    said = dialogue[1] if dialogue else prompt
+  return ' '.join(said.lower().split())
+
+
+def held_out(prompt: str | list[dict[str, str]], share: float, seed: int) -> bool:
+  """Whether a prompt is of the `share` of conversations that no stage is trained on: a function of the prompt and the seed alone,
+  so that demonstrations, comparisons and prompts of one source agree on it, in every run."""
+  return place(f'held out/{seed}', conversation(prompt)) < share
+
+
+def place(seed: Any, who: str) -> float:
+  """A number from 0 to 1 that depends on its arguments alone and is uniform over them."""
+  return int.from_bytes(hashlib.sha256(f'{seed}/{who}'.encode('utf-8', 'surrogatepass')).digest()[:8]) / 2**64
+
+
 def pii(text: str) -> str | None:
-  """The first kind of personal data found in a text, or None. Card numbers must pass the Luhn check."""
+  """The first kind of personal data found in a text, or None. Card numbers must pass the Luhn check; the digits of a decimal number
+  or of a word are none."""
   for kind, pattern in PII.items():
-    for match in pattern.finditer(text):
+    for match in pattern.finditer(DECIMAL.sub(' . ', text) if kind == 'card' else text):
       if kind != 'card' or _luhn(re.sub(r'\D', '', match.group())):
         return kind
   return None
@@ -44,39 +95,75 @@ def _luhn(digits: str) -> bool:
   return total % 10 == 0 and len(digits) >= 13
 
 
-def deduplicate(records: Records, prefix: int) -> tuple[Records, Records]:
-  """Keeps the first of the prompts whose first `prefix` characters are the same, shorter ones whole; case and space apart."""
-  seen, kept, removed = set(), [], []
-  for record in records:
-    key = ' '.join(text_of(record).lower().split())[:prefix]
-    (removed if key in seen else kept).append(record)
+def not_blank(records: Records) -> tuple[Records, Records]:
+  """Records whose prompt or text is more than space."""
+  return _parted(records, lambda r: bool(text_of(r).strip()))
+
+
+def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[Records, Records]:
+  """Keeps the first of each set of duplicates, case and space apart (see the top of this file).
+
+  prefix: prompts are one whose first `prefix` characters are the same; shorter ones are compared whole.
+  """
+  plain = lambda text: ' '.join(text.lower().split())
+  seen: set = set()
+
+  def new(record):
+    key: Any = plain(text_of(record))
+    if kind == 'prompts':
+      key = key[:prefix]
+    elif kind == 'demonstrations':
+      key = key, plain(record['response'])
+    elif kind == 'comparisons':
+      order = sorted(set(record['ranks']))
+      ranked = sorted((plain(text), order.index(rank)) for text, rank in zip(record['responses'], record['ranks'], strict=True))
+      key = key, tuple(ranked), str(record.get('labeler_id'))
+    key = hashlib.sha256(repr(key).encode()).digest()  # a book's key is as short as any
+    fresh = key not in seen
     seen.add(key)
-  return kept, removed
+    return fresh
+
+  return _parted(records, new)
 
 
 def cap_users(records: Records, most: int) -> tuple[Records, Records]:
-  """At most `most` prompts of a user_id, the first ones; records without one are not capped."""
-  count: Counter = Counter()
-  kept, removed = [], []
-  for record in records:
-    user = record.get('user_id')
-    count[user] += 1
-    (removed if user and count[user] > most else kept).append(record)
-  return kept, removed
+  """At most `most` distinct prompts of a user_id, the first ones; records without one are not capped."""
+  prompts: dict[str, set[str]] = {}
+
+  def within(record):
+    user, text = user_of(record), text_of(record)
+    if user is None:
+      return True
+    own = prompts.setdefault(user, set())
+    if text not in own and len(own) >= most:
+      return False
+    own.add(text)
+    return True
+
+  return _parted(records, within)
 
 
 def short_enough(records: Records, most: int, length: Callable[[str], int]) -> tuple[Records, Records]:
   """Prompts of at most `most` tokens by `length`."""
-  over = [length(text_of(r)) > most for r in records]
-  return [r for r, o in zip(records, over, strict=True) if not o], [r for r, o in zip(records, over, strict=True) if o]
+  return _parted(records, lambda r: length(text_of(r)) <= most)
+
+
+def _parted(records: Records, keep: Callable[[dict[str, Any]], bool]) -> tuple[Records, Records]:
+  kept, removed = [], []
+  for record in records:
+    (kept if keep(record) else removed).append(record)
+  return kept, removed
 
 
 def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Records]:
-  """Splits by user: all records of a user_id on one side; without one, those of a prompt. A pure function of seed and user."""
+  """Splits by user: all records of a user_id on one side; without one, those of a conversation, or the document. A pure function of
+  the seed and who it is, for records of every kind."""
   out: dict[str, Records] = {name: [] for name in shares}
   for record in records:
-    who = f'user:{record["user_id"]}' if record.get('user_id') else f'prompt:{text_of(record)}'
-    at = int.from_bytes(hashlib.sha256(f'{seed}/{who}'.encode()).digest()[:8]) / 2**64 * sum(shares.values())
+    user = user_of(record)
+    what = conversation(record['prompt']) if 'prompt' in record else record['text']
+    who = f'prompt:{what}' if user is None else f'user:{user}'
+    at = place(seed, who) * sum(shares.values())
     for name, share in shares.items():
       at -= share
       if at < 0 or name == list(shares)[-1]:
@@ -85,25 +172,30 @@ def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Re
   return out
 
 
-def clean(records: Records, *, prefix: int | None, per_user: int | None, max_tokens: int | None, length: Callable[[str], int],
-          remove_pii: bool, shares: dict[str, float], seed: int) -> tuple[dict[str, Records], list[tuple[str, int, int]]]:
-  """All rules in the paper's order: (records of each split, [(rule, removed, left)]). A rule of None is off. Personal data is
-  removed from the training split only (section 3.2)."""
+def clean(records: Records, *, kind: str, prefix: int | None, per_user: int | None, max_tokens: int | None,
+          length: Callable[[str], int], remove_pii: bool, shares: dict[str, float],
+          seed: int) -> tuple[dict[str, Records], list[tuple[str, int, int]]]:
+  """All rules of a kind in the paper's order: (records of each split, [(rule, removed, left)]). A rule of None is off. Personal
+  data is removed from the training split only (section 3.2)."""
   log = [('read', 0, len(records))]
+  asked = kind != 'pretrain'  # by people
 
   def apply(name: str, result: tuple[Records, Records]) -> Records:
     log.append((name, len(result[1]), len(result[0])))
     return result[0]
 
-  if max_tokens is not None:
+  records = apply('blank', not_blank(records))
+  if max_tokens is not None and asked:
     records = apply(f'over {max_tokens} tokens', short_enough(records, max_tokens, length))
   if prefix is not None:
-    records = apply(f'same first {prefix} characters', deduplicate(records, prefix))
-  if per_user is not None:
+    same = {'prompts': f'same first {prefix} characters', 'demonstrations': 'same prompt and response',
+            'comparisons': 'same prompt, ranking and labeler', 'pretrain': 'same text'}[kind]
+    records = apply(same, deduplicate(records, prefix, kind))
+  if per_user is not None and asked:
     records = apply(f'over {per_user} of a user', cap_users(records, per_user))
   splits = split(records, shares, seed)
-  if remove_pii and 'train' in splits:
-    found = [(r, pii(text_of(r))) for r in splits['train']]
+  if remove_pii and asked and 'train' in splits:
+    found = [(r, pii(texts_of(r))) for r in splits['train']]
     kinds = Counter(kind for _, kind in found if kind)
     splits['train'] = [r for r, kind in found if not kind]
     told = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common())

@@ -65,10 +65,12 @@ def hh_rlhf(raw: dict) -> Records:
 
 
 def summarize_from_feedback(raw: dict) -> Records:
-  """openai/summarize_from_feedback, comparisons: {"info", "summaries": [2], "choice", "worker"}."""
+  """openai/summarize_from_feedback, comparisons: {"info", "summaries": [2], "choice", "worker"}; info is of a Reddit post, or of a
+  CNN/DM article."""
   texts = [s['text'] for s in raw['summaries']]
   best = int(raw['choice'])
-  return [_pair(_post(raw['info']), texts[best], texts[1 - best], labeler_id=str(raw.get('worker', '')))]
+  labeler = {} if raw.get('worker') is None else dict(labeler_id=str(raw['worker']))
+  return [_pair(_post(raw['info']), texts[best], texts[1 - best], **labeler)]
 
 
 def shp(raw: dict) -> Records:
@@ -170,7 +172,14 @@ def tldr(raw: dict) -> Records:
 
 
 def _post(info: dict) -> str:
-  return f'SUBREDDIT: r/{info["subreddit"]}\nTITLE: {info["title"]}\nPOST: {info["post"]}\nTL;DR:'
+  """The query of a Reddit post (Stiennon et al. 2020), or of a news article in the same form; fields that are null are left out."""
+  if info.get('article') is not None:
+    fields = {'TITLE': info.get('title'), 'ARTICLE': info['article']}
+  elif info['post'] is not None:
+    fields = {'SUBREDDIT': info['subreddit'] and f'r/{info["subreddit"]}', 'TITLE': info['title'], 'POST': info['post']}
+  else:
+    raise ValueError("neither 'post' nor 'article' has a text")
+  return '\n'.join([*(f'{name}: {text}' for name, text in fields.items() if text), 'TL;DR:'])
 
 
 def ukp_convarg_demonstrations(raw: dict) -> Records:
@@ -181,7 +190,7 @@ def ukp_convarg_demonstrations(raw: dict) -> Records:
 def dolly(raw: dict) -> Records:
   """databricks-dolly-15k: {"instruction", "context", "response", "category"}."""
   return [dict(prompt=_instruction(raw['instruction'], raw.get('context', '')), response=raw['response'],
-               use_case=raw.get('category', ''))]
+               use_case=raw.get('category') or '')]
 
 
 def dolly_hhrlhf(raw: dict) -> Records:

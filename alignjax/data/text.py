@@ -37,16 +37,15 @@ def shards(documents: int, rows: int, most: int = 64, least: int = 256) -> int:
   return n
 
 
-def mix(source: Source, documents: int | None, rows: int, to_rows: Callable[[list[str]], TokenBatch],
+def mix(source: Source, rows: int, to_rows: Callable[[list[str]], TokenBatch],
         seed: Sequence[int]) -> Callable[[int, np.ndarray], TokenBatch]:
   """-> batch(step, positions): the rows at these positions (ascending, of 0..rows-1) of batch `step`.
 
   Args:
-    documents: how many of the source's; None = all.
     rows: of a whole batch, over all processes.
     to_rows: texts -> rows.
   """
-  count = source.count if documents is None else min(documents, source.count)
+  count = source.count
   n = shards(count, rows)
   held: dict[int, TokenBatch] = {}
 

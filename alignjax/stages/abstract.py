@@ -1,5 +1,6 @@
 """Shapes in place of weights and data: what a stage's step is compiled for where there is neither (experiments/compile.py),
-and what the step's mathematics needs: floating-point operations, and bytes between devices."""
+what a function of the config returns (checked before any stage runs), and what the step's mathematics needs: floating-point
+operations, and bytes between devices."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from alignjax.data.templates import Template
 from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.stages.setup import Setup, make_setup, tokens_and_texts
-from alignjax.types import Params, TokenBatch
+from alignjax.types import LossFn, Networks, Params, TokenBatch
 
 
 class Work(NamedTuple):
@@ -67,6 +68,51 @@ def token_rows(setup: Setup, rows: int, length: int) -> TokenBatch:
   shape = (rows, length)
   return TokenBatch(array(setup, shape, jnp.int32), array(setup, shape, jnp.int32 if setup.config.data.pack else bool),
                     array(setup, shape, jnp.float32))
+
+
+def evaluate(function: Callable, where: str, *arguments: Any) -> Any:
+  """The shapes of function(*arguments). An exception becomes a ValueError that names the config key."""
+  try:
+    return jax.eval_shape(function, *arguments)
+  except Exception as error:  # noqa: BLE001 a fork's function may raise anything
+    text = (str(error).strip().splitlines() or ['no message'])[0]
+    raise ValueError(f'{where} cannot be traced on the shapes of this stage: {type(error).__name__}: {text}') from error
+
+
+def check_loss(loss_fn: LossFn, where: str, fn: str, params: Params, batch: Any, nets: Networks,
+               key: jax.Array | None = None) -> None:
+  """What every stage needs of a loss (types.LossFn), found out from shapes alone: (loss f32[], metrics {name: f32[]}).
+
+  Args:
+    where, fn: the config's key and the function that it names, for the message.
+    batch: of the stage, as shapes, before `normalized()`.
+  """
+  made = evaluate(lambda params, batch: loss_fn(params, batch.normalized(), key, nets=nets), f'{where}: {fn}', params, batch)
+  rule = f'{where}: {fn} must return (loss, metrics), a float32 scalar and a dict of names to float scalars'
+  if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], dict)):
+    raise ValueError(f'{rule}; it returns {_shapes(made)}.')
+  loss, metrics = made
+  if not _is_float(loss, ()) or loss.dtype != jnp.float32:
+    raise ValueError(f'{rule}; its loss is {_shapes(loss)}.')
+  for name, value in metrics.items():
+    if not isinstance(name, str) or not _is_float(value, ()):
+      raise ValueError(f'{rule}; its metric {name!r} is {_shapes(value)}.')
+
+
+def check_arrays(made: Any, where: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+  """That a function returned one float array of `shape` for each of `names`."""
+  arrays = made if isinstance(made, tuple) else (made,)
+  if len(arrays) != len(names) or not all(_is_float(x, shape) for x in arrays):
+    raise ValueError(f'{where} must return {" and ".join(names)}, float arrays of shape {shape}; it returns {_shapes(made)}.')
+
+
+def _is_float(x: Any, shape: tuple[int, ...]) -> bool:
+  return isinstance(x, jax.ShapeDtypeStruct) and x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _shapes(tree: Any) -> str:
+  """A value of shapes as a person reads it: ('float32[4, 7]', 'int32[]')."""
+  return str(jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)).replace("'", '')
 
 
 def model_flops(work: Work) -> float:

@@ -1,18 +1,24 @@
-"""Comparisons for the reward model: read from a file, or made as the paper made them: K responses to each prompt sampled
-from the policies so far, ranked by one labeler each. Made ones are kept in the stage's folder, so that a restart reads
-them."""
+"""Comparisons, for the reward model and for losses of a policy: read from a file, or made as the paper made them, K responses to
+each prompt sampled from the policies so far, ranked by one labeler each. Made ones are kept in the stage's folder, so that a
+restart reads them. Then the updates of a stage, each of the same number of prompts."""
 
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignjax import files
+from alignjax.data import batches
 from alignjax.evals import bulk
-from alignjax.stages.setup import Setup, fit, initial_params, records, seed_of, stage_dir
+from alignjax.stages import abstract
+from alignjax.stages.records import fit, records, say
+from alignjax.stages.setup import Setup, check_epochs, initial_params, seed_of, stage_dir
+from alignjax.types import ComparisonBatch
 
 
 class Comparisons(NamedTuple):
@@ -25,46 +31,126 @@ class Comparisons(NamedTuple):
 
 
 def training(setup: Setup, name: str) -> Comparisons:
-  """Ranked by the labelers of the training pool, one labeler a prompt."""
-  source = setup.config.data.comparisons
-  if source == 'sandbox:':
-    cfg = setup.config.stages[name]
-    return _kept(stage_dir(setup, name) / 'comparisons.json',
+  """Ranked by the labelers of the training pool, one labeler a prompt. Prompts whose responses all tie teach nothing and are left
+  out, with a notice; it is an error if no other is left."""
+  cfg = setup.config.stages[name]
+  if setup.config.data.comparisons == 'sandbox:':
+    made = _kept(stage_dir(setup, name) / 'comparisons.json',
                  lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
-  return _read(setup, name, held_out=False)
+  else:
+    made = _read(setup, records(setup, 'comparisons', cfg.prompts))
+  ranked = without_ties(made)
+  if tied := len(made.prompts) - len(ranked.prompts):
+    say(f'{name}: {tied} of {len(made.prompts)} comparisons rank all of their responses the same and are left out')
+  if not ranked.prompts:
+    raise ValueError(f'stages.{name}: none of the {len(made.prompts)} comparisons of data.comparisons='
+                     f'{setup.config.data.comparisons!r} ranks a response above another; there is nothing to learn from ties.')
+  return ranked
 
 
 def evaluation(setup: Setup, name: str) -> Comparisons:
-  """Held-out prompts. Of the sandbox: with responses of the first policy, and features, so that both pools of labelers rank
-  the same ones. Of a file: `evaluation_prompts` of its prompts, drawn by the seed, which training leaves out."""
+  """Comparisons on prompts that no stage is trained on, of `evaluation_prompts` prompts at most (None: all). Of the sandbox: with
+  responses of the first policy, and features, so that both pools of labelers rank the same ones. Of a file: the held-out ones
+  (setup.records), without those that tie throughout."""
   cfg = setup.config.stages[name]
-  if setup.config.data.comparisons != 'sandbox:':
-    return _read(setup, name, held_out=True)
-  return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
-
-
-def _read(setup: Setup, name: str, held_out: bool) -> Comparisons:
-  """Comparisons of data.comparisons, split by prompt: one prompt's comparisons are all on one side. `prompts` of them, a random
-  choice (None: all), to train on; of the held-out prompts all."""
-  cfg = setup.config.stages[name]
-  rows = records(setup, 'comparisons', None)
+  if setup.config.data.comparisons == 'sandbox:':
+    return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
+  rows = records(setup, 'comparisons', None, 'test')
   names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
-  distinct = sorted(set(names))
-  rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/held out')])
-  order = rng.permutation(len(distinct))
-  if cfg.evaluation_prompts >= len(distinct):
-    raise ValueError(f'stages.{name}.evaluation_prompts={cfg.evaluation_prompts} of {len(distinct)} distinct prompts would '
-                     'leave none to train on.')
-  out = {distinct[i] for i in order[:cfg.evaluation_prompts]}
-  rows = [r for r, prompt in zip(rows, names, strict=True) if (prompt in out) == held_out]
-  if not rows:
-    return Comparisons([], [], [])
-  if cfg.prompts is not None and not held_out:
-    rows = [rows[i] for i in np.sort(rng.permutation(len(rows))[:cfg.prompts])]
+  chosen = set(batches.draw(sorted(set(names)), cfg.evaluation_prompts, (setup.config.seed, seed_of(f'{name}/held out'))))
+  rows = [r for r, prompt in zip(rows, names, strict=True) if prompt in chosen]
+  made = without_ties(_read(setup, rows)) if rows else Comparisons([], [], [])
+  if not made.prompts and cfg.evaluation_prompts != 0:
+    say(f'{name}: no comparison without ties is held out (data.heldout.share={setup.config.data.heldout.share}), so its accuracy '
+        'is not measured')
+  return made
+
+
+def _read(setup: Setup, rows: list[dict]) -> Comparisons:
+  """Records as tokens, within the lengths of config.data."""
   tokens = [(setup.template.prompt(r['prompt']), [setup.template.response(x) for x in r['responses']]) for r in rows]
   fitted = fit(setup, 'comparisons', tokens)
   return Comparisons([prompt for prompt, _ in fitted.rows], [responses for _, responses in fitted.rows],
                      [[rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)])
+
+
+def without_ties(data: Comparisons) -> Comparisons:
+  """Those that rank a response above another."""
+  keep = [i for i, ranks in enumerate(data.ranks) if len(set(ranks)) > 1]
+  return Comparisons(*(field if field is None else [field[i] for i in keep] for field in data))
+
+
+class Updates(NamedTuple):
+  """order: of each update its shape (responses, tokens) and the numbers of its prompts. prompts: rows of every update, the same for
+  all; a short one is filled with weight 0."""
+  order: list[tuple[tuple[int, int], np.ndarray]]
+  prompts: int
+
+
+def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
+  """Every prompt once an epoch, prompts of similar K and length together, so that little is padding."""
+  cfg, length = setup.config.stages[name], setup.length
+  k_of = _bucket(np.array([len(r) for r in data.ranks]), cfg.k_buckets, f'stages.{name}.k_buckets')
+  longest = np.array([len(p) + max(map(len, responses)) for p, responses in zip(data.prompts, data.responses, strict=True)])
+  t_of = _bucket(longest, [t for t in cfg.row_lengths if t < length] + [length], f'stages.{name}.row_lengths')
+  kinds = list(zip(k_of.tolist(), t_of.tolist(), strict=True))
+  size = prompts_per_update(setup, name, max(k_of))
+  seed = (setup.config.seed, seed_of(name))
+  return Updates([one for epoch in range(int(cfg.epochs)) for one in batches.bucketed(kinds, size, (*seed, epoch))], size)
+
+
+def prompts_per_update(setup: Setup, name: str, k: int) -> int:
+  """Prompts of an update, the same for all, since Eq. 1 is a mean over prompts (the paper's batches are 64 prompts of 4 to 9
+  responses, C.2): so many that those with the most responses, k, come to about responses_per_batch, in whole rows on every device
+  and in every microbatch."""
+  cfg = setup.config.stages[name]
+  parts = setup.sharder.batch_shards * cfg.microbatches
+  return max(1, round(cfg.responses_per_batch / k / parts)) * parts
+
+
+def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows: Callable) -> Any:
+  """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or preferences."""
+  (k, t), rows = plan.order[step]
+  pick = lambda field: [field[j] for j in rows]
+  made = encode_rows(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template.pad)
+  made = batches.fill(made, plan.prompts)
+  return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(plan.prompts))))
+
+
+def mean_work(plan: Updates, work: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
+  """The mean over the updates of work(rows, tokens), for throughput."""
+  each = [work(plan.prompts * k, t) for (k, t), _ in plan.order]
+  return {kind: sum(w[kind] for w in each) / len(each) for kind in each[0]} if each else {}
+
+
+def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
+  """A batch of the largest K as shapes."""
+  k = max(setup.config.stages[name].k_buckets)
+  prompts = prompts_per_update(setup, name, k)
+  array = lambda shape, dtype: abstract.array(setup, (prompts, *shape), dtype)
+  return ComparisonBatch(array((k, setup.length), jnp.int32), array((k, setup.length), bool), array((k,), jnp.int32),
+                         array((), jnp.float32))
+
+
+def check(setup: Setup, name: str) -> None:
+  """The entries that decide which comparisons a stage has, and in which updates."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  check_epochs(cfg.epochs, where, whole=True)
+  if not cfg.k_buckets or min(cfg.k_buckets) < 2:
+    raise ValueError(f'{where}.k_buckets={tuple(cfg.k_buckets)} must name numbers of responses, each 2 or more.')
+  if cfg.microbatches < 1 or cfg.microbatches * min(cfg.k_buckets) > cfg.responses_per_batch:
+    raise ValueError(f'{where}.microbatches={cfg.microbatches} cuts an update of {where}.responses_per_batch='
+                     f'{cfg.responses_per_batch} into parts of no prompt: lower microbatches, or raise responses_per_batch.')
+  if setup.config.data.comparisons == 'sandbox:' and not 2 <= cfg.responses[0] <= cfg.responses[1] <= max(cfg.k_buckets):
+    raise ValueError(f'{where}.responses={cfg.responses} must be a range from 2 up to k_buckets={cfg.k_buckets}.')
+
+
+def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
+  """The smallest edge that is at least each value."""
+  edges = np.asarray(sorted(edges))
+  if values.max() > edges[-1]:
+    raise ValueError(f'{key}={edges.tolist()}: the data has {values.max()}.')
+  return edges[np.searchsorted(edges, values)]
 
 
 def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,18 @@ from alignjax.sharding import fetch
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.pretrain import text_mix
+from alignjax.stages.records import fit, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
   check_divides,
   check_functions,
   compile_step,
-  fit,
+  for_stage,
   freeze,
   initial_params,
   make_optimizer,
   make_state,
-  records,
   seed_of,
   stage_key,
 )
@@ -83,7 +83,8 @@ def iteration(state: TrainState, frozen: Params, batch: tuple[jax.Array, jax.Arr
   orders = jax.vmap(lambda k: jax.random.permutation(k, count))(jax.random.split(order_key, inner_epochs))
   state, losses = jax.lax.scan(epoch, state, orders.at[0].set(jnp.arange(count)))
   metrics |= {name: jnp.max(x) if steps.is_maximum(name) else jnp.mean(x) for name, x in losses.items()}
-  metrics['ppo/ratio_max_dev'] = losses['ppo/ratio_max_dev'][0, 0]  # before the first update: exactly 0
+  if 'ppo/ratio_max_dev' in losses:  # a fork's loss may have no ratio
+    metrics['ppo/ratio_max_dev'] = losses['ppo/ratio_max_dev'][0, 0]  # before the first update: exactly 0
 
   # 8. the KL coefficient: fixed (the paper), or steered towards a target (Ziegler et al. 2019)
   metrics |= {
@@ -155,21 +156,27 @@ def first_state(setup: Setup, name: str, params: dict[str, Params], tx: optax.Gr
 def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState, failures: list[str]) -> Callable:
   """`iteration` as the config has it, compiled: (state, frozen, batch) -> (state, metrics, rollout). failures: Stage.failures."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
-  on_host = dict(decode=setup.decode, failures=failures)  # for a reward that is a function on the host
-  reward_fn = functools.partial(plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen', *on_host)),
-                                **{k: v for k, v in on_host.items() if k in plugins.keywords(cfg.reward.fn)})
+  known = facts(setup, name, failures)
+  reward_fn = plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen'), facts=known['reward'])
   rollout_fn = functools.partial(
       collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=(setup.template.end,),
       temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
       missing_end_penalty=cfg.rollout.missing_end_penalty, generate_rows=cfg.rollout.generate_rows,
       score_rows=score_rows(cfg))
-  loss = dict(cfg.loss, temperature=cfg.rollout.temperature) if 'temperature' in plugins.keywords(cfg.loss.fn) else cfg.loss
   return compile_step(functools.partial(
       iteration, key=stage_key(setup, name), nets=setup.nets, rollout_fn=rollout_fn,
-      advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage'), whiten=cfg.whiten_advantages,
-      loss_fn=plugins.bind(loss, f'{where}.loss', given=('nets',)), tx=tx, minibatches=cfg.minibatches,
+      advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage', facts=known['advantage']), whiten=cfg.whiten_advantages,
+      loss_fn=plugins.bind(cfg.loss, f'{where}.loss', given=('nets',), facts=known['loss']), tx=tx, minibatches=cfg.minibatches,
       inner_epochs=cfg.inner_epochs, microbatches=cfg.microbatches, ema_decay=cfg.ema_decay,
       kl_target=cfg.kl.target, kl_horizon=cfg.kl.horizon), state)
+
+
+def facts(setup: Setup, name: str, failures: Sequence[str] = ()) -> dict[str, dict]:
+  """What the stage tells each of its functions that has a keyword argument of the name (plugins.bind)."""
+  rollout = setup.config.stages[name].rollout
+  samples = dict(samples_per_prompt=rollout.samples_per_prompt)
+  return dict(loss=dict(samples, temperature=rollout.temperature), advantage=samples,
+              reward=dict(samples, decode=setup.decode, failures=failures))  # decode, failures: of alignjax.host:reward
 
 
 def score_rows(cfg) -> int:
@@ -207,7 +214,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
 def check(setup: Setup, name: str) -> None:
   """Sizes that must divide, and choices that must fit together, before any stage runs."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
-  check_functions(cfg, where)
+  check_functions(cfg, where, facts(setup, name))
   for cut in ('top_p', 'top_k'):
     if cfg.rollout.get(cut) is not None:
       raise ValueError(f'{where}.rollout.{cut}={cfg.rollout[cut]}: refused. Samples from a cut distribution are scored under '
@@ -233,6 +240,29 @@ def check(setup: Setup, name: str) -> None:
   if cfg.ptx.rows_per_episode and not cfg.loss.get('ptx_coef', True):
     raise ValueError(f'{where}.loss.ptx_coef=0 would not read its {cfg.ptx.rows_per_episode} pretraining rows an episode: '
                      f'set {where}.ptx.rows_per_episode=0.')
+  check_returns(for_stage(setup, name), name)
+
+
+def check_returns(setup: Setup, name: str) -> None:
+  """What reward, advantage and loss return on the stage's shapes, before any stage runs."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  _, frozen, (prompts, prompt_mask, ptx) = arguments = abstract_step(setup, name).arguments
+  rows, length, known = cfg.rollout.episodes, setup.response_length, facts(setup, name)
+  shape = lambda kind: jax.ShapeDtypeStruct((rows, length), kind)
+  numbers, mask = shape(jnp.float32), shape(bool)
+  whole = [jax.ShapeDtypeStruct((rows, setup.prompt_length), x.dtype) for x in (prompts, prompt_mask)]
+  bind = lambda entry, given: plugins.bind(cfg[entry], f'{where}.{entry}', given=given, facts=known[entry])
+  say = lambda entry: f'{where}.{entry}: {cfg[entry].fn}'
+
+  reward = bind('reward', ('nets', 'frozen'))
+  scores = abstract.evaluate(lambda frozen, *rows: reward(*rows, nets=setup.nets, frozen=frozen), say('reward'),
+                             frozen, *whole, shape(jnp.int32), mask)
+  abstract.check_arrays(scores, say('reward'), ('a score of each response',), (rows,))
+  made = abstract.evaluate(bind('advantage', ()), say('advantage'), numbers, numbers, mask)
+  abstract.check_arrays(made, say('advantage'), ('advantages', 'returns'), (rows, length))
+  rollout = Rollout(*whole, shape(jnp.int32), mask, numbers, numbers, numbers, jax.ShapeDtypeStruct((rows,), jnp.float32))
+  abstract.check_loss(bind('loss', ('nets',)), f'{where}.loss', cfg.loss.fn, arguments[0].params,
+                      PPOBatch(rollout, numbers, numbers, numbers, ptx), setup.nets)
 
 
 def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:

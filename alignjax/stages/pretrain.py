@@ -7,16 +7,14 @@ from collections.abc import Callable
 from alignjax import throughput
 from alignjax.data import batches, text
 from alignjax.stages import supervised
-from alignjax.stages.abstract import Plan
+from alignjax.stages.abstract import Plan, token_rows
+from alignjax.stages.records import open_documents, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
-  check_functions,
   initial_params,
   make_optimizer,
   make_state,
-  open_source,
-  records,
   seed_of,
   steps_per_epoch,
 )
@@ -46,11 +44,12 @@ def build(setup: Setup, name: str) -> Stage:
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
-  return supervised.abstract_step(setup, name, setup.config.data.row_length)
+  batch = token_rows(setup, setup.config.stages[name].batch_size, setup.config.data.row_length)
+  return supervised.abstract_step(setup, name, batch)
 
 
 def check(setup: Setup, name: str) -> None:
-  check_functions(setup.config.stages[name], f'stages.{name}')
+  supervised.check(setup, name, abstract_step)
 
 
 def text_rows(setup: Setup, texts: list[str], length: int | None = None):
@@ -61,5 +60,4 @@ def text_rows(setup: Setup, texts: list[str], length: int | None = None):
 
 def text_mix(setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None) -> Callable:
   """batch(step, positions) of pretraining rows, for a stage that mixes `rows` of them into every step."""
-  return text.mix(open_source(setup, 'pretrain', documents), documents, rows,
-                  lambda texts: text_rows(setup, texts, length), seed)
+  return text.mix(open_documents(setup, documents), rows, lambda texts: text_rows(setup, texts, length), seed)

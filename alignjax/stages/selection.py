@@ -7,15 +7,13 @@ candidate's figure, the choice and why stand in its info.json, and so in the rep
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from alignjax import checkpoint, files, plugins
-from alignjax.data import sources
+from alignjax.data import batches, hygiene, sources
 from alignjax.evals import samples, selection
 from alignjax.stages.finished import Model
 from alignjax.stages.setup import Setup, Stage, initial_params, make_state, seed_of, stage_dir
@@ -26,7 +24,7 @@ def build(setup: Setup, name: str) -> Stage:
   folder = stage_dir(setup, name)
 
   # 1. validation prompts, the candidates, the judges: a reward model, a reference for the KL, the sandbox's labelers
-  records = _prompts(setup, cfg.prompts)
+  records = _prompts(setup, name)
   prompts = [r['prompt'] for r in records]
   candidates = find_candidates(setup, name)
   load = lambda spec, head: initial_params(setup, str(spec), head, seed_of(name))
@@ -86,12 +84,19 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
   return out
 
 
-def _prompts(setup: Setup, cfg: Any) -> list[dict]:
-  """Validation prompts: they should be none that the candidates were trained on."""
+def _prompts(setup: Setup, name: str) -> list[dict]:
+  """Validation prompts, a random choice by the seed. Of a source that stages are trained on: the held-out ones."""
+  cfg, data = setup.config.stages[name].prompts, setup.config.data
   if cfg.source == 'sandbox:':
     from alignjax import sandbox
     return sandbox.prompts(setup.world, cfg.count, 'valid')
-  return sources.read(cfg.source, 'prompts', cfg.mapping, cfg.count)
+  found = sources.read(cfg.source, 'prompts', cfg.mapping)
+  if cfg.source in (data.demonstrations, data.comparisons, data.prompts):
+    found = [r for r in found if hygiene.held_out(r['prompt'], data.heldout.share, data.heldout.seed)]
+    if not found:
+      raise ValueError(f'stages.{name}.prompts.source={cfg.source!r} is trained on, and data.heldout.share={data.heldout.share} '
+                       'holds none of its prompts out: raise it, or name another source.')
+  return batches.draw(found, cfg.count, (setup.config.seed, seed_of(name)))
 
 
 def check(setup: Setup, name: str) -> None:

@@ -7,6 +7,7 @@ import difflib
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import ml_collections
 import optax
 
 from alignjax import checkpoint, files, optim, plugins
-from alignjax.data import encode, sources, templates
+from alignjax.data import encode, templates
 from alignjax.data.templates import Template
 from alignjax.models import hf, transformer
 from alignjax.models.axes import path_name
@@ -157,32 +158,6 @@ def model_config(spec: Mapping[str, Any], vocabulary: int, where: str) -> Transf
   return TransformerConfig(**spec)
 
 
-def records(setup: Setup, kind: str, count: int | None, split: str = 'train') -> list[dict]:
-  """`count` records of data.<kind>: generated where the source is 'sandbox:', else the source's first ones (None: all)."""
-  source = setup.config.data[kind]
-  if source == 'sandbox:':
-    from alignjax import sandbox
-    make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
-    return make(setup.world, count, split)
-  return sources.read(source, kind, setup.config.data.mapping[kind], count)
-
-
-def open_source(setup: Setup, kind: str, count: int | None) -> sources.Source:
-  """data.<kind> to read from by index."""
-  if setup.config.data[kind] == 'sandbox:':
-    made = records(setup, kind, count)
-    return sources.Source(len(made), lambda i: [made[i]])
-  return sources.open_source(setup.config.data[kind], kind, setup.config.data.mapping[kind])
-
-
-def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:
-  """Rows within data.prompt_length and data.response_length: data.too_long drops the others, cuts them, or is an error."""
-  fitted = encode.fit(rows, setup.prompt_length, setup.response_length, setup.config.data.too_long, f'data.{kind}')
-  if fitted.note and jax.process_index() == 0:
-    print(fitted.note, flush=True)
-  return fitted
-
-
 def stage_dir(setup: Setup, name: str) -> files.Folder:
   return setup.workdir / name
 
@@ -232,7 +207,7 @@ def freeze(params: Params, model: TransformerConfig) -> Params:
 
 def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.GradientTransformation:
   """config.{policy, value, reward} -> one transformation; each is dict(fn='module:name', ...)."""
-  return optim.make({name: plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(steps=steps)
+  return optim.make({name: plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(steps=max(steps, 1))
                      for name, spec in config.items()})
 
 
@@ -263,24 +238,33 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
 GIVEN = dict(loss=('nets',), reward=('nets', 'frozen', 'decode', 'failures'), advantage=())  # keywords that the stage passes itself
 
 
-def check_functions(config: Mapping[str, Any], where: str) -> None:
-  """Binds every function that a stage's config names, so that a wrong name or coefficient fails before any stage runs."""
+def check_functions(config: Mapping[str, Any], where: str, facts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> None:
+  """Binds every function that a stage's config names, so that a wrong name or coefficient fails before any stage runs.
+
+  facts: by entry ('loss', 'reward', 'advantage') what the stage knows and passes (plugins.bind).
+  """
   for entry, given in GIVEN.items():
     if entry in config:
-      plugins.bind(config[entry], f'{where}.{entry}', given=given)
+      plugins.bind(config[entry], f'{where}.{entry}', given=given, facts=facts.get(entry, {}))
       if 'function' in config[entry]:  # of alignjax.host:reward
         plugins.find(config[entry]['function'], f'{where}.{entry}.function')
   make_optimizer(config.optimizer, 10**9, where)
 
 
 def check_divides(size: int, parts: int, what: str) -> None:
-  if size % parts:
+  if parts < 1 or size % parts:
     raise ValueError(f'{what}: {size} does not divide by {parts}.')
+
+
+def check_epochs(epochs: Any, where: str, whole: bool = False) -> None:
+  """epochs: 0 is no step, so that the stage's result is what it starts from."""
+  if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 <= epochs < math.inf or (whole and epochs % 1):
+    raise ValueError(f'{where}.epochs={epochs!r} must be a {"whole " if whole else ""}number, 0 or more.')
 
 
 def steps_per_epoch(rows: int, batch_size: int, epochs: float) -> int:
   """Steps that see every row `epochs` times."""
-  return max(1, math.ceil(rows * epochs / batch_size))
+  return math.ceil(rows * epochs / batch_size)
 
 
 def stage_key(setup: Setup, stage: str) -> jax.Array:

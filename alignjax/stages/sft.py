@@ -1,24 +1,28 @@
-"""Supervised fine-tuning on demonstrations (paper sections 3.5 and C.1), with an optional pretraining mix (C.3)."""
+"""Supervised fine-tuning on demonstrations (paper sections 3.5 and C.1), with an optional pretraining mix (C.3).
+
+pretrain_mix is the share of the loss, and so of the gradient, that pretraining text has: the paper mixes in "10% pretraining data"
+and does not report the unit. A share of rows, or of tokens, would be another share of the loss for each data set, because rows of
+text are full and demonstrations are short: 10% of the rows can be most of the tokens.
+"""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignjax import throughput
 from alignjax.data import batches, encode
 from alignjax.stages import supervised
-from alignjax.stages.abstract import Plan
+from alignjax.stages.abstract import Plan, array, token_rows
 from alignjax.stages.pretrain import text_mix
+from alignjax.stages.records import fit, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
-  check_functions,
-  fit,
   initial_params,
   make_optimizer,
   make_state,
-  records,
   seed_of,
   steps_per_epoch,
 )
@@ -38,8 +42,8 @@ def build(setup: Setup, name: str) -> Stage:
   else:
     rows = encode.demonstrations(pairs, setup.length, setup.template.pad, cfg.prompt_weight)
 
-  # 2. the pretraining mix: a share of each batch's rows (the paper's 10%, whose unit it does not report)
-  mixed = round(cfg.pretrain_mix * cfg.batch_size)
+  # 2. the pretraining mix: a share of the loss (types.TokenBatch.mix), on about the same share of each batch's rows
+  mixed = text_rows_of(cfg)
   demos = cfg.batch_size - mixed
   text = text_mix(setup, cfg.documents, mixed, (*seed, 1), setup.length) if mixed else None
   num_steps = steps_per_epoch(len(rows.tokens), demos, cfg.epochs)
@@ -54,19 +58,41 @@ def build(setup: Setup, name: str) -> Stage:
     parts = [batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])]
     if own[-1] >= demos:
       parts.append(text(i, own[own >= demos] - demos))
-    return setup.sharder.put(jax.tree.map(lambda *x: np.concatenate(x), *parts))
+    made = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    if mixed:
+      made = made.replace(source=(own >= demos).astype(np.int32), mix=mix_of(cfg))
+    return setup.sharder.put(made)
 
   return Stage(state, step, batch, num_steps, cfg.batch_size * setup.length,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
                work=throughput.training(setup.policy_model, cfg.batch_size, setup.length))
 
 
+def mix_of(cfg) -> tuple[tuple[str, float], ...]:
+  """types.TokenBatch.mix of the stage; empty without pretraining text."""
+  return (('demonstrations', 1 - cfg.pretrain_mix), ('pretrain', cfg.pretrain_mix)) if cfg.pretrain_mix else ()
+
+
+def text_rows_of(cfg) -> int:
+  """How many of a batch's rows are pretraining text. It decides compute and the noise of that part of the gradient, not its weight;
+  the share of the loss, at least one row, spends on it about what it weighs."""
+  return max(1, round(cfg.pretrain_mix * cfg.batch_size)) if cfg.pretrain_mix else 0
+
+
 def abstract_step(setup: Setup, name: str) -> Plan:
-  return supervised.abstract_step(setup, name, setup.length)
+  cfg = setup.config.stages[name]
+  batch = token_rows(setup, cfg.batch_size, setup.length)
+  if cfg.pretrain_mix:
+    batch = batch.replace(source=array(setup, (cfg.batch_size,), jnp.int32), mix=mix_of(cfg))
+  return supervised.abstract_step(setup, name, batch)
 
 
 def check(setup: Setup, name: str) -> None:
   cfg = setup.config.stages[name]
-  check_functions(cfg, f'stages.{name}')
-  if round(cfg.pretrain_mix * cfg.batch_size) >= cfg.batch_size:
-    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of {cfg.batch_size}.')
+  if not 0 <= cfg.pretrain_mix < 1:
+    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} must be a share of the loss from 0 to below 1; 1 would leave '
+                     'no demonstration.')
+  if text_rows_of(cfg) >= cfg.batch_size:
+    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of {cfg.batch_size}: '
+                     'raise batch_size.')
+  supervised.check(setup, name, abstract_step)

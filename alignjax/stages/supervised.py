@@ -10,8 +10,18 @@ import optax
 from alignjax import plugins, steps
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
-from alignjax.stages.setup import Setup, compile_step, make_optimizer, make_state, stage_key
-from alignjax.types import LossFn, Metrics, Networks, TrainState
+from alignjax.stages.setup import (
+  Setup,
+  check_divides,
+  check_epochs,
+  check_functions,
+  compile_step,
+  for_stage,
+  make_optimizer,
+  make_state,
+  stage_key,
+)
+from alignjax.types import LossFn, Metrics, Networks, TokenBatch, TrainState
 
 
 def stage_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:
@@ -21,13 +31,27 @@ def stage_step(setup: Setup, name: str, tx: optax.GradientTransformation, state:
                    key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
 
 
-def abstract_step(setup: Setup, name: str, length: int) -> Plan:
-  """The compiled step, its arguments as shapes, and its work, without data or weights; rows of `length` tokens."""
+def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
+  """The compiled step, its arguments as shapes, and its work, without data or weights."""
   cfg = setup.config.stages[name]
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')  # how many updates changes a constant of the schedule only
   state = make_state(setup, {'policy': abstract.params(setup, 'lm')}, tx)
-  work = Work('update', setup.policy_model, 'lm', cfg.batch_size // cfg.microbatches, length, cfg.microbatches)
-  return Plan(stage_step(setup, name, tx, state), (state, abstract.token_rows(setup, cfg.batch_size, length)), {'update': [work]})
+  work = Work('update', setup.policy_model, 'lm', cfg.batch_size // cfg.microbatches, batch.tokens.shape[1], cfg.microbatches)
+  return Plan(stage_step(setup, name, tx, state), (state, batch), {'update': [work]})
+
+
+def check(setup: Setup, name: str, abstract_step: Callable[[Setup, str], Plan]) -> None:
+  """What pretraining and fine-tuning can be wrong about in the same way. abstract_step: of the stage's module."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  check_functions(cfg, where)
+  check_epochs(cfg.epochs, where)
+  check_divides(cfg.batch_size, cfg.microbatches, f'{where}.batch_size by microbatches')
+  check_divides(cfg.batch_size, setup.sharder.batch_shards, f'{where}.batch_size by the devices that share a batch')
+  own = for_stage(setup, name)
+  state, batch = abstract_step(own, name).arguments
+  key = jax.random.key(0) if own.policy_model.dropout > 0 else None
+  abstract.check_loss(plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)), f'{where}.loss', cfg.loss.fn, state.params, batch,
+                      own.nets, key)
 
 
 def make_step(state: TrainState, *, loss_fn: LossFn, nets: Networks, tx, key: jax.Array, microbatches: int = 1,

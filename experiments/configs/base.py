@@ -61,6 +61,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.data = dict(tokenizer='sandbox:', template=config_dict.placeholder(str),  # forms: alignjax/data/templates.py
                 pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:', prompts='sandbox:',
                 mapping=no_mapping(),
+                heldout=dict(share=0.05, seed=0),  # of the prompts of files: no stage is trained on them (stages/records.py)
                 prompt_length=24, response_length=20, row_length=64, too_long='error', pack=False)
   c.model = dict(num_layers=s.layers, d_model=s.width, num_heads=4, max_length=96, positions='rotary', rope_theta=1000.0,
                  embedding_std=0.05, embedding_scale=0.5 * s.width**0.5, tie_embeddings=True, qkv_bias=False)
@@ -74,7 +75,8 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
           log_every=20, save_every=500),
       sft=dict(
           build='alignjax.stages.sft:build', init=dict(policy='stage:pretrain'), demonstrations=s.demos, epochs=3,
-          batch_size=16, prompt_weight=0.0, pretrain_mix=0.1, documents=2000, microbatches=1,
+          batch_size=16, prompt_weight=0.0, pretrain_mix=0.1,  # pretrain_mix: a share of the loss (stages/sft.py)
+          documents=2000, microbatches=1,
           loss=dict(fn='alignjax.losses:sft'),
           optimizer=dict(policy=adam(5e-4, schedule='cosine', warmup=0.05)), log_every=5, save_every=50,
           keep_candidates=config_dict.placeholder(int)),  # to choose from: configs/selected.py
@@ -82,7 +84,8 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
           build='alignjax.stages.rm:build', init=dict(reward='stage:sft'), prompts=s.prompts, responses=(4, 9),
           policies=(dict(init='stage:sft', temperature=1.0, share=0.5), dict(init='stage:sft', temperature=1.5, share=0.25),
                     dict(init='stage:pretrain', temperature=1.0, share=0.25)),
-          evaluation_prompts=s.evaluation, bias_demonstrations=min(512, 4 * s.demos), responses_per_batch=36,
+          evaluation_prompts=s.evaluation, bias_demonstrations=min(512, 4 * s.demos),
+          responses_per_batch=45,  # 5 prompts of up to 9 an update
           k_buckets=(5, 7, 9), row_lengths=(28,), epochs=1, microbatches=1, loss=dict(fn='alignjax.losses:reward_ranking'),
           optimizer=dict(reward=adam(2e-3, schedule='cosine', warmup=0.05)), log_every=20, save_every=500),
       ppo=ppo(0.0, s.iterations, s.episodes),

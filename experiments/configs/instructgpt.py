@@ -79,6 +79,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
                 prompts='jsonl:data/prompts.jsonl',
                 prompt_length=1024, response_length=1024,  # appendix C: prompts over 1k dropped, responses cut at 1k
                 too_long='drop', pack=False, mapping=no_mapping(),
+                heldout=dict(share=0.0, seed=0),  # the paper's splits are files of their own, by user (3.2): experiments/prepare.py
                 row_length=2048)  # [ours]: the length of pretraining examples is not reported
   chunks = {name: memory[name] for name in ('logits_chunk', 'attention_chunk')}
   c.model = gpt3(size, dropout=0.2, **chunks)  # residual dropout in SFT (C.1); RM and PPO run without
@@ -86,7 +87,7 @@ def get_config(size: str, *, sft_lr: float, batch: int, init_lr: float, policy_l
   c.stages = dict(
       sft=supervised(sft_lr, 16, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.0, documents=0,
                      keep_candidates=16),  # C.1: an epoch each, to choose from by RM score (stages/selection.py)
-      # the policy that PPO starts from and is held near: 2 epochs with 10% pretraining data (C.3); 10% of the rows [ours]
+      # the policy that PPO starts from and is held near: 2 epochs with 10% pretraining data (C.3): of the loss [ours]
       ppo_init=supervised(init_lr, 2, init=dict(policy=f'checkpoints/gpt3_{size}'), pretrain_mix=0.1, documents=100_000),
       rm=dict(
           build='alignjax.stages.rm:build', init=dict(reward='checkpoints/sft_6b'), prompts=33_207, responses=(4, 9),

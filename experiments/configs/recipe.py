@@ -21,7 +21,7 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
     template: see alignjax/data/templates.py.
     data, mapping: sources and mappings of 'pretrain', 'demonstrations', 'comparisons', 'prompts'.
     lengths: (prompt, response, pretraining row) in tokens.
-    batch: rows of SFT, and responses of an RM batch. episodes, iterations: of PPO.
+    batch: rows of SFT, and responses of an RM update (of prompts with the most responses). episodes, iterations: of PPO.
     lr: {'sft', 'rm', 'policy', 'value'}.
     model: changes to the checkpoint's architecture: dtype, remat, logits_chunk, max_length.
   """
@@ -31,7 +31,7 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
   c.stages_to_run = ('ppo_ptx',)
   c.mesh.update(mesh or {})
   kinds = ('pretrain', 'demonstrations', 'comparisons', 'prompts')
-  c.data = dict(tokenizer=spec, template=template, mapping={**base.no_mapping(), **mapping},
+  c.data = dict(tokenizer=spec, template=template, mapping={**base.no_mapping(), **mapping}, heldout=dict(share=0.02, seed=0),
                 prompt_length=lengths[0], response_length=lengths[1], row_length=lengths[2], too_long='drop', pack=True,
                 **{kind: data[kind] for kind in kinds})
   c.model = dict(source=spec, **model)
@@ -40,7 +40,7 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
   adam = lambda rate, **kw: base.adam(rate, schedule='cosine', warmup=0.05, **kw)
   s.sft.update(init=dict(policy=spec), demonstrations=config_dict.placeholder(int), epochs=2, batch_size=batch,
                documents=config_dict.placeholder(int), pretrain_mix=0.1, optimizer=dict(policy=adam(lr['sft'])))
-  s.rm.update(prompts=config_dict.placeholder(int), policies=(), evaluation_prompts=100, bias_demonstrations=200,
+  s.rm.update(prompts=config_dict.placeholder(int), policies=(), evaluation_prompts=500, bias_demonstrations=200,
               responses_per_batch=batch, k_buckets=(2, 4, 9), row_lengths=(sum(lengths[:2]) // 2,), log_every=5, save_every=100,
               optimizer=dict(reward=adam(lr['rm'])))
   p = s.ppo_ptx
@@ -57,7 +57,7 @@ def get_config(checkpoint: str, *, template: str, data: dict, mapping: dict, len
 
 def shrink(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """`:tiny` of every recipe: the same stages on a few rows, to see that checkpoint and data fit before the long run."""
-  c.data.update(prompt_length=96, response_length=16, row_length=32, too_long='truncate')
+  c.data.update(prompt_length=96, response_length=16, row_length=32, too_long='truncate', heldout=dict(share=0.1, seed=0))
   s = c.stages
   s.sft.update(demonstrations=16, epochs=1, batch_size=8, documents=20, log_every=1)
   s.rm.update(prompts=24, evaluation_prompts=4, bias_demonstrations=8, responses_per_batch=8, row_lengths=(), log_every=1)

@@ -29,6 +29,7 @@ def get_config(arg: str = 'truth'):
   c.stages_to_run = ('sft',)
   none = config_dict.placeholder(str)
   c.data = dict(tokenizer=spec, template='plain', pretrain=none, comparisons=none, prompts=none,
+                heldout=dict(share=0.0, seed=0),  # the mapping holds out a tenth of the questions
                 demonstrations=f'jsonl:finetune_{kind}.jsonl', mapping={**base.no_mapping(), 'demonstrations': 'truthfulqa_judge'},
                 prompt_length=90 if small else 120, response_length=6, row_length=96 if small else 126, too_long='drop', pack=True)
   c.model = dict(source=spec, dtype='float32' if small else 'bfloat16', remat='none' if small else 'full', logits_chunk=256,

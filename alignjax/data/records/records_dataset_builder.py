@@ -36,8 +36,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(rows) for split, rows in self._records.items()}
 
   def _generate_examples(self, rows):
-    for i, row in enumerate(rows):
-      row = {**dict.fromkeys(OPTIONAL, ''), **row}
+    for i, row in enumerate(map(dict, rows)):
+      row |= {name: '' if row.get(name) is None else str(row[name]) for name in OPTIONAL}  # an id may be a number
       if isinstance(row.get('prompt'), list):
         row |= dict(prompt='', messages=json.dumps(row['prompt']))
       yield i, {k: row[k] for k in self.info.features}
