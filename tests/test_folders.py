@@ -225,6 +225,13 @@ def test_a_folder_that_transformers_would_fill_up_or_refuse_is_refused_by_name(n
   assert str(tmp_path / 'm') in str(error.value)
 
 
+def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):
+  single(tmp_path, start(tmp_path) | {'score.weight': np.ones((2, 16), np.float32)})
+  cfg = TransformerConfig(**hf.fields(tmp_path))
+  with pytest.raises(ValueError, match=r'score.weight has the shape \[2, 16\].*\[1, 16\]'):
+    hf.load(tmp_path, cfg, 'scalar', ONE.params)
+
+
 def test_the_head_of_a_file_is_not_given_up_for_a_flag(tmp_path):
   """model.tie_embeddings=True over a checkpoint with a head of its own is an error; it was ignored."""
   folder = tmp_path / 'm'

@@ -106,7 +106,7 @@ def _common(kind: str, e: Entries) -> Entries:
   """Refuses what no family covers."""
   classes = e.values.get('architectures')
   known = FAMILIES[kind].classes
-  if classes is not None and not (isinstance(classes, list) and set(map(str, classes)) & {*known}):
+  if classes not in (None, []) and not (isinstance(classes, list) and set(map(str, classes)) & {*known}):
     raise ValueError(f'{e.path}: architectures={reprlib.repr(classes)} is not covered for {kind}; covered: {", ".join(known)}.')
   e.only('quantization_config', None)
   e.only('transformers_weights', None)

@@ -134,8 +134,8 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
     return {**params, 'final': {'norm': norm, 'score': score}}, 'folded into the last norm'
   if choice not in BIAS:
     name = config['architectures'][0]
-    raise ValueError(f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. --bias=drop leaves it "
-                     'out, which shifts all scores alike, so that differences and rankings stay; --bias=keep writes it to '
+    raise ValueError(f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. --bias=drop leaves "
+                     'it out, which shifts all scores alike, so that differences and rankings stay; --bias=keep writes it to '
                      'config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it loads it).')
   if choice == 'drop':
     return params, f'{bias:.6g}, left out: add it to a score for that of alignjax'
