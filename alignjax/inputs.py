@@ -55,8 +55,9 @@ def of_data(entry: str, source: str, mapping: str | None) -> Read:
   """A source of records, and the functions of its mapping."""
   found: Read = {entry: ('data', source)}
   for i, name in enumerate((mapping or '').split(';')):
-    if is_function(name.strip()):
-      found[f'{entry}, mapping {i + 1}'] = ('function', name.strip())
+    function = name.split(',')[0].strip()  # renames may follow it
+    if is_function(function):
+      found[f'{entry}, mapping {i + 1}'] = ('function', function)
     if mapping and _reads_beside(name.strip()):
       found[f'{entry}, beside it'] = ('beside', source)
   return found
