@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from alignjax import checkpoint, files, fingerprints, plugins
+from alignjax.data import sources
 from alignjax.models import hf
 
 CHOICES = ('fail', 'keep', 'restart')
@@ -109,9 +110,7 @@ def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, li
   if kind == 'weights':
     return checkpoint.weights(weights_folder(workdir, name))
   if kind in ('data', 'beside'):
-    parts = re.split(r'(?<!\\);(?=\s*(?:jsonl|text|tfds|hf|sandbox):)', name)  # as data/sources.py
-    each = (_of_source(part.strip().replace('\\;', ';'), kind == 'beside', known) for part in parts)
-    return fingerprints.of_value(list(each))
+    return fingerprints.of_value([_of_source(part, kind == 'beside', known) for part in sources.split(name)])
   folder = hf.folder_of(name.removeprefix('hf:'))
   patterns = {'tokenizer': ('config.json', *TOKENIZER), 'architecture': ('config.json',), 'checkpoint': ('config.json',)}[kind]
   paths = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
