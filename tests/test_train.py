@@ -113,7 +113,7 @@ def test_a_table_of_several_runs(finished, tmp_path, capsys):
   assert '| SFT | 0.50 (0.50 to 0.50) |' in out and ' of 2 |' in out and 'Seeds 0, 1' in out
   with pytest.raises(SystemExit, match='are both of seed 1'):
     summarize.main([str(finished), second, other('copy')])
-  with pytest.raises(SystemExit, match='second is named twice'):
+  with pytest.raises(SystemExit, match='second/ is named twice'):
     summarize.main([str(finished), second, f'{second}/'])
   with pytest.raises(SystemExit, match=r'different configs.*\n  stages.sft.epochs: 3, 16'):
     summarize.main([str(finished), other('longer', epochs=16)])
