@@ -137,11 +137,10 @@ def _of_source(source: str, beside: bool, known: dict[str, list]) -> str:
 
 
 def _tensors(folder: Any) -> list:
-  """The safetensors files of a checkpoint's weights, and their index."""
-  index, single = folder / 'model.safetensors.index.json', folder / 'model.safetensors'
-  shards = set(json.loads(index.read_text())['weight_map'].values()) if index.exists() else ()
-  found = [p for p in (*(folder / s for s in sorted(shards)), index, single) if p.exists()]
-  return found or sorted(folder.glob('*.safetensors'))
+  """The files that a checkpoint's weights are read from, and their index."""
+  paths = hf.weight_files(folder)
+  index = folder / hf.INDEX
+  return [*paths, *([index] if len(paths) > 1 and index.exists() else [])]
 
 
 # ---- records
