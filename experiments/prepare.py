@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     from alignjax import files, trouble
     from alignjax.data import hygiene, sources
     out = files.folder(options.out)
-    trouble.check_writable(out, '--out')
+    trouble.check_writable(out if out.exists() else out.parent, '--out')
     try:
       shares = {name: float(share) for name, share in (part.split('=') for part in options.shares.split(','))}
     except ValueError:
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
     for name in (name for name, rows in splits.items() if not rows):
       print(f'WARNING: the split {name} is empty: of {log[-1][2]} records that are left none came into its share of '
             f'{shares[name]:g}. Give more records, other --shares, or another --seed.')
+    out.mkdir(parents=True, exist_ok=True)
     if options.format == 'tfds':
       from alignjax.data.records import records_dataset_builder
       folder = records_dataset_builder.store({k: v for k, v in splits.items() if v}, options.kind, out, options.shards)

@@ -315,7 +315,8 @@ def recipe(tmp_path):
     c.checkpoint, c.model.max_length = f'hf:{tmp_path}/checkpoint', 256
     turns = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'}]
     row = dict(prompt=turns, response='a', responses=['a', 'b'], ranks=[0, 1])
-    (tmp_path / 'records.jsonl').write_text(json.dumps(row) + '\n')
+    (tmp_path / 'records.jsonl').write_text('\n' + json.dumps(row) + '\n')
+    c.data.heldout.share = 0.0
     for kind in ('demonstrations', 'comparisons', 'prompts'):
       c.data[kind], c.data.mapping[kind] = f'jsonl:{tmp_path}/records.jsonl', None
     c.stages.rm.evaluation_prompts = 0
@@ -326,7 +327,7 @@ def recipe(tmp_path):
 def test_every_stage_names_the_source_of_a_refused_conversation(recipe, tmp_path):
   made = make_setup(recipe(ALTERNATE), tmp_path / 'run', jax.devices()[:1])
   for stage, name in ((sft, 'sft'), (rm, 'rm'), (ppo_ptx, 'ppo_ptx')):
-    with pytest.raises(ValueError, match=r"data\.\w+='jsonl:.*records.jsonl', record 1 .*roles must take turns"):
+    with pytest.raises(ValueError, match=r'records.jsonl, line 2 .*roles must take turns'):
       stage.build(made, name)
 
 

@@ -288,7 +288,7 @@ def test_kept_lines_hold_odd_text_and_damage_is_named(tmp_path):
   kept.append(tmp_path / 'k.jsonl', [{'x': ODD}])
   assert kept.read(tmp_path / 'k.jsonl') == [{'x': ODD}]
   (tmp_path / 'k.jsonl').write_bytes(b'{"x": "\xff"}\n')
-  with pytest.raises(ValueError, match='k.jsonl is damaged'):
+  with pytest.raises(ValueError, match='k.jsonl, line 1: the line is damaged'):
     kept.read(tmp_path / 'k.jsonl')
 
 

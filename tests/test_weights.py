@@ -39,7 +39,7 @@ def mixed_rows(packed: bool):
   rows = encode.demonstrations(demos, 8, pad=0)
   if packed:
     rows = encode.pack([(p + r, [0.0] * len(p) + [1.0] * len(r)) for p, r in demos * 2], 8, pad=0)
-  text = encode.documents([list(range(11, 26))], 8, separator=1)
+  text = encode.documents([[1, *range(11, 26)]], 8)
   text = text.replace(mask=text.mask.astype(rows.mask.dtype))
   made = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), rows, text)
   return made.replace(source=jnp.asarray([0, 0, 1, 1]), mix=(('demonstrations', 0.9), ('pretrain', 0.1)))

@@ -21,8 +21,9 @@ class Fitted(NamedTuple):
   note: str
 
 
-def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str) -> Fitted:
-  """Rows that fit.
+def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str,
+        places: Sequence[str] | None = None) -> Fitted:
+  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from 1.
 
   A row without a token of a prompt is an error: its response would be predicted from nothing.
 
@@ -34,12 +35,13 @@ def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long:
   long_prompts = long_responses = 0
   for i, (prompt, responses) in enumerate(rows):
     over = [len(r) > response_length for r in responses]
+    place = places[i] if places else f'{what}, record {i + 1}'
     if not prompt:
-      raise ValueError(f'{what}, record {i + 1}: its prompt has no tokens.')
+      raise ValueError(f'{place}: its prompt has no tokens.')
     if too_long == 'error':
-      check_length(prompt, prompt_length, f'{what}, record {i + 1}: its prompt', 'data.prompt_length')
+      check_length(prompt, prompt_length, f'{place}: its prompt', 'data.prompt_length')
       for r in responses:
-        check_length(r, response_length, f'{what}, record {i + 1}: a response', 'data.response_length')
+        check_length(r, response_length, f'{place}: a response', 'data.response_length')
     long_prompts += len(prompt) > prompt_length
     long_responses += sum(over)
     stay = [j for j, far in enumerate(over) if too_long != 'drop' or not far]

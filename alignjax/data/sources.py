@@ -29,7 +29,7 @@ import inspect
 import itertools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +113,20 @@ def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> 
   """Our records of a raw one, checked."""
   if not isinstance(raw, dict):
     raise ValueError(f'{where}: a record is an object with {sorted(FIELDS[kind])}, not {textfiles.kind(raw)}.')
-  return [check(record, kind, where) for record in mappings.apply(change, raw, where)]
+  made = [Record(check(record, kind, where)) for record in mappings.apply(change, raw, where)]
+  for record in made:
+    record.where = where
+  return made
+
+
+class Record(dict):
+  """A record that knows where it stands in its source, for an error that comes when it is no longer read but used."""
+  where: str
+
+
+def place(record: Mapping[str, Any], otherwise: str) -> str:
+  """Where a record stands: 'FILE, line N'; of one that was read from no source, `otherwise`."""
+  return record.where if isinstance(record, Record) else otherwise
 
 
 def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from alignjax.data import chat, control
@@ -121,15 +121,19 @@ def of_words(encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]
                   (end,), ())
 
 
-def each(function: Callable[[Any], Any], things: Iterable[Any], where: str) -> list[Any]:
-  """function(thing) of each; an error says which one it was, counted from 1, and how it begins."""
+def each(function: Callable[[Any], Any], things: Sequence[Any], where: str | Sequence[str]) -> list[Any]:
+  """function(thing) of each; an error says which one it was and how it begins.
+
+  where: where each of them stands, or where all of them do; then they are counted from 1.
+  """
   out = []
-  for number, thing in enumerate(things, 1):
+  for i, thing in enumerate(things):
     try:
       out.append(function(thing))
     except ValueError as error:
       shown = thing.get('prompt', thing) if isinstance(thing, dict) else thing
-      raise ValueError(f'{where}, record {number} ({str(shown)[:80]!r}): {error}') from None
+      place = f'{where}, record {i + 1}' if isinstance(where, str) else where[i]
+      raise ValueError(f'{place} ({str(shown)[:80]!r}): {error}') from None
   return out
 
 

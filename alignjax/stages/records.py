@@ -54,7 +54,8 @@ def open_documents(setup: Setup, count: int | None) -> sources.Source:
 
 def encoded(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
             responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: ()) -> encode.Fitted:
-  """Records of data.<kind> as token rows in the template, those that fit.
+  """Records of data.<kind> as token rows in the template, those within data.prompt_length and data.response_length: data.too_long
+  drops the others, cuts them, or is an error.
 
   responses: record -> its responses as text. An error names the source and the record.
   """
@@ -63,12 +64,10 @@ def encoded(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
     pairs = [setup.template.row(record['prompt'], said) for said in responses(record)]
     return setup.template.prompt(record['prompt']), [tokens for _, tokens in pairs]
 
-  return fit(setup, kind, templates.each(one, found, f'data.{kind}={setup.config.data[kind]!r}'))
-
-
-def fit(setup: Setup, kind: str, rows: list[encode.Row]) -> encode.Fitted:
-  """Rows within data.prompt_length and data.response_length: data.too_long drops the others, cuts them, or is an error."""
-  fitted = encode.fit(rows, setup.prompt_length, setup.response_length, setup.config.data.too_long, f'data.{kind}')
+  entry = f'data.{kind}'
+  places = [sources.place(record, f'{entry}={setup.config.data[kind]!r}, record {i}') for i, record in enumerate(found, 1)]
+  fitted = encode.fit(templates.each(one, found, places), setup.prompt_length, setup.response_length, setup.config.data.too_long,
+                      entry, places)
   if fitted.note:
     say(fitted.note)
   return fitted
