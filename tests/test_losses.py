@@ -45,9 +45,9 @@ def test_item_19_ranking_equals_the_explicit_pairs(seed):
   _, nets, _, scalar = model()
   batch = comparison_batch(seed).normalized()
   b, k, t = batch.tokens.shape
-  total = 0.0
+  total = accuracy = margin = 0.0
   for i in range(b):
-    scores = {}
+    scores, margins = {}, []
     for j in range(k):
       if batch.ranks[i, j] >= 0:
         n = int(batch.mask[i, j].sum())  # one response at a time, without padding
@@ -57,7 +57,12 @@ def test_item_19_ranking_equals_the_explicit_pairs(seed):
       for m in scores:
         if batch.ranks[i, j] < batch.ranks[i, m]:
           total += np.log1p(np.exp(-(scores[j] - scores[m]))) / (size * (size - 1) / 2) / b
-  close(losses.reward_ranking({'reward': scalar}, batch, None, nets=nets)[0], total, rtol=1e-4)
+          margins.append(scores[j] - scores[m])
+    accuracy += np.mean(np.array(margins) > 0) / b
+    margin += np.mean(margins) / b
+  loss, metrics = losses.reward_ranking({'reward': scalar}, batch, None, nets=nets)
+  close(loss, total, rtol=1e-4)
+  close([metrics['rm/loss'], metrics['rm/accuracy'], metrics['rm/margin']], [total, accuracy, margin], rtol=1e-4, atol=1e-5)
 
 
 def test_item_19_a_prompt_of_ties_counts_for_nothing():
