@@ -111,6 +111,21 @@ def test_generation_stops_where_ours_does(pad, bos, tmp_path):
   assert {0, 2} <= lasts
 
 
+def test_ids_without_a_token_are_not_generated(tmp_path):
+  """The vocabulary is larger than the tokenizer's, and what lies beyond it is by far the likeliest."""
+  source = source_of(tmp_path / 'in', vocab_size=TEXT + 256 + 3)
+  model = finished.load(f'hf:{source}')
+  params = jax.tree.map(np.array, model.params)
+  params['final']['head']['kernel'][:, -3:] *= 50
+  export.save(tmp_path / 'out', source, model.cfg, params, tokenizer=model.tokenizer, ends=model.template.ends)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
+  tokens = np.array([model.template.prompt(a) for a in ('ab', 'cd', 'ef', 'gh')])
+  ours = greedy(model.cfg, model.template.ends)(params, tokens, tokens >= 0)
+  got = theirs.generate(torch.tensor(tokens, dtype=torch.long), max_new_tokens=24, do_sample=False)[:, tokens.shape[1]:].numpy()
+  for said, live, other in zip(np.asarray(ours.responses), np.asarray(ours.mask), got, strict=True):
+    assert other[:live.sum()].tolist() == said[live].tolist() and max(said[live]) < TEXT + 256
+
+
 @functools.cache
 def scorer(cfg):
   nets = transformer.make_networks(cfg)

@@ -67,7 +67,7 @@ def workdir(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_ends_with_its_evaluations(workdir):
   made = json.loads((workdir / 'evaluation' / 'table.json').read_text())
-  assert list(made['models']) == ['pretrained', 'ppo_ptx', 'sft'] and made['baseline'] == 'pretrained'
+  assert list(made['models']) == ['pretrained', 'sft', 'ppo_ptx'] and made['baseline'] == 'pretrained'
   assert made['rows'][0]['task'] == 'test_recipes:parts'
   assert made['rows'][0]['models']['ppo_ptx']['difference']['n'] == 1
 
@@ -80,7 +80,8 @@ def test_a_recipe_runs_from_a_checkpoint_and_files(workdir):
   assert (log['ppo/ratio_max_dev'] == 0).all() and log['objective/kl'][0] == pytest.approx(0, abs=1e-5)
   info = json.loads((workdir / 'rm' / 'final' / 'info.json').read_text())
   config = json.loads((workdir / 'rm' / 'checkpoints' / 'config.json').read_text())['data']
-  raw = [json.loads(line)['instruction'] for line in open(config['comparisons'].removeprefix('jsonl:'))]
+  lines = pathlib.Path(config['comparisons'].removeprefix('jsonl:')).read_text().split('\n')
+  raw = [json.loads(line)['instruction'] for line in lines if line]
   held = sum(hygiene.held_out(prompt, **config['heldout']) for prompt in raw)
   assert 0 < held < 24 and info['prompts'] <= 24 - held and 0 <= info['accuracy_heldout_prompts']['mean'] <= 1
 

@@ -25,7 +25,8 @@ from alignjax.models.families import FAMILIES, SCORE, Family
 from alignjax.types import Params
 
 BIAS = ('drop', 'keep')
-FREE = ('max_length', 'dropout', 'dtype', 'remat', 'logits_chunk', 'attention_chunk', 'embedding_std')  # not of config.json
+# fields of TransformerConfig that config.json does not say
+FREE = ('max_length', 'dropout', 'dtype', 'remat', 'logits_chunk', 'attention_chunk', 'embedding_std', 'unused_ids')
 
 
 def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerConfig, params: Params, *, dtype: str = 'float32',
@@ -63,7 +64,7 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
   partial.mkdir(parents=True)
   report |= _write_tensors(partial, _rows(family, cfg, scalar), cfg, params, dtype, shard_bytes)
   if not scalar:
-    _write_json(partial / 'generation_config.json', _generation(source, config, tokenizer))
+    _write_json(partial / 'generation_config.json', _generation(source, config, tokenizer, cfg.unused_ids))
   _write_json(partial / 'config.json', config)
   if tokenizer is not None:
     tokenizer.save_pretrained(partial)
@@ -104,8 +105,10 @@ def _special_ids(config: Mapping[str, Any], tokenizer: Any, ends: Sequence[int])
               bos_token_id=config.get('bos_token_id') if bos is None else bos)
 
 
-def _generation(source: pathlib.Path, config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-  """generation_config.json: the source's, where older folders have it in config.json, with the special tokens of `config`."""
+def _generation(source: pathlib.Path, config: Mapping[str, Any], tokenizer: Any,
+                unused: Sequence[tuple[int, int]]) -> dict[str, Any]:
+  """generation_config.json: the source's, where older folders have it in config.json, with the special tokens of `config`. The ids
+  that have no token, which are never sampled here, are suppressed there too."""
   from transformers.generation import GenerationConfig
   path = source / 'generation_config.json'
   if path.exists():
@@ -116,6 +119,8 @@ def _generation(source: pathlib.Path, config: Mapping[str, Any], tokenizer: Any)
   pad = config.get('pad_token_id')
   if pad is None and tokenizer is not None:  # what templates.make pads with
     pad = tokenizer.eos_token_id
+  suppressed = {*(entries.get('suppress_tokens') or ()), *(i for first, end in unused for i in range(first, end))}
+  entries |= {'suppress_tokens': sorted(suppressed)} if suppressed else {}
   return entries | dict(eos_token_id=config.get('eos_token_id'), pad_token_id=pad, bos_token_id=config.get('bos_token_id'))
 
 
