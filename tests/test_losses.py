@@ -78,6 +78,16 @@ def test_item_19_a_prompt_of_ties_counts_for_nothing():
     close(figures[name], expected[name])
 
 
+def test_a_prompt_counts_by_its_weight():
+  """The logged margin of prompts that weigh 3 and 1 is three quarters the first one's."""
+  _, nets, _, scalar = model()
+  batch = jax.tree.map(lambda x: x[:2], comparison_batch(2))
+  margin = lambda *w: float(losses.reward_ranking({'reward': scalar}, batch.replace(weights=jnp.array(w)).normalized(), None,
+                                                  nets=nets)[1]['rm/margin'])
+  assert margin(3.0, 1.0) == pytest.approx(0.75 * margin(1.0, 0.0) + 0.25 * margin(0.0, 1.0), rel=1e-4)
+  assert margin(1.0, 0.0) != margin(0.0, 1.0)
+
+
 def test_item_6_scores_depend_on_neither_padding_nor_company():
   _, nets, _, scalar = model()
   from alignjax import ops

@@ -108,7 +108,9 @@ def test_item_1_rewards_add_up_to_score_minus_kl(seed):
   scores = rng.normal(0, 1, len(mask)).astype(np.float32)
   rewards = np.asarray(ops.token_rewards(*map(jnp.asarray, (scores, logprobs, ref, mask)), 0.07))
   close((rewards * mask).sum(1), scores - 0.07 * (logprobs - ref).sum(1), rtol=1e-4, atol=1e-5)
-  assert (rewards[~mask] == 0).all()
+  polluted = [np.where(mask, x, 1e3 * i) for i, x in enumerate((logprobs, ref), 1)]
+  again = np.asarray(ops.token_rewards(*(jnp.asarray(x, jnp.float32) for x in (scores, *polluted)), jnp.asarray(mask), 0.07))
+  assert (rewards[~mask] == 0).all() and (again == rewards).all()
 
 
 def test_item_13_integer_scores_are_refused():

@@ -47,6 +47,8 @@ def test_schedules_by_hand():
   close([rate(0), rate(5), rate(10), rate(99)], [0.2, 1.1, 2.0, 2.0])
   rate = optim.make_schedule(steps=100, lr=1.0, schedule='cosine', warmup=0.2, warmup_from=0.0, final=0.0)
   close([rate(0), rate(10), rate(20), rate(60), rate(100)], [0, 0.5, 1.0, 0.5, 0.0], atol=1e-6)
+  rate = optim.make_schedule(steps=10, lr=1.0, schedule='constant', warmup=0.99, warmup_from=0.0, final=0.0)
+  close([rate(0), rate(3), rate(9)], [0, 1 / 3, 1])  # a share of the run leaves its last update at the peak
 
 
 def test_policy_and_value_have_their_own():
