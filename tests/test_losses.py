@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax import losses, steps
+from alignjax.types import normalize
 from tests.fakes import assert_additive, close, comparison_batch, model, ppo_batch, token_batch
 
 PPO = dict(clip_eps=0.2, value_clip=0.2, vf_coef=0.5)
@@ -76,6 +77,11 @@ def test_item_19_a_prompt_of_ties_counts_for_nothing():
   close(4 * a, 3 * b)
   for name in expected:
     close(figures[name], expected[name])
+
+
+def test_weights_add_up_to_1_and_zeros_stay_zeros():
+  close(normalize(jnp.array([[0.5, 0.0], [1.0, 0.5]])), [[0.25, 0], [0.5, 0.25]])
+  assert (np.asarray(normalize(jnp.zeros((2, 2)))) == 0).all()
 
 
 def test_a_prompt_counts_by_its_weight():
