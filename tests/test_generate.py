@@ -52,7 +52,7 @@ def test_a_length_that_was_asked_for_is_kept_or_refused(model):
 
 def test_an_answer_that_the_model_ended_is_not_marked(model):
   first = model.template.prompt(said(model, 'abc', max_tokens=1)[0] or 'x')[0]
-  ends = model._replace(template=model.template._replace(end=first))
+  ends = model._replace(template=model.template._replace(ends=(first,)))
   assert said(ends, 'abc') == ('', [])
 
 

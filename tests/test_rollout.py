@@ -102,8 +102,10 @@ def count_words(prompts, responses):
 
 
 def test_item_22_a_reward_is_a_python_function_of_texts():
-  reward = functools.partial(host.reward, function='tests.test_rollout:count_words',
-                             decode=lambda ids: ' '.join(map(str, ids)), failures=[])
+  words = lambda ids: ' '.join(map(str, ids))
+  asked = {tuple(row[live].tolist()): words(row[live]) for row, live in zip(*map(np.asarray, prompts(0, rows=8)), strict=True)}
+  reward = functools.partial(host.reward, function='tests.test_rollout:count_words', asked=asked,
+                             said=lambda ids: (words(ids), True), failures=[])
   out, _ = collect(reward_fn=reward)
   close(out.scores, 0.5 * out.mask.sum(-1) - 0.25 * out.prompt_mask.sum(-1))
 

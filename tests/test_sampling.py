@@ -156,12 +156,13 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
   model = model._replace(params=loud)
   logits = model.nets.logits(loud, jnp.array([model.template.prompt('a')]), jnp.ones((1, len(model.template.prompt('a'))), bool))
   assert logits[0, -1].argmax() >= 260
-  sample = bulk.make_sampler(model.nets, lambda x: x, prompt_length=40, max_tokens=8, stop_ids=(model.template.end,), pad=0, rows=8)
+  sample = bulk.make_sampler(model.nets, None, prompt_length=40, max_tokens=8, stop_ids=(model.template.end,), pad=0, rows=8)
   for temperature in (0.0, 1.0):
     responses, _ = sample(loud, [model.template.prompt('Say a')] * 8, 0, temperature)
     assert max(max(r) for r in responses) < 260
     ids = []
-    listening = model._replace(decode=lambda said: ids.extend(said[-1:]) or '')  # noqa: B023
+    hear = lambda said: ids.extend(said[-1:]) or ''  # noqa: B023
+    listening = model._replace(template=model.template._replace(decode=hear))
     list(talk.stream(listening, 'Say a', temperature=temperature, max_tokens=8))
     assert ids and max(ids) < 260
   cfg = setup.model_config({'source': f'hf:{chat}'}, setup.token_ids(model.tokenizer), 'model')

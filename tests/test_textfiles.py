@@ -37,7 +37,8 @@ def test_the_content_says_what_a_file_is(tmp_path, name, mark, pack):
     ('hal'.encode('utf-32'), 'UTF-32'), (b'PK\x03\x04...', 'a zip archive'), (b'PAR1..', 'Parquet'), (b'(\xb5/\xfd..', 'zstd'),
     ('eins\nzwei\ndr\xe4i\n'.encode('latin-1'), r'f: not UTF-8 \(byte 12\) in line 3'),
     (b'\xef\xbb\xbfab\n\xff', r'not UTF-8 \(byte 6\) in line 2'),
-    (gzip.compress(b'abc' * 99, mtime=0)[:25], 'f: not a whole gzip file'), (gzip.compress(b'\xff', mtime=0), r'not UTF-8 \(byte 0\)')])
+    (gzip.compress(b'abc' * 99, mtime=0)[:25], 'f: not a whole gzip file'),
+    (gzip.compress(b'\xff', mtime=0), r'not UTF-8 \(byte 0\)')])
 def test_what_is_no_text_is_named(tmp_path, raw, words):
   (tmp_path / 'f').write_bytes(raw)
   with pytest.raises(ValueError, match=words):

@@ -216,7 +216,7 @@ def test_a_wrong_host_function_fails_before_anything_runs():
   from alignjax.stages.setup import check_functions
   spec = dict(reward=dict(fn='alignjax.host:reward', function='tests.test_trouble:flakey'), optimizer={})
   with pytest.raises(ValueError, match=r"stages.ppo.reward.function='tests.test_trouble:flakey'.*did you mean flaky"):
-    check_functions(ConfigDict(spec), 'stages.ppo')
+    check_functions(ConfigDict(spec), 'stages.ppo', dict(reward=dict(asked={}, said=None, failures=[])))
 
 
 def test_a_run_whose_host_function_fails_loses_nothing(tmp_path):

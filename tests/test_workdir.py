@@ -128,7 +128,7 @@ def run(workdir, name, choice='fail', stop_at=None, **changes):
         os.kill(os.getpid(), signal.SIGTERM)
       return Row(jnp.array([1.0, i, numbers[i % len(numbers)]], jnp.float32))
 
-    return Stage(state, one_step, batch, 4, 3, lambda s: (s.params['policy'], {'head': 'lm'}))
+    return Stage(state, one_step, batch, 4, lambda s: (s.params['policy'], {'head': 'lm'}))
 
   with Interrupt(25.0) as interrupt:
     train.run_stage(setup, name, builder, interrupt, None, choice)
@@ -286,6 +286,7 @@ def test_of_a_checkpoint_what_is_read_counts(tmp_path):
     assert {kind for kind in kinds if of(kind) != before[kind]} == set(touched), name
   assert all(of(kind) != first[kind] for kind in kinds)
   index = json.dumps({'weight_map': {'t': 'part-1.safetensors'}})
+  (tmp_path / 'm' / 'model.safetensors').unlink()  # it would be read in place of an index
   folder(tmp_path / 'm', **{'model__safetensors__index__json': index, 'part-1__safetensors': 'a'})
   before = of('checkpoint')
   folder(tmp_path / 'm', **{'part-1__safetensors': 'b'})

@@ -90,17 +90,20 @@ def facts(model: Model) -> dict[str, Any]:
   """What decides the numbers that a model gives, as JSON values: its weights, its architecture with the dtype and the context, the
   code of the network, its tokenizer, and the tokens of examples through its template. What was measured is kept under these."""
   dialogue = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
-  template = model.template
-  shown = [template.prompt('a'), template.prompt(' A b\n'), template.response('a'), template.response(' yes')]
-  try:
-    shown.append(template.prompt(dialogue))
-  except Exception:  # noqa: BLE001  a template of text alone, or one that allows no such turns
-    shown.append(None)
-  plain = [model.encode(text) for text in ('a', ' A b\n')]
+  template, examples = model.template, ('a', ' A b\n', ' yes', dialogue)
+  ways = template.prompt, template.response, template.document, template.text, lambda text: template.row(text, 'b')
+  shown = [_tried(encode, text) for text in examples for encode in ways]
   return dict(weights=fingerprints.of_params(model.params), head=model.head, model=dataclasses.asdict(model.cfg),
               code=fingerprints.of_function(transformer.make_networks), tokenizer=_tokenizer(model.tokenizer),
-              template=[shown, template.row('a', 'b'), template.document('a'), template.ends, template.pad, template.start],
-              encode=plain)
+              template=[shown, template.ends, template.pad, template.start])
+
+
+def _tried(encode: Callable[[Any], Any], text: Any) -> Any:
+  """encode(text), or None for what it does not take: messages where a template is of text, words that a world does not have."""
+  try:
+    return encode(text)
+  except Exception:  # noqa: BLE001  templates and tokenizers raise many kinds
+    return None
 
 
 def _tokenizer(tokenizer: Any) -> str | None:
