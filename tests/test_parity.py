@@ -43,7 +43,7 @@ def test_a_reward_model_goes_to_transformers(name, tmp_path):
   cfg = TransformerConfig(**hf.fields(tmp_path / 'in'))
   params = hf.load(tmp_path / 'in', cfg, 'scalar', SHARDER.params, jax.random.key(5))
   params['final']['score']['bias'] += 0.3
-  report = export.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
+  report = export.save(tmp_path / 'out', tmp_path / 'in', cfg, params, bias='keep')
   model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'out').eval()
   rows = [np.arange(1, n, dtype=np.int32)[None] for n in (4, 9)]
   for row in rows:
