@@ -34,6 +34,7 @@ def start(main: Callable[[list[str]], Any], argv: list[str], ends_with_reader: b
   if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
     shown = {'PYTHONIOENCODING': sys.stdout.encoding} if 'PYTHONIOENCODING' not in os.environ else {}
     os.execve(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]], os.environ | shown)
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that PyTorch is absent: its tokenizers alone are used here
   sys.stdout, sys.stderr = (_output(stream, fd, ends_with_reader) for stream, fd in ((sys.stdout, 1), (sys.stderr, 2)))
   try:
     main(argv)
