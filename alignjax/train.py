@@ -20,6 +20,7 @@ import numpy as np
 from alignjax import checkpoint, files, inputs, lock, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
 from alignjax.stages import template_date
+from alignjax.stages.records import say
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
 
@@ -235,8 +236,3 @@ def _elapsed(folder: files.Folder, seconds: float) -> float:
   if steps is None or per_step is None:
     return seconds
   return max(seconds, float(np.nansum(np.diff(steps, prepend=0) * per_step)))
-
-
-def say(text: str) -> None:
-  if jax.process_index() == 0:
-    print(text, flush=True)

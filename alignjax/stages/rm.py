@@ -45,9 +45,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 3. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
-    shards = setup.sharder.batch_shards
-    score = bulk.make_scorer(setup.nets, setup.sharder, length=length, pad=setup.template.pad,
-                             rows=max(1, cfg.responses_per_batch // shards) * shards)
+    score = bulk.make_scorer(setup.nets, setup.sharder, length=length, pad=setup.template.pad, rows=cfg.responses_per_batch)
     demos = records(setup, 'demonstrations', cfg.bias_demonstrations)
     fitted = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
     demos = [prompt + responses[0] for prompt, responses in fitted.rows]
