@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,10 +37,14 @@ class Checkpoints:
     directory: a folder, made if missing.
     config: what decides the run's result, as JSON values. Another one than the folder's raises ConfigMismatch.
     keep: how many checkpoints stay.
+    logs: step -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to them (metrics.sums). It is kept
+      with each checkpoint; a restore warns of every name whose fingerprint is another one by then.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2):
+  def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2,
+               logs: Callable[[int], Mapping[str, str]] | None = None):
     self.directory = files.absolute(directory)
+    self._logs = logs if logs is not None and jax.process_index() == 0 else lambda step: {}
     check_config(self.directory / 'config.json', config)
     steps = self.directory / 'steps'
     for path in steps.iterdir() if jax.process_index() == 0 and steps.exists() else ():
@@ -79,7 +83,8 @@ class Checkpoints:
     self._saving = step
     with self._explained():
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves),
-                                                       sums=ocp.args.JsonSave(checksums.describe(leaves))))
+                                                       sums=ocp.args.JsonSave(checksums.describe(leaves)),
+                                                       logs=ocp.args.JsonSave(dict(self._logs(step)))))
     if wait:
       self.wait()
 
@@ -101,7 +106,8 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        sums = self._manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore())).sums
+        beside = self._manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore(), logs=ocp.args.JsonRestore()))
+        sums = beside.sums
         _check_arrays({k: (tuple(shape), dtype) for k, (shape, dtype, _) in sums.items()}, wanted)
         leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
         _check_sums(leaves, sums)
@@ -111,11 +117,18 @@ class Checkpoints:
       except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
         self._set_aside(step, error)
         continue
+      self._compare_logs(step, beside.logs)
       return step, _like(abstract_state, leaves)
     if steps:
       raise ValueError(f'{self.directory}: none of the checkpoints {steps} can be read; they are in {self.directory / "damaged"}. '
                        'The same command starts this stage again.')
     return None
+
+  def _compare_logs(self, step: int, logs: Mapping[str, str]) -> None:
+    now = self._logs(step)
+    for name in (name for name, was in logs.items() if now and now.get(name) != was):
+      print(f'WARNING: {self.directory.parent / name}: damaged or changed up to step {step}; what is drawn from there may be wrong, '
+            'the weights are not touched.', flush=True)
 
   def _set_aside(self, step: int, error: Exception) -> None:
     print(f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: {_first_line(error)}); moved to '

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import files, textfiles
+from alignjax import files, fingerprints, textfiles
+
+LOGS = ('metrics.jsonl', 'samples.jsonl')
 
 SHOWN = ('sft/loss', 'rm/loss', 'rm/accuracy', 'objective/scores', 'gold/train_labelers', 'objective/kl', 'ppo/loss/ptx')
 
@@ -40,7 +42,7 @@ class Writer:
       self._wandb = wandb_module.init(**wandb)
     directory = files.folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for path in (directory / 'metrics.jsonl', directory / 'samples.jsonl'):
+    for path in (directory / name for name in LOGS):
       if path.exists():
         kept = [line for line in _parsed(path) if line['step'] <= start_step]
         files.write(path, ''.join(json.dumps(line) + '\n' for line in kept))
@@ -95,7 +97,14 @@ def _parsed(path: files.Folder) -> list[dict[str, Any]]:
       lines.append(json.loads(line))
     except json.JSONDecodeError:
       continue
-  return [line for line in lines if isinstance(line, dict) and 'step' in line]
+  return [line for line in lines if isinstance(line, dict) and isinstance(line.get('step'), int)]
+
+
+def sums(directory: str | os.PathLike, step: int) -> dict[str, str]:
+  """Fingerprints of what a Writer has logged up to a step, by the names of its files; an absent file is an empty one."""
+  kept = {name: files.folder(directory) / name for name in LOGS}
+  return {name: fingerprints.of_value([line for line in (_parsed(path) if path.exists() else []) if line['step'] <= step])
+          for name, path in kept.items()}
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ reused. A run that was stopped at any point goes on from its last checkpoint and
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -119,7 +120,8 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
   check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now
-  with checkpoint.Checkpoints(folder / 'checkpoints', config=identity(setup.config, name)) as saved:
+  with checkpoint.Checkpoints(folder / 'checkpoints', config=identity(setup.config, name),
+                              logs=functools.partial(metrics.sums, folder)) as saved:
     if finished(setup, name):
       say(f'{name}: finished before, reused ({folder})')
       return

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, across layouts, and honest about what they cannot read."""
 
+import functools
 import os
 import shutil
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alignjax import checkpoint, checksums, sharding
+from alignjax import checkpoint, checksums, metrics, sharding
 from alignjax.types import TrainState
 
 CONFIG = {'seed': 0, 'model': {'d_model': 8}}
@@ -220,3 +221,25 @@ def test_no_thread_outlives_an_error(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='a clear error'), checkpoint.Checkpoints(tmp_path / 'c', config={}):
     raise ValueError('a clear error')
   assert not [t for t in set(threading.enumerate()) - before if 'target_setting_result' in t.name]
+
+
+@pytest.mark.parametrize('name', metrics.LOGS)
+@pytest.mark.parametrize('damage', [flip, cut, delete])
+def test_a_log_that_changed_under_an_unfinished_run_is_named(tmp_path, capsys, name, damage):
+  """Up to the step of the checkpoint alone: what came later is dropped anyway."""
+  logs = functools.partial(metrics.sums, tmp_path)
+  with metrics.Writer(tmp_path) as writer, checkpoint.Checkpoints(tmp_path / 'checkpoints', config=CONFIG, logs=logs) as c:
+    for i in (1, 2, 3):
+      writer.write(i, {'loss': 1.2345 * i})
+      writer.samples(i, [('a prompt', 'a response', 1.5, None)])
+      if i < 3:
+        c.save(i, state(i), wait=True)
+  with (tmp_path / name).open('a') as file:
+    file.write('{"step": 3, "to')  # torn by a kill
+  for told in (False, True):
+    with checkpoint.Checkpoints(tmp_path / 'checkpoints', config=CONFIG, logs=logs) as c:
+      step, _ = c.restore(abstract(state()))
+    assert step == 2
+    assert (f'WARNING: {tmp_path / name}: damaged or changed up to step 2' in capsys.readouterr().out) == told
+    if not told:
+      damage(tmp_path / name)
