@@ -15,7 +15,7 @@ N = 300
 LABELERS = Labelers(0)
 PROMPTS, FACTS = [f'prompt {i}' for i in range(N)], [f'fact {i // 8}' for i in range(N)]
 PREFERRED, SAFE, PAYS_LOSS, PAYS_TASK, WINS_BACK, KEEPS = ('PPO-ptx is preferred', 'less toxic', 'PPO pays in pretraining loss',
-                                                           'PPO pays in reading', 'three quarters', 'nine tenths')
+                                                           'PPO pays in reading', 'wins back', 'PPO-ptx keeps')
 
 
 def policy(good=0.5, truthful=0.5, toxic=0.2, nats=2.0, reading=0.9, translation=0.9, seed=0, n=N):
@@ -72,7 +72,7 @@ def test_all_eight_where_all_is_well():
     (dict(ppo=dict(nats=2.0, reading=0.9, translation=0.9)), WINS_BACK, NOT_SHOWN),  # nothing to win back
     (dict(ppo=dict(nats=1.8, reading=0.95, translation=0.95)), WINS_BACK, NOT_SHOWN),
     (dict(ppo_ptx=dict(good=0.6)), KEEPS, NO),
-    (dict(ppo_ptx=dict(good=0.86)), KEEPS, NOT_SHOWN),
+    (dict(ppo_ptx=dict(good=0.79)), KEEPS, NOT_SHOWN),
     (dict(ppo=dict(good=0.5)), KEEPS, NOT_SHOWN),  # no gain to keep
     (dict(ppo=dict(good=0.2), ppo_ptx=dict(good=0.15)), KEEPS, NOT_SHOWN),
 ])

@@ -18,7 +18,7 @@ from alignjax.evals.stats import Figure, apart, fraction, interval, ratio, show
 YES, NO, NOT_SHOWN = 'yes', 'no', 'not shown'
 POOLS = {'train': 'training labelers', 'heldout': 'held-out labelers'}
 TASKS = {'reading_comprehension': 'reading', 'translation': 'translation'}
-WON_BACK, KEPT = 0.75, 0.9
+KEPT = 0.75  # of what PPO costs and of what it gains
 
 
 def findings(arrays: Mapping[str, Mapping[str, np.ndarray]], labelers: Any, prompts: Sequence[str],
@@ -60,13 +60,13 @@ def findings(arrays: Mapping[str, Mapping[str, np.ndarray]], labelers: Any, prom
     parts, unpaid = [], []
     (ppo, tokens), (ptx, _), (before, _) = loss('ppo'), loss('ppo_ptx'), loss('pretrained')
     if apart(loss_difference('ppo', 'pretrained')) > 0:
-      parts.append(_part('of the pretraining loss', fraction(ppo - ptx, ppo - before, tokens), WON_BACK))
+      parts.append(_part('of the pretraining loss', fraction(ppo - ptx, ppo - before, tokens), KEPT))
     else:
       unpaid.append('pretraining loss')
     for task, words in TASKS.items():
       if apart(share(task, None, 'pretrained', 'ppo')) > 0:
         x, y = (arrays[p][task] - arrays['ppo'][task] for p in ('ppo_ptx', 'pretrained'))
-        parts.append(_part(f'of {words}', fraction(x, y), WON_BACK))
+        parts.append(_part(f'of {words}', fraction(x, y), KEPT))
       else:
         unpaid.append(words)
     return _every(parts, f'PPO is not shown to pay in {", ".join(unpaid)}' if unpaid else '')
@@ -93,7 +93,7 @@ def findings(arrays: Mapping[str, Mapping[str, np.ndarray]], labelers: Any, prom
       'PPO pays in reading comprehension or translation': lambda: _some(
           [_part(f'{words}, PPO less pretrained', share(task, None, 'ppo'), 0.0, False) for task, words in TASKS.items()]),
       'PPO-ptx wins back three quarters of each loss': won_back,
-      'PPO-ptx keeps nine tenths of the gain in preference': kept,
+      'PPO-ptx keeps three quarters of the gain in preference': kept,
   }
   out = {}
   for claim, check in checks.items():
