@@ -150,6 +150,9 @@ def test_several_sources_follow_each_other(tmp_path):
     sources.read(both, 'prompts', ';;')
   with pytest.raises(ValueError, match="b.jsonl, line 1: field 'prompt' is missing"):
     sources.read(both, 'prompts', 'prompt=question;')
+  (tmp_path / 'b.jsonl').write_text('')
+  with pytest.raises(ValueError, match='b.jsonl.: no records'):  # not hidden by the records of the other
+    sources.read(both, 'prompts', 'prompt=question')
 
 
 def test_broken_files_are_named(tmp_path):

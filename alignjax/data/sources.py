@@ -101,6 +101,8 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
   if change is not None and 'beside' in inspect.signature(change).parameters:
     change = functools.partial(change, beside=(files.folder if form == 'jsonl' else pathlib.Path)(rest).parent)
   count, get = READERS[form](rest, kind)
+  if not count:  # of several sources too, where the others would hide it
+    raise ValueError(f'data.{kind}={source!r}: no records.')
 
   def records(i):
     where, raw = get(i)
