@@ -8,7 +8,8 @@ lines and as array_record shards; an exported model; the folder of an evaluation
 flipped, cut to half, emptied, removed, or a folder in its place. What follows when the command is called again is one of
 
   named     the command ends with an error, or says a warning, that names the file or its folder
-  no effect it ends with the numbers of the undamaged one (of a workdir those of tests/kills.py: fingerprint)
+  no effect it ends with the numbers of the undamaged one (of a workdir those of tests/kills.py: fingerprint). Weights that the
+            command did not need are then read as every reader does, so that a damage there is named too
   SILENT    it ends with other numbers and no word; BARE: with a traceback that is no message. Both are faults: the status is 1.
 
 Every command runs in a child of a process that has imported everything, which saves the seconds of the imports.
@@ -142,6 +143,7 @@ def start(words: list[str], here: pathlib.Path, out: pathlib.Path, result: Calla
   child = os.fork()
   if child:
     return child
+  from alignjax import checkpoint
   code = 1
   try:
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -151,6 +153,9 @@ def start(words: list[str], here: pathlib.Path, out: pathlib.Path, result: Calla
     if not code and result is not None:
       digest = hashlib.sha256(json.dumps(result(here), sort_keys=True).encode()).hexdigest()
       out.with_suffix('.result').write_text(digest)
+  except checkpoint.Damaged as error:
+    print(f'error: {error}')
+    code = 1
   except BaseException:  # noqa: BLE001 the process must not go on as a copy of its parent
     traceback.print_exc()
   finally:

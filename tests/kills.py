@@ -43,15 +43,19 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, object]:
   import jax
   import numpy as np
   import orbax.checkpoint as ocp
+
+  from alignjax import checkpoint
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   out: dict[str, object] = {}
   for final in sorted(workdir.glob('*/final')):
-    with ocp.StandardCheckpointer() as checkpointer:
-      path = final.absolute() / 'params'
-      saved = checkpointer.metadata(path)
-      saved = getattr(saved, 'item_metadata', saved)
-      shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for k, v in getattr(saved, 'tree', saved).items()}
-      params = checkpointer.restore(path, shapes)
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(final.absolute() / 'params')
+    except Exception as error:  # noqa: BLE001 orbax raises many kinds
+      raise checkpoint.Damaged(f'{final} is damaged: {error}') from error
+    saved = getattr(saved, 'item_metadata', saved)
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for k, v in getattr(saved, 'tree', saved).items()}
+    params = checkpoint.load_params(final, shapes)  # as every reader does: Damaged where the weights are not what was written
     out |= {f'{final.parent.name}:{k}': np.asarray(v).tobytes() for k, v in params.items()}
   for path in sorted(workdir.glob('*/metrics.jsonl')):
     for line in path.read_text().splitlines():
