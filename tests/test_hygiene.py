@@ -164,6 +164,21 @@ def test_prepare_writes_what_sources_read(kind, form, tmp_path, capsys):
     assert len(list((tmp_path / 'out').rglob('*train.array_record*-of-00002'))) == 2
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_a_damaged_record_of_prepared_data_is_named(tmp_path, capsys):
+  """array_record finds out when the record is read, with an error of its own that names no file."""
+  (tmp_path / 'raw.jsonl').write_text('\n'.join(json.dumps({'prompt': f'a prompt with the number {i}'}) for i in range(20)))
+  prepare.main([f'--source=jsonl:{tmp_path}/raw.jsonl', '--kind=prompts', f'--out={tmp_path}/out', '--format=tfds',
+                '--shares=train=1'])
+  (file,) = (tmp_path / 'out').rglob('*train.array_record*')
+  raw = bytearray(file.read_bytes())
+  raw[len(raw[:2**16].rstrip(b'\0')) // 2] ^= 0x01  # amid the records, which begin the first block
+  file.write_bytes(raw)
+  source = capsys.readouterr().out.strip().splitlines()[-1]
+  with pytest.raises(ValueError, match=rf'{source}, record \d+ cannot be read \(.*hash mismatch'):
+    sources.read(source, 'prompts')
+
+
 def test_prepare_says_what_is_wrong(tmp_path):
   with pytest.raises(SystemExit, match="error: --shares=train has not the form"):
     prepare.main(['--source=jsonl:x', '--kind=prompts', f'--out={tmp_path}', '--shares=train'])

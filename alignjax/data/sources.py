@@ -282,6 +282,8 @@ def _tfds(name: str, kind: str) -> Raw:
       return place, change(_plain(rows[i]))
     except UnicodeDecodeError as error:
       raise ValueError(f'{place}: a text is not UTF-8 (byte {error.start}).') from error
+    except Exception as error:  # noqa: BLE001 a damaged file is found when its records are read
+      raise ValueError(f'{place} cannot be read ({_first_line(error)}).') from error
 
   return len(rows), get
 
@@ -314,7 +316,15 @@ def _datasets(name: str, kind: str) -> Raw:
     rows = datasets.load_dataset(path, None if folder is not None else config or None, split=splits)
   except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
     raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
-  return len(rows), lambda i: (f'hf:{name}:{splits}, record {i}', rows[i])
+
+  def get(i):
+    place = f'hf:{name}:{splits}, record {i}'
+    try:
+      return place, rows[i]
+    except Exception as error:  # noqa: BLE001 as in `_tfds`
+      raise ValueError(f'{place} cannot be read ({_first_line(error)}).') from error
+
+  return len(rows), get
 
 
 READERS = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)
