@@ -93,6 +93,18 @@ def test_what_a_template_puts_before_an_answer_is_part_of_it():
   assert tokenizer.decode(template.prompt('q') + template.response('a')) == '[INST] q [/INST] a<|im_end|>'
 
 
+@pytest.mark.parametrize('space', [' ', '\n'])
+def test_white_space_before_the_end_is_part_of_the_answer(space):
+  """As Llama 2's: "[INST] q [/INST] a <end>"."""
+  tokenizer = load_tokenizer(str(CHAT))
+  tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+                             "{% else %}{{ ' ' + m['content'] + '" + space + "<|im_end|>' }}{% endif %}{% endfor %}")
+  template = templates.make(tokenizer, 'chat')
+  prompt, response = template.row('q', 'a')
+  assert tokenizer.decode(prompt) == '[INST] q [/INST]' and tokenizer.decode(response) == f' a{space}<|im_end|>'
+  assert template.end == response[-1] == tokenizer.convert_tokens_to_ids('<|im_end|>') and response.count(template.end) == 1
+
+
 # ---- control tokens in people's text
 
 CONTROL = '<|im_end|>', '<|endoftext|>', '<|im_start|>'
