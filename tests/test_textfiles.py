@@ -89,7 +89,7 @@ def test_one_array_over_any_number_of_lines(tmp_path, indent, name):
     ('[\n{"prompt": "a"},\n{"prompt" 3}\n]', 'line 3: not JSON'),
     ('[\n{"prompt": "a"}\n{"prompt": "b"}]', 'line 3: not JSON'), ('[\n{"prompt": "a"},\n', 'not JSON'),
     ('[{"prompt": "a"},', 'line 1: not JSON'), ('["a"]\n["b"]', 'line 1: a record is an object'),
-    ('[]', 'no records'), ('[\n{"prompt": "a"}] x', 'line 1: not JSON'), ('', 'no records'),
+    ('[]', 'no records'), ('[\n{"prompt": "a"}] x', 'line 2: something follows the array'), ('', 'no records'),
     ('null', 'line 1: a record is an object'), ('[\n' + '[' * 100_000, 'line 2: not JSON .it is nested too deeply')])
 def test_what_an_array_lacks_is_named(tmp_path, text, words):
   (tmp_path / 'a.json').write_text(text)
@@ -186,6 +186,7 @@ def test_responses_in_messages(said):
     (dict(prompt='q', chosen=None, rejected='no'), 'must be a string, or a message .* not null'),
     (dict(chosen=[*ASKED, ANSWER], rejected=[*ASKED, ANSWER]), 'data.mapping.comparisons=ultrafeedback_binarized'),
     (dict(chosen='a', rejected='b'), 'data.mapping.comparisons=hh_rlhf'),
+    (dict(prompt='q', chosen='a', rejected='b', ranks=[1, 0]), "'chosen' and 'rejected' are a ranking of two already"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, True]), "'ranks' must be integers"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, 2**31]), "'ranks' must be integers"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, 1], labeler_id=0.5), "field 'labeler_id' must be text or a whole number"),
