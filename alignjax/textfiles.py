@@ -113,8 +113,8 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
     return found
   if '\n' not in text[skip(0):at]:
     return None
-  raise ValueError(f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the file begins with; a file '
-                   'is one array, or a record a line.')
+  raise ValueError(f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the file begins with; a '
+                   'file is one array, or a record a line.')
 
 
 def parse(text: str, where: str) -> Any:

@@ -82,6 +82,8 @@ def test_one_array_over_any_number_of_lines(tmp_path, indent, name):
   made = sources.read(f'jsonl:{tmp_path / name}', 'demonstrations', 'alpaca')
   assert made == [dict(prompt='i', response='r'), dict(prompt='j\n\nx', response=ODD)]
   assert items.read(tmp_path / name, ('output',)) == ROWS
+  (tmp_path / name).rename(tmp_path / f'{name.upper()}.GZ')  # on some systems names come in capitals
+  assert items.read(tmp_path / f'{name.upper()}.GZ', ('output',)) == ROWS
 
 
 @pytest.mark.parametrize('text,words', [
@@ -148,6 +150,8 @@ def test_prompts_of_text_and_messages(tmp_path):
       generate.read_prompts(str(tmp_path / 'p.txt'))
   (tmp_path / 'a; jsonl:b.json').write_text(json.dumps([dict(prompt=turn)]))
   assert generate.read_prompts(f'{tmp_path}/a; jsonl:b.json') == [turn]
+  (tmp_path / 'P.JSONL').write_text('{"prompt": "p"}')
+  assert generate.read_prompts(f'{tmp_path}/P.JSONL') == ['p']
 
 
 # sources

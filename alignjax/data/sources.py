@@ -136,7 +136,8 @@ def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
   its text."""
   if kind == 'comparisons' and 'chosen' in record and 'rejected' in record and 'responses' not in record:
     if 'ranks' in record:
-      raise ValueError(f"{where}: 'chosen' and 'rejected' are a ranking of two already; leave out 'ranks', or give 'responses' with it.")
+      raise ValueError(f"{where}: 'chosen' and 'rejected' are a ranking of two already; leave out 'ranks', or give 'responses' "
+                       'with it.')
     rest = {k: v for k, v in record.items() if k not in ('chosen', 'rejected')}
     record = {**rest, 'responses': [record['chosen'], record['rejected']], 'ranks': [0, 1]}
     if 'prompt' not in record:
