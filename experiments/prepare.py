@@ -6,8 +6,8 @@
 Writes OUT/train.jsonl.gz, valid.jsonl.gz, test.jsonl.gz, or array_record shards for `tfds:`, and prints the names to put into
 the config. Rules (alignjax/data/hygiene.py has them by kind): blank prompts; prompts over --max_tokens; duplicates, of prompts by
 their first --prefix characters; more than --per_user prompts of a user_id; splits by user_id and by prompt, so that neither is in
-two of them; personal data by pattern, in the training split. `none` is off. Pretraining text has the first and the third rule only, and whole
-texts count.
+two of them; personal data by pattern, in the training split. `none` is off. Pretraining text has the first and the third rule
+only, and whole texts count.
 """
 
 import argparse

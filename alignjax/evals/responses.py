@@ -58,7 +58,7 @@ def prompts(source: str, mapping: str | None, limit: int | None, seed: int, worl
 
 
 def _name(record: Mapping[str, Any], otherwise: str) -> str:
-  """A record's own prompt_id, a number as a name too, or one made of its prompt. otherwise: where it stands, if it does not know."""
+  """A record's own prompt_id, a number as a name too, or one made of its prompt. otherwise: where a record of no source stands."""
   name = record.get('prompt_id')
   if name is None or name == '':
     return prompt_id(record['prompt'])
