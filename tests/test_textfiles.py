@@ -223,6 +223,10 @@ def test_a_folder_is_that_folder_or_an_error(tmp_path, monkeypatch, form):
   for name in (f'{tmp_path}/some/data', '~/some/data', './data', '../x', 'some/where/else', f'{tmp_path}/{"x" * 300}'):
     with pytest.raises((FileNotFoundError, ValueError), match='names the folder|there is no folder|cannot be read'):
       sources.read(f'{form}:{name}:train', 'prompts')
+  (tmp_path / 'rows.jsonl').write_text('{"prompt": "q"}')
+  for name in ('rows.jsonl', f'{tmp_path}/rows.jsonl'):
+    with pytest.raises(ValueError, match=f'rows.jsonl is a file, .* is jsonl:{name}'):
+      sources.read(f'{form}:{name}:train', 'prompts')
   assert library.asked == []
   if form == 'hf':
     for name in (f'{tmp_path}/some/where/data', '~/some/where/data', 'some/where/data', 'some'):

@@ -245,8 +245,11 @@ def _folder(name: str, where: str) -> pathlib.Path | None:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
       return path
+    found = path.is_file()
   except (RuntimeError, OSError, ValueError):  # no such home, a name that is too long, a null byte
-    path = pathlib.Path(name)
+    path, found = pathlib.Path(name), False
+  if found:
+    raise ValueError(f'{where}: {path} is a file, and a folder is read here; a file of records is jsonl:{name}.')
   if path.is_absolute() or name.startswith(('.', '~')):
     raise FileNotFoundError(f'{where} names the folder {path}, which is not there.')
   owner = pathlib.Path(*path.parts[:2])
