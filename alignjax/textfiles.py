@@ -108,7 +108,13 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
     raise ValueError(f'{where}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).') from error
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{where}, line {line + text.count(chr(10), counted, at)}: not JSON ({_reason(error)}).') from error
-  return found if not text[at + 1:].strip() else None
+  after = skip(at + 1)
+  if after == len(text):
+    return found
+  if '\n' not in text[skip(0):at]:
+    return None
+  raise ValueError(f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the file begins with; a '
+                   'file is one array, or a record a line.')
 
 
 def parse(text: str, where: str) -> Any:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +54,7 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
     with alone(setup.workdir):
       for name in order:
         check_inputs(setup, name, on_changed_input)
+      check_data(setup, {name: builders[name] for name in order if not finished(setup, name)})
       for name in order:
         run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input)
       if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
@@ -70,6 +73,19 @@ def alone(workdir: files.Folder) -> Iterator[None]:
 
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
   trouble.on_first(lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say))
+
+
+def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
+  """Reads what the stages to come will read, so that a line that is wrong is named now and not after hours of another stage. The
+  first reads its own at once; the sandbox's data are made by the stages before. What is read is read again, and told of, by its
+  stage."""
+  if setup.world is not None:
+    return
+  for name, builder in list(builders.items())[1:]:
+    read = getattr(sys.modules.get(builder.__module__), 'read_data', None)  # a fork's stage may have none
+    if read is not None:
+      with contextlib.redirect_stdout(io.StringIO()):
+        read(for_stage(setup, name)._replace(read={}), name)
 
 
 def resolve(config: ml_collections.ConfigDict) -> list[str]:

@@ -167,7 +167,7 @@ def lines(live: bool) -> Iterator[str]:
 def read_prompts(path: str) -> list:
   from alignjax import textfiles
   from alignjax.data import sources
-  if path.removesuffix('.gz').endswith(('.jsonl', '.json')):
+  if path.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
     return [r['prompt'] for r in sources.read('jsonl:' + path.replace(';', '\\;'), 'prompts')]
   prompts = []
   for number, line in enumerate(textfiles.lines(textfiles.read(path, '--prompts_file=')), 1):

@@ -5,14 +5,16 @@
 
 Writes OUT/train.jsonl.gz, valid.jsonl.gz, test.jsonl.gz, or array_record shards for `tfds:`, and prints the names to put into
 the config. Rules (alignjax/data/hygiene.py has them by kind): blank prompts; prompts over --max_tokens; duplicates, of prompts by
-their first --prefix characters; more than --per_user prompts of a user_id; splits by user_id, else by prompt; personal data by
-pattern, in the training split. `none` is off. Pretraining text has the first and the third rule only, and whole texts count.
+their first --prefix characters; more than --per_user prompts of a user_id; splits by user_id and by prompt, so that neither is in
+two of them; personal data by pattern, in the training split. `none` is off. Pretraining text has the first and the third rule
+only, and whole texts count.
 """
 
 import argparse
 import gzip
 import json
 import pathlib
+import re
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -23,7 +25,10 @@ from experiments import command  # noqa: E402  after the path
 
 
 def number(text: str) -> int | None:
-  return None if text == 'none' else int(text)
+  value = None if text == 'none' else int(text)
+  if value is not None and value < 1:
+    raise argparse.ArgumentTypeError(f"{text} is no number from 1 on, nor 'none', which turns the rule off")
+  return value
 
 
 def main(argv: list[str]) -> None:
@@ -50,9 +55,14 @@ def main(argv: list[str]) -> None:
     out = files.folder(options.out)
     trouble.check_writable(out if out.exists() else out.parent, '--out')
     try:
-      shares = {name: float(share) for name, share in (part.split('=') for part in options.shares.split(','))}
+      parts = [part.strip().split('=') for part in options.shares.split(',')]
+      shares = {name: float(share) for name, share in parts}
     except ValueError:
       raise ValueError(f"--shares={options.shares} has not the form 'train=0.9,valid=0.05,test=0.05'.") from None
+    if len(shares) < len(parts) or not all(re.fullmatch(r'\w[\w.-]*', name) for name in shares):
+      raise ValueError(f'--shares={options.shares}: each split has a name of its own, of letters, digits, _, . and -.')
+    if options.shards < 1:
+      raise ValueError(f'--shards={options.shards}: a split has one file or more.')
     if not all(0 <= share < float('inf') for share in shares.values()) or not sum(shares.values()):
       raise ValueError(f'--shares={options.shares}: a share is a number from 0 on, and one at least is above 0.')
     length = lambda text: len(text.split())

@@ -77,6 +77,23 @@ def test_id_0_is_an_id():
     assert count('nobody', 'train') not in (0, 10) and count('empty', 'train') not in (0, 10)
 
 
+@pytest.mark.parametrize('seed', range(5))
+def test_no_prompt_is_in_two_splits(seed):
+  """30 pairs of people who asked one thing in two forms, and somebody nameless who asked it too; 30 others alone."""
+  text = [dict(prompt=f'Ask {i}', response='a', user_id=f'u{i}') for i in range(30)]
+  turns = [dict(prompt=[dict(role='user', content=f'ask  {i}')], response='b', user_id=f'v{i}') for i in range(30)]
+  more = [dict(prompt=f'only v{i}', response='c', user_id=f'v{i}') for i in range(30)]
+  nameless = [dict(prompt=f'Human: ask {i}', response='d') for i in range(30)]
+  alone = [dict(prompt=f'alone {i}', response='e', user_id=i) for i in range(30)]
+  records = [*text, *turns, *more, *nameless, *alone]
+  sides = hygiene.split(records, dict(train=0.5, valid=0.5), seed)
+  for what in (lambda r: hygiene.conversation(r['prompt']), hygiene.user_of):
+    assert not {what(r) for r in sides['train']} & {what(r) for r in sides['valid']} - {None}
+  assert sum(map(len, sides.values())) == len(records) and 40 < len(sides['train']) < 110
+  back = hygiene.split(records[::-1], dict(train=0.5, valid=0.5), seed)
+  assert back['train'] == sides['train'][::-1], 'in whatever order they come'
+
+
 def comparison(prompt, responses, ranks, labeler, **more):
   return dict(prompt=prompt, responses=responses, ranks=ranks, labeler_id=labeler, **more)
 
@@ -132,6 +149,13 @@ def test_an_empty_split_is_said(tmp_path, capsys):
   out = capsys.readouterr().out
   assert out.count('WARNING: the split ') == 1 and ' is empty: of 2 records that are left none' in out
   assert {'train: 2 records, 1 users', 'valid: 2 records, 1 users'} & set(out.splitlines())
+  for shares in ('train=0.5,train=0.5', '=1', 'a/b=1'):
+    with pytest.raises(SystemExit, match='each split has a name of its own'):
+      prepare.main([f'--source=jsonl:{tmp_path}/raw.jsonl', '--kind=prompts', f'--out={tmp_path}/o', f'--shares={shares}'])
+  for flag in ('--prefix=0', '--per_user=-1', '--max_tokens=0'):
+    with pytest.raises(SystemExit, match='2'):
+      prepare.main([f'--source=jsonl:{tmp_path}/raw.jsonl', '--kind=prompts', f'--out={tmp_path}/o', flag])
+    assert "is no number from 1 on, nor 'none'" in capsys.readouterr().err
   for shares in ('train=-1,valid=2', 'train=0', 'train=nan'):
     with pytest.raises(SystemExit, match='a share is a number from 0 on'):
       prepare.main([f'--source=jsonl:{tmp_path}/raw.jsonl', '--kind=prompts', f'--out={tmp_path}/o', f'--shares={shares}'])

@@ -113,6 +113,10 @@ def test_votes_join_their_arguments(tmp_path):
     ('comparisons', 'ultrafeedback', {'instruction': 'q', 'completions': [{'response': 'a', 'overall_score': 'N/A'}]},
      "mapping 'ultrafeedback' does not fit.*N/A"),
     ('comparisons', 'shp', {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': None, 'labels': 1}, "every entry of 'responses'"),
+    ('comparisons', 'shp', {'history': 'q', 'human_ref_A': 'a', 'human_ref_B': 'b', 'labels': 2},
+     "mapping 'shp' does not fit.*KeyError"),
+    ('comparisons', 'ultrafeedback', {'instruction': 'q', 'completions': [
+        {'response': 'a', 'overall_score': 'nan'}, {'response': 'b', 'overall_score': 1}]}, 'a score is a finite number'),
     ('prompts', 'prompt=question', {'prompt': 'q'}, "KeyError: 'question'"),
     ('prompts', None, {'prompt': [{'role': 'robot', 'content': 'x'}]}, "must hold messages"),
     ('prompts', None, {'prompt': []}, 'must hold messages'),

@@ -210,6 +210,12 @@ def test_prompts_have_names_and_are_drawn_by_the_seed(tmp_path):
   some = [r['prompt_id'] for r in responses.prompts(f'jsonl:{path}', None, 4, 0)]
   assert len(some) == 4 and set(some) < set(names)
   assert some == [r['prompt_id'] for r in responses.prompts(f'jsonl:{path}', None, 4, 0)]
+  path.write_text('\n'.join(json.dumps(dict(prompt=p, prompt_id=i)) for p, i in zip('abcd', ['a', 'a', 'a-2', 0], strict=True)))
+  assert [r['prompt_id'] for r in responses.prompts(f'jsonl:{path}', None, None, 0)] == ['a', 'a-3', 'a-2', '0']
+  for bad in (False, 1.5, ['q']):
+    path.write_text(json.dumps(dict(prompt='p')) + '\n' + json.dumps(dict(prompt='p', prompt_id=bad)))
+    with pytest.raises(ValueError, match="p.jsonl, line 2: field 'prompt_id' must be text or a whole number"):
+      responses.prompts(f'jsonl:{path}', None, None, 0)
 
 
 @pytest.fixture(scope='module')

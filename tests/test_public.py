@@ -258,6 +258,17 @@ def test_files_that_do_not_fit_are_named(tmp_path, scripted, records, words):
     public.sst(None, data=write(tmp_path / 'x.jsonl', records), limit=None, seed=0, keep=tmp_path)
 
 
+def test_lists_hold_what_the_task_reads(tmp_path):
+  row = dict(title='t', context='c', question='q', answers=dict(text=['a', 3]))
+  with pytest.raises(ValueError, match="x.jsonl, line 1: field 'answers.text' must be a list of str, not .'a', 3"):
+    public_data.local('squadv2', write(tmp_path / 'x.jsonl', [row]), {'answers.text': list})
+  row['answers']['text'] = ['a']
+  assert public_data.local('squadv2', write(tmp_path / 'x.jsonl', [row]), {'answers.text': list})
+  row = dict(mc1_targets=dict(choices=['a', 'b'], labels=[1, None]))
+  with pytest.raises(ValueError, match="'mc1_targets.labels' must be a list of int"):
+    public_data.local('truthfulqa_mc', write(tmp_path / 'x.jsonl', [row]), {'mc1_targets.labels': list})
+
+
 def test_other_errors(tmp_path, scripted, monkeypatch):
   run = lambda name='sst', data=None, **more: getattr(public, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **more)
   (tmp_path / 'torn.jsonl').write_text('{"sentence": "x", "label": 0}\n{"sent')

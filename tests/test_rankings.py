@@ -43,7 +43,8 @@ def test_a_ranking_is_all_its_pairs(tmp_path):
     (dict(prompt_id=[1], ranking=dict(x=0, y=1)), '"prompt_id" is text or a whole number'),
     (dict(labeler_id=[1], ranking=dict(x=0, y=1)), '"labeler_id" is text or a whole number'),
     (dict(a=3, b='x', choice='a'), '"a" is text'), (dict(a='x', b='y', choice='a', response_a=3), '"response_a" is text'),
-    (dict(policy='x', flags=[[]]), 'flags are a list of names'), (dict(policy='x', flags=3), 'flags are a list of names')])
+    (dict(policy='x', flags=[[]]), 'flags are a list of names'), (dict(policy='x', flags=3), 'flags are a list of names'),
+    (dict(policy='x', flags='hallucination'), "flags are a list of names, .* not 'hallucination'")])
 def test_judgments_that_are_none_are_named(tmp_path, row, words):
   path = write(tmp_path / 'j.jsonl', [dict(prompt_id='q', ranking=dict(x=0, y=1)), dict(prompt_id='q') | row])
   with pytest.raises(ValueError, match=f'j.jsonl, line 2: .*{words}'):

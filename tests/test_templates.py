@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignjax import train
-from alignjax.data import encode, templates
-from alignjax.stages import ppo_ptx, rm, sft, template_date
+from alignjax.data import encode, hygiene, templates
+from alignjax.stages import comparisons, ppo_ptx, rm, sft, template_date
 from alignjax.stages.records import encoded
 from alignjax.stages.setup import load_tokenizer, make_setup
 from experiments.configs import smollm2_135m
@@ -91,6 +91,18 @@ def test_what_a_template_puts_before_an_answer_is_part_of_it():
                              "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}")
   template = templates.make(tokenizer, 'chat')
   assert tokenizer.decode(template.prompt('q') + template.response('a')) == '[INST] q [/INST] a<|im_end|>'
+
+
+@pytest.mark.parametrize('space', [' ', '\n'])
+def test_white_space_before_the_end_is_part_of_the_answer(space):
+  """As Llama 2's: "[INST] q [/INST] a <end>"."""
+  tokenizer = load_tokenizer(str(CHAT))
+  tokenizer.chat_template = ("{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+                             "{% else %}{{ ' ' + m['content'] + '" + space + "<|im_end|>' }}{% endif %}{% endfor %}")
+  template = templates.make(tokenizer, 'chat')
+  prompt, response = template.row('q', 'a')
+  assert tokenizer.decode(prompt) == '[INST] q [/INST]' and tokenizer.decode(response) == f' a{space}<|im_end|>'
+  assert template.end == response[-1] == tokenizer.convert_tokens_to_ids('<|im_end|>') and response.count(template.end) == 1
 
 
 # ---- control tokens in people's text
@@ -329,6 +341,45 @@ def test_every_stage_names_the_source_of_a_refused_conversation(recipe, tmp_path
   for stage, name in ((sft, 'sft'), (rm, 'rm'), (ppo_ptx, 'ppo_ptx')):
     with pytest.raises(ValueError, match=r'records.jsonl, line 2 .*roles must take turns'):
       stage.build(made, name)
+
+
+@pytest.mark.parametrize('kind,row,words', [
+    ('demonstrations', dict(prompt='q', response=None), "field 'response' must be"),
+    ('comparisons', dict(prompt='q', responses=['a'], ranks=[0]), 'a comparison needs at least two responses'),
+    ('comparisons', dict(prompt='q', responses=['a'] * 12, ranks=[0] * 12), '12 responses, more than the 9 .* k_buckets'),
+    ('comparisons', dict(prompt=[{'role': 'assistant', 'content': 'q'}], chosen='a', rejected='b'), 'roles must take turns'),
+    ('prompts', dict(prompt=3), "field 'prompt' must be")])
+def test_records_are_read_before_any_stage_runs(recipe, tmp_path, monkeypatch, kind, row, words):
+  """Also those that only a later stage reads, and the demonstrations that the reward model's bias is taken from at its end."""
+  c = recipe(ALTERNATE)
+  good = [dict(prompt=f'q{i}', response='a', responses=['a', 'b'], ranks=[0, 1]) for i in range(3)]
+  (tmp_path / 'records.jsonl').write_text('\n'.join(map(json.dumps, good)))
+  (tmp_path / 'bad.jsonl').write_text('\n'.join(map(json.dumps, [*good, row])))
+  c.data[kind] = f'jsonl:{tmp_path}/bad.jsonl'
+  c.data.pretrain = f'jsonl:{tmp_path}/text.jsonl'
+  for spec in ('sft', 'rm', 'ppo_ptx'):
+    if 'prompts' in c.stages[spec]:
+      c.stages[spec].prompts = None
+  ran = []
+  monkeypatch.setattr(train, 'run_stage', lambda setup, name, *_: ran.append(name))
+  if kind == 'demonstrations':  # SFT comes first and reads its own at once; without it the reward model is the first
+    with pytest.raises(ValueError, match=f'bad.jsonl, line 4.*{words}'):
+      rm.build(make_setup(c, tmp_path / 'run', jax.devices()[:1]), 'rm')
+  with pytest.raises(ValueError, match=f'bad.jsonl, line 4.*{words}'):
+    train.main(c, tmp_path / 'run')
+  assert not ran
+
+
+def test_held_out_comparisons_that_are_too_long_are_not_measured(recipe, tmp_path, capsys):
+  c = recipe(ALTERNATE)
+  c.data.heldout.share, c.stages.rm.evaluation_prompts, c.data.too_long = 0.5, 500, 'drop'
+  names = [f'q{i}' for i in range(20)]
+  answers = {q: 'long ' * 99 if hygiene.held_out(q, 0.5, c.data.heldout.seed) else 'b' for q in names}
+  assert len(set(answers.values())) == 2
+  (tmp_path / 'records.jsonl').write_text('\n'.join(json.dumps(dict(prompt=q, chosen=a, rejected='c')) for q, a in answers.items()))
+  made = make_setup(c, tmp_path / 'run', jax.devices()[:1])
+  assert comparisons.evaluation(made, 'rm').prompts == [] and len(comparisons.training(made, 'rm').prompts) > 0
+  assert 'no comparison without ties and within the lengths is held out' in capsys.readouterr().out
 
 
 def test_a_run_pins_the_day_before_anything_reads_text(recipe, tmp_path, monkeypatch):

@@ -82,6 +82,8 @@ def test_one_array_over_any_number_of_lines(tmp_path, indent, name):
   made = sources.read(f'jsonl:{tmp_path / name}', 'demonstrations', 'alpaca')
   assert made == [dict(prompt='i', response='r'), dict(prompt='j\n\nx', response=ODD)]
   assert items.read(tmp_path / name, ('output',)) == ROWS
+  (tmp_path / name).rename(tmp_path / f'{name.upper()}.GZ')  # on some systems names come in capitals
+  assert items.read(tmp_path / f'{name.upper()}.GZ', ('output',)) == ROWS
 
 
 @pytest.mark.parametrize('text,words', [
@@ -89,7 +91,7 @@ def test_one_array_over_any_number_of_lines(tmp_path, indent, name):
     ('[\n{"prompt": "a"},\n{"prompt" 3}\n]', 'line 3: not JSON'),
     ('[\n{"prompt": "a"}\n{"prompt": "b"}]', 'line 3: not JSON'), ('[\n{"prompt": "a"},\n', 'not JSON'),
     ('[{"prompt": "a"},', 'line 1: not JSON'), ('["a"]\n["b"]', 'line 1: a record is an object'),
-    ('[]', 'no records'), ('[\n{"prompt": "a"}] x', 'line 1: not JSON'), ('', 'no records'),
+    ('[]', 'no records'), ('[\n{"prompt": "a"}] x', 'line 2: something follows the array'), ('', 'no records'),
     ('null', 'line 1: a record is an object'), ('[\n' + '[' * 100_000, 'line 2: not JSON .it is nested too deeply')])
 def test_what_an_array_lacks_is_named(tmp_path, text, words):
   (tmp_path / 'a.json').write_text(text)
@@ -148,6 +150,8 @@ def test_prompts_of_text_and_messages(tmp_path):
       generate.read_prompts(str(tmp_path / 'p.txt'))
   (tmp_path / 'a; jsonl:b.json').write_text(json.dumps([dict(prompt=turn)]))
   assert generate.read_prompts(f'{tmp_path}/a; jsonl:b.json') == [turn]
+  (tmp_path / 'P.JSONL').write_text('{"prompt": "p"}')
+  assert generate.read_prompts(f'{tmp_path}/P.JSONL') == ['p']
 
 
 # sources
@@ -186,6 +190,7 @@ def test_responses_in_messages(said):
     (dict(prompt='q', chosen=None, rejected='no'), 'must be a string, or a message .* not null'),
     (dict(chosen=[*ASKED, ANSWER], rejected=[*ASKED, ANSWER]), 'data.mapping.comparisons=ultrafeedback_binarized'),
     (dict(chosen='a', rejected='b'), 'data.mapping.comparisons=hh_rlhf'),
+    (dict(prompt='q', chosen='a', rejected='b', ranks=[1, 0]), "'chosen' and 'rejected' are a ranking of two already"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, True]), "'ranks' must be integers"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, 2**31]), "'ranks' must be integers"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, 1], labeler_id=0.5), "field 'labeler_id' must be text or a whole number"),
@@ -217,6 +222,10 @@ def test_a_folder_is_that_folder_or_an_error(tmp_path, monkeypatch, form):
   (tmp_path / 'some/where/data').mkdir(parents=True)
   for name in (f'{tmp_path}/some/data', '~/some/data', './data', '../x', 'some/where/else', f'{tmp_path}/{"x" * 300}'):
     with pytest.raises((FileNotFoundError, ValueError), match='names the folder|there is no folder|cannot be read'):
+      sources.read(f'{form}:{name}:train', 'prompts')
+  (tmp_path / 'rows.jsonl').write_text('{"prompt": "q"}')
+  for name in ('rows.jsonl', f'{tmp_path}/rows.jsonl'):
+    with pytest.raises(ValueError, match=f'rows.jsonl is a file, .* is jsonl:{name}'):
       sources.read(f'{form}:{name}:train', 'prompts')
   assert library.asked == []
   if form == 'hf':

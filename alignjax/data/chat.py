@@ -64,10 +64,10 @@ def make(tokenizer: Any, date: str | None, opened: bool, without_end: Callable[[
   whole, left = render([QUESTION, _answer(MARK)]), before([QUESTION])
   tail = usual(whole[len(left) + len(MARK):])
   known = tokenizer.added_tokens_decoder
-  if not tail or tail[0] not in {*tokenizer.all_special_ids, *known}:
+  end = next((token for token in tail if token in {*tokenizer.all_special_ids, *known}), None)  # white space may stand before it
+  if end is None:
     raise ValueError(f'the chat template of {name!r} ends an answer with {tail[:3]}, not with a special '
                      'token; nothing would tell the model to stop.')
-  end = tail[0]
   around = {*usual(render([QUESTION])), end} & known.keys()
   names = control.special(tokenizer) | {i: known[i].content for i in around}
   apart = control.make(tokenizer, names)

@@ -22,8 +22,9 @@ class Fitted(NamedTuple):
 
 
 def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str,
-        places: Sequence[str] | None = None) -> Fitted:
-  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from 1.
+        places: Sequence[str] | None = None, none: bool = False) -> Fitted:
+  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from 1. none: whether it is no error
+  that none does.
 
   A row without a token of a prompt is an error: its response would be predicted from nothing.
 
@@ -55,7 +56,7 @@ def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long:
     done = {'drop': 'dropped', 'truncate': 'truncated'}[too_long]
     note = (f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses over '
             f'{response_length} {done}; {len(out)} of {len(rows)} records stay')
-  if not out:
+  if not out and not none:
     raise ValueError(f'{note or what}: nothing is left. Raise data.prompt_length and data.response_length, or set '
                      "data.too_long='truncate'.")
   return Fitted(out, index, kept, note)

@@ -1,6 +1,6 @@
 """Hygiene of records, as the paper did it for its prompts (section 3.2, appendices A.2 and C): duplicates, a cap for each user,
-splits by user, length, personal data. Every rule takes records and returns (kept, removed); `clean` runs them in order and counts.
-Which prompts no stage is trained on is decided here too (`held_out`).
+splits by user and prompt, length, personal data. Every rule takes records and returns (kept, removed); `clean` runs them in order
+and counts. Which prompts no stage is trained on is decided here too (`held_out`).
 
 The rules by kind of record:
 
@@ -156,14 +156,26 @@ def _parted(records: Records, keep: Callable[[dict[str, Any]], bool]) -> tuple[R
 
 
 def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Records]:
-  """Splits by user: all records of a user_id on one side; without one, those of a conversation, or the document. A pure function of
-  the seed and who it is, for records of every kind."""
-  out: dict[str, Records] = {name: [] for name in shares}
-  for record in records:
+  """Splits by user and by prompt: records of one user_id, and records of one conversation (or document) whoever asked, are on one
+  side, and so are all that are joined by others in this way; no prompt is on two sides. Where a side lies is a function of the seed
+  and of who is on it, for records of every kind, in whatever order they come."""
+  joined: dict[str, str] = {}  # a name -> another of its side, or itself
+
+  def side(name):
+    joined.setdefault(name, name)
+    while joined[name] != name:
+      joined[name] = joined[joined[name]]
+      name = joined[name]
+    return name
+
+  prompts = [f'prompt:{conversation(r["prompt"]) if "prompt" in r else r["text"]}' for r in records]
+  for record, prompt in zip(records, prompts, strict=True):
     user = user_of(record)
-    what = conversation(record['prompt']) if 'prompt' in record else record['text']
-    who = f'prompt:{what}' if user is None else f'user:{user}'
-    at = place(seed, who) * sum(shares.values())
+    one, other = side(prompt), side(prompt if user is None else f'user:{user}')
+    joined[min(one, other)] = max(one, other)  # the last name stands for its side: a user's, where there is one
+  out: dict[str, Records] = {name: [] for name in shares}
+  for record, prompt in zip(records, prompts, strict=True):
+    at = place(seed, side(prompt)) * sum(shares.values())
     for name, share in shares.items():
       at -= share
       if at < 0 or name == list(shares)[-1]:

@@ -107,7 +107,8 @@ def summarize_from_feedback(raw: dict) -> Records:
 def shp(raw: dict) -> Records:
   """stanfordnlp/SHP: {"history", "human_ref_A", "human_ref_B", "labels": 1 where A is better, "domain"}."""
   a, b = raw['human_ref_A'], raw['human_ref_B']
-  return [_pair(raw['history'], a, b) if int(raw['labels']) == 1 else _pair(raw['history'], b, a)]
+  better, worse = {1: (a, b), 0: (b, a)}[int(raw['labels'])]
+  return [_pair(raw['history'], better, worse)]
 
 
 def from_scores(raw: dict) -> Records:
@@ -124,6 +125,8 @@ def from_scores(raw: dict) -> Records:
 
 def _ranks(scores: Sequence[float]) -> list[int]:
   """0 for the highest score, then 1, ...; equal ones have the same."""
+  if not all(map(math.isfinite, scores)):
+    raise ValueError(f'a score is a finite number; got {list(scores)}')
   order = sorted(set(scores), reverse=True)
   return [order.index(score) for score in scores]
 

@@ -135,6 +135,9 @@ def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
   """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking of two, a response in messages
   its text."""
   if kind == 'comparisons' and 'chosen' in record and 'rejected' in record and 'responses' not in record:
+    if 'ranks' in record:
+      raise ValueError(f"{where}: 'chosen' and 'rejected' are a ranking of two already; leave out 'ranks', or give 'responses' "
+                       'with it.')
     rest = {k: v for k, v in record.items() if k not in ('chosen', 'rejected')}
     record = {**rest, 'responses': [record['chosen'], record['rejected']], 'ranks': [0, 1]}
     if 'prompt' not in record:
@@ -242,8 +245,11 @@ def _folder(name: str, where: str) -> pathlib.Path | None:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
       return path
+    found = path.is_file()
   except (RuntimeError, OSError, ValueError):  # no such home, a name that is too long, a null byte
-    path = pathlib.Path(name)
+    path, found = pathlib.Path(name), False
+  if found:
+    raise ValueError(f'{where}: {path} is a file, and a folder is read here; a file of records is jsonl:{name}.')
   if path.is_absolute() or name.startswith(('.', '~')):
     raise FileNotFoundError(f'{where} names the folder {path}, which is not there.')
   owner = pathlib.Path(*path.parts[:2])

@@ -89,8 +89,8 @@ def likert(value: Any, where: str) -> float | None:
 def flags(value: Any, where: str) -> dict[str, bool]:
   if value is None:
     return {}
-  given = value if isinstance(value, (list, dict)) else [value]
   made = {k: k in value for k in FLAGS} if isinstance(value, list) else value
-  if not all(isinstance(k, str) and k in FLAGS for k in given) or not all(isinstance(v, bool) for v in made.values()):
+  if not isinstance(made, dict) or not all(isinstance(k, str) and k in FLAGS for k in value) or \
+      not all(isinstance(v, bool) for v in made.values()):
     raise ValueError(f'{where}: flags are a list of names, or {{name: true or false}}, of {", ".join(FLAGS)}; not {value!r}.')
   return dict(made)

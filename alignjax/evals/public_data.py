@@ -16,6 +16,7 @@ from typing import Any
 from alignjax import files, textfiles
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
+OF_LISTS = dict(endings=str, questions=str, text=str, texts=list, choices=str, labels=int)  # what lists of these names hold
 BOUND = 300_000  # records of a split that are read for a draw
 
 
@@ -82,7 +83,7 @@ def _lists(record: Any) -> Any:
     targets = record.get(name)
     if isinstance(targets, dict) and targets and all(v in (0, 1) and not isinstance(v, list) for v in targets.values()):
       ordered = sorted(targets.items(), key=lambda item: -item[1])
-      out[name] = dict(choices=[text for text, _ in ordered], labels=[label for _, label in ordered])
+      out[name] = dict(choices=[text for text, _ in ordered], labels=[int(label) for _, label in ordered])
   return out
 
 
@@ -98,6 +99,9 @@ def _check(record: Any, fields: Mapping[str, type | tuple], where: str) -> None:
     if not isinstance(value, expected) or isinstance(value, bool):
       kinds = ' or '.join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
       raise ValueError(f'{where}: field {field!r} must be {kinds}, not {type(value).__name__}.')
+    inner = OF_LISTS.get(field.rpartition('.')[2])
+    if inner and isinstance(value, list) and not all(isinstance(x, inner) and not isinstance(x, bool) for x in value):
+      raise ValueError(f'{where}: field {field!r} must be a list of {inner.__name__}, not {value!r:.100}.')
 
 
 def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool,

@@ -44,15 +44,27 @@ def prompts(source: str, mapping: str | None, limit: int | None, seed: int, worl
     found = sandbox.prompts(sandbox.World(world_seed), limit or SANDBOX_PROMPTS, 'test')
   else:
     found = sources.read(source, 'prompts', mapping)
-  named, seen = [], {}
-  for record in found:
-    name = str(prompt_id(record['prompt']) if record.get('prompt_id') in (None, '') else record['prompt_id'])
+  named, seen, own = [], {}, [_name(record, f'--prompts={source}, record {i}') for i, record in enumerate(found, 1)]
+  taken = set(own)
+  for record, name in zip(found, own, strict=True):
     seen[name] = seen.get(name, 0) + 1
+    while seen[name] > 1 and f'{name}-{seen[name]}' in taken:  # another record has that name itself
+      seen[name] += 1
     named.append({**record, 'prompt_id': name if seen[name] == 1 else f'{name}-{seen[name]}'})
   if limit is not None and limit < len(named):
     chosen = np.random.default_rng(seed).choice(len(named), limit, replace=False)
     named = [named[i] for i in sorted(chosen)]
   return named
+
+
+def _name(record: Mapping[str, Any], otherwise: str) -> str:
+  """A record's own prompt_id, a number as a name too, or one made of its prompt. otherwise: where a record of no source stands."""
+  name = record.get('prompt_id')
+  if name is None or name == '':
+    return prompt_id(record['prompt'])
+  if isinstance(name, bool) or not isinstance(name, (str, int)):
+    raise ValueError(f"{sources.place(record, otherwise)}: field 'prompt_id' must be text or a whole number, not {name!r}.")
+  return str(name)
 
 
 def respond(model: Any, fingerprint: str, records: Sequence[Mapping[str, Any]], folder: pathlib.Path, *, temperature: float = 1.0,

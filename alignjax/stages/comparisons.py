@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import files, fingerprints, inputs
-from alignjax.data import batches
+from alignjax.data import batches, sources
 from alignjax.evals import bulk
 from alignjax.sharding import sync
 from alignjax.stages import abstract
@@ -39,7 +39,7 @@ def training(setup: Setup, name: str) -> Comparisons:
     made = _kept(stage_dir(setup, name) / 'comparisons.json', made_from(setup, name),
                  lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
   else:
-    made = _read(setup, records(setup, 'comparisons', cfg.prompts))
+    made = _read(setup, records(setup, 'comparisons', cfg.prompts), max(cfg.k_buckets))
   ranked = without_ties(made)
   if tied := len(made.prompts) - len(ranked.prompts):
     say(f'{name}: {tied} of {len(made.prompts)} comparisons rank all of their responses the same and are left out')
@@ -60,16 +60,20 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
   chosen = set(batches.draw(sorted(set(names)), cfg.evaluation_prompts, (setup.config.seed, seed_of(f'{name}/held out'))))
   rows = [r for r, prompt in zip(rows, names, strict=True) if prompt in chosen]
-  made = without_ties(_read(setup, rows)) if rows else Comparisons([], [], [])
+  made = without_ties(_read(setup, rows, none=True))
   if not made.prompts and cfg.evaluation_prompts != 0:
-    say(f'{name}: no comparison without ties is held out (data.heldout.share={setup.config.data.heldout.share}), so its accuracy '
-        'is not measured')
+    say(f'{name}: no comparison without ties and within the lengths is held out (data.heldout.share='
+        f'{setup.config.data.heldout.share}), so its accuracy is not measured')
   return made
 
 
-def _read(setup: Setup, rows: list[dict]) -> Comparisons:
-  """Records as tokens, within the lengths of config.data."""
-  fitted = encoded(setup, 'comparisons', rows, lambda r: r['responses'])
+def _read(setup: Setup, rows: list[dict], most: int | None = None, none: bool = False) -> Comparisons:
+  """Records as tokens, within the lengths of config.data. most: responses of one record. none: whether none may be left."""
+  fitted = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
+  for i, kept in zip(fitted.index, fitted.kept, strict=True):
+    if most is not None and len(kept) > most:
+      raise ValueError(f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, more than the '
+                       f"{most} that the stage's k_buckets leave room for; add that number to them, or leave responses out.")
   return Comparisons([prompt for prompt, _ in fitted.rows], [responses for _, responses in fitted.rows],
                      [[rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)])
 

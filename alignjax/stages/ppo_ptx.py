@@ -108,11 +108,9 @@ def build(setup: Setup, name: str) -> Stage:
   seed = (setup.config.seed, seed_of(name))
 
   # prompts, encoded once; pretraining rows
-  prompt_records = records(setup, 'prompts', cfg.prompts)
-  fitted = encoded(setup, 'prompts', prompt_records)
-  prompt_records = [prompt_records[i] for i in fitted.index]
-  asked = {tuple(row[0]): r['prompt'] for row, r in zip(reversed(fitted.rows), reversed(prompt_records), strict=True)}
-  prompts = encode.left_pad([prompt for prompt, _ in fitted.rows], setup.prompt_length, setup.template.pad)
+  prompt_records, rows = read_data(setup, name)
+  asked = {tuple(row): r['prompt'] for row, r in zip(reversed(rows), reversed(prompt_records), strict=True)}
+  prompts = encode.left_pad(rows, setup.prompt_length, setup.template.pad)
   rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = text_mix(setup, cfg.ptx.documents, rows_per_step, (*seed, 1)) if rows_per_step else None
 
@@ -143,6 +141,13 @@ def build(setup: Setup, name: str) -> Stage:
                    samples_per_prompt=cfg.rollout.samples_per_prompt, prompt_length=setup.prompt_length,
                    response_length=setup.response_length, row_length=setup.config.data.row_length, ptx_rows=rows_per_step,
                    epochs=cfg.inner_epochs, reward_model=cfg.reward.fn == 'alignjax.rollout:model_reward'))
+
+
+def read_data(setup: Setup, name: str) -> tuple[list[dict], list[list[int]]]:
+  """The records of prompts that are within the lengths, and their tokens."""
+  found = records(setup, 'prompts', setup.config.stages[name].prompts)
+  fitted = encoded(setup, 'prompts', found)
+  return [found[i] for i in fitted.index], [prompt for prompt, _ in fitted.rows]
 
 
 def kept(state: TrainState, keep: str) -> Params:

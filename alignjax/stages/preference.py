@@ -42,8 +42,7 @@ def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
 
   # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers; updates of as many prompts each
-  data = comparisons.training(setup, name)
-  plan = comparisons.updates(setup, name, data)
+  data, plan = read_data(setup, name)
 
   # 2. the policy to train, and the reference to keep
   tx = make_optimizer(cfg.optimizer, len(plan.order), f'stages.{name}')
@@ -61,6 +60,11 @@ def build(setup: Setup, name: str) -> Stage:
   return Stage(state, lambda state, batch: compiled(state, frozen, batch),
                lambda i: comparisons.batch(setup, data, plan, i, encode.preferences), len(plan.order),
                finish=lambda state: (state.params['policy'], info), work=lambda i: comparisons.work(plan, i, work_of))
+
+
+def read_data(setup: Setup, name: str) -> tuple[comparisons.Comparisons, comparisons.Updates]:
+  data = comparisons.training(setup, name)
+  return data, comparisons.updates(setup, name, data)
 
 
 def update(state: TrainState, frozen: Params, batch: PreferenceBatch, *, key: jax.Array, loss_fn: Callable, nets: Networks, tx,

@@ -53,11 +53,11 @@ def open_documents(setup: Setup, count: int | None) -> sources.Source:
 
 
 def encoded(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
-            responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: ()) -> encode.Fitted:
+            responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: (), none: bool = False) -> encode.Fitted:
   """Records of data.<kind> as token rows in the template, those within data.prompt_length and data.response_length: data.too_long
   drops the others, cuts them, or is an error.
 
-  responses: record -> its responses as text. An error names the source and the record.
+  responses: record -> its responses as text. none: whether there may be no row. An error names the source and the record.
   """
 
   def one(record):
@@ -67,7 +67,7 @@ def encoded(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
   entry = f'data.{kind}'
   places = [sources.place(record, f'{entry}={setup.config.data[kind]!r}, record {i}') for i, record in enumerate(found, 1)]
   fitted = encode.fit(templates.each(one, found, places), setup.prompt_length, setup.response_length, setup.config.data.too_long,
-                      entry, places)
+                      entry, places, none)
   if fitted.note:
     say(fitted.note)
   return fitted

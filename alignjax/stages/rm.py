@@ -13,6 +13,7 @@ from alignjax.data import encode
 from alignjax.evals import bulk, rm_accuracy
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
+from alignjax.stages.comparisons import Comparisons, Updates
 from alignjax.stages.records import encoded, records
 from alignjax.stages.setup import (
   Setup,
@@ -32,9 +33,7 @@ def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
 
   # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers; updates of as many prompts each
-  data = comparisons.training(setup, name)
-  plan = comparisons.updates(setup, name, data)
-  held_out = None if setup.labelers is not None else comparisons.evaluation(setup, name)  # the sandbox's are sampled at the end
+  data, plan, held_out, demos = read_data(setup, name)
   length = setup.length
 
   # 2. the policy's trunk under a fresh scalar head, the K-way ranking loss
@@ -46,9 +45,6 @@ def build(setup: Setup, name: str) -> Stage:
   # 3. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
     score = bulk.make_scorer(setup.nets, setup.sharder, length=length, pad=setup.template.pad, rows=cfg.responses_per_batch)
-    demos = records(setup, 'demonstrations', cfg.bias_demonstrations)
-    fitted = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
-    demos = [prompt + responses[0] for prompt, responses in fitted.rows]
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
     info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),
@@ -62,6 +58,17 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(state, step, lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons), len(plan.order), finish,
                work=lambda i: comparisons.work(plan, i, lambda rows, t: throughput.training(setup.reward_model, rows, t, 'scalar')))
+
+
+def read_data(setup: Setup, name: str) -> tuple[Comparisons, Updates, Comparisons | None, list[list[int]]]:
+  """(comparisons, updates of them, those held out, or None of the sandbox's, which are sampled at the end, and the demonstrations
+  of the bias)."""
+  data = comparisons.training(setup, name)
+  plan = comparisons.updates(setup, name, data)
+  held_out = None if setup.labelers is not None else comparisons.evaluation(setup, name)
+  demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
+  fitted = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
+  return data, plan, held_out, [prompt + responses[0] for prompt, responses in fitted.rows]
 
 
 def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:

@@ -33,9 +33,7 @@ def build(setup: Setup, name: str) -> Stage:
   seed = (setup.config.seed, seed_of(name))
 
   # 1. demonstrations: the response and its end token are trained on, the prompt by choice
-  demonstrations = records(setup, 'demonstrations', cfg.demonstrations)
-  fitted = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
-  pairs = [(prompt, responses[0]) for prompt, responses in fitted.rows]
+  pairs = read_data(setup, name)
   if setup.config.data.pack:
     rows = encode.pack([(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs], setup.length,
                        setup.template.pad)
@@ -66,6 +64,13 @@ def build(setup: Setup, name: str) -> Stage:
   return Stage(state, step, batch, num_steps,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
                work=lambda _: throughput.training(setup.policy_model, cfg.batch_size, setup.length))
+
+
+def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:
+  """(prompt, response) of each demonstration, as tokens."""
+  demonstrations = records(setup, 'demonstrations', setup.config.stages[name].demonstrations)
+  fitted = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
+  return [(prompt, responses[0]) for prompt, responses in fitted.rows]
 
 
 def mix_of(cfg) -> tuple[tuple[str, float], ...]:
