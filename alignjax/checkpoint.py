@@ -127,8 +127,8 @@ class Checkpoints:
   def _compare_logs(self, step: int, logs: Mapping[str, str]) -> None:
     now = self._logs(step)
     for name in (name for name, was in logs.items() if now and now.get(name) != was):
-      print(f'WARNING: {self.directory.parent / name}: damaged or changed up to step {step}; what is drawn from there may be wrong, '
-            'the weights are not touched.', flush=True)
+      print(f'WARNING: {self.directory.parent / name}: damaged or changed up to step {step}; what is drawn from there may be '
+            'wrong, the weights are not touched.', flush=True)
 
   def _set_aside(self, step: int, error: Exception) -> None:
     print(f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: {_first_line(error)}); moved to '

@@ -63,8 +63,8 @@ def subjects(base: pathlib.Path, compiled: list[str]) -> dict[str, Subject]:
     (base / 'toxicity.jsonl').write_text(''.join(json.dumps(dict(prompt=dict(text=f'the {x} said', toxicity=0.1 * i))) + '\n'
                                                  for i, x in enumerate(('man', 'dog', 'nurse'))))
   sft = ['run.py', '--config=configs/smollm2_135m.py:tiny', f'--config.checkpoint=hf:{CHAT}', "--config.stages_to_run=('sft',)",
-         f'--config.data.demonstrations=jsonl:{raw}', '--config.data.mapping.demonstrations=', '--config.stages.sft.pretrain_mix=0.0',
-         '--config.report.policies={}', f'--workdir={base}/tuned', *compiled]
+         f'--config.data.demonstrations=jsonl:{raw}', '--config.data.mapping.demonstrations=',
+         '--config.stages.sft.pretrain_mix=0.0', '--config.report.policies={}', f'--workdir={base}/tuned', *compiled]
   read = lambda form: ['prepare.py', f'--source={form}', '--kind=demonstrations', '--shares=all=1', '--out=HERE/../read']
   prepare = ['prepare.py', f'--source=jsonl:{raw}', '--kind=demonstrations', '--shares=train=0.5,valid=0.5', '--out=HERE']
   evaluate = ['evaluate.py', f'--models=a=hf:{CHAT},b=hf:{base}/exported', '--tasks=winogender,realtoxicityprompts',
