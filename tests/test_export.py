@@ -233,6 +233,23 @@ def test_generation_entries_of_config_json_are_kept(tmp_path):
       do_sample=True, top_p=0.7, use_cache=True, eos_token_id=[2, 0], pad_token_id=3, bos_token_id=1)
 
 
+def test_a_longer_context_keeps_the_frequencies(tmp_path):
+  """Llama 3's frequencies depend on the original context, which is max_position_embeddings where the table does not say."""
+  source = source_of(tmp_path / 'in', rope_parameters=dict(rope_type='llama3', rope_theta=10_000.0, factor=4.0, low_freq_factor=1.0,
+                                                           high_freq_factor=4.0), max_position_embeddings=32)
+  c = json.loads((source / 'config.json').read_text())
+  c['rope_parameters'].pop('original_max_position_embeddings', None)  # transformers may have added it
+  (source / 'config.json').write_text(json.dumps(c))
+  cfg = TransformerConfig(**hf.fields(source) | dict(max_length=128))
+  params = hf.load(source, cfg, 'lm', ONE.params)
+  export.save(tmp_path / 'out', source, cfg, params)
+  assert TransformerConfig(**hf.fields(tmp_path / 'out')) == cfg
+  rows = torch.arange(5, 105)[None]
+  ours = transformer.make_networks(cfg).logits(params, rows.numpy().astype(np.int32), np.ones((1, 100), bool))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()(rows).logits.detach().numpy()
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
 def test_what_config_json_cannot_say_is_not_exported(tmp_path):
   source = source_of(tmp_path / 'in')
   cfg = TransformerConfig(**hf.fields(source))
