@@ -299,3 +299,16 @@ def test_the_commands_errors_are_lines(tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   with pytest.raises(SystemExit, match='error: .*file'):
     command.main(['--model=x', f'--out={tmp_path / "file" / "out"}', '--bias=drop'])
+
+
+def test_the_command_names_the_trained_end_first(tmp_path, monkeypatch, capsys):
+  """And a chat template without a default, which transformers cannot render, is only said not to be what was trained."""
+  source = source_of(tmp_path / 'in')
+  model = finished.load(f'hf:{source}', 'lm', 'chat')
+  monkeypatch.setattr(finished, 'load', lambda name: model)
+  command.main(['--model=x', f'--out={tmp_path / "chat"}'])
+  assert json.loads((tmp_path / 'chat' / 'generation_config.json').read_text())['eos_token_id'] == [2, 0]
+  assert 'note' not in capsys.readouterr().out
+  model.tokenizer.chat_template = {'rag': golden.CHATML, 'tool_use': golden.CHATML}
+  command.main(['--model=x', f'--out={tmp_path / "several"}'])
+  assert "note: the tokenizer's chat template is not how this model was trained" in capsys.readouterr().out
