@@ -6,6 +6,7 @@ without.
 import copy
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from alignjax.models import export, hf, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
-from alignjax.stages import finished
+from alignjax.stages import finished, setup
 from experiments import export as command
 
 torch = pytest.importorskip('torch', reason='pip install torch (the parity extra)')
@@ -175,6 +176,30 @@ def test_padded_batches_score_as_ours(kind, pad, bos, special, added, tmp_path):
       if kind == 'gpt2' and side == 'left':  # absolute positions: transformers counts them from the first column unless told
         padded['position_ids'] = (padded['attention_mask'].cumsum(1) - 1).clip(0)
       np.testing.assert_allclose(theirs(**padded).logits[:, 0].numpy() + bias, ours, rtol=1e-4, atol=1e-4, err_msg=side)
+
+
+def test_a_reward_model_of_others_that_is_scored_before_the_end_is_refused(tmp_path):
+  """Where its pad is the token that responses end with, transformers' score is that of the token before."""
+  torch.manual_seed(0)
+  for pad, refused in ((0, False), (2, True), (None, False)):
+    folder = tmp_path / str(pad)
+    model = transformers.AutoModelForSequenceClassification.from_config(CONFIGS['llama'](pad_token_id=pad, num_labels=1)).eval()
+    model.save_pretrained(folder)
+    tokenizer_of(folder, STOP, None)
+    if refused:
+      with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
+        finished.load(f'hf:{folder}', 'scalar', 'chat')
+      finished.load(f'hf:{folder}', 'scalar', 'plain')  # ends with the end of text
+      fake = types.SimpleNamespace(read={}, policy_model=None, reward_model=None, config=types.SimpleNamespace(seed=0),
+                                   template=types.SimpleNamespace(end=2))
+      with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
+        setup.initial_params(fake, f'hf:{folder}', 'scalar', 0)
+      continue
+    ours = finished.load(f'hf:{folder}', 'scalar', 'chat')
+    row = [*ours.template.prompt('Say a'), *ours.template.response('ab')]
+    assert row[-1] == 2
+    score = scorer(ours.cfg)(ours.params, *encode.right_pad([row], 72, ours.template.pad))
+    np.testing.assert_allclose(score[0], float(model(torch.tensor([row])).logits[0, 0]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('pad, bos', PADS)

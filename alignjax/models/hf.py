@@ -235,6 +235,16 @@ def has_score(name: str | os.PathLike) -> bool:
   return SCORE.name in Files(folder, FAMILIES[config_json.declared(folder).kind]).names
 
 
+def check_end_scored(name: str | os.PathLike, end: int) -> None:
+  """Refuses a reward model that transformers scores elsewhere than at `end`, the token that responses end with: its classifier
+  takes a row's last token that is not config.json's pad_token_id."""
+  path = folder_of(name) / 'config.json'
+  if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
+    raise ValueError(f'{path}: pad_token_id={end} is the token that responses end with, so that transformers scores this reward '
+                     'model one token before the end, and alignjax would at the end. If it was trained to be scored at the end, '
+                     'set pad_token_id to null or to another token; else it is not covered.')
+
+
 def sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
   heads = cfg.kv_heads if 'key' in paths[0] or 'value' in paths[0] else cfg.num_heads
   return dict(n=heads, h=cfg.head_width, j=len(paths))
