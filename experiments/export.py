@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to take over; the '
                        "sandbox's architecture is none of transformers'.")
     report = export.save(out, model.source, model.cfg, model.params, dtype=options.dtype, tokenizer=model.tokenizer,
-                         ends=model.template.ends, bias=options.bias)
+                         ends=(model.template.end, *model.template.ends), bias=options.bias)
   except (ValueError, OSError) as error:
     raise SystemExit(f'error: {error}') from None
   print(f'wrote {options.out}: {report["class"]}, {report["tensors"]} tensors, {report["bytes"] / 1e6:.1f} MB')
@@ -58,7 +58,10 @@ def trained_as_chat(model) -> bool:
   if not model.tokenizer.chat_template:
     return False
   messages = [{'role': 'user', 'content': 'PROMPT'}]
-  rendered = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+  try:
+    rendered = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+  except Exception:  # noqa: BLE001 a template may raise anything, and several may have no default
+    return False
   return model.tokenizer.encode(rendered, add_special_tokens=False) == list(model.template.prompt('PROMPT'))
 
 

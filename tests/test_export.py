@@ -6,6 +6,7 @@ without.
 import copy
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from alignjax.models import export, hf, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
-from alignjax.stages import finished
+from alignjax.stages import finished, setup
 from experiments import export as command
 
 torch = pytest.importorskip('torch', reason='pip install torch (the parity extra)')
@@ -177,6 +178,30 @@ def test_padded_batches_score_as_ours(kind, pad, bos, special, added, tmp_path):
       np.testing.assert_allclose(theirs(**padded).logits[:, 0].numpy() + bias, ours, rtol=1e-4, atol=1e-4, err_msg=side)
 
 
+def test_a_reward_model_of_others_that_is_scored_before_the_end_is_refused(tmp_path):
+  """Where its pad is the token that responses end with, transformers' score is that of the token before."""
+  torch.manual_seed(0)
+  for pad, refused in ((0, False), (2, True), (None, False)):
+    folder = tmp_path / str(pad)
+    model = transformers.AutoModelForSequenceClassification.from_config(CONFIGS['llama'](pad_token_id=pad, num_labels=1)).eval()
+    model.save_pretrained(folder)
+    tokenizer_of(folder, STOP, None)
+    if refused:
+      with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
+        finished.load(f'hf:{folder}', 'scalar', 'chat')
+      finished.load(f'hf:{folder}', 'scalar', 'plain')  # ends with the end of text
+      fake = types.SimpleNamespace(read={}, policy_model=None, reward_model=None, config=types.SimpleNamespace(seed=0),
+                                   template=types.SimpleNamespace(end=2))
+      with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
+        setup.initial_params(fake, f'hf:{folder}', 'scalar', 0)
+      continue
+    ours = finished.load(f'hf:{folder}', 'scalar', 'chat')
+    row = [*ours.template.prompt('Say a'), *ours.template.response('ab')]
+    assert row[-1] == 2
+    score = scorer(ours.cfg)(ours.params, *encode.right_pad([row], 72, ours.template.pad))
+    np.testing.assert_allclose(score[0], float(model(torch.tensor([row])).logits[0, 0]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('pad, bos', PADS)
 def test_texts_become_the_same_ids(pad, bos, tmp_path):
   """With and without the chat template, of the policy's tokenizer and of the reward model's, whose pad may be another."""
@@ -233,6 +258,23 @@ def test_generation_entries_of_config_json_are_kept(tmp_path):
       do_sample=True, top_p=0.7, use_cache=True, eos_token_id=[2, 0], pad_token_id=3, bos_token_id=1)
 
 
+def test_a_longer_context_keeps_the_frequencies(tmp_path):
+  """Llama 3's frequencies depend on the original context, which is max_position_embeddings where the table does not say."""
+  source = source_of(tmp_path / 'in', rope_parameters=dict(rope_type='llama3', rope_theta=10_000.0, factor=4.0, low_freq_factor=1.0,
+                                                           high_freq_factor=4.0), max_position_embeddings=32)
+  c = json.loads((source / 'config.json').read_text())
+  c['rope_parameters'].pop('original_max_position_embeddings', None)  # transformers may have added it
+  (source / 'config.json').write_text(json.dumps(c))
+  cfg = TransformerConfig(**hf.fields(source) | dict(max_length=128))
+  params = hf.load(source, cfg, 'lm', ONE.params)
+  export.save(tmp_path / 'out', source, cfg, params)
+  assert TransformerConfig(**hf.fields(tmp_path / 'out')) == cfg
+  rows = torch.arange(5, 105)[None]
+  ours = transformer.make_networks(cfg).logits(params, rows.numpy().astype(np.int32), np.ones((1, 100), bool))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()(rows).logits.detach().numpy()
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+
+
 def test_what_config_json_cannot_say_is_not_exported(tmp_path):
   source = source_of(tmp_path / 'in')
   cfg = TransformerConfig(**hf.fields(source))
@@ -282,3 +324,16 @@ def test_the_commands_errors_are_lines(tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   with pytest.raises(SystemExit, match='error: .*file'):
     command.main(['--model=x', f'--out={tmp_path / "file" / "out"}', '--bias=drop'])
+
+
+def test_the_command_names_the_trained_end_first(tmp_path, monkeypatch, capsys):
+  """And a chat template without a default, which transformers cannot render, is only said not to be what was trained."""
+  source = source_of(tmp_path / 'in')
+  model = finished.load(f'hf:{source}', 'lm', 'chat')
+  monkeypatch.setattr(finished, 'load', lambda name: model)
+  command.main(['--model=x', f'--out={tmp_path / "chat"}'])
+  assert json.loads((tmp_path / 'chat' / 'generation_config.json').read_text())['eos_token_id'] == [2, 0]
+  assert 'note' not in capsys.readouterr().out
+  model.tokenizer.chat_template = {'rag': golden.CHATML, 'tool_use': golden.CHATML}
+  command.main(['--model=x', f'--out={tmp_path / "several"}'])
+  assert "note: the tokenizer's chat template is not how this model was trained" in capsys.readouterr().out

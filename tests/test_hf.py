@@ -152,7 +152,7 @@ def _index(where):
   return _moved(lambda folder: (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': where})))
 
 
-NORM, QUERY = 'model.norm.weight', 'model.layers.1.self_attn.q_proj.weight'
+NORM, QUERY, HEAD = 'model.norm.weight', 'model.layers.1.self_attn.q_proj.weight', 'lm_head.weight'
 BROKEN = {
     'no config': (lambda f: (f / 'config.json').unlink(), 'no config.json'),
     'config cut': (lambda f: (f / 'config.json').write_text('{"a":\n 1,'), r'config.json, line 2: not JSON'),
@@ -188,6 +188,12 @@ BROKEN = {
     'the head twice': (_tensors(lambda t: t.update({'embed_out.weight': t['lm_head.weight']})), "no place.*'embed_out.weight'"),
     'a name twice': (_tensors(lambda t: t.update({'norm.weight': t[NORM]})), "'.*norm.weight' is there twice"),
     'no head': (_tensors(lambda t: t.pop('lm_head.weight')), "first 'lm_head.weight'. .*tie_word_embeddings"),
+    'a tied head of another shape': (
+        lambda f: (_config(tie_word_embeddings=True)(f), _tensors(lambda t: t.update({HEAD: t[HEAD][:-1]}))(f)),
+        r'lm_head.weight is F32 \[60, 16\], but .*tie_word_embeddings.* is model.embed_tokens.weight, F32 \[61, 16\]'),
+    'a tied head of integers': (
+        lambda f: (_config(tie_word_embeddings=True)(f), _tensors(lambda t: t.update({HEAD: t[HEAD].astype(np.int8)}))(f)),
+        'lm_head.weight is I8'),
     'quantised': (_config(quantization_config={'quant_method': 'fp8'}), 'quantization_config={.* is not covered'),
     'quantised dtype': (_config(dtype='float8_e4m3fn'), "dtype='float8_e4m3fn' is not covered"),
     'another class': (_config(architectures=['LlamaBiModel']), r"architectures=\['LlamaBiModel'\] is not covered"),

@@ -227,12 +227,34 @@ def test_the_text_of_a_response():
   assert template.said([*four, TURN, TURN]) == ('4<|im_end|>', True), 'nothing but the last token ended it'
 
 
-def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path):
+def test_an_added_token_that_the_checkpoint_names_is_an_end(tmp_path, capsys):
+  """Marked as special or not: transformers' generate stops there. Its name in people's text is then text."""
+  shutil.copytree(CHAT, tmp_path / 'c')
+  tokenizer = load_tokenizer(str(tmp_path / 'c'))
+  tokenizer.add_tokens(['<eot>', '<blank>'])
+  tokenizer.save_pretrained(tmp_path / 'c')
+  eot, blank = tokenizer.convert_tokens_to_ids(['<eot>', '<blank>'])
+  for name in ('config.json', 'generation_config.json'):  # the second hides the first
+    (tmp_path / 'c' / name).write_text(json.dumps({'eos_token_id': eot}))
+    for form, expected in (('plain', {EOS, eot}), ('chat', {EOS, TURN, eot})):
+      template = templates.make(load_tokenizer(str(tmp_path / 'c')), form)
+      assert {*template.ends} == expected
+      assert template.said([*letters('4'), eot]) == ('4', True)
+      assert eot not in template.response('<eot>4') and blank in template.response('<blank>4')
+  assert not capsys.readouterr().err
+
+
+def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path, capsys):
   shutil.copytree(CHAT, tmp_path / 'c')
   ends = lambda form: templates.make(load_tokenizer(str(tmp_path / 'c')), form).ends
   assert ends('plain') == (EOS,) and ends('chat') == (EOS, TURN)
   (tmp_path / 'c' / 'generation_config.json').write_text('{"eos_token_id": [256, 258, 5]}')
   assert ends('plain') == (EOS, TURN), 'and 5 is a letter'
+  assert "(eos_token_id [5]) as ends; they are text" in capsys.readouterr().err
+  for bad in ('"258"', 'true', '[[258]]', '{"a": 258}', '[258.0]'):
+    (tmp_path / 'c' / 'generation_config.json').write_text(f'{{"eos_token_id": {bad}}}')
+    with pytest.raises(ValueError, match='generation_config.json: eos_token_id=.* is neither an id nor a list of ids'):
+      ends('plain')
   (tmp_path / 'c' / 'generation_config.json').write_text('[')
   with pytest.raises(ValueError, match='generation_config.json: not a JSON object'):
     ends('plain')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from alignjax.data import control
@@ -23,7 +23,8 @@ class Chat(NamedTuple):
   control: control.Control
 
 
-def make(tokenizer: Any, date: str | None, opened: bool, without_end: Callable[[str, list[str]], str]) -> Chat:
+def make(tokenizer: Any, special: Mapping[int, str], date: str | None, opened: bool,
+         without_end: Callable[[str, list[str]], str]) -> Chat:
   """The functions of a tokenizer's chat template.
 
   A prompt is what the template renders before an answer of a finished conversation. As a rule that is the template's generation
@@ -31,6 +32,7 @@ def make(tokenizer: Any, date: str | None, opened: bool, without_end: Callable[[
   finished answers has not seen it, and it is left out.
 
   Args:
+    special: {id: name} of its control tokens.
     date: 'YYYY-MM-DD', the day that a template which prints the day renders; None: today.
     opened: the generation prompt as it is, for a model that others trained.
     without_end: (answer, names of end tokens) -> the answer without those at its end.
@@ -69,7 +71,7 @@ def make(tokenizer: Any, date: str | None, opened: bool, without_end: Callable[[
     raise ValueError(f'the chat template of {name!r} ends an answer with {tail[:3]}, not with a special '
                      'token; nothing would tell the model to stop.')
   around = {*usual(render([QUESTION])), end} & known.keys()
-  names = control.special(tokenizer) | {i: known[i].content for i in around}
+  names = {**special} | {i: known[i].content for i in around}
   apart = control.make(tokenizer, names)
   ends = [names[i] for i in {end, tokenizer.eos_token_id} if i in names]
   asked = render([QUESTION], True)

@@ -5,8 +5,9 @@ may write. transformers by default reads both as the token. The way here: the to
 exchanged for private ones that the text does not hold, so that everything else (merges, normalization, what a token strips
 beside it) stays its own. Text without such names is encoded by the tokenizer as it is.
 
-Control tokens are those that the tokenizer marks as special, and those that a chat template writes around a turn. Other added
-tokens, such as runs of blanks or a <think> that is not marked as special, are read in text as the tokenizer reads them.
+Control tokens are those that the tokenizer marks as special, those that a chat template writes around a turn, and added tokens that
+the checkpoint names as ends. Other added tokens, such as runs of blanks or a <think> that is not marked as special, are read in
+text as the tokenizer reads them.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Control(NamedTuple):
   rendered: Callable[[str, str | None], list[int]]
 
 
-def special(tokenizer: Any) -> dict[int, str]:
-  """{id: name} of the tokens that the tokenizer marks as special, but for single bytes, <0x0A>, which stand for text."""
-  found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def special(tokenizer: Any, ends: Collection[int] = ()) -> dict[int, str]:
+  """{id: name} of the tokens that the tokenizer marks as special, and of the added ones among `ends`, which end a response whether
+  they are marked or not. Not of single bytes, <0x0A>, which stand for text."""
+  found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in ends}
   found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
   return {i: name for i, name in found.items() if not re.fullmatch('<0x[0-9A-F]{2}>', name)}
 

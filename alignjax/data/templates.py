@@ -23,6 +23,8 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,17 +88,23 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   first = _first(tokenizer)
   start, close = (first, (eos,)) if first else ((eos,), ())
   decode = lambda tokens: tokenizer.decode([int(token) for token in tokens])
+  named = _named_ends(tokenizer)
+  special = control.special(tokenizer, named)
+  if text := sorted(named & {*tokenizer.get_vocab().values()} - special.keys()):
+    print(f'the checkpoint of {tokenizer.name_or_path!r} names {[tokenizer.convert_ids_to_tokens(i) for i in text]} (eos_token_id '
+          f'{text}) as ends; they are text, so they end no response here, though in transformers.', file=sys.stderr, flush=True)
+  ends = lambda end: tuple(sorted({end, eos, *named & special.keys()}))
   if form == 'chat':
-    made = chat.make(tokenizer, date, opened, without_end)
+    made = chat.make(tokenizer, special, date, opened, without_end)
     response = lambda said: made.pair([chat.QUESTION], said)[1]
-    return Template(made.prompt, made.pair, response, made.control.encode, decode, made.end, _ends(tokenizer, made.end), pad, first,
-                    start, close)
+    return Template(made.prompt, made.pair, response, made.control.encode, decode, made.end, ends(made.end), pad, first, start,
+                    close)
   template = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
   if '{prompt}' not in template:
     raise ValueError(f'data.template={form!r} is none of {NAMES}, nor a text with {{prompt}} in it.')
   before, after = template.split('{prompt}', 1)
   space = ' ' if form == 'dialogue' else ''
-  bare = control.make(tokenizer, control.special(tokenizer)).encode
+  bare = control.make(tokenizer, special).encode
 
   def prompt(said):
     if not isinstance(said, str):
@@ -109,7 +117,7 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
     return [*bare(space + without_end(said, [tokenizer.eos_token]).removeprefix(' ' if space else '')), eos]
 
   pair = lambda asked, said: (prompt(asked), response(said))
-  return Template(prompt, pair, response, bare, decode, eos, _ends(tokenizer, eos), pad, first, start, close)
+  return Template(prompt, pair, response, bare, decode, eos, ends(eos), pad, first, start, close)
 
 
 def of_words(encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str], end: int, pad: int,
@@ -142,21 +150,23 @@ def without_end(said: str, names: Sequence[str]) -> str:
   return re.sub(f'(?:(?:{"|".join(map(re.escape, names))})\\s*)+\\Z', '', said)
 
 
-def _ends(tokenizer: Any, end: int) -> tuple[int, ...]:
-  """All tokens that stop generation: the template's end, the tokenizer's end of text, and the control tokens that the checkpoint
-  beside the tokenizer names (transformers' generate stops at those of generation_config.json, else of config.json)."""
-  ends = {end, tokenizer.eos_token_id}
+def _named_ends(tokenizer: Any) -> set[int]:
+  """The ids that the checkpoint beside the tokenizer names as ends, where transformers' generate stops: those of
+  generation_config.json, else of config.json."""
   for name in ('generation_config.json', 'config.json'):
     path = pathlib.Path(tokenizer.name_or_path) / name
     if path.is_file():
       try:
-        named = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
+        found = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
       except (ValueError, AttributeError) as error:
         raise ValueError(f'{path}: not a JSON object in UTF-8 ({error}).') from None
-      if named is not None:
-        named = {*(named if isinstance(named, list) else [named])}
-        return tuple(sorted(ends | named & control.special(tokenizer).keys()))
-  return tuple(sorted(ends))
+      if found is None:
+        continue
+      named = found if isinstance(found, list) else [found]
+      if not all(type(i) is int for i in named):
+        raise ValueError(f'{path}: eos_token_id={reprlib.repr(found)} is neither an id nor a list of ids.')
+      return {*named}
+  return set()
 
 
 def _first(tokenizer: Any) -> tuple[int, ...]:

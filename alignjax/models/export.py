@@ -92,6 +92,8 @@ def _config(config: dict[str, Any], declared: Mapping[str, Any], cfg: Transforme
   config |= dict(architectures=[name], dtype=dtype, tie_word_embeddings=cfg.tie_embeddings)
   if cfg.max_length > old.max_length:
     config['max_position_embeddings'] = cfg.max_length
+    if cfg.rope_llama3:  # measured by the original context, which is max_position_embeddings where nothing else is said
+      config['original_max_position_embeddings'] = cfg.rope_llama3[-1]
   return config
 
 

@@ -214,6 +214,8 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
   leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
   placed = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings(shapes))}
   _check(files, table, family, cfg, leaves)
+  if head == 'lm' and cfg.tie_embeddings:
+    _check_tied(files, family)
   loaded = {}
   for tensor in table:
     for path, array in zip(tensor.paths, _load_one(files, tensor, cfg, leaves, placed), strict=True):
@@ -231,6 +233,16 @@ def has_score(name: str | os.PathLike) -> bool:
   """Whether a checkpoint is a reward model: a sequence classifier's `score.weight` is in its files."""
   folder = folder_of(name)
   return SCORE.name in Files(folder, FAMILIES[config_json.declared(folder).kind]).names
+
+
+def check_end_scored(name: str | os.PathLike, end: int) -> None:
+  """Refuses a reward model that transformers scores elsewhere than at `end`, the token that responses end with: its classifier
+  takes a row's last token that is not config.json's pad_token_id."""
+  path = folder_of(name) / 'config.json'
+  if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
+    raise ValueError(f'{path}: pad_token_id={end} is the token that responses end with, so that transformers scores this reward '
+                     'model one token before the end, and alignjax would at the end. If it was trained to be scored at the end, '
+                     'set pad_token_id to null or to another token; else it is not covered.')
 
 
 def sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
@@ -287,6 +299,15 @@ def _check(files: Files, table: list[Tensor], family: Family, cfg: TransformerCo
   extra = sorted(n for n in files.names - wanted.keys() - head if not n.endswith(family.harmless))
   if extra:
     raise ValueError(f'{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]!r}.')
+
+
+def _check_tied(files: Files, family: Family) -> None:
+  """A head beside tied embeddings is not read; one that could not be compared with them is no copy of them."""
+  head, embedding = family.head, family.embedding
+  if head in files.names and (files.shape(head) != files.shape(embedding) or files.dtype(head) not in DTYPES):
+    raise ValueError(f'{files.folder}: tensor {head} is {files.dtype(head)} {list(files.shape(head))}, but config.json '
+                     f'(tie_word_embeddings) says that it is {embedding}, {files.dtype(embedding)} {list(files.shape(embedding))}. '
+                     'Correct the entry, or leave the tensor out of the file.')
 
 
 def _load_one(files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, placed) -> list[jax.Array]:

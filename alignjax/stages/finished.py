@@ -146,6 +146,8 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   params = hf.load(source, cfg, head, sharder.params)
   sharder = sharder if mesh is not None else None
   template = templates.make(tokenizer, form, opened=head == 'lm')
+  if head == 'scalar':
+    hf.check_end_scored(source, template.end)
   return Model(cfg, _networks(cfg, sharder), params, head, template, ids[-1] + 1, tokenizer, source, sharder)
 
 

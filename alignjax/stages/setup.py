@@ -203,6 +203,8 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   if spec == 'random':
     return jax.jit(lambda: transformer.init(model, key, head), out_shardings=setup.sharder.params(fresh(head)))()
   if spec.startswith('hf:'):
+    if head == 'scalar':
+      hf.check_end_scored(spec.removeprefix('hf:'), setup.template.end)
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
   folder = inputs.weights_folder(setup.workdir, spec)
   if not checkpoint.is_finished(folder):
