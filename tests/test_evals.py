@@ -27,6 +27,10 @@ def test_item_21_accuracy_by_pool():
   assert out['accuracy_train_labelers']['n'] == 4 * (3 + 2)  # identical responses are no pair
   assert out['agreement_train_labelers']['mean'] == 1.0
   assert out['margin_train_labelers']['mean'] == pytest.approx((1 + 2 + 1 + 3 + 3) / 5)
+  assert out['length_correlation'] is None  # all are as long
+  tied = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.zeros(len(rows)), 0)
+  assert tied['accuracy_train_labelers']['mean'] == tied['accuracy_heldout_labelers']['mean'] == 0.5
+  assert tied['calibration_error_train_labelers'] == pytest.approx(0)  # half right at a probability of a half
 
 
 def test_accuracy_on_ranks_by_hand():
