@@ -35,8 +35,8 @@ def training(cfg: TransformerConfig, rows: int, length: int, head: str = 'lm') -
 def ppo(policy: TransformerConfig, value: TransformerConfig, *, episodes: int, samples_per_prompt: int, prompt_length: int,
         response_length: int, row_length: int, ptx_rows: int, epochs: int, reward_model: bool) -> dict[str, float]:
   """The work of one iteration, every response taken at its full length: sampling, four scoring passes (three where the reward is no
-  model), the updates of policy and value, the pretraining rows. A prompt is read once for all of its samples, and no logits are made
-  of it."""
+  model), the updates of policy and value, the pretraining rows. A prompt is read once for all of its samples, and has no
+  logits."""
   length = prompt_length + response_length
   lm, scalar = forward_flops(policy, length), forward_flops(value, length, 'scalar')
   unembedding = 2.0 * policy.d_model * policy.vocab_size
