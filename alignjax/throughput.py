@@ -35,11 +35,13 @@ def training(cfg: TransformerConfig, rows: int, length: int, head: str = 'lm') -
 def ppo(policy: TransformerConfig, value: TransformerConfig, *, episodes: int, samples_per_prompt: int, prompt_length: int,
         response_length: int, row_length: int, ptx_rows: int, epochs: int, reward_model: bool) -> dict[str, float]:
   """The work of one iteration, every response taken at its full length: sampling, four scoring passes (three where the reward is no
-  model), the updates of policy and value, the pretraining rows."""
+  model), the updates of policy and value, the pretraining rows. A prompt is read once for all of its samples, and has no
+  logits."""
   length = prompt_length + response_length
   lm, scalar = forward_flops(policy, length), forward_flops(value, length, 'scalar')
-  prefill = forward_flops(policy, prompt_length)
-  generated = (episodes / samples_per_prompt) * prefill + episodes * (lm - prefill)
+  unembedding = 2.0 * policy.d_model * policy.vocab_size
+  prefill = forward_flops(policy, prompt_length) - prompt_length * unembedding
+  generated = (episodes / samples_per_prompt) * prefill + episodes * (lm - prefill - prompt_length * unembedding)
   scored = episodes * (2 * lm + (2 if reward_model else 1) * scalar)
   trained = 3 * epochs * (episodes * (lm + scalar) + ptx_rows * forward_flops(policy, row_length))
   return {'episodes': episodes, 'tokens': episodes * length + ptx_rows * row_length, 'tokens_generated': episodes * response_length,

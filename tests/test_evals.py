@@ -27,6 +27,24 @@ def test_item_21_accuracy_by_pool():
   assert out['accuracy_train_labelers']['n'] == 4 * (3 + 2)  # identical responses are no pair
   assert out['agreement_train_labelers']['mean'] == 1.0
   assert out['margin_train_labelers']['mean'] == pytest.approx((1 + 2 + 1 + 3 + 3) / 5)
+  assert out['length_correlation'] is None  # all are as long
+  tied = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.zeros(len(rows)), 0)
+  assert tied['accuracy_train_labelers']['mean'] == tied['accuracy_heldout_labelers']['mean'] == 0.5
+  assert tied['calibration_error_train_labelers'] == pytest.approx(0)  # half right at a probability of a half
+
+
+def test_agreement_is_between_different_labelers():
+  """Of the training pool the even ones like the feature and the odd ones do not; the two of the other pool like it."""
+
+  class Divided(Perfect):
+    def rank(self, features, labeler, rng):
+      return np.argsort(np.argsort(-features[:, 0] * (1 if labeler in (0, 2, 4, 5) else -1)))
+
+  made = SimpleNamespace(prompts=[[5]], responses=[[[1], [2], [3]]], features=[[[1.0], [2.0], [3.0]]])
+  out = rm_accuracy.by_pool(Divided(), made, lambda rows: np.array([r[-1] for r in rows], float), 0)
+  assert out['agreement_train_labelers']['mean'] == 0 and out['agreement_train_labelers']['n'] == 2 * 3
+  assert out['agreement_heldout_labelers']['mean'] == 1 and out['agreement_heldout_labelers']['n'] == 3
+  assert out['accuracy_train_labelers']['mean'] == 0.5
 
 
 def test_accuracy_on_ranks_by_hand():

@@ -20,4 +20,7 @@ def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):
   monkeypatch.setattr(comparisons.bulk, 'make_sampler', lambda *_, **__: sample)
   assert comparisons.evaluation(setup, 'rm').prompts == prompts(cfg.evaluation_prompts, 'test')
   assert loaded == [cfg.policies[0]['init']]
+  cfg.evaluation_prompts = 0
+  assert comparisons.evaluation(setup, 'rm').prompts == []
+  cfg.evaluation_prompts = ppo_ptx.get_config('tiny').stages.rm.evaluation_prompts
   assert prompts(cfg.evaluation_prompts, 'test') != prompts(cfg.evaluation_prompts, 'train')

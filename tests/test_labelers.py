@@ -27,6 +27,11 @@ def crowd(prompts=6, people=8):
           for p in range(prompts) for who in range(people) for i in range(2)]
 
 
+def test_messages_are_one_prompt_however_their_fields_are_ordered():
+  one, other = [dict(role='user', content='x')], [dict(content='x', role='user')]
+  assert labelers.prompt_key(dict(prompt=one)) == labelers.prompt_key(dict(prompt=other)) != labelers.prompt_key(dict(prompt='x'))
+
+
 def test_groups_are_a_pure_function_of_the_seed_and_leave_out_the_rare():
   records = [*crowd(), vote('p0', 'x', 'y', 'rare'), dict(prompt='p', responses=['a', 'b'], ranks=[0, 1])]
   made = labelers.groups(records, folds=3, min_votes=12, seed=0)

@@ -118,6 +118,12 @@ def test_length_position_and_judges_by_hand():
            Verdict('q2', 'b', 'a', 1.0, 'j', 'm', 'a'), Verdict('q2', 'b', 'a', 1.0, 'j', 'm', 'b')]
   found = preference.position_bias(shown)
   assert found['first_wins']['mean'] == 0.75 and found['consistent']['mean'] == 0.5
+  turned = [Verdict('q3', 'a', 'b', 1.0, 'j', 'm', 'a'), Verdict('q3', 'b', 'a', 0.0, 'j', 'm', 'a'),  # a both times
+            Verdict('q4', 'b', 'a', 1.0, 'j', 'm', 'a'), Verdict('q4', 'a', 'b', 0.5, 'j', 'm', 'a'),  # b, then a tie
+            Verdict('q5', 'a', 'b', 1.0, 'j', 'm', 'a'), Verdict('q5', 'b', 'a', 0.0, 'j', 'n', 'a')]  # two labelers
+  found = preference.position_bias(turned)
+  assert found['first_wins']['mean'] == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 0) / 6)
+  assert found['consistent']['n'] == 2 and found['consistent']['mean'] == 0.5
   assert preference.position_bias([Verdict(*r) for r in rows]) is None
   other = [('q1', 'a', 'b', 0.9, 'k'), ('q2', 'b', 'a', 0.2, 'k'), ('q3', 'a', 'b', 0.5, 'k')]
   one, = preference.between({'j': table(rows, ['a', 'b']), 'k': table(other, ['a', 'b'])})

@@ -109,9 +109,9 @@ def test_the_work_of_an_iteration():
   assert work['episodes'] == 8 and work['tokens_generated'] == 32 and work['tokens_scored'] == 4 * 80
   assert work['tokens_trained'] == 2 * 80 + 16 * 12 and work['tokens'] == 80 + 16 * 12
   lm, scalar, text = (throughput.forward_flops(SMALL, *a) for a in ((10,), (10, 'scalar'), (12,)))
-  prefill = throughput.forward_flops(SMALL, 6)
+  prefill, decode = 2 * 6 * 2 * 576 + 2 * 2 * 36 * 8, 2 * 4 * (2 * 576 + 8 * 50) + 2 * 2 * (100 - 36) * 8  # no logits of prompts
   trained = 3 * (8 * (lm + scalar) + 16 * text)
-  assert work['flops'] == pytest.approx(4 * prefill + 8 * (lm - prefill) + 8 * (2 * lm + 2 * scalar) + trained)
+  assert work['flops'] == pytest.approx(4 * prefill + 8 * decode + 8 * (2 * lm + 2 * scalar) + trained)
 
 
 def test_rates(monkeypatch):

@@ -197,6 +197,7 @@ def test_judging_lists_and_sentences(case):
   wrong_item = verdict(world, meta, f'{having[0]} , {lacking} .')
   assert wrong_item.follow == 1 and wrong_item.false_claims == 1
   assert verdict(world, meta, f'{having[0]} , bell .').junk == 1
+  assert verdict(world, meta, f'{having[0]} , bell . the {entity} eats {true} . hello .').junk == 3  # bell, two sentences more
   claims = [statement(entity, a, world.truth[entity, a]) for a in ('food', 'color', 'place')]
   meta = dict(use_case='generation', entity=entity, attribute=attribute, count=2)
   assert verdict(world, meta, f'{claims[0]} . {claims[1]} .').follow == 1
@@ -263,3 +264,9 @@ def test_item_21_the_held_out_labelers_are_others():
   labelers = sandbox.Labelers(0)
   assert len(labelers.train) and len(labelers.heldout) and not set(labelers.train.tolist()) & set(labelers.heldout.tolist())
   assert sorted([*labelers.train, *labelers.heldout]) == list(range(len(labelers.weights)))
+
+
+def test_most_labelers_dislike_length_and_like_the_opener():
+  weights = sandbox.Labelers(0, train=4000, heldout=4000).weights
+  np.testing.assert_allclose(np.median(weights[:4000], 0), [2, -2, -2, -0.8, -0.05, 0.3], rtol=0.06, atol=0.005)
+  np.testing.assert_allclose(np.median(weights[4000:], 0), [2.4, -1.4, -2, -0.8, -0.05, -0.2], rtol=0.06, atol=0.015)

@@ -50,6 +50,23 @@ def test_paired_differences_of_shares_cover(n, losses, wins):
   assert hit >= 0.93 and width < 8 / n + 5 * math.sqrt((losses + wins) / n)
 
 
+def test_limits_of_skewed_values_are_halls():
+  """Hall 1992: t + g (t^2 / 3 + 1 / 6) / sqrt(n) + g^2 t^3 / (27 n), g the skewness, is at the quantiles of t at the limits."""
+  values = np.array([0.0, 0.1, 0.2, 0.4, 0.9, 1.7, 4.0, 9.0])
+  n, mean, deviation = 8, values.mean(), values.std(ddof=1)
+  g = (((values - mean) / deviation) ** 3).mean()
+  assert g > 1
+
+  def studentised(truth):
+    t = (mean - truth) / deviation * math.sqrt(n)
+    return t + g * (t**2 / 3 + 1 / 6) / math.sqrt(n) + g**2 * t**3 / (27 * n)
+
+  low, high = interval(values, bounds=ANY)['ci95']
+  assert low < mean < high
+  assert studentised(low) == pytest.approx(scipy_stats.t.ppf(0.975, 7), rel=1e-6)
+  assert studentised(high) == pytest.approx(scipy_stats.t.ppf(0.025, 7), rel=1e-6)
+
+
 @pytest.mark.parametrize('n,draw,truth', [(8, 'exponential', 1), (24, 'exponential', 1), (24, 'chisquare', 1), (8, 'normal', 0),
                                           (100, 'lognormal', math.exp(0.5))])
 def test_means_of_skewed_values_cover(n, draw, truth):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from alignjax import losses, optim, steps
+from alignjax.stages.setup import steps_per_epoch
 from alignjax.types import TrainState
 from tests.fakes import close, model, token_batch
 
@@ -54,3 +55,9 @@ def test_split_keeps_rows_together_and_refuses_remainders():
 def test_maxima_are_told_by_name():
   assert steps.is_maximum('ppo/ratio_max_dev') and steps.is_maximum('rollout/sampler_gap_max')
   assert not steps.is_maximum('max/loss') and not steps.is_maximum('ppo/maximal')
+
+
+@pytest.mark.parametrize('rows,epochs,batch,expected', [(100, 1.1, 10, 11), (12_725, 16, 32, 6_363), (10, 0.3, 1, 3), (7, 1, 2, 4),
+                                                        (5, 0, 2, 0), (1, 1, 64, 1)])
+def test_steps_of_epochs(rows, epochs, batch, expected):
+  assert steps_per_epoch(rows, batch, epochs) == expected

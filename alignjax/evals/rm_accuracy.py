@@ -14,8 +14,8 @@ from alignjax.evals.stats import ANY, interval
 def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
   """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool agree (the ceiling).
 
-  Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses are left out. Intervals
-  are by prompt, because its pairs are not independent.
+  Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses are left out, a tie of
+  the model counts half. Intervals are by prompt, because its pairs are not independent.
 
   Args:
     comparisons: stages.comparisons.Comparisons with features.
@@ -35,7 +35,7 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict
       order = np.sign(ranks[:, second] - ranks[:, first])  # 1: first is better
       predicted = np.sign(s[first] - s[second])
       labeled = order != 0
-      hits += (order == predicted)[labeled].tolist()
+      hits += (0.5 + 0.5 * order * predicted)[labeled].tolist()
       clusters += [prompt] * int(labeled.sum())
       signed = ((s[first] - s[second]) * order)[labeled]  # positive where the model agrees
       margins += signed.tolist()

@@ -18,7 +18,7 @@ from alignjax.evals import bulk
 from alignjax.sharding import sync
 from alignjax.stages import abstract
 from alignjax.stages.records import encoded, records, say
-from alignjax.stages.setup import Setup, check_epochs, initial_params, seed_of, stage_dir
+from alignjax.stages.setup import Setup, check_counts, check_epochs, initial_params, seed_of, stage_dir
 from alignjax.types import ComparisonBatch
 
 
@@ -140,6 +140,8 @@ def check(setup: Setup, name: str) -> None:
   """The entries that decide which comparisons a stage has, and in which updates."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_epochs(cfg.epochs, where, whole=True)
+  check_counts(setup, where, 'comparisons', prompts=cfg.prompts)
+  check_counts(setup, where, 'comparisons', 0, evaluation_prompts=cfg.get('evaluation_prompts', 0))
   if not cfg.k_buckets or min(cfg.k_buckets) < 2:
     raise ValueError(f'{where}.k_buckets={tuple(cfg.k_buckets)} must name numbers of responses, each 2 or more.')
   if cfg.microbatches < 1 or cfg.microbatches * min(cfg.k_buckets) > cfg.responses_per_batch:
@@ -159,6 +161,8 @@ def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
 
 def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:
   """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the training pool."""
+  if not count:
+    return Comparisons([], [], [], [])
   from alignjax import sandbox
   cfg = setup.config.stages[name]
   rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])

@@ -26,6 +26,7 @@ from alignjax.stages.records import encoded, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_counts,
   check_divides,
   check_functions,
   compile_step,
@@ -230,6 +231,9 @@ def check(setup: Setup, name: str) -> None:
   """Sizes that must divide, and choices that must fit together, before any stage runs."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where, facts(setup, name))
+  check_counts(setup, where, 'prompts', prompts=cfg.prompts)
+  if cfg.ptx.rows_per_episode:
+    check_counts(setup, where, 'pretrain', **{'ptx.documents': cfg.ptx.documents})
   for cut in ('top_p', 'top_k'):
     if cfg.rollout.get(cut) is not None:
       raise ValueError(f'{where}.rollout.{cut}={cfg.rollout[cut]}: refused. Samples from a cut distribution are scored under '

@@ -12,6 +12,7 @@ from alignjax.stages.records import open_documents, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_counts,
   initial_params,
   make_optimizer,
   make_state,
@@ -49,6 +50,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
 
 
 def check(setup: Setup, name: str) -> None:
+  check_counts(setup, f'stages.{name}', 'pretrain', documents=setup.config.stages[name].documents)
   supervised.check(setup, name, abstract_step)
 
 

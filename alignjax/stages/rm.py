@@ -18,6 +18,7 @@ from alignjax.stages.records import encoded, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_counts,
   check_functions,
   compile_step,
   initial_params,
@@ -50,8 +51,9 @@ def build(setup: Setup, name: str) -> Stage:
     info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),
             'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
     if held_out is None:
-      info |= rm_accuracy.by_pool(setup.labelers, comparisons.evaluation(setup, name), lambda rows: score(params, rows),
-                                  setup.config.seed)
+      made = comparisons.evaluation(setup, name)
+      if made.prompts:
+        info |= rm_accuracy.by_pool(setup.labelers, made, lambda rows: score(params, rows), setup.config.seed)
     elif held_out.prompts:
       info['accuracy_heldout_prompts'] = rm_accuracy.on_ranks(held_out, lambda rows: score(params, rows))
     return params, info
@@ -99,6 +101,7 @@ def check(setup: Setup, name: str) -> None:
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where)
   comparisons.check(setup, name)
+  check_counts(setup, where, 'demonstrations', bias_demonstrations=cfg.bias_demonstrations)
   state, batch = abstract_step(setup, name).arguments
   abstract.check_loss(plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)), f'{where}.loss', cfg.loss.fn, state.params, batch,
                       setup.nets, jax.random.key(0))

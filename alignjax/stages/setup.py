@@ -286,9 +286,20 @@ def check_epochs(epochs: Any, where: str, whole: bool = False) -> None:
     raise ValueError(f'{where}.epochs={epochs!r} must be a {"whole " if whole else ""}number, 0 or more.')
 
 
+def check_counts(setup: Setup, where: str, kind: str, least: int = 1, **counts: Any) -> None:
+  """counts: entries of a stage that say how many records of data.<kind> it takes. None is all of them, where the source ends."""
+  endless = setup.config.data[kind] == 'sandbox:'
+  none = f"; None, all of them, has no meaning with data.{kind}='sandbox:', which makes as many as it is asked for"
+  for entry, count in counts.items():
+    whole = isinstance(count, int) and not isinstance(count, bool) and count >= least
+    if not whole and (endless or count is not None):
+      more = none if endless else ', or None for all'
+      raise ValueError(f'{where}.{entry}={count!r} must be a whole number, {least} or more{more}.')
+
+
 def steps_per_epoch(rows: int, batch_size: int, epochs: float) -> int:
-  """Steps that see every row `epochs` times."""
-  return math.ceil(rows * epochs / batch_size)
+  """Steps that see every row `epochs` times. 100 rows 1.1 times are 110, though the product of the floats is a bit more."""
+  return math.ceil(round(rows * epochs / batch_size, 6))
 
 
 def stage_key(setup: Setup, stage: str) -> jax.Array:

@@ -20,6 +20,7 @@ from alignjax.stages.records import encoded, records
 from alignjax.stages.setup import (
   Setup,
   Stage,
+  check_counts,
   initial_params,
   make_optimizer,
   make_state,
@@ -100,4 +101,7 @@ def check(setup: Setup, name: str) -> None:
   if text_rows_of(cfg) >= cfg.batch_size:
     raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of {cfg.batch_size}: '
                      'raise batch_size.')
+  check_counts(setup, f'stages.{name}', 'demonstrations', demonstrations=cfg.demonstrations)
+  if cfg.pretrain_mix:
+    check_counts(setup, f'stages.{name}', 'pretrain', documents=cfg.documents)
   supervised.check(setup, name, abstract_step)
