@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,8 +54,10 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
       for name in order:
         check_inputs(setup, name, on_changed_input)
       for name in order:
-        run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input)
-      if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
+        run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input,
+                  getattr(sys.modules[report.__module__], 'outdated', None))
+      policies = [n for n in config.report.policies.values() if n in config.stages] if config.report.policies else []
+      if config.report.policies and all(finished(setup, n) for n in policies) and belong_together(setup, policies, order):
         report(setup)
 
 
@@ -68,12 +71,26 @@ def alone(workdir: files.Folder) -> Iterator[None]:
     yield
 
 
+def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
+  """Whether no stage behind the report's policies was made from another version of what is there now; else the reason is said.
+  The stages of this run, `done`, were compared before."""
+  mixed = False
+  try:
+    for name in resolve(setup.config, policies) if jax.process_index() == 0 else ():
+      if name not in done and finished(setup, name):
+        inputs.check(setup.workdir, name, identity(setup.config, name), 'fail', say)
+  except (inputs.ChangedInput, checkpoint.ConfigMismatch) as error:
+    say(f'no report, as its policies do not belong together: {error}')
+    mixed = True
+  return not anywhere(mixed)[0]
+
+
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
   trouble.on_first(lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say))
 
 
-def resolve(config: ml_collections.ConfigDict) -> list[str]:
-  """Stages to run, prerequisites first: those that a stage's init or policies name as 'stage:NAME'."""
+def resolve(config: ml_collections.ConfigDict, targets: Sequence[str] | None = None) -> list[str]:
+  """The targets, by default the stages to run, prerequisites first: those that a stage's init or policies name as 'stage:NAME'."""
   order: list[str] = []
 
   def visit(name: str, path: tuple[str, ...]):
@@ -87,7 +104,7 @@ def resolve(config: ml_collections.ConfigDict) -> list[str]:
     if name not in order:
       order.append(name)
 
-  for target in config.stages_to_run:
+  for target in config.stages_to_run if targets is None else targets:
     visit(target, ())
   return order
 
@@ -115,8 +132,8 @@ def finished(setup: Setup, name: str) -> bool:
 
 
 def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None,
-              on_changed_input: str = 'fail') -> None:
-  """One stage from its last checkpoint, or its start, to its end."""
+              on_changed_input: str = 'fail', outdated: Callable[[Setup, str], None] | None = None) -> None:
+  """One stage from its last checkpoint, or its start, to its end. outdated: told of it where it is not reused."""
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
   check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now
@@ -128,6 +145,8 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
     if (folder / 'final').exists() and not files.is_bucket(folder):  # in a bucket, what a kill left
       say(f'{name}: {folder / "final"} is damaged, as its info.json is missing: it is made again')
     say(f'{name}: start')
+    if outdated is not None and main_process:
+      outdated(setup, name)
     began = time.perf_counter()
     stage = builder(setup, name)
     made = record(setup, name)

@@ -25,8 +25,9 @@ def start(main: Callable[[list[str]], Any], argv: list[str], ends_with_reader: b
   """Runs main(argv) as a command.
 
   Output goes on where it cannot be shown: a character that the output's encoding lacks is written as an escape, and what a reader
-  who has gone (`| head -1`) does not take is dropped, as is what a closed descriptor (`>&-`) would. Files are read and written as UTF-8 whatever the locale says: Python starts
-  again in its UTF-8 mode where it did not start in it. Every OSError and ValueError ends in one line.
+  who has gone (`| head -1`) does not take is dropped, as is what a closed descriptor (`>&-`) would get. Files are read and
+  written as UTF-8 whatever the locale says: Python starts again in its UTF-8 mode where it did not start in it. Every OSError and
+  ValueError ends in one line.
 
   Args:
     ends_with_reader: the command's output is its only result, so it ends quietly when the reader goes.

@@ -187,8 +187,8 @@ def _check_tokens(name: str, workdir: files.Folder, made: Mapping[str, Any]) -> 
         continue  # whoever reads it says what is wrong
       if now != was['fingerprint']:
         raise ValueError(f'{name}: {entry}={was["name"]} is another one now than when the stage was trained: the files of its '
-                         f'{was["kind"]}, or its config.json, have changed. Put back what was there; or, if it means the same, say so '
-                         'by the command that trained the stage with --on_changed_input=keep.')
+                         f'{was["kind"]}, or its config.json, have changed. Put back what was there; or, if it means the same, say '
+                         'so by the command that trained the stage with --on_changed_input=keep.')
 
 
 def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
