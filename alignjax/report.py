@@ -144,6 +144,9 @@ def tasks(setup: Setup) -> None:
 def check(setup: Setup) -> None:
   """What the report names, before any stage runs."""
   from alignjax.evals import table
+  for name, spec in (setup.config.report.policies or {}).items():
+    if not isinstance(spec, str) or setup.world is not None and spec not in setup.config.stages:
+      raise ValueError(f'report.policies.{name}={spec!r} must be a stage of the config: {", ".join(sorted(setup.config.stages))}.')
   table.find_tasks(setup.config.report.get('tasks', ()))
 
 

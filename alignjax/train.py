@@ -21,7 +21,7 @@ import numpy as np
 
 from alignjax import checkpoint, files, inputs, lock, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
-from alignjax.stages import template_date
+from alignjax.stages import entries, template_date
 from alignjax.stages.records import say
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
@@ -38,17 +38,21 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
   Raises:
     lock.Busy: another run holds the workdir.
   """
+  entries.check(config)
   with Interrupt(config.grace_seconds) as interrupt:
-    template_date.pin(config, workdir)
-    setup = make_setup(config, files.folder(workdir))
-    order = resolve(config)
-    wanted = profile.parse(traced) if traced else None
-    profile.check(wanted, order)
-    builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
-    for name, builder in builders.items():
-      plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
-    report = plugins.find(config.report.build, 'report.build')
-    plugins.find(f'{report.__module__}:check', 'report.build')(setup)
+    with entries.none_lacking():
+      template_date.pin(config, workdir)
+      setup = make_setup(config, files.folder(workdir))
+      order = resolve(config)
+      wanted = profile.parse(traced) if traced else None
+      profile.check(wanted, order)
+      for name in order:
+        entries.check_stage(config, name)
+      builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
+      for name, builder in builders.items():
+        plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
+      report = plugins.find(config.report.build, 'report.build')
+      plugins.find(f'{report.__module__}:check', 'report.build')(setup)
     trouble.check_writable(setup.workdir)
     with alone(setup.workdir):
       for name in order:
@@ -96,7 +100,7 @@ def resolve(config: ml_collections.ConfigDict, targets: Sequence[str] | None = N
   def visit(name: str, path: tuple[str, ...]):
     if name in path:
       raise ValueError(f'stages start from each other in a circle: {" -> ".join((*path, name))}.')
-    if name not in config.stages:
+    if name not in config.stages or config.stages[name] is None:
       raise ValueError(f'stage {name!r} is not in config.stages: {sorted(config.stages)}.')
     for spec in _strings(config.stages[name].to_dict()):
       if spec.startswith('stage:'):
