@@ -3,6 +3,7 @@
 import pytest
 
 from alignjax import train
+from alignjax.stages import entries
 from experiments import command
 
 WRONG = {
@@ -56,3 +57,11 @@ def test_what_an_entry_cannot_be_is_named_before_any_stage(flag, tmp_path, monke
 @pytest.mark.parametrize('flag', RIGHT)
 def test_what_it_can_be_is_taken(flag, tmp_path, monkeypatch):
   assert start(flag, tmp_path, monkeypatch).type is Started
+
+
+@pytest.mark.parametrize('name', ['selected.py', 'instructgpt_6b.py', 'smollm2_135m.py', 'ukp_rm.py', 'dpo.py', 'truth_judge.py'])
+def test_the_configs_are_right(name):
+  config = command.read_config([f'--config=configs/{name}']).config
+  entries.check(config)
+  for stage in config.stages:
+    entries.check_stage(config, stage)

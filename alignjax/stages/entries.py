@@ -26,8 +26,7 @@ DICT = 'a dict', lambda x: isinstance(x, (Mapping, ml_collections.ConfigDict))
 SHARED = {
     **dict.fromkeys(('data', 'mesh', 'model', 'sharding', 'report', 'stages', 'world', 'data.mapping', 'data.heldout'), DICT),
     **dict.fromkeys(('data.prompt_length', 'data.response_length', 'data.row_length', 'mesh.fsdp', 'mesh.tensor', 'max_bad_updates',
-                     'model.num_layers', 'model.d_model', 'model.num_heads', 'model.max_length', 'report.win_prompts',
-                     'report.tax_items', 'report.truth_samples', 'report.toxicity_prompts', 'report.loss_documents'), ONE),
+                     'model.num_layers', 'model.d_model', 'model.num_heads', 'model.max_length'), ONE),
     'mesh.data': ('a whole number, 1 or more, or None (the rest of the devices)', _whole(1, none=True)),
     'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
     'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
@@ -35,12 +34,14 @@ SHARED = {
     'stages_to_run': ('a tuple of names of stages', lambda x: isinstance(x, (tuple, list)) and all(isinstance(n, str) for n in x)),
     'seed': ('a whole number from 0 on, below 2^32', lambda x: _whole(0)(x) and x < 2**32),
 }
+REPORT = dict.fromkeys(('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents'), ONE)
 STAGE = {
     **dict.fromkeys(('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage'), DICT),
     **dict.fromkeys(('batch_size', 'microbatches', 'minibatches', 'inner_epochs', 'log_every', 'rollout.episodes',
                      'rollout.samples_per_prompt'), ONE),
-    **dict.fromkeys(('save_every', 'keep_candidates', 'demonstrations', 'documents', 'prompts', 'evaluation_prompts',
+    **dict.fromkeys(('save_every', 'keep_candidates', 'demonstrations', 'documents', 'evaluation_prompts',
                      'bias_demonstrations', 'ptx.documents', 'rollout.generate_rows', 'rollout.score_rows'), COUNT),
+    'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),  # of a selection: a dict, which it checks
     'iterations': ('a whole number, 0 or more', _whole(0)),
     'ptx.rows_per_episode': ('a whole number, 0 or more', _whole(0)),
     'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
@@ -56,6 +57,8 @@ STAGE = {
 def check(config: ml_collections.ConfigDict) -> None:
   """ValueError for the first entry of the shared part that is nothing of its kind; one that the config has not is left out."""
   _check(config, SHARED, '')
+  if config.report.get('policies'):
+    _check(config.report, REPORT, 'report.')
 
 
 def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
@@ -65,6 +68,8 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
     return
   _check(config.stages[name], STAGE, f'stages.{name}.')
   for entry, spec in (config.stages[name].get('init') or {}).items():
+    if spec is None and entry == 'ref':
+      continue  # of a loss without a reference
     if not isinstance(spec, str) or not (spec == 'random' or spec.startswith(('stage:', 'hf:')) or
                                          checkpoint.is_finished(spec)):
       raise ValueError(f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', 'hf:FOLDER_OR_HUB_NAME' or the folder "
