@@ -82,9 +82,12 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
   return digest
 
 
-def of_function(function: Callable) -> str:
+def of_function(function: Callable, named: str = '') -> str:
   """The fingerprint of the source of a function: of its module, and of every module that it imports, directly or through others,
   now or when it is called, apart from the standard library and installed packages. Comments, docstrings and layout do not count.
+
+  named: the 'module:function' that it was found by. That module counts too: where it says `rule = partial(other, weight=0.5)`, or
+  takes the function from elsewhere, the function itself knows only of the other module.
 
   alignjax itself counts where the function is one of its own; a user's function is known by the user's own modules alone, so that
   another version of alignjax leaves it as it is.
@@ -95,6 +98,8 @@ def of_function(function: Callable) -> str:
   source = inspect.getsourcefile(inspect.getmodule(function) or function)
   found: dict[str, str] = {}
   waiting = [(module, source)]
+  if ':' in named:
+    waiting.append((named.partition(':')[0], _origin(named.partition(':')[0])))
   while waiting:
     name, path = waiting.pop()
     counts = ours or name.split('.')[0] != 'alignjax'

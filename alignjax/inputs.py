@@ -106,7 +106,7 @@ def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, li
   known: hashes of files by path, size and times (fingerprints.of_files), so that nothing is read twice.
   """
   if kind == 'function':
-    return fingerprints.of_function(plugins.find(name, 'function'))
+    return fingerprints.of_function(plugins.find(name, 'function'), name)
   if kind == 'weights':
     return checkpoint.weights(weights_folder(workdir, name))
   if kind in ('data', 'beside'):

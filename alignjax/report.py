@@ -144,7 +144,29 @@ def tasks(setup: Setup) -> None:
 def check(setup: Setup) -> None:
   """What the report names, before any stage runs."""
   from alignjax.evals import table
+  for name, spec in (setup.config.report.policies or {}).items():
+    if not isinstance(spec, str) or setup.world is not None and spec not in setup.config.stages:
+      raise ValueError(f'report.policies.{name}={spec!r} must be a stage of the config: {", ".join(sorted(setup.config.stages))}.')
   table.find_tasks(setup.config.report.get('tasks', ()))
+
+
+def outdated(setup: Setup, stage: str) -> None:
+  """Removes reports of an earlier result of a stage that is made again: nobody takes them for the new one's."""
+  for path, pages, stages in (
+      (setup.workdir / 'report.json', ('report.md',), lambda found: found['config']['stages']),
+      (setup.workdir / 'evaluation' / 'table.json', ('table.md', 'table.png'), lambda found: [
+          os.path.basename(spec) for spec in found['models'].values() if not spec.startswith('hf:')])):
+    if not path.exists():
+      continue
+    try:
+      of_it = stage in stages(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged: it is written anew in the end
+      of_it = True
+    if of_it:
+      for page in (path, *map(path.with_name, pages)):
+        page.unlink(missing_ok=True)
+      print(f'{stage}: {path} was of an earlier result of this stage and is removed; what was measured of other stages is kept',
+            flush=True)
 
 
 def in_order(policies: Mapping[str, str]) -> dict[str, str]:

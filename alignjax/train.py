@@ -13,7 +13,7 @@ import functools
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 
 from alignjax import checkpoint, files, inputs, lock, metrics, plugins, profile, throughput, trouble
 from alignjax.interrupt import Interrupt, anywhere
-from alignjax.stages import template_date
+from alignjax.stages import entries, template_date
 from alignjax.stages.records import say
 from alignjax.stages.setup import Setup, for_stage, make_setup
 
@@ -39,25 +39,31 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
   Raises:
     lock.Busy: another run holds the workdir.
   """
+  entries.check(config)
   with Interrupt(config.grace_seconds) as interrupt:
-    template_date.pin(config, workdir)
-    setup = make_setup(config, files.folder(workdir))
-    order = resolve(config)
-    wanted = profile.parse(traced) if traced else None
-    profile.check(wanted, order)
-    builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
-    for name, builder in builders.items():
-      plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
-    report = plugins.find(config.report.build, 'report.build')
-    plugins.find(f'{report.__module__}:check', 'report.build')(setup)
+    with entries.none_lacking():
+      template_date.pin(config, workdir)
+      setup = make_setup(config, files.folder(workdir))
+      order = resolve(config)
+      wanted = profile.parse(traced) if traced else None
+      profile.check(wanted, order)
+      for name in order:
+        entries.check_stage(config, name)
+      builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
+      for name, builder in builders.items():
+        plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
+      report = plugins.find(config.report.build, 'report.build')
+      plugins.find(f'{report.__module__}:check', 'report.build')(setup)
     trouble.check_writable(setup.workdir)
     with alone(setup.workdir):
       for name in order:
         check_inputs(setup, name, on_changed_input)
       check_data(setup, {name: builders[name] for name in order if not finished(setup, name)})
       for name in order:
-        run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input)
-      if config.report.policies and all(finished(setup, n) for n in config.report.policies.values() if n in config.stages):
+        run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input,
+                  getattr(sys.modules[report.__module__], 'outdated', None))
+      policies = [n for n in config.report.policies.values() if n in config.stages] if config.report.policies else []
+      if config.report.policies and all(finished(setup, n) for n in policies) and belong_together(setup, policies, order):
         report(setup)
 
 
@@ -69,6 +75,20 @@ def alone(workdir: files.Folder) -> Iterator[None]:
     if jax.process_index() == 0:
       (workdir / trouble.TRACEBACK).unlink(missing_ok=True)
     yield
+
+
+def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
+  """Whether no stage behind the report's policies was made from another version of what is there now; else the reason is said.
+  The stages of this run, `done`, were compared before."""
+  mixed = False
+  try:
+    for name in resolve(setup.config, policies) if jax.process_index() == 0 else ():
+      if name not in done and finished(setup, name):
+        inputs.check(setup.workdir, name, identity(setup.config, name), 'fail', say)
+  except (inputs.ChangedInput, checkpoint.ConfigMismatch) as error:
+    say(f'no report, as its policies do not belong together: {error}')
+    mixed = True
+  return not anywhere(mixed)[0]
 
 
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
@@ -88,14 +108,14 @@ def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
         read(for_stage(setup, name)._replace(read={}), name)
 
 
-def resolve(config: ml_collections.ConfigDict) -> list[str]:
-  """Stages to run, prerequisites first: those that a stage's init or policies name as 'stage:NAME'."""
+def resolve(config: ml_collections.ConfigDict, targets: Sequence[str] | None = None) -> list[str]:
+  """The targets, by default the stages to run, prerequisites first: those that a stage's init or policies name as 'stage:NAME'."""
   order: list[str] = []
 
   def visit(name: str, path: tuple[str, ...]):
     if name in path:
       raise ValueError(f'stages start from each other in a circle: {" -> ".join((*path, name))}.')
-    if name not in config.stages:
+    if name not in config.stages or config.stages[name] is None:
       raise ValueError(f'stage {name!r} is not in config.stages: {sorted(config.stages)}.')
     for spec in _strings(config.stages[name].to_dict()):
       if spec.startswith('stage:'):
@@ -103,7 +123,7 @@ def resolve(config: ml_collections.ConfigDict) -> list[str]:
     if name not in order:
       order.append(name)
 
-  for target in config.stages_to_run:
+  for target in config.stages_to_run if targets is None else targets:
     visit(target, ())
   return order
 
@@ -131,8 +151,8 @@ def finished(setup: Setup, name: str) -> bool:
 
 
 def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None,
-              on_changed_input: str = 'fail') -> None:
-  """One stage from its last checkpoint, or its start, to its end."""
+              on_changed_input: str = 'fail', outdated: Callable[[Setup, str], None] | None = None) -> None:
+  """One stage from its last checkpoint, or its start, to its end. outdated: told of it where it is not reused."""
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
   check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now
@@ -144,6 +164,8 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
     if (folder / 'final').exists() and not files.is_bucket(folder):  # in a bucket, what a kill left
       say(f'{name}: {folder / "final"} is damaged, as its info.json is missing: it is made again')
     say(f'{name}: start')
+    if outdated is not None and main_process:
+      outdated(setup, name)
     began = time.perf_counter()
     stage = builder(setup, name)
     made = record(setup, name)

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
       raise ValueError(message)
   out = files.folder(options.out)
   trouble.check_writable(out, '--out')
-  saved = config_of(options.policy)
+  saved = finished.trained_with(options.policy)
   world = None
   split = options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
   if options.gold or split is not None:
@@ -145,15 +145,6 @@ def label(stage: str) -> str:
   """'ppo_ptx' of WORKDIR/ppo_ptx, 'ppo_ptx/20' of WORKDIR/ppo_ptx/candidates/20."""
   path = pathlib.Path(stage)
   return f'{path.parent.parent.name}/{path.name}' if path.parent.name == 'candidates' else path.name
-
-
-def config_of(model: str) -> dict | None:
-  """The config that a finished stage was trained with; None of a Hugging Face checkpoint."""
-  from alignjax import files
-  if model.startswith('hf:'):
-    return None
-  path = files.folder(model) / 'checkpoints' / 'config.json'
-  return json.loads(path.read_text()) if path.exists() else None
 
 
 if __name__ == '__main__':

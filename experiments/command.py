@@ -25,12 +25,24 @@ def start(main: Callable[[list[str]], Any], argv: list[str], ends_with_reader: b
   """Runs main(argv) as a command.
 
   Output goes on where it cannot be shown: a character that the output's encoding lacks is written as an escape, and what a reader
-  who has gone (`| head -1`) does not take is dropped. Files are read and written as UTF-8 whatever the locale says: Python starts
-  again in its UTF-8 mode where it did not start in it. Every OSError and ValueError ends in one line.
+  who has gone (`| head -1`) does not take is dropped, as is what a closed descriptor (`>&-`) would get. Files are read and
+  written as UTF-8 whatever the locale says: Python starts again in its UTF-8 mode where it did not start in it. Every OSError and
+  ValueError ends in one line.
 
   Args:
     ends_with_reader: the command's output is its only result, so it ends quietly when the reader goes.
   """
+  for fd in (0, 1, 2):  # one that is closed would be given to the next file that is opened, and that would get the output
+    try:
+      os.fstat(fd)
+    except OSError:
+      nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+      if nowhere != fd:
+        os.dup2(nowhere, fd)
+        os.close(nowhere)
+      os.set_inheritable(fd, True)
+  sys.stdin, sys.stdout, sys.stderr = (stream or open(fd, mode, encoding='utf-8', closefd=False) for fd, stream, mode in (
+      (0, sys.stdin, 'r'), (1, sys.stdout, 'w'), (2, sys.stderr, 'w')))
   if locale.getpreferredencoding(False).lower().replace('-', '') != 'utf8' and not sys.flags.utf8_mode:
     shown = {'PYTHONIOENCODING': sys.stdout.encoding} if 'PYTHONIOENCODING' not in os.environ else {}
     os.execve(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]], os.environ | shown)

@@ -156,14 +156,10 @@ def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:
   """The seed of the sandbox's world that the policies were trained in, or None; and the longest responses of their training."""
-  from alignjax import files
+  from alignjax.stages import finished
   found, lengths = set(), []
   for spec in policies.values():
-    if spec.startswith('hf:'):
-      continue
-    path = files.folder(spec) / 'checkpoints' / 'config.json'
-    if path.exists():
-      config = json.loads(path.read_text())
+    if (config := finished.trained_with(spec)) is not None:
       lengths.append(config['data']['response_length'])
       if config['data']['tokenizer'] == 'sandbox:':
         found.add(config['world']['seed'])

@@ -55,6 +55,19 @@ def test_a_reader_that_goes_does_not_end_the_work(tmp_path, which):
   assert process.wait(60) == 0 and said == b'to a person\n' and (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('closed', ['1>&-', '2>&-', '0<&- 1>&- 2>&-'])
+@pytest.mark.parametrize('locale', ['C', 'C.UTF-8'])
+def test_a_closed_descriptor_does_not_end_the_work_nor_get_a_files_contents(tmp_path, closed, locale):
+  code = PROGRAM.replace('def main(argv):', 'def main(argv):\n  made = open(argv[1], "w")\n  assert sys.stdin.read() == ""')
+  words = [sys.executable, '-c', code, '1', str(tmp_path / 'out')]
+  env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'LC_', 'LANG'))}
+  done = subprocess.run(['bash', '-c', f'exec "$@" {closed}', 'bash', *words], capture_output=True, stdin=subprocess.DEVNULL,
+                        env=env | {'PYTHONPATH': str(ROOT), 'LC_ALL': locale, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'})
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'out').read_bytes() == '…'.encode()
+  assert done.stderr in (b'', b'to a person\n')
+
+
 def test_where_output_is_all_that_is_wanted_the_command_ends_with_its_reader(tmp_path):
   process = program(10**9, tmp_path / 'out', '--ends')
   process.stdout.readline()

@@ -25,7 +25,8 @@ def lab(tmp_path, monkeypatch):
 
   write('mylab_words', 'WORDS = ["a"]\n')
   write('mylab_rule', 'def rule(x):\n  """Counts."""\n  from mylab_words import WORDS\n  return x in WORDS\n')
-  yield write, lambda: fingerprints.of_function(plugins.find('mylab_rule:rule', 'reward.function'))
+  rule = 'mylab_rule:rule'
+  yield write, lambda: fingerprints.of_function(plugins.find(rule, 'reward.function'), rule)
   for name in ('mylab_words', 'mylab_rule'):
     sys.modules.pop(name, None)
 
@@ -41,6 +42,17 @@ def test_a_function_is_known_by_its_source_and_what_it_imports_when_called(lab):
   assert second != first, 'a module that it imports has changed'
   write('mylab_rule', 'def rule(x):\n  from mylab_words import WORDS\n  return x not in WORDS\n')
   assert of() not in (first, second)
+
+
+def test_the_module_that_names_a_function_counts_where_it_takes_it_from_elsewhere(lab):
+  write, of = lab
+  write('mylab_words', 'def weighed(x, weight):\n  return x * weight\n\n\ndef make(weight):\n  return lambda x: x * weight\n')
+  made = []
+  for text in ('functools.partial(weighed, weight=0.5)', 'functools.partial(weighed, weight=0.7)', 'make(0.5)', 'make(0.7)'):
+    write('mylab_rule', f'import functools\nfrom mylab_words import make, weighed\nrule = {text}\n')
+    made.append(of())
+    assert of() == made[-1]
+  assert len(set(made)) == 4
 
 
 def test_a_function_of_alignjax_is_known_by_the_modules_of_alignjax_behind_it():

@@ -5,15 +5,20 @@ import io
 import os
 import pathlib
 import pty
+import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from alignjax import checkpoint, train
 from alignjax.evals import talk
 from alignjax.models import transformer
 from alignjax.stages import finished
+from alignjax.stages.setup import initial_params, make_setup
 from experiments import generate as command
+from experiments.configs import smollm2_135m
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHAT = ROOT / 'tests/golden/chat'
@@ -40,6 +45,47 @@ def said(model, prompt, **how):
 def test_an_answer_is_as_long_as_in_training_and_fits(model, trained, letters, expected):
   _, heard = said(model._replace(response_length=trained), 'a' * letters)
   assert heard == [expected]  # this model never ends by itself here
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """A finished stage of no steps, with a candidate, and the checkpoint it started from: (WORKDIR/sft, folder)."""
+  place = tmp_path_factory.mktemp('trained')
+  shutil.copytree(CHAT, place / 'base')
+  c = smollm2_135m.get_config('tiny')
+  c.checkpoint, c.model.max_length = f'hf:{place / "base"}', 256
+  setup = make_setup(c, place / 'run', jax.devices()[:1])
+  folder = place / 'run' / 'sft'
+  checkpoint.check_config(folder / 'checkpoints' / 'config.json', train.identity(c, 'sft'))
+  params, made = initial_params(setup, f'hf:{place / "base"}', 'lm', 0), train.record(setup, 'sft')
+  for to in (folder / 'final', folder / 'candidates' / '1'):
+    checkpoint.save_params(to, params, dict(head='lm', seconds=0, steps=1), made)
+  return folder, place / 'base'
+
+
+@pytest.mark.parametrize('name', ['', 'candidates/1'])
+def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(trained, tmp_path, name):
+  folder, base = tmp_path / 'run' / 'sft', trained[1]
+  shutil.copytree(trained[0].parent, folder.parent)
+  spec = str(folder / name)
+  assert finished.load(spec).response_length == 16 == finished.trained_with(spec)['data']['response_length']
+  template = base / 'chat_template.jinja'
+  before = template.read_text()
+  try:
+    template.write_text(f'{before} ')
+    with pytest.raises(ValueError, match=r'data.tokenizer=hf:.*base is another one now .*--on_changed_input=keep'):
+      finished.load(spec)
+  finally:
+    template.write_text(before)
+  finished.load(spec)
+  config = folder / 'checkpoints' / 'config.json'
+  before = config.read_text()
+  config.write_text(before.replace('"response_length": 16', '"response_length": 12'))
+  for read in (finished.load, finished.trained_with):
+    with pytest.raises(checkpoint.Damaged, match=r'checkpoints/config.json is damaged or missing .*Delete it, and the command'):
+      read(spec)
+  config.write_text(before)
+  finished.load(spec)
 
 
 def test_a_length_that_was_asked_for_is_kept_or_refused(model):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignjax import checkpoint, fingerprints, inputs, lock, train
+from alignjax import checkpoint, fingerprints, inputs, lock, report, train
 from alignjax.interrupt import Interrupt
 from alignjax.stages.setup import Stage
 from tests.test_trouble import Row, first_state, one_step
@@ -109,7 +110,7 @@ def config(**changes):
   return c
 
 
-def run(workdir, name, choice='fail', stop_at=None, **changes):
+def run(workdir, name, choice='fail', stop_at=None, outdated=None, **changes):
   """Stage `name` of 4 steps on the numbers of a file, from random weights or the last stage's."""
   setup = types.SimpleNamespace(config=config(**changes), workdir=workdir, read={})
   data = pathlib.Path('data.jsonl')
@@ -131,7 +132,7 @@ def run(workdir, name, choice='fail', stop_at=None, **changes):
     return Stage(state, one_step, batch, 4, lambda s: (s.params['policy'], {'head': 'lm'}))
 
   with Interrupt(25.0) as interrupt:
-    train.run_stage(setup, name, builder, interrupt, None, choice)
+    train.run_stage(setup, name, builder, interrupt, None, choice, outdated)
 
 
 def weights(workdir, name):
@@ -215,6 +216,36 @@ def test_a_stage_that_was_trained_again_is_not_mixed_with_what_was_made_from_the
   run(workdir, 'a')
   with pytest.raises(inputs.ChangedInput, match='stage:a'):
     run(workdir, 'b')
+
+
+def test_a_report_does_not_mix_a_stage_that_was_trained_again_with_what_was_made_from_the_old_one(workdir, capsys):
+  """Where a run does the changed stage alone: `b` was made from the old `a`."""
+  setup = types.SimpleNamespace(config=config(), workdir=workdir)
+  assert train.belong_together(setup, ['b'], ['a'])
+  change(workdir)
+  run(workdir, 'a', 'restart')
+  capsys.readouterr()
+  assert not train.belong_together(setup, ['a', 'b'], ['a'])
+  assert re.search(r'(?s)no report, .*\n  stage:a: \w+ then, \w+ now\n', capsys.readouterr().out)
+  assert train.belong_together(setup, ['a'], ['a'])
+  run(workdir, 'b', 'restart')
+  assert train.belong_together(setup, ['a', 'b'], ['a'])
+
+
+@pytest.mark.parametrize('file,text,gone', [
+    ('report.json', dict(config=dict(stages=dict(a={}))), True), ('report.json', dict(config=dict(stages=dict(b={}))), False),
+    ('report.json', [], True), ('evaluation/table.json', dict(models=dict(x='runs/w/a', y='hf:b')), True),
+    ('evaluation/table.json', dict(models=dict(x='runs/w/b', y='hf:a')), False)])
+def test_a_report_goes_when_a_stage_of_it_is_made_again(workdir, file, text, gone):
+  path = workdir / file
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps(text))
+  path.with_suffix('.md').write_text('# Old')
+  run(workdir, 'a', outdated=report.outdated)  # reused
+  assert path.exists()
+  change(workdir)
+  run(workdir, 'a', 'restart', outdated=report.outdated)
+  assert [p.exists() for p in (path, path.with_suffix('.md'))] == [not gone] * 2
 
 
 def test_an_unfinished_stage_does_not_go_on_with_other_data(tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def sandbox(pairs: Sequence[Pair], world_seed: int) -> Judged:
 
 def own(pairs: Sequence[Pair], function: Callable, folder: pathlib.Path, judge: str) -> Judged:
   """A judge of one's own, see the top of this file. What it keeps is kept under its source: changed, it begins anew."""
-  keep = folder / f'{judge.replace(":", ".")}-{fingerprints.of_function(function)}'
+  keep = folder / f'{judge.replace(":", ".")}-{fingerprints.of_function(function, judge)}'
   if keep.exists() and any(keep.iterdir()):
     print(f'{judge}: goes on from {keep}', flush=True)
   keep.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,8 @@ def protocol(name: str, task: Callable, data: str | None, limit: int | None, see
   file = TASK_FILES / f'{name}.yaml'
   return dict(
       task=f'{getattr(task, "func", task).__module__}:{getattr(getattr(task, "func", task), "__name__", task)}', name=name,
-      code=fingerprints.of_function(task), file=fingerprints.of_files([file]) if TASKS.get(name) and file.exists() else None,
+      code=fingerprints.of_function(task, TASKS.get(name, name)),
+      file=fingerprints.of_files([file]) if TASKS.get(name) and file.exists() else None,
       of_task=getattr(task, 'protocol', None), packages=_versions(), data=data and fingerprints.of_files([data]), limit=limit,
       seed=seed, options=options, named={k: found for k, v in options.items() if (found := _contents(v)) is not None})
 
@@ -139,7 +140,7 @@ def _contents(value: Any) -> str | None:
     if path.exists():
       return fingerprints.of_files([path])
     if re.fullmatch(r'[\w.]+:\w+', value) and not value.startswith('hf:'):
-      return fingerprints.of_function(plugins.find(value, '--options'))
+      return fingerprints.of_function(plugins.find(value, '--options'), value)
   return None
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from alignjax import checkpoint, files, fingerprints
+from alignjax import checkpoint, files, fingerprints, inputs
 from alignjax.data import templates
 from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig, ranges_without
@@ -151,17 +151,58 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   return Model(cfg, _networks(cfg, sharder), params, head, template, ids[-1] + 1, tokenizer, source, sharder)
 
 
-def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
+def folders(name: str) -> tuple[files.Folder, files.Folder]:
+  """(the stage's folder, the folder of the weights) of WORKDIR/STAGE or WORKDIR/STAGE/candidates/STEP."""
   folder = files.folder(name)
-  weights = folder / 'final'
   if folder.parent.name == 'candidates' and checkpoint.is_finished(folder):
-    weights, folder = folder, folder.parent.parent
+    return folder.parent.parent, folder
+  return folder, folder / 'final'
+
+
+def trained_with(name: str) -> dict[str, Any] | None:
+  """The config that a finished stage, or a candidate of one, was trained with; None of a Hugging Face checkpoint, and where there
+  is no such stage. Damaged where it is not what was written."""
+  if name.startswith('hf:'):
+    return None
+  folder, weights = folders(name)
+  path = folder / 'checkpoints' / 'config.json'
+  if not checkpoint.is_finished(weights):
+    return None
+  made = checkpoint.load_info(weights).get('made')
+  try:
+    config = json.loads(path.read_bytes())
+    if made and made.get('config', fingerprints.of_value(config)) != fingerprints.of_value(config):
+      raise ValueError('it is not the config that the weights were trained with')
+  except (ValueError, OSError) as error:
+    raise checkpoint.Damaged(f'{path} is damaged or missing ({error}). Delete it, and the command that trained the stage writes it '
+                             'again.') from None
+  return config
+
+
+def _check_tokens(name: str, workdir: files.Folder, made: Mapping[str, Any]) -> None:
+  """ValueError where the tokenizer, or the architecture of the checkpoint, is another one now than in training."""
+  for entry, was in made.get('inputs', {}).items():
+    if was['kind'] in ('tokenizer', 'architecture'):
+      try:
+        now = inputs.fingerprint(was['kind'], was['name'], workdir, {})
+      except (ValueError, OSError):
+        continue  # whoever reads it says what is wrong
+      if now != was['fingerprint']:
+        raise ValueError(f'{name}: {entry}={was["name"]} is another one now than when the stage was trained: the files of its '
+                         f'{was["kind"]}, or its config.json, have changed. Put back what was there; or, if it means the same, say '
+                         'so by the command that trained the stage with --on_changed_input=keep.')
+
+
+def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
+  folder, weights = folders(name)
   if not checkpoint.is_finished(weights):
     near = sorted(p.parent.parent.name for p in folder.glob('*/final/info.json'))
     raise FileNotFoundError(f'{name}: no finished stage.' + (f' It has these: {", ".join(near)}; name one, as in {name}/{near[0]}.'
                                                              if near else " Forms: WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME."))
-  saved = json.loads((folder / 'checkpoints' / 'config.json').read_text())
-  found = checkpoint.load_info(weights)['head']
+  saved, info = trained_with(name), checkpoint.load_info(weights)
+  final = folder / 'final'
+  _check_tokens(name, folder.parent, (checkpoint.load_info(final) if checkpoint.is_finished(final) else info).get('made', {}))
+  found = info['head']
   if head not in (None, found):
     raise ValueError(f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
                      f'{"reward model" if head == "scalar" else "policy"}.')

@@ -181,6 +181,10 @@ def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> Tra
     raise ValueError(f'{where}{f".source={source!r}" if source else ""} has a vocabulary of {spec["vocab_size"]}, data.tokenizer '
                      f'one of {vocabulary}; they do not belong together.')
   spec.setdefault('unused_ids', ranges_without(ids, spec['vocab_size']))
+  missing = [f.name for f in dataclasses.fields(TransformerConfig) if f.default is f.default_factory is dataclasses.MISSING
+             and f.name not in spec]
+  if missing:
+    raise ValueError(f'{where} lacks {", ".join(missing)}; or {where}.source names a checkpoint that has them.')
   return TransformerConfig(**spec)
 
 
@@ -230,8 +234,17 @@ def freeze(params: Params, model: TransformerConfig) -> Params:
 
 def make_optimizer(config: Mapping[str, Any], steps: int, where: str) -> optax.GradientTransformation:
   """config.{policy, value, reward} -> one transformation; each is dict(fn='module:name', ...)."""
-  return optim.make({name: plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(steps=max(steps, 1))
-                     for name, spec in config.items()})
+  made = {}
+  for name, spec in config.items():
+    try:
+      made[name] = plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(steps=max(steps, 1))
+    except TypeError as error:  # a coefficient of the wrong kind
+      raise ValueError(f'{where}.optimizer.{name}: {spec["fn"]} does not take {_entries(spec)} ({error}).') from error
+  return optim.make(made)
+
+
+def _entries(spec: Mapping[str, Any]) -> str:
+  return ', '.join(f'{k}={v!r}' for k, v in spec.items() if k != 'fn')
 
 
 def make_state(setup: Setup, params: dict[str, Params], tx: optax.GradientTransformation, ema: bool = False,
