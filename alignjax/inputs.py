@@ -21,7 +21,7 @@ from typing import Any
 
 from alignjax import checkpoint, files, fingerprints, plugins
 from alignjax.data import sources
-from alignjax.models import hf
+from alignjax.models import hf, hub
 
 CHOICES = ('fail', 'keep', 'restart')
 TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', 'chat_template*',
@@ -111,7 +111,7 @@ def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, li
     return checkpoint.weights(weights_folder(workdir, name))
   if kind in ('data', 'beside'):
     return fingerprints.of_value([_of_source(part, kind == 'beside', known) for part in sources.split(name)])
-  folder = hf.folder_of(name.removeprefix('hf:'))
+  folder = hub.folder_of(name.removeprefix('hf:'))
   patterns = {'tokenizer': ('config.json', *TOKENIZER), 'architecture': ('config.json',), 'checkpoint': ('config.json',)}[kind]
   paths = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
   names = [p.relative_to(folder).as_posix() for p in paths]

@@ -166,14 +166,14 @@ def lines(live: bool) -> Iterator[str]:
 
 def read_prompts(path: str) -> list:
   from alignjax import textfiles
-  from alignjax.data import sources
+  from alignjax.data import fields, sources
   if path.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
     return [r['prompt'] for r in sources.read('jsonl:' + path.replace(';', '\\;'), 'prompts')]
   prompts = []
   for number, line in enumerate(textfiles.lines(textfiles.read(path, '--prompts_file=')), 1):
     where = f'--prompts_file={path}, line {number}'
     if line.startswith('[{'):
-      prompts.append(sources.check({'prompt': textfiles.parse(line, where)}, 'prompts', where)['prompt'])
+      prompts.append(fields.check({'prompt': textfiles.parse(line, where)}, 'prompts', where)['prompt'])
     elif line.strip():
       prompts.append(line)
   if not prompts:

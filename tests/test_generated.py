@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignjax import metrics, textfiles
-from alignjax.data import mappings, sources
+from alignjax.data import fields, mappings, sources
 from alignjax.evals import items, judgments, kept, public_data
 from alignjax.evals.judgment_rows import FLAGS
 from alignjax.evals.responses import Response
@@ -260,7 +260,7 @@ def test_conversations(tokenizer, form, record):
   """Roles in any order, empty contents, a system turn in the middle: tokens of the vocabulary, or an error."""
   from alignjax.data import templates
   template = templates.make(tokenizer, form)
-  checked = read(lambda: sources.check(record, 'demonstrations', 'f, line 1'), 'f, line 1') if whole(record) else None
+  checked = read(lambda: fields.check(record, 'demonstrations', 'f, line 1'), 'f, line 1') if whole(record) else None
   if checked is not None:
     asked = read(lambda: template.prompt(checked['prompt']), 'template')
     said = template.response(checked['response'])

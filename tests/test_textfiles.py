@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax import files, metrics, textfiles
-from alignjax.data import mappings, sources
+from alignjax.data import fields, mappings, sources
 from alignjax.evals import items, judgments, kept, labelers, public_data
 from alignjax.stages import finished
 from experiments import generate, preference
@@ -174,10 +174,10 @@ ASKED = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'q'}]
 
 @pytest.mark.parametrize('said', ['yes', ANSWER, [ANSWER], [*ASKED, ANSWER]])
 def test_responses_in_messages(said):
-  made = sources.check(dict(prompt=ASKED, chosen=said, rejected='no'), 'comparisons', 'f, line 1')
+  made = fields.check(dict(prompt=ASKED, chosen=said, rejected='no'), 'comparisons', 'f, line 1')
   assert made == dict(prompt=ASKED, responses=['yes', 'no'], ranks=[0, 1])
-  assert sources.check(dict(prompt=ASKED, responses=['a', said], ranks=[0, 0]), 'comparisons', 'f')['responses'] == ['a', 'yes']
-  assert sources.check(dict(prompt=ASKED, response=said), 'demonstrations', 'f') == dict(prompt=ASKED, response='yes')
+  assert fields.check(dict(prompt=ASKED, responses=['a', said], ranks=[0, 0]), 'comparisons', 'f')['responses'] == ['a', 'yes']
+  assert fields.check(dict(prompt=ASKED, response=said), 'demonstrations', 'f') == dict(prompt=ASKED, response='yes')
 
 
 @pytest.mark.parametrize('record,words', [
@@ -199,7 +199,7 @@ def test_responses_in_messages(said):
     (dict(prompt=None, responses=['a', 'b'], ranks=[0, 1]), r"field 'prompt' must be str or list, not NoneType \(null\)")])
 def test_records_that_are_not_comparisons(record, words):
   with pytest.raises(ValueError, match=f'f, line 1: .*{words}'):
-    sources.check(record, 'comparisons', 'f, line 1')
+    fields.check(record, 'comparisons', 'f, line 1')
 
 
 class Library:
@@ -326,6 +326,8 @@ def test_commands_know_the_home_folder(tmp_path, monkeypatch):
   saved = dict(data=dict(response_length=7, tokenizer='sandbox:'), world=dict(seed=3))
   (tmp_path / 'run/sft/checkpoints').mkdir(parents=True)
   (tmp_path / 'run/sft/checkpoints/config.json').write_text(json.dumps(saved))
+  (tmp_path / 'run/sft/final').mkdir()
+  (tmp_path / 'run/sft/final/info.json').write_text(json.dumps(dict(head='lm')))
   assert preference.trained(dict(a='~/run/sft')) == (3, 7)
   (tmp_path / 'text').write_bytes(gzip.compress('\ufeffJudge.'.encode()))
   flags = preference.arguments(['--judge_instructions=~/text'])

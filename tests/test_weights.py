@@ -215,7 +215,8 @@ def test_prompts_of_ties_are_left_out_and_every_batch_has_figures(tmp_path, caps
   train.main(small_rm(tmp_path, [ranked(i, [0, 1, 1] if i < 4 else [2, 2, 2]) for i in range(10)]), tmp_path / 'run')
   out = capsys.readouterr().out
   assert 'rm: 6 of 10 comparisons rank all of their responses the same and are left out' in out
-  assert 'rm: no comparison without ties is held out (data.heldout.share=0.0), so its accuracy is not measured' in out
+  assert ('rm: no comparison without ties and within the lengths is held out (data.heldout.share=0.0), so its accuracy is not '
+          'measured') in out
   log = metrics.read(tmp_path / 'run' / 'rm' / 'metrics.jsonl')
   assert len(log['step']) == 1 and log['rm/loss'][0] > 0.1
   info = checkpoint.load_info(tmp_path / 'run' / 'rm' / 'final')

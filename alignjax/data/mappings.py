@@ -1,4 +1,4 @@
-"""From what people publish to our records (sources.py: FIELDS). One function a data set, named in c.data.mapping.KIND:
+"""From what people publish to our records (fields.py: FIELDS). One function a data set, named in c.data.mapping.KIND:
 
   a name of this file         'hh_rlhf', 'ultrafeedback', ...
   'module:function'           of a fork: raw record -> list of our records, empty where one cannot be used

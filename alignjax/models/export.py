@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import config_json, hf
+from alignjax.models import config_json, hf, hub
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES, SCORE, Family
@@ -32,7 +32,7 @@ FREE = ('max_length', 'dropout', 'dtype', 'remat', 'logits_chunk', 'attention_ch
 def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerConfig, params: Params, *, dtype: str = 'float32',
          shard_bytes: int = 5 * 10**9, tokenizer: Any = None, ends: Sequence[int] = (), bias: str | None = None) -> dict[str, Any]:
   """Writes a policy as a causal language model, a reward model as a sequence classifier with one label. Written under another name
-  and renamed, so it is whole or not there; SHA256SUMS holds every file's checksum, which hf.load compares.
+  and renamed, so it is whole or not there; SHA256SUMS holds every file's checksum, which hub.verify compares.
 
   Args:
     source: the checkpoint the run started from; its config.json, generation_config.json and, without `tokenizer`, its tokenizer
@@ -48,7 +48,7 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
   Returns:
     What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and 'pad' in words.
   """
-  source, folder = hf.folder_of(source), pathlib.Path(folder)
+  source, folder = hub.folder_of(source), pathlib.Path(folder)
   kind, declared, _ = config_json.declared(source)
   family, scalar = FAMILIES[kind], 'score' in params['final']
   config = _config(config_json.read_object(source / 'config.json'), declared, cfg, family.classes[scalar], dtype, source)
@@ -73,7 +73,8 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
     for path in source.iterdir():
       if path.suffix in ('.json', '.model', '.txt', '.jinja') and path.name not in ours:
         shutil.copy(path, partial / path.name)
-  (partial / hf.SUMS).write_text(''.join(f'{_sha256(path)}  {path.name}\n' for path in sorted(partial.iterdir()) if path.is_file()))
+  files = [path for path in sorted(partial.iterdir()) if path.is_file()]
+  (partial / hub.SUMS).write_text(''.join(f'{_sha256(path)}  {path.name}\n' for path in files))
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)
   return report

@@ -9,7 +9,6 @@ families, and which tensor goes where: models/families.py; which entries: models
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import re
@@ -20,22 +19,21 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import config_json, transformer
+from alignjax.models import config_json, hub, transformer
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES, SCORE, Family, Tensor
 from alignjax.types import Params
 
-SINGLE, INDEX, SUMS = 'model.safetensors', 'model.safetensors.index.json', 'SHA256SUMS'
-HUB_SECONDS = 10  # that the hub has for an answer
+SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 DTYPES = ('F64', 'F32', 'F16', 'BF16')  # of safetensors
 
 
 def fields(name: str | os.PathLike) -> dict[str, Any]:
   """The fields of TransformerConfig that a checkpoint declares: config.json, and the files where they have another head than the
   tied embeddings that it promises. Then the head counts, as in transformers."""
-  folder = folder_of(name)
-  verify(folder, weights=False)
+  folder = hub.folder_of(name)
+  hub.verify(folder, weights=False)
   kind, declared, _ = config_json.declared(folder)
   if declared['tie_embeddings'] and any((folder / file).is_file() for file in (SINGLE, INDEX)):
     family = FAMILIES[kind]
@@ -45,60 +43,7 @@ def fields(name: str | os.PathLike) -> dict[str, Any]:
 
 def bound(name: str | os.PathLike) -> str | None:
   """The entry of config.json that bounds max_length, or None where rotary positions go on (config_json.Declared)."""
-  return config_json.declared(folder_of(name)).bound
-
-
-def folder_of(name: str | os.PathLike) -> pathlib.Path:
-  """The local folder of a checkpoint: a path, or a name on the hub, downloaded without pickles and code."""
-  text = str(name)
-  try:
-    path = pathlib.Path(text).expanduser()
-  except RuntimeError as error:  # ~ of nobody
-    raise FileNotFoundError(f'hf:{text}: no such folder ({error}).') from None
-  if not text.strip():
-    raise FileNotFoundError("hf: names no checkpoint; write 'hf:FOLDER_OR_HUB_NAME'.")
-  if path.is_dir():
-    return path
-  if os.path.lexists(path):
-    raise FileNotFoundError(f'hf:{text}: {path} is a file; name the folder that holds config.json and {SINGLE}.')
-  hub = text.rstrip('/')
-  if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', hub):
-    raise FileNotFoundError(f'hf:{text}: no such folder ({path.absolute()}).')
-  from huggingface_hub import HfApi, snapshot_download
-  revision = cause = None
-  try:
-    revision = HfApi().model_info(hub, timeout=HUB_SECONDS).sha  # the download itself would wait for an answer without end
-  except Exception as error:  # noqa: BLE001 no way to the hub: what was downloaded before will do
-    cause = error
-  try:
-    return pathlib.Path(snapshot_download(hub, revision=revision, local_files_only=cause is not None,
-                                          allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt', '*.jinja'],
-                                          ignore_patterns=['original/*', 'consolidated*']))
-  except Exception as error:  # noqa: BLE001 the hub's errors are many; the message says what failed
-    cause = cause or error
-    raise FileNotFoundError(f'hf:{text}: there is no folder {path.absolute()}, and no model {hub!r} is to be had from the hub '
-                            f'({type(cause).__name__}: {(str(cause).splitlines() or [""])[0]}).') from cause
-
-
-def verify(folder: pathlib.Path, weights: bool) -> None:
-  """Compares the files of an export with its SHA256SUMS, where there is one. ValueError or FileNotFoundError names the file.
-
-  weights: those with tensors, or all others.
-  """
-  sums = folder / SUMS
-  if not sums.is_file():
-    return
-  for number, line in enumerate(sums.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
-    if not (found := re.fullmatch(r'([0-9a-f]{64})  ([^/]+)', line)):
-      raise ValueError(f'{sums}, line {number}: not a SHA-256 and a file name. Restore the file, or delete it to go on unchecked.')
-    path = folder / found[2]
-    if path.name.endswith('.safetensors') != weights:
-      continue
-    if not path.is_file():
-      raise FileNotFoundError(f'{path}: named in {SUMS}, but not there.')
-    with path.open('rb') as file:
-      if hashlib.file_digest(file, 'sha256').hexdigest() != found[1]:
-        raise ValueError(f'{path}: not what was exported, by {SUMS}. If the change is meant, delete {SUMS}; else export again.')
+  return config_json.declared(hub.folder_of(name)).bound
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -190,9 +135,9 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
     head: 'lm' or 'scalar'. A file without `score.weight` gets a fresh scalar head, drawn with `key`.
     shardings: tree of shapes -> tree of shardings (Sharder.params).
   """
-  folder = folder_of(name)
-  verify(folder, weights=False)
-  verify(folder, weights=True)
+  folder = hub.folder_of(name)
+  hub.verify(folder, weights=False)
+  hub.verify(folder, weights=True)
   kind, declared, _ = config_json.declared(folder)
   family = FAMILIES[kind]
   files = Files(folder, family)
@@ -231,14 +176,14 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
 
 def has_score(name: str | os.PathLike) -> bool:
   """Whether a checkpoint is a reward model: a sequence classifier's `score.weight` is in its files."""
-  folder = folder_of(name)
+  folder = hub.folder_of(name)
   return SCORE.name in Files(folder, FAMILIES[config_json.declared(folder).kind]).names
 
 
 def check_end_scored(name: str | os.PathLike, end: int) -> None:
   """Refuses a reward model that transformers scores elsewhere than at `end`, the token that responses end with: its classifier
   takes a row's last token that is not config.json's pad_token_id."""
-  path = folder_of(name) / 'config.json'
+  path = hub.folder_of(name) / 'config.json'
   if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
     raise ValueError(f'{path}: pad_token_id={end} is the token that responses end with, so that transformers scores this reward '
                      'model one token before the end, and alignjax would at the end. If it was trained to be scored at the end, '

@@ -18,7 +18,7 @@ import optax
 from alignjax import checkpoint, files, inputs, optim, plugins
 from alignjax.data import encode, templates
 from alignjax.data.templates import Template
-from alignjax.models import hf, transformer
+from alignjax.models import hf, hub, transformer
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.sharding import Sharder, make_mesh
@@ -140,8 +140,8 @@ def for_stage(setup: Setup, name: str) -> Setup:
 def load_tokenizer(name: str) -> Any:
   """The tokenizer of 'hf:FOLDER_OR_HUB_NAME' (the prefix may be left out)."""
   from transformers import AutoTokenizer
-  folder = hf.folder_of(name.removeprefix('hf:'))
-  hf.verify(folder, weights=False)
+  folder = hub.folder_of(name.removeprefix('hf:'))
+  hub.verify(folder, weights=False)
   try:
     return AutoTokenizer.from_pretrained(folder)
   except Exception as error:  # noqa: BLE001 damaged files raise what their readers raise, a bare Exception of tokenizers included

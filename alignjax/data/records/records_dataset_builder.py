@@ -17,7 +17,7 @@ OPTIONAL = ('labeler_id', 'user_id', 'use_case', 'kind', 'messages')  # absent: 
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-  """records: split -> checked records. kind: of sources.FIELDS."""
+  """records: split -> checked records. kind: of fields.FIELDS."""
 
   VERSION = tfds.core.Version('1.0.0')
 
