@@ -95,7 +95,7 @@ def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Network
   value:  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2); value_clip None: 0.5 (V - G)^2
   Schulman et al. 2017 Eq. 7; the value clip as in lm-human-preferences `train_policy.py: loss`. clip_eps 0.2 is the
   paper's (C.4); it does not report value_clip and vf_coef. Policy and value share no parameters, so vf_coef only matters
-  with gradient clipping over both. No dropout, whatever the key (CHECKLIST 8). No entropy bonus.
+  with gradient clipping over both. No dropout, whatever the key (docs/pitfalls.md, 8). No entropy bonus.
   """
   del key
   rollout = batch.rollout

@@ -1,7 +1,7 @@
 """Array mathematics of RLHF: token log-probabilities, masked statistics, KL, token rewards, advantages.
 
 Everything is float32 and pure. Masks are bool and come from the data. Shapes use the letters of types.py. Each function
-checks rank and dtype first: an integer reward would round 0.9 to 0 without a word (CHECKLIST 13).
+checks rank and dtype first: an integer reward would round 0.9 to 0 without a word (docs/pitfalls.md, 13).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def positions(mask: jax.Array) -> jax.Array:
   """Position of each token among the real tokens of its row: i32[B,T].
 
   [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. The one place where positions come from, for training, scoring and prefill, so that
-  a padded row is read as the unpadded one (CHECKLIST 5). Pads get 0, which nobody reads. In a packed row, whose mask holds
+  a padded row is read as the unpadded one (docs/pitfalls.md, 5). Pads get 0, which nobody reads. In a packed row, whose mask holds
   document numbers, they begin again in each document: [1, 1, 2, 2, 2, 0] -> [0, 1, 0, 1, 2, 0].
   """
   if mask.dtype != bool:
@@ -118,7 +118,7 @@ def kl_estimates(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) 
 
   k1 = sum_t log(pi/ref) is the paper's penalty: unbiased, but single values may be negative. k3 = sum_t (ref/pi - 1 -
   log(ref/pi)) is unbiased too and never negative (J. Schulman, "Approximating KL divergence"). A k3 that is far from k1
-  on average says that the tokens were not sampled from the distribution that scored them (CHECKLIST 9).
+  on average says that the tokens were not sampled from the distribution that scored them (docs/pitfalls.md, 9).
   """
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
   log_ratio = jnp.where(mask, logprobs - ref_logprobs, 0.0)
@@ -130,7 +130,7 @@ def token_rewards(scores: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Arra
   """The reward of every response token: -kl_coef * log(pi/ref), and the score on the last live one. f32[B,R].
 
   Section 3.5 and Eq. 2 of the paper: r(x, y) - beta * log(pi(y|x) / ref(y|x)), the sequence log-ratio being the sum of
-  the token log-ratios. For mask [1, 1, 1, 0] the score goes to index 2, never to a pad (CHECKLIST 1).
+  the token log-ratios. For mask [1, 1, 1, 0] the score goes to index 2, never to a pad (docs/pitfalls.md, 1).
   """
   chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])

@@ -27,7 +27,7 @@ def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0
     schedule: 'constant', or 'cosine' from lr to final * lr.
     warmup: updates of linear warmup, or a fraction of `steps` where below 1; from warmup_from * lr.
     eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)); 'tensorflow', the form of the original code, to sqrt(v)
-      without that correction, which is the larger epsilon early on (CHECKLIST 17).
+      without that correction, which is the larger epsilon early on (docs/pitfalls.md, 17).
     weight_decay: decoupled (AdamW), of the parameters that `decays` names.
     clip_norm: global gradient norm of this entry of params.
   """

@@ -25,7 +25,7 @@ def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, 
 
   The log-probabilities of the policy are computed again by the function that the loss uses, over the sampled tokens: so
   the ratio before the first update is exactly 1, whatever the sampler's cache was rounded to, and the distance between
-  sampler and scorer is measured ('rollout/sampler_gap_max', nats) instead of entering the gradient (CHECKLIST 8).
+  sampler and scorer is measured ('rollout/sampler_gap_max', nats) instead of entering the gradient (docs/pitfalls.md, 8).
 
   Args:
     params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their own.

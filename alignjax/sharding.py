@@ -135,7 +135,7 @@ class Sharder:
 
   def for_decoding(self, params: Any) -> Any:
     """Weights as the sampling loop wants them: gathered over the data-like axes once, before the loop, and kept split
-    over the others. Otherwise sharded weights are gathered again for every token (CHECKLIST 24)."""
+    over the others. Otherwise sharded weights are gathered again for every token (docs/pitfalls.md, 24)."""
     gathered = set(_as_tuple(self.rules.get('batch')))
     keep = lambda entry: tuple(a for a in _as_tuple(entry) if a not in gathered) or None
 

@@ -17,7 +17,7 @@ def gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array | None, *
   """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches one after the other.
 
   The batch's weights are normalised first and globally, so the sum over microbatches (and devices) is the gradient of
-  the whole: the number of microbatches changes memory only (CHECKLIST 10).
+  the whole: the number of microbatches changes memory only (docs/pitfalls.md, 10).
   """
   batch = batch.normalized()
   grad_fn = jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch, key, nets=nets), has_aux=True)
@@ -47,7 +47,7 @@ def update(state: TrainState, batch: Any, key: jax.Array | None, *, loss_fn: Los
   update is counted in state.skipped. optax.apply_if_finite is the other way round: it applies the bad update in the end.
 
   ema_decay: moving average of params['policy'] in float32, once an update (the paper: 0.992, C.4, granularity not
-  reported); in bfloat16 a decay this near 1 would round to no change (CHECKLIST 18).
+  reported); in bfloat16 a decay this near 1 would round to no change (docs/pitfalls.md, 18).
   """
   with jax.named_scope('update'):
     grads, metrics, loss = gradients(loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches)

@@ -6,7 +6,7 @@ Axis letters, used in every shape comment of the package:
   D model width   F MLP width
 
 Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because the two ids are
-often the same (CHECKLIST 3).
+often the same (docs/pitfalls.md, 3).
 """
 
 from __future__ import annotations

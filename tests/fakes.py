@@ -85,7 +85,7 @@ def ppo_batch(seed: int, rows: int = 4, q: int = 5, r: int = 6, ptx_rows: int = 
 
 
 def assert_additive(loss_fn, params, batch, nets, parts: int = 2, rtol: float = 1e-4) -> None:
-  """Gradients and metrics of `parts` microbatches equal those of the whole (CHECKLIST 10). For a fork's loss too."""
+  """Gradients and metrics of `parts` microbatches equal those of the whole (docs/pitfalls.md, 10). For a fork's loss too."""
   whole = jax.jit(lambda p: steps.gradients(loss_fn, p, batch, None, nets=nets))(params)
   cut = jax.jit(lambda p: steps.gradients(loss_fn, p, batch, None, nets=nets, microbatches=parts))(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), whole, cut)

@@ -29,7 +29,7 @@ def test_the_sandbox_configs_name_their_stages(module, stages):
 
 
 def test_the_papers_numbers():
-  """PAPER C.1 to C.4, written here by hand."""
+  """Appendices C.1 to C.4 of the paper (docs/paper.md), written here by hand."""
   c = {size: module.get_config() for size, module in PAPER.items()}
   rate = lambda size, stage, net='policy': c[size].stages[stage].optimizer[net].lr
   assert [rate(s, 'sft') for s in c] == [9.65e-6, 9.65e-6, 5.03e-6]

@@ -40,7 +40,7 @@ def test_processes_that_agree_meet():
   assert distributed.meet(Place('nowhere:1', 1, 0), FACTS, 1) is None  # alone: nobody to wait for
 
 
-def test_what_differs_is_named_on_every_process():
+def test_item_27_what_differs_is_named_on_every_process():
   errors = meet((0, FACTS), (1, FACTS | {'jax': '0.12.0'}), (2, FACTS), (3, {'jax': '0.10.2', 'extra': 'x'}))
   assert [type(e) for e in errors] == [ValueError] * 4 and len({str(e) for e in errors}) == 1
   assert '\n  jax: 0.10.2 on processes 0, 2-3, 0.12.0 on process 1\n' in str(errors[0])

@@ -53,3 +53,15 @@ def test_every_import_is_a_declared_dependency():
   for module in sorted({name.split('.')[0] for path in files for name in imports(path)}):
     if module not in {*sys.stdlib_module_names, 'alignjax', 'experiments', 'lm_eval', *optional}:
       assert {normal(d) for d in owners[module]} & declared, f'{module} is imported, but not in setup.cfg'
+
+
+def test_every_pitfall_has_a_test_and_every_document_that_is_named_exists():
+  """docs/pitfalls.md says that the tests of its items carry their numbers."""
+  root = ROOT.parent
+  tests = ''.join(path.read_text() for path in (root / 'tests').glob('test_*.py'))
+  held = {int(n) for names in re.findall(r'def test_item_(\d+(?:_and_\d+)*)', tests) for n in names.split('_and_')}
+  assert held == {int(n) for n in re.findall(r'^\*\*(\d+)\.', (root / 'docs/pitfalls.md').read_text(), re.M)}
+  folders = [(root / name).rglob('*') for name in ('alignjax', 'experiments', 'tests', 'launch', 'docs')]
+  texts = [root / 'README.md', *(p for found in folders for p in found if p.suffix in ('.py', '.md', '.sh'))]
+  named = {found for path in texts for found in re.findall(r'docs/[\w-]+\.md', path.read_text())}
+  assert named and all((root / name).is_file() for name in named)

@@ -48,7 +48,7 @@ def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('count', [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.long)])
-def test_several_processes_are_one_run(alone, tmp_path, count):
+def test_item_29_several_processes_are_one_run(alone, tmp_path, count):
   assert processes.run(tmp_path / 'run', count, 4 // count) == 0, log(tmp_path / 'run')
   assert_same(tmp_path / 'run', alone)
   ratios = [r['ppo/ratio_max_dev'] for r in rows(tmp_path / 'run', 'ppo_ptx')]

@@ -126,7 +126,7 @@ def test_what_was_logged(finished):
   from alignjax import metrics
   for stage in ('ppo', 'ppo_ptx'):
     log = metrics.read(finished / stage / 'metrics.jsonl')
-    assert (log['ppo/ratio_max_dev'] == 0).all(), 'CHECKLIST 8: exactly 1 at every first minibatch'
+    assert (log['ppo/ratio_max_dev'] == 0).all(), 'docs/pitfalls.md, 8: exactly 1 at every first minibatch'
     assert log['objective/kl'][0] == pytest.approx(0, abs=1e-5) and len(log['step']) == 6
     assert ('ppo/loss/ptx' in log) == (stage == 'ppo_ptx')
   assert metrics.read(finished / 'pretrain' / 'metrics.jsonl')['sft/loss'][-1] < 3.0

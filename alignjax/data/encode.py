@@ -90,7 +90,7 @@ def demonstrations(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length:
   """(prompt, response) token lists as rows: weight 1 on the response and its end token, prompt_weight on the prompt.
 
   prompt [5, 6], response [7, 1] -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token 1 is weighted:
-  a model that is not trained on it never stops (CHECKLIST 3, 28). The first column predicts from nothing: weight 0.
+  a model that is not trained on it never stops (docs/pitfalls.md, 3, 28). The first column predicts from nothing: weight 0.
   """
   pairs = list(pairs)
   tokens, mask = right_pad([[*p, *r] for p, r in pairs], length, pad)
@@ -157,7 +157,7 @@ def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[S
   """Prompts i, their responses [i][j] (token lists, with or without an end token) and ranks [i][j] as i32[N,k,length].
 
   Responses are taken as they are: a sampled one that was cut at the length limit has no end token, and the reward model
-  reads its last token whatever it is (CHECKLIST 7). Absent ones (fewer than k) have rank -1.
+  reads its last token whatever it is (docs/pitfalls.md, 7). Absent ones (fewer than k) have rank -1.
   """
   n = len(prompts)
   tokens = np.full((n, k, length), pad, np.int32)

@@ -8,8 +8,8 @@ c.data.template:
   any text with {prompt} in it, such as "Question: {prompt}\\nAnswer:"
 
 A prompt is text or, for 'chat', also a list of messages {"role", "content"}. The end token is part of the response and of
-its loss, so that the model learns to stop (CHECKLIST 28); a response whose text already ends with its name gets one and not two.
-Names of control tokens elsewhere in people's text are text (data/control.py).
+its loss, so that the model learns to stop (docs/pitfalls.md, 28); a response whose text already ends with its name gets one and
+not two. Names of control tokens elsewhere in people's text are text (data/control.py).
 
 How a document begins is the tokenizer's decision, taken here for prompts, pretraining text and evaluations alike. One that
 puts a token before every text (the BOS of Llama and Mistral) has it before all of them, and pretraining documents are "BOS text
