@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -126,9 +126,8 @@ class Checkpoints:
 
   def _compare_logs(self, step: int, logs: Mapping[str, str]) -> None:
     now = self._logs(step)
-    for name in (name for name, was in logs.items() if now and now.get(name) != was):
-      print(f'WARNING: {self.directory.parent / name}: damaged or changed up to step {step}; what is drawn from there may be '
-            'wrong, the weights are not touched.', flush=True)
+    if wrong := [self.directory.parent / name for name, was in logs.items() if now and now.get(name) != was]:
+      print(logs_changed(wrong, f'up to step {step}'), flush=True)
 
   def _set_aside(self, step: int, error: Exception) -> None:
     print(f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: {_first_line(error)}); moved to '
@@ -139,6 +138,12 @@ class Checkpoints:
       to.parent.mkdir(exist_ok=True)
       files.move(self.directory / 'steps' / str(step), to)
     self._manager.reload()
+
+
+def logs_changed(paths: Iterable[os.PathLike], when: str) -> str:
+  """A warning that logs are no longer what was written."""
+  return (f'WARNING: {" and ".join(map(str, paths))}: damaged or changed {when}; what is drawn from there may be wrong, the '
+          'weights are not touched.')
 
 
 def _check_arrays(found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint') -> None:

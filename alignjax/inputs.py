@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from alignjax import checkpoint, files, fingerprints, plugins
+from alignjax import checkpoint, files, fingerprints, metrics, plugins
 from alignjax.data import sources
 from alignjax.models import hf, hub
 
@@ -207,8 +207,7 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
       checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)  # which names the entries
     raise checkpoint.ConfigMismatch(f'{what} with another config than this one. Use another --workdir, or delete the folder.')
   if finished and (wrong := [name for name, was in found.get('logs', {}).items() if logs(folder).get(name) != was]):
-    say(f'WARNING: {" and ".join(str(folder / name) for name in wrong)}: damaged or changed since the stage ended; what is drawn '
-        'from there may be wrong, the weights are not touched.')
+    say(checkpoint.logs_changed([folder / name for name in wrong], 'since the stage ended'))
   known, changes, gone = _known(workdir), {}, []
   for entry, was in found['inputs'].items():
     if was['kind'] == 'weights' and not checkpoint.is_finished(weights_folder(workdir, was['name'])):
@@ -249,7 +248,7 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
 
 def logs(folder: files.Folder) -> dict[str, str]:
   """The fingerprints of what a stage logged, which pictures are drawn from."""
-  paths = [folder / name for name in ('metrics.jsonl', 'samples.jsonl')]
+  paths = [folder / name for name in metrics.LOGS]
   return {p.name: fingerprints.of_files([p]) for p in paths if p.exists()}
 
 

@@ -59,6 +59,11 @@ def place(path: str | os.PathLike, where: str = '') -> files.Folder:
     raise ValueError(f'{where}{error}') from None
 
 
+def suffix(path: str | os.PathLike) -> str:
+  """What kind of file the name says it is, compressed or not: 'jsonl' of 'a.b/ITEMS.JSONL.gz'."""
+  return os.path.basename(os.fspath(path)).lower().removesuffix('.gz').rpartition('.')[2]
+
+
 def decode(raw: bytes, where: str, first: int = 1) -> str:
   """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line and what it looks like.
   first: the number of its first line."""

@@ -50,9 +50,9 @@ class Subject(NamedTuple):
   stop_after: str = ''  # the making is stopped once it has printed this
 
 
-def subjects(base: pathlib.Path, compiled: list[str]) -> dict[str, Subject]:
+def subjects(base: pathlib.Path) -> dict[str, Subject]:
   """By name, in the order in which they are made. HERE stands for the subject's folder, in the commands."""
-  main = ['run.py', '--config=configs/ppo_ptx.py:tiny', '--workdir=HERE', *compiled]
+  main = ['run.py', '--config=configs/ppo_ptx.py:tiny', '--workdir=HERE']
   raw = base / 'raw.jsonl'
   if not raw.exists():
     raw.write_text(''.join(json.dumps(dict(prompt=f'what is {i} ?', response=f'it is {i} .', user_id=i % 40)) + '\n'
@@ -64,7 +64,7 @@ def subjects(base: pathlib.Path, compiled: list[str]) -> dict[str, Subject]:
                                                  for i, x in enumerate(('man', 'dog', 'nurse'))))
   sft = ['run.py', '--config=configs/smollm2_135m.py:tiny', f'--config.checkpoint=hf:{CHAT}', "--config.stages_to_run=('sft',)",
          f'--config.data.demonstrations=jsonl:{raw}', '--config.data.mapping.demonstrations=',
-         '--config.stages.sft.pretrain_mix=0.0', '--config.report.policies={}', f'--workdir={base}/tuned', *compiled]
+         '--config.stages.sft.pretrain_mix=0.0', '--config.report.policies={}', f'--workdir={base}/tuned']
   read = lambda form: ['prepare.py', f'--source={form}', '--kind=demonstrations', '--shares=all=1', '--out=HERE/../read']
   prepare = ['prepare.py', f'--source=jsonl:{raw}', '--kind=demonstrations', '--shares=train=0.5,valid=0.5', '--out=HERE']
   evaluate = ['evaluate.py', f'--models=a=hf:{CHAT},b=hf:{base}/exported', '--tasks=winogender,realtoxicityprompts',
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
   base.mkdir(parents=True, exist_ok=True)
   os.environ |= {'JAX_COMPILATION_CACHE_DIR': str(base / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
   _import_all()
-  names = subjects(base, [])
+  names = subjects(base)
   chosen = options.subjects.split(',') if options.subjects else list(names)
   whole = {}
   for name, subject in names.items():

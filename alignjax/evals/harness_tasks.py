@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax import fingerprints
+from alignjax import fingerprints, textfiles
 from alignjax.evals import harness
 from alignjax.evals.table import Cell
 
@@ -209,7 +209,7 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
   if not isinstance(config.get('metadata') or {}, dict):
     config['metadata'] = {}
   if data:
-    kind = KINDS.get(pathlib.Path(data).name.lower().removesuffix('.gz').rpartition('.')[2])
+    kind = KINDS.get(textfiles.suffix(data))
     if kind is None or not pathlib.Path(data).is_file():
       raise ValueError(f'--data={name}={data}: a file of one of the kinds {", ".join(KINDS)} is needed.')
     split = config.get('test_split') or config.get('validation_split') or 'test'

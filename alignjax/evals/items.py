@@ -23,7 +23,7 @@ def read(path: str | pathlib.Path, columns: Sequence[str] | Mapping[str, type | 
     delimiter: of .csv; .tsv has tabs and no quotes.
   """
   text = textfiles.read(path)
-  kind = pathlib.Path(path).name.lower().removesuffix('.gz').rpartition('.')[2]
+  kind = textfiles.suffix(path)
   if kind in ('jsonl', 'json'):
     rows = [(n, textfiles.parse(value, f'{path}, line {n}')) for n, value in textfiles.values(text, str(path))]
   else:

@@ -12,7 +12,7 @@ import ml_collections
 from alignjax import checkpoint
 
 
-def _whole(least: int, none: bool = False) -> Callable[[Any], bool]:
+def whole(least: int, none: bool = False) -> Callable[[Any], bool]:
   return lambda x: x is None and none or isinstance(x, int) and not isinstance(x, bool) and x >= least
 
 
@@ -20,19 +20,19 @@ def _number(good: Callable[[float], bool], none: bool = False) -> Callable[[Any]
   return lambda x: x is None and none or isinstance(x, (int, float)) and not isinstance(x, bool) and good(x)
 
 
-ONE = 'a whole number, 1 or more', _whole(1)
-COUNT = 'a whole number, 0 or more, or None', _whole(0, none=True)
+ONE = 'a whole number, 1 or more', whole(1)
+COUNT = 'a whole number, 0 or more, or None', whole(0, none=True)
 DICT = 'a dict', lambda x: isinstance(x, (Mapping, ml_collections.ConfigDict))
 SHARED = {
     **dict.fromkeys(('data', 'mesh', 'model', 'sharding', 'report', 'stages', 'world', 'data.mapping', 'data.heldout'), DICT),
     **dict.fromkeys(('data.prompt_length', 'data.response_length', 'data.row_length', 'mesh.fsdp', 'mesh.tensor', 'max_bad_updates',
                      'model.num_layers', 'model.d_model', 'model.num_heads', 'model.max_length'), ONE),
-    'mesh.data': ('a whole number, 1 or more, or None (the rest of the devices)', _whole(1, none=True)),
+    'mesh.data': ('a whole number, 1 or more, or None (the rest of the devices)', whole(1, none=True)),
     'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
     'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
     'grace_seconds': ('a number, 0 or more', _number(lambda x: x >= 0)),
     'stages_to_run': ('a tuple of names of stages', lambda x: isinstance(x, (tuple, list)) and all(isinstance(n, str) for n in x)),
-    'seed': ('a whole number from 0 on, below 2^32', lambda x: _whole(0)(x) and x < 2**32),
+    'seed': ('a whole number from 0 on, below 2^32', lambda x: whole(0)(x) and x < 2**32),
 }
 REPORT = dict.fromkeys(('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents'), ONE)
 STAGE = {
@@ -42,14 +42,14 @@ STAGE = {
     **dict.fromkeys(('save_every', 'keep_candidates', 'demonstrations', 'documents', 'evaluation_prompts',
                      'bias_demonstrations', 'ptx.documents', 'rollout.generate_rows', 'rollout.score_rows'), COUNT),
     'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),  # of a selection: a dict, which it checks
-    'iterations': ('a whole number, 0 or more', _whole(0)),
-    'ptx.rows_per_episode': ('a whole number, 0 or more', _whole(0)),
+    'iterations': ('a whole number, 0 or more', whole(0)),
+    'ptx.rows_per_episode': ('a whole number, 0 or more', whole(0)),
     'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
     'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
     'kl.coef': ('a number', _number(lambda x: True)),
     'kl.target': ('a number or None', _number(lambda x: True, none=True)),
     'kl.horizon': ('a number or None', _number(lambda x: True, none=True)),
-    'k_buckets': ('a tuple of whole numbers', lambda x: isinstance(x, (tuple, list)) and all(map(_whole(1), x))),
+    'k_buckets': ('a tuple of whole numbers', lambda x: isinstance(x, (tuple, list)) and all(map(whole(1), x))),
     'ema_decay': ('a number from 0 on, below 1, or None', _number(lambda x: 0 <= x < 1, none=True)),
 }
 

@@ -22,6 +22,7 @@ from alignjax.models import hf, hub, transformer
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.sharding import Sharder, make_mesh
+from alignjax.stages import entries
 from alignjax.types import Metrics, Networks, Params, TrainState
 
 
@@ -304,8 +305,7 @@ def check_counts(setup: Setup, where: str, kind: str, least: int = 1, **counts: 
   endless = setup.config.data[kind] == 'sandbox:'
   none = f"; None, all of them, has no meaning with data.{kind}='sandbox:', which makes as many as it is asked for"
   for entry, count in counts.items():
-    whole = isinstance(count, int) and not isinstance(count, bool) and count >= least
-    if not whole and (endless or count is not None):
+    if not entries.whole(least, none=not endless)(count):
       more = none if endless else ', or None for all'
       raise ValueError(f'{where}.{entry}={count!r} must be a whole number, {least} or more{more}.')
 
