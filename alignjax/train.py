@@ -97,8 +97,8 @@ def check_inputs(setup: Setup, name: str, choice: str) -> None:
 
 def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
   """Reads what the stages to come will read, so that a line that is wrong is named now and not after hours of another stage. The
-  first reads its own at once; the sandbox's data are made by the stages before. What is read is read again, and told of, by its
-  stage."""
+  first stage reads its own at once, and the sandbox's data are made by earlier stages. Each stage reads its records again when its
+  turn comes, and prints its notes about them then."""
   if setup.world is not None:
     return
   for name, builder in list(builders.items())[1:]:
@@ -152,7 +152,8 @@ def finished(setup: Setup, name: str) -> bool:
 
 def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None,
               on_changed_input: str = 'fail', outdated: Callable[[Setup, str], None] | None = None) -> None:
-  """One stage from its last checkpoint, or its start, to its end. outdated: told of it where it is not reused."""
+  """One stage from its last checkpoint, or its start, to its end. outdated: called with the setup and the stage's name before the
+  stage is made again, to remove reports of its earlier result."""
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
   check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now

@@ -23,8 +23,8 @@ class Fitted(NamedTuple):
 
 def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str,
         places: Sequence[str] | None = None, none: bool = False) -> Fitted:
-  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from 1. none: whether it is no error
-  that none does.
+  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from 1. none: whether an empty
+  result is allowed; otherwise it is an error.
 
   A row without a token of a prompt is an error: its response would be predicted from nothing.
 

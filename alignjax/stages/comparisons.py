@@ -68,7 +68,8 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
 
 
 def _read(setup: Setup, rows: list[dict], most: int | None = None, none: bool = False) -> Comparisons:
-  """Records as tokens, within the lengths of config.data. most: responses of one record. none: whether none may be left."""
+  """Records as tokens, within the lengths of config.data. most: the most responses that one record may have. none: whether an empty
+  result is allowed."""
   fitted = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
   for i, kept in zip(fitted.index, fitted.kept, strict=True):
     if most is not None and len(kept) > most:

@@ -57,7 +57,7 @@ def encoded(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
   """Records of data.<kind> as token rows in the template, those within data.prompt_length and data.response_length: data.too_long
   drops the others, cuts them, or is an error.
 
-  responses: record -> its responses as text. none: whether there may be no row. An error names the source and the record.
+  responses: record -> its responses as text. none: whether an empty result is allowed. An error names the source and the record.
   """
 
   def one(record):
