@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignjax import files, metrics
+from alignjax.runtime import files, metrics
 
 COLORS = {'pretrained': '#999999', 'pretrained_prompted': '#c0c0c0', 'sft': '#4477aa', 'ppo': '#cc6677',
           'ppo_ptx': '#228833', 'pretrained_bigger': '#777777'}

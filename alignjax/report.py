@@ -22,13 +22,15 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from alignjax import checkpoint, files, fingerprints, metrics, plots, sandbox
-from alignjax.evals import findings, selection
+from alignjax import plots, sandbox
+from alignjax.runtime import checkpoint, files, fingerprints, metrics
+from alignjax.evals import findings
+from alignjax.evals.reward import selection
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals.stats import show
 from alignjax.plots import NAMES
 from alignjax.sharding import sync
-from alignjax.stages.setup import Setup, for_stage, initial_params
+from alignjax.setup.setup import Setup, for_stage, initial_params
 
 COLUMNS = {
     'win_rate_train_labelers': 'win rate, training labelers',

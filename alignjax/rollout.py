@@ -2,7 +2,7 @@
 
 A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B], named in the
 config as c.reward = dict(fn='module:name', ...): the trained reward model below, a pure JAX rule of a fork, or a Python
-function of texts on the host (alignjax/host.py).
+function of texts on the host (alignjax/rewards.py).
 """
 
 from __future__ import annotations

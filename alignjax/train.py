@@ -1,4 +1,4 @@
-"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (stages/setup.py: Stage) brings that.
+"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (setup/setup.py: Stage) brings that.
 
     train.main(config, workdir)
 
@@ -20,11 +20,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from alignjax import checkpoint, files, inputs, lock, metrics, plugins, profile, throughput, trouble
-from alignjax.interrupt import Interrupt, anywhere
-from alignjax.stages import entries, template_date
-from alignjax.stages.records import say
-from alignjax.stages.setup import Setup, for_stage, make_setup
+from alignjax import plugins
+from alignjax.compiler import flops
+from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace
+from alignjax.setup import inputs
+from alignjax.runtime.interrupt import Interrupt, anywhere
+from alignjax.setup import entries, template_date
+from alignjax.setup.records import say
+from alignjax.setup.setup import Setup, for_stage, make_setup
 
 
 def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced: str | None = None,
@@ -32,9 +35,9 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
   """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
 
   Args:
-    traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/profile.py).
+    traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/runtime/trace.py).
     on_changed_input: what happens where a stage's folder was made from other data, weights or functions than there are now
-      (alignjax/inputs.py): 'fail', 'keep' or 'restart'.
+      (alignjax/setup/inputs.py): 'fail', 'keep' or 'restart'.
 
   Raises:
     lock.Busy: another run holds the workdir.
@@ -45,8 +48,8 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
       template_date.pin(config, workdir)
       setup = make_setup(config, files.folder(workdir))
       order = resolve(config)
-      wanted = profile.parse(traced) if traced else None
-      profile.check(wanted, order)
+      wanted = trace.parse(traced) if traced else None
+      trace.check(wanted, order)
       for name in order:
         entries.check_stage(config, name)
       builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
@@ -54,7 +57,7 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
         plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
       report = plugins.find(config.report.build, 'report.build')
       plugins.find(f'{report.__module__}:check', 'report.build')(setup)
-    trouble.check_writable(setup.workdir)
+    failures.check_writable(setup.workdir)
     with alone(setup.workdir):
       for name in order:
         check_inputs(setup, name, on_changed_input)
@@ -71,9 +74,9 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
 def alone(workdir: files.Folder) -> Iterator[None]:
   """Holds the workdir's lock, which process 0 takes for all; what an earlier run said of its error goes."""
   with contextlib.ExitStack() as stack:
-    trouble.on_first(lambda: stack.enter_context(lock.held(workdir)))
+    failures.on_first(lambda: stack.enter_context(lock.held(workdir)))
     if jax.process_index() == 0:
-      (workdir / trouble.TRACEBACK).unlink(missing_ok=True)
+      (workdir / failures.TRACEBACK).unlink(missing_ok=True)
     yield
 
 
@@ -92,7 +95,7 @@ def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
 
 
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
-  trouble.on_first(lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say))
+  failures.on_first(lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say))
 
 
 def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
@@ -150,7 +153,7 @@ def finished(setup: Setup, name: str) -> bool:
   return checkpoint.is_finished(setup.workdir / name / 'final')
 
 
-def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: profile.Profile | None = None,
+def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: trace.Profile | None = None,
               on_changed_input: str = 'fail', outdated: Callable[[Setup, str], None] | None = None) -> None:
   """One stage from its last checkpoint, or its start, to its end. outdated: called with the setup and the stage's name before the
   stage is made again, to remove reports of its earlier result."""
@@ -177,7 +180,7 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: pr
       first, state = restored
       say(f'{name}: goes on from step {first} of {stage.num_steps}')
     built = time.perf_counter()
-    tracer = profile.Tracer(wanted, folder, first, stage.num_steps)
+    tracer = trace.Tracer(wanted, folder, first, stage.num_steps)
     with (metrics.Writer(folder, start_step=first, active=main_process) as writer,
           metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress, interrupt.held()):
       state = loop(stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder, made)
@@ -209,11 +212,11 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
       before, skipped = skipped, np.asarray(state.skipped)  # waits for it
     asked, failed = anywhere(interrupt.asked is not None, bool(stage.failures))
     if failed:
-      trouble.stop_for_failed_host(saved, i, first, state, before, stage.failures)
+      failures.stop_for_failed_host(saved, i, first, state, before, stage.failures)
     if skipped[0] and not before[0]:
       say(f'{folder.name}: step {done}: an update was skipped, its loss or gradient was not finite; optim/skipped counts them')
     if skipped[1] >= config.max_bad_updates:
-      trouble.stop_for_bad_updates(saved, folder, done, state, batch, seen, jax.device_get(measured))
+      failures.stop_for_bad_updates(saved, folder, done, state, batch, seen, jax.device_get(measured))
     if done % cfg.log_every == 0 or done == stage.num_steps:
       values = {k: float(v) for k, v in jax.device_get(measured).items()}
       if skipped[0] == before[0]:
@@ -225,7 +228,7 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
       now = time.perf_counter()
       values['optim/skipped'] = float(skipped[0])
       values['time/step_seconds'] = seconds = (now - last_time) / (done - last_step)
-      values |= throughput.metrics(throughput.mean(map(stage.work, range(last_step, done))), seconds)
+      values |= flops.metrics(flops.mean(map(stage.work, range(last_step, done))), seconds)
       last_time, last_step = now, done
       writer.write(done, values)
       progress.update(done, values)
@@ -237,7 +240,7 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
     if done in candidates:
       keep_candidate(stage, state, done, folder, made)
     if asked:
-      trouble.stop_for_signal(saved, done, state, interrupt.asked or 'a signal to another process')
+      failures.stop_for_signal(saved, done, state, interrupt.asked or 'a signal to another process')
     if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps:
       saved.save(done, state)
     batch = following
@@ -263,7 +266,7 @@ def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) ->
 def record(setup: Setup, name: str) -> dict:
   """What the stage was made from, as far as it has read it, which process 0 keeps in STAGE/inputs.json; empty on the others."""
   read, made = inputs.of_config(setup.config, name) | setup.read, {}
-  trouble.on_first(lambda: made.update(inputs.record(setup.workdir, name, identity(setup.config, name), read)))
+  failures.on_first(lambda: made.update(inputs.record(setup.workdir, name, identity(setup.config, name), read)))
   return made
 
 

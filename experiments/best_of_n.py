@@ -59,10 +59,11 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from alignjax import files, fingerprints, metrics, trouble
+  from alignjax.runtime import failures, files, fingerprints, metrics
   from alignjax.data import sources
-  from alignjax.evals import best_of_n, samples
-  from alignjax.stages import finished
+  from alignjax.evals.reward import best_of_n
+  from alignjax.inference import samples
+  from alignjax.inference import loading
   try:
     ns = sorted({int(n) for n in options.n.split(',')})
   except ValueError:
@@ -77,8 +78,8 @@ def run(options: argparse.Namespace) -> None:
     if wrong:
       raise ValueError(message)
   out = files.folder(options.out)
-  trouble.check_writable(out, '--out')
-  saved = finished.trained_with(options.policy)
+  failures.check_writable(out, '--out')
+  saved = loading.trained_with(options.policy)
   world = None
   split = options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
   if options.gold or split is not None:
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
   ppo = {label(p): p for p in options.ppo.split(',') if p}
   if len(ppo) < len(list(filter(None, options.ppo.split(',')))):
     raise ValueError(f'--ppo={options.ppo}: two stages have the same name.')
-  load = lambda name, head: finished.load(name, head, options.template, dtype=options.dtype)
+  load = lambda name, head: loading.load(name, head, options.template, dtype=options.dtype)
   model = load(options.policy, 'lm')
   reward = load(options.reward_model, 'scalar')
   policies = {name: load(p, 'lm') for name, p in ppo.items()}
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
 
   def measured(model, count):
     """(responses, {measure: f[P,count]})."""
-    key = [finished.fingerprint(model), prompts, max_tokens, options.temperature, options.seed, count,
+    key = [loading.fingerprint(model), prompts, max_tokens, options.temperature, options.seed, count,
            fingerprints.of_function(samples.make_responder)]
     kept = out / 'kept' / f'{fingerprints.of_value(key)}.jsonl'
     respond = samples.make_responder(model, prompts, count=count, max_tokens=max_tokens, temperature=options.temperature,

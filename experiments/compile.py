@@ -42,7 +42,7 @@ def find_libtpu() -> str:
 
 def find_devices(topology: str):
   """(devices, chip name or None) of CHIP:SHAPE, or of `local`."""
-  from alignjax import chips
+  from alignjax.compiler import chips
   if topology == 'local':
     import jax
     return jax.devices(), chips.of_device(jax.devices()[0].device_kind)
@@ -64,8 +64,10 @@ def compile_stage(config, stage: str, devices, chip_name: str | None) -> dict:
   """Everything that is printed, as JSON values."""
   import jax
 
-  from alignjax import chips, cost, hlo, plugins
-  from alignjax.stages import abstract, setup
+  from alignjax import plugins
+  from alignjax.compiler import chips, cost, hlo
+  from alignjax.setup import setup
+  from alignjax.stages import abstract
   if stage not in config.stages:
     raise ValueError(f'--stage={stage}: the config has the stages {", ".join(sorted(config.stages))}.')
   made = setup.for_stage(abstract.setup(config, devices), stage)
@@ -106,7 +108,7 @@ def compile_stage(config, stage: str, devices, chip_name: str | None) -> dict:
 
 def describe(name: str, r: dict) -> str:
   """The report of one step in Markdown."""
-  from alignjax import chips, cost
+  from alignjax.compiler import chips, cost
   gib = lambda x: f'{x / 2**30:.2f} GiB'
   head = (f'## {name}\n\n{r["devices"]} x {r["kind"]}, mesh ' + ' x '.join(f'{a} {n}' for a, n in r['mesh'].items())
           + f'; compiled in {r["minutes"]:.1f} minutes (jax {r["jax"]})')
@@ -141,7 +143,7 @@ def describe(name: str, r: dict) -> str:
 
 def decode_words(r: dict) -> str:
   """What crosses the wire for each decoded token, and the largest gather among it."""
-  from alignjax import cost
+  from alignjax.compiler import cost
   inside = [s for s in r['collectives'] if s['phase'] == 'decode' and s['in_loop']]
   gathers = [s for s in inside if s['kind'] == 'all-gather']
   each = sum(s['bytes'] for s in inside) / r['decode_tokens']
@@ -153,7 +155,7 @@ def decode_words(r: dict) -> str:
 
 def summary(results: dict[str, dict]) -> str:
   """One row a step: the table of what fits where."""
-  from alignjax import cost
+  from alignjax.compiler import cost
   rows = []
   for name, r in sorted(results.items()):
     if 'memory' not in r:
@@ -184,10 +186,10 @@ def main(argv: list[str]) -> None:
   out = flags.DEFINE_string('out', None, 'A folder for CONFIG-STAGE-TOPOLOGY.json and the table of all of them.')
 
   def run(_):
-    from alignjax import files, trouble
+    from alignjax.runtime import failures, files
     if out.value:
       folder = files.folder(out.value)
-      trouble.check_writable(folder, '--out')
+      failures.check_writable(folder, '--out')
     try:
       devices, chip = find_devices(topology.value)
       chosen = stage.value or config.stages_to_run[-1]

@@ -48,7 +48,8 @@ def value_of(text: str):
 
 def describe(part: str) -> str:
   """Our tasks, or the harness's whose names hold `part`."""
-  from alignjax.evals import harness_tasks, table
+  from alignjax.evals import table
+  from alignjax.evals.public import harness_tasks
   known = harness_tasks.index()
   if part:
     found = [f'{name:40} {known[name].kind}' for name in sorted(known) if part in name]
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
-    from alignjax import distributed, files, trouble
+    from alignjax.runtime import distributed, failures, files
     from alignjax.evals import evaluation, table
     from alignjax.sharding import AXES
     if options.tasks.partition(':')[0] == 'help':
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.') from None
     with distributed.joined(distributed.facts(vars(options)), 300) if options.distributed else contextlib.nullcontext():
       out = files.folder(options.out)
-      trouble.check_writable(out, '--out')
+      failures.check_writable(out, '--out')
       evaluation.evaluate(models, asked, out, data=data, options=own, baseline=baseline, limit=options.limit,
                           seed=options.seed, template=options.template, mesh=mesh, dtype=options.dtype)
   except (ValueError, OSError) as error:

@@ -29,14 +29,14 @@ def main(argv: list[str]) -> None:
                       "(RMSNorm families): drop it, which shifts every score, or keep it in config.json to be added by hand")
   options = parser.parse_args(argv)
   try:
-    from alignjax import files, trouble
+    from alignjax.runtime import failures, files
     out = files.folder(options.out)
     if out.exists():
       raise ValueError(f'--out={options.out} is there already; name another folder or delete it.')
-    trouble.check_writable(out.parent, '--out')
+    failures.check_writable(out.parent, '--out')
     from alignjax.models import export
-    from alignjax.stages import finished
-    model = finished.load(options.model)
+    from alignjax.inference import loading
+    model = loading.load(options.model)
     if model.source is None:
       raise ValueError(f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to take over; the '
                        "sandbox's architecture is none of transformers'.")

@@ -80,11 +80,11 @@ def note(text: str) -> None:
 def run(options: argparse.Namespace) -> None:
   prompts = read_prompts(options.prompts_file) if options.prompts_file else None  # before a model is loaded
   note(f'loading {options.model} ...')
-  from alignjax.evals import talk
-  from alignjax.stages import finished
+  from alignjax.inference import streaming
+  from alignjax.inference import loading
   form = 'chat' if options.chat else None
-  model = finished.load(options.model, 'lm', form)
-  reward = finished.load(options.reward_model, 'scalar', form) if options.reward_model else None
+  model = loading.load(options.model, 'lm', form)
+  reward = loading.load(options.reward_model, 'scalar', form) if options.reward_model else None
   compiled = set()
 
   def starting(slots):
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     how = dict(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, max_tokens=options.max_tokens, seed=seed,
                starting=starting, cut=limit.append)
     terminal, text = sys.stdout.isatty() and reward is None, ''
-    for piece in [talk.best_of(model, reward, prompt, options.best_of, **how)] if reward else talk.stream(model, prompt, **how):
+    for piece in [streaming.best_of(model, reward, prompt, options.best_of, **how)] if reward else streaming.stream(model, prompt, **how):
       text += piece
       if terminal:
         print(piece, end='', flush=True)
@@ -139,7 +139,7 @@ def session(answer, options) -> None:
 
 def lines(live: bool) -> Iterator[str]:
   """The lines of a terminal, until an empty one or its end; or those of a pipe, without the blank ones."""
-  from alignjax import textfiles
+  from alignjax.runtime import textfiles
   if not live:
     for number, raw in enumerate(sys.stdin.buffer, 1):  # a line ends at "\n" alone
       text = textfiles.decode(raw, 'standard input', number).removesuffix('\n').removesuffix('\r')
@@ -165,7 +165,7 @@ def lines(live: bool) -> Iterator[str]:
 
 
 def read_prompts(path: str) -> list:
-  from alignjax import textfiles
+  from alignjax.runtime import textfiles
   from alignjax.data import fields, sources
   if path.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
     return [r['prompt'] for r in sources.read('jsonl:' + path.replace(';', '\\;'), 'prompts')]

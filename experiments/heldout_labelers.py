@@ -28,9 +28,11 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
 
   config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its mapping, is cross-validated.
   """
-  from alignjax import fingerprints
+  from alignjax.runtime import fingerprints
   from alignjax.data import sources
-  from alignjax.evals import kept, labelers, stats
+  from alignjax.evals import stats
+  from alignjax.evals.reward import labelers
+  from alignjax.runtime import journal
   from alignjax.evals.stats import interval
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
@@ -38,12 +40,12 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
                   rankings=rankings, rounds=rounds if rankings else None, dtype=dtype, models=made_from(config, out),
                   code=fingerprints.of_function(labelers.split))
   path = out / 'protocol.json'
-  before = kept.read_whole(path)
+  before = journal.read_whole(path)
   if before not in (None, protocol):
     other = ', '.join(k for k in protocol if before.get(k) != protocol[k])
     raise ValueError(f'{out} holds the results of another protocol, {before}, not {protocol}: {other} changed. '
                      'Use another --out, or delete the folder.')
-  kept.write_whole(path, protocol)
+  journal.write_whole(path, protocol)
   known = {name for group in groups for name in group}
   chosen = [r for r in records if labelers.labeler(r) in known]
   print(f'{len(known)} labelers with {min_votes} votes or more, {len(chosen)} of {len(records)} votes, '
@@ -65,11 +67,11 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
     agree['heldout'].append(labelers.agreement(cast['heldout'], cast['seen']))
     for seed in range(seeds):
       folder = out / f'fold{fold}-seed{seed}'
-      scored = kept.read_whole(folder / 'scores.json')
+      scored = journal.read_whole(folder / 'scores.json')
       if scored is None:
         train = labelers.rankings(cut.train, k=rankings, rounds=rounds, seed=split_seed + fold) if rankings else cut.train
         scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
-        kept.write_whole(folder / 'scores.json', scored)
+        journal.write_whole(folder / 'scores.json', scored)
       else:
         print(f'fold {fold}, seed {seed}: scores are kept from before, in {folder}', flush=True)
       scores = {(p, r): s for p, r, s in scored['scores']}
@@ -90,7 +92,9 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
 
 def made_from(config, out: pathlib.Path) -> str:
   """The fingerprint of what decides the reward models beside the votes: the config, the checkpoint, a user's functions."""
-  from alignjax import fingerprints, inputs, train
+  from alignjax import train
+  from alignjax.runtime import fingerprints
+  from alignjax.setup import inputs
   stages = train.resolve(config)
   read = {}
   for name in stages:
@@ -106,11 +110,12 @@ def made_from(config, out: pathlib.Path) -> str:
 
 def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int, dtype: str) -> list:
   """Trains a reward model by the config's stage on records and scores all responses of others: [[prompt, response, score]]."""
-  from alignjax import files
+  from alignjax.runtime import files
   from alignjax import train as trainer
   from alignjax.data import encode
-  from alignjax.evals import bulk, labelers
-  from alignjax.stages import finished
+  from alignjax.evals.reward import labelers
+  from alignjax.inference import bulk
+  from alignjax.inference import loading
   name = config.stages_to_run[-1]
   folder.mkdir(parents=True, exist_ok=True)
   files.write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))
@@ -120,7 +125,7 @@ def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int
   own.data.heldout.share = 0.0  # the fold holds out, and what is held out is measured here
   own.stages[name].evaluation_prompts = 0
   trainer.main(own, folder)
-  model = finished.load(str(folder / name), 'scalar', dtype=dtype)
+  model = loading.load(str(folder / name), 'scalar', dtype=dtype)
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
   pairs = [model.template.row(json.loads(p), text) for p, text in rows]
   tokens = [(prompt, [response]) for prompt, response in pairs]
@@ -170,7 +175,7 @@ def main(argv: list[str]) -> None:
   def run(_):
     from absl import logging
 
-    from alignjax import files, trouble
+    from alignjax.runtime import failures, files
     logging.set_verbosity(logging.WARNING)
     try:
       c = config
@@ -179,7 +184,7 @@ def main(argv: list[str]) -> None:
       if mapping.value:
         c.data.mapping.comparisons = mapping.value
       folder = files.absolute(out.value)
-      trouble.check_writable(folder, '--out')
+      failures.check_writable(folder, '--out')
       result = cross_validate(c, folder, folds=folds.value, seeds=seeds.value, min_votes=min_votes.value,
                               split_seed=split_seed.value, rankings=rankings.value, rounds=rounds.value,
                               dtype=dtype.value)

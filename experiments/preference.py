@@ -10,7 +10,7 @@
       --judge=rm:runs/x/rm                                                  and how far a reward model agrees with them
 
 A policy is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Prompts: alignjax/data/sources.py; judges:
-alignjax/evals/judges.py; files of judgments: alignjax/evals/judgments.py. Writes OUT/preference.md, preference.json and
+alignjax/evals/preference/judges.py; files of judgments: alignjax/evals/preference/judgments.py. Writes OUT/preference.md, preference.json and
 preference.png. Responses, scores and answers are kept in OUT by everything that makes them: a second call computes what is new and
 says what it reuses, an interrupted one goes on.
 """
@@ -66,14 +66,14 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  from alignjax import files, metrics
-  from alignjax.evals import judgments, preference, preference_report
+  from alignjax.runtime import files, metrics
+  from alignjax.evals.preference import judgments, page, statistics
   policies, kinds, out = check(options)
   judged = judgments.Judged([], [], {}, {}, [])
   people = [spec for kind, spec in kinds if kind == 'file']
   records, pairs, responses, known, world = [], [], {}, {}, None
   if policies:
-    from alignjax.evals import responses as answers
+    from alignjax.evals.preference import responses as answers
     world, _ = trained(policies)
     records = answers.prompts(options.prompts, options.mapping, options.limit, options.seed, world)
     known = dict(policies=list(policies), prompts={r['prompt_id'] for r in records})
@@ -107,15 +107,15 @@ def run(options: argparse.Namespace) -> None:
     if texts.setdefault(at, text).strip() != text.strip():
       raise ValueError(f'the judgments are of another response of {at[1]!r} to the prompt {at[0]!r} than the one sampled with '
                        'these --temperature, --max_tokens and --seed.')
-  result = preference.summarize(judged, names, baseline, {at: len(text.split()) for at, text in texts.items()})
+  result = statistics.summarize(judged, names, baseline, {at: len(text.split()) for at, text in texts.items()})
   result |= dict(notes=judged.notes, options={k: v for k, v in vars(options).items() if v is not None})
   if responses:
     from alignjax.evals.stats import interval
     result['ended'] = {n: interval([a.ended for a in said if a.text is not None], bounds=(0, 1)) for n, said in responses.items()}
   out.mkdir(parents=True, exist_ok=True)
   (out / 'preference.json').write_text(json.dumps(result, indent=1))
-  (out / 'preference.md').write_text(preference_report.markdown(result, judged.notes))
-  preference_report.plot(result, out / 'preference.png')
+  (out / 'preference.md').write_text(page.markdown(result, judged.notes))
+  page.plot(result, out / 'preference.png')
   for note in judged.notes:
     print(note, flush=True)
   short = lambda f: '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
@@ -126,8 +126,8 @@ def run(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, str]], pathlib.Path]:
   """(policies, judges as (kind, rest), out): what is wrong with the flags is told before anything runs."""
-  from alignjax import files, trouble
-  from alignjax.evals import judges
+  from alignjax.runtime import failures, files
+  from alignjax.evals.preference import judges
   from experiments.evaluate import pairs
   policies = pairs(options.policies, '--policies')
   kinds = [judges.split(spec) for spec in dict.fromkeys(options.judge)]
@@ -150,16 +150,16 @@ def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, 
   if any(kind == 'sandbox' for kind, _ in kinds) and trained(policies)[0] is None:
     raise ValueError('--judge=sandbox needs policies that were trained in the sandbox; these were not.')
   out = files.folder(options.out)
-  trouble.check_writable(out, '--out')
+  failures.check_writable(out, '--out')
   return policies, kinds, out
 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:
   """The seed of the sandbox's world that the policies were trained in, or None; and the longest responses of their training."""
-  from alignjax.stages import finished
+  from alignjax.inference import loading
   found, lengths = set(), []
   for spec in policies.values():
-    if (config := finished.trained_with(spec)) is not None:
+    if (config := loading.trained_with(spec)) is not None:
       lengths.append(config['data']['response_length'])
       if config['data']['tokenizer'] == 'sandbox:':
         found.add(config['world']['seed'])
@@ -169,13 +169,13 @@ def trained(policies: dict[str, str]) -> tuple[int | None, int]:
 
 
 def sample(options: argparse.Namespace, policies: dict[str, str], records: list[dict], out: pathlib.Path) -> dict[str, list]:
-  from alignjax.evals import responses
-  from alignjax.stages import finished
+  from alignjax.evals.preference import responses
+  from alignjax.inference import loading
   made = {}
   for name, spec in policies.items():
-    model = finished.load(spec, 'lm', options.template, dtype=options.dtype)
+    model = loading.load(spec, 'lm', options.template, dtype=options.dtype)
     most = options.max_tokens or trained(policies)[1]
-    made[name] = responses.respond(model, finished.fingerprint(model), records, out / 'responses', name=name,
+    made[name] = responses.respond(model, loading.fingerprint(model), records, out / 'responses', name=name,
                                    rows=options.rows, temperature=options.temperature, max_tokens=most, seed=options.seed)
     del model
   return made
@@ -184,13 +184,13 @@ def sample(options: argparse.Namespace, policies: dict[str, str], records: list[
 def ask(kind: str, spec: str, pairs: list, options: argparse.Namespace, world: int | None, folder: pathlib.Path):
   """The verdicts of one judge on the pairs."""
   from alignjax import plugins
-  from alignjax.evals import judges, openai_judge
-  from alignjax.stages import finished
+  from alignjax.evals.preference import judges, openai_judge
+  from alignjax.inference import loading
   if kind == 'sandbox':
     return judges.sandbox(pairs, world)
   if kind == 'rm':
-    model = finished.load(spec, 'scalar', options.judge_template, dtype=options.dtype)
-    return judges.reward_model(pairs, model, finished.fingerprint(model), folder, f'rm:{spec}', options.rows)
+    model = loading.load(spec, 'scalar', options.judge_template, dtype=options.dtype)
+    return judges.reward_model(pairs, model, loading.fingerprint(model), folder, f'rm:{spec}', options.rows)
   if kind == 'openai':
     text = instructions(options) or openai_judge.INSTRUCTIONS
     return openai_judge.judge(pairs, endpoint(spec, options), folder, f'openai:{spec}', text, options.judge_workers)
@@ -198,7 +198,7 @@ def ask(kind: str, spec: str, pairs: list, options: argparse.Namespace, world: i
 
 
 def endpoint(model: str, options: argparse.Namespace):
-  from alignjax.evals import openai_judge
+  from alignjax.evals.preference import openai_judge
   variable = options.judge_key_env or 'OPENAI_API_KEY'
   key = os.environ.get(variable)
   if not key and (options.judge_key_env or not options.judge_url):
@@ -218,7 +218,7 @@ def endpoint(model: str, options: argparse.Namespace):
 
 
 def instructions(options: argparse.Namespace) -> str | None:
-  from alignjax import textfiles
+  from alignjax.runtime import textfiles
   return textfiles.read(options.judge_instructions, '--judge_instructions=') if options.judge_instructions else None
 
 

@@ -60,7 +60,8 @@ def main(argv: list[str]) -> None:
     from absl import logging
     logging.set_verbosity(logging.WARNING)  # not the search for other backends, nor orbax's every step
 
-    from alignjax import distributed, files, interrupt, lock, train, trouble
+    from alignjax import train
+    from alignjax.runtime import distributed, failures, files, interrupt, lock
     try:
       folder = files.folder(workdir.value or f'runs/{name}-s{config.seed}')
     except ValueError as error:
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
       except lock.Busy as error:
         raise SystemExit(f'error: {error}') from None  # the folder is another run's
       except Exception as error:  # noqa: BLE001 of every kind the message first
-        explain(error, folder / trouble.TRACEBACK)
+        explain(error, folder / failures.TRACEBACK)
       except SystemExit as stopped:
         if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:  # all is written; an interrupted compilation may
           sys.stdout.flush()                                                  # leave threads that crash Python's own way out

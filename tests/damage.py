@@ -143,7 +143,7 @@ def start(words: list[str], here: pathlib.Path, out: pathlib.Path, result: Calla
   child = os.fork()
   if child:
     return child
-  from alignjax import checkpoint
+  from alignjax.runtime import checkpoint
   code = 1
   try:
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

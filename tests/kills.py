@@ -44,7 +44,7 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, object]:
   import numpy as np
   import orbax.checkpoint as ocp
 
-  from alignjax import checkpoint
+  from alignjax.runtime import checkpoint
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   out: dict[str, object] = {}
   for final in sorted(workdir.glob('*/final')):

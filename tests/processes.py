@@ -112,7 +112,8 @@ def run(workdir: pathlib.Path, processes: int, devices: int, changes: list[str] 
 def one(processes: int, workdir: str, changes: list[str]) -> None:
   from absl import logging
   logging.set_verbosity(logging.WARNING)
-  from alignjax import distributed, train
+  from alignjax import train
+  from alignjax.runtime import distributed
   c = micro()
   c.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (change.split('=', 1) for change in changes)})
   with distributed.joined(distributed.facts(c.to_dict()), 60) if processes > 1 else contextlib.nullcontext():

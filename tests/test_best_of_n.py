@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.evals import best_of_n, samples
-from alignjax.stages import finished
+from alignjax.evals.reward import best_of_n
+from alignjax.inference import samples
+from alignjax.inference import loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 
@@ -56,7 +57,7 @@ def test_the_curve_has_paired_changes():
 
 @pytest.fixture(scope='module')
 def model():
-  return finished.load(f'hf:{CHAT}', form='chat')
+  return loading.load(f'hf:{CHAT}', form='chat')
 
 
 def test_samples_go_on_where_they_stopped(model, tmp_path):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from alignjax.data.templates import of_words
-from alignjax.evals import bias, harness, prefixes, table
+from alignjax.evals import table
+from alignjax.evals.public import harness
+from alignjax.evals.safety import bias, prefixes
 from alignjax.models.config import TransformerConfig
-from alignjax.stages import finished
+from alignjax.inference import loading
 from alignjax.types import Networks
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -32,7 +34,7 @@ def known(max_length=40):
                   decoder=None)
   encode = lambda text: [WORDS.index(w) if w in WORDS else 1 for w in text.split()]
   template = of_words(encode, None, 0, 0, '')._replace(first=())  # a text begins with itself, a document after 0
-  return finished.Model(cfg, nets, {}, 'lm', template, len(WORDS), None, None)
+  return loading.Model(cfg, nets, {}, 'lm', template, len(WORDS), None, None)
 
 
 def bits(p):
@@ -121,7 +123,7 @@ def test_the_same_entropy_as_torch():
   import transformers
   theirs = transformers.AutoModelForCausalLM.from_pretrained(CHAT, dtype=torch.float64).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(CHAT)
-  model = finished.load(f'hf:{CHAT}')
+  model = loading.load(f'hf:{CHAT}')
   pairs = [('The cook told him to go.', 'The cook told her to go.'), ('Poor people lie.', 'Rich people do lie.'), ('He', 'She')]
 
   def total(prefix, sentence):

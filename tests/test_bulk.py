@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.evals import bulk
-from alignjax.stages import finished
+from alignjax.inference import bulk
+from alignjax.inference import loading
 from tests.test_preference import CHAT
 
 
 @pytest.fixture(scope='module')
 def model():
-  return finished.load(f'hf:{CHAT}')
+  return loading.load(f'hf:{CHAT}')
 
 
 def shapes(plan):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from alignjax import checkpoint, checksums, metrics, sharding
+from alignjax import sharding
+from alignjax.runtime import checkpoint, checksums, metrics
 from alignjax.types import TrainState
 
 CONFIG = {'seed': 0, 'model': {'d_model': 8}}

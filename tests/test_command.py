@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from alignjax import files
+from alignjax.runtime import files
 from experiments import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""hlo.py by hand-written programs and really compiled ones; compile.py's answers and its errors."""
+"""compiler/hlo.py by hand-written programs and really compiled ones; compile.py's answers and its errors."""
 
 import functools
 import json
@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax import chips, cost, hlo, liveness, sharding
+from alignjax import sharding
+from alignjax.compiler import chips, cost, hlo, liveness
 from alignjax.stages import abstract
 from experiments import compile as command
 

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from alignjax import distributed
-from alignjax.distributed import Place
+from alignjax.runtime import distributed
+from alignjax.runtime.distributed import Place
 from tests.processes import address
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -3,7 +3,7 @@
 import pytest
 
 from alignjax import train
-from alignjax.stages import entries
+from alignjax.setup import entries
 from experiments import command
 
 WRONG = {

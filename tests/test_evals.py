@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.evals import bulk, rm_accuracy
+from alignjax.evals.reward import accuracy
+from alignjax.inference import bulk
 from tests.fakes import close, model
 
 
@@ -22,13 +23,13 @@ class Perfect:
 def test_item_21_accuracy_by_pool():
   made = SimpleNamespace(prompts=[[5], [6]], responses=[[[1], [2], [3]], [[4], [1], [1]]],
                          features=[[[1.0], [2.0], [3.0]], [[4.0], [1.0], [1.0]]])
-  out = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.array([r[-1] for r in rows], float), 0)
+  out = accuracy.by_pool(Perfect(), made, lambda rows: np.array([r[-1] for r in rows], float), 0)
   assert out['accuracy_train_labelers']['mean'] == 1.0 and out['accuracy_heldout_labelers']['mean'] == 0.0
   assert out['accuracy_train_labelers']['n'] == 4 * (3 + 2)  # identical responses are no pair
   assert out['agreement_train_labelers']['mean'] == 1.0
   assert out['margin_train_labelers']['mean'] == pytest.approx((1 + 2 + 1 + 3 + 3) / 5)
   assert out['length_correlation'] is None  # all are as long
-  tied = rm_accuracy.by_pool(Perfect(), made, lambda rows: np.zeros(len(rows)), 0)
+  tied = accuracy.by_pool(Perfect(), made, lambda rows: np.zeros(len(rows)), 0)
   assert tied['accuracy_train_labelers']['mean'] == tied['accuracy_heldout_labelers']['mean'] == 0.5
   assert tied['calibration_error_train_labelers'] == pytest.approx(0)  # half right at a probability of a half
 
@@ -41,7 +42,7 @@ def test_agreement_is_between_different_labelers():
       return np.argsort(np.argsort(-features[:, 0] * (1 if labeler in (0, 2, 4, 5) else -1)))
 
   made = SimpleNamespace(prompts=[[5]], responses=[[[1], [2], [3]]], features=[[[1.0], [2.0], [3.0]]])
-  out = rm_accuracy.by_pool(Divided(), made, lambda rows: np.array([r[-1] for r in rows], float), 0)
+  out = accuracy.by_pool(Divided(), made, lambda rows: np.array([r[-1] for r in rows], float), 0)
   assert out['agreement_train_labelers']['mean'] == 0 and out['agreement_train_labelers']['n'] == 2 * 3
   assert out['agreement_heldout_labelers']['mean'] == 1 and out['agreement_heldout_labelers']['n'] == 3
   assert out['accuracy_train_labelers']['mean'] == 0.5
@@ -52,18 +53,18 @@ def test_accuracy_on_ranks_by_hand():
   made = SimpleNamespace(prompts=[[5], [5], [6]], responses=[[[1], [2]], [[1], [2]], [[3], [4], [4]]],
                          ranks=[[1, 0], [0, 1], [0, 1, 1]])
   scored = []
-  out = rm_accuracy.on_ranks(made, lambda rows: scored.extend(rows) or np.array([r[-1] for r in rows], float))
+  out = accuracy.on_ranks(made, lambda rows: scored.extend(rows) or np.array([r[-1] for r in rows], float))
   assert scored == [[5, 1], [5, 2], [6, 3], [6, 4]]
   assert out['n'] == 4 and out['mean'] == pytest.approx((1 + 0 + 0 + 0) / 4)  # 2 > 1 right, then wrong; 4 > 3 wrong, twice
-  tied = rm_accuracy.on_ranks(made, lambda rows: np.zeros(len(rows)))
+  tied = accuracy.on_ranks(made, lambda rows: np.zeros(len(rows)))
   assert tied['mean'] == 0.5
 
 
 def test_item_21_calibration():
   rng = np.random.default_rng(0)
   p = rng.uniform(0.5, 1, 40_000)
-  assert rm_accuracy.calibration_error(p, (rng.random(40_000) < p).astype(float)) < 0.02
-  assert rm_accuracy.calibration_error(np.full(100, 0.95), np.full(100, 0.0)) == pytest.approx(0.95)
+  assert accuracy.calibration_error(p, (rng.random(40_000) < p).astype(float)) < 0.02
+  assert accuracy.calibration_error(np.full(100, 0.95), np.full(100, 0.0)) == pytest.approx(0.95)
 
 
 def test_bulk_inference_equals_one_at_a_time():

@@ -18,7 +18,8 @@ from alignjax.models import export, hf, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
-from alignjax.stages import finished, setup
+from alignjax.inference import loading
+from alignjax.setup import setup
 from experiments import export as command
 
 torch = pytest.importorskip('torch', reason='pip install torch (the parity extra)')
@@ -84,7 +85,7 @@ def test_generation_stops_where_ours_does(pad, bos, tmp_path):
   """Greedy responses of both, token by token, some ended by the template's end and some by the end of text."""
   source = source_of(tmp_path / 'in', pad=pad, bos=bos, generation={'eos_token_id': 0, 'temperature': 0.5,
                                                                     '_from_model_config': True})
-  model = finished.load(f'hf:{source}', 'lm', 'chat')
+  model = loading.load(f'hf:{source}', 'lm', 'chat')
   params = jax.tree.map(np.array, model.params)
   params['final']['head']['kernel'][:, [0, 2]] *= 2.5  # both ends become likely
   ends = (model.template.end, 0)
@@ -115,7 +116,7 @@ def test_generation_stops_where_ours_does(pad, bos, tmp_path):
 def test_ids_without_a_token_are_not_generated(tmp_path):
   """The vocabulary is larger than the tokenizer's, and what lies beyond it is by far the likeliest."""
   source = source_of(tmp_path / 'in', vocab_size=TEXT + 256 + 3)
-  model = finished.load(f'hf:{source}')
+  model = loading.load(f'hf:{source}')
   params = jax.tree.map(np.array, model.params)
   params['final']['head']['kernel'][:, -3:] *= 50
   export.save(tmp_path / 'out', source, model.cfg, params, tokenizer=model.tokenizer, ends=model.template.ends)
@@ -152,12 +153,12 @@ def test_padded_batches_score_as_ours(kind, pad, bos, special, added, tmp_path):
   chat = STOP in special
   source = source_of(tmp_path / 'in', kind, pad, bos, special=special)
   cfg, params = reward_of(source, 0.4)
-  model = finished.load(f'hf:{source}', 'lm', 'chat' if chat else 'plain')
+  model = loading.load(f'hf:{source}', 'lm', 'chat' if chat else 'plain')
   report = export.save(tmp_path / 'out', source, cfg, params, tokenizer=model.tokenizer, ends=(model.template.end,), bias='keep')
   assert not (tmp_path / 'out' / 'generation_config.json').exists()
   rows = [[*model.template.prompt('Say a'), *model.template.response(said)] for said in ('a', 'a much longer answer', '', 'ab')]
   ours = np.asarray(scorer(cfg)(params, *encode.right_pad(rows, 72, model.template.pad)))
-  back = finished.load(f'hf:{tmp_path / "out"}', 'scalar', 'chat' if chat else 'plain')
+  back = loading.load(f'hf:{tmp_path / "out"}', 'scalar', 'chat' if chat else 'plain')
   assert back.cfg.vocab_size == cfg.vocab_size + added
   again = scorer(TransformerConfig(**hf.fields(tmp_path / 'out')))(back.params, *encode.right_pad(rows, 72, back.template.pad))
   np.testing.assert_allclose(again, ours, rtol=1e-5, atol=1e-5)
@@ -188,14 +189,14 @@ def test_a_reward_model_of_others_that_is_scored_before_the_end_is_refused(tmp_p
     tokenizer_of(folder, STOP, None)
     if refused:
       with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
-        finished.load(f'hf:{folder}', 'scalar', 'chat')
-      finished.load(f'hf:{folder}', 'scalar', 'plain')  # ends with the end of text
+        loading.load(f'hf:{folder}', 'scalar', 'chat')
+      loading.load(f'hf:{folder}', 'scalar', 'plain')  # ends with the end of text
       fake = types.SimpleNamespace(read={}, policy_model=None, reward_model=None, config=types.SimpleNamespace(seed=0),
                                    template=types.SimpleNamespace(end=2))
       with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
         setup.initial_params(fake, f'hf:{folder}', 'scalar', 0)
       continue
-    ours = finished.load(f'hf:{folder}', 'scalar', 'chat')
+    ours = loading.load(f'hf:{folder}', 'scalar', 'chat')
     row = [*ours.template.prompt('Say a'), *ours.template.response('ab')]
     assert row[-1] == 2
     score = scorer(ours.cfg)(ours.params, *encode.right_pad([row], 72, ours.template.pad))
@@ -208,7 +209,7 @@ def test_texts_become_the_same_ids(pad, bos, tmp_path):
   source = source_of(tmp_path / 'in', pad=pad, bos=bos)
   cfg, reward = reward_of(source, 0.0)
   policy = hf.load(source, cfg, 'lm', ONE.params)
-  plain, chat = (finished.load(f'hf:{source}', 'lm', form) for form in ('plain', 'chat'))
+  plain, chat = (loading.load(f'hf:{source}', 'lm', form) for form in ('plain', 'chat'))
   for name, params in (('policy', policy), ('reward', reward)):
     export.save(tmp_path / name, source, cfg, params, tokenizer=plain.tokenizer, ends=(2,))
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
@@ -295,7 +296,7 @@ def test_damage_of_an_export_is_noticed(tmp_path):
   out = tmp_path / 'out'
   export.save(out, source, cfg, hf.load(source, cfg, 'lm', ONE.params), shard_bytes=9000,
               tokenizer=transformers.AutoTokenizer.from_pretrained(source), ends=(2,))
-  finished.load(f'hf:{out}', 'lm', 'chat')
+  loading.load(f'hf:{out}', 'lm', 'chat')
   names = sorted(p.name for p in out.iterdir())
   assert {'SHA256SUMS', 'config.json', 'generation_config.json', 'model.safetensors.index.json', 'tokenizer.json'} < set(names)
   for name in names:
@@ -305,20 +306,20 @@ def test_damage_of_an_export_is_noticed(tmp_path):
       if damaged is not None:
         path.write_bytes(damaged)
       if name == 'SHA256SUMS' and not damaged:
-        finished.load(f'hf:{out}', 'lm', 'chat')  # then nothing is compared
+        loading.load(f'hf:{out}', 'lm', 'chat')  # then nothing is compared
       else:
         with pytest.raises((ValueError, FileNotFoundError), match=str(out)):
-          finished.load(f'hf:{out}', 'lm', 'chat')
+          loading.load(f'hf:{out}', 'lm', 'chat')
     path.write_bytes(raw)
-  finished.load(f'hf:{out}', 'lm', 'chat')
+  loading.load(f'hf:{out}', 'lm', 'chat')
 
 
 def test_the_commands_errors_are_lines(tmp_path, monkeypatch):
   """A reward model's bias without a choice; a folder that cannot be written."""
   source = source_of(tmp_path / 'in')
   cfg, params = reward_of(source, 0.5)
-  model = finished.load(f'hf:{source}', 'lm', 'chat')._replace(params=params, head='scalar', cfg=cfg)
-  monkeypatch.setattr(finished, 'load', lambda name: model)
+  model = loading.load(f'hf:{source}', 'lm', 'chat')._replace(params=params, head='scalar', cfg=cfg)
+  monkeypatch.setattr(loading, 'load', lambda name: model)
   with pytest.raises(SystemExit, match='error: the reward model has the bias 0.5.*--bias=drop.*--bias=keep'):
     command.main(['--model=x', f'--out={tmp_path / "out"}'])
   (tmp_path / 'file').write_text('')
@@ -329,8 +330,8 @@ def test_the_commands_errors_are_lines(tmp_path, monkeypatch):
 def test_the_command_names_the_trained_end_first(tmp_path, monkeypatch, capsys):
   """And a chat template without a default, which transformers cannot render, is only said not to be what was trained."""
   source = source_of(tmp_path / 'in')
-  model = finished.load(f'hf:{source}', 'lm', 'chat')
-  monkeypatch.setattr(finished, 'load', lambda name: model)
+  model = loading.load(f'hf:{source}', 'lm', 'chat')
+  monkeypatch.setattr(loading, 'load', lambda name: model)
   command.main(['--model=x', f'--out={tmp_path / "chat"}'])
   assert json.loads((tmp_path / 'chat' / 'generation_config.json').read_text())['eos_token_id'] == [2, 0]
   assert 'note' not in capsys.readouterr().out

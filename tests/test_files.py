@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from alignjax import files
+from alignjax.runtime import files
 from tests import fake_gcs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

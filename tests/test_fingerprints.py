@@ -7,7 +7,8 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from alignjax import fingerprints, plugins
+from alignjax import plugins
+from alignjax.runtime import fingerprints
 
 
 @pytest.fixture

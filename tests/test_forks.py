@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import checkpoint, losses, metrics, optim, plugins, rollout, train
+from alignjax import losses, optim, plugins, rollout, train
+from alignjax.runtime import checkpoint, metrics
 from alignjax.stages import ppo_ptx, preference
 from alignjax.stages.ppo_ptx import iteration
-from alignjax.stages.setup import initial_params, make_setup
+from alignjax.setup.setup import initial_params, make_setup
 from alignjax.types import PreferenceBatch, TrainState
 from experiments.configs import base, dpo
 from tests.fakes import comparison_batch, model, prompts

@@ -12,11 +12,12 @@ import sys
 import jax
 import pytest
 
-from alignjax import checkpoint, train
-from alignjax.evals import talk
+from alignjax import train
+from alignjax.runtime import checkpoint
+from alignjax.inference import streaming
 from alignjax.models import transformer
-from alignjax.stages import finished
-from alignjax.stages.setup import initial_params, make_setup
+from alignjax.inference import loading
+from alignjax.setup.setup import initial_params, make_setup
 from experiments import generate as command
 from experiments.configs import smollm2_135m
 
@@ -28,7 +29,7 @@ SHORT = [f'--model=hf:{CHAT}', '--max_tokens=2', '--temperature=0']
 @pytest.fixture(scope='module')
 def model():
   """A context of 24 tokens; one token a character."""
-  model = finished.load(f'hf:{CHAT}')
+  model = loading.load(f'hf:{CHAT}')
   cfg = dataclasses.replace(model.cfg, max_length=24)
   return model._replace(cfg=cfg, nets=transformer.make_networks(cfg))
 
@@ -36,7 +37,7 @@ def model():
 def said(model, prompt, **how):
   """(tokens of a greedy answer at its limit, what `cut` heard)."""
   heard, slots = [], []
-  text = ''.join(talk.stream(model, prompt, temperature=0, cut=heard.append, starting=slots.append, **how))
+  text = ''.join(streaming.stream(model, prompt, temperature=0, cut=heard.append, starting=slots.append, **how))
   assert len(slots) == 1 and slots[0] <= model.cfg.max_length
   return text, heard
 
@@ -68,24 +69,24 @@ def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(tr
   folder, base = tmp_path / 'run' / 'sft', trained[1]
   shutil.copytree(trained[0].parent, folder.parent)
   spec = str(folder / name)
-  assert finished.load(spec).response_length == 16 == finished.trained_with(spec)['data']['response_length']
+  assert loading.load(spec).response_length == 16 == loading.trained_with(spec)['data']['response_length']
   template = base / 'chat_template.jinja'
   before = template.read_text()
   try:
     template.write_text(f'{before} ')
     with pytest.raises(ValueError, match=r'data.tokenizer=hf:.*base is another one now .*--on_changed_input=keep'):
-      finished.load(spec)
+      loading.load(spec)
   finally:
     template.write_text(before)
-  finished.load(spec)
+  loading.load(spec)
   config = folder / 'checkpoints' / 'config.json'
   before = config.read_text()
   config.write_text(before.replace('"response_length": 16', '"response_length": 12'))
-  for read in (finished.load, finished.trained_with):
+  for read in (loading.load, loading.trained_with):
     with pytest.raises(checkpoint.Damaged, match=r'checkpoints/config.json is damaged or missing .*Delete it, and the command'):
       read(spec)
   config.write_text(before)
-  finished.load(spec)
+  loading.load(spec)
 
 
 def test_a_length_that_was_asked_for_is_kept_or_refused(model):
@@ -119,14 +120,14 @@ def test_a_pipe_gets_answers_and_nothing_else(monkeypatch, capsys):
     cut(2)
     yield 'so'
 
-  monkeypatch.setattr(talk, 'stream', stream)
+  monkeypatch.setattr(streaming, 'stream', stream)
   monkeypatch.setattr(sys, 'stdin', Pipe(b'\xef\xbb\xbfone\r\n\n \ntwo\xe2\x80\xa8still\x0ctwo\n/new\nthree'))
   command.main(SHORT)
   assert asked == ['one', 'two\u2028still\x0ctwo', 'three'] and capsys.readouterr() == ('so\n' * 3, '')
   monkeypatch.setattr(sys, 'stdin', Pipe(b'one\n\xff\n'))
   with pytest.raises(SystemExit, match=r'error: standard input: not UTF-8 .byte 0. in line 2'):
     command.main(SHORT)
-  monkeypatch.setattr(talk, 'stream', lambda *_, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+  monkeypatch.setattr(streaming, 'stream', lambda *_, **how: (_ for _ in ()).throw(KeyboardInterrupt))
   with pytest.raises(SystemExit) as stopped:
     command.main([*SHORT, '--prompt=x'])
   assert stopped.value.code == 130
@@ -153,7 +154,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys
     if prompt[-1]['content'] == 'three':
       raise ValueError('too long')
 
-  monkeypatch.setattr(talk, 'stream', stream)
+  monkeypatch.setattr(streaming, 'stream', stream)
   monkeypatch.setattr('builtins.input', lambda mark='': next(lines))
   for stream_of in (sys.stdin, sys.stderr):
     monkeypatch.setattr(stream_of, 'isatty', lambda: True, raising=False)

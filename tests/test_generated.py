@@ -11,11 +11,14 @@ from generated import as_lines, examples, good_message, messages, number, rows, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignjax import metrics, textfiles
+from alignjax.runtime import metrics, textfiles
 from alignjax.data import fields, mappings, sources
-from alignjax.evals import items, judgments, kept, public_data
-from alignjax.evals.judgment_rows import FLAGS
-from alignjax.evals.responses import Response
+from alignjax.evals import items
+from alignjax.evals.preference import judgments
+from alignjax.evals.public import loaders
+from alignjax.runtime import journal
+from alignjax.evals.preference.judgment_rows import FLAGS
+from alignjax.evals.preference.responses import Response
 from experiments import evaluate, generate
 
 ERRORS = (ValueError, FileNotFoundError)  # what commands tell in one line
@@ -99,9 +102,9 @@ def test_bytes(folder, raw, name):
     assert made == plain.removeprefix(b'\xef\xbb\xbf').decode()
     assert '\n'.join(textfiles.lines(made)) == made.replace('\r\n', '\n').removesuffix('\n').removesuffix('\r')
   for call in (lambda: sources.read(f'jsonl:{path}', 'prompts'), lambda: items.read(path, ('prompt',)),
-               lambda: public_data.local('sst', str(path), {'sentence': str}), lambda: judgments.read(str(path), judge='j'),
+               lambda: loaders.local('sst', str(path), {'sentence': str}), lambda: judgments.read(str(path), judge='j'),
                lambda: generate.read_prompts(str(path)), lambda: mappings._arguments.__wrapped__(path), lambda: metrics.read(path),
-               lambda: kept.read(path)):
+               lambda: journal.read(path)):
     read(call, str(path))
     path.write_bytes(raw)  # kept.read cuts off a torn line
 
@@ -249,7 +252,7 @@ def test_pairs_of_flags(flag):
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  from alignjax.stages.setup import load_tokenizer
+  from alignjax.setup.setup import load_tokenizer
   return load_tokenizer(str(pathlib.Path(__file__).parent / 'golden' / 'chat'))
 
 

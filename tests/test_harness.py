@@ -6,8 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from alignjax.evals import bulk, harness
-from alignjax.stages import finished
+from alignjax.evals.public import harness
+from alignjax.inference import bulk
+from alignjax.inference import loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 TEXTS = [('The cat', ' sat.'), ('', 'Hello there'), ('Question: why?\nAnswer: ', 'because'), ('a' * 60, 'b'), ('x ', ' y' * 20)]
@@ -15,7 +16,7 @@ TEXTS = [('The cat', ' sat.'), ('', 'Hello there'), ('Question: why?\nAnswer: ',
 
 @pytest.fixture(scope='module')
 def model():
-  return finished.load(f'hf:{CHAT}')
+  return loading.load(f'hf:{CHAT}')
 
 
 def instances(*args):

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.evals import harness, harness_tasks, table
-from alignjax.stages import finished
+from alignjax.evals import table
+from alignjax.evals.public import harness, harness_tasks
+from alignjax.inference import loading
 
 pytest.importorskip('lm_eval')
 pytestmark = pytest.mark.filterwarnings('ignore')  # of the harness and its data library
@@ -190,7 +191,7 @@ def test_the_names_are_those_that_the_harness_finds():
 
 def test_perplexity_is_that_of_the_logits(folder, tmp_path):
   """A text through the real interface, against the log-softmax in float64."""
-  model = finished.load(f'hf:{CHAT}', dtype='float32')
+  model = loading.load(f'hf:{CHAT}', dtype='float32')
   cell = {c.metric: c for c in table.find_tasks([str(folder / 'text.yaml')])['my_text'](
       model, data=None, limit=2, seed=0, keep=tmp_path)}['bits_per_byte']
   asked = [ROWS[int(i)]['question'] for i in cell.items]

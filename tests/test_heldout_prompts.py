@@ -4,7 +4,7 @@ import jax
 
 from alignjax import sandbox
 from alignjax.stages import comparisons
-from alignjax.stages.setup import make_setup
+from alignjax.setup.setup import make_setup
 from experiments.configs import ppo_ptx
 
 

@@ -14,7 +14,8 @@ from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, make_mesh
-from alignjax.stages import finished, setup
+from alignjax.inference import loading
+from alignjax.setup import setup
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/expected.npz'))
@@ -251,7 +252,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
   save_file(tensors | {'model.embed_tokens.weight': tensors['model.embed_tokens.weight'][:250]}, tmp_path / 'model.safetensors')
   _config(vocab_size=250)(tmp_path)
   with pytest.raises(ValueError, match='vocab_size=250, but the tokenizer has ids up to 259'):
-    finished.load(f'hf:{tmp_path}', 'lm')
+    loading.load(f'hf:{tmp_path}', 'lm')
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from alignjax import sandbox
-from alignjax.evals import judges, openai_judge
-from alignjax.evals.judgments import Pair
-from alignjax.evals.openai_judge import Endpoint
-from alignjax.evals.responses import Response
+from alignjax.evals.preference import judges, openai_judge
+from alignjax.evals.preference.judgments import Pair
+from alignjax.evals.preference.openai_judge import Endpoint
+from alignjax.evals.preference.responses import Response
 from alignjax.models import transformer
-from alignjax.stages import finished
+from alignjax.inference import loading
 from tests.test_preference import CHAT
 
 
@@ -24,7 +24,7 @@ def pair(number, a, b, prompt='Say it.', **more):
 
 
 def test_reward_model_scores_are_those_of_one_row_at_a_time(tmp_path):
-  lm = finished.load(f'hf:{CHAT}', 'lm', 'chat')
+  lm = loading.load(f'hf:{CHAT}', 'lm', 'chat')
   model = lm._replace(head='scalar', params=transformer.with_scalar_head(lm.cfg, lm.params, jax.random.key(0)))
   scalar = jax.jit(model.nets.scalar)
   pairs = [pair(1, 'yes', 'no, never'), pair(2, 'the same', 'the same'), pair(3, 'cut', 'cut')._replace(

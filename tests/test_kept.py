@@ -8,51 +8,54 @@ import types
 import numpy as np
 import pytest
 
-from alignjax.evals import bulk, evaluation, items, judges, kept, responses, table
-from alignjax.evals.judgments import Pair
-from alignjax.evals.responses import Response
+from alignjax.evals import evaluation, items, table
+from alignjax.evals.preference import judges, responses
+from alignjax.inference import bulk
+from alignjax.runtime import journal
+from alignjax.evals.preference.judgments import Pair
+from alignjax.evals.preference.responses import Response
 from alignjax.evals.table import Cell
-from alignjax.stages import finished
+from alignjax.inference import loading
 
 ROWS = [{'item': 'a', 'value': 0.1}, {'item': 'ü "x", "crc32": "', 'value': None}, {'item': '\ud800', 'value': [1, {'b': '\n'}]}]
 
 
 def test_rows_come_back_and_a_torn_line_is_cut(tmp_path):
   path = tmp_path / 'new' / 'k.jsonl'
-  assert kept.read(path) == []
-  kept.append(path, ROWS[:1])
-  kept.append(path, ROWS[1:])
-  assert kept.read(path) == ROWS
+  assert journal.read(path) == []
+  journal.append(path, ROWS[:1])
+  journal.append(path, ROWS[1:])
+  assert journal.read(path) == ROWS
   assert [json.loads(line)['item'] for line in path.read_text().splitlines()][:2] == ['a', ROWS[1]['item']]  # for people and jq
   whole = path.read_bytes()
   path.write_bytes(whole + whole[:20])
-  assert kept.read(path) == ROWS and path.read_bytes() == whole
+  assert journal.read(path) == ROWS and path.read_bytes() == whole
 
 
 def test_any_bit_of_any_line_is_noticed(tmp_path):
   path = tmp_path / 'k.jsonl'
-  kept.append(path, ROWS)
+  journal.append(path, ROWS)
   whole = path.read_bytes()
   for at in range(len(whole)):
     for bit in (0, 5, 7):
       path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
       if at == len(whole) - 1:  # the last newline: as a line that a kill left torn
-        assert kept.read(path) == ROWS[:2]
+        assert journal.read(path) == ROWS[:2]
       else:
         with pytest.raises(ValueError, match=r'k.jsonl, line \d: the line is damaged'):
-          kept.read(path)
+          journal.read(path)
 
 
 def test_whole_files(tmp_path):
   path, value = tmp_path / 'new' / 'x.json', {'b': (1, 2.5), 'a': {10: 'x', 9: None}}
-  assert kept.read_whole(path) is None
-  kept.write_whole(path, value)
-  assert kept.read_whole(path) == {'b': [1, 2.5], 'a': {'10': 'x', '9': None}}
+  assert journal.read_whole(path) is None
+  journal.write_whole(path, value)
+  assert journal.read_whole(path) == {'b': [1, 2.5], 'a': {'10': 'x', '9': None}}
   whole = path.read_bytes()
   for damaged in (b'', whole[:-1], whole[:10], b'[]', b'{}', b'3', b'\xff', whole.replace(b'2.5', b'2.6')):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match='x.json is damaged.*Remove it'):
-      kept.read_whole(path)
+      journal.read_whole(path)
 
 
 def damages(path, rng):
@@ -97,8 +100,8 @@ def drawn(model, *, data, limit, seed, keep):
 @pytest.mark.parametrize('interrupted', [False, True])
 def test_a_damaged_evaluation_has_no_other_numbers(tmp_path, monkeypatch, interrupted):
   model = lambda name: types.SimpleNamespace(params={'w': np.full(2, float(name))})
-  monkeypatch.setattr(finished, 'load', lambda name, *_: model(name))
-  monkeypatch.setattr(finished, 'facts', lambda model: {'weights': float(model.params['w'].sum())})
+  monkeypatch.setattr(loading, 'load', lambda name, *_: model(name))
+  monkeypatch.setattr(loading, 'facts', lambda model: {'weights': float(model.params['w'].sum())})
   monkeypatch.setattr(table, 'plot', lambda rows, models, baseline, path: path.write_bytes(b'plot'))
   out = tmp_path / 'out'
 
@@ -114,7 +117,7 @@ def test_a_damaged_evaluation_has_no_other_numbers(tmp_path, monkeypatch, interr
 
 def test_damaged_responses_and_scores_have_no_other_numbers(tmp_path, monkeypatch):
   from tests.test_preference import CHAT
-  model = finished.load(f'hf:{CHAT}', 'lm', 'chat')
+  model = loading.load(f'hf:{CHAT}', 'lm', 'chat')
 
   def make_sampler(nets, sharder, **_):
     def sample(params, prompts, seed, temperature, numbers, done):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from alignjax.data import sources
-from alignjax.evals import labelers, stats
+from alignjax.evals import stats
+from alignjax.evals.reward import labelers
 from experiments import heldout_labelers
 from experiments.configs import ukp_rm
 

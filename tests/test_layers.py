@@ -31,7 +31,7 @@ def test_layers(path):
   assert path.name != 'utils.py'
   assert len(text.splitlines()) < 330, 'one concept a file: split it'
   assert has('flax.linen') <= name.startswith('models/')
-  assert ('jax.jit(' in text or '@jax.jit' in text) <= (name.startswith(('stages/', 'evals/')) or name == 'checksums.py')
+  assert ('jax.jit(' in text or '@jax.jit' in text) <= (name.startswith(('stages/', 'evals/')) or name == 'runtime/checksums.py')
   assert has('ml_collections') <= (name.startswith('stages/') or name in ('train.py', 'report.py'))
   assert not (name.startswith('sandbox/') and has('jax'))
   assert not has('tensorflow') and not has('torch')

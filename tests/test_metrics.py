@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alignjax import metrics
+from alignjax.runtime import metrics
 
 
 def lines(path):

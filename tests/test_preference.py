@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from alignjax.evals import bulk, judgments, kept, preference, responses
-from alignjax.evals.judgments import Judged, Rating, Verdict
-from alignjax.stages import finished
+from alignjax.evals.preference import judgments, responses, statistics
+from alignjax.inference import bulk
+from alignjax.runtime import journal
+from alignjax.evals.preference.judgments import Judged, Rating, Verdict
+from alignjax.inference import loading
 from experiments import preference as command
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -21,12 +23,12 @@ SHARED = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).par
 
 
 def table(rows, policies):
-  return preference.tabulate([Verdict(*row) for row in rows], policies)
+  return statistics.tabulate([Verdict(*row) for row in rows], policies)
 
 
 def test_strength_of_two_policies_is_the_logit_of_the_win_rate():
   rows = [(f'q{i}', 'a', 'b', p, 'j') for i, p in enumerate([1.0] * 50 + [0.0] * 20 + [0.5] * 10)]
-  out = preference.bradley_terry(table(rows, ['a', 'b']), ['a', 'b'], 'b')
+  out = statistics.bradley_terry(table(rows, ['a', 'b']), ['a', 'b'], 'b')
   rate = 55 / 80
   assert out['a']['mean'] == pytest.approx(np.log(rate / (1 - rate)), abs=1e-6)
   assert out['b'] == {'mean': 0.0, 'ci95': [0.0, 0.0], 'n': 80, 'kind': 'statistic'}
@@ -48,7 +50,7 @@ def test_strengths_are_those_of_direct_maximisation():
     wins[j, i] += 1 - p
   loss = lambda x: (wins * np.logaddexp(0, x[None, :] - x[:, None])).sum() + x[0]**2
   best = scipy.optimize.minimize(loss, np.zeros(4), tol=1e-12).x
-  out = preference.bradley_terry(table(rows, names), names, 'a')
+  out = statistics.bradley_terry(table(rows, names), names, 'a')
   np.testing.assert_allclose([out[n]['mean'] for n in names], best - best[0], atol=1e-4)
   assert all(out[n]['ci95'][0] < out[n]['mean'] < out[n]['ci95'][1] for n in 'bcd')
   assert sum(f['n'] for f in out.values()) == 300
@@ -58,16 +60,16 @@ def test_where_strengths_have_no_maximum():
   always = [(f'q{i}', 'a', 'b', 1.0, 'j') for i in range(9)]
   apart = [*always, ('q', 'b', 'a', 1.0, 'j'), ('q', 'c', 'd', 0.5, 'j')]
   for rows, names in ((always, 'ab'), (apart, 'abcd')):
-    out = preference.bradley_terry(table(rows, list(names)), list(names), 'a')
+    out = statistics.bradley_terry(table(rows, list(names)), list(names), 'a')
     assert all(f['mean'] is None for f in out.values())
-  rare = preference.bradley_terry(table([*always, ('q', 'a', 'b', 0.0, 'j')], ['a', 'b']), ['a', 'b'], 'b')
+  rare = statistics.bradley_terry(table([*always, ('q', 'a', 'b', 0.0, 'j')], ['a', 'b']), ['a', 'b'], 'b')
   assert rare['a']['mean'] == pytest.approx(np.log(9)) and rare['a']['ci95'] == [None, None]
 
 
 def test_win_rates_by_hand_and_their_intervals():
   rows = [('q1', 'a', 'b', 1.0, 'j', '', 'a'), ('q1', 'a', 'b', 0.0, 'j', '', 'b'),  # the two orders disagree: a half
           ('q2', 'b', 'a', 1.0, 'j'), ('q2', 'c', 'b', 0.75, 'j'), ('q3', 'a', 'b', None, 'j')]
-  out = preference.win_rates(table(rows, ['a', 'b', 'c']), ['a', 'b', 'c'])
+  out = statistics.win_rates(table(rows, ['a', 'b', 'c']), ['a', 'b', 'c'])
   assert out['a']['b']['mean'] == 0.25 and out['b']['a']['mean'] == 0.75 and out['a']['b']['n'] == 2
   assert out['c']['b']['mean'] == 0.75 and out['b']['c']['mean'] == 0.25 and out['a']['c']['mean'] is None
   rng = np.random.default_rng(1)
@@ -76,13 +78,13 @@ def test_win_rates_by_hand_and_their_intervals():
   three = [(q, a, b, p, j, labeler) for q, a, b, p, j, _ in one for labeler in 'xyz']
   error = 1.96 * np.sqrt(wins.mean() * (1 - wins.mean()) / 400)
   for rows in (one, three):  # labelers who say the same add nothing to what is known
-    figure = preference.win_rates(table(rows, ['a', 'b']), ['a', 'b'])['a']['b']
+    figure = statistics.win_rates(table(rows, ['a', 'b']), ['a', 'b'])['a']['b']
     np.testing.assert_allclose(figure['ci95'], [wins.mean() - error, wins.mean() + error], atol=0.01)
-    mirror = preference.win_rates(table(rows, ['b', 'a']), ['b', 'a'])['a']['b']
+    mirror = statistics.win_rates(table(rows, ['b', 'a']), ['b', 'a'])['a']['b']
     np.testing.assert_allclose(mirror['ci95'], figure['ci95'], atol=0.01)
   same = [(f'0123456789ab-{i}' if i else '0123456789ab', 'a', 'b', p, 'j') for i, p in enumerate([1.0, 0.0, 1.0])]
-  assert preference.win_rates(table(same, ['a', 'b']), ['a', 'b'])['a']['b']['ci95'] == [None, None], 'one prompt'
-  always = preference.win_rates(table([(f'q{i}', 'a', 'b', 1.0, 'j') for i in range(24)], ['a', 'b']), ['a', 'b'])
+  assert statistics.win_rates(table(same, ['a', 'b']), ['a', 'b'])['a']['b']['ci95'] == [None, None], 'one prompt'
+  always = statistics.win_rates(table([(f'q{i}', 'a', 'b', 1.0, 'j') for i in range(24)], ['a', 'b']), ['a', 'b'])
   assert 0.8 < always['a']['b']['ci95'][0] < 0.95 and always['a']['b']['ci95'][1] == 1.0
   assert always['b']['a']['ci95'] == pytest.approx([0.0, 1 - always['a']['b']['ci95'][0]])
 
@@ -91,7 +93,7 @@ def test_agreement_by_hand():
   said = {'q1': 'aab', 'q2': 'bbb', 'q3': 'at', 'q4': 'a', 'q5': 'tt', 'q6': 'ba'}
   value = dict(a=1.0, b=0.0, t=0.5)
   rows = [(q, 'A', 'B', value[c], 'j', f'l{n}') for q, cs in said.items() for n, c in enumerate(cs)]
-  out = preference.agreement(table(rows, ['A', 'B']))
+  out = statistics.agreement(table(rows, ['A', 'B']))
   assert out['pairs'] == 5 and out['pairwise']['n'] == 9 and out['pairwise']['mean'] == pytest.approx(5 / 9)
   assert out['pairwise_without_ties']['mean'] == pytest.approx(4 / 7)
   # Krippendorff: disagreement within units, each weighted 1 / (m - 1), against that of all values of these units
@@ -101,39 +103,39 @@ def test_agreement_by_hand():
   every = ''.join(units)
   expected = sum(x != y for i, x in enumerate(every) for k, y in enumerate(every) if i != k) / (n * (n - 1))
   assert out['alpha']['mean'] == pytest.approx(1 - observed / expected)
-  assert preference.agreement(table(rows[:1], ['A', 'B'])) is None
+  assert statistics.agreement(table(rows[:1], ['A', 'B'])) is None
   same = [(q, 'A', 'B', 1.0, 'j', x) for q in ('q1', 'q2') for x in 'xy']
-  assert preference.agreement(table(same, ['A', 'B']))['alpha']['mean'] is None
+  assert statistics.agreement(table(same, ['A', 'B']))['alpha']['mean'] is None
 
 
 def test_length_position_and_judges_by_hand():
   rows = [('q1', 'a', 'b', 1.0, 'j'), ('q2', 'a', 'b', 0.0, 'j'), ('q3', 'b', 'a', 0.75, 'j'), ('q4', 'a', 'b', 1.0, 'j')]
   words = {('q1', 'a'): 9, ('q1', 'b'): 4, ('q2', 'a'): 7, ('q2', 'b'): 6, ('q3', 'a'): 2, ('q3', 'b'): 5, ('q4', 'a'): 3,
            ('q4', 'b'): 3}
-  out = preference.length_effect(table(rows, ['a', 'b']), ['a', 'b'], words)
+  out = statistics.length_effect(table(rows, ['a', 'b']), ['a', 'b'], words)
   assert out['longer_wins']['mean'] == pytest.approx((1 + 0 + 0.75) / 3)
   x, y = np.array([5, 1, -3, 0.0]), np.array([0.5, -0.5, -0.25, 0.5])  # b shown first is a turned round
   assert out['correlation']['mean'] == pytest.approx((x @ y) / np.sqrt((x @ x) * (y @ y)))
   shown = [Verdict('q1', 'a', 'b', 1.0, 'j', 'm', 'a'), Verdict('q1', 'a', 'b', 0.0, 'j', 'm', 'b'),
            Verdict('q2', 'b', 'a', 1.0, 'j', 'm', 'a'), Verdict('q2', 'b', 'a', 1.0, 'j', 'm', 'b')]
-  found = preference.position_bias(shown)
+  found = statistics.position_bias(shown)
   assert found['first_wins']['mean'] == 0.75 and found['consistent']['mean'] == 0.5
   turned = [Verdict('q3', 'a', 'b', 1.0, 'j', 'm', 'a'), Verdict('q3', 'b', 'a', 0.0, 'j', 'm', 'a'),  # a both times
             Verdict('q4', 'b', 'a', 1.0, 'j', 'm', 'a'), Verdict('q4', 'a', 'b', 0.5, 'j', 'm', 'a'),  # b, then a tie
             Verdict('q5', 'a', 'b', 1.0, 'j', 'm', 'a'), Verdict('q5', 'b', 'a', 0.0, 'j', 'n', 'a')]  # two labelers
-  found = preference.position_bias(turned)
+  found = statistics.position_bias(turned)
   assert found['first_wins']['mean'] == pytest.approx((1 + 0 + 1 + 0.5 + 1 + 0) / 6)
   assert found['consistent']['n'] == 2 and found['consistent']['mean'] == 0.5
-  assert preference.position_bias([Verdict(*r) for r in rows]) is None
+  assert statistics.position_bias([Verdict(*r) for r in rows]) is None
   other = [('q1', 'a', 'b', 0.9, 'k'), ('q2', 'b', 'a', 0.2, 'k'), ('q3', 'a', 'b', 0.5, 'k')]
-  one, = preference.between({'j': table(rows, ['a', 'b']), 'k': table(other, ['a', 'b'])})
+  one, = statistics.between({'j': table(rows, ['a', 'b']), 'k': table(other, ['a', 'b'])})
   assert one['agreement']['n'] == 2 and one['agreement']['mean'] == 0.5
 
 
 def test_ratings_are_averaged_by_policy():
   judged = Judged([], [Rating('q1', 'a', 'j', 'x', 6.0, {'hallucination': True}), Rating('q1', 'a', 'j', 'y', 3.0, {}),
                        Rating('q2', 'a', 'j', 'x', None, {'hallucination': False}), Rating('q1', 'b', 'j', 'x', 7.0, {})])
-  out = preference.rated(judged, ['a', 'b'])['j']
+  out = statistics.rated(judged, ['a', 'b'])['j']
   assert out['a']['likert']['mean'] == 4.5 and out['a']['hallucination']['mean'] == 0.5 and out['b']['likert']['mean'] == 7
   assert 'hallucination' not in out['b']
 
@@ -171,7 +173,7 @@ def test_pandalm_agreement_and_order(tmp_path):
 
 @pytest.fixture(scope='module')
 def model():
-  return finished.load(f'hf:{CHAT}', 'lm', 'chat')
+  return loading.load(f'hf:{CHAT}', 'lm', 'chat')
 
 
 def records(*texts):
@@ -184,17 +186,17 @@ def test_responses_are_kept_and_an_interrupted_call_goes_on(model, tmp_path, mon
   whole = responses.respond(model, 'w', asked, tmp_path / 'whole', **options)
   assert [r.text is None for r in whole] == [False] * 5 + [True]  # the context is 512 tokens
   assert all(1 <= r.tokens <= 4 and (r.ended or r.tokens == 4) for r in whole[:5]) and len({r.text for r in whole[:5]}) > 1
-  real = kept.append
+  real = journal.append
 
   def stopping(path, rows):
     if path.exists() and len(path.read_text().splitlines()) == 2:
       raise KeyboardInterrupt
     real(path, rows)
 
-  monkeypatch.setattr(kept, 'append', stopping)
+  monkeypatch.setattr(journal, 'append', stopping)
   with pytest.raises(KeyboardInterrupt):
     responses.respond(model, 'w', asked, tmp_path / 'cut', **options)
-  monkeypatch.setattr(kept, 'append', real)
+  monkeypatch.setattr(journal, 'append', real)
   file, = (tmp_path / 'cut').glob('*.jsonl')
   file.write_bytes(file.read_bytes() + b'{"prompt_id": "torn')
   capsys.readouterr()

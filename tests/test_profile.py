@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignjax import profile, throughput
+from alignjax.compiler import flops
+from alignjax.runtime import trace
 from alignjax.models.config import TransformerConfig
 
 # ---- traces
@@ -16,21 +17,21 @@ from alignjax.models.config import TransformerConfig
 
 @pytest.mark.parametrize('text,expected', [('ppo_ptx:3-5', ('ppo_ptx', 3, 5)), ('sft:7', ('sft', 7, 7))])
 def test_what_to_trace(text, expected):
-  assert profile.parse(text) == expected
+  assert trace.parse(text) == expected
 
 
 @pytest.mark.parametrize('text', ['sft', 'sft:', 'sft:0', 'sft:5-3', 'sft:a-b', ':3'])
 def test_a_wrong_request(text):
   with pytest.raises(ValueError, match='has not the form STAGE:FIRST-LAST'):
-    profile.parse(text)
+    trace.parse(text)
 
 
 def test_a_request_that_cannot_be_met(tmp_path):
   with pytest.raises(ValueError, match="stage 'dpo'; this run has sft, rm"):
-    profile.check(profile.parse('dpo:1'), ['sft', 'rm'])
+    trace.check(trace.parse('dpo:1'), ['sft', 'rm'])
   with pytest.raises(ValueError, match='sft:3-9: the steps to do are 4 to 8'):
-    profile.Tracer(profile.parse('sft:3-9'), tmp_path / 'sft', 3, 8)
-  assert profile.Tracer(profile.parse('sft:3-9'), tmp_path / 'rm', 3, 8).wanted is None
+    trace.Tracer(trace.parse('sft:3-9'), tmp_path / 'sft', 3, 8)
+  assert trace.Tracer(trace.parse('sft:3-9'), tmp_path / 'rm', 3, 8).wanted is None
 
 
 @pytest.mark.parametrize('scope,phase', [
@@ -41,13 +42,13 @@ def test_a_request_that_cannot_be_met(tmp_path):
     ('jit(step)/updates/dot', 'other'), ('', 'other'),
 ])
 def test_the_innermost_phase_counts(scope, phase):
-  assert profile.phase_of(scope) == phase
+  assert trace.phase_of(scope) == phase
 
 
 def test_a_loop_counts_what_its_body_leaves():
   """A loop of 10 ns holds two operations of 3 and 4, the second of which holds one of 1; then one of 5."""
   operations = [(0, -10, 'loop', 'm'), (1, -3, 'a', 'm'), (5, -4, 'b', 'm'), (6, -1, 'c', 'm'), (10, -5, 'd', 'm')]
-  found = list(profile._own_times(operations))
+  found = list(trace._own_times(operations))
   assert sorted(found) == [('a', 'm', 3), ('b', 'm', 3), ('c', 'm', 1), ('d', 'm', 5), ('loop', 'm', 3)]
 
 
@@ -63,7 +64,7 @@ def test_a_trace_tells_phases_apart(tmp_path, capsys):
       return jax.lax.scan(lambda c, _: (jnp.sin(c @ x), None), y, length=20)[0]
 
   step(x)
-  tracer = profile.Tracer(profile.parse('sft:2-3'), tmp_path / 'sft', 0, 4)
+  tracer = trace.Tracer(trace.parse('sft:2-3'), tmp_path / 'sft', 0, 4)
   for i in (1, 2, 3, 4):
     with tracer.step(i):
       step(x).block_until_ready()
@@ -72,7 +73,7 @@ def test_a_trace_tells_phases_apart(tmp_path, capsys):
   assert shares['update'] > 2 * shares['score'] > 0 and sum(shares.values()) == pytest.approx(1)
   assert 'profile of steps 2 to 3' in capsys.readouterr().out
   with pytest.raises(FileNotFoundError, match='holds no trace'):
-    profile.phases(tmp_path / 'nowhere')
+    trace.phases(tmp_path / 'nowhere')
 
 
 # ---- throughput
@@ -83,12 +84,12 @@ SMALL = TransformerConfig(vocab_size=50, num_layers=2, d_model=8, num_heads=4, n
 
 def test_flops_by_hand():
   """A layer: q and out 8x8 each, k and v 8x4 each, three 8x16 of the MLP: 576 weights. Attention: 2 T^2 * 8 a layer."""
-  assert throughput.forward_flops(SMALL, 10) == 2 * 10 * (2 * 576 + 8 * 50) + 2 * (2 * 100 * 8)
-  assert throughput.forward_flops(SMALL, 10, 'scalar') == 2 * 10 * (2 * 576 + 8) + 2 * (2 * 100 * 8)
-  flops = 12 * throughput.forward_flops(SMALL, 10)
-  assert throughput.training(SMALL, 4, 10) == {'tokens': 40, 'tokens_trained': 40, 'flops': flops}
-  short = throughput.training(SMALL, 4, 5)  # two steps of buckets of different length
-  assert throughput.mean([throughput.training(SMALL, 4, 10), short]) == {
+  assert flops.forward_flops(SMALL, 10) == 2 * 10 * (2 * 576 + 8 * 50) + 2 * (2 * 100 * 8)
+  assert flops.forward_flops(SMALL, 10, 'scalar') == 2 * 10 * (2 * 576 + 8) + 2 * (2 * 100 * 8)
+  flops = 12 * flops.forward_flops(SMALL, 10)
+  assert flops.training(SMALL, 4, 10) == {'tokens': 40, 'tokens_trained': 40, 'flops': flops}
+  short = flops.training(SMALL, 4, 5)  # two steps of buckets of different length
+  assert flops.mean([flops.training(SMALL, 4, 10), short]) == {
       'tokens': 30, 'tokens_trained': 30, 'flops': (flops + short['flops']) / 2}
 
 
@@ -100,15 +101,15 @@ def test_flops_are_what_the_compiler_counts():
   params = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
   tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
   cost = jax.jit(nets.logits).lower(params, tokens, jax.ShapeDtypeStruct((2, 64), bool)).compile().cost_analysis()
-  assert cost['flops'] == pytest.approx(2 * throughput.forward_flops(cfg, 64), rel=0.15)
+  assert cost['flops'] == pytest.approx(2 * flops.forward_flops(cfg, 64), rel=0.15)
 
 
 def test_the_work_of_an_iteration():
-  work = throughput.ppo(SMALL, SMALL, episodes=8, samples_per_prompt=2, prompt_length=6, response_length=4, row_length=12,
+  work = flops.ppo(SMALL, SMALL, episodes=8, samples_per_prompt=2, prompt_length=6, response_length=4, row_length=12,
                         ptx_rows=16, epochs=1, reward_model=True)
   assert work['episodes'] == 8 and work['tokens_generated'] == 32 and work['tokens_scored'] == 4 * 80
   assert work['tokens_trained'] == 2 * 80 + 16 * 12 and work['tokens'] == 80 + 16 * 12
-  lm, scalar, text = (throughput.forward_flops(SMALL, *a) for a in ((10,), (10, 'scalar'), (12,)))
+  lm, scalar, text = (flops.forward_flops(SMALL, *a) for a in ((10,), (10, 'scalar'), (12,)))
   prefill, decode = 2 * 6 * 2 * 576 + 2 * 2 * 36 * 8, 2 * 4 * (2 * 576 + 8 * 50) + 2 * 2 * (100 - 36) * 8  # no logits of prompts
   trained = 3 * (8 * (lm + scalar) + 16 * text)
   assert work['flops'] == pytest.approx(4 * prefill + 8 * decode + 8 * (2 * lm + 2 * scalar) + trained)
@@ -119,7 +120,7 @@ def test_rates(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: [device])
   monkeypatch.setattr(jax, 'local_devices', lambda: [device])
   monkeypatch.setattr(jax, 'device_count', lambda: 4)
-  assert throughput.metrics({'tokens_trained': 100, 'flops': 197e12}, 2.0) == {
+  assert flops.metrics({'tokens_trained': 100, 'flops': 197e12}, 2.0) == {
       'time/tokens_trained_per_second': 50, 'time/tflops_per_device': 197 / 8, 'time/mfu': 1 / 8, 'device/memory_peak_gib': 3.0}
 
 

@@ -12,8 +12,9 @@ import weakref
 import jax
 import pytest
 
-from alignjax.evals import harness, public, public_data, table
-from alignjax.stages import finished
+from alignjax.evals import table
+from alignjax.evals.public import harness, loaders, tasks
+from alignjax.inference import loading
 
 pytest.importorskip('lm_eval')
 ROOT = pathlib.Path(__file__).parent
@@ -28,7 +29,7 @@ DATE = dict(day='', month='', year='')
 
 @pytest.fixture(scope='module')
 def model():
-  return finished.load(f'hf:{CHAT}')
+  return loading.load(f'hf:{CHAT}')
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ TEXTS = [
 @pytest.mark.parametrize('name,shot,record,answers,prompt,correct', CHOICES, ids=[c[0] for c in CHOICES])
 def test_prompts_and_choices(tmp_path, scripted, name, shot, record, answers, prompt, correct):
   scripted.answers = answers
-  data, task = folder(tmp_path, [shot], [record]), getattr(public, name)
+  data, task = folder(tmp_path, [shot], [record]), getattr(tasks, name)
   head, example, last = prompt.split('|')
   for shots, text in (('zero-shot', head + last), (1, head + example + last)):
     cell, = task(None, data=data, limit=None, seed=0, keep=tmp_path, shots=shots)
@@ -148,7 +149,7 @@ def test_prompts_and_choices(tmp_path, scripted, name, shot, record, answers, pr
 @pytest.mark.parametrize('name,shot,record,said,prompt,scores', TEXTS, ids=[c[0] for c in TEXTS])
 def test_prompts_and_sampled_answers(tmp_path, scripted, name, shot, record, said, prompt, scores):
   scripted.answers = [said]
-  data, task = folder(tmp_path, [shot], [record]), getattr(public, name)
+  data, task = folder(tmp_path, [shot], [record]), getattr(tasks, name)
   head, example, last = prompt.split('|')
   for shots, text in (('zero-shot', head + last), (1, head + example + last)):
     cells = task(None, data=data, limit=None, seed=0, keep=tmp_path, shots=shots)
@@ -162,7 +163,7 @@ def test_both_variants_with_the_papers_number_of_shots(tmp_path, scripted):
   shots = [dict(sentence=f'shot {i}', label=i % 2) for i in range(20)]
   data = folder(tmp_path, shots, [dict(sentence='x', label=0)])
   scripted.answers = {' negative': -1.0, ' positive': -2.0}
-  assert by_metric(public.sst(None, data=data, limit=None, seed=0, keep=tmp_path)) == {
+  assert by_metric(tasks.sst(None, data=data, limit=None, seed=0, keep=tmp_path)) == {
       ('accuracy', 'zero-shot'): [1.0], ('accuracy', 'few-shot'): [1.0]}
   assert scripted.requests[0][0].count('Text: shot') == 15 and len(set(scripted.requests[0][0].split('\n\n'))) == 17
 
@@ -176,7 +177,7 @@ def test_questions_of_a_paragraph_follow_each_other_and_examples_come_from_other
   rows = [r for a in 'ABC' for p in (1, 2) for r in conversation(a, p, 3)]
   data = write(tmp_path / 'dev.jsonl', rows)
   scripted.answers = ['a1 and more'] * 18
-  cells = public.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=2)
+  cells = tasks.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=2)
   assert cells[0].clusters == [r['title'] for r in rows] and cells[0].items == [str(i) for i in range(18)]
   assert cells[0].values[1] == pytest.approx(100 * 2 * (1 / 3) / (1 + 1 / 3)) and cells[0].values[0] == 0.0
   for row, (prompt, _) in zip(rows, scripted.requests, strict=True):
@@ -188,7 +189,7 @@ def test_questions_of_a_paragraph_follow_each_other_and_examples_come_from_other
   wide, narrow = table.figure(cells[0])['ci95'], table.figure(cells[0]._replace(clusters=None))['ci95']
   assert wide != narrow
   with pytest.raises(ValueError, match='5 few-shot examples are asked for, but there are 4 besides'):
-    public.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=5)
+    tasks.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=5)
 
 
 def test_squads_own_json_is_the_same(tmp_path):
@@ -198,7 +199,7 @@ def test_squads_own_json_is_the_same(tmp_path):
       for r in conversation(a, p, 3)]) for p in (1, 2)]) for a in 'AB']
   (tmp_path / 'a.json.gz').write_bytes(gzip.compress(json.dumps(dict(version='v2.0', data=nested)).encode()))
   fields = {'title': str, 'context': str, 'question': str, 'answers.text': list}
-  read = lambda path: public_data.local('squadv2', str(path), fields)['validation']
+  read = lambda path: loaders.local('squadv2', str(path), fields)['validation']
   assert read(tmp_path / 'a.json.gz') == read(write(tmp_path / 'b.jsonl', rows)) == rows
 
 
@@ -207,7 +208,7 @@ def test_the_pronoun_rule(tmp_path, scripted):
                               label=label)
   data = folder(tmp_path, [record(0), {**record(1), 'span1_text': 'Right'}, record(0)], [record(i) for i in (1, 1, 1, 0, 0, 0)])
   scripted.answers = ['I think the old lady did', 'Lady', '', 'her sister', '', 'The old lady.']
-  cell, = public.wsc(None, data=data, limit=None, seed=0, keep=tmp_path, shots=1)
+  cell, = tasks.wsc(None, data=data, limit=None, seed=0, keep=tmp_path, shots=1)
   assert cell.values == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
   assert all('She told her that **she** left.' in p and 'Answer: Right' in p for p, _ in scripted.requests)  # the only true one
 
@@ -215,7 +216,7 @@ def test_the_pronoun_rule(tmp_path, scripted):
 def test_bleu_is_of_the_corpus(tmp_path, scripted):
   data = write(tmp_path / 'x.jsonl', [dict(translation=dict(fr=str(i), en='the cat sat on the mat')) for i in range(2)])
   scripted.answers = [' the cat sat on the mat', ' the cat sat on a mat']
-  cell, = public.wmt15_fr_en(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
+  cell, = tasks.wmt15_fr_en(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
   # n-gram precisions 11/12, 8/10, 6/8, 4/6; both lengths are 6
   assert table.figure(cell)['mean'] == pytest.approx(100 * (11 / 12 * 8 / 10 * 6 / 8 * 4 / 6) ** 0.25)
 
@@ -223,10 +224,10 @@ def test_bleu_is_of_the_corpus(tmp_path, scripted):
 def test_limit_draws_the_same_items_for_both_variants(tmp_path, scripted):
   data = write(tmp_path / 'x.jsonl', [dict(sentence=f's{i}', label=0) for i in range(40)])
   scripted.answers = {' negative': -1.0, ' positive': -2.0}
-  cells = public.sst(None, data=data, limit=5, seed=3, keep=tmp_path)
+  cells = tasks.sst(None, data=data, limit=5, seed=3, keep=tmp_path)
   assert cells[0].items == cells[1].items and len(cells[0].items) == 5
   assert [p.split('Text: ')[-1] for p, _ in scripted.requests][::2] == [f's{i}\nLabel:' for i in cells[1].items]
-  assert public.sst(None, data=data, limit=5, seed=4, keep=tmp_path, shots='zero-shot')[0].items != cells[0].items
+  assert tasks.sst(None, data=data, limit=5, seed=4, keep=tmp_path, shots='zero-shot')[0].items != cells[0].items
 
 
 def test_truthfulqa_by_hand(tmp_path, scripted):
@@ -234,7 +235,7 @@ def test_truthfulqa_by_hand(tmp_path, scripted):
   record = dict(question='Why?', mc1_targets={'no': 0, 'yes': 1}, mc2_targets={'no': 0, 'yes': 1, 'sure': 1})
   (tmp_path / 'mc.json').write_text(json.dumps([record]))
   scripted.answers = {' no': -1.0, ' yes': -2.0, ' sure': -3.0}
-  cells = public.truthfulqa_mc(None, data=str(tmp_path / 'mc.json'), limit=None, seed=0, keep=tmp_path)
+  cells = tasks.truthfulqa_mc(None, data=str(tmp_path / 'mc.json'), limit=None, seed=0, keep=tmp_path)
   e = 2.718281828459045
   assert [c.metric for c in cells] == ['MC1', 'MC2'] and cells[0].values == [0.0]
   assert cells[1].values[0] == pytest.approx((e**-2 + e**-3) / (e**-1 + e**-2 + e**-3))
@@ -255,22 +256,22 @@ BROKEN = [
 @pytest.mark.parametrize('records,words', BROKEN)
 def test_files_that_do_not_fit_are_named(tmp_path, scripted, records, words):
   with pytest.raises(ValueError, match=words):
-    public.sst(None, data=write(tmp_path / 'x.jsonl', records), limit=None, seed=0, keep=tmp_path)
+    tasks.sst(None, data=write(tmp_path / 'x.jsonl', records), limit=None, seed=0, keep=tmp_path)
 
 
 def test_lists_hold_what_the_task_reads(tmp_path):
   row = dict(title='t', context='c', question='q', answers=dict(text=['a', 3]))
   with pytest.raises(ValueError, match="x.jsonl, line 1: field 'answers.text' must be a list of str, not .'a', 3"):
-    public_data.local('squadv2', write(tmp_path / 'x.jsonl', [row]), {'answers.text': list})
+    loaders.local('squadv2', write(tmp_path / 'x.jsonl', [row]), {'answers.text': list})
   row['answers']['text'] = ['a']
-  assert public_data.local('squadv2', write(tmp_path / 'x.jsonl', [row]), {'answers.text': list})
+  assert loaders.local('squadv2', write(tmp_path / 'x.jsonl', [row]), {'answers.text': list})
   row = dict(mc1_targets=dict(choices=['a', 'b'], labels=[1, None]))
   with pytest.raises(ValueError, match="'mc1_targets.labels' must be a list of int"):
-    public_data.local('truthfulqa_mc', write(tmp_path / 'x.jsonl', [row]), {'mc1_targets.labels': list})
+    loaders.local('truthfulqa_mc', write(tmp_path / 'x.jsonl', [row]), {'mc1_targets.labels': list})
 
 
 def test_other_errors(tmp_path, scripted, monkeypatch):
-  run = lambda name='sst', data=None, **more: getattr(public, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **more)
+  run = lambda name='sst', data=None, **more: getattr(tasks, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **more)
   (tmp_path / 'torn.jsonl').write_text('{"sentence": "x", "label": 0}\n{"sent')
   with pytest.raises(ValueError, match='torn.jsonl, line 2: not JSON'):
     run(data=str(tmp_path / 'torn.jsonl'))
@@ -294,7 +295,7 @@ def test_other_errors(tmp_path, scripted, monkeypatch):
 
 
 def scores(name, targets, said):
-  from alignjax.evals import task_functions
+  from alignjax.evals.public import task_functions
   found = getattr(task_functions, f'{name}_scores')(dict(targets=targets), [said])
   return [100 * found['f1'], 100 * found['exact']]
 
@@ -337,27 +338,27 @@ def test_questions_that_people_disagree_on_are_not_measured(tmp_path, scripted):
                               answers=dict(texts=[texts]))
   scripted.answers = ['he won'] * 2
   data = write(tmp_path / 'x.jsonl', [record(['he won', 'she lost']), record(['he won', 'he won'])])
-  cells = public.quac(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
+  cells = tasks.quac(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
   assert cells[0].values == [None, 100.0] and table.figure(cells[0])['n'] == 1
 
 
 def test_the_pool_of_examples_is_drawn_over_the_whole_split(monkeypatch):
   """The first records are of a few articles; whole paragraphs are drawn, in their order, by the seed."""
   rows = [r for a in range(300) for p in (1, 2) for r in conversation(f'A{a}.', p, 3)]
-  found = public_data.draw(iter(rows), 100, 0, ('title', 'context'))
+  found = loaders.draw(iter(rows), 100, 0, ('title', 'context'))
   titles = {r['title'] for r in found}
   assert len(found) == 300 and 60 < len(titles) <= 100 and {'A0.', 'A1.', 'A2.'} - titles
   assert any(int(t[1:-1]) >= 250 for t in titles) and any(int(t[1:-1]) < 50 for t in titles)
   places = [rows.index(r) for r in found]
   assert places == sorted(places) and all(places[i:i + 3] == list(range(places[i], places[i] + 3)) for i in range(0, 300, 3))
-  again = lambda seed: public_data.draw(iter(rows), 100, seed, ('title', 'context'))
+  again = lambda seed: loaders.draw(iter(rows), 100, seed, ('title', 'context'))
   assert found == again(0) != again(1)
   counts = [0] * 20
   for seed in range(2000):
-    for r in public_data.draw(({'i': i} for i in range(20)), 5, seed):
+    for r in loaders.draw(({'i': i} for i in range(20)), 5, seed):
       counts[r['i']] += 1
   assert all(430 < c < 570 for c in counts)  # 500 expected, deviation 19
-  assert public_data.draw(iter([{'i': 1}]), 5, 0) == [{'i': 1}]
+  assert loaders.draw(iter([{'i': 1}]), 5, 0) == [{'i': 1}]
 
 
 def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scripted, monkeypatch):
@@ -372,7 +373,7 @@ def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scri
 
   monkeypatch.setattr(datasets, 'load_dataset', load)
   scripted.answers = {' negative': -1.0, ' positive': -2.0}
-  public.sst(None, data=None, limit=None, seed=0, keep=tmp_path, shots='few-shot')
+  tasks.sst(None, data=None, limit=None, seed=0, keep=tmp_path, shots='few-shot')
   assert asked == [('nyu-mll/glue', 'sst2', 'validation', True), ('nyu-mll/glue', 'sst2', 'train', True)]
 
   def fail(*_, **__):
@@ -381,13 +382,13 @@ def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scri
   monkeypatch.setattr(datasets, 'load_dataset', fail)
   with pytest.raises(ValueError, match=r'^truthfulqa_mc: the data set truthfulqa/truthful_qa cannot be read from the hub '
                                        r'\(ConnectionError: offline\); give a local file by --data=truthfulqa_mc=FILE.$'):
-    public.truthfulqa_mc(None, data=None, limit=None, seed=0, keep=tmp_path)
+    tasks.truthfulqa_mc(None, data=None, limit=None, seed=0, keep=tmp_path)
 
 
 def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   from lm_eval.tasks import TaskManager
-  names = {p.stem for p in public.TASKS.glob('*.yaml')}
-  found = TaskManager(include_path=str(public.TASKS), include_defaults=False).all_subtasks
+  names = {p.stem for p in tasks.TASKS.glob('*.yaml')}
+  found = TaskManager(include_path=str(tasks.TASKS), include_defaults=False).all_subtasks
   assert set(found) == {f'instructgpt_{n}' for n in names}
   assert {name for name, where in table.TASKS.items() if '.public:' in where} == names | {'truthfulqa_mc'}
   for name in names:
@@ -421,7 +422,7 @@ def test_requests_beyond_the_context_are_counted(model):
 
 
 def test_what_is_compiled_keeps_no_parameters_alive():
-  one = finished.load(f'hf:{CHAT}')
+  one = loading.load(f'hf:{CHAT}')
   harness.scorer(one)([([1, 2], [3])])
   harness.continuations(one, [[1, 2]], max_tokens=1)
   leaf = weakref.ref(jax.tree.leaves(one.params)[0])
@@ -432,7 +433,7 @@ def test_what_is_compiled_keeps_no_parameters_alive():
 
 @pytest.mark.slow
 def test_the_same_numbers_on_a_mesh(model):
-  spread = finished.load(f'hf:{CHAT}', mesh=dict(data=4, fsdp=2))
+  spread = loading.load(f'hf:{CHAT}', mesh=dict(data=4, fsdp=2))
   assert len(spread.sharder.mesh.devices.ravel()) == 8
   pairs = [(model.encode(f'text {i} ' * (1 + i % 3)), model.encode(f' word{i}')) for i in range(11)]
   for a, b in zip(harness.scorer(model)(pairs), harness.scorer(spread)(pairs), strict=True):
@@ -454,13 +455,13 @@ def test_the_same_figures_as_the_hf_backend(model, tmp_path):
   rows = [r for a in 'AB' for r in conversation(a, 1, 2)]
   snippets = [dict(sentence=f'{"very " * (i % 4)}good film {i}', label=i % 2) for i in range(4)]
   jobs = [
-      (list(public.TRUTHFULQA), {'question': str, **public.QA_TARGETS}, mc, None, public.TRUTHFULQA),
-      (['sst'], dict(sentence=str, label=int), snippets, 2, {'sst': public.ACCURACY}),
-      (['squadv2'], {'title': str, 'context': str, 'question': str, 'answers.text': list}, rows, 1, {'squadv2': public.F1}),
+      (list(tasks.TRUTHFULQA), {'question': str, **tasks.QA_TARGETS}, mc, None, tasks.TRUTHFULQA),
+      (['sst'], dict(sentence=str, label=int), snippets, 2, {'sst': tasks.ACCURACY}),
+      (['squadv2'], {'title': str, 'context': str, 'question': str, 'answers.text': list}, rows, 1, {'squadv2': tasks.F1}),
   ]
   for names, fields, records, shots, scores in jobs:
     data = write(tmp_path / f'{names[0]}.jsonl', records)
-    a, b = (public.evaluate(lm, names, fields, scores, 'x', shots, data, None, 0, tmp_path / side) for lm, side in
+    a, b = (tasks.evaluate(lm, names, fields, scores, 'x', shots, data, None, 0, tmp_path / side) for lm, side in
             ((ours, 'ours'), (theirs, 'theirs')) if not (tmp_path / side).mkdir(exist_ok=True))
     for x, y in zip(a, b, strict=True):
       assert x[:2] == y[:2] and x.items == y.items and x.values == pytest.approx(y.values, abs=1e-3)
@@ -485,7 +486,7 @@ def test_the_real_files(name, path, count, scripted, tmp_path):
     __missing__ = lambda self, key: -float(len(key))
 
   scripted.answers = Any() if name == 'truthfulqa_mc' else ['Not in background.'] * count
-  cells = getattr(public, name)(None, data=str(path), limit=None, seed=0, keep=tmp_path,
+  cells = getattr(tasks, name)(None, data=str(path), limit=None, seed=0, keep=tmp_path,
                                 **({} if name == 'truthfulqa_mc' else dict(shots='zero-shot')))
   assert len(cells[0].items) == len(set(cells[0].items)) == count
   if name == 'squadv2':

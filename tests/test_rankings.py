@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from alignjax.evals import judgments, preference
+from alignjax.evals.preference import judgments, statistics
 from experiments import preference as command
 
 
@@ -71,5 +71,5 @@ def test_rankings_give_the_figures_of_their_pairs(tmp_path):
   by_hand = np.mean([1.0 if r['ranking']['x'] < r['ranking']['y'] else 0.5 if r['ranking']['x'] == r['ranking']['y'] else 0.0
                      for r in rankings])
   assert found[0]['win_rate']['x']['y']['mean'] == pytest.approx(by_hand)
-  table = preference.tabulate(judgments.read(str(tmp_path / 'rankings.jsonl'), judge='j').verdicts, names)
+  table = statistics.tabulate(judgments.read(str(tmp_path / 'rankings.jsonl'), judge='j').verdicts, names)
   assert len(table.p) == 30 * 2 * 3 and len(set(zip(table.prompts, table.i, table.j, table.labelers, strict=True))) == 180

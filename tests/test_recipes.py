@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import metrics, train
+from alignjax import train
+from alignjax.runtime import metrics
 from alignjax.data import hygiene
-from alignjax.evals import talk
+from alignjax.inference import streaming
 from alignjax.evals.table import Cell
 from alignjax.models import hf
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
-from alignjax.stages import finished
+from alignjax.inference import loading
 from experiments import export
 from experiments import generate as command
 from experiments.configs import llama3_8b, pythia_1b_hh, smollm2_135m
@@ -90,7 +91,7 @@ def test_a_recipe_runs_from_a_checkpoint_and_files(workdir):
 def test_export_is_what_was_trained(workdir, tmp_path, capsys):
   for stage, head in (('ppo_ptx', 'lm'), ('rm', 'scalar')):
     export.main([f'--model={workdir / stage}', f'--out={tmp_path / stage}', '--bias=keep'])
-    model, back = finished.load(str(workdir / stage)), finished.load(f'hf:{tmp_path / stage}', head)
+    model, back = loading.load(str(workdir / stage)), loading.load(f'hf:{tmp_path / stage}', head)
     for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(back.params), strict=True):
       np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert back.tokenizer.chat_template == model.tokenizer.chat_template
@@ -106,10 +107,10 @@ def test_export_is_what_was_trained(workdir, tmp_path, capsys):
 @pytest.mark.parametrize('temperature', [0, 0.8])
 def test_streamed_text_is_that_of_generate(workdir, temperature):
   """Decode one by one on the host == the scanned loop, greedy and sampled."""
-  model = finished.load(str(workdir / 'sft'), 'lm')
+  model = loading.load(str(workdir / 'sft'), 'lm')
   for seed in range(3):
     prompt = 'abc def ' * (seed + 1)
-    text = ''.join(talk.stream(model, prompt, temperature=temperature, max_tokens=24, seed=seed))
+    text = ''.join(streaming.stream(model, prompt, temperature=temperature, max_tokens=24, seed=seed))
     tokens = np.asarray([model.template.prompt(prompt)], np.int32)
     out = generate(model.nets.decoder, model.params, tokens, tokens >= 0, jax.random.key(seed), max_tokens=24,
                    stop_ids=model.template.ends, temperature=temperature)
@@ -126,8 +127,8 @@ def test_generate_prints_text_and_best_of_is_the_best(workdir, capsys, tmp_path)
   assert capsys.readouterr().out == one * 2
   command.main([*common, '--prompt=abc', '--best_of=4', f'--reward_model={workdir / "rm"}'])
   best = capsys.readouterr().out
-  policy, reward = finished.load(str(workdir / 'ppo_ptx')), finished.load(str(workdir / 'rm'))
-  texts, scores = talk.ranked(policy, reward, 'abc', 4, max_tokens=8, seed=3)
+  policy, reward = loading.load(str(workdir / 'ppo_ptx')), loading.load(str(workdir / 'rm'))
+  texts, scores = streaming.ranked(policy, reward, 'abc', 4, max_tokens=8, seed=3)
   assert best == texts[int(np.argmax(scores))] + '\n' and len(set(scores.tolist())) > 1
   for arguments, words in (([f'--model={workdir / "rm"}', '--prompt=x'], 'is a reward model, not a policy'),
                            ([*common, '--prompts_file=/nowhere.txt'], 'no such file'),
@@ -166,7 +167,7 @@ def test_every_recipe_builds(config, size):
 
 
 def test_a_context_that_is_too_short_is_refused():
-  model = finished.load(f'hf:{CHAT}')
+  model = loading.load(f'hf:{CHAT}')
   with pytest.raises(ValueError, match='the prompt has 600 tokens; with max_tokens=100 the context of 512 leaves 412'):
-    next(talk.stream(model, 'x' * 600, max_tokens=100))
+    next(streaming.stream(model, 'x' * 600, max_tokens=100))
   assert model.cfg == TransformerConfig(**hf.fields(CHAT), unused_ids=((260, 264),))

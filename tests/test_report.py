@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from alignjax import files, plots, report
-from alignjax.evals import best_of_n
+from alignjax import plots, report
+from alignjax.runtime import files
+from alignjax.evals.reward import best_of_n
 
 FIGURE = {'mean': 0.51234, 'ci95': [0.40111, 0.60999], 'n': 20, 'kind': 'share'}
 

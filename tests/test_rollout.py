@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import host, losses, ops, rollout, steps
+from alignjax import losses, ops, rewards, rollout, steps
 from alignjax.models import transformer
 from alignjax.types import PPOBatch
 from tests.fakes import FAMILIES, close, config, model, prompts
@@ -104,7 +104,7 @@ def count_words(prompts, responses):
 def test_item_22_a_reward_is_a_python_function_of_texts():
   words = lambda ids: ' '.join(map(str, ids))
   asked = {tuple(row[live].tolist()): words(row[live]) for row, live in zip(*map(np.asarray, prompts(0, rows=8)), strict=True)}
-  reward = functools.partial(host.reward, function='tests.test_rollout:count_words', asked=asked,
+  reward = functools.partial(rewards.reward, function='tests.test_rollout:count_words', asked=asked,
                              said=lambda ids: (words(ids), True), failures=[])
   out, _ = collect(reward_fn=reward)
   close(out.scores, 0.5 * out.mask.sum(-1) - 0.25 * out.prompt_mask.sum(-1))

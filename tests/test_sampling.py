@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from alignjax import sampling
-from alignjax.evals import bulk, talk
-from alignjax.stages import finished, setup
+from alignjax.inference import bulk, streaming
+from alignjax.inference import loading
+from alignjax.setup import setup
 from alignjax.types import Decoder, KVCache
 from tests.fakes import VOCAB, close, model, prompts
 
@@ -167,7 +168,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
   """The golden chat model has 264 ids, its tokenizer 260 tokens. With the other four far likelier than all, none is drawn, one by
   one or in bulk, at a temperature or greedily, by a checkpoint or in a run's setup."""
   chat = pathlib.Path(__file__).parent / 'golden' / 'chat'
-  model = finished.load(f'hf:{chat}', form='chat')
+  model = loading.load(f'hf:{chat}', form='chat')
   assert model.vocabulary == 260 and model.cfg.unused_ids == ((260, 264),)
   table = model.params['embed']['tokens']
   loud = model.params | {'embed': {'tokens': table.at[260:].set(100 * jax.random.normal(jax.random.key(0), (4, 16)))}}
@@ -181,7 +182,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
     ids = []
     hear = lambda said: ids.extend(said[-1:]) or ''  # noqa: B023
     listening = model._replace(template=model.template._replace(decode=hear))
-    list(talk.stream(listening, 'Say a', temperature=temperature, max_tokens=8))
+    list(streaming.stream(listening, 'Say a', temperature=temperature, max_tokens=8))
     assert ids and max(ids) < 260
   cfg = setup.model_config({'source': f'hf:{chat}'}, setup.token_ids(model.tokenizer), 'model')
   assert cfg.unused_ids == ((260, 264),)

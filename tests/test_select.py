@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import checkpoint, plugins, train
-from alignjax.evals import selection
-from alignjax.stages import finished
+from alignjax import plugins, train
+from alignjax.runtime import checkpoint
+from alignjax.evals.reward import selection
+from alignjax.inference import loading
 from alignjax.stages import selection as stage
-from alignjax.stages.setup import make_setup
+from alignjax.setup.setup import make_setup
 from experiments.configs import selected
 
 
@@ -27,13 +28,13 @@ def test_the_choice_by_hand():
 
 def test_what_one_may_choose_by():
   measured = {'reward': np.array([1.0, 2.0]), 'kl': np.array([10.0, 30.0])}
-  by = plugins.bind(dict(fn='alignjax.evals.selection:reward_less_kl', kl_coef=0.1), 'by')
+  by = plugins.bind(dict(fn='alignjax.evals.reward.selection:reward_less_kl', kl_coef=0.1), 'by')
   np.testing.assert_allclose(by(measured), [0.0, -1.0])
   np.testing.assert_array_equal(selection.reward(measured), [1.0, 2.0])
   with pytest.raises(ValueError, match='selection by gold needs'):
     selection.gold(measured)
   with pytest.raises(ValueError, match='kl_coef'):
-    plugins.bind(dict(fn='alignjax.evals.selection:reward_less_kl'), 'by')
+    plugins.bind(dict(fn='alignjax.evals.reward.selection:reward_less_kl'), 'by')
 
 
 @pytest.mark.parametrize('steps,count,expected', [(100, 4, [25, 50, 75]), (10, None, []), (10, 1, []), (2, 5, [1]), (7, 3, [2, 5])])
@@ -73,9 +74,9 @@ def test_a_stage_chooses_and_others_start_from_it(tmp_path):
   load = lambda spec: train_params(setup, spec)
   assert checkpoint.same(load('stage:sft_selected'), load(str(chosen)))
   assert not checkpoint.same(load('stage:sft_selected'), load(str(other)))
-  assert checkpoint.same(finished.load(str(tmp_path / 'sft_selected'), 'lm').params, load(str(chosen)))
+  assert checkpoint.same(loading.load(str(tmp_path / 'sft_selected'), 'lm').params, load(str(chosen)))
   candidate = tmp_path / f'sft/candidates/{steps // 2}'
-  assert checkpoint.same(finished.load(str(candidate), 'lm').params, load(str(candidate)))
+  assert checkpoint.same(loading.load(str(candidate), 'lm').params, load(str(candidate)))
 
   # what was answered is kept: with one candidate's file gone, the same choice
   kept = sorted((tmp_path / 'sft_selected/responses').iterdir())
@@ -91,7 +92,7 @@ def test_a_stage_chooses_and_others_start_from_it(tmp_path):
 
 
 def train_params(setup, spec):
-  from alignjax.stages.setup import initial_params
+  from alignjax.setup.setup import initial_params
   return jax.tree.map(np.asarray, initial_params(setup, spec, 'lm', 0))
 
 
@@ -101,6 +102,6 @@ def test_a_selection_without_candidates_is_refused_before_anything_runs(tmp_path
   with pytest.raises(ValueError, match='stages.sft.keep_candidates is not set'):
     train.main(c, tmp_path)
   c = tiny()
-  c.stages.sft_selected.by = dict(fn='alignjax.evals.selection:rewards')
+  c.stages.sft_selected.by = dict(fn='alignjax.evals.reward.selection:rewards')
   with pytest.raises(ValueError, match='did you mean reward'):
     train.main(c, tmp_path)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import cost, hlo, losses, ops, optim, rollout, sampling, sharding
+from alignjax import losses, ops, optim, rollout, sampling, sharding
+from alignjax.compiler import cost, hlo
 from alignjax.models import transformer
-from alignjax.stages import finished
+from alignjax.inference import loading
 from alignjax.stages.ppo_ptx import iteration
-from alignjax.stages.setup import compile_step, make_setup
+from alignjax.setup.setup import compile_step, make_setup
 from alignjax.types import TrainState
 from experiments.configs import ppo_ptx
 from tests.fakes import close, config, model, prompts, token_batch
@@ -106,7 +107,7 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, words):
 def test_the_64_bit_mode_is_refused_before_any_work(tmp_path):
   """As of a shell that sets JAX_ENABLE_X64: the weights are not damaged, whatever is loaded."""
   with jax.enable_x64(True):
-    for work in (sharding.make_mesh, lambda: finished.load('hf:tests/golden/chat'),
+    for work in (sharding.make_mesh, lambda: loading.load('hf:tests/golden/chat'),
                  lambda: make_setup(ppo_ptx.get_config('tiny'), tmp_path)):
       with pytest.raises(ValueError, match='Unset JAX_ENABLE_X64'):
         work()

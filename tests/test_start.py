@@ -10,12 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import host, sandbox, train
+from alignjax import rewards, sandbox, train
 from alignjax.data import encode, templates, text
-from alignjax.evals import bias, harness, prefixes, talk
+from alignjax.evals.public import harness
+from alignjax.evals.safety import bias, prefixes
+from alignjax.inference import streaming
 from alignjax.sampling import generate
-from alignjax.stages import finished, ppo_ptx, setup
-from alignjax.stages.setup import load_tokenizer
+from alignjax.inference import loading
+from alignjax.setup import setup
+from alignjax.stages import ppo_ptx
+from alignjax.setup.setup import load_tokenizer
 from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -40,7 +44,7 @@ def with_bos(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def model(with_bos):
-  return finished.load(f'hf:{with_bos}')
+  return loading.load(f'hf:{with_bos}')
 
 
 def test_the_start_for_each_kind_of_tokenizer(with_bos):
@@ -150,7 +154,7 @@ def test_the_same_weights_as_folder_and_as_stage_give_equal_figures(model, with_
   with pytest.MonkeyPatch.context() as m:
     m.setattr(jax, 'devices', lambda *_: one)
     train.main(c, tmp_path / 'run')
-  stage = finished.load(str(tmp_path / 'run' / 'sft'))
+  stage = loading.load(str(tmp_path / 'run' / 'sft'))
   both = [harness.language_model(m) for m in (model, stage)]
   requests = instances(('', 'Hello'), ('apple', ' and river'))
   for a, b in zip(*(lm.loglikelihood(requests, disable_tqdm=True) for lm in both), strict=True):
@@ -158,7 +162,7 @@ def test_the_same_weights_as_folder_and_as_stage_give_equal_figures(model, with_
   one, other = (lm.loglikelihood_rolling(instances(('apple and river',)))[0] for lm in both)
   assert one == pytest.approx(other, abs=1e-6)
   np.testing.assert_array_equal(*(bias.pair_logprobs(m, [('he ran', 'she ran')], '') for m in (model, stage)))
-  one, other = (''.join(talk.stream(m, '', temperature=0, max_tokens=5)) for m in (model, stage))
+  one, other = (''.join(streaming.stream(m, '', temperature=0, max_tokens=5)) for m in (model, stage))
   assert one == other
 
 
@@ -166,7 +170,7 @@ def test_the_same_weights_as_folder_and_as_stage_give_equal_figures(model, with_
 
 
 def test_sampler_and_scorer_agree_on_an_empty_prompt():
-  model = finished.load(f'hf:{CHAT}')
+  model = loading.load(f'hf:{CHAT}')
   tokens, mask = encode.left_pad([model.template.prompt(p) for p in ('', 'Say', '')], 8, model.template.pad)
   out = jax.jit(lambda p: generate(model.nets.decoder, p, tokens, mask, jax.random.key(0), max_tokens=5, stop_ids=()))(model.params)
   rows, live = np.concatenate([tokens, out.responses], 1), np.concatenate([mask, out.mask], 1)
@@ -210,7 +214,7 @@ def test_a_reward_on_the_host_reads_what_samples_show(form):
   prompts = [x[np.array([0, 0, 0])] for x in prompts]
   failures: list = []
   given = dict(asked=dict(zip(map(tuple, asked), said, strict=True)), said=template.said, failures=failures)
-  scores = jax.jit(lambda *x: host.reward(*x, nets=None, frozen=None, function='tests.test_start:exact', **given))(*prompts, *right)
+  scores = jax.jit(lambda *x: rewards.reward(*x, nets=None, frozen=None, function='tests.test_start:exact', **given))(*prompts, *right)
   assert scores.tolist() == [1.0, 1.0, 1.0] and not failures
   fake = types.SimpleNamespace(template=template, world=None)
   rollout = types.SimpleNamespace(responses=right[0], mask=right[1], scores=np.ones(3))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from alignjax import losses, optim, steps
-from alignjax.stages.setup import steps_per_epoch
+from alignjax.setup.setup import steps_per_epoch
 from alignjax.types import TrainState
 from tests.fakes import close, model, token_batch
 

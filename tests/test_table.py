@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import fingerprints
+from alignjax.runtime import fingerprints
 from alignjax.evals import evaluation, table
 from alignjax.evals.table import Cell
-from alignjax.stages import finished
+from alignjax.inference import loading
 from experiments import evaluate
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -129,22 +129,22 @@ def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_mea
   models = [(f'hf:{CHAT}', 'plain', 'float32'), (f'hf:{CHAT}', 'plain', 'bfloat16'), (f'hf:{CHAT}', 'chat', 'float32'),
             (f'hf:{CHAT}', 'Q: {prompt}', 'float32'), (f'hf:{lower}', 'plain', 'float32'), (f'hf:{context}', 'plain', 'float32'),
             (f'hf:{theta}', 'plain', 'float32')]
-  loaded = [finished.load(name, 'lm', form, dtype=dtype) for name, form, dtype in models]
-  facts = [finished.facts(m) for m in loaded]
+  loaded = [loading.load(name, 'lm', form, dtype=dtype) for name, form, dtype in models]
+  facts = [loading.facts(m) for m in loaded]
   assert len({f['weights'] for f in facts}) == 1 and [m.cfg.dtype for m in loaded][:2] == ['float32', 'bfloat16']
   run = lambda m, f: table.run_task('test_table:letters', letters, m, f, tmp_path / 'out')[1]
   assert [run(m, f) for m, f in zip(loaded, facts, strict=True)] == [False] * len(models) and len(CALLS) == len(models)
   shutil.copytree(CHAT, tmp_path / 'same')
-  again = finished.load(f'hf:{tmp_path / "same"}', 'lm', 'plain', dtype='float32')
+  again = loading.load(f'hf:{tmp_path / "same"}', 'lm', 'plain', dtype='float32')
   again.tokenizer('a b', truncation=True, max_length=3)  # a call leaves its settings in the tokenizer
-  assert finished.facts(again) == facts[0] and run(again, finished.facts(again))
+  assert loading.facts(again) == facts[0] and run(again, loading.facts(again))
 
 
 def test_a_declared_dtype_is_what_the_products_are_computed_in():
   """In float32 whole: by default an accelerator rounds the factors of a float32 product."""
   tokens = np.zeros((1, 4), np.int32)
   for dtype in ('float32', 'bfloat16'):
-    m = finished.load(f'hf:{CHAT}', 'lm', dtype=dtype)
+    m = loading.load(f'hf:{CHAT}', 'lm', dtype=dtype)
     jaxpr = str(jax.make_jaxpr(m.nets.logits)(m.params, tokens, tokens == 0))
     whole = len(re.findall(r'precision=\(Precision.HIGHEST, Precision.HIGHEST\)', jaxpr))
     assert whole == (jaxpr.count('dot_general[') if dtype == 'float32' else 0)
@@ -152,8 +152,8 @@ def test_a_declared_dtype_is_what_the_products_are_computed_in():
 
 
 def test_one_model_has_no_plot_of_differences(tmp_path, monkeypatch):
-  monkeypatch.setattr(finished, 'load', lambda *_: model(1.0))
-  monkeypatch.setattr(finished, 'facts', lambda m: {})
+  monkeypatch.setattr(loading, 'load', lambda *_: model(1.0))
+  monkeypatch.setattr(loading, 'facts', lambda m: {})
   (tmp_path / 'table.png').write_text('of an earlier call')
   evaluation.evaluate({'one': 'x'}, ['test_table:letters'], tmp_path)
   assert not (tmp_path / 'table.png').exists() and 'table.png' not in (tmp_path / 'table.md').read_text()

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from alignjax import train
 from alignjax.data import encode, hygiene, templates
-from alignjax.stages import comparisons, ppo_ptx, rm, sft, template_date
-from alignjax.stages.records import encoded
-from alignjax.stages.setup import load_tokenizer, make_setup
+from alignjax.setup import template_date
+from alignjax.stages import comparisons, ppo_ptx, rm, sft
+from alignjax.setup.records import encoded
+from alignjax.setup.setup import load_tokenizer, make_setup
 from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'

@@ -8,10 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from alignjax import files, metrics, textfiles
+from alignjax.runtime import files, metrics, textfiles
 from alignjax.data import fields, mappings, sources
-from alignjax.evals import items, judgments, kept, labelers, public_data
-from alignjax.stages import finished
+from alignjax.evals import items
+from alignjax.evals.preference import judgments
+from alignjax.evals.public import loaders
+from alignjax.evals.reward import labelers
+from alignjax.runtime import journal
+from alignjax.inference import loading
 from experiments import generate, preference
 
 ODD = 'a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\rj'  # what str.splitlines takes for ends of lines
@@ -112,7 +116,7 @@ READERS = {
     'prompts_file': (dict(prompt='P'), lambda p: generate.read_prompts(str(p))),
     'items': (dict(prompt='P'), lambda p: [r['prompt'] for r in items.read(p, ('prompt',))]),
     'public_data': (dict(sentence='P'), lambda p: [
-        r['sentence'] for r in public_data.local('sst', str(p), {'sentence': str})['validation']]),
+        r['sentence'] for r in loaders.local('sst', str(p), {'sentence': str})['validation']]),
     'judgments': (dict(prompt='P', a='x', b='y', choice='a'),
                   lambda p: [s for s in judgments.read(str(p), judge='j').prompts.values()]),
     'arguments': (dict(topic='t', arg_id=1, text='P'), _argument),
@@ -295,11 +299,11 @@ def test_text_in_a_terminals_table_is_no_markup(monkeypatch, capsys):
 
 
 def test_kept_lines_hold_odd_text_and_damage_is_named(tmp_path):
-  kept.append(tmp_path / 'k.jsonl', [{'x': ODD}])
-  assert kept.read(tmp_path / 'k.jsonl') == [{'x': ODD}]
+  journal.append(tmp_path / 'k.jsonl', [{'x': ODD}])
+  assert journal.read(tmp_path / 'k.jsonl') == [{'x': ODD}]
   (tmp_path / 'k.jsonl').write_bytes(b'{"x": "\xff"}\n')
   with pytest.raises(ValueError, match='k.jsonl, line 1: the line is damaged'):
-    kept.read(tmp_path / 'k.jsonl')
+    journal.read(tmp_path / 'k.jsonl')
 
 
 def test_labeler_number_0_is_a_person(tmp_path):
@@ -333,7 +337,7 @@ def test_commands_know_the_home_folder(tmp_path, monkeypatch):
   flags = preference.arguments(['--judge_instructions=~/text'])
   assert preference.instructions(flags) == 'Judge.'
   with pytest.raises(FileNotFoundError, match='no finished stage'):
-    finished.load('~/run/rm')
+    loading.load('~/run/rm')
 
 
 def test_metrics_are_read_without_torn_lines(tmp_path):

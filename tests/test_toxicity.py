@@ -11,8 +11,10 @@ import types
 import numpy as np
 import pytest
 
-from alignjax.evals import harness, items, prefixes, scorers, table, toxicity
-from alignjax.stages import finished
+from alignjax.evals import items, table
+from alignjax.evals.public import harness
+from alignjax.evals.safety import prefixes, scorers, toxicity
+from alignjax.inference import loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 SHARED = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data')) / 'evals'
@@ -55,7 +57,7 @@ def case(tmp_path, monkeypatch):
   monkeypatch.setattr(harness, 'continuations', continuations)
   SEEN.clear()
   FAIL_AFTER[0] = 10**9
-  call = lambda **kw: toxicity.realtoxicityprompts(finished.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
+  call = lambda **kw: toxicity.realtoxicityprompts(loading.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
       data=str(tmp_path / 'p.jsonl'), limit=None, scorer=f'{__name__}:rude') | kw))
   return types.SimpleNamespace(call=call, asked=asked, folder=tmp_path)
 
@@ -212,7 +214,7 @@ def test_perspective_keeps_its_rate(server, monkeypatch):
 def test_perspective_without_a_key_fails_before_anything_is_sampled(case, monkeypatch):
   monkeypatch.delenv('PERSPECTIVE_API_KEY', raising=False)
   with pytest.raises(ValueError, match='export PERSPECTIVE_API_KEY'):
-    case.call(scorer='alignjax.evals.scorers:perspective')
+    case.call(scorer='alignjax.evals.safety.scorers:perspective')
   assert case.asked == []
 
 

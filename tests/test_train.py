@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignjax import checkpoint, train
-from alignjax.stages.setup import make_setup
+from alignjax import train
+from alignjax.runtime import checkpoint
+from alignjax.setup.setup import make_setup
 from experiments import generate
 from experiments.configs import ppo_ptx
 
@@ -123,7 +124,7 @@ def test_a_table_of_several_runs(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_what_was_logged(finished):
-  from alignjax import metrics
+  from alignjax.runtime import metrics
   for stage in ('ppo', 'ppo_ptx'):
     log = metrics.read(finished / stage / 'metrics.jsonl')
     assert (log['ppo/ratio_max_dev'] == 0).all(), 'docs/pitfalls.md, 8: exactly 1 at every first minibatch'
@@ -207,9 +208,9 @@ def test_comparisons_of_another_policy_are_not_used(finished, patch, tmp_path, c
 @pytest.mark.slow
 def test_demonstrations_score_0_after_the_bias(finished):
   """Paper 3.5: recompute the mean score of the very demonstrations from the saved reward model."""
-  from alignjax.evals import bulk
-  from alignjax.stages.records import records
-  from alignjax.stages.setup import initial_params
+  from alignjax.inference import bulk
+  from alignjax.setup.records import records
+  from alignjax.setup.setup import initial_params
   setup = make_setup(config(), finished)
   params = initial_params(setup, 'stage:rm', 'scalar', 0)
   score = bulk.make_scorer(setup.nets, setup.sharder, length=setup.length, pad=0)
@@ -233,7 +234,7 @@ def test_item_16_every_entry_of_the_config_is_read(finished):
 
 def params_of(workdir, stage):
   setup = make_setup(config(), workdir)
-  from alignjax.stages.setup import initial_params
+  from alignjax.setup.setup import initial_params
   return initial_params(setup, f'stage:{stage}', 'lm', 0)
 
 
@@ -311,8 +312,8 @@ def test_a_reward_model_of_another_size_trains_and_rewards(patch, tmp_path):
   c.update_from_flattened_dict(small)
   train.main(c, tmp_path)
   setup = make_setup(c, tmp_path)
-  from alignjax import metrics
-  from alignjax.stages.setup import initial_params
+  from alignjax.runtime import metrics
+  from alignjax.setup.setup import initial_params
   assert initial_params(setup, 'stage:rm', 'scalar', 0)['embed']['tokens'].shape[1] == 16
   assert initial_params(setup, 'stage:ppo_ptx', 'lm', 0)['embed']['tokens'].shape[1] == 32
   log = metrics.read(tmp_path / 'ppo_ptx' / 'metrics.jsonl')
@@ -390,7 +391,7 @@ def test_wrong_stages(patch, tmp_path):
     train.resolve(config(**{'stages.sft.init.policy': 'stage:sft'}))
   assert train.resolve(ppo_ptx.get_config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
   setup = make_setup(config(), tmp_path)
-  from alignjax.stages.setup import initial_params
+  from alignjax.setup.setup import initial_params
   with pytest.raises(FileNotFoundError, match='stage:NAME'):
     initial_params(setup, 'stage:sft', 'lm', 0)
 

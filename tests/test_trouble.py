@@ -18,9 +18,10 @@ import pytest
 from flax import struct
 from ml_collections import ConfigDict
 
-from alignjax import checkpoint, host, metrics, optim, steps, train, trouble
-from alignjax.interrupt import Interrupt
-from alignjax.stages.setup import Stage
+from alignjax import optim, rewards, steps, train
+from alignjax.runtime import checkpoint, failures, metrics
+from alignjax.runtime.interrupt import Interrupt
+from alignjax.setup.setup import Stage
 from alignjax.types import TrainState
 from tests.fakes import close
 
@@ -180,7 +181,7 @@ def silly(prompts, responses):
 def score(function, failures, **kw):
   ids = jnp.array([[1, 2], [3, 4], [5, 6]])
   live = jnp.array([[True, True], [True, False], [False, False]])
-  f = jax.jit(lambda *x: host.reward(*x, nets=None, frozen=None, function=f'tests.test_trouble:{function}', failures=failures,
+  f = jax.jit(lambda *x: rewards.reward(*x, nets=None, frozen=None, function=f'tests.test_trouble:{function}', failures=failures,
                                      asked={(1, 2): 'a', (3,): 'b', (): 'c'},
                                      said=lambda ids: ('x' * len(ids), False), **({'pause': 0.01} | kw)))
   return np.asarray(f(ids, live, ids, live))
@@ -213,8 +214,8 @@ def test_a_host_function_that_fails_is_named(function, words):
 
 
 def test_a_wrong_host_function_fails_before_anything_runs():
-  from alignjax.stages.setup import check_functions
-  spec = dict(reward=dict(fn='alignjax.host:reward', function='tests.test_trouble:flakey'), optimizer={})
+  from alignjax.setup.setup import check_functions
+  spec = dict(reward=dict(fn='alignjax.rewards:reward', function='tests.test_trouble:flakey'), optimizer={})
   with pytest.raises(ValueError, match=r"stages.ppo.reward.function='tests.test_trouble:flakey'.*did you mean flaky"):
     check_functions(ConfigDict(spec), 'stages.ppo', dict(reward=dict(asked={}, said=None, failures=[])))
 
@@ -230,7 +231,7 @@ def test_a_run_whose_host_function_fails_loses_nothing(tmp_path):
       batch = batch.replace(x=batch.x * np.nan)
     return one_step(state, batch)
 
-  with pytest.raises(trouble.StepFailed, match=r'step 6: the reward function mylab:rule failed 3 times.*5 steps before'):
+  with pytest.raises(failures.StepFailed, match=r'step 6: the reward function mylab:rule failed 3 times.*5 steps before'):
     run(tmp_path / 'a', step=step, failures=failures, **{'stages.s.save_every': 4})
   assert sorted(p.name for p in (tmp_path / 'a/s/checkpoints/steps').iterdir() if p.name.isdigit()) == ['4', '5']
   broken.clear()
@@ -394,8 +395,8 @@ def test_a_failed_save_in_the_background_ends_the_run_at_the_next_one(tmp_path, 
 def test_a_folder_that_cannot_be_written_is_found_before_any_work(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(OSError, match=r'cannot write to .*file/run \(Not a directory\); use another --workdir'):
-    trouble.check_writable(tmp_path / 'file' / 'run')
-  trouble.check_writable(tmp_path / 'new' / 'run')
+    failures.check_writable(tmp_path / 'file' / 'run')
+  failures.check_writable(tmp_path / 'new' / 'run')
   assert list((tmp_path / 'new' / 'run').iterdir()) == []
 
 

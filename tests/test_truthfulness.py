@@ -11,8 +11,10 @@ import pytest
 
 from alignjax import train
 from alignjax.data import mappings, sources
-from alignjax.evals import harness, table, truthfulness
-from alignjax.stages import finished
+from alignjax.evals import table
+from alignjax.evals.public import harness
+from alignjax.evals.safety import truthfulness
+from alignjax.inference import loading
 from experiments.configs import truth_judge
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -50,7 +52,7 @@ def case(tmp_path, monkeypatch):
 
   monkeypatch.setattr(harness, 'continuations', continuations)
   JUDGED.clear()
-  call = lambda **kw: truthfulness.truthfulqa(finished.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
+  call = lambda **kw: truthfulness.truthfulqa(loading.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
       limit=None, data=str(tmp_path / 'q.csv'), truth=f'{__name__}:truth', info=f'{__name__}:info') | kw))
   return types.SimpleNamespace(call=call, asked=asked)
 
@@ -79,7 +81,7 @@ def test_a_judge_that_is_missing_is_said_before_anything_is_sampled(case):
 
 def test_yes_against_no_is_read_where_they_differ():
   """Bytes: " yes" and " no" share their space, so "y" against "n" after it, in float64 from the logits."""
-  model = finished.load(f'hf:{CHAT}')
+  model = loading.load(f'hf:{CHAT}')
   prompts = [f'Q: {"x" * n}?\nA: b\nTrue:' for n in (1, 40, 3)]
   expected = []
   for prompt in prompts:
@@ -172,7 +174,7 @@ def test_a_judge_is_trained_and_agrees(tmp_path, monkeypatch):
     m.setattr(jax, 'devices', lambda *_: one)
     train.main(c, tmp_path / 'run')
   judge = f'{tmp_path}/run/sft'
-  cells = truthfulness.judge_agreement(finished.load(judge, 'lm'), data=str(tmp_path / 'finetune_truth.jsonl'), limit=None, seed=0,
+  cells = truthfulness.judge_agreement(loading.load(judge, 'lm'), data=str(tmp_path / 'finetune_truth.jsonl'), limit=None, seed=0,
                                        keep=tmp_path)
   assert [table.figure(cell)['mean'] for cell in cells] == [1.0, 1.0, 0.5] and len(cells[0].values) == 20
   p = truthfulness.load(judge, 'truth')([held[11]] * 2, ['aaaa', 'zzzz'])

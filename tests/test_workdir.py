@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignjax import checkpoint, fingerprints, inputs, lock, report, train
-from alignjax.interrupt import Interrupt
-from alignjax.stages.setup import Stage
+from alignjax import report, train
+from alignjax.runtime import checkpoint, fingerprints, lock
+from alignjax.setup import inputs
+from alignjax.runtime.interrupt import Interrupt
+from alignjax.setup.setup import Stage
 from tests.test_trouble import Row, first_state, one_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

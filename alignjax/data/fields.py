@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignjax import textfiles
+from alignjax.runtime import textfiles
 
 FIELDS = dict(
     demonstrations=dict(prompt=(str, list), response=(str, list, dict)),

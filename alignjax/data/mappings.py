@@ -21,7 +21,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alignjax import textfiles
+from alignjax.runtime import textfiles
 
 Records = list[dict[str, Any]]
 TURN = '\n\nAssistant:'
@@ -271,7 +271,7 @@ def truthfulqa_judge(raw: dict) -> Records:
 
 
 def truthfulqa_judge_heldout(raw: dict) -> Records:
-  """The tenth of the questions that no judge is trained on: evals/truthfulness.py measures agreement there."""
+  """The tenth of the questions that no judge is trained on: evals/safety/truthfulness.py measures agreement there."""
   return [dict(prompt=raw['prompt'], response=raw['completion'])] if _heldout(raw['prompt']) else []
 
 

@@ -1,10 +1,10 @@
 """Records by name. A source of c.data.KIND is one of
 
-  jsonl:FILE                       a JSON object a line, or one array of them, plain or gzip, local or gs:// (textfiles.py)
+  jsonl:FILE                       a JSON object a line, or one array of them, plain or gzip, local or gs:// (runtime/textfiles.py)
   text:FILE                        pretraining text, one document a file; several with *
   tfds:NAME[/CONFIG]:SPLIT         tensorflow-datasets, random access, no TensorFlow; or tfds:PREPARED_FOLDER:SPLIT
   hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed; or hf:FOLDER:SPLIT, a folder that is there
-  sandbox:                         the embedded world (stages/setup.py)
+  sandbox:                         the embedded world (setup/setup.py)
 
 or several of them with ';' between: all records of the first, then of the second. A ';' separates where the form of a source
 follows it; one that belongs to a name although a form follows is written '\\;'. c.data.mapping.KIND says how their fields become
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax import files, textfiles
+from alignjax.runtime import files, textfiles
 from alignjax.data import fields, mappings
 
 FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT or sandbox:'

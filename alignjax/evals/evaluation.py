@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from alignjax import files, metrics
+from alignjax.runtime import files, metrics
 from alignjax.evals import table
-from alignjax.stages import finished
+from alignjax.inference import loading
 
 
 def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.Folder, *, data: Mapping[str, str] | None = None,
@@ -37,8 +37,8 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
     mesh = {'data': len(jax.devices())}
   measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in functions}
   for model_name, spec in models.items():
-    model = finished.load(spec, 'lm', template, mesh, dtype)
-    facts = finished.facts(model)
+    model = loading.load(spec, 'lm', template, mesh, dtype)
+    facts = loading.facts(model)
     for name, task in functions.items():
       began = time.perf_counter()
       measured[name][model_name], before = table.run_task(

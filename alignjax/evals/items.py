@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import textfiles
-from alignjax.evals import kept
+from alignjax.runtime import textfiles
+from alignjax.runtime import journal
 
 
 def read(path: str | pathlib.Path, columns: Sequence[str] | Mapping[str, type | tuple[type, ...]] = (),
@@ -98,14 +98,14 @@ def fill(path: pathlib.Path, names: Sequence[str], make: Callable[[list[int]], I
     size: places that `make` gets at once.
     what: for the progress line, one every ten seconds.
   """
-  done = {row['item']: row['value'] for row in kept.read(path)}
+  done = {row['item']: row['value'] for row in journal.read(path)}
   missing = [i for i, name in enumerate(names) if name not in done]
   last = time.perf_counter()
   for start in range(0, len(missing), size):
     some = missing[start:start + size]
     values, made = iter(make(some)), 0
     for i, value in zip(some, values, strict=False):
-      kept.append(path, [{'item': names[i], 'value': value}])
+      journal.append(path, [{'item': names[i], 'value': value}])
       done[names[i]], made = value, made + 1
     made += len(list(values))
     if made != len(some):

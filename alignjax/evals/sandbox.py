@@ -14,7 +14,7 @@ import numpy as np
 from alignjax import sandbox
 from alignjax.data import encode
 from alignjax.data.templates import Template
-from alignjax.evals import bulk
+from alignjax.inference import bulk
 from alignjax.evals.stats import ANY, interval, ratio
 from alignjax.types import Networks, Params
 

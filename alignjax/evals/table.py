@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alignjax import files, fingerprints, plugins
-from alignjax.evals import kept, stats
+from alignjax import plugins
+from alignjax.runtime import files, fingerprints
+from alignjax.evals import stats
+from alignjax.runtime import journal
 
 
 class Cell(NamedTuple):
@@ -53,22 +55,22 @@ class Cell(NamedTuple):
 
 
 TASKS: dict[str, str] = {
-    'hellaswag': 'alignjax.evals.public:hellaswag',
-    'rte': 'alignjax.evals.public:rte',
-    'sst': 'alignjax.evals.public:sst',
-    'wsc': 'alignjax.evals.public:wsc',
-    'drop': 'alignjax.evals.public:drop',
-    'quac': 'alignjax.evals.public:quac',
-    'squadv2': 'alignjax.evals.public:squadv2',
-    'wmt15_fr_en': 'alignjax.evals.public:wmt15_fr_en',
-    'cnn_dm': 'alignjax.evals.public:cnn_dm',
-    'tldr': 'alignjax.evals.public:tldr',
-    'truthfulqa_mc': 'alignjax.evals.public:truthfulqa_mc',
-    'winogender': 'alignjax.evals.bias:winogender',
-    'crows_pairs': 'alignjax.evals.bias:crows_pairs',
-    'realtoxicityprompts': 'alignjax.evals.toxicity:realtoxicityprompts',
-    'truthfulqa': 'alignjax.evals.truthfulness:truthfulqa',
-    'judge_agreement': 'alignjax.evals.truthfulness:judge_agreement',
+    'hellaswag': 'alignjax.evals.public.tasks:hellaswag',
+    'rte': 'alignjax.evals.public.tasks:rte',
+    'sst': 'alignjax.evals.public.tasks:sst',
+    'wsc': 'alignjax.evals.public.tasks:wsc',
+    'drop': 'alignjax.evals.public.tasks:drop',
+    'quac': 'alignjax.evals.public.tasks:quac',
+    'squadv2': 'alignjax.evals.public.tasks:squadv2',
+    'wmt15_fr_en': 'alignjax.evals.public.tasks:wmt15_fr_en',
+    'cnn_dm': 'alignjax.evals.public.tasks:cnn_dm',
+    'tldr': 'alignjax.evals.public.tasks:tldr',
+    'truthfulqa_mc': 'alignjax.evals.public.tasks:truthfulqa_mc',
+    'winogender': 'alignjax.evals.safety.bias:winogender',
+    'crows_pairs': 'alignjax.evals.safety.bias:crows_pairs',
+    'realtoxicityprompts': 'alignjax.evals.safety.toxicity:realtoxicityprompts',
+    'truthfulqa': 'alignjax.evals.safety.truthfulness:truthfulqa',
+    'judge_agreement': 'alignjax.evals.safety.truthfulness:judge_agreement',
 }
 
 
@@ -91,7 +93,7 @@ def find_tasks(names: Sequence[str]) -> dict[str, Callable]:
 def _find(name: str) -> dict[str, Callable]:
   if name in TASKS or ':' in name:
     return {name: plugins.find(TASKS.get(name, name), f'--tasks={name}')}
-  from alignjax.evals import harness_tasks
+  from alignjax.evals.public import harness_tasks
   found = harness_tasks.find(name)
   if found is None:
     near = difflib.get_close_matches(name, {**TASKS, **harness_tasks.index()}, 3)
@@ -160,7 +162,7 @@ def run_task(name: str, task: Callable, model: Any, facts: Mapping[str, Any], ou
   described = protocol(name, task, data, limit, seed, options)
   file = f'{re.sub("[^A-Za-z0-9_.-]", ".", name)}-{fingerprints.of_value([described, facts])}'
   path, keep = out / 'cells' / f'{file}.json', out / 'kept' / file
-  found = kept.read_whole(path)
+  found = journal.read_whole(path)
   if found is not None:
     return [Cell(**c) for c in found['cells']], True
   keep.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def run_task(name: str, task: Callable, model: Any, facts: Mapping[str, Any], ou
     print(f'{name}: goes on from {keep}', flush=True)
   began = time.perf_counter()
   cells = task(model, data=data, limit=limit, seed=seed, keep=keep, **options)
-  kept.write_whole(path, dict(protocol=described, model=facts, seconds=round(time.perf_counter() - began, 1),
+  journal.write_whole(path, dict(protocol=described, model=facts, seconds=round(time.perf_counter() - began, 1),
                               cells=[c._asdict() for c in cells]))
   return cells, False
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from alignjax import throughput
+from alignjax.compiler import flops
 from alignjax.data.templates import Template
 from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
-from alignjax.stages.setup import Setup, make_setup, tokens_and_texts
+from alignjax.setup.setup import Setup, make_setup, tokens_and_texts
 from alignjax.types import LossFn, Networks, Params, TokenBatch
 
 
@@ -119,8 +119,8 @@ def model_flops(work: Work) -> float:
   """Floating-point operations that the mathematics needs, of all devices: two for each multiply-add of a matrix product, three
   times the forward pass for an update, nothing for what is computed again (as in Chowdhery et al. 2022, appendix B, for MFU);
   attention to the tokens before only."""
-  each = throughput.forward_flops(work.model, work.prompt + work.length, work.head)
-  before = throughput.forward_flops(work.model, work.prompt, work.head) if work.prompt else 0
+  each = flops.forward_flops(work.model, work.prompt + work.length, work.head)
+  before = flops.forward_flops(work.model, work.prompt, work.head) if work.prompt else 0
   return {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind] * (each - before) * work.rows * work.times
 
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import files, fingerprints, inputs
+from alignjax.runtime import files, fingerprints
+from alignjax.setup import inputs
 from alignjax.data import batches, sources
-from alignjax.evals import bulk
+from alignjax.inference import bulk
 from alignjax.sharding import sync
 from alignjax.stages import abstract
-from alignjax.stages.records import encoded, records, say
-from alignjax.stages.setup import Setup, check_counts, check_epochs, initial_params, seed_of, stage_dir
+from alignjax.setup.records import encoded, records, say
+from alignjax.setup.setup import Setup, check_counts, check_epochs, initial_params, seed_of, stage_dir
 from alignjax.types import ComparisonBatch
 
 

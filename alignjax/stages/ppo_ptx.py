@@ -15,29 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax import ops, plugins, steps, throughput
+from alignjax import ops, plugins, steps
+from alignjax.compiler import flops
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
 from alignjax.sharding import fetch
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.pretrain import text_mix
-from alignjax.stages.records import encoded, records
-from alignjax.stages.setup import (
-  Setup,
-  Stage,
-  check_counts,
-  check_divides,
-  check_functions,
-  compile_step,
-  for_stage,
-  freeze,
-  initial_params,
-  make_optimizer,
-  make_state,
-  seed_of,
-  stage_key,
-)
+from alignjax.setup.records import encoded, records
+from alignjax.setup.setup import Setup, Stage, check_counts, check_divides, check_functions, compile_step, for_stage, freeze, initial_params, make_optimizer, make_state, seed_of, stage_key
 from alignjax.types import LossFn, Metrics, Networks, Params, PPOBatch, Rollout, TokenBatch, TrainState
 
 
@@ -137,7 +124,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(state, lambda state, batch: compiled(state, frozen, batch), batch, cfg.iterations,
                finish=lambda state: (kept(state, cfg.keep), {'head': 'lm'}),
-               observe=observe, failures=failures, work=lambda _: throughput.ppo(
+               observe=observe, failures=failures, work=lambda _: flops.ppo(
                    setup.policy_model, setup.reward_model, episodes=cfg.rollout.episodes,
                    samples_per_prompt=cfg.rollout.samples_per_prompt, prompt_length=setup.prompt_length,
                    response_length=setup.response_length, row_length=setup.config.data.row_length, ptx_rows=rows_per_step,
@@ -192,7 +179,7 @@ def facts(setup: Setup, name: str, failures: Sequence[str] = (),
   rollout = setup.config.stages[name].rollout
   samples = dict(samples_per_prompt=rollout.samples_per_prompt)
   return dict(loss=dict(samples, temperature=rollout.temperature), advantage=samples,
-              reward=dict(samples, asked=asked, said=setup.template.said, failures=failures))  # for alignjax.host:reward
+              reward=dict(samples, asked=asked, said=setup.template.said, failures=failures))  # for alignjax.rewards:reward
 
 
 def score_rows(cfg) -> int:

@@ -16,25 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax import plugins, steps, throughput
+from alignjax import plugins, steps
+from alignjax.compiler import flops
 from alignjax.data import encode
 from alignjax.losses import response_logprobs
 from alignjax.rollout import in_chunks
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
-from alignjax.stages.setup import (
-  Setup,
-  Stage,
-  check_functions,
-  compile_step,
-  for_stage,
-  freeze,
-  initial_params,
-  make_optimizer,
-  make_state,
-  seed_of,
-  stage_key,
-)
+from alignjax.setup.setup import Setup, Stage, check_functions, compile_step, for_stage, freeze, initial_params, make_optimizer, make_state, seed_of, stage_key
 from alignjax.types import Metrics, Networks, Params, PreferenceBatch, TrainState
 
 
@@ -53,7 +42,7 @@ def build(setup: Setup, name: str) -> Stage:
   compiled = make_step(setup, name, tx, state)
 
   def work_of(rows, length):
-    own = throughput.training(setup.policy_model, rows, length)
+    own = flops.training(setup.policy_model, rows, length)
     return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}  # the reference reads what the policy is trained on
 
   info = {'head': 'lm', 'prompts': len(data.prompts), 'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alignjax import throughput
+from alignjax.compiler import flops
 from alignjax.data import batches, text
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, token_rows
-from alignjax.stages.records import open_documents, records
-from alignjax.stages.setup import (
-  Setup,
-  Stage,
-  check_counts,
-  initial_params,
-  make_optimizer,
-  make_state,
-  seed_of,
-  steps_per_epoch,
-)
+from alignjax.setup.records import open_documents, records
+from alignjax.setup.setup import Setup, Stage, check_counts, initial_params, make_optimizer, make_state, seed_of, steps_per_epoch
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -41,7 +32,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(state, step, batch, num_steps,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
-               work=lambda _: throughput.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
+               work=lambda _: flops.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:

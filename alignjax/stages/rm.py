@@ -8,25 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax import plugins, steps, throughput
+from alignjax import plugins, steps
+from alignjax.compiler import flops
 from alignjax.data import encode
-from alignjax.evals import bulk, rm_accuracy
+from alignjax.evals.reward import accuracy
+from alignjax.inference import bulk
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.comparisons import Comparisons, Updates
-from alignjax.stages.records import encoded, records
-from alignjax.stages.setup import (
-  Setup,
-  Stage,
-  check_counts,
-  check_functions,
-  compile_step,
-  initial_params,
-  make_optimizer,
-  make_state,
-  seed_of,
-  stage_key,
-)
+from alignjax.setup.records import encoded, records
+from alignjax.setup.setup import Setup, Stage, check_counts, check_functions, compile_step, initial_params, make_optimizer, make_state, seed_of, stage_key
 from alignjax.types import TrainState
 
 
@@ -53,13 +44,13 @@ def build(setup: Setup, name: str) -> Stage:
     if held_out is None:
       made = comparisons.evaluation(setup, name)
       if made.prompts:
-        info |= rm_accuracy.by_pool(setup.labelers, made, lambda rows: score(params, rows), setup.config.seed)
+        info |= accuracy.by_pool(setup.labelers, made, lambda rows: score(params, rows), setup.config.seed)
     elif held_out.prompts:
-      info['accuracy_heldout_prompts'] = rm_accuracy.on_ranks(held_out, lambda rows: score(params, rows))
+      info['accuracy_heldout_prompts'] = accuracy.on_ranks(held_out, lambda rows: score(params, rows))
     return params, info
 
   return Stage(state, step, lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons), len(plan.order), finish,
-               work=lambda i: comparisons.work(plan, i, lambda rows, t: throughput.training(setup.reward_model, rows, t, 'scalar')))
+               work=lambda i: comparisons.work(plan, i, lambda rows, t: flops.training(setup.reward_model, rows, t, 'scalar')))
 
 
 def read_data(setup: Setup, name: str) -> tuple[Comparisons, Updates, Comparisons | None, list[list[int]]]:

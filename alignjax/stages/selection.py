@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax import checkpoint, files, fingerprints, inputs, plugins
+from alignjax import plugins
+from alignjax.runtime import checkpoint, files, fingerprints
+from alignjax.setup import inputs
 from alignjax.data import batches, hygiene, sources
-from alignjax.evals import samples, selection
-from alignjax.stages.finished import Model
-from alignjax.stages.setup import Setup, Stage, initial_params, make_state, seed_of, stage_dir
+from alignjax.evals.reward import selection
+from alignjax.inference import samples
+from alignjax.inference.loading import Model
+from alignjax.setup.setup import Setup, Stage, initial_params, make_state, seed_of, stage_dir
 
 
 def build(setup: Setup, name: str) -> Stage:

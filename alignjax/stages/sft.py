@@ -11,22 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import throughput
+from alignjax.compiler import flops
 from alignjax.data import batches, encode
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, array, token_rows
 from alignjax.stages.pretrain import text_mix
-from alignjax.stages.records import encoded, records
-from alignjax.stages.setup import (
-  Setup,
-  Stage,
-  check_counts,
-  initial_params,
-  make_optimizer,
-  make_state,
-  seed_of,
-  steps_per_epoch,
-)
+from alignjax.setup.records import encoded, records
+from alignjax.setup.setup import Setup, Stage, check_counts, initial_params, make_optimizer, make_state, seed_of, steps_per_epoch
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -64,7 +55,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(state, step, batch, num_steps,
                finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
-               work=lambda _: throughput.training(setup.policy_model, cfg.batch_size, setup.length))
+               work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length))
 
 
 def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:

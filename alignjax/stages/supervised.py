@@ -10,17 +10,7 @@ import optax
 from alignjax import plugins, steps
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
-from alignjax.stages.setup import (
-  Setup,
-  check_divides,
-  check_epochs,
-  check_functions,
-  compile_step,
-  for_stage,
-  make_optimizer,
-  make_state,
-  stage_key,
-)
+from alignjax.setup.setup import Setup, check_divides, check_epochs, check_functions, compile_step, for_stage, make_optimizer, make_state, stage_key
 from alignjax.types import LossFn, Metrics, Networks, TokenBatch, TrainState
 
 

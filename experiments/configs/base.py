@@ -62,7 +62,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
                 template_date=config_dict.placeholder(str),  # of a chat template that prints the day; None: the run's first day
                 pretrain='sandbox:', demonstrations='sandbox:', comparisons='sandbox:', prompts='sandbox:',
                 mapping=no_mapping(),
-                heldout=dict(share=0.05, seed=0),  # of the prompts of files: no stage is trained on them (stages/records.py)
+                heldout=dict(share=0.05, seed=0),  # of the prompts of files: no stage is trained on them (setup/records.py)
                 prompt_length=24, response_length=20, row_length=64, too_long='error', pack=False)
   c.model = dict(num_layers=s.layers, d_model=s.width, num_heads=4, max_length=96, positions='rotary', rope_theta=1000.0,
                  embedding_std=0.05, embedding_scale=0.5 * s.width**0.5, tie_embeddings=True, qkv_bias=False)

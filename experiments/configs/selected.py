@@ -17,10 +17,10 @@ def get_config(size: str = 'default'):
   del s.ppo
   s.sft.update(epochs=6, keep_candidates=6)  # the end of each epoch
   s.ppo_ptx.keep_candidates = 6
-  s.sft_selected = selection('stage:sft', fn='alignjax.evals.selection:reward')
+  s.sft_selected = selection('stage:sft', fn='alignjax.evals.reward.selection:reward')
   for role in ('policy', 'ref'):
     s.ppo_ptx.init[role] = 'stage:sft_selected'
-  s.ppo_ptx_selected = selection('stage:ppo_ptx', ref='stage:sft_selected', fn='alignjax.evals.selection:reward_less_kl',
+  s.ppo_ptx_selected = selection('stage:ppo_ptx', ref='stage:sft_selected', fn='alignjax.evals.reward.selection:reward_less_kl',
                                  kl_coef=s.ppo_ptx.kl.coef)
   c.stages_to_run = ('ppo_ptx_selected',)
   c.report.policies = dict(pretrained='pretrain', sft='sft', sft_selected='sft_selected', ppo_ptx='ppo_ptx',

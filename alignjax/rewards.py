@@ -1,0 +1,93 @@
+"""A reward that is a Python function of texts, on the host: a rule, a classifier, a service. Retried, timed, and a run that has to
+give it up loses nothing.
+
+    c.stages.ppo.reward = dict(fn='alignjax.rewards:reward', function='mylab.rewards:rule', attempts=3, timeout=60.0)
+
+    def rule(prompts: list[str], responses: list[str]) -> list[float]: ...
+
+The function sees what samples.jsonl shows. A prompt is as its record has it: its text, or its list of messages, without what the
+template writes around it. (Of two records whose prompts have the same tokens, because truncation left them alike, the first.)
+A response is its text without the end token that ended it, so "4" is "4"; one that was cut at the limit is all of its text.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignjax import plugins
+from alignjax.types import Networks, Params
+
+
+def reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mask: jax.Array, *, nets: Networks, frozen: Params,
+           function: str, asked: Mapping[tuple[int, ...], Any], said: Callable[[Sequence[int]], tuple[str, bool]],
+           failures: list[str], attempts: int = 3, timeout: float = 60.0, pause: float = 1.0) -> jax.Array:
+  """f32[B], what the Python function says of each prompt and response while the device waits.
+
+  A call that raises, takes longer than `timeout` or returns something other than B finite numbers is made again, after `pause`
+  seconds, then 2 * pause, and so on. After the last attempt the reason goes to `failures` and the scores are NaN: no update of such
+  a step is applied (steps.update), and the loop saves the state from before it and ends the run.
+
+  Args:
+    function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that ran out of time is left behind in
+      its thread, so another may run beside it.
+    asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and whether it ended (templates.Template).
+    failures: of the stage (setup/setup.py: Stage). The stage gives these three.
+    attempts: calls at most. timeout, pause: seconds.
+  """
+  del nets, frozen
+  judge = plugins.find(function, 'reward.function')
+
+  def call(prompts, prompt_mask, responses, mask):
+    rows = lambda tokens, live: [row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)]
+    texts = [asked[tuple(row)] for row in rows(prompts, prompt_mask)], [said(row)[0] for row in rows(responses, mask)]
+    problem = ''
+    for attempt in range(attempts):
+      if attempt:
+        time.sleep(pause * 2 ** (attempt - 1))
+      try:
+        return checked(within(timeout, judge, *texts), len(texts[0]))
+      except Exception as error:  # noqa: BLE001 a fork's function may raise anything
+        problem = f'{type(error).__name__}: {error}'
+        print(f'WARNING: {function}, attempt {attempt + 1} of {attempts}: {problem}', flush=True)
+    failures.append(f'the reward function {function} failed {attempts} times, at last with {problem.rstrip(".")}.')
+    return np.full(len(texts[0]), np.nan, np.float32)
+
+  shape = jax.ShapeDtypeStruct((prompts.shape[0],), jnp.float32)
+  return jax.pure_callback(call, shape, prompts, prompt_mask, responses, mask)
+
+
+def within(timeout: float, function: Callable, *arguments):
+  """function(*arguments), or TimeoutError after `timeout` seconds; what it raises is raised."""
+  answer: queue.Queue = queue.Queue()
+
+  def run():
+    try:
+      answer.put((function(*arguments), None))
+    except Exception as error:  # noqa: BLE001 raised again below
+      answer.put((None, error))
+
+  threading.Thread(target=run, daemon=True).start()
+  try:
+    value, error = answer.get(timeout=timeout)
+  except queue.Empty:
+    raise TimeoutError(f'no answer in {timeout:g} s') from None
+  if error is not None:
+    raise error
+  return value
+
+
+def checked(scores, count: int) -> np.ndarray:
+  scores = np.asarray(scores, np.float32)
+  if scores.shape != (count,):
+    raise ValueError(f'returned shape {scores.shape} for {count} responses')
+  if not np.isfinite(scores).all():
+    raise ValueError(f'returned {scores[~np.isfinite(scores)][0]} for response {int(np.flatnonzero(~np.isfinite(scores))[0])}')
+  return scores

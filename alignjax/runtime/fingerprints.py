@@ -1,0 +1,149 @@
+"""Short names for contents: weights, files, values, and the source of functions. What is kept for later use is kept under the
+fingerprints of everything that made it, so that nothing is served for another thing of the same name.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignjax.runtime import files
+from alignjax.sharding import fetch
+
+LENGTH = 16  # hexadecimal digits
+SETTLED_SECONDS = 3  # a file changed later than this ago may change again within one tick of its times
+
+
+def of_value(value: Any) -> str:
+  """The fingerprint of JSON values; the order of an object's entries means nothing."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode('utf-8', 'surrogatepass')).hexdigest()[:LENGTH]
+
+
+def of_params(params: Any) -> str:
+  """The fingerprint of a tree of arrays: names, shapes, dtypes and bits. Every process has to call it, and all get the same."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = fetch(leaf)
+    digest.update(f'{jax.tree_util.keystr(path)}{array.shape}{array.dtype}'.encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8))
+  return digest.hexdigest()[:LENGTH]
+
+
+def of_files(paths: Iterable[str | os.PathLike], known: dict[str, list] | None = None) -> str:
+  """The fingerprint of the contents of files, local or in a bucket, in the order given; a folder stands for all files in it.
+  FileNotFoundError names one that is not there.
+
+  known: {path: [size, times, hash]} of files that were read before, gone by while these are the same, and added to.
+  """
+  digest = hashlib.sha256()
+  for name in paths:
+    path = files.folder(name)
+    if not path.exists():
+      raise FileNotFoundError(f'{name}: no such file or folder.')
+    for file in sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]:
+      digest.update(_of_file(file, {} if known is None else known))
+  return digest.hexdigest()[:LENGTH]
+
+
+def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
+  if files.is_bucket(path):
+    stat = path.stat()
+    state, changed = [stat.length, stat.mtime], stat.mtime
+  else:
+    blob = path.resolve()
+    if blob.parent.name == 'blobs' and len(blob.name) == 64:  # of the hub's cache, which names large files by their hash
+      return bytes.fromhex(blob.name)
+    path, stat = blob, os.stat(blob)
+    state, changed = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns], max(stat.st_mtime_ns, stat.st_ctime_ns) / 1e9
+  name = os.fspath(path)
+  if name in known and known[name][:-1] == state:
+    return bytes.fromhex(known[name][-1])
+  if files.is_bucket(path):
+    digest = hashlib.sha256(path.read_bytes()).digest()
+  else:
+    with path.open('rb') as file:
+      digest = hashlib.file_digest(file, 'sha256').digest()
+  if time.time() - changed > SETTLED_SECONDS:
+    known[name] = [*state, digest.hex()]
+  return digest
+
+
+def of_function(function: Callable, named: str = '') -> str:
+  """The fingerprint of the source of a function: of its module, and of every module that it imports, directly or through others,
+  now or when it is called, apart from the standard library and installed packages. Comments, docstrings and layout do not count.
+
+  named: the 'module:function' that it was found by. That module counts too: where it says `rule = partial(other, weight=0.5)`, or
+  takes the function from elsewhere, the function itself knows only of the other module.
+
+  alignjax itself counts where the function is one of its own; a user's function is known by the user's own modules alone, so that
+  another version of alignjax leaves it as it is.
+  """
+  function = inspect.unwrap(getattr(function, 'func', function))  # of a partial: its coefficients are values, not source
+  module = function.__module__
+  ours = module.split('.')[0] == 'alignjax'
+  source = inspect.getsourcefile(inspect.getmodule(function) or function)
+  found: dict[str, str] = {}
+  waiting = [(module, source)]
+  if ':' in named:
+    waiting.append((named.partition(':')[0], _origin(named.partition(':')[0])))
+  while waiting:
+    name, path = waiting.pop()
+    counts = ours or name.split('.')[0] != 'alignjax'
+    if path is None or path in found or not path.endswith('.py') or not counts or _installed(path):
+      continue
+    found[path], imported = _source(path, os.stat(path).st_mtime_ns, name)
+    waiting += [(child, _origin(child)) for child in imported]
+  return of_value([getattr(function, '__qualname__', str(function)), sorted(found.values())])
+
+
+@functools.lru_cache(maxsize=4096)
+def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
+  """(fingerprint, names of the modules that it imports) of a module's file, which was last changed at `changed`."""
+  del changed
+  tree = ast.parse(pathlib.Path(path).read_bytes())
+  imported: list[str] = []
+  package = name if path.endswith('__init__.py') else name.rpartition('.')[0]
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      imported += [a.name for a in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      above = package.split('.')[:len(package.split('.')) - node.level + 1] if node.level else []
+      base = '.'.join([*above, *([node.module] if node.module else [])])
+      imported += [base, *(f'{base}.{a.name}' for a in node.names)]
+    body = getattr(node, 'body', None)
+    if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and (
+        isinstance(body[0].value.value, str)):
+      body[0].value.value = ''  # a docstring
+  return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:LENGTH], tuple(dict.fromkeys(imported))
+
+
+def _origin(name: str) -> str | None:
+  """The file of a module, or None for what is no module, as a function that is imported from one."""
+  if name.split('.')[0] in sys.stdlib_module_names:
+    return None
+  try:
+    spec = importlib.util.find_spec(name)
+  except (ImportError, ValueError, AttributeError):
+    return None
+  return spec.origin if spec is not None else None
+
+
+def _installed(path: str) -> bool:
+  """Whether a file belongs to an installed package other than alignjax."""
+  own = str(pathlib.Path(__file__).parent)
+  places = {sysconfig.get_path(p) for p in ('purelib', 'platlib', 'stdlib', 'platstdlib')}
+  return not path.startswith(own) and any(path.startswith(os.path.join(p, '')) for p in places)

@@ -1,0 +1,82 @@
+"""What was dear to compute, on the disk with a checksum: JSON lines that grow, so that an interrupted call goes on where it
+stopped, and whole JSON files. What is damaged is named, not read: no figure ever comes from it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from alignjax.runtime import files, fingerprints
+
+MARK = ', "crc32": "'  # a line is its row's JSON object with this last entry, over the bytes before it
+
+
+def read(path: files.Folder) -> list[dict[str, Any]]:
+  """The rows of a file, none where there is no file. A last line that a kill left torn is cut off the file, so that the next
+  append starts a line of its own. Any other line that is not as `append` wrote it is a ValueError with its number."""
+  if not path.exists():
+    return []
+  raw = path.read_bytes()
+  whole = raw[:raw.rfind(b'\n') + 1]
+  rows = [_row(path, number, line) for number, line in enumerate(whole.split(b'\n')[:-1], 1)]
+  if len(whole) < len(raw):
+    with path.open('r+b') as file:
+      file.truncate(len(whole))
+  return rows
+
+
+def _row(path: files.Folder, number: int, line: bytes) -> dict[str, Any]:
+  mark = MARK.encode()
+  body, _, check = line.rpartition(mark)
+  if not body or check != f'{zlib.crc32(body):08x}"}}'.encode():
+    raise ValueError(f'{path}, line {number}: the line is damaged, or another version of alignjax wrote it. Remove the line to '
+                     'compute it again, or the whole file.')
+  return json.loads(body + b'}')
+
+
+def append(path: files.Folder, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Adds rows, on the first process alone; what it wrote outlives the process, however that ends."""
+  if jax.process_index():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.append(path, ''.join(map(_line, rows)))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  if not row:
+    raise ValueError('an empty row cannot be kept.')
+  body = json.dumps(row, ensure_ascii=False)[:-1]
+  try:
+    raw = body.encode()
+  except UnicodeEncodeError:  # half of a surrogate pair, which JSON alone can write
+    body = json.dumps(row)[:-1]
+    raw = body.encode()
+  return f'{body}{MARK}{zlib.crc32(raw):08x}"}}\n'
+
+
+def write_whole(path: files.Folder, value: Mapping[str, Any]) -> None:
+  """A JSON object as a file, whole or not at all, on the first process alone."""
+  if jax.process_index():
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  value = json.loads(json.dumps(value))  # keys as they come back
+  files.write(path, json.dumps({**value, 'fingerprint': fingerprints.of_value(value)}))
+
+
+def read_whole(path: files.Folder) -> dict[str, Any] | None:
+  """The object that `write_whole` wrote, or None where there is no file. ValueError where it is not as it was written."""
+  if not path.exists():
+    return None
+  try:
+    value = json.loads(path.read_bytes())
+    good = value.pop('fingerprint') == fingerprints.of_value(value)
+  except (ValueError, AttributeError, KeyError, TypeError):  # not UTF-8, not JSON, no object, no fingerprint
+    good = False
+  if not good:
+    raise ValueError(f'{path} is damaged, or another version of alignjax wrote it. Remove it to compute it again.')
+  return value

@@ -1,0 +1,184 @@
+"""The text files that people hand in, read one way by everything that reads them.
+
+A file is plain or gzip by its content, not by its name, on a disk or in a bucket; `~` is the home folder; the text is UTF-8 with or
+without a byte order mark. A line ends at "\\n" or "\\r\\n" and nowhere else, so that U+2028, U+0085 and a form feed are text. JSON
+is read strictly: no key twice in an object, no NaN or Infinity, no half of a surrogate pair, which no tokenizer could read. Every
+error is a ValueError (FileNotFoundError where there is no file) that names the file and, as far as there is one, line and field.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from alignjax.runtime import files
+
+OTHERS = {b'\xff\xfe\x00\x00': 'UTF-32', b'\x00\x00\xfe\xff': 'UTF-32', b'\xff\xfe': 'UTF-16', b'\xfe\xff': 'UTF-16',
+          b'PK\x03\x04': 'a zip archive', b'\x28\xb5\x2f\xfd': 'compressed by zstd', b'BZh': 'compressed by bzip2',
+          b'\xfd7zXZ': 'compressed by xz', b'PAR1': 'Parquet'}
+SPACE = re.compile(r'[ \t\n\r]*')  # JSON's own
+SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
+
+
+def read(path: str | os.PathLike, where: str = '') -> str:
+  """The text of a file. where: stands before the file's name in errors, such as 'data.prompts: '."""
+  path, file = os.fspath(path), place(path, where)
+  try:
+    if file.is_dir():
+      raise ValueError(f'{where}{path} is a folder; name the file in it.')
+    raw = file.read_bytes()
+  except FileNotFoundError:
+    raise FileNotFoundError(f'{where}{path}: no such file.') from None
+  except OSError as error:
+    raise ValueError(f'{where}{path} cannot be read ({error.strerror or error}).') from error
+  except Exception as error:  # noqa: BLE001 a bucket's client raises many kinds
+    if isinstance(error, ValueError) or not files.is_bucket(file):
+      raise
+    raise ValueError(f'{where}{path} cannot be read ({type(error).__name__}: {error}).') from error
+  if raw[:2] == b'\x1f\x8b':
+    try:
+      raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f'{where}{path}: not a whole gzip file ({error}).') from error
+  return decode(raw, f'{where}{path}')
+
+
+def place(path: str | os.PathLike, where: str = '') -> files.Folder:
+  """The path of that name."""
+  if re.search('[\0\ud800-\udfff]', os.fspath(path)):
+    raise ValueError(f'{where}{os.fspath(path)!r} is no name of a file.')
+  try:
+    return files.folder(path)
+  except ValueError as error:
+    raise ValueError(f'{where}{error}') from None
+
+
+def suffix(path: str | os.PathLike) -> str:
+  """What kind of file the name says it is, compressed or not: 'jsonl' of 'a.b/ITEMS.JSONL.gz'."""
+  return os.path.basename(os.fspath(path)).lower().removesuffix('.gz').rpartition('.')[2]
+
+
+def decode(raw: bytes, where: str, first: int = 1) -> str:
+  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line and what it looks like.
+  first: the number of its first line."""
+  other = next((name for start, name in OTHERS.items() if raw.startswith(start)), None)
+  if other or b'\x00' in raw[:4]:
+    raise ValueError(f'{where}: {other or "UTF-16 or binary"}, not text in UTF-8; convert it first.')
+  try:
+    return raw.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    at = error.start + 3 * raw.startswith(b'\xef\xbb\xbf')
+    line = raw.count(b'\n', 0, at) + first
+    raise ValueError(f'{where}: not UTF-8 (byte {at}) in line {line}; convert it first.') from error
+
+
+def lines(text: str) -> list[str]:
+  """The lines, without what ends them. What follows the last end is a line if there is something."""
+  found = [line.removesuffix('\r') for line in text.split('\n')]
+  return found if found[-1] else found[:-1]
+
+
+def values(text: str, where: str) -> list[tuple[int, str]]:
+  """(line, JSON) of each value of a file: its lines without the blank ones, or the elements of the one array that it is."""
+  if SPACE.sub('', text[:1000], count=1)[:1] == '[':
+    elements = _elements(text, where)
+    if elements is not None:
+      return elements
+  return [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
+
+
+def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
+  """The elements of a file that is one JSON array, over however many lines; None: it is not one, but lines."""
+  decoder, skip = json.JSONDecoder(), lambda at: SPACE.match(text, at).end()
+  at, found, line, counted = skip(skip(0) + 1), [], 1, 0
+  try:
+    while text[at:at + 1] != ']':
+      if found:
+        if text[at:at + 1] != ',':
+          raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        at = skip(at + 1)
+      end = decoder.raw_decode(text, at)[1]
+      line, counted = line + text.count('\n', counted, at), at
+      found.append((line, text[at:end]))
+      at = skip(end)
+  except json.JSONDecodeError as error:
+    if error.lineno == 1:
+      return None  # as lines the first is an error of its own
+    raise ValueError(f'{where}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).') from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{where}, line {line + text.count(chr(10), counted, at)}: not JSON ({_reason(error)}).') from error
+  after = skip(at + 1)
+  if after == len(text):
+    return found
+  if '\n' not in text[skip(0):at]:
+    return None
+  raise ValueError(f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the file begins with; a '
+                   'file is one array, or a record a line.')
+
+
+def parse(text: str, where: str) -> Any:
+  """The value of a JSON text; `where` names file and line in errors."""
+  odd = []
+
+  def number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+      odd.append(digits)
+    return value
+
+  def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+      names = [name for name, _ in pairs]
+      raise ValueError(f'field {next(n for n in names if names.count(n) > 1)!r} is there twice; leave one out')
+    return made
+
+  try:
+    value = json.loads(text, object_pairs_hook=fields, parse_constant=number, parse_float=number)
+    if odd or SURROGATE.search(text):
+      for fault in _faults(value, ''):
+        raise ValueError(fault)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{where}: not JSON ({error.msg} at column {error.colno}).') from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{where}: {_reason(error)}.') from error
+  return value
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, RecursionError):
+    return 'it is nested too deeply'
+  return 'a number has too many digits' if 'set_int_max_str_digits' in str(error) else str(error)
+
+
+def _faults(value: Any, at: str) -> Iterator[str]:
+  """What is wrong with the texts and numbers of a value, each with the field that it stands in."""
+  name = f'field {at!r}' if at else 'the value'
+  if isinstance(value, str):
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      yield (f'{name} holds \\u{ord(value[error.start]):04x}, half of a surrogate pair, at character {error.start}, which is no '
+             'text; mend it')
+  elif isinstance(value, float) and not math.isfinite(value):
+    yield f'{name} is {value}, which is no number of JSON; write null, or leave the record out'
+  elif isinstance(value, dict):
+    for key, inner in value.items():
+      yield from _faults(key, f'{at}.{key!r}' if at else repr(key))
+      yield from _faults(inner, f'{at}.{key}' if at else key)
+  elif isinstance(value, list):
+    for i, inner in enumerate(value):
+      yield from _faults(inner, f'{at}[{i}]')
+
+
+def kind(value: Any) -> str:
+  """What a value is called in JSON, for messages."""
+  names = {dict: 'an object', list: 'a list', str: 'text', bool: 'true or false', type(None): 'null', int: 'a number',
+           float: 'a number'}
+  return names.get(type(value), type(value).__name__)

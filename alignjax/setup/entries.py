@@ -1,0 +1,105 @@
+"""Entries of the config that every stage and the report rely on: what each may be, told before anything runs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from alignjax.runtime import checkpoint
+
+
+def whole(least: int, none: bool = False) -> Callable[[Any], bool]:
+  return lambda x: x is None and none or isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
+def _number(good: Callable[[float], bool], none: bool = False) -> Callable[[Any], bool]:
+  return lambda x: x is None and none or isinstance(x, (int, float)) and not isinstance(x, bool) and good(x)
+
+
+ONE = 'a whole number, 1 or more', whole(1)
+COUNT = 'a whole number, 0 or more, or None', whole(0, none=True)
+DICT = 'a dict', lambda x: isinstance(x, (Mapping, ml_collections.ConfigDict))
+SHARED = {
+    **dict.fromkeys(('data', 'mesh', 'model', 'sharding', 'report', 'stages', 'world', 'data.mapping', 'data.heldout'), DICT),
+    **dict.fromkeys(('data.prompt_length', 'data.response_length', 'data.row_length', 'mesh.fsdp', 'mesh.tensor', 'max_bad_updates',
+                     'model.num_layers', 'model.d_model', 'model.num_heads', 'model.max_length'), ONE),
+    'mesh.data': ('a whole number, 1 or more, or None (the rest of the devices)', whole(1, none=True)),
+    'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
+    'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
+    'grace_seconds': ('a number, 0 or more', _number(lambda x: x >= 0)),
+    'stages_to_run': ('a tuple of names of stages', lambda x: isinstance(x, (tuple, list)) and all(isinstance(n, str) for n in x)),
+    'seed': ('a whole number from 0 on, below 2^32', lambda x: whole(0)(x) and x < 2**32),
+}
+REPORT = dict.fromkeys(('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents'), ONE)
+STAGE = {
+    **dict.fromkeys(('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage'), DICT),
+    **dict.fromkeys(('batch_size', 'microbatches', 'minibatches', 'inner_epochs', 'log_every', 'rollout.episodes',
+                     'rollout.samples_per_prompt'), ONE),
+    **dict.fromkeys(('save_every', 'keep_candidates', 'demonstrations', 'documents', 'evaluation_prompts',
+                     'bias_demonstrations', 'ptx.documents', 'rollout.generate_rows', 'rollout.score_rows'), COUNT),
+    'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),  # of a selection: a dict, which it checks
+    'iterations': ('a whole number, 0 or more', whole(0)),
+    'ptx.rows_per_episode': ('a whole number, 0 or more', whole(0)),
+    'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
+    'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
+    'kl.coef': ('a number', _number(lambda x: True)),
+    'kl.target': ('a number or None', _number(lambda x: True, none=True)),
+    'kl.horizon': ('a number or None', _number(lambda x: True, none=True)),
+    'k_buckets': ('a tuple of whole numbers', lambda x: isinstance(x, (tuple, list)) and all(map(whole(1), x))),
+    'ema_decay': ('a number from 0 on, below 1, or None', _number(lambda x: 0 <= x < 1, none=True)),
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """ValueError for the first entry of the shared part that is nothing of its kind; one that the config has not is left out."""
+  _check(config, SHARED, '')
+  if config.report.get('policies'):
+    _check(config.report, REPORT, 'report.')
+
+
+def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
+  """The same of a stage's own entries. What its build function alone reads, that checks; a fork's stage has its own."""
+  _check(config.stages, {name: DICT}, 'stages.')
+  if not str(config.stages[name].get('build')).startswith('alignjax.'):
+    return
+  _check(config.stages[name], STAGE, f'stages.{name}.')
+  for entry, spec in (config.stages[name].get('init') or {}).items():
+    if spec is None and entry == 'ref':
+      continue  # of a loss without a reference
+    if not isinstance(spec, str) or not (spec == 'random' or spec.startswith(('stage:', 'hf:')) or
+                                         checkpoint.is_finished(spec)):
+      raise ValueError(f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', 'hf:FOLDER_OR_HUB_NAME' or the folder "
+                       'of a finished stage\'s weights, WORKDIR/STAGE/final.')
+
+
+@contextlib.contextmanager
+def none_lacking() -> Iterator[None]:
+  """ValueError where what is read within is no entry of a config, as where a flag has put a shorter dict in a dict's place."""
+  try:
+    yield
+  except AttributeError as error:
+    if isinstance(getattr(error, 'obj', None), ml_collections.ConfigDict) or re.fullmatch(r"['\"]+\w+['\"]+", str(error)):
+      lacking = str(error).strip('\'"')
+      raise ValueError(f'the config lacks the entry {lacking!r}: a dict that takes the place of another one has all of its entries.'
+                       ) from error
+    raise
+
+
+def _check(node: Any, table: Mapping[str, tuple[str, Callable[[Any], bool]]], where: str) -> None:
+  for path, (words, good) in table.items():
+    for value in _values(node, path.split('.')):
+      if not good(value):
+        raise ValueError(f'{where}{path}={value!r} must be {words}.')
+
+
+def _values(node: Any, keys: list[str]) -> Iterator[Any]:
+  """The value at a path, if there is one."""
+  for key in keys:
+    if not DICT[1](node) or key not in node:
+      return
+    node = node[key]
+  yield node

@@ -1,0 +1,274 @@
+"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and function of a user's that it read, and of
+the weights that it started from.
+
+While a stage is built and finished, what it reads is noted (`Setup.read`: entry -> (kind, name)). WORKDIR/STAGE/inputs.json keeps
+the notes with their fingerprints for as long as there are checkpoints, final/info.json for the result. Before a stage's folder is
+used again, all are compared with what the same names stand for now; another one is an error before anything is compiled, or what
+--on_changed_input says. So nothing is made from two versions of a thing, and a stage whose ancestor was trained again is done
+again.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from alignjax import plugins
+from alignjax.runtime import checkpoint, files, fingerprints, metrics
+from alignjax.data import sources
+from alignjax.models import hf, hub
+
+CHOICES = ('fail', 'keep', 'restart')
+TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', 'chat_template*',
+             '*.jinja', 'additional_chat_templates/*')  # the files of a checkpoint that decide tokens
+Read = dict[str, tuple[str, str]]
+
+
+class ChangedInput(ValueError):
+  """What a stage was made from is another thing now."""
+
+
+# ---- what is read
+
+
+def of_config(config: Any, stage: str) -> Read:
+  """What every stage reads: tokenizer, architecture, and the functions that its config names."""
+  found: Read = {}
+  tokenizer = config.data.get('tokenizer')
+  if tokenizer and tokenizer != 'sandbox:':
+    found['data.tokenizer'] = ('tokenizer', tokenizer)
+  own = config.stages[stage].to_dict()
+  for entry, model in (('model', config.model), ('reward_model', config.reward_model), (f'stages.{stage}.model', own.get('model'))):
+    if model and model.get('source'):
+      found[f'{entry}.source'] = ('architecture', model['source'])
+  for path, text in _strings(own, f'stages.{stage}'):
+    if is_function(text):
+      found[path] = ('function', text)
+  return found
+
+
+def of_data(entry: str, source: str, mapping: str | None) -> Read:
+  """A source of records, and the functions of its mapping."""
+  found: Read = {entry: ('data', source)}
+  for i, name in enumerate((mapping or '').split(';')):
+    function = name.split(',')[0].strip()  # renames may follow it
+    if is_function(function):
+      found[f'{entry}, mapping {i + 1}'] = ('function', function)
+    if mapping and _reads_beside(name.strip()):
+      found[f'{entry}, beside it'] = ('beside', source)
+  return found
+
+
+def of_weights(spec: str) -> Read:
+  """What setup/setup.py: initial_params starts from."""
+  return {} if spec == 'random' else {spec: ('checkpoint' if spec.startswith('hf:') else 'weights', spec)}
+
+
+def is_function(text: str) -> bool:
+  """Whether this is the 'module:function' of a user's. What alignjax has itself does not count: another version of it goes on."""
+  found = re.fullmatch(r'([A-Za-z_][\w.]*):[A-Za-z_]\w*', text)
+  if not found or found[1].split('.')[0] in ('alignjax', 'stage', 'hf', 'jsonl', 'text', 'tfds'):
+    return False
+  try:
+    return importlib.util.find_spec(found[1]) is not None
+  except (ImportError, ValueError, AttributeError):
+    return False
+
+
+def _reads_beside(mapping: str) -> bool:
+  from alignjax.data import mappings
+  function = mappings.find(mapping, 'mapping') if mapping else None
+  return function is not None and 'beside' in inspect.signature(function).parameters
+
+
+def _strings(tree: Any, path: str) -> Iterator[tuple[str, str]]:
+  if isinstance(tree, Mapping):
+    for key, child in tree.items():
+      yield from _strings(child, f'{path}.{key}')
+  elif isinstance(tree, (list, tuple)):
+    for i, child in enumerate(tree):
+      yield from _strings(child, f'{path}[{i}]')
+  elif isinstance(tree, str):
+    yield path, tree
+
+
+# ---- fingerprints
+
+
+def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, list]) -> str:
+  """The fingerprint of what the name stands for now. FileNotFoundError or ValueError where there is no such thing.
+
+  known: hashes of files by path, size and times (fingerprints.of_files), so that nothing is read twice.
+  """
+  if kind == 'function':
+    return fingerprints.of_function(plugins.find(name, 'function'), name)
+  if kind == 'weights':
+    return checkpoint.weights(weights_folder(workdir, name))
+  if kind in ('data', 'beside'):
+    return fingerprints.of_value([_of_source(part, kind == 'beside', known) for part in sources.split(name)])
+  folder = hub.folder_of(name.removeprefix('hf:'))
+  patterns = {'tokenizer': ('config.json', *TOKENIZER), 'architecture': ('config.json',), 'checkpoint': ('config.json',)}[kind]
+  paths = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
+  names = [p.relative_to(folder).as_posix() for p in paths]
+  return fingerprints.of_value([names, fingerprints.of_files([*paths, *(_tensors(folder) if kind == 'checkpoint' else ())], known)])
+
+
+def weights_folder(workdir: files.Folder, spec: str) -> files.Folder:
+  return workdir / spec.removeprefix('stage:') / 'final' if spec.startswith('stage:') else files.folder(spec)
+
+
+def _of_source(source: str, beside: bool, known: dict[str, list]) -> str:
+  form, _, rest = source.partition(':')
+  name = re.sub(r'\[[^\]]*\]', '', rest).rpartition(':')[0] if form in ('hf', 'tfds') else rest  # without its split
+  if form == 'text' and '*' in name and not files.is_bucket(files.folder(name)):
+    paths = sorted(glob.glob(os.path.expanduser(name)))
+  elif form in ('jsonl', 'text') or files.folder(name).is_dir():
+    paths = [name]
+  else:
+    return fingerprints.of_value(source)  # of a hub: known by its name
+  if beside:
+    return fingerprints.of_files(sorted(p for p in files.folder(paths[0]).parent.glob('*') if p.is_file()), known)
+  return fingerprints.of_files(paths, known)
+
+
+def _tensors(folder: Any) -> list:
+  """The files that a checkpoint's weights are read from, and their index."""
+  paths = hf.weight_files(folder)
+  index = folder / hf.INDEX
+  return [*paths, *([index] if len(paths) > 1 and index.exists() else [])]
+
+
+# ---- records
+
+
+def record(workdir: files.Folder, stage: str, config: Mapping[str, Any], read: Read) -> dict[str, Any]:
+  """Adds what was read to WORKDIR/STAGE/inputs.json and returns its contents.
+
+  {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. origin: of the config and of what was read when the
+  record was first written, as the stage was built. It names the training that candidates and result belong to.
+  """
+  path = workdir / stage / 'inputs.json'
+  known = _known(workdir)
+  made = {entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
+          for entry, (kind, name) in sorted(read.items())}
+  _remember(workdir, known)
+  old = _load(path) if path.exists() else None
+  inputs = old['inputs'] if old else {}
+  if changed := [e for e in made if e in inputs and inputs[e]['fingerprint'] != made[e]['fingerprint']]:
+    raise ChangedInput(f'{stage}: {", ".join(changed)} changed while the stage read it. The same command says what can be done.')
+  config = fingerprints.of_value(config)
+  origin = old['origin'] if old else fingerprints.of_value([config, {e: r['fingerprint'] for e, r in made.items()}])
+  new = dict(origin=origin, config=config, inputs=inputs | made)
+  if new != old:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, new)
+  return new
+
+
+def _write(path: files.Folder, found: Mapping[str, Any]) -> None:
+  files.write(path, json.dumps({**found, 'checksum': fingerprints.of_value(found)}, indent=2))
+
+
+def _load(path: files.Folder) -> dict[str, Any]:
+  try:
+    found = json.loads(path.read_bytes())
+    if found.pop('checksum') != fingerprints.of_value(found):
+      raise ValueError('its checksum differs')
+    return found
+  except (ValueError, KeyError, AttributeError, OSError) as error:
+    raise checkpoint.Damaged(f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made from. '
+                             f'Delete the folder {path.parent} to do the stage again.') from None
+
+
+def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: str, say: Callable[[str], None]) -> None:
+  """Compares what a stage's folder was made from with what it would be made from now; ancestors that are not finished yet are
+  left out. ChangedInput names what differs; or `choice` decides: 'keep' takes the new contents for those that the folder was made
+  from (not for weights of other stages), 'restart' deletes the folder."""
+  folder = workdir / stage
+  finished = checkpoint.is_finished(folder / 'final')
+  steps = folder / 'checkpoints' / 'steps'
+  if not finished and not (steps.exists() and any(p.name.isdigit() for p in steps.iterdir())):
+    return
+  what = f'{folder} {"was made" if finished else "goes on"}'
+  if finished and 'made' not in checkpoint.load_info(folder / 'final'):
+    if choice == 'fail':
+      raise ChangedInput(f'{folder} does not say what it was made from: another version of alignjax wrote it. {_choose(folder)}')
+    if choice == 'restart':
+      files.remove(folder)
+    return
+  found = checkpoint.load_info(folder / 'final')['made'] if finished else _load(folder / 'inputs.json')
+  if found['config'] != fingerprints.of_value(config):
+    if (folder / 'checkpoints' / 'config.json').exists():
+      checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)  # which names the entries
+    raise checkpoint.ConfigMismatch(f'{what} with another config than this one. Use another --workdir, or delete the folder.')
+  if finished and (wrong := [name for name, was in found.get('logs', {}).items() if logs(folder).get(name) != was]):
+    say(checkpoint.logs_changed([folder / name for name in wrong], 'since the stage ended'))
+  known, changes, gone = _known(workdir), {}, []
+  for entry, was in found['inputs'].items():
+    if was['kind'] == 'weights' and not checkpoint.is_finished(weights_folder(workdir, was['name'])):
+      continue
+    try:
+      now = fingerprint(was['kind'], was['name'], workdir, known)
+      if now != was['fingerprint'] and was['kind'] not in ('function', 'weights'):
+        now = fingerprint(was['kind'], was['name'], workdir, known := {})  # a remembered hash is no proof of a change
+    except checkpoint.Damaged:
+      raise
+    except (ValueError, OSError) as error:
+      gone.append(f'{entry} ({error})')
+      continue
+    if now != was['fingerprint']:
+      changes[entry] = now
+  _remember(workdir, known)
+  if gone and finished:
+    say(f'{stage}: reused, although this cannot be compared with what it was made from: {"; ".join(gone)}')
+  if not changes:
+    return
+  lines = [f'  {entry}' + (f' ({r["name"]})' if r['name'] != entry else '') + f': {r["fingerprint"]} then, {changes[entry]} now'
+           for entry in changes for r in [found['inputs'][entry]]]
+  weights = [entry for entry in changes if found['inputs'][entry]['kind'] == 'weights']
+  if choice == 'restart':
+    say('\n'.join([f'{stage}: done again, as its inputs are others:', *lines]))
+    files.remove(folder)
+  elif choice == 'keep' and not weights:
+    say('\n'.join([f'{stage}: kept, although its inputs are others (--on_changed_input=keep):', *lines]))
+    for entry, now in changes.items():
+      found['inputs'][entry]['fingerprint'] = now
+    if finished:
+      checkpoint.save_made(folder / 'final', found)
+    _write(folder / 'inputs.json', {k: found[k] for k in ('origin', 'config', 'inputs')})
+  else:
+    first = f'{what} from other inputs than those that are there now:'
+    raise ChangedInput('\n'.join([first, *lines, _choose(folder, bool(weights))]))
+
+
+def logs(folder: files.Folder) -> dict[str, str]:
+  """The fingerprints of what a stage logged, which pictures are drawn from."""
+  paths = [folder / name for name in metrics.LOGS]
+  return {p.name: fingerprints.of_files([p]) for p in paths if p.exists()}
+
+
+def _choose(folder: files.Folder, weights: bool = False) -> str:
+  keep = ('Weights of another stage cannot be kept apart from it.' if weights else
+          '--on_changed_input=keep goes on with what is there and takes the new contents for the same.')
+  return (f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put back what was there, or '
+          'use another --workdir.')
+
+
+def _known(workdir: files.Folder) -> dict[str, list]:
+  """WORKDIR/hashed.json: nothing but a saving of time, so that a damaged one is none."""
+  try:
+    found = json.loads((workdir / 'hashed.json').read_bytes())
+    return {k: v for k, v in found.items() if isinstance(v, list)}
+  except (ValueError, OSError, AttributeError):
+    return {}
+
+
+def _remember(workdir: files.Folder, known: dict[str, list]) -> None:
+  if known and known != _known(workdir):
+    files.write(workdir / 'hashed.json', json.dumps(known))
