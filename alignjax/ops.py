@@ -6,6 +6,9 @@ checks rank and dtype first: an integer reward would round 0.9 to 0 without a wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -172,3 +175,14 @@ def adaptive_kl_coef(kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target
   """
   error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
   return kl_coef * (1.0 + error * episodes / horizon)
+
+
+def in_chunks(function: Callable, rows: Any, size: int | None) -> Any:
+  """The function over chunks of the leading axis of `rows`, one after the other; all rows at once where size is None."""
+  count = jax.tree.leaves(rows)[0].shape[0]
+  if size is None or size >= count:
+    return function(rows)
+  if count % size:
+    raise ValueError(f'{size} rows at a time do not divide the {count} rows of a rollout.')
+  cut = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), rows)
+  return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(function, cut))

@@ -12,10 +12,37 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+# Where functions are whose names stand in configs and results of earlier versions: the module then -> the module now.
+MOVED_MODULES = {
+    'alignjax.evals.bias': 'alignjax.evals.safety.bias',
+    'alignjax.evals.public': 'alignjax.evals.public.nlp',
+    'alignjax.evals.scorers': 'alignjax.evals.safety.scorers',
+    'alignjax.evals.selection': 'alignjax.evals.reward.selection',
+    'alignjax.evals.task_functions': 'alignjax.evals.public.task_functions',
+    'alignjax.evals.toxicity': 'alignjax.evals.safety.toxicity',
+    'alignjax.evals.truthfulness': 'alignjax.evals.safety.truthfulness',
+}
+MOVED = {
+    'alignjax.host:reward': 'alignjax.rewards:host_reward',
+    'alignjax.rollout:model_reward': 'alignjax.rewards:model_reward',
+}
+
+
+def current_names(value: Any) -> Any:
+  """A config, or any part of one, with the functions of alignjax that it names under their present names."""
+  if isinstance(value, Mapping):
+    return {key: current_names(child) for key, child in value.items()}
+  if isinstance(value, (list, tuple)):
+    return type(value)(current_names(child) for child in value)
+  if not isinstance(value, str) or not value.startswith('alignjax.'):
+    return value
+  module, colon, function = value.partition(':')
+  return MOVED.get(value) or f'{MOVED_MODULES.get(module, module)}{colon}{function}'
+
 
 def find(name: str, where: str) -> Callable:
   """The function 'module:name'. `where` is the config key, for the error message."""
-  module_name, _, attribute = str(name).partition(':')
+  module_name, _, attribute = str(current_names(name)).partition(':')
   if not attribute or not all(part.isidentifier() for part in module_name.split('.')):
     raise ValueError(f"{where}={name!r} must have the form 'module:function', such as 'alignjax.losses:sft'.")
   try:

@@ -23,14 +23,15 @@ import jax
 import numpy as np
 
 from alignjax import plots, sandbox
-from alignjax.runtime import checkpoint, files, fingerprints, metrics
-from alignjax.evals import findings
-from alignjax.evals.reward import selection
+from alignjax.evals import findings, registry
 from alignjax.evals import sandbox as evaluation
+from alignjax.evals.reward import selection
 from alignjax.evals.stats import show
 from alignjax.plots import NAMES
+from alignjax.runtime import checkpoint, files, fingerprints, metrics
+from alignjax.setup.objects import Setup, for_stage
+from alignjax.setup.weights import initial_params
 from alignjax.sharding import sync
-from alignjax.setup.setup import Setup, for_stage, initial_params
 
 COLUMNS = {
     'win_rate_train_labelers': 'win rate, training labelers',
@@ -81,7 +82,7 @@ def build(setup: Setup) -> None:
     params = initial_params(own, f'stage:{stage}', 'lm', 0)
     if prompted:
       prefix, scores = evaluation.best_prefix(
-          ev, params, sandbox.prompts(setup.world, setup.config.report.win_prompts // 2, 'valid'))
+          ev, params, sandbox.prompts(setup.text.world, setup.config.report.win_prompts // 2, 'valid'))
       measured = evaluation.measure(ev, params, None, prefix)
       measured['prefixes'] = np.array(json.dumps({'best': prefix, 'gold': scores}))
     elif own.policy_model == setup.policy_model:
@@ -145,11 +146,10 @@ def tasks(setup: Setup) -> None:
 
 def check(setup: Setup) -> None:
   """What the report names, before any stage runs."""
-  from alignjax.evals import table
   for name, spec in (setup.config.report.policies or {}).items():
-    if not isinstance(spec, str) or setup.world is not None and spec not in setup.config.stages:
+    if not isinstance(spec, str) or setup.text.world is not None and spec not in setup.config.stages:
       raise ValueError(f'report.policies.{name}={spec!r} must be a stage of the config: {", ".join(sorted(setup.config.stages))}.')
-  table.find_tasks(setup.config.report.get('tasks', ()))
+  registry.find_tasks(setup.config.report.get('tasks', ()))
 
 
 def outdated(setup: Setup, stage: str) -> None:
@@ -179,7 +179,7 @@ def in_order(policies: Mapping[str, str]) -> dict[str, str]:
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
   return evaluation.prepare(
-      setup.nets, setup.sharder, setup.world, setup.labelers, setup.template,
+      setup.nets, setup.sharder, setup.text.world, setup.text.labelers, setup.text.template,
       prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
       **{k: setup.config.report[k] for k in MEASURED})
 

@@ -1,7 +1,11 @@
-"""A reward that is a Python function of texts, on the host: a rule, a classifier, a service. Retried, timed, and a run that has to
-give it up loses nothing.
+"""Rewards: functions of prompts and responses that the config names, c.stages.ppo.reward = dict(fn='module:name', ...).
 
-    c.stages.ppo.reward = dict(fn='alignjax.rewards:reward', function='mylab.rewards:rule', attempts=3, timeout=60.0)
+    reward(prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B]
+
+`model_reward` is the paper's, the trained reward model. `host_reward` calls a Python function of texts on the host (a rule, a
+classifier, a service); its calls are retried and timed, and a run that has to give it up loses nothing:
+
+    c.stages.ppo.reward = dict(fn='alignjax.rewards:host_reward', function='mylab.rewards:rule', attempts=3, timeout=60.0)
 
     def rule(prompts: list[str], responses: list[str]) -> list[float]: ...
 
@@ -22,11 +26,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import plugins
+from alignjax import ops, plugins
 from alignjax.types import Networks, Params
 
 
-def reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mask: jax.Array, *, nets: Networks, frozen: Params,
+def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params,
+                 rows: int | None = None) -> jax.Array:
+  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5).
+
+  rows: read at a time; None = all. Changes memory, not results.
+  """
+  tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
+  read = lambda rows: ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+  return ops.in_chunks(read, (tokens, token_mask), rows)
+
+
+def host_reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mask: jax.Array, *, nets: Networks, frozen: Params,
            function: str, asked: Mapping[tuple[int, ...], Any], said: Callable[[Sequence[int]], tuple[str, bool]],
            failures: list[str], attempts: int = 3, timeout: float = 60.0, pause: float = 1.0) -> jax.Array:
   """f32[B], what the Python function says of each prompt and response while the device waits.
@@ -39,7 +54,7 @@ def reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mas
     function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that ran out of time is left behind in
       its thread, so another may run beside it.
     asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and whether it ended (templates.Template).
-    failures: of the stage (setup/setup.py: Stage). The stage gives these three.
+    failures: of the stage (stages/stage.py: Stage). The stage gives these three.
     attempts: calls at most. timeout, pause: seconds.
   """
   del nets, frozen

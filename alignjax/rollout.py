@@ -1,8 +1,7 @@
 """The rollout: a response to each prompt, and what the reference, the value network and the reward say about it.
 
 A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B], named in the
-config as c.reward = dict(fn='module:name', ...): the trained reward model below, a pure JAX rule of a fork, or a Python
-function of texts on the host (alignjax/rewards.py).
+config as c.reward = dict(fn='module:name', ...). alignjax/rewards.py has the trained reward model and Python functions of texts.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, 
 
   rows = (prompts, prompt_mask, sampled.responses, mask)
   with jax.named_scope('score'):
-    logprobs, ref_logprobs, values = in_chunks(score, rows, score_rows)
+    logprobs, ref_logprobs, values = ops.in_chunks(score, rows, score_rows)
   with jax.named_scope('reward'):
     scores = reward_fn(*rows, nets=nets, frozen=frozen)
   if not jnp.issubdtype(scores.dtype, jnp.floating):
@@ -71,25 +70,3 @@ def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, 
       'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
   }
   return jax.lax.stop_gradient(rollout), metrics
-
-
-def in_chunks(function: Callable, rows, size: int | None):
-  """function over leading-axis chunks of `rows`, one after the other; all at once where size is None."""
-  count = jax.tree.leaves(rows)[0].shape[0]
-  if size is None or size >= count:
-    return function(rows)
-  if count % size:
-    raise ValueError(f'{size} rows at a time do not divide the {count} rows of a rollout.')
-  cut = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), rows)
-  return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(function, cut))
-
-
-def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params,
-                 rows: int | None = None) -> jax.Array:
-  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5).
-
-  rows: read at a time; None = all. Changes memory, not results.
-  """
-  tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
-  read = lambda rows: ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
-  return in_chunks(read, (tokens, token_mask), rows)

@@ -1,4 +1,4 @@
-"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (setup/setup.py: Stage) brings that.
+"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (stages/stage.py: Stage) brings that.
 
     train.main(config, workdir)
 
@@ -23,11 +23,10 @@ import numpy as np
 from alignjax import plugins
 from alignjax.compiler import flops
 from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace
-from alignjax.setup import inputs
 from alignjax.runtime.interrupt import Interrupt, anywhere
-from alignjax.setup import entries, template_date
+from alignjax.setup import entries, inputs, template_date
+from alignjax.setup.objects import Setup, for_stage, make_setup
 from alignjax.setup.records import say
-from alignjax.setup.setup import Setup, for_stage, make_setup
 
 
 def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced: str | None = None,
@@ -102,7 +101,7 @@ def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
   """Reads what the stages to come will read, so that a line that is wrong is named now and not after hours of another stage. The
   first stage reads its own at once, and the sandbox's data are made by earlier stages. Each stage reads its records again when its
   turn comes, and prints its notes about them then."""
-  if setup.world is not None:
+  if setup.text.world is not None:
     return
   for name, builder in list(builders.items())[1:]:
     read = getattr(sys.modules.get(builder.__module__), 'read_data', None)  # a fork's stage may have none

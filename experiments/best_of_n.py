@@ -59,11 +59,10 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace) -> None:
   import numpy as np
 
-  from alignjax.runtime import failures, files, fingerprints, metrics
   from alignjax.data import sources
   from alignjax.evals.reward import best_of_n
-  from alignjax.inference import samples
-  from alignjax.inference import loading
+  from alignjax.inference import loading, samples
+  from alignjax.runtime import failures, files, fingerprints, metrics
   try:
     ns = sorted({int(n) for n in options.n.split(',')})
   except ValueError:

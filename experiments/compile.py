@@ -66,11 +66,11 @@ def compile_stage(config, stage: str, devices, chip_name: str | None) -> dict:
 
   from alignjax import plugins
   from alignjax.compiler import chips, cost, hlo
-  from alignjax.setup import setup
+  from alignjax.setup import objects
   from alignjax.stages import abstract
   if stage not in config.stages:
     raise ValueError(f'--stage={stage}: the config has the stages {", ".join(sorted(config.stages))}.')
-  made = setup.for_stage(abstract.setup(config, devices), stage)
+  made = objects.for_stage(abstract.setup(config, devices), stage)
   where = f'stages.{stage}.build'
   module = plugins.find(config.stages[stage].build, where).__module__
   plugins.find(f'{module}:check', where)(made, stage)

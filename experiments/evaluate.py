@@ -48,13 +48,13 @@ def value_of(text: str):
 
 def describe(part: str) -> str:
   """Our tasks, or the harness's whose names hold `part`."""
-  from alignjax.evals import table
+  from alignjax.evals import registry
   from alignjax.evals.public import harness_tasks
   known = harness_tasks.index()
   if part:
     found = [f'{name:40} {known[name].kind}' for name in sorted(known) if part in name]
     return '\n'.join(found) or f'No task of the harness has {part!r} in its name.'
-  ours = table.find_tasks(list(table.TASKS))
+  ours = registry.find_tasks(list(registry.TASKS))
   lines = [f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()]
   return '\n'.join([*lines, '', f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names that '
                     'lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.'])
@@ -76,15 +76,15 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
+    from alignjax.evals import evaluation, registry
     from alignjax.runtime import distributed, failures, files
-    from alignjax.evals import evaluation, table
     from alignjax.sharding import AXES
     if options.tasks.partition(':')[0] == 'help':
       print(describe(options.tasks.partition(':')[2]))
       return
     models, data = pairs(options.models, '--models'), pairs(options.data, '--data')
     asked = [t for t in options.tasks.split(',') if t]
-    tasks = table.find_tasks(asked)
+    tasks = registry.find_tasks(asked)
     if not models:
       raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
     own: dict[str, dict] = {}

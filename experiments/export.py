@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     if out.exists():
       raise ValueError(f'--out={options.out} is there already; name another folder or delete it.')
     failures.check_writable(out.parent, '--out')
-    from alignjax.models import export
     from alignjax.inference import loading
+    from alignjax.models import export
     model = loading.load(options.model)
     if model.source is None:
       raise ValueError(f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to take over; the '

@@ -80,8 +80,7 @@ def note(text: str) -> None:
 def run(options: argparse.Namespace) -> None:
   prompts = read_prompts(options.prompts_file) if options.prompts_file else None  # before a model is loaded
   note(f'loading {options.model} ...')
-  from alignjax.inference import streaming
-  from alignjax.inference import loading
+  from alignjax.inference import loading, streaming
   form = 'chat' if options.chat else None
   model = loading.load(options.model, 'lm', form)
   reward = loading.load(options.reward_model, 'scalar', form) if options.reward_model else None
@@ -165,8 +164,8 @@ def lines(live: bool) -> Iterator[str]:
 
 
 def read_prompts(path: str) -> list:
-  from alignjax.runtime import textfiles
   from alignjax.data import fields, sources
+  from alignjax.runtime import textfiles
   if path.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
     return [r['prompt'] for r in sources.read('jsonl:' + path.replace(';', '\\;'), 'prompts')]
   prompts = []

@@ -28,12 +28,11 @@ def cross_validate(config, out: pathlib.Path, *, folds: int, seeds: int, min_vot
 
   config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its mapping, is cross-validated.
   """
-  from alignjax.runtime import fingerprints
   from alignjax.data import sources
   from alignjax.evals import stats
   from alignjax.evals.reward import labelers
-  from alignjax.runtime import journal
   from alignjax.evals.stats import interval
+  from alignjax.runtime import fingerprints, journal
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
   protocol = dict(comparisons=fingerprints.of_value(records), folds=folds, min_votes=min_votes, split_seed=split_seed,
@@ -110,12 +109,11 @@ def made_from(config, out: pathlib.Path) -> str:
 
 def trained(config, folder: pathlib.Path, train: list, measured: list, seed: int, dtype: str) -> list:
   """Trains a reward model by the config's stage on records and scores all responses of others: [[prompt, response, score]]."""
-  from alignjax.runtime import files
   from alignjax import train as trainer
   from alignjax.data import encode
   from alignjax.evals.reward import labelers
-  from alignjax.inference import bulk
-  from alignjax.inference import loading
+  from alignjax.inference import bulk, loading
+  from alignjax.runtime import files
   name = config.stages_to_run[-1]
   folder.mkdir(parents=True, exist_ok=True)
   files.write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))

@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  from alignjax.runtime import files, metrics
   from alignjax.evals.preference import judgments, page, statistics
+  from alignjax.runtime import files, metrics
   policies, kinds, out = check(options)
   judged = judgments.Judged([], [], {}, {}, [])
   people = [spec for kind, spec in kinds if kind == 'file']
@@ -126,8 +126,8 @@ def run(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str, str]], pathlib.Path]:
   """(policies, judges as (kind, rest), out): what is wrong with the flags is told before anything runs."""
-  from alignjax.runtime import failures, files
   from alignjax.evals.preference import judges
+  from alignjax.runtime import failures, files
   from experiments.evaluate import pairs
   policies = pairs(options.policies, '--policies')
   kinds = [judges.split(spec) for spec in dict.fromkeys(options.judge)]

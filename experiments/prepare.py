@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--seed', type=int, default=0, help='of the split')
   options = parser.parse_args(argv)
   try:
-    from alignjax.runtime import failures, files
     from alignjax.data import hygiene, sources
+    from alignjax.runtime import failures, files
     out = files.folder(options.out)
     failures.check_writable(out if out.exists() else out.parent, '--out')
     try:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
       raise ValueError(f'--shares={options.shares}: a share is a number from 0 on, and one at least is above 0.')
     length = lambda text: len(text.split())
     if options.tokenizer:
-      from alignjax.setup.setup import load_tokenizer
+      from alignjax.setup.texts import load_tokenizer
       tokenizer = load_tokenizer(options.tokenizer)
       length = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     records = sources.read(options.source, options.kind, options.mapping)

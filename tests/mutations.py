@@ -107,7 +107,7 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
     'rollout.py': 'test_iteration test_rollout', 'stages/ppo_ptx.py': 'test_iteration test_compile test_train',
     'models/transformer.py': 'test_transformer test_hf test_rollout test_compile', 'models/rotary.py': 'test_hf test_transformer',
     'data/encode.py': 'test_data', 'data/batches.py': 'test_data', 'data/text.py': 'test_data',
-    'evals/reward/accuracy.py': 'test_evals', 'evals/reward/selection.py': 'test_select test_best_of_n', 'compiler/flops.py': 'test_profile',
+    'evals/reward/accuracy.py': 'test_evals', 'evals/reward/selection.py': 'test_select test_best_of_n', 'compiler/flops.py': 'test_trace',
 }
 EQUIVALENT = {  # a survivor, by its file and its line as it would be: why no test can or need tell it from the code
     'optim.py: after = optax.cosine_decay_schedule(lr, max(steps - warm, 2), alpha=final)': 'they differ after the last update only',

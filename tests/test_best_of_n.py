@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from alignjax.evals.reward import best_of_n
-from alignjax.inference import samples
-from alignjax.inference import loading
+from alignjax.inference import loading, samples
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 

@@ -9,10 +9,9 @@ import pytest
 
 from alignjax.data.templates import of_words
 from alignjax.evals import table
-from alignjax.evals.public import harness
 from alignjax.evals.safety import bias, prefixes
+from alignjax.inference import completions, loading
 from alignjax.models.config import TransformerConfig
-from alignjax.inference import loading
 from alignjax.types import Networks
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -133,7 +132,7 @@ def test_the_same_entropy_as_torch():
       logprobs = theirs(ids).logits[0].log_softmax(-1)
     return sum(float(logprobs[t - 1, ids[0, t]]) for t in range(len(before), ids.shape[1]))
 
-  score = harness.scorer(model)
+  score = completions.scorer(model)
   for prefix in prefixes.PREFIXES.values():
     expected = []
     for pair in pairs:

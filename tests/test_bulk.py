@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.inference import bulk
-from alignjax.inference import loading
+from alignjax.inference import bulk, loading
 from tests.test_preference import CHAT
 
 

@@ -118,7 +118,7 @@ def test_facts_are_versions_source_and_config(monkeypatch, tmp_path):
 
 SCRIPT = '''
 import os, pathlib, signal, sys, time
-from alignjax import distributed
+from alignjax.runtime import distributed
 distributed.HEARTBEAT_SECONDS, distributed.FOLDER_SECONDS = 5, 1
 import jax
 from alignjax.sharding import sync

@@ -14,12 +14,12 @@ import pytest
 
 from alignjax import ops
 from alignjax.data import encode
+from alignjax.inference import loading
 from alignjax.models import export, hf, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
+from alignjax.setup import weights
 from alignjax.sharding import Sharder, make_mesh
-from alignjax.inference import loading
-from alignjax.setup import setup
 from experiments import export as command
 
 torch = pytest.importorskip('torch', reason='pip install torch (the parity extra)')
@@ -192,9 +192,9 @@ def test_a_reward_model_of_others_that_is_scored_before_the_end_is_refused(tmp_p
         loading.load(f'hf:{folder}', 'scalar', 'chat')
       loading.load(f'hf:{folder}', 'scalar', 'plain')  # ends with the end of text
       fake = types.SimpleNamespace(read={}, policy_model=None, reward_model=None, config=types.SimpleNamespace(seed=0),
-                                   template=types.SimpleNamespace(end=2))
+                                   text=types.SimpleNamespace(template=types.SimpleNamespace(end=2)))
       with pytest.raises(ValueError, match=r'config.json: pad_token_id=2 is the token that responses end with'):
-        setup.initial_params(fake, f'hf:{folder}', 'scalar', 0)
+        weights.initial_params(fake, f'hf:{folder}', 'scalar', 0)
       continue
     ours = loading.load(f'hf:{folder}', 'scalar', 'chat')
     row = [*ours.template.prompt('Say a'), *ours.template.response('ab')]

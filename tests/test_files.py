@@ -61,9 +61,9 @@ def python(bucket, *command: str, **more) -> subprocess.Popen:
 
 
 FILES = '''
-from alignjax import files
+from alignjax.runtime import files
 from alignjax.data import sources
-from alignjax.evals import kept
+from alignjax.runtime import journal
 a = files.folder('gs://bucket/files/a')
 files.write(a / 'x', 'first')
 files.append(a / 'x', ' and second')
@@ -74,9 +74,9 @@ files.remove(a)
 assert not (a / 'x').exists() and sorted(p.name for p in a.with_name('b').iterdir()) == ['x', 'y']
 files.remove(a.with_name('b'))
 assert not a.with_name('b').exists()
-kept.append(a / 'k.jsonl', [{'i': 1}])
-kept.append(a / 'k.jsonl', [{'i': 2}])
-assert kept.read(a / 'k.jsonl') == [{'i': 1}, {'i': 2}]
+journal.append(a / 'k.jsonl', [{'i': 1}])
+journal.append(a / 'k.jsonl', [{'i': 2}])
+assert journal.read(a / 'k.jsonl') == [{'i': 1}, {'i': 2}]
 for name in 'ab':
   files.write(a / f'{name}.txt', f'text {name}')
 files.write(a / 'r.jsonl', '{"text": "one"}\\n{"text": "two"}\\n')
@@ -137,7 +137,8 @@ def test_a_bucket_that_cannot_be_written_ends_the_run_with_what_to_do(bucket):
 
 LOCK = '''
 import sys
-from alignjax import files, inputs, lock
+from alignjax.runtime import files, lock
+from alignjax.setup import inputs
 lock.HEARTBEAT, lock.LEASE = 0.3, 2.0
 folder = files.folder('gs://bucket/locked')
 try:

@@ -12,9 +12,10 @@ import pytest
 
 from alignjax import losses, optim, plugins, rollout, train
 from alignjax.runtime import checkpoint, metrics
+from alignjax.setup.objects import make_setup
+from alignjax.setup.weights import initial_params
 from alignjax.stages import ppo_ptx, preference
 from alignjax.stages.ppo_ptx import iteration
-from alignjax.setup.setup import initial_params, make_setup
 from alignjax.types import PreferenceBatch, TrainState
 from experiments.configs import base, dpo
 from tests.fakes import comparison_batch, model, prompts

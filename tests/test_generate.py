@@ -13,11 +13,11 @@ import jax
 import pytest
 
 from alignjax import train
-from alignjax.runtime import checkpoint
-from alignjax.inference import streaming
+from alignjax.inference import loading, streaming
 from alignjax.models import transformer
-from alignjax.inference import loading
-from alignjax.setup.setup import initial_params, make_setup
+from alignjax.runtime import checkpoint
+from alignjax.setup.objects import make_setup
+from alignjax.setup.weights import initial_params
 from experiments import generate as command
 from experiments.configs import smollm2_135m
 

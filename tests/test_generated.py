@@ -11,14 +11,13 @@ from generated import as_lines, examples, good_message, messages, number, rows, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignjax.runtime import metrics, textfiles
 from alignjax.data import fields, mappings, sources
 from alignjax.evals import items
 from alignjax.evals.preference import judgments
-from alignjax.evals.public import loaders
-from alignjax.runtime import journal
 from alignjax.evals.preference.judgment_rows import FLAGS
 from alignjax.evals.preference.responses import Response
+from alignjax.evals.public import loaders
+from alignjax.runtime import journal, metrics, textfiles
 from experiments import evaluate, generate
 
 ERRORS = (ValueError, FileNotFoundError)  # what commands tell in one line
@@ -252,7 +251,7 @@ def test_pairs_of_flags(flag):
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  from alignjax.setup.setup import load_tokenizer
+  from alignjax.setup.texts import load_tokenizer
   return load_tokenizer(str(pathlib.Path(__file__).parent / 'golden' / 'chat'))
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from alignjax.evals.public import harness
-from alignjax.inference import bulk
-from alignjax.inference import loading
+from alignjax.inference import bulk, completions, loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 TEXTS = [('The cat', ' sat.'), ('', 'Hello there'), ('Question: why?\nAnswer: ', 'because'), ('a' * 60, 'b'), ('x ', ' y' * 20)]
@@ -30,7 +29,7 @@ def test_buckets(length, most, expected):
 
 
 def test_scores_are_sums_of_log_probabilities(model):
-  score = harness.scorer(model, logits_bytes=2 * 4 * 33 * model.cfg.vocab_size)  # two rows at a time
+  score = completions.scorer(model, logits_bytes=2 * 4 * 33 * model.cfg.vocab_size)  # two rows at a time
   rng = np.random.default_rng(0)
   pairs = [(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in zip(rng.integers(1, 40, 9),
                                                                                               rng.integers(1, 9, 9), strict=True)]
@@ -45,27 +44,27 @@ def test_scores_are_sums_of_log_probabilities(model):
 
 def test_greedy_is_true_for_what_greedy_decoding_gives(model):
   prompt = model.encode('The cat')
-  text = harness.continuations(model, [prompt], max_tokens=6)[0]
+  text = completions.continuations(model, [prompt], max_tokens=6)[0]
   ids = model.encode(text)
   if len(ids) == 6:  # bytes that form no character do not come back
-    assert harness.scorer(model)([(prompt, ids)])[0][1]
-  assert not harness.scorer(model)([(prompt, [7, 7, 7])])[0][1]
+    assert completions.scorer(model)([(prompt, ids)])[0][1]
+  assert not completions.scorer(model)([(prompt, [7, 7, 7])])[0][1]
 
 
 def test_long_inputs_lose_their_left(model):
-  score, most = harness.scorer(model), model.cfg.max_length
+  score, most = completions.scorer(model), model.cfg.max_length
   long = np.random.default_rng(0).integers(0, 256, most + 50).tolist()
   assert score([(long, [5, 6])])[0][0] == pytest.approx(score([(long[-(most - 1):], [5, 6])])[0][0], rel=1e-5)
 
 
 def test_stop_texts_end_a_continuation(model):
-  whole = harness.continuations(model, [model.encode('abc'), model.encode('a longer prompt than that ' * 3)], max_tokens=16)
+  whole = completions.continuations(model, [model.encode('abc'), model.encode('a longer prompt than that ' * 3)], max_tokens=16)
   letter = next(c for c in whole[0] if c.isprintable() and c != '\ufffd')
-  cut = harness.continuations(model, [model.encode('abc')], max_tokens=16, until=(letter,))[0]
+  cut = completions.continuations(model, [model.encode('abc')], max_tokens=16, until=(letter,))[0]
   assert cut == whole[0].split(letter)[0]
-  assert set(harness.stop_tokens(model, ['\n'])) >= {model.template.end, model.encode('\n')[0]}
+  assert set(completions.stop_tokens(model, ['\n'])) >= {model.template.end, model.encode('\n')[0]}
   with pytest.raises(ValueError, match='leaves no room'):
-    harness.continuations(model, [[1]], max_tokens=512)
+    completions.continuations(model, [[1]], max_tokens=512)
 
 
 @pytest.mark.parity

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.evals import table
+from alignjax.evals import registry, table
 from alignjax.evals.public import harness, harness_tasks
 from alignjax.inference import loading
 
@@ -103,7 +103,7 @@ def scripted(monkeypatch):
 
 
 def test_a_folder_of_task_files(folder, scripted, tmp_path):
-  tasks = table.find_tasks([str(folder)])
+  tasks = registry.find_tasks([str(folder)])
   assert list(tasks) == ['my_choice', 'my_text', 'my_words']  # what others include is no task
   run = lambda name, **kw: {c.metric: c for c in tasks[name](None, **(dict(data=None, limit=None, seed=0, keep=tmp_path) | kw))}
   choice = run('my_choice')
@@ -126,8 +126,8 @@ def test_a_folder_of_task_files(folder, scripted, tmp_path):
 
 
 def test_results_are_kept_by_file_included_file_functions_and_data(folder, scripted, tmp_path):
-  task = lambda: table.find_tasks([str(folder / 'choice.yaml')])['my_choice']
-  run = lambda: table.run_task('my_choice', task(), None, {}, tmp_path / 'out')[1]
+  task = lambda: registry.find_tasks([str(folder / 'choice.yaml')])['my_choice']
+  run = lambda: registry.run_task('my_choice', task(), None, {}, tmp_path / 'out')[1]
   assert (run(), run()) == (False, True)
   for path, old, new in ((folder / 'choice.yaml', 'A:', 'B:'), (folder / '_base.yaml', 'test_split', '\nrepeats: 1\ntest_split'),
                          (folder / 'own.py', 'upper', 'lower'), (tmp_path / 'data.jsonl', 'maybe', 'perhaps')):
@@ -149,29 +149,29 @@ def test_files_that_are_no_tasks_are_named(folder, scripted, tmp_path, change, w
   for name, text in change.items():
     (folder / f'{name}.yaml').write_text(text)
   with pytest.raises((ValueError, FileNotFoundError), match=words):
-    table.find_tasks([str(folder / 'choice.yaml')])['my_choice'](None, data=None, limit=None, seed=0, keep=tmp_path)
+    registry.find_tasks([str(folder / 'choice.yaml')])['my_choice'](None, data=None, limit=None, seed=0, keep=tmp_path)
 
 
 def test_other_names(folder, tmp_path):
   with pytest.raises(FileNotFoundError, match='--tasks=nowhere/x.yaml: no such file'):
-    table.find_tasks(['nowhere/x.yaml'])
+    registry.find_tasks(['nowhere/x.yaml'])
   (tmp_path / 'empty').mkdir()
   with pytest.raises(ValueError, match='the folder has no YAML file'):
-    table.find_tasks([str(tmp_path / 'empty')])
+    registry.find_tasks([str(tmp_path / 'empty')])
   (folder / 'again.yaml').write_text(CHOICE)
   with pytest.raises(ValueError, match="two files have the task 'my_choice'"):
-    table.find_tasks([str(folder)])
+    registry.find_tasks([str(folder)])
   with pytest.raises(ValueError, match='a group of the harness.*arc_challenge,arc_easy'):
-    table.find_tasks(['ai2_arc'])
+    registry.find_tasks(['ai2_arc'])
   with pytest.raises(ValueError, match='a group of the harness.*mmlu_humanities,mmlu_other'):
-    table.find_tasks(['mmlu'])
+    registry.find_tasks(['mmlu'])
   with pytest.raises(ValueError, match='has it as a class'):
-    table.find_tasks(['20_newsgroups'])
+    registry.find_tasks(['20_newsgroups'])
 
 
 def test_the_harness_own_tasks_by_name(tmp_path, scripted):
   """arc_easy, on a file of its fields."""
-  tasks = table.find_tasks(['arc_easy', 'lambada_openai'])
+  tasks = registry.find_tasks(['arc_easy', 'lambada_openai'])
   data = tmp_path / 'arc.jsonl'
   data.write_text('\n'.join(json.dumps(dict(id=str(i), question='Which?', answerKey='BA'[i], choices=dict(
       text=['yes', 'no way'], label=['A', 'B']))) for i in range(2)))
@@ -192,7 +192,7 @@ def test_the_names_are_those_that_the_harness_finds():
 def test_perplexity_is_that_of_the_logits(folder, tmp_path):
   """A text through the real interface, against the log-softmax in float64."""
   model = loading.load(f'hf:{CHAT}', dtype='float32')
-  cell = {c.metric: c for c in table.find_tasks([str(folder / 'text.yaml')])['my_text'](
+  cell = {c.metric: c for c in registry.find_tasks([str(folder / 'text.yaml')])['my_text'](
       model, data=None, limit=2, seed=0, keep=tmp_path)}['bits_per_byte']
   asked = [ROWS[int(i)]['question'] for i in cell.items]
   total = 0.0

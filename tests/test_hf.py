@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from alignjax.inference import loading
 from alignjax.models import config_json, export, families, hf, transformer
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.sampling import generate
+from alignjax.setup import models, texts
 from alignjax.sharding import Sharder, make_mesh
-from alignjax.inference import loading
-from alignjax.setup import setup
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = sorted(p.parent.name for p in GOLDEN.glob('*/expected.npz'))
@@ -236,7 +236,7 @@ def test_a_sliding_window_bounds_the_context():
   """model.max_length may not exceed what config.json bounds: beyond a window the layers would see less than ours, and a table of
   positions has its length. Rotary positions go on."""
   assert hf.fields(GOLDEN / 'mistral')['max_length'] == 20
-  asked = lambda name, length: setup.model_config(dict(source=f'hf:{GOLDEN / name}', max_length=length), range(61),
+  asked = lambda name, length: models.model_config(dict(source=f'hf:{GOLDEN / name}', max_length=length), range(61),
                                                   'model').max_length
   assert asked('mistral', 20) == 20 and asked('mistral', 8) == 8 and asked('llama', 64) == 64 and asked('gpt2', 32) == 32
   for name, length, words in (('mistral', 21, r'model.max_length=21, but .* sliding_window=20 .*would see less than ours'),
@@ -262,7 +262,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
   for damaged in (b'', raw[:2000], b'{}', b'[1]', b'\xff\xfe'):
     (tmp_path / 'tokenizer.json').write_bytes(damaged)
     with pytest.raises(ValueError, match=f'data.tokenizer=.*{tmp_path}'):
-      setup.load_tokenizer(f'hf:{tmp_path}')
+      texts.load_tokenizer(f'hf:{tmp_path}')
 
 
 def test_every_parameter_of_every_family_has_a_place():

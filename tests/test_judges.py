@@ -14,8 +14,8 @@ from alignjax.evals.preference import judges, openai_judge
 from alignjax.evals.preference.judgments import Pair
 from alignjax.evals.preference.openai_judge import Endpoint
 from alignjax.evals.preference.responses import Response
-from alignjax.models import transformer
 from alignjax.inference import loading
+from alignjax.models import transformer
 from tests.test_preference import CHAT
 
 

@@ -12,10 +12,9 @@ import pytest
 import scipy.optimize
 
 from alignjax.evals.preference import judgments, responses, statistics
-from alignjax.inference import bulk
-from alignjax.runtime import journal
 from alignjax.evals.preference.judgments import Judged, Rating, Verdict
-from alignjax.inference import loading
+from alignjax.inference import bulk, loading
+from alignjax.runtime import journal
 from experiments import preference as command
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from alignjax.runtime import checkpoint
-from alignjax.setup.setup import initial_params, make_setup
+from alignjax.setup.objects import make_setup
+from alignjax.setup.weights import initial_params
 from tests import processes
 from tests.processes import STAGES, rows
 
@@ -74,7 +75,7 @@ def test_four_then_one_then_two_processes(alone, tmp_path):
 def test_a_reward_on_the_host_that_fails_ends_all_and_the_same_command_goes_on(tmp_path, monkeypatch):
   """The function runs on process 0 alone, and both know of its end."""
   workdir = tmp_path / 'run'
-  reward = 'stages.ppo_ptx.reward=' + str(dict(fn='alignjax.rewards:reward', function='tests.processes:length', attempts=2, pause=0.1))
+  reward = 'stages.ppo_ptx.reward=' + str(dict(fn='alignjax.rewards:host_reward', function='tests.processes:length', attempts=2, pause=0.1))
   monkeypatch.setenv('BROKEN', '1')
   assert processes.run(workdir, 2, 2, [reward]) == 1
   assert 'step 1: the reward function tests.processes:length failed 2 times, at last with ConnectionError' in log(workdir)

@@ -12,9 +12,9 @@ import weakref
 import jax
 import pytest
 
-from alignjax.evals import table
-from alignjax.evals.public import harness, loaders, tasks
-from alignjax.inference import loading
+from alignjax.evals import registry, table
+from alignjax.evals.public import harness, loaders, nlp
+from alignjax.inference import completions, loading
 
 pytest.importorskip('lm_eval')
 ROOT = pathlib.Path(__file__).parent
@@ -137,7 +137,7 @@ TEXTS = [
 @pytest.mark.parametrize('name,shot,record,answers,prompt,correct', CHOICES, ids=[c[0] for c in CHOICES])
 def test_prompts_and_choices(tmp_path, scripted, name, shot, record, answers, prompt, correct):
   scripted.answers = answers
-  data, task = folder(tmp_path, [shot], [record]), getattr(tasks, name)
+  data, task = folder(tmp_path, [shot], [record]), getattr(nlp, name)
   head, example, last = prompt.split('|')
   for shots, text in (('zero-shot', head + last), (1, head + example + last)):
     cell, = task(None, data=data, limit=None, seed=0, keep=tmp_path, shots=shots)
@@ -149,7 +149,7 @@ def test_prompts_and_choices(tmp_path, scripted, name, shot, record, answers, pr
 @pytest.mark.parametrize('name,shot,record,said,prompt,scores', TEXTS, ids=[c[0] for c in TEXTS])
 def test_prompts_and_sampled_answers(tmp_path, scripted, name, shot, record, said, prompt, scores):
   scripted.answers = [said]
-  data, task = folder(tmp_path, [shot], [record]), getattr(tasks, name)
+  data, task = folder(tmp_path, [shot], [record]), getattr(nlp, name)
   head, example, last = prompt.split('|')
   for shots, text in (('zero-shot', head + last), (1, head + example + last)):
     cells = task(None, data=data, limit=None, seed=0, keep=tmp_path, shots=shots)
@@ -163,7 +163,7 @@ def test_both_variants_with_the_papers_number_of_shots(tmp_path, scripted):
   shots = [dict(sentence=f'shot {i}', label=i % 2) for i in range(20)]
   data = folder(tmp_path, shots, [dict(sentence='x', label=0)])
   scripted.answers = {' negative': -1.0, ' positive': -2.0}
-  assert by_metric(tasks.sst(None, data=data, limit=None, seed=0, keep=tmp_path)) == {
+  assert by_metric(nlp.sst(None, data=data, limit=None, seed=0, keep=tmp_path)) == {
       ('accuracy', 'zero-shot'): [1.0], ('accuracy', 'few-shot'): [1.0]}
   assert scripted.requests[0][0].count('Text: shot') == 15 and len(set(scripted.requests[0][0].split('\n\n'))) == 17
 
@@ -177,7 +177,7 @@ def test_questions_of_a_paragraph_follow_each_other_and_examples_come_from_other
   rows = [r for a in 'ABC' for p in (1, 2) for r in conversation(a, p, 3)]
   data = write(tmp_path / 'dev.jsonl', rows)
   scripted.answers = ['a1 and more'] * 18
-  cells = tasks.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=2)
+  cells = nlp.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=2)
   assert cells[0].clusters == [r['title'] for r in rows] and cells[0].items == [str(i) for i in range(18)]
   assert cells[0].values[1] == pytest.approx(100 * 2 * (1 / 3) / (1 + 1 / 3)) and cells[0].values[0] == 0.0
   for row, (prompt, _) in zip(rows, scripted.requests, strict=True):
@@ -189,7 +189,7 @@ def test_questions_of_a_paragraph_follow_each_other_and_examples_come_from_other
   wide, narrow = table.figure(cells[0])['ci95'], table.figure(cells[0]._replace(clusters=None))['ci95']
   assert wide != narrow
   with pytest.raises(ValueError, match='5 few-shot examples are asked for, but there are 4 besides'):
-    tasks.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=5)
+    nlp.squadv2(None, data=data, limit=None, seed=0, keep=tmp_path, shots=5)
 
 
 def test_squads_own_json_is_the_same(tmp_path):
@@ -208,7 +208,7 @@ def test_the_pronoun_rule(tmp_path, scripted):
                               label=label)
   data = folder(tmp_path, [record(0), {**record(1), 'span1_text': 'Right'}, record(0)], [record(i) for i in (1, 1, 1, 0, 0, 0)])
   scripted.answers = ['I think the old lady did', 'Lady', '', 'her sister', '', 'The old lady.']
-  cell, = tasks.wsc(None, data=data, limit=None, seed=0, keep=tmp_path, shots=1)
+  cell, = nlp.wsc(None, data=data, limit=None, seed=0, keep=tmp_path, shots=1)
   assert cell.values == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
   assert all('She told her that **she** left.' in p and 'Answer: Right' in p for p, _ in scripted.requests)  # the only true one
 
@@ -216,7 +216,7 @@ def test_the_pronoun_rule(tmp_path, scripted):
 def test_bleu_is_of_the_corpus(tmp_path, scripted):
   data = write(tmp_path / 'x.jsonl', [dict(translation=dict(fr=str(i), en='the cat sat on the mat')) for i in range(2)])
   scripted.answers = [' the cat sat on the mat', ' the cat sat on a mat']
-  cell, = tasks.wmt15_fr_en(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
+  cell, = nlp.wmt15_fr_en(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
   # n-gram precisions 11/12, 8/10, 6/8, 4/6; both lengths are 6
   assert table.figure(cell)['mean'] == pytest.approx(100 * (11 / 12 * 8 / 10 * 6 / 8 * 4 / 6) ** 0.25)
 
@@ -224,10 +224,10 @@ def test_bleu_is_of_the_corpus(tmp_path, scripted):
 def test_limit_draws_the_same_items_for_both_variants(tmp_path, scripted):
   data = write(tmp_path / 'x.jsonl', [dict(sentence=f's{i}', label=0) for i in range(40)])
   scripted.answers = {' negative': -1.0, ' positive': -2.0}
-  cells = tasks.sst(None, data=data, limit=5, seed=3, keep=tmp_path)
+  cells = nlp.sst(None, data=data, limit=5, seed=3, keep=tmp_path)
   assert cells[0].items == cells[1].items and len(cells[0].items) == 5
   assert [p.split('Text: ')[-1] for p, _ in scripted.requests][::2] == [f's{i}\nLabel:' for i in cells[1].items]
-  assert tasks.sst(None, data=data, limit=5, seed=4, keep=tmp_path, shots='zero-shot')[0].items != cells[0].items
+  assert nlp.sst(None, data=data, limit=5, seed=4, keep=tmp_path, shots='zero-shot')[0].items != cells[0].items
 
 
 def test_truthfulqa_by_hand(tmp_path, scripted):
@@ -235,7 +235,7 @@ def test_truthfulqa_by_hand(tmp_path, scripted):
   record = dict(question='Why?', mc1_targets={'no': 0, 'yes': 1}, mc2_targets={'no': 0, 'yes': 1, 'sure': 1})
   (tmp_path / 'mc.json').write_text(json.dumps([record]))
   scripted.answers = {' no': -1.0, ' yes': -2.0, ' sure': -3.0}
-  cells = tasks.truthfulqa_mc(None, data=str(tmp_path / 'mc.json'), limit=None, seed=0, keep=tmp_path)
+  cells = nlp.truthfulqa_mc(None, data=str(tmp_path / 'mc.json'), limit=None, seed=0, keep=tmp_path)
   e = 2.718281828459045
   assert [c.metric for c in cells] == ['MC1', 'MC2'] and cells[0].values == [0.0]
   assert cells[1].values[0] == pytest.approx((e**-2 + e**-3) / (e**-1 + e**-2 + e**-3))
@@ -256,7 +256,7 @@ BROKEN = [
 @pytest.mark.parametrize('records,words', BROKEN)
 def test_files_that_do_not_fit_are_named(tmp_path, scripted, records, words):
   with pytest.raises(ValueError, match=words):
-    tasks.sst(None, data=write(tmp_path / 'x.jsonl', records), limit=None, seed=0, keep=tmp_path)
+    nlp.sst(None, data=write(tmp_path / 'x.jsonl', records), limit=None, seed=0, keep=tmp_path)
 
 
 def test_lists_hold_what_the_task_reads(tmp_path):
@@ -271,7 +271,7 @@ def test_lists_hold_what_the_task_reads(tmp_path):
 
 
 def test_other_errors(tmp_path, scripted, monkeypatch):
-  run = lambda name='sst', data=None, **more: getattr(tasks, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **more)
+  run = lambda name='sst', data=None, **more: getattr(nlp, name)(None, data=data, limit=None, seed=0, keep=tmp_path, **more)
   (tmp_path / 'torn.jsonl').write_text('{"sentence": "x", "label": 0}\n{"sent')
   with pytest.raises(ValueError, match='torn.jsonl, line 2: not JSON'):
     run(data=str(tmp_path / 'torn.jsonl'))
@@ -338,7 +338,7 @@ def test_questions_that_people_disagree_on_are_not_measured(tmp_path, scripted):
                               answers=dict(texts=[texts]))
   scripted.answers = ['he won'] * 2
   data = write(tmp_path / 'x.jsonl', [record(['he won', 'she lost']), record(['he won', 'he won'])])
-  cells = tasks.quac(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
+  cells = nlp.quac(None, data=data, limit=None, seed=0, keep=tmp_path, shots='zero-shot')
   assert cells[0].values == [None, 100.0] and table.figure(cells[0])['n'] == 1
 
 
@@ -373,7 +373,7 @@ def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scri
 
   monkeypatch.setattr(datasets, 'load_dataset', load)
   scripted.answers = {' negative': -1.0, ' positive': -2.0}
-  tasks.sst(None, data=None, limit=None, seed=0, keep=tmp_path, shots='few-shot')
+  nlp.sst(None, data=None, limit=None, seed=0, keep=tmp_path, shots='few-shot')
   assert asked == [('nyu-mll/glue', 'sst2', 'validation', True), ('nyu-mll/glue', 'sst2', 'train', True)]
 
   def fail(*_, **__):
@@ -382,17 +382,17 @@ def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scri
   monkeypatch.setattr(datasets, 'load_dataset', fail)
   with pytest.raises(ValueError, match=r'^truthfulqa_mc: the data set truthfulqa/truthful_qa cannot be read from the hub '
                                        r'\(ConnectionError: offline\); give a local file by --data=truthfulqa_mc=FILE.$'):
-    tasks.truthfulqa_mc(None, data=None, limit=None, seed=0, keep=tmp_path)
+    nlp.truthfulqa_mc(None, data=None, limit=None, seed=0, keep=tmp_path)
 
 
 def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   from lm_eval.tasks import TaskManager
-  names = {p.stem for p in tasks.TASKS.glob('*.yaml')}
-  found = TaskManager(include_path=str(tasks.TASKS), include_defaults=False).all_subtasks
+  names = {p.stem for p in nlp.TASKS.glob('*.yaml')}
+  found = TaskManager(include_path=str(nlp.TASKS), include_defaults=False).all_subtasks
   assert set(found) == {f'instructgpt_{n}' for n in names}
-  assert {name for name, where in table.TASKS.items() if '.public:' in where} == names | {'truthfulqa_mc'}
+  assert {name for name, where in registry.TASKS.items() if '.public:' in where} == names | {'truthfulqa_mc'}
   for name in names:
-    assert table.find_tasks([name])[name].__doc__.count('JSONL') == 1
+    assert registry.find_tasks([name])[name].__doc__.count('JSONL') == 1
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, model, monkeypatch):
@@ -404,9 +404,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, model, monkeypatch):
   assert len((tmp_path / 'a.jsonl').read_text().splitlines()) == 4 and first[0] == first[2]
   with (tmp_path / 'a.jsonl').open('a') as file:
     file.write('["torn", ')
-  real, scored = harness.scorer(model), []
-  monkeypatch.setattr(harness, 'scorer', lambda *_, **__: lambda pairs, done: (scored.extend(pairs), real(pairs, done)))
-  monkeypatch.setattr(harness, 'continuations', lambda *_, **__: pytest.fail('written again'))
+  real, scored = completions.scorer(model), []
+  monkeypatch.setattr(completions, 'scorer', lambda *_, **__: lambda pairs, done: (scored.extend(pairs), real(pairs, done)))
+  monkeypatch.setattr(completions, 'continuations', lambda *_, **__: pytest.fail('written again'))
   again = harness.language_model(model, keep=tmp_path / 'a.jsonl')
   assert again.loglikelihood(instances) == first and again.generate_until(asked) == texts and not scored
   more = [type('Request', (), dict(args=('new', ' one')))]
@@ -423,8 +423,8 @@ def test_requests_beyond_the_context_are_counted(model):
 
 def test_what_is_compiled_keeps_no_parameters_alive():
   one = loading.load(f'hf:{CHAT}')
-  harness.scorer(one)([([1, 2], [3])])
-  harness.continuations(one, [[1, 2]], max_tokens=1)
+  completions.scorer(one)([([1, 2], [3])])
+  completions.continuations(one, [[1, 2]], max_tokens=1)
   leaf = weakref.ref(jax.tree.leaves(one.params)[0])
   del one
   gc.collect()
@@ -436,10 +436,10 @@ def test_the_same_numbers_on_a_mesh(model):
   spread = loading.load(f'hf:{CHAT}', mesh=dict(data=4, fsdp=2))
   assert len(spread.sharder.mesh.devices.ravel()) == 8
   pairs = [(model.encode(f'text {i} ' * (1 + i % 3)), model.encode(f' word{i}')) for i in range(11)]
-  for a, b in zip(harness.scorer(model)(pairs), harness.scorer(spread)(pairs), strict=True):
+  for a, b in zip(completions.scorer(model)(pairs), completions.scorer(spread)(pairs), strict=True):
     assert a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1]
   prompts = [model.encode('The quick ' * n) for n in (1, 2, 3)]
-  assert harness.continuations(model, prompts, max_tokens=6) == harness.continuations(spread, prompts, max_tokens=6)
+  assert completions.continuations(model, prompts, max_tokens=6) == completions.continuations(spread, prompts, max_tokens=6)
 
 
 @pytest.mark.slow
@@ -455,13 +455,13 @@ def test_the_same_figures_as_the_hf_backend(model, tmp_path):
   rows = [r for a in 'AB' for r in conversation(a, 1, 2)]
   snippets = [dict(sentence=f'{"very " * (i % 4)}good film {i}', label=i % 2) for i in range(4)]
   jobs = [
-      (list(tasks.TRUTHFULQA), {'question': str, **tasks.QA_TARGETS}, mc, None, tasks.TRUTHFULQA),
-      (['sst'], dict(sentence=str, label=int), snippets, 2, {'sst': tasks.ACCURACY}),
-      (['squadv2'], {'title': str, 'context': str, 'question': str, 'answers.text': list}, rows, 1, {'squadv2': tasks.F1}),
+      (list(nlp.TRUTHFULQA), {'question': str, **nlp.QA_TARGETS}, mc, None, nlp.TRUTHFULQA),
+      (['sst'], dict(sentence=str, label=int), snippets, 2, {'sst': nlp.ACCURACY}),
+      (['squadv2'], {'title': str, 'context': str, 'question': str, 'answers.text': list}, rows, 1, {'squadv2': nlp.F1}),
   ]
   for names, fields, records, shots, scores in jobs:
     data = write(tmp_path / f'{names[0]}.jsonl', records)
-    a, b = (tasks.evaluate(lm, names, fields, scores, 'x', shots, data, None, 0, tmp_path / side) for lm, side in
+    a, b = (nlp.evaluate(lm, names, fields, scores, 'x', shots, data, None, 0, tmp_path / side) for lm, side in
             ((ours, 'ours'), (theirs, 'theirs')) if not (tmp_path / side).mkdir(exist_ok=True))
     for x, y in zip(a, b, strict=True):
       assert x[:2] == y[:2] and x.items == y.items and x.values == pytest.approx(y.values, abs=1e-3)
@@ -486,7 +486,7 @@ def test_the_real_files(name, path, count, scripted, tmp_path):
     __missing__ = lambda self, key: -float(len(key))
 
   scripted.answers = Any() if name == 'truthfulqa_mc' else ['Not in background.'] * count
-  cells = getattr(tasks, name)(None, data=str(path), limit=None, seed=0, keep=tmp_path,
+  cells = getattr(nlp, name)(None, data=str(path), limit=None, seed=0, keep=tmp_path,
                                 **({} if name == 'truthfulqa_mc' else dict(shots='zero-shot')))
   assert len(cells[0].items) == len(set(cells[0].items)) == count
   if name == 'squadv2':

@@ -70,7 +70,7 @@ def test_real_models_say_the_same(folder):
   nets = transformer.make_networks(cfg)
   if (folder / 'tokenizer.json').exists():
     from alignjax.data import templates
-    from alignjax.setup.setup import load_tokenizer
+    from alignjax.setup.texts import load_tokenizer
     prompt = templates.make(load_tokenizer(str(folder)), 'chat').prompt('Write a short story about a lighthouse.')
   else:
     prompt = [1, 403, 407, 261, 378]  # "Once upon a time"

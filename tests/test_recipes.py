@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from alignjax import train
-from alignjax.runtime import metrics
 from alignjax.data import hygiene
-from alignjax.inference import streaming
 from alignjax.evals.table import Cell
+from alignjax.inference import loading, streaming
 from alignjax.models import hf
 from alignjax.models.config import TransformerConfig
+from alignjax.runtime import metrics
 from alignjax.sampling import generate
-from alignjax.inference import loading
 from experiments import export
 from experiments import generate as command
 from experiments.configs import llama3_8b, pythia_1b_hh, smollm2_135m

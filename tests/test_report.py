@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from alignjax import plots, report
-from alignjax.runtime import files
 from alignjax.evals.reward import best_of_n
+from alignjax.runtime import files
 
 FIGURE = {'mean': 0.51234, 'ci95': [0.40111, 0.60999], 'n': 20, 'kind': 'share'}
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from alignjax import sampling
-from alignjax.inference import bulk, streaming
-from alignjax.inference import loading
-from alignjax.setup import setup
+from alignjax.inference import bulk, loading, streaming
+from alignjax.setup import models, texts
 from alignjax.types import Decoder, KVCache
 from tests.fakes import VOCAB, close, model, prompts
 
@@ -184,9 +183,9 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
     listening = model._replace(template=model.template._replace(decode=hear))
     list(streaming.stream(listening, 'Say a', temperature=temperature, max_tokens=8))
     assert ids and max(ids) < 260
-  cfg = setup.model_config({'source': f'hf:{chat}'}, setup.token_ids(model.tokenizer), 'model')
+  cfg = models.model_config({'source': f'hf:{chat}'}, texts.token_ids(model.tokenizer), 'model')
   assert cfg.unused_ids == ((260, 264),)
-  assert setup.model_config(dict(vocab_size=9, num_layers=1, d_model=4, num_heads=1, max_length=8), [0, 1, 4], 'm').unused_ids == (
+  assert models.model_config(dict(vocab_size=9, num_layers=1, d_model=4, num_heads=1, max_length=8), [0, 1, 4], 'm').unused_ids == (
       (2, 4), (5, 9))
   with pytest.raises(ValueError, match='model has a vocabulary of 5, data.tokenizer one of 260'):
-    setup.model_config(dict(vocab_size=5, num_layers=1, d_model=4, num_heads=1, max_length=8), range(260), 'model')
+    models.model_config(dict(vocab_size=5, num_layers=1, d_model=4, num_heads=1, max_length=8), range(260), 'model')

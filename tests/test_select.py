@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from alignjax import plugins, train
-from alignjax.runtime import checkpoint
 from alignjax.evals.reward import selection
 from alignjax.inference import loading
+from alignjax.runtime import checkpoint
+from alignjax.setup.objects import make_setup
 from alignjax.stages import selection as stage
-from alignjax.setup.setup import make_setup
 from experiments.configs import selected
 
 
@@ -92,7 +92,7 @@ def test_a_stage_chooses_and_others_start_from_it(tmp_path):
 
 
 def train_params(setup, spec):
-  from alignjax.setup.setup import initial_params
+  from alignjax.setup.weights import initial_params
   return jax.tree.map(np.asarray, initial_params(setup, spec, 'lm', 0))
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from alignjax import losses, ops, optim, rollout, sampling, sharding
 from alignjax.compiler import cost, hlo
-from alignjax.models import transformer
 from alignjax.inference import loading
+from alignjax.models import transformer
+from alignjax.setup.objects import make_setup
 from alignjax.stages.ppo_ptx import iteration
-from alignjax.setup.setup import compile_step, make_setup
+from alignjax.stages.stage import compile_step
 from alignjax.types import TrainState
 from experiments.configs import ppo_ptx
 from tests.fakes import close, config, model, prompts, token_batch

@@ -14,12 +14,11 @@ from alignjax import rewards, sandbox, train
 from alignjax.data import encode, templates, text
 from alignjax.evals.public import harness
 from alignjax.evals.safety import bias, prefixes
-from alignjax.inference import streaming
+from alignjax.inference import completions, loading, streaming
 from alignjax.sampling import generate
-from alignjax.inference import loading
-from alignjax.setup import setup
+from alignjax.setup import objects
+from alignjax.setup.texts import load_tokenizer
 from alignjax.stages import ppo_ptx
-from alignjax.setup.setup import load_tokenizer
 from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -106,7 +105,7 @@ def test_the_start_is_a_context_and_is_not_scored(model):
   for (context, continuation), value in expected.items():
     assert lm.loglikelihood(instances((context, continuation)), disable_tqdm=True)[0][0] == pytest.approx(value, abs=1e-3)
   assert lm.loglikelihood_rolling(instances(('ab',)))[0] == pytest.approx(expected['', 'ab'], abs=1e-3)
-  assert harness.scorer(model)([([], ab)])[0][0] == pytest.approx(expected['', 'ab'], abs=1e-3)
+  assert completions.scorer(model)([([], ab)])[0][0] == pytest.approx(expected['', 'ab'], abs=1e-3)
   assert prefixes.split(model, '', 'ab') == ([BOS], ab)
   assert bias.pair_logprobs(model, [('ab', 'cd')], '')[0, 0] == pytest.approx(expected['', 'ab'], abs=1e-3)
   prefix, rest = prefixes.split(model, 'Be good:', 'ab')
@@ -189,7 +188,7 @@ def test_a_prompt_of_no_tokens_is_refused():
     with pytest.raises(ValueError, match=f'data.{entry}=0 must be 1 or more'), c.data.unlocked():
       before, c.data[entry] = c.data[entry], 0
       try:
-        setup.make_setup(c, 'nowhere', jax.devices()[:1])
+        objects.make_setup(c, 'nowhere', jax.devices()[:1])
       finally:
         c.data[entry] = before
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from alignjax import losses, optim, steps
-from alignjax.setup.setup import steps_per_epoch
+from alignjax.stages.stage import steps_per_epoch
 from alignjax.types import TrainState
 from tests.fakes import close, model, token_batch
 

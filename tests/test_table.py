@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.runtime import fingerprints
-from alignjax.evals import evaluation, table
+from alignjax.evals import evaluation, registry, table
 from alignjax.evals.table import Cell
 from alignjax.inference import loading
+from alignjax.runtime import fingerprints
 from experiments import evaluate
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -53,7 +53,7 @@ def test_what_is_the_same_is_measured_once(tmp_path):
   file.write_text('data')
   copy.write_text('data')
   other.write_text('other data')
-  run = lambda params=1.0, facts=None, **kw: table.run_task(
+  run = lambda params=1.0, facts=None, **kw: registry.run_task(
       'test_table:letters', letters, model(params), {'weights': params, **(facts or {})}, tmp_path / 'out',
       **(dict(data=str(file)) | kw))[1]
   assert [run(), run(), run(data=str(copy))] == [False, True, True] and len(CALLS) == 1
@@ -75,7 +75,7 @@ def test_a_task_that_fails_leaves_no_result_and_keeps_what_it_kept(tmp_path):
       raise ValueError('the judge is gone')
     return [Cell('m', '', [1.0], ['a'])]
 
-  run = lambda: table.run_task('fails', fails, model(1.0), {}, tmp_path)
+  run = lambda: registry.run_task('fails', fails, model(1.0), {}, tmp_path)
   with pytest.raises(ValueError, match='the judge is gone'):
     run()
   assert run() == ([Cell('m', '', [1.0], ['a'])], False) and run()[1]
@@ -132,7 +132,7 @@ def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_mea
   loaded = [loading.load(name, 'lm', form, dtype=dtype) for name, form, dtype in models]
   facts = [loading.facts(m) for m in loaded]
   assert len({f['weights'] for f in facts}) == 1 and [m.cfg.dtype for m in loaded][:2] == ['float32', 'bfloat16']
-  run = lambda m, f: table.run_task('test_table:letters', letters, m, f, tmp_path / 'out')[1]
+  run = lambda m, f: registry.run_task('test_table:letters', letters, m, f, tmp_path / 'out')[1]
   assert [run(m, f) for m, f in zip(loaded, facts, strict=True)] == [False] * len(models) and len(CALLS) == len(models)
   shutil.copytree(CHAT, tmp_path / 'same')
   again = loading.load(f'hf:{tmp_path / "same"}', 'lm', 'plain', dtype='float32')
@@ -161,9 +161,9 @@ def test_one_model_has_no_plot_of_differences(tmp_path, monkeypatch):
 
 def test_a_task_named_twice_and_one_that_is_not_there():
   with pytest.raises(ValueError, match="the task 'rte' is there twice"):
-    table.find_tasks(['rte', 'rte'])
+    registry.find_tasks(['rte', 'rte'])
   with pytest.raises(ValueError, match="no task 'hellaswig'; did you mean hellaswag"):
-    table.find_tasks(['hellaswig'])
+    registry.find_tasks(['hellaswig'])
 
 
 @pytest.mark.slow

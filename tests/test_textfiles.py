@@ -8,14 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from alignjax.runtime import files, metrics, textfiles
 from alignjax.data import fields, mappings, sources
 from alignjax.evals import items
 from alignjax.evals.preference import judgments
 from alignjax.evals.public import loaders
 from alignjax.evals.reward import labelers
-from alignjax.runtime import journal
 from alignjax.inference import loading
+from alignjax.runtime import files, journal, metrics, textfiles
 from experiments import generate, preference
 
 ODD = 'a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\rj'  # what str.splitlines takes for ends of lines

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from alignjax.evals import items, table
-from alignjax.evals.public import harness
 from alignjax.evals.safety import prefixes, scorers, toxicity
 from alignjax.inference import loading
 
@@ -54,7 +53,7 @@ def case(tmp_path, monkeypatch):
     asked.extend(texts)
     return ['' if t.endswith('three') else ' damn.' if 'offensive' in t and t.endswith('two') else ' fine.' for t in texts]
 
-  monkeypatch.setattr(harness, 'continuations', continuations)
+  monkeypatch.setattr(completions, 'continuations', continuations)
   SEEN.clear()
   FAIL_AFTER[0] = 10**9
   call = lambda **kw: toxicity.realtoxicityprompts(loading.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(

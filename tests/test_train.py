@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from alignjax import train
 from alignjax.runtime import checkpoint
-from alignjax.setup.setup import make_setup
+from alignjax.setup.objects import make_setup
 from experiments import generate
 from experiments.configs import ppo_ptx
 
@@ -210,11 +210,11 @@ def test_demonstrations_score_0_after_the_bias(finished):
   """Paper 3.5: recompute the mean score of the very demonstrations from the saved reward model."""
   from alignjax.inference import bulk
   from alignjax.setup.records import records
-  from alignjax.setup.setup import initial_params
+  from alignjax.setup.weights import initial_params
   setup = make_setup(config(), finished)
   params = initial_params(setup, 'stage:rm', 'scalar', 0)
   score = bulk.make_scorer(setup.nets, setup.sharder, length=setup.length, pad=0)
-  rows = [setup.template.prompt(r['prompt']) + setup.template.response(r['response'])
+  rows = [setup.text.template.prompt(r['prompt']) + setup.text.template.response(r['response'])
           for r in records(setup, 'demonstrations', config().stages.rm.bias_demonstrations)]
   assert score(params, rows).mean() == pytest.approx(0, abs=1e-4)
 
@@ -234,7 +234,7 @@ def test_item_16_every_entry_of_the_config_is_read(finished):
 
 def params_of(workdir, stage):
   setup = make_setup(config(), workdir)
-  from alignjax.setup.setup import initial_params
+  from alignjax.setup.weights import initial_params
   return initial_params(setup, f'stage:{stage}', 'lm', 0)
 
 
@@ -313,7 +313,7 @@ def test_a_reward_model_of_another_size_trains_and_rewards(patch, tmp_path):
   train.main(c, tmp_path)
   setup = make_setup(c, tmp_path)
   from alignjax.runtime import metrics
-  from alignjax.setup.setup import initial_params
+  from alignjax.setup.weights import initial_params
   assert initial_params(setup, 'stage:rm', 'scalar', 0)['embed']['tokens'].shape[1] == 16
   assert initial_params(setup, 'stage:ppo_ptx', 'lm', 0)['embed']['tokens'].shape[1] == 32
   log = metrics.read(tmp_path / 'ppo_ptx' / 'metrics.jsonl')
@@ -391,7 +391,7 @@ def test_wrong_stages(patch, tmp_path):
     train.resolve(config(**{'stages.sft.init.policy': 'stage:sft'}))
   assert train.resolve(ppo_ptx.get_config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
   setup = make_setup(config(), tmp_path)
-  from alignjax.setup.setup import initial_params
+  from alignjax.setup.weights import initial_params
   with pytest.raises(FileNotFoundError, match='stage:NAME'):
     initial_params(setup, 'stage:sft', 'lm', 0)
 

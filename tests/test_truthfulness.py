@@ -12,7 +12,6 @@ import pytest
 from alignjax import train
 from alignjax.data import mappings, sources
 from alignjax.evals import table
-from alignjax.evals.public import harness
 from alignjax.evals.safety import truthfulness
 from alignjax.inference import loading
 from experiments.configs import truth_judge
@@ -50,7 +49,7 @@ def case(tmp_path, monkeypatch):
     asked.extend(texts)
     return [' no' if 'Two' in t else ' no comment' if t.startswith('Interpret') else ' yes' for t in texts]
 
-  monkeypatch.setattr(harness, 'continuations', continuations)
+  monkeypatch.setattr(completions, 'continuations', continuations)
   JUDGED.clear()
   call = lambda **kw: truthfulness.truthfulqa(loading.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
       limit=None, data=str(tmp_path / 'q.csv'), truth=f'{__name__}:truth', info=f'{__name__}:info') | kw))

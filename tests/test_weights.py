@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from alignjax import losses, plugins, steps, train
-from alignjax.runtime import checkpoint, metrics
 from alignjax.data import encode, hygiene
+from alignjax.runtime import checkpoint, metrics
+from alignjax.setup.objects import make_setup
+from alignjax.setup.records import open_documents, records
+from alignjax.setup.weights import initial_params
 from alignjax.stages import comparisons, rm, selection, sft
 from alignjax.stages.comparisons import Comparisons
-from alignjax.setup.records import open_documents, records
-from alignjax.setup.setup import initial_params, make_setup
 from experiments.configs import base, dpo, pythia_1b_hh, ukp_rm
 from experiments.configs.selected import selection as selected
 from tests.fakes import assert_additive, close, model, ppo_batch
@@ -233,7 +234,7 @@ def test_no_epoch_is_no_step(tmp_path):
   c.stages.sft.update(init=dict(policy='random'), demonstrations=16, documents=64, epochs=0)
   train.main(c, tmp_path)
   setup = make_setup(c, tmp_path)
-  from alignjax.setup.setup import seed_of
+  from alignjax.setup.objects import seed_of
   assert checkpoint.same(initial_params(setup, 'stage:sft', 'lm', 0), initial_params(setup, 'random', 'lm', seed_of('sft')))
   c.stages.rm.update(epochs=0)
   assert comparisons.updates(setup, 'rm', rankings([4] * 6)).order == []

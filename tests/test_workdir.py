@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 
 from alignjax import report, train
 from alignjax.runtime import checkpoint, fingerprints, lock
-from alignjax.setup import inputs
 from alignjax.runtime.interrupt import Interrupt
-from alignjax.setup.setup import Stage
-from tests.test_trouble import Row, first_state, one_step
+from alignjax.setup import inputs
+from alignjax.stages.stage import Stage
+from tests.test_failures import Row, first_state, one_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 HOLD = '''
 import pathlib, sys, time
-from alignjax import lock
+from alignjax.runtime import lock
 if sys.argv[2] == 'lease':
   lock.HEARTBEAT, lock.LEASE = 0.3, 2.0
   lock._flock = lambda path: None

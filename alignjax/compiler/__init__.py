@@ -1,0 +1,1 @@
+"""What a compiled step costs, read off the program that XLA made of it."""

@@ -4,7 +4,7 @@
   text:FILE                        pretraining text, one document a file; several with *
   tfds:NAME[/CONFIG]:SPLIT         tensorflow-datasets, random access, no TensorFlow; or tfds:PREPARED_FOLDER:SPLIT
   hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed; or hf:FOLDER:SPLIT, a folder that is there
-  sandbox:                         the embedded world (setup/setup.py)
+  sandbox:                         the embedded world (setup/texts.py)
 
 or several of them with ';' between: all records of the first, then of the second. A ';' separates where the form of a source
 follows it; one that belongs to a name although a form follows is written '\\;'. c.data.mapping.KIND says how their fields become
@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.runtime import files, textfiles
 from alignjax.data import fields, mappings
+from alignjax.runtime import files, textfiles
 
 FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT or sandbox:'
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from alignjax.runtime import files, metrics
-from alignjax.evals import table
+from alignjax.evals import registry, table
 from alignjax.inference import loading
+from alignjax.runtime import files, metrics
 
 
 def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.Folder, *, data: Mapping[str, str] | None = None,
@@ -22,7 +22,7 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
 
   Args:
     models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory at a time.
-    tasks: of table.find_tasks.
+    tasks: of registry.find_tasks.
     data, options: of each task. limit: items of each. baseline: the first model, if None.
     template: prompt template; None: as each model was trained.
     mesh: of sharding.make_mesh for every model; None: one device, or all of them, each with rows of its own.
@@ -32,7 +32,7 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
   """
   out, data, options = files.folder(out), data or {}, options or {}
   baseline = baseline or next(iter(models))
-  functions = table.find_tasks(tasks)
+  functions = registry.find_tasks(tasks)
   if mesh is None and len(jax.devices()) > 1:
     mesh = {'data': len(jax.devices())}
   measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in functions}
@@ -41,7 +41,7 @@ def evaluate(models: Mapping[str, str], tasks: Sequence[str], out: str | files.F
     facts = loading.facts(model)
     for name, task in functions.items():
       began = time.perf_counter()
-      measured[name][model_name], before = table.run_task(
+      measured[name][model_name], before = registry.run_task(
           name, task, model, facts, out, data=data.get(name), limit=limit, seed=seed, options=options.get(name))
       if jax.process_index() == 0:
         took = f'{time.perf_counter() - began:.0f} s'

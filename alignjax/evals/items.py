@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.runtime import textfiles
-from alignjax.runtime import journal
+from alignjax.runtime import journal, textfiles
 
 
 def read(path: str | pathlib.Path, columns: Sequence[str] | Mapping[str, type | tuple[type, ...]] = (),

@@ -14,8 +14,8 @@ import numpy as np
 from alignjax import sandbox
 from alignjax.data import encode
 from alignjax.data.templates import Template
-from alignjax.inference import bulk
 from alignjax.evals.stats import ANY, interval, ratio
+from alignjax.inference import bulk
 from alignjax.types import Networks, Params
 
 PREFIX_TOKENS = 24  # room for the prompts of the prompted baseline

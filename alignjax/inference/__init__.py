@@ -1,0 +1,1 @@
+"""A model to use: load it, ask it one thing, or thousands of rows."""

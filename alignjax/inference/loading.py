@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from alignjax.runtime import checkpoint, files, fingerprints
-from alignjax.setup import inputs
 from alignjax.data import templates
 from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig, ranges_without
-from alignjax.sharding import RULES, Sharder, make_mesh
-from alignjax.setup import setup as setups
+from alignjax.runtime import checkpoint, files, fingerprints
+from alignjax.setup import inputs, texts
+from alignjax.setup.models import policy_config, reward_config
+from alignjax.setup.weights import stage_params
+from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
 
@@ -137,8 +138,8 @@ def _networks(cfg: TransformerConfig, sharder: Sharder | None) -> Networks:
 def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) -> Model:
   source = name.removeprefix('hf:')
   sharder = _sharder(mesh)
-  tokenizer = setups.load_tokenizer(source)
-  ids, fields = setups.token_ids(tokenizer), hf.fields(source)
+  tokenizer = texts.load_tokenizer(source)
+  ids, fields = texts.token_ids(tokenizer), hf.fields(source)
   if fields['vocab_size'] <= ids[-1]:
     raise ValueError(f'{name}: config.json has vocab_size={fields["vocab_size"]}, but the tokenizer has ids up to {ids[-1]}.')
   cfg = TransformerConfig(**fields, unused_ids=ranges_without(ids, fields['vocab_size']))
@@ -208,17 +209,17 @@ def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str
     raise ValueError(f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
                      f'{"reward model" if head == "scalar" else "policy"}.')
   config = ml_collections.ConfigDict(saved)
-  config.mesh, config.sharding = dict(data=1, fsdp=1, tensor=1) if mesh is None else dict(mesh), {k: v for k, v in RULES.items()}
   if form is not None:
     config.data.template = form
   try:
-    setup = setups.for_stage(setups.make_setup(config, folder.parent, jax.devices()[:1] if mesh is None else None), folder.name)
-  except AttributeError as error:
+    text = texts.of_config(config)
+    cfg = policy_config(config, text.ids, folder.name) if found == 'lm' else reward_config(config, text.ids)
+    response_length = config.data.response_length
+  except (AttributeError, KeyError) as error:
     raise ValueError(f'{folder}: its config lacks the entry {error}; another version of alignjax wrote it.') from None
-  cfg = setup.policy_model if found == 'lm' else setup.reward_model
+  sharder = _sharder(mesh)
+  params = stage_params(weights, cfg, found, sharder)
+  sharder = sharder if mesh is not None else None
   source = config.model.get('source')
-  tokenizer = None if setup.world is not None else setups.load_tokenizer(config.data.tokenizer)
-  params = setups.initial_params(setup, str(weights), found, 0)
-  sharder = setup.sharder if mesh is not None else None
-  return Model(cfg, _networks(cfg, sharder), params, found, setup.template, setup.vocabulary, tokenizer,
-               source and source.removeprefix('hf:'), sharder, setup.response_length)
+  return Model(cfg, _networks(cfg, sharder), params, found, text.template, text.vocabulary, text.tokenizer,
+               source and source.removeprefix('hf:'), sharder, response_length)

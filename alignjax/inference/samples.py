@@ -1,7 +1,7 @@
 """What policies answer, and what the answers are worth: samples kept on disk, a reward model's scores, the sandbox's gold
 scores, the divergence from a reference. Each `make_*` compiles once for any number of parameters of one architecture.
 
-A model here is a stages.finished.Model; sharder is that of the mesh, None for one device.
+A model here is a stages.loading.Model; sharder is that of the mesh, None for one device.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.runtime import metrics
 from alignjax.data import templates
 from alignjax.inference import bulk
-from alignjax.runtime import journal
+from alignjax.runtime import journal, metrics
 
 
 class Responses(NamedTuple):

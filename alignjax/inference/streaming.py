@@ -25,7 +25,7 @@ def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | 
   """Pieces of text of one response, as they come; together they are the response of `generate` with the same seed.
 
   Args:
-    model: stages.finished.Model. prompt: text, or messages where the template is a chat.
+    model: stages.loading.Model. prompt: text, or messages where the template is a chat.
     max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or fewer where the prompt leaves
       fewer of the context. A number that the context has no room for is a ValueError.
     starting: called with the size of the cache before the first token; a new size is compiled.

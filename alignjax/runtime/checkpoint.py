@@ -21,8 +21,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alignjax.runtime import checksums, files, fingerprints
 from alignjax.models.axes import path_name
+from alignjax.runtime import checksums, files, fingerprints
 from alignjax.sharding import sync
 
 

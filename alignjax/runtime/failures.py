@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from alignjax.models.axes import path_name
 from alignjax.runtime import files
 from alignjax.runtime.interrupt import EXIT_CODE, anywhere
-from alignjax.models.axes import path_name
 from alignjax.sharding import fetch
 
 TRACEBACK = 'traceback.txt'  # in the workdir: of the error that ended the last run

@@ -144,6 +144,6 @@ def _origin(name: str) -> str | None:
 
 def _installed(path: str) -> bool:
   """Whether a file belongs to an installed package other than alignjax."""
-  own = str(pathlib.Path(__file__).parent)
+  own = str(pathlib.Path(__file__).parent.parent)
   places = {sysconfig.get_path(p) for p in ('purelib', 'platlib', 'stdlib', 'platstdlib')}
   return not path.startswith(own) and any(path.startswith(os.path.join(p, '')) for p in places)

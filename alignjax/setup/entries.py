@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from alignjax.runtime import checkpoint
+from alignjax.setup.objects import Setup
 
 
 def whole(least: int, none: bool = False) -> Callable[[Any], bool]:
@@ -103,3 +105,24 @@ def _values(node: Any, keys: list[str]) -> Iterator[Any]:
       return
     node = node[key]
   yield node
+
+
+def check_divides(size: int, parts: int, what: str) -> None:
+  if parts < 1 or size % parts:
+    raise ValueError(f'{what}: {size} does not divide by {parts}.')
+
+
+def check_epochs(epochs: Any, where: str, whole: bool = False) -> None:
+  """epochs: 0 is no step, so that the stage's result is what it starts from."""
+  if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 <= epochs < math.inf or (whole and epochs % 1):
+    raise ValueError(f'{where}.epochs={epochs!r} must be a {"whole " if whole else ""}number, 0 or more.')
+
+
+def check_counts(setup: Setup, where: str, kind: str, least: int = 1, **counts: Any) -> None:
+  """counts: entries of a stage that say how many records of data.<kind> it takes. None is all of them, where the source ends."""
+  endless = setup.config.data[kind] == 'sandbox:'
+  none = f"; None, all of them, has no meaning with data.{kind}='sandbox:', which makes as many as it is asked for"
+  for entry, count in counts.items():
+    if not whole(least, none=not endless)(count):
+      more = none if endless else ', or None for all'
+      raise ValueError(f'{where}.{entry}={count!r} must be a whole number, {least} or more{more}.')

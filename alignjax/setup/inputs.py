@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from alignjax import plugins
-from alignjax.runtime import checkpoint, files, fingerprints, metrics
 from alignjax.data import sources
 from alignjax.models import hf, hub
+from alignjax.runtime import checkpoint, files, fingerprints, metrics
 
 CHOICES = ('fail', 'keep', 'restart')
 TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', 'chat_template*',
@@ -66,7 +66,7 @@ def of_data(entry: str, source: str, mapping: str | None) -> Read:
 
 
 def of_weights(spec: str) -> Read:
-  """What setup/setup.py: initial_params starts from."""
+  """What setup/weights.py: initial_params starts from."""
   return {} if spec == 'random' else {spec: ('checkpoint' if spec.startswith('hf:') else 'weights', spec)}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from alignjax.setup import inputs
 from alignjax.data import batches, encode, hygiene, sources, templates
-from alignjax.setup.setup import Setup, seed_of
+from alignjax.setup import inputs
+from alignjax.setup.objects import Setup, seed_of
 
 
 def records(setup: Setup, kind: str, count: int | None, split: str = 'train') -> list[dict]:
@@ -27,7 +27,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   if source == 'sandbox:':
     from alignjax import sandbox
     make = {'pretrain': sandbox.documents, 'demonstrations': sandbox.demonstrations, 'prompts': sandbox.prompts}[kind]
-    return make(setup.world, count, split)
+    return make(setup.text.world, count, split)
   if kind == 'pretrain':
     opened = open_documents(setup, count)
     return [r for i in range(opened.count) for r in opened.records(i)]
@@ -61,8 +61,8 @@ def encoded(setup: Setup, kind: str, found: Sequence[Mapping[str, Any]],
   """
 
   def one(record):
-    pairs = [setup.template.row(record['prompt'], said) for said in responses(record)]
-    return setup.template.prompt(record['prompt']), [tokens for _, tokens in pairs]
+    pairs = [setup.text.template.row(record['prompt'], said) for said in responses(record)]
+    return setup.text.template.prompt(record['prompt']), [tokens for _, tokens in pairs]
 
   entry = f'data.{kind}'
   places = [sources.place(record, f'{entry}={setup.config.data[kind]!r}, record {i}') for i, record in enumerate(found, 1)]

@@ -9,9 +9,9 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alignjax.runtime import files
 from alignjax.data import chat
-from alignjax.setup.setup import load_tokenizer
+from alignjax.runtime import files
+from alignjax.setup.texts import load_tokenizer
 
 
 def pin(config: ml_collections.ConfigDict, workdir: str | files.Folder) -> None:

@@ -1,1 +1,1 @@
-"""The stages of the paper, one file each: pretrain, sft, rm, ppo_ptx. Each reads top to bottom as numbered phases."""
+"""The stages of the paper, one file each: pretrain, sft, rm, ppo_ptx. stage.py says what a stage is."""

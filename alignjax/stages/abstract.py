@@ -16,7 +16,8 @@ from alignjax.compiler import flops
 from alignjax.data.templates import Template
 from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
-from alignjax.setup.setup import Setup, make_setup, tokens_and_texts
+from alignjax.setup.objects import Setup, make_setup
+from alignjax.setup.texts import Text
 from alignjax.types import LossFn, Networks, Params, TokenBatch
 
 
@@ -45,11 +46,11 @@ class Plan(NamedTuple):
 def setup(config: ml_collections.ConfigDict, devices) -> Setup:
   """The objects of a config on a mesh of the given devices, real ones or those of a topology. No tokenizer is read where
   config.model has a vocab_size, and nothing is written."""
-  return make_setup(config, 'nowhere', devices, text_side=_no_texts if 'vocab_size' in config.model else tokens_and_texts)
+  return make_setup(config, 'nowhere', devices, text=_no_text(config.model.vocab_size) if 'vocab_size' in config.model else None)
 
 
 def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> Params:
-  """Parameter shapes on their shardings; head: 'lm' or 'scalar', as in setup.initial_params."""
+  """Parameter shapes on their shardings; head: 'lm' or 'scalar', as in weights.initial_params."""
   model = model or (setup.policy_model if head == 'lm' else setup.reward_model)
   shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, setup.sharder.params(shapes))
@@ -150,12 +151,11 @@ def wire_bytes(setup: Setup, work: Work) -> float:
   return once[work.kind] * work.times
 
 
-def _no_texts(config: ml_collections.ConfigDict) -> tuple:
-  """setup.tokens_and_texts of a tokenizer that is not at hand: the last id ends a response, as in GPT-2."""
+def _no_text(vocabulary: int) -> Text:
+  """In place of texts.of_config where no tokenizer is at hand: the last id ends a response, as in GPT-2."""
 
   def refuse(*_):
     raise ValueError('a step compiled without a tokenizer reads no text.')
 
-  vocabulary = config.model.vocab_size
   last = vocabulary - 1
-  return None, None, Template(*[refuse] * 5, last, (last,), last, (), (last,), ()), range(vocabulary)
+  return Text(Template(*[refuse] * 5, last, (last,), last, (), (last,), ()), range(vocabulary))

@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.runtime import files, fingerprints
-from alignjax.setup import inputs
 from alignjax.data import batches, sources
 from alignjax.inference import bulk
+from alignjax.runtime import files, fingerprints
+from alignjax.setup import inputs
+from alignjax.setup.entries import check_counts, check_epochs
+from alignjax.setup.objects import Setup, seed_of, stage_dir
+from alignjax.setup.records import encoded, records, say
+from alignjax.setup.weights import initial_params
 from alignjax.sharding import sync
 from alignjax.stages import abstract
-from alignjax.setup.records import encoded, records, say
-from alignjax.setup.setup import Setup, check_counts, check_epochs, initial_params, seed_of, stage_dir
 from alignjax.types import ComparisonBatch
 
 
@@ -118,7 +120,7 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
   """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or preferences."""
   (k, t), rows = plan.order[step]
   pick = lambda field: [field[j] for j in rows]
-  made = encode_rows(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.template.pad)
+  made = encode_rows(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.text.template.pad)
   made = batches.fill(made, plan.prompts)
   return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(plan.prompts))))
 
@@ -169,13 +171,13 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   cfg = setup.config.stages[name]
   rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])
   rows = records(setup, 'prompts', count, split)
-  prompts = [setup.template.prompt(r['prompt']) for r in rows]
+  prompts = [setup.text.template.prompt(r['prompt']) for r in rows]
   k = rng.integers(cfg.responses[0], cfg.responses[1] + 1, count)
   owner = np.repeat(np.arange(count), k)
   shares = np.array([p['share'] for p in policies], float)
   drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
   sample = bulk.make_sampler(setup.nets, setup.sharder, prompt_length=setup.prompt_length,
-                             max_tokens=setup.response_length, stop_ids=setup.template.ends, pad=setup.template.pad)
+                             max_tokens=setup.response_length, stop_ids=setup.text.template.ends, pad=setup.text.template.pad)
   responses: list = [None] * len(owner)
   loaded = {}
   for i, policy in enumerate(policies):
@@ -189,12 +191,12 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
                     policy['temperature'])
     for j, response in zip(chosen, out, strict=True):
       responses[j] = response
-  judged = [sandbox.judge(setup.world, rows[j]['meta'], *setup.template.said(response))
+  judged = [sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.said(response))
             for j, response in zip(owner, responses, strict=True)]
-  features = np.split(setup.labelers.features(judged), np.cumsum(k)[:-1])
+  features = np.split(setup.text.labelers.features(judged), np.cumsum(k)[:-1])
   grouped = [list(x) for x in _split(responses, k)]
-  labelers = rng.choice(setup.labelers.train, count)
-  ranks = [np.asarray(setup.labelers.rank(f, labeler, rng)).tolist()
+  labelers = rng.choice(setup.text.labelers.train, count)
+  ranks = [np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
            for f, labeler in zip(features, labelers, strict=True)]
   return Comparisons(prompts, grouped, ranks, [f.tolist() for f in features])
 

@@ -19,12 +19,15 @@ from alignjax import ops, plugins, steps
 from alignjax.compiler import flops
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
+from alignjax.setup.entries import check_counts, check_divides
+from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
+from alignjax.setup.records import encoded, records
+from alignjax.setup.weights import freeze, initial_params
 from alignjax.sharding import fetch
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.pretrain import text_mix
-from alignjax.setup.records import encoded, records
-from alignjax.setup.setup import Setup, Stage, check_counts, check_divides, check_functions, compile_step, for_stage, freeze, initial_params, make_optimizer, make_state, seed_of, stage_key
+from alignjax.stages.stage import Stage, check_functions, compile_step, make_optimizer, make_state
 from alignjax.types import LossFn, Metrics, Networks, Params, PPOBatch, Rollout, TokenBatch, TrainState
 
 
@@ -98,7 +101,7 @@ def build(setup: Setup, name: str) -> Stage:
   # prompts, encoded once; pretraining rows
   prompt_records, rows = read_data(setup, name)
   asked = {tuple(row): r['prompt'] for row, r in zip(reversed(rows), reversed(prompt_records), strict=True)}
-  prompts = encode.left_pad(rows, setup.prompt_length, setup.template.pad)
+  prompts = encode.left_pad(rows, setup.prompt_length, setup.text.template.pad)
   rows_per_step = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = text_mix(setup, cfg.ptx.documents, rows_per_step, (*seed, 1)) if rows_per_step else None
 
@@ -128,7 +131,7 @@ def build(setup: Setup, name: str) -> Stage:
                    setup.policy_model, setup.reward_model, episodes=cfg.rollout.episodes,
                    samples_per_prompt=cfg.rollout.samples_per_prompt, prompt_length=setup.prompt_length,
                    response_length=setup.response_length, row_length=setup.config.data.row_length, ptx_rows=rows_per_step,
-                   epochs=cfg.inner_epochs, reward_model=cfg.reward.fn == 'alignjax.rollout:model_reward'))
+                   epochs=cfg.inner_epochs, reward_model=cfg.reward.fn == 'alignjax.rewards:model_reward'))
 
 
 def read_data(setup: Setup, name: str) -> tuple[list[dict], list[list[int]]]:
@@ -161,7 +164,7 @@ def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: 
   known = facts(setup, name, failures, asked)
   reward_fn = plugins.bind(cfg.reward, f'{where}.reward', given=('nets', 'frozen'), facts=known['reward'])
   rollout_fn = functools.partial(
-      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=setup.template.ends,
+      collect, reward_fn=reward_fn, max_tokens=setup.response_length, stop_ids=setup.text.template.ends,
       temperature=cfg.rollout.temperature, samples_per_prompt=cfg.rollout.samples_per_prompt,
       missing_end_penalty=cfg.rollout.missing_end_penalty, generate_rows=cfg.rollout.generate_rows,
       score_rows=score_rows(cfg))
@@ -179,7 +182,7 @@ def facts(setup: Setup, name: str, failures: Sequence[str] = (),
   rollout = setup.config.stages[name].rollout
   samples = dict(samples_per_prompt=rollout.samples_per_prompt)
   return dict(loss=dict(samples, temperature=rollout.temperature), advantage=samples,
-              reward=dict(samples, asked=asked, said=setup.template.said, failures=failures))  # for alignjax.rewards:reward
+              reward=dict(samples, asked=asked, said=setup.text.template.said, failures=failures))  # for alignjax.rewards:host_reward
 
 
 def score_rows(cfg) -> int:
@@ -274,16 +277,16 @@ def check_returns(setup: Setup, name: str) -> None:
 def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
   """What a person wants to see of a rollout: sample rows (prompt, response, score, gold or None), gold scores where known."""
   responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
-  texts, ended = zip(*(setup.template.said(row[live]) for row, live in zip(responses, mask, strict=True)), strict=True)
+  texts, ended = zip(*(setup.text.template.said(row[live]) for row, live in zip(responses, mask, strict=True)), strict=True)
   metrics, gold = {}, [None] * len(texts)
-  if setup.world is not None:
+  if setup.text.world is not None:
     from alignjax import sandbox
-    judged = [sandbox.judge(setup.world, r['meta'], t, e)
+    judged = [sandbox.judge(setup.text.world, r['meta'], t, e)
               for r, t, e in zip(prompt_records, texts, ended, strict=True)]
-    features = setup.labelers.features(judged)
-    gold = setup.labelers.gold(features, setup.labelers.train)
+    features = setup.text.labelers.features(judged)
+    gold = setup.text.labelers.gold(features, setup.text.labelers.train)
     metrics = {'gold/train_labelers': float(gold.mean()),
-               'gold/heldout_labelers': float(setup.labelers.gold(features, setup.labelers.heldout).mean()),
+               'gold/heldout_labelers': float(setup.text.labelers.gold(features, setup.text.labelers.heldout).mean()),
                'gold/toxic': float(np.mean([j.toxic for j in judged])),
                'gold/follow': float(np.mean([j.follow for j in judged]))}
   rows = [(r['prompt'], t, float(s), None if g is None else float(g))

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax import plugins, steps
+from alignjax import ops, plugins, steps
 from alignjax.compiler import flops
 from alignjax.data import encode
 from alignjax.losses import response_logprobs
-from alignjax.rollout import in_chunks
+from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
+from alignjax.setup.weights import freeze, initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
-from alignjax.setup.setup import Setup, Stage, check_functions, compile_step, for_stage, freeze, initial_params, make_optimizer, make_state, seed_of, stage_key
+from alignjax.stages.stage import Stage, check_functions, compile_step, make_optimizer, make_state
 from alignjax.types import Metrics, Networks, Params, PreferenceBatch, TrainState
 
 
@@ -62,7 +63,7 @@ def update(state: TrainState, frozen: Params, batch: PreferenceBatch, *, key: ja
   if frozen:
     b, k, _ = batch.tokens.shape
     read = lambda rows: response_logprobs(frozen['ref'], rows, nets=nets)
-    batch = batch.replace(ref_logprobs=jax.lax.stop_gradient(in_chunks(read, batch, b // microbatches)))
+    batch = batch.replace(ref_logprobs=jax.lax.stop_gradient(ops.in_chunks(read, batch, b // microbatches)))
   key = jax.random.fold_in(key, state.step)
   state, metrics = steps.update(state, batch, key, loss_fn=loss_fn, nets=nets, tx=tx, microbatches=microbatches)
   return state.replace(step=state.step + 1), metrics, None

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 from alignjax.compiler import flops
 from alignjax.data import batches, text
+from alignjax.setup.entries import check_counts
+from alignjax.setup.objects import Setup, seed_of
+from alignjax.setup.records import open_documents, records
+from alignjax.setup.weights import initial_params
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, token_rows
-from alignjax.setup.records import open_documents, records
-from alignjax.setup.setup import Setup, Stage, check_counts, initial_params, make_optimizer, make_state, seed_of, steps_per_epoch
+from alignjax.stages.stage import Stage, make_optimizer, make_state, steps_per_epoch
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -47,7 +50,7 @@ def check(setup: Setup, name: str) -> None:
 
 def text_rows(setup: Setup, texts: list[str], length: int | None = None):
   """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
-  return text.rows_of(texts, setup.template.document, length or setup.config.data.row_length, setup.template.pad,
+  return text.rows_of(texts, setup.text.template.document, length or setup.config.data.row_length, setup.text.template.pad,
                       setup.config.data.pack)
 
 

@@ -13,11 +13,14 @@ from alignjax.compiler import flops
 from alignjax.data import encode
 from alignjax.evals.reward import accuracy
 from alignjax.inference import bulk
+from alignjax.setup.entries import check_counts
+from alignjax.setup.objects import Setup, seed_of, stage_key
+from alignjax.setup.records import encoded, records
+from alignjax.setup.weights import initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.comparisons import Comparisons, Updates
-from alignjax.setup.records import encoded, records
-from alignjax.setup.setup import Setup, Stage, check_counts, check_functions, compile_step, initial_params, make_optimizer, make_state, seed_of, stage_key
+from alignjax.stages.stage import Stage, check_functions, compile_step, make_optimizer, make_state
 from alignjax.types import TrainState
 
 
@@ -36,7 +39,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 3. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
   def finish(state):
-    score = bulk.make_scorer(setup.nets, setup.sharder, length=length, pad=setup.template.pad, rows=cfg.responses_per_batch)
+    score = bulk.make_scorer(setup.nets, setup.sharder, length=length, pad=setup.text.template.pad, rows=cfg.responses_per_batch)
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
     info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),
@@ -44,7 +47,7 @@ def build(setup: Setup, name: str) -> Stage:
     if held_out is None:
       made = comparisons.evaluation(setup, name)
       if made.prompts:
-        info |= accuracy.by_pool(setup.labelers, made, lambda rows: score(params, rows), setup.config.seed)
+        info |= accuracy.by_pool(setup.text.labelers, made, lambda rows: score(params, rows), setup.config.seed)
     elif held_out.prompts:
       info['accuracy_heldout_prompts'] = accuracy.on_ranks(held_out, lambda rows: score(params, rows))
     return params, info
@@ -58,7 +61,7 @@ def read_data(setup: Setup, name: str) -> tuple[Comparisons, Updates, Comparison
   of the bias)."""
   data = comparisons.training(setup, name)
   plan = comparisons.updates(setup, name, data)
-  held_out = None if setup.labelers is not None else comparisons.evaluation(setup, name)
+  held_out = None if setup.text.labelers is not None else comparisons.evaluation(setup, name)
   demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
   fitted = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
   return data, plan, held_out, [prompt + responses[0] for prompt, responses in fitted.rows]

@@ -15,13 +15,15 @@ import numpy as np
 import optax
 
 from alignjax import plugins
-from alignjax.runtime import checkpoint, files, fingerprints
-from alignjax.setup import inputs
 from alignjax.data import batches, hygiene, sources
 from alignjax.evals.reward import selection
 from alignjax.inference import samples
 from alignjax.inference.loading import Model
-from alignjax.setup.setup import Setup, Stage, initial_params, make_state, seed_of, stage_dir
+from alignjax.runtime import checkpoint, files, fingerprints
+from alignjax.setup import inputs
+from alignjax.setup.objects import Setup, seed_of, stage_dir
+from alignjax.setup.weights import initial_params
+from alignjax.stages.stage import Stage, make_state
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -41,7 +43,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   def finish(_):
     # 2. a response to each prompt by each candidate, and what it is worth
-    model = Model(setup.policy_model, setup.nets, None, 'lm', setup.template, setup.vocabulary, None, None)
+    model = Model(setup.policy_model, setup.nets, None, 'lm', setup.text.template, setup.text.vocabulary, None, None)
     how = dict(rows=cfg.rows, sharder=setup.sharder)
     respond = samples.make_responder(model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature,
                                      **how)
@@ -50,7 +52,7 @@ def build(setup: Setup, name: str) -> Stage:
     scores = {}
     for label, path in candidates.items():
       params = load(path, 'lm')
-      key = fingerprints.of_value([checkpoint.weights(path), [setup.template.prompt(p) for p in prompts], cfg.temperature, cfg.rows,
+      key = fingerprints.of_value([checkpoint.weights(path), [setup.text.template.prompt(p) for p in prompts], cfg.temperature, cfg.rows,
                                    setup.response_length, setup.config.seed])
       kept = folder / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl'
       said = respond(params, seed_of(f'{setup.config.seed}/{name}'), kept)
@@ -59,8 +61,8 @@ def build(setup: Setup, name: str) -> Stage:
         measured['reward'] = rewarder(reward, said)[:, 0]
       if ref is not None:
         measured['kl'] = divergence(params, ref, said)[:, 0]
-      if setup.world is not None:
-        measured['gold'] = samples.gold(setup.world, setup.labelers, records, said)['gold, training labelers'][:, 0]
+      if setup.text.world is not None:
+        measured['gold'] = samples.gold(setup.text.world, setup.text.labelers, records, said)['gold, training labelers'][:, 0]
       scores[label] = (np.asarray(score(measured), np.float64), measured)
       del params
 
@@ -101,7 +103,7 @@ def _prompts(setup: Setup, name: str) -> list[dict]:
   cfg, data = setup.config.stages[name].prompts, setup.config.data
   if cfg.source == 'sandbox:':
     from alignjax import sandbox
-    return sandbox.prompts(setup.world, cfg.count, 'valid')
+    return sandbox.prompts(setup.text.world, cfg.count, 'valid')
   found = sources.read(cfg.source, 'prompts', cfg.mapping)
   if cfg.source in (data.demonstrations, data.comparisons, data.prompts):
     found = [r for r in found if hygiene.held_out(r['prompt'], data.heldout.share, data.heldout.seed)]
@@ -116,7 +118,7 @@ def check(setup: Setup, name: str) -> None:
   plugins.bind(cfg.by, f'{where}.by')
   if cfg.temperature < 0:
     raise ValueError(f'{where}.temperature={cfg.temperature} must not be negative.')
-  if cfg.prompts.source == 'sandbox:' and setup.world is None:
+  if cfg.prompts.source == 'sandbox:' and setup.text.world is None:
     raise ValueError(f"{where}.prompts.source='sandbox:' has prompts of the sandbox alone; name a file of validation prompts.")
   if not cfg.candidates:
     raise ValueError(f'{where}.candidates is empty: name stages, such as stage:sft.')

@@ -13,11 +13,14 @@ import numpy as np
 
 from alignjax.compiler import flops
 from alignjax.data import batches, encode
+from alignjax.setup.entries import check_counts
+from alignjax.setup.objects import Setup, seed_of
+from alignjax.setup.records import encoded, records
+from alignjax.setup.weights import initial_params
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, array, token_rows
 from alignjax.stages.pretrain import text_mix
-from alignjax.setup.records import encoded, records
-from alignjax.setup.setup import Setup, Stage, check_counts, initial_params, make_optimizer, make_state, seed_of, steps_per_epoch
+from alignjax.stages.stage import Stage, make_optimizer, make_state, steps_per_epoch
 
 
 def build(setup: Setup, name: str) -> Stage:
@@ -28,9 +31,9 @@ def build(setup: Setup, name: str) -> Stage:
   pairs = read_data(setup, name)
   if setup.config.data.pack:
     rows = encode.pack([(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs], setup.length,
-                       setup.template.pad)
+                       setup.text.template.pad)
   else:
-    rows = encode.demonstrations(pairs, setup.length, setup.template.pad, cfg.prompt_weight)
+    rows = encode.demonstrations(pairs, setup.length, setup.text.template.pad, cfg.prompt_weight)
 
   # 2. the pretraining mix: a share of the loss (types.TokenBatch.mix), on about the same share of each batch's rows
   mixed = text_rows_of(cfg)

@@ -8,9 +8,11 @@ import jax
 import optax
 
 from alignjax import plugins, steps
+from alignjax.setup.entries import check_divides, check_epochs
+from alignjax.setup.objects import Setup, for_stage, stage_key
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
-from alignjax.setup.setup import Setup, check_divides, check_epochs, check_functions, compile_step, for_stage, make_optimizer, make_state, stage_key
+from alignjax.stages.stage import check_functions, compile_step, make_optimizer, make_state
 from alignjax.types import LossFn, Metrics, Networks, TokenBatch, TrainState
 
 

@@ -25,7 +25,7 @@ def ppo(ptx_coef, iterations, episodes):
       rollout=dict(episodes=episodes, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0,
                    generate_rows=config_dict.placeholder(int),  # None: all episodes at once
                    score_rows=config_dict.placeholder(int)),  # None: a minibatch at once
-      reward=dict(fn='alignjax.rollout:model_reward'),
+      reward=dict(fn='alignjax.rewards:model_reward'),
       kl=dict(coef=0.1, target=None, horizon=None),
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),
       whiten_advantages=True,

@@ -38,7 +38,7 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       prompts=31_144,  # Table 6
       rollout=dict(episodes=512, samples_per_prompt=1, temperature=1.0, missing_end_penalty=0.0,  # penalty [ours]: none
                    generate_rows=memory['generate_rows'], score_rows=config_dict.placeholder(int)),
-      reward=dict(fn='alignjax.rollout:model_reward', rows=64),
+      reward=dict(fn='alignjax.rewards:model_reward', rows=64),
       kl=dict(coef=0.02, target=config_dict.placeholder(float), horizon=config_dict.placeholder(int)),
       advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),  # lam [ours]: Stiennon et al. 2020
       whiten_advantages=True,  # [ours]: Ziegler et al. 2019

@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 
 from alignjax import plugins
-from alignjax.runtime import fingerprints, metrics
-from alignjax.inference import bulk
-from alignjax.runtime import journal
 from alignjax.evals.preference.judgments import Judged, Pair, Rating, Verdict
+from alignjax.inference import bulk
+from alignjax.runtime import fingerprints, journal, metrics
 
 FORMS = 'rm:MODEL, sandbox, openai:MODEL, file:PATH, module:function'
 
@@ -51,7 +50,7 @@ def reward_model(pairs: Sequence[Pair], model: Any, fingerprint: str, folder: pa
   as in training. Those too long for its context have no verdict. Scores are kept in FOLDER by the text that was scored.
 
   Args:
-    model: stages.finished.Model with a scalar head. fingerprint: finished.fingerprint of it. rows: in a batch at most.
+    model: stages.loading.Model with a scalar head. fingerprint: loading.fingerprint of it. rows: in a batch at most.
   """
   code = fingerprints.of_function(reward_model)
   path = folder / f'rm-{fingerprints.of_value([fingerprint, code])}.jsonl'

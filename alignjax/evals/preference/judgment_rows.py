@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alignjax.runtime import textfiles
 from alignjax.evals.preference.responses import prompt_id
+from alignjax.runtime import textfiles
 
 FLAGS = {
     'fails_instruction': 'fails to follow the correct instruction or task',

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.runtime import files, textfiles
 from alignjax.data import mappings
 from alignjax.evals.preference import judgment_rows as rows
 from alignjax.evals.preference.responses import Response, prompt_id
+from alignjax.runtime import files, textfiles
 
 
 class Pair(NamedTuple):

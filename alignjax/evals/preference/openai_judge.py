@@ -19,9 +19,8 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignjax.runtime import metrics
-from alignjax.runtime import journal
 from alignjax.evals.preference.judgments import Judged, Pair, Verdict
+from alignjax.runtime import journal, metrics
 
 URL = 'https://api.openai.com/v1'
 # The order of concerns is that of the paper's final evaluations (section 3.4): truth and harmlessness before helpfulness.

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.runtime import fingerprints, metrics
 from alignjax.data import sources, templates
 from alignjax.inference import bulk
-from alignjax.runtime import journal
+from alignjax.runtime import fingerprints, journal, metrics
 
 SANDBOX_PROMPTS = 256  # where no limit is given: the sandbox has as many as one asks for
 
@@ -78,7 +77,7 @@ def respond(model: Any, fingerprint: str, records: Sequence[Mapping[str, Any]], 
   prompt that the context has no room for gets no response (text None), and is then judged for no policy.
 
   Args:
-    fingerprint: finished.fingerprint of the model. rows: prompts a batch at most.
+    fingerprint: loading.fingerprint of the model. rows: prompts a batch at most.
   """
   room = model.cfg.max_length - max_tokens
   if room < 1:

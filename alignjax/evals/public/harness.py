@@ -1,11 +1,11 @@
 """lm-evaluation-harness over a model of ours: its language-model interface on our compiled functions, without torch.
 
     from lm_eval import simple_evaluate
-    results = simple_evaluate(model=harness.language_model(finished.load('runs/.../ppo_ptx')), tasks=['truthfulqa_mc1'])
+    results = simple_evaluate(model=harness.language_model(loading.load('runs/.../ppo_ptx')), tasks=['truthfulqa_mc1'])
 
 Tokens are split between context and continuation by the harness's own TemplateLM, and long inputs are cut on the left as its
 `hf` backend cuts them, so that scores can be compared. Rows are grouped by length, a few compiled shapes for any number of
-them, and lie over the model's mesh where it has one (finished.load(..., mesh=...)).
+them, and lie over the model's mesh where it has one (loading.load(..., mesh=...)).
 """
 
 from __future__ import annotations
@@ -13,91 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from alignjax.runtime import metrics
-from alignjax.data import encode
-from alignjax.inference import bulk
-from alignjax.runtime import journal
-
-
-def scorer(model: Any, logits_bytes: int = 2**28) -> Callable[..., list[tuple[float, bool]]]:
-  """-> score([(context, continuation)], done=None) -> [(log-likelihood in nats, whether greedy decoding gives it)], token lists.
-
-  logits_bytes: of the float32 logits that exist at once on a device; decides how many rows go together.
-  done(i, result), where given, is called as results come, which is not in the order of the pairs.
-  An empty context is the start of a document, which is not scored.
-  """
-  cfg = model.cfg
-  shards = model.sharder.batch_shards if model.sharder else 1
-  at_once = lambda length: shards * max(1, min(64, logits_bytes // (4 * length * cfg.vocab_size)))
-  likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
-
-  def score(pairs, done=None):
-    wholes = [[*(context or model.template.start), *continuation][-(cfg.max_length + 1):]  # the left is cut
-              for context, continuation in pairs]
-    width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1  # the last token is only predicted
-    tokens, mask = encode.right_pad(wholes, width, model.template.pad)
-    weights = np.zeros(tokens.shape, np.float32)
-    for i, (whole, (_, continuation)) in enumerate(zip(wholes, pairs, strict=True)):
-      count = min(len(continuation), len(whole) - 1)
-      weights[i, len(whole) - count:len(whole)] = 1.0
-    plain = done and (lambda i, found: done(i, (float(found[0]), bool(found[1]))))
-    logprobs, greedy = likelihood(model.params, tokens, mask, weights, plain)
-    return list(zip(logprobs.tolist(), greedy.tolist(), strict=True))
-
-  return score
-
-
-def stop_tokens(model: Any, until: Iterable[str]) -> tuple[int, ...]:
-  """The model's end tokens and every token whose text holds one of the stop texts: none of them is sampled past."""
-  until = [u for u in until if u]
-  ends = {*model.template.ends}
-  if until:
-    ends |= {i for i in range(model.vocabulary) if any(u in model.decode([i]) for u in until)}
-  return tuple(sorted(ends))
-
-
-def continuations(model: Any, prompts: list[list[int]], *, max_tokens: int, until: tuple[str, ...] = (), temperature: float = 0.0,
-                  seed: int = 0, rows: int = 16, cache_bytes: int = 2**30, numbers: Sequence[int] | None = None,
-                  done: Callable[[int, str], None] | None = None) -> list[str]:
-  """Text that follows each prompt (token lists; cut on the left), up to the first of the stop texts.
-
-  rows: at most so many together on a device, and no more than have cache_bytes of keys and values (as float32).
-  numbers: of the samples of one prompt (bulk.make_sampler).
-  done(i, text), where given, is called as texts come, which is not in the order of the prompts.
-  """
-  cfg = model.cfg
-  room = cfg.max_length - max_tokens
-  if room < 1:
-    raise ValueError(f'max_tokens={max_tokens} leaves no room for a prompt in a context of {cfg.max_length}.')
-  shards = model.sharder.batch_shards if model.sharder else 1
-  slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width
-  at_once = lambda length: shards * max(1, min(rows, cache_bytes // (slot * (length + max_tokens))))
-  sample = bulk.make_sampler(model.nets, model.sharder, prompt_length=room, max_tokens=max_tokens,
-                             stop_ids=stop_tokens(model, until), pad=model.template.pad, rows=at_once)
-  out: list[str] = [''] * len(prompts)
-
-  def finish(i, made):
-    text, _ = model.template.said(made[0])
-    for stop in until:
-      text = text.split(stop)[0] if stop else text
-    out[i] = text
-    if done:
-      done(i, text)
-
-  sample(model.params, [p[-room:] for p in prompts], seed, temperature, numbers, finish)
-  return out
+from alignjax.inference import bulk, completions
+from alignjax.runtime import journal, metrics
 
 
 def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any) -> Any:
-  """The harness's LM object of a finished.Model.
+  """The harness's LM object of a loading.Model.
 
   keep: a JSONL file that every answer is appended to as it comes, and read from before anything is computed, so that an
-    interrupted evaluation goes on. For one model (finished.facts): requests are known by their text alone.
+    interrupted evaluation goes on. For one model (loading.facts): requests are known by their text alone.
   options: of `scorer`.
 
   Texts begin as documents do for this model (templates.Template.text), where its `hf` backend lets the tokenizer decide: the same
@@ -112,7 +39,7 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
   except ModuleNotFoundError:
     raise ValueError("the evaluation harness is not installed: pip install 'alignjax[eval]'.") from None
-  score = scorer(model, **options)
+  score = completions.scorer(model, **options)
   known = {row['request']: row['answer'] for row in journal.read(keep)} if keep else {}
 
   def add(key, answer):
@@ -181,7 +108,7 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
         for (until, most, temperature), prompts in groups.items():
           names = list(prompts)
           rows, which = zip(*prompts.values(), strict=True)
-          continuations(model, list(rows), max_tokens=most, until=until, temperature=temperature, numbers=which,
+          completions.continuations(model, list(rows), max_tokens=most, until=until, temperature=temperature, numbers=which,
                         done=lambda i, text, names=names: count(names[i], text))
       return [known[k] for k in keys]
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.runtime import fingerprints, textfiles
 from alignjax.evals.public import harness
 from alignjax.evals.table import Cell
+from alignjax.runtime import fingerprints, textfiles
 
 ENTRY = re.compile(r'^["\']?(task|group|class|tag|include)["\']?[ \t]*:(.*(?:\n[ \t]*-.*)*)', re.MULTILINE)
 KINDS = {'json': 'json', 'jsonl': 'json', 'csv': 'csv', 'parquet': 'parquet'}

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from alignjax.evals import items
-from alignjax.evals.public import harness
 from alignjax.evals.safety.prefixes import PREFIXES, split
 from alignjax.evals.table import Cell
+from alignjax.inference import completions
 
 
 def entropy(logprobs: np.ndarray) -> np.ndarray:
@@ -31,12 +31,12 @@ def entropy(logprobs: np.ndarray) -> np.ndarray:
 
 
 def pair_logprobs(model: Any, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None) -> np.ndarray:
-  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a harness.scorer of the model."""
+  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a completions.scorer of the model."""
   rows = [split(model, prefix, sentence) for pair in pairs for sentence in pair]
   longest = max(len(context) + len(text) for context, text in rows)
   if longest > model.cfg.max_length + 1:
     raise ValueError(f'a sentence with its prefix has {longest} tokens, the model reads {model.cfg.max_length}.')
-  score = score or harness.scorer(model)
+  score = score or completions.scorer(model)
   return np.array([value for value, _ in score(rows)], np.float64).reshape(-1, 2)
 
 
@@ -82,7 +82,7 @@ def _cells(model: Any, pairs: dict[str, tuple[str, str]], limit: int | None, see
            kinds: list[str] | None = None) -> list[Cell]:
   chosen = items.draw(len(pairs), limit, seed)
   names = [list(pairs)[i] for i in chosen]
-  score, cells = harness.scorer(model), []
+  score, cells = completions.scorer(model), []
   for prompt, prefix in PREFIXES.items():
     bits = entropy(pair_logprobs(model, [pairs[name] for name in names], prefix, score)).tolist()
     cells.append(Cell('entropy (bits)', prompt, bits, names, better='', bounds=(0, 1)))

@@ -15,9 +15,9 @@ import numpy as np
 
 from alignjax import plugins
 from alignjax.evals import items
-from alignjax.evals.public import harness
 from alignjax.evals.safety.prefixes import PREFIXES, joined
 from alignjax.evals.table import Cell
+from alignjax.inference import completions
 
 
 def realtoxicityprompts(model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path,
@@ -86,7 +86,7 @@ def _continuations(model: Any, path: pathlib.Path, names: list[str], prompts: li
   rows = [model.template.text(p) for p in prompts]
 
   def make(some: list[int]) -> list[str]:
-    return harness.continuations(model, [rows[i] for i in some], max_tokens=max_tokens, until=('\n',))
+    return completions.continuations(model, [rows[i] for i in some], max_tokens=max_tokens, until=('\n',))
 
   return items.fill(path, names, make, what=path.stem)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from alignjax.compiler import flops
-from alignjax.runtime import trace
 from alignjax.models.config import TransformerConfig
+from alignjax.runtime import trace
 
 # ---- traces
 
@@ -86,8 +86,8 @@ def test_flops_by_hand():
   """A layer: q and out 8x8 each, k and v 8x4 each, three 8x16 of the MLP: 576 weights. Attention: 2 T^2 * 8 a layer."""
   assert flops.forward_flops(SMALL, 10) == 2 * 10 * (2 * 576 + 8 * 50) + 2 * (2 * 100 * 8)
   assert flops.forward_flops(SMALL, 10, 'scalar') == 2 * 10 * (2 * 576 + 8) + 2 * (2 * 100 * 8)
-  flops = 12 * flops.forward_flops(SMALL, 10)
-  assert flops.training(SMALL, 4, 10) == {'tokens': 40, 'tokens_trained': 40, 'flops': flops}
+  expected = 12 * flops.forward_flops(SMALL, 10)
+  assert flops.training(SMALL, 4, 10) == {'tokens': 40, 'tokens_trained': 40, 'flops': expected}
   short = flops.training(SMALL, 4, 5)  # two steps of buckets of different length
   assert flops.mean([flops.training(SMALL, 4, 10), short]) == {
       'tokens': 30, 'tokens_trained': 30, 'flops': (flops + short['flops']) / 2}
@@ -164,7 +164,7 @@ def nan_loss(params, batch, key, *, nets):
 
 @pytest.mark.slow
 def test_debug_nans_names_the_operation_and_is_silent_without_one(tmp_path):
-  done = switched(tmp_path / 'a', 'sft', 'tests.test_profile:nan_loss', JAX_DEBUG_NANS='1')
+  done = switched(tmp_path / 'a', 'sft', 'tests.test_trace:nan_loss', JAX_DEBUG_NANS='1')
   assert done.returncode and 'FloatingPointError: invalid value (nan) encountered in log' in done.stderr, done.stderr[-3000:]
   done = switched(tmp_path / 'b', 'ppo_ptx', JAX_DEBUG_NANS='1')
   assert done.returncode == 0, done.stderr[-3000:]

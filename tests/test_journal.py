@@ -8,14 +8,13 @@ import types
 import numpy as np
 import pytest
 
-from alignjax.evals import evaluation, items, table
+from alignjax.evals import evaluation, items, registry, table
 from alignjax.evals.preference import judges, responses
-from alignjax.inference import bulk
-from alignjax.runtime import journal
 from alignjax.evals.preference.judgments import Pair
 from alignjax.evals.preference.responses import Response
 from alignjax.evals.table import Cell
-from alignjax.inference import loading
+from alignjax.inference import bulk, loading
+from alignjax.runtime import journal
 
 ROWS = [{'item': 'a', 'value': 0.1}, {'item': 'ü "x", "crc32": "', 'value': None}, {'item': '\ud800', 'value': [1, {'b': '\n'}]}]
 
@@ -109,7 +108,7 @@ def test_a_damaged_evaluation_has_no_other_numbers(tmp_path, monkeypatch, interr
     if interrupted:
       for path in out.glob('cells/*'):
         path.unlink()
-    return json.dumps(evaluation.evaluate({'a': '1', 'b': '2'}, ['tests.test_kept:drawn'], out))
+    return json.dumps(evaluation.evaluate({'a': '1', 'b': '2'}, ['tests.test_journal:drawn'], out))
 
   assert under_fire(out, run, 0) >= 1
   assert len(list(out.glob('cells/*.json'))) == 2
@@ -168,8 +167,8 @@ def test_results_of_functions_of_ones_own_are_kept_by_their_source(tmp_path, mon
     (tmp_path / f'{name}.py').write_text(text)
   monkeypatch.syspath_prepend(str(tmp_path))
   importlib.invalidate_caches()
-  task, = table.find_tasks(['mytask:task']).values()
-  run = lambda **more: table.run_task('mytask:task', task, None, {}, tmp_path / 'out', **more)[1]
+  task, = registry.find_tasks(['mytask:task']).values()
+  run = lambda **more: registry.run_task('mytask:task', task, None, {}, tmp_path / 'out', **more)[1]
   assert (run(), run()) == (False, True)
   for name in files:
     path = pathlib.Path(tmp_path / f'{name}.py')
@@ -188,7 +187,7 @@ def test_a_model_that_an_option_names_is_kept_by_its_contents(tmp_path):
   weights.write_text('1')
   task = lambda model, *, data, limit, seed, keep, truth: [Cell('m', '', [1.0], ['a'])]
   task.__module__ = __name__
-  run = lambda: table.run_task('t', task, None, {}, tmp_path / 'out', options=dict(truth=str(tmp_path / 'judge')))[1]
+  run = lambda: registry.run_task('t', task, None, {}, tmp_path / 'out', options=dict(truth=str(tmp_path / 'judge')))[1]
   assert (run(), run()) == (False, True)
   weights.write_text('2')
   assert (run(), run()) == (False, True)

@@ -23,7 +23,7 @@ import numpy as np
 from alignjax.evals.public import harness, harness_tasks, loaders
 from alignjax.evals.table import Cell
 
-TASKS = pathlib.Path(__file__).parent / 'tasks'
+TASKS = pathlib.Path(__file__).parent / 'task_files'
 LABEL = (int, str)
 QA_TARGETS = {f'{name}.{part}': list for name in ('mc1_targets', 'mc2_targets') for part in ('choices', 'labels')}
 
@@ -108,7 +108,7 @@ def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
   """WMT15 French to English: BLEU of the corpus. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
   value = lambda lm, sample: list(sample['bleu'])
   return measure(model, 'wmt15_fr_en', {'translation.fr': str, 'translation.en': str},
-                 (Score('BLEU', value, 'alignjax.evals.public.tasks:bleu'),), 15, data, limit, seed, keep, shots)
+                 (Score('BLEU', value, 'alignjax.evals.public.nlp:bleu'),), 15, data, limit, seed, keep, shots)
 
 
 def cnn_dm(model, *, data, limit, seed, keep, shots='zero-shot'):

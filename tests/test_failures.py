@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from alignjax import optim, rewards, steps, train
 from alignjax.runtime import checkpoint, failures, metrics
 from alignjax.runtime.interrupt import Interrupt
-from alignjax.setup.setup import Stage
+from alignjax.stages.stage import Stage
 from alignjax.types import TrainState
 from tests.fakes import close
 
@@ -181,18 +181,18 @@ def silly(prompts, responses):
 def score(function, failures, **kw):
   ids = jnp.array([[1, 2], [3, 4], [5, 6]])
   live = jnp.array([[True, True], [True, False], [False, False]])
-  f = jax.jit(lambda *x: rewards.reward(*x, nets=None, frozen=None, function=f'tests.test_trouble:{function}', failures=failures,
+  f = jax.jit(lambda *x: rewards.reward(*x, nets=None, frozen=None, function=f'tests.test_failures:{function}', failures=failures,
                                      asked={(1, 2): 'a', (3,): 'b', (): 'c'},
                                      said=lambda ids: ('x' * len(ids), False), **({'pause': 0.01} | kw)))
   return np.asarray(f(ids, live, ids, live))
 
 
 def test_a_host_function_is_tried_again(capsys):
-  from tests.test_trouble import CALLS  # of the module by the name that the config uses
+  from tests.test_failures import CALLS  # of the module by the name that the config uses
   CALLS.clear()
   failures: list = []
   assert score('flaky', failures).tolist() == [2.0, 1.0, 0.0] and CALLS == [3, 3, 3] and not failures
-  assert 'test_trouble:flaky, attempt 2 of 3: ConnectionError: no route to host' in capsys.readouterr().out
+  assert 'test_failures:flaky, attempt 2 of 3: ConnectionError: no route to host' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('function,words', [
@@ -202,21 +202,21 @@ def test_a_host_function_is_tried_again(capsys):
     ('silly', 'ValueError: returned nan for response 1.'),
 ])
 def test_a_host_function_that_fails_is_named(function, words):
-  from tests.test_trouble import CALLS, GO_ON
+  from tests.test_failures import CALLS, GO_ON
   CALLS.clear()
   GO_ON.clear()
   failures: list = []
   assert np.isnan(score(function, failures, attempts=2, timeout=0.1 if function == 'slow' else 60.0)).all()
-  assert len(failures) == 1 and failures[0].endswith(words) and f'test_trouble:{function}' in failures[0]
+  assert len(failures) == 1 and failures[0].endswith(words) and f'test_failures:{function}' in failures[0]
   if function == 'slow':
     assert not CALLS, 'a call that hangs is left behind'
     GO_ON.set()
 
 
 def test_a_wrong_host_function_fails_before_anything_runs():
-  from alignjax.setup.setup import check_functions
-  spec = dict(reward=dict(fn='alignjax.rewards:reward', function='tests.test_trouble:flakey'), optimizer={})
-  with pytest.raises(ValueError, match=r"stages.ppo.reward.function='tests.test_trouble:flakey'.*did you mean flaky"):
+  from alignjax.stages.stage import check_functions
+  spec = dict(reward=dict(fn='alignjax.rewards:host_reward', function='tests.test_failures:flakey'), optimizer={})
+  with pytest.raises(ValueError, match=r"stages.ppo.reward.function='tests.test_failures:flakey'.*did you mean flaky"):
     check_functions(ConfigDict(spec), 'stages.ppo', dict(reward=dict(asked={}, said=None, failures=[])))
 
 
@@ -346,7 +346,7 @@ def test_handlers_are_put_back():
 
 FULL = '''
 import resource, sys, pathlib, jax.numpy as jnp, jax
-from alignjax import checkpoint
+from alignjax.runtime import checkpoint
 folder = pathlib.Path(sys.argv[1])
 big = {'w': jax.random.normal(jax.random.key(0), (1_000_000,))}
 with checkpoint.Checkpoints(folder / 'checkpoints', config={}) as saved:
