@@ -181,7 +181,7 @@ def silly(prompts, responses):
 def score(function, failures, **kw):
   ids = jnp.array([[1, 2], [3, 4], [5, 6]])
   live = jnp.array([[True, True], [True, False], [False, False]])
-  f = jax.jit(lambda *x: rewards.reward(*x, nets=None, frozen=None, function=f'tests.test_failures:{function}', failures=failures,
+  f = jax.jit(lambda *x: rewards.host_reward(*x, nets=None, frozen=None, function=f'tests.test_failures:{function}', failures=failures,
                                      asked={(1, 2): 'a', (3,): 'b', (): 'c'},
                                      said=lambda ids: ('x' * len(ids), False), **({'pause': 0.01} | kw)))
   return np.asarray(f(ids, live, ids, live))

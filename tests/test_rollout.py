@@ -13,7 +13,7 @@ from alignjax.types import PPOBatch
 from tests.fakes import FAMILIES, close, config, model, prompts
 
 
-def collect(family='gpt2', seed=0, reward_fn=rollout.model_reward, **kw):
+def collect(family='gpt2', seed=0, reward_fn=rewards.model_reward, **kw):
   _, nets, params, scalar = model(family)
   settings = dict(max_tokens=6, stop_ids=(3, 4, 5), score_rows=4) | kw
   run = jax.jit(lambda params, frozen, *x: rollout.collect(nets, params, frozen, *x, reward_fn=reward_fn, **settings))
@@ -104,7 +104,7 @@ def count_words(prompts, responses):
 def test_item_22_a_reward_is_a_python_function_of_texts():
   words = lambda ids: ' '.join(map(str, ids))
   asked = {tuple(row[live].tolist()): words(row[live]) for row, live in zip(*map(np.asarray, prompts(0, rows=8)), strict=True)}
-  reward = functools.partial(rewards.reward, function='tests.test_rollout:count_words', asked=asked,
+  reward = functools.partial(rewards.host_reward, function='tests.test_rollout:count_words', asked=asked,
                              said=lambda ids: (words(ids), True), failures=[])
   out, _ = collect(reward_fn=reward)
   close(out.scores, 0.5 * out.mask.sum(-1) - 0.25 * out.prompt_mask.sum(-1))

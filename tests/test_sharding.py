@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import losses, ops, optim, rollout, sampling, sharding
+from alignjax import losses, ops, optim, rewards, rollout, sampling, sharding
 from alignjax.compiler import cost, hlo
 from alignjax.inference import loading
 from alignjax.models import transformer
@@ -40,7 +40,7 @@ def one_iteration(mesh_shape, lr=1e-2):
       iteration, key=jax.random.key(7), nets=nets, tx=tx, whiten=True, minibatches=2, inner_epochs=1, microbatches=1,
       ema_decay=None, kl_target=None, kl_horizon=None, advantage_fn=ops.gae,
       loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=2.0),
-      rollout_fn=functools.partial(rollout.collect, reward_fn=rollout.model_reward, max_tokens=6, stop_ids=(3, 4, 5),
+      rollout_fn=functools.partial(rollout.collect, reward_fn=rewards.model_reward, max_tokens=6, stop_ids=(3, 4, 5),
                                    score_rows=8)), state)
   batch = sharder.put((*prompts(0, rows=16), token_batch(0, rows=16)))
   before = step._cache_size()

@@ -213,7 +213,7 @@ def test_a_reward_on_the_host_reads_what_samples_show(form):
   prompts = [x[np.array([0, 0, 0])] for x in prompts]
   failures: list = []
   given = dict(asked=dict(zip(map(tuple, asked), said, strict=True)), said=template.said, failures=failures)
-  scores = jax.jit(lambda *x: rewards.reward(*x, nets=None, frozen=None, function='tests.test_start:exact', **given))(*prompts, *right)
+  scores = jax.jit(lambda *x: rewards.host_reward(*x, nets=None, frozen=None, function='tests.test_start:exact', **given))(*prompts, *right)
   assert scores.tolist() == [1.0, 1.0, 1.0] and not failures
   fake = types.SimpleNamespace(template=template, world=None)
   rollout = types.SimpleNamespace(responses=right[0], mask=right[1], scores=np.ones(3))

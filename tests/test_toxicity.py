@@ -13,7 +13,7 @@ import pytest
 
 from alignjax.evals import items, table
 from alignjax.evals.safety import prefixes, scorers, toxicity
-from alignjax.inference import loading
+from alignjax.inference import completions, loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 SHARED = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data')) / 'evals'

@@ -13,7 +13,7 @@ from alignjax import train
 from alignjax.data import mappings, sources
 from alignjax.evals import table
 from alignjax.evals.safety import truthfulness
-from alignjax.inference import loading
+from alignjax.inference import completions, loading
 from experiments.configs import truth_judge
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
