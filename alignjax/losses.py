@@ -2,9 +2,10 @@
 
     loss, metrics = loss_fn(params, batch, key, nets=nets, **coefficients)
 
-`batch` was normalised over the whole minibatch (batch.normalized()), so each loss is a plain weighted sum and the
-gradients of microbatches add up to the gradient of the minibatch exactly. A loss of your own goes into your own file and
-is named in the config: c.loss = dict(fn='mylab.losses:my_loss', beta=0.1).
+`batch` was normalised over the whole minibatch (batch.normalized()), so each loss is a plain
+weighted sum and the gradients of microbatches add up to the gradient of the minibatch exactly. A
+loss of your own goes into your own file and is named in the config: c.loss =
+dict(fn='mylab.losses:my_loss', beta=0.1).
 """
 
 from __future__ import annotations
@@ -13,39 +14,58 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import ops
-from alignjax.types import ComparisonBatch, Metrics, Networks, Params, PPOBatch, PreferenceBatch, TokenBatch
+from alignjax.types import (
+  ComparisonBatch,
+  Metrics,
+  Networks,
+  Params,
+  PPOBatch,
+  PreferenceBatch,
+  TokenBatch,
+)
 
 
-def sft(params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Networks) -> tuple[jax.Array, Metrics]:
+def sft(
+  params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Networks
+) -> tuple[jax.Array, Metrics]:
   """Cross-entropy of the weighted tokens, in nats a token: -sum_t w_t log p(x_t | x_<t).
 
-  Used for pretraining (every token weighs 1) and for supervised fine-tuning (paper section 3.5), where the data decides
-  the weights: response and end-of-text only by default. The paper does not say whether prompts were masked.
-  Where pretraining text is mixed in (appendix C.3), the loss is sum_s share_s loss_s over the sources of batch.mix; the mean
-  loss of each source and its share of the weights are among the metrics.
+  Used for pretraining (every token weighs 1) and for supervised fine-tuning (paper section 3.5),
+  where the data decides the weights: response and end-of-text only by default. The paper does not
+  say whether prompts were masked. Where pretraining text is mixed in (appendix C.3), the loss is
+  sum_s share_s loss_s over the sources of batch.mix; the mean loss of each source and its share of
+  the weights are among the metrics.
   """
   logprobs, _ = nets.logprobs(params['policy'], batch.tokens, batch.mask, key=key)
   loss = -jnp.sum(batch.weights * logprobs)
   metrics = {'sft/loss': loss}
   for i, (name, share) in enumerate(batch.mix):
     weights = batch.of_source(i)
-    metrics |= {f'sft/loss/{name}': -jnp.sum(weights * logprobs) / share, f'sft/share/{name}': jnp.sum(weights)}
+    metrics |= {
+      f'sft/loss/{name}': -jnp.sum(weights * logprobs) / share,
+      f'sft/share/{name}': jnp.sum(weights),
+    }
   return loss, metrics
 
 
-def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None, *,
-                   nets: Networks) -> tuple[jax.Array, Metrics]:
+def reward_ranking(
+  params: Params, batch: ComparisonBatch, key: jax.Array | None, *, nets: Networks
+) -> tuple[jax.Array, Metrics]:
   """The K-way ranking loss, Eq. 1: -(1 / C(K,2)) E[ log sigmoid( r(x, y_w) - r(x, y_l) ) ].
 
-  Each response passes through the model once, and all C(K,2) pairs of a prompt are one batch element; as independent
-  pairs, each response would be trained on K - 1 times and one epoch overfits (paper, footnote 5). Ties are dropped (C.2)
-  and absent responses masked; K in C(K,2) counts the responses that are present. What the paper leaves open: with ties,
-  we still divide by C(K,2), and the stage leaves out prompts whose responses all tie. Every prompt has the same weight in an
-  epoch (ComparisonBatch.normalized); `rm/loss` and the other figures are means over the prompts of the batch.
+  Each response passes through the model once, and all C(K,2) pairs of a prompt are one batch
+  element; as independent pairs, each response would be trained on K - 1 times and one epoch
+  overfits (paper, footnote 5). Ties are dropped (C.2) and absent responses masked; K in C(K,2)
+  counts the responses that are present. What the paper leaves open: with ties, we still divide by
+  C(K,2), and the stage leaves out prompts whose responses all tie. Every prompt has the same weight
+  in an epoch (ComparisonBatch.normalized); `rm/loss` and the other figures are means over the
+  prompts of the batch.
   """
   del key  # no dropout: the paper reports none for the reward model
   b, k, t = batch.tokens.shape
-  values = nets.scalar(params['reward'], batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
+  values = nets.scalar(
+    params['reward'], batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t)
+  )
   scores = ops.last_live(values.reshape(b, k, t), batch.mask)  # [B,K]
   wins = batch.pairs()  # [B,K,K]
   margins = jnp.where(wins, scores[:, :, None] - scores[:, None, :], 0.0)
@@ -54,28 +74,46 @@ def reward_ranking(params: Params, batch: ComparisonBatch, key: jax.Array | None
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  mean = lambda x: jnp.sum(batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
-  return loss, {'rm/loss': jnp.sum(batch.mean_weights * per_prompt), 'rm/accuracy': mean(margins > 0), 'rm/margin': mean(margins)}
+  mean = lambda x: jnp.sum(
+    batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+  )
+  return loss, {
+    'rm/loss': jnp.sum(batch.mean_weights * per_prompt),
+    'rm/accuracy': mean(margins > 0),
+    'rm/margin': mean(margins),
+  }
 
 
 def response_logprobs(params: Params, batch: PreferenceBatch, *, nets: Networks) -> jax.Array:
-  """f32[B,K,T]: log pi of each response token given all before it, 0 on prompts and pads. params: of one language model."""
+  """f32[B,K,T]: log pi of each response token given all before it, 0 on prompts and pads. params:
+  of one language model."""
   b, k, t = batch.tokens.shape
   logprobs, _ = nets.logprobs(params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
   return jnp.where(batch.response_mask, logprobs.reshape(b, k, t), 0.0)
 
 
-def dpo(params: Params, batch: PreferenceBatch, key: jax.Array | None, *, nets: Networks,
-        beta: float = 0.1) -> tuple[jax.Array, Metrics]:
-  """Direct preference optimization (Rafailov et al. 2023, Eq. 7): -log sigmoid(h_w - h_l), h = beta log(pi(y|x) / pi_ref(y|x)).
+def dpo(
+  params: Params,
+  batch: PreferenceBatch,
+  key: jax.Array | None,
+  *,
+  nets: Networks,
+  beta: float = 0.1,
+) -> tuple[jax.Array, Metrics]:
+  """Direct preference optimization (Rafailov et al. 2023, Eq. 7): -log sigmoid(h_w - h_l), h = beta
+  log(pi(y|x) / pi_ref(y|x)).
 
-  Of K ranked responses the mean over the pairs without a tie; K = 2 is the paper's. pi(y|x) is of the whole response, its end
-  token included. No dropout, so that policy and reference are equal before the first update.
+  Of K ranked responses the mean over the pairs without a tie; K = 2 is the paper's. pi(y|x) is of
+  the whole response, its end token included. No dropout, so that policy and reference are equal
+  before the first update.
   """
   del key
   if batch.ref_logprobs is None:
     raise ValueError('dpo needs a reference: init.ref must name its weights.')
-  implicit = beta * jnp.sum(response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, axis=-1)  # [B,K]
+  # [B,K]
+  implicit = beta * jnp.sum(
+    response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, axis=-1
+  )
   wins = batch.pairs()
   margins = jnp.where(wins, implicit[:, :, None] - implicit[:, None, :], 0.0)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
@@ -83,15 +121,27 @@ def dpo(params: Params, batch: PreferenceBatch, key: jax.Array | None, *, nets: 
   losses = -per_prompt(jax.nn.log_sigmoid(margins))
   mean = lambda x: jnp.sum(batch.mean_weights * x)
   return jnp.sum(batch.weights * losses), {
-      'dpo/loss': mean(losses), 'dpo/accuracy': mean(per_prompt(margins > 0)), 'dpo/margin': mean(per_prompt(margins))}
+    'dpo/loss': mean(losses),
+    'dpo/accuracy': mean(per_prompt(margins > 0)),
+    'dpo/margin': mean(per_prompt(margins)),
+  }
 
 
-def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Networks, clip_eps: float = 0.2,
-        value_clip: float | None = 0.2, vf_coef: float = 1.0,
-        temperature: float = 1.0) -> tuple[jax.Array, Metrics]:
+def ppo(
+  params: Params,
+  batch: PPOBatch,
+  key: jax.Array | None,
+  *,
+  nets: Networks,
+  clip_eps: float = 0.2,
+  value_clip: float | None = 0.2,
+  vf_coef: float = 1.0,
+  temperature: float = 1.0,
+) -> tuple[jax.Array, Metrics]:
   """The clipped surrogate and the value loss, summed over response tokens with the batch's weights.
 
-  policy: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)), ratio = pi(y_t|.) / pi_old(y_t|.)
+  policy: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)), ratio = pi(y_t|.) /
+    pi_old(y_t|.)
   value:  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2); value_clip None: 0.5 (V - G)^2
   Schulman et al. 2017 Eq. 7; the value clip as in lm-human-preferences `train_policy.py: loss`. clip_eps 0.2 is the
   paper's (C.4); it does not report value_clip and vf_coef. Policy and value share no parameters, so vf_coef only matters
@@ -112,7 +162,7 @@ def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Network
   clipped = -advantages * jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
   policy_loss = total(jnp.maximum(unclipped, clipped))
 
-  values = nets.scalar(params['value'], tokens, mask)[:, first - 1:-1]  # V before token t
+  values = nets.scalar(params['value'], tokens, mask)[:, first - 1 : -1]  # V before token t
   error = jnp.square(values - returns)
   if value_clip is not None:
     near_old = old_values + jnp.clip(values - old_values, -value_clip, value_clip)
@@ -123,35 +173,57 @@ def ppo(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Network
 
   loss = policy_loss + vf_coef * value_loss
   return loss, {
-      'ppo/loss/policy': policy_loss,
-      'ppo/loss/value': value_loss,
-      'ppo/loss/total': loss,
-      'ppo/policy/entropy': total(entropy[:, first:]),
-      'ppo/policy/approxkl': total(0.5 * jnp.square(log_ratio)),
-      'ppo/policy/clipfrac': total(clipped > unclipped),
-      'ppo/ratio_max_dev': jnp.max(jnp.abs(ratio - 1.0)),
-      'ppo/val/error': total(error),
-      'ppo/val/clipfrac': total(clipped_error > error),
-      'ppo/val/mean': total(values),
+    'ppo/loss/policy': policy_loss,
+    'ppo/loss/value': value_loss,
+    'ppo/loss/total': loss,
+    'ppo/policy/entropy': total(entropy[:, first:]),
+    'ppo/policy/approxkl': total(0.5 * jnp.square(log_ratio)),
+    'ppo/policy/clipfrac': total(clipped > unclipped),
+    'ppo/ratio_max_dev': jnp.max(jnp.abs(ratio - 1.0)),
+    'ppo/val/error': total(error),
+    'ppo/val/clipfrac': total(clipped_error > error),
+    'ppo/val/mean': total(values),
   }
 
 
-def ppo_ptx(params: Params, batch: PPOBatch, key: jax.Array | None, *, nets: Networks, ptx_coef: float,
-            clip_eps: float = 0.2, value_clip: float | None = 0.2, vf_coef: float = 1.0,
-            temperature: float = 1.0) -> tuple[jax.Array, Metrics]:
-  """PPO with the pretraining term of Eq. 2: ppo + ptx_coef * E_{x ~ pretrain}[-log pi(x)], in one gradient.
+def ppo_ptx(
+  params: Params,
+  batch: PPOBatch,
+  key: jax.Array | None,
+  *,
+  nets: Networks,
+  ptx_coef: float,
+  clip_eps: float = 0.2,
+  value_clip: float | None = 0.2,
+  vf_coef: float = 1.0,
+  temperature: float = 1.0,
+) -> tuple[jax.Array, Metrics]:
+  """PPO with the pretraining term of Eq. 2: ppo + ptx_coef * E_{x ~ pretrain}[-log pi(x)], in one
+  gradient.
 
-  The paper accumulates both gradients and then takes one optimizer step (C.4). ptx_coef 27.8 multiplies a loss whose
-  reduction (token mean or sequence sum) the paper does not report; ours is the mean over the minibatch's pretraining
-  tokens, so the coefficient has to be tuned for it. ptx_coef 0 is PPO: then the batch carries no pretraining rows.
+  The paper accumulates both gradients and then takes one optimizer step (C.4). ptx_coef 27.8
+  multiplies a loss whose reduction (token mean or sequence sum) the paper does not report; ours is
+  the mean over the minibatch's pretraining tokens, so the coefficient has to be tuned for it.
+  ptx_coef 0 is PPO: then the batch carries no pretraining rows.
   """
-  loss, metrics = ppo(params, batch, key, nets=nets, clip_eps=clip_eps, value_clip=value_clip, vf_coef=vf_coef,
-                      temperature=temperature)
+  loss, metrics = ppo(
+    params,
+    batch,
+    key,
+    nets=nets,
+    clip_eps=clip_eps,
+    value_clip=value_clip,
+    vf_coef=vf_coef,
+    temperature=temperature,
+  )
   if ptx_coef == 0:
     return loss, metrics
   if batch.ptx is None:
-    raise ValueError(f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode > 0 and '
-                     'ptx.source, or ptx_coef=0 for plain PPO.')
+    raise ValueError(
+      f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode > '
+      f'0 and '
+      'ptx.source, or ptx_coef=0 for plain PPO.'
+    )
   with jax.named_scope('ptx'):
     logprobs, _ = nets.logprobs(params['policy'], batch.ptx.tokens, batch.ptx.mask)
     ptx_loss = -jnp.sum(batch.ptx.weights * logprobs)

@@ -1,7 +1,9 @@
-"""Array mathematics of RLHF: token log-probabilities, masked statistics, KL, token rewards, advantages.
+"""Array mathematics of RLHF: token log-probabilities, masked statistics, KL, token rewards,
+advantages.
 
-Everything is float32 and pure. Masks are bool and come from the data. Shapes use the letters of types.py. Each function
-checks rank and dtype first: an integer reward would round 0.9 to 0 without a word (docs/pitfalls.md, 13).
+Everything is float32 and pure. Masks are bool and come from the data. Shapes use the letters of
+types.py. Each function checks rank and dtype first: an integer reward would round 0.9 to 0 without
+a word (docs/pitfalls.md, 13).
 """
 
 from __future__ import annotations
@@ -17,20 +19,25 @@ import jax.numpy as jnp
 def positions(mask: jax.Array) -> jax.Array:
   """Position of each token among the real tokens of its row: i32[B,T].
 
-  [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. The one place where positions come from, for training, scoring and prefill, so that
-  a padded row is read as the unpadded one (docs/pitfalls.md, 5). Pads get 0, which nobody reads. In a packed row, whose mask holds
-  document numbers, they begin again in each document: [1, 1, 2, 2, 2, 0] -> [0, 1, 0, 1, 2, 0].
+  [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. The one place where positions come from, for training, scoring
+  and prefill, so that a padded row is read as the unpadded one (docs/pitfalls.md, 5). Pads get 0,
+  which nobody reads. In a packed row, whose mask holds document numbers, they begin again in each
+  document: [1, 1, 2, 2, 2, 0] -> [0, 1, 0, 1, 2, 0].
   """
   if mask.dtype != bool:
     column = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
-    first = jnp.concatenate([jnp.ones_like(mask[..., :1], bool), mask[..., 1:] != mask[..., :-1]], -1)
-    return jnp.where(mask > 0, column - jax.lax.cummax(jnp.where(first, column, 0), axis=mask.ndim - 1), 0)
+    first = jnp.concatenate(
+      [jnp.ones_like(mask[..., :1], bool), mask[..., 1:] != mask[..., :-1]], -1
+    )
+    return jnp.where(
+      mask > 0, column - jax.lax.cummax(jnp.where(first, column, 0), axis=mask.ndim - 1), 0
+    )
   return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
 
 
 def visible(mask: jax.Array) -> jax.Array:
-  """bool[B,T,T]: whether token t may read token s: one before it or itself, no pad, and of the same document in a packed
-  row."""
+  """bool[B,T,T]: whether token t may read token s: one before it or itself, no pad, and of the same
+  document in a packed row."""
   causal = jnp.tril(jnp.ones((mask.shape[-1],) * 2, bool))[None]
   if mask.dtype == bool:
     return causal & mask[:, None, :]
@@ -38,7 +45,8 @@ def visible(mask: jax.Array) -> jax.Array:
 
 
 def last_live(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """x[..., T] at the last True of mask[..., T], for any side of padding; position 0 where nothing is live."""
+  """x[..., T] at the last True of mask[..., T], for any side of padding; position 0 where nothing
+  is live."""
   chex.assert_equal_shape([x, mask])
   length = mask.shape[-1]
   index = length - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
@@ -56,9 +64,10 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ja
   Returns:
     (f32[...], f32[...]). The entropy is computed only where the caller uses it: XLA drops the rest.
 
-  The gradient is written out (d logprob = onehot - p, d entropy = -p (log p + H)): it keeps the logits and no softmax
-  beside them, and the forward pass is the same program with and without a gradient. With automatic differentiation the two
-  differed in the last bit of one log-probability in three hundred, and so did the PPO ratio from 1 before the first update.
+  The gradient is written out (d logprob = onehot - p, d entropy = -p (log p + H)): it keeps the
+  logits and no softmax beside them, and the forward pass is the same program with and without a
+  gradient. With automatic differentiation the two differed in the last bit of one log-probability
+  in three hundred, and so did the PPO ratio from 1 before the first update.
   """
   return _token_logprobs(logits.astype(jnp.float32), targets)
 
@@ -82,7 +91,9 @@ def _token_logprobs_backward(saved, grads):
   p = jnp.exp(logprobs)
   entropy = -jnp.sum(p * logprobs, axis=-1, keepdims=True)
   onehot = jax.nn.one_hot(targets, logits.shape[-1], dtype=p.dtype)
-  return grad_chosen[..., None] * (onehot - p) - grad_entropy[..., None] * p * (logprobs + entropy), None
+  return grad_chosen[..., None] * (onehot - p) - grad_entropy[..., None] * p * (
+    logprobs + entropy
+  ), None
 
 
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
@@ -101,11 +112,12 @@ def masked_variance(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
-  """Scales x to variance 1 over the mask of the whole batch, and to mean 0 unless shift_mean is False.
+  """Scales x to variance 1 over the mask of the whole batch, and to mean 0 unless shift_mean is
+  False.
 
-  (x - mean) * rsqrt(var + 1e-8) with the population variance, as lm-human-preferences `utils/core.py: whiten`; that code
-  whitens each rank and minibatch apart and counts pads, we whiten once over the live tokens of the global batch.
-  Pads come out as 0.
+  (x - mean) * rsqrt(var + 1e-8) with the population variance, as lm-human-preferences
+  `utils/core.py: whiten`; that code whitens each rank and minibatch apart and counts pads, we
+  whiten once over the live tokens of the global batch. Pads come out as 0.
   """
   chex.assert_equal_shape([x, mask])
   chex.assert_type(x, jnp.float32)
@@ -116,41 +128,56 @@ def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
   return jnp.where(mask, whitened, 0.0)
 
 
-def kl_estimates(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def kl_estimates(
+  logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Two estimates of KL(policy || reference) for each response, in nats: (k1 f32[B], k3 f32[B]).
 
-  k1 = sum_t log(pi/ref) is the paper's penalty: unbiased, but single values may be negative. k3 = sum_t (ref/pi - 1 -
-  log(ref/pi)) is unbiased too and never negative (J. Schulman, "Approximating KL divergence"). A k3 that is far from k1
-  on average says that the tokens were not sampled from the distribution that scored them (docs/pitfalls.md, 9).
+  k1 = sum_t log(pi/ref) is the paper's penalty: unbiased, but single values may be negative. k3 =
+  sum_t (ref/pi - 1 - log(ref/pi)) is unbiased too and never negative (J. Schulman, "Approximating
+  KL divergence"). A k3 that is far from k1 on average says that the tokens were not sampled from
+  the distribution that scored them (docs/pitfalls.md, 9).
   """
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
   log_ratio = jnp.where(mask, logprobs - ref_logprobs, 0.0)
   return jnp.sum(log_ratio, -1), jnp.sum(jnp.exp(-log_ratio) - 1.0 + log_ratio, -1)
 
 
-def token_rewards(scores: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array,
-                  kl_coef: jax.Array | float) -> jax.Array:
-  """The reward of every response token: -kl_coef * log(pi/ref), and the score on the last live one. f32[B,R].
+def token_rewards(
+  scores: jax.Array,
+  logprobs: jax.Array,
+  ref_logprobs: jax.Array,
+  mask: jax.Array,
+  kl_coef: jax.Array | float,
+) -> jax.Array:
+  """The reward of every response token: -kl_coef * log(pi/ref), and the score on the last live one.
+  f32[B,R].
 
-  Section 3.5 and Eq. 2 of the paper: r(x, y) - beta * log(pi(y|x) / ref(y|x)), the sequence log-ratio being the sum of
-  the token log-ratios. For mask [1, 1, 1, 0] the score goes to index 2, never to a pad (docs/pitfalls.md, 1).
+  Section 3.5 and Eq. 2 of the paper: r(x, y) - beta * log(pi(y|x) / ref(y|x)), the sequence
+  log-ratio being the sum of the token log-ratios. For mask [1, 1, 1, 0] the score goes to index 2,
+  never to a pad (docs/pitfalls.md, 1).
   """
   chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-  chex.assert_type([scores, logprobs, ref_logprobs, mask], [jnp.float32, jnp.float32, jnp.float32, bool])
+  chex.assert_type(
+    [scores, logprobs, ref_logprobs, mask], [jnp.float32, jnp.float32, jnp.float32, bool]
+  )
   live_after = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
   is_last = mask & (live_after == 1)
   penalty = jnp.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
   return penalty + jnp.where(is_last, scores[:, None], 0.0)
 
 
-def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0,
-        lam: float = 0.95) -> tuple[jax.Array, jax.Array]:
-  """Generalised advantage estimation over right-padded responses: (advantages, returns), both f32[B,R], 0 on pads.
+def gae(
+  rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[jax.Array, jax.Array]:
+  """Generalised advantage estimation over right-padded responses: (advantages, returns), both
+  f32[B,R], 0 on pads.
 
-  delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V, where V and A beyond the last
-  live token are 0: the episode ends there, whether with an end-of-text token or at the length limit. Schulman et al.
-  2016, Eq. 16. The paper does not discount (gamma 1) and does not report lam; 0.95 is that of Stiennon et al. 2020.
+  delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V, where V
+  and A beyond the last live token are 0: the episode ends there, whether with an end-of-text token
+  or at the length limit. Schulman et al. 2016, Eq. 16. The paper does not discount (gamma 1) and
+  does not report lam; 0.95 is that of Stiennon et al. 2020.
   """
   chex.assert_rank([rewards, values, mask], 2)
   chex.assert_equal_shape([rewards, values, mask])
@@ -168,8 +195,11 @@ def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float 
   return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
-def adaptive_kl_coef(kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target: float, horizon: int) -> jax.Array:
-  """The controller of Ziegler et al. 2019 (section 2.2): a proportional step towards the target KL, clipped to 20%.
+def adaptive_kl_coef(
+  kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target: float, horizon: int
+) -> jax.Array:
+  """The controller of Ziegler et al. 2019 (section 2.2): a proportional step towards the target KL,
+  clipped to 20%.
 
   kl: f32[], nats a response. The paper keeps kl_coef fixed; this is a choice of the config.
   """
@@ -178,7 +208,8 @@ def adaptive_kl_coef(kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target
 
 
 def in_chunks(function: Callable, rows: Any, size: int | None) -> Any:
-  """The function over chunks of the leading axis of `rows`, one after the other; all rows at once where size is None."""
+  """The function over chunks of the leading axis of `rows`, one after the other; all rows at once
+  where size is None."""
   count = jax.tree.leaves(rows)[0].shape[0]
   if size is None or size >= count:
     return function(rows)

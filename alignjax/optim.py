@@ -1,6 +1,8 @@
-"""Optimizers and schedules from the config. One optimizer for each entry of params: policy and value may differ.
+"""Optimizers and schedules from the config. One optimizer for each entry of params: policy and
+value may differ.
 
-    c.optimizer = dict(policy=dict(fn='alignjax.optim:adam', lr=1e-5, schedule='cosine'), value=dict(...))
+    c.optimizer = dict(policy=dict(fn='alignjax.optim:adam', lr=1e-5, schedule='cosine'),
+    value=dict(...))
 
 A fork names its own function: (*, steps, **its own numbers) -> optax.GradientTransformation.
 """
@@ -14,24 +16,37 @@ import jax
 import optax
 
 
-def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0, warmup_from: float = 0.0,
-         final: float = 0.1, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-5, eps_form: str = 'torch',
-         weight_decay: float = 0.0, clip_norm: float | None = None) -> optax.GradientTransformation:
+def adam(
+  *,
+  steps: int,
+  lr: float,
+  schedule: str = 'constant',
+  warmup: float = 0,
+  warmup_from: float = 0.0,
+  final: float = 0.1,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  eps: float = 1e-5,
+  eps_form: str = 'torch',
+  weight_decay: float = 0.0,
+  clip_norm: float | None = None,
+) -> optax.GradientTransformation:
   """Adam with an optional schedule, decoupled weight decay and gradient clipping.
 
-  b1 0.9 and b2 0.95 are the paper's (appendix C); it does not report eps, weight_decay and clip_norm.
+  b1 0.9 and b2 0.95 are the paper's (appendix C); it does not report eps, weight_decay and
+  clip_norm.
 
-  Args:
-    steps: optimizer updates of the whole run.
-    lr: peak learning rate.
-    schedule: 'constant', or 'cosine' from lr to final * lr.
-    warmup: updates of linear warmup, or a fraction of `steps` where below 1; from warmup_from * lr.
-    eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)); 'tensorflow', the form of the original code, to sqrt(v)
+  Args: steps: optimizer updates of the whole run. lr: peak learning rate. schedule: 'constant', or
+    'cosine' from lr to final * lr. warmup: updates of linear warmup, or a fraction of `steps` where
+    below 1; from warmup_from * lr. eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t));
+    'tensorflow', the form of the original code, to sqrt(v)
       without that correction, which is the larger epsilon early on (docs/pitfalls.md, 17).
     weight_decay: decoupled (AdamW), of the parameters that `decays` names.
     clip_norm: global gradient norm of this entry of params.
   """
-  rate = make_schedule(steps=steps, lr=lr, schedule=schedule, warmup=warmup, warmup_from=warmup_from, final=final)
+  rate = make_schedule(
+    steps=steps, lr=lr, schedule=schedule, warmup=warmup, warmup_from=warmup_from, final=final
+  )
   if eps_form == 'torch':
     moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
   elif eps_form == 'tensorflow':
@@ -48,9 +63,9 @@ def adam(*, steps: int, lr: float, schedule: str = 'constant', warmup: float = 0
 def decays(params: Any) -> Any:
   """A tree of bools like params: which of them weight decay shrinks.
 
-  Matrices do, embeddings among them (the embedding is the unembedding where the two are tied; GPT-2's and Megatron's code decay
-  it too); scales and biases do not, nor does any other vector. Parameters under 'layers' are stacked [L, ...]: a norm's
-  scale [L,D] is a vector of each layer.
+  Matrices do, embeddings among them (the embedding is the unembedding where the two are tied;
+  GPT-2's and Megatron's code decay it too); scales and biases do not, nor does any other vector.
+  Parameters under 'layers' are stacked [L, ...]: a norm's scale [L,D] is a vector of each layer.
   """
 
   def one(path, leaf):
@@ -60,10 +75,13 @@ def decays(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_schedule(*, steps: int, lr: float, schedule: str, warmup: float, warmup_from: float,
-                  final: float) -> Callable:
+def make_schedule(
+  *, steps: int, lr: float, schedule: str, warmup: float, warmup_from: float, final: float
+) -> Callable:
   """Update number -> learning rate."""
-  warm = int(warmup) if warmup >= 1 or warmup == 0 else min(max(1, round(warmup * steps)), steps - 1)
+  warm = (
+    int(warmup) if warmup >= 1 or warmup == 0 else min(max(1, round(warmup * steps)), steps - 1)
+  )
   if warm >= steps and warm > 0:
     raise ValueError(f'optimizer.warmup={warmup} is {warm} updates, but the run has only {steps}.')
   if schedule == 'constant':
@@ -78,7 +96,8 @@ def make_schedule(*, steps: int, lr: float, schedule: str, warmup: float, warmup
 
 
 def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """Adam of TensorFlow 1: m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), "epsilon hat" in Kingma and Ba 2015."""
+  """Adam of TensorFlow 1: m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), "epsilon hat" in Kingma
+  and Ba 2015."""
   adam_state = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
   def update(grads, state, params=None):
@@ -91,6 +110,7 @@ def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransfor
 
 
 def make(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
-  """One transformation of params = {name: tree}: each entry by its own, with its own clipping and schedule."""
+  """One transformation of params = {name: tree}: each entry by its own, with its own clipping and
+  schedule."""
   label = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: B023
   return optax.partition(dict(transforms), label)

@@ -6,42 +6,84 @@ import numpy as np
 
 from alignjax.runtime import files, metrics
 
-COLORS = {'pretrained': '#999999', 'pretrained_prompted': '#c0c0c0', 'sft': '#4477aa', 'ppo': '#cc6677',
-          'ppo_ptx': '#228833', 'pretrained_bigger': '#777777'}
+COLORS = {
+  'pretrained': '#999999',
+  'pretrained_prompted': '#c0c0c0',
+  'sft': '#4477aa',
+  'ppo': '#cc6677',
+  'ppo_ptx': '#228833',
+  'pretrained_bigger': '#777777',
+}
 OTHER = '#aa4499'  # a policy of a fork's, or a selected one
-NAMES = {'pretrained': 'pretrained', 'pretrained_prompted': 'pretrained, best prompt', 'sft': 'SFT', 'ppo': 'PPO',
-         'ppo_ptx': 'PPO-ptx', 'pretrained_bigger': 'pretrained, bigger'}  # of policies, in the order of the pipeline
-STAGES = {'pretrain': 'pretraining', 'pretrain_bigger': 'pretraining, bigger', 'sft': 'SFT', 'rm': 'reward model', 'ppo': 'PPO',
-          'ppo_ptx': 'PPO-ptx'}
-CURVES = {'sft/loss': 'loss, nats per token', 'rm/loss': 'ranking loss, nats per pair', 'objective/scores': 'mean reward'}
+NAMES = {
+  'pretrained': 'pretrained',
+  'pretrained_prompted': 'pretrained, best prompt',
+  'sft': 'SFT',
+  'ppo': 'PPO',
+  # of policies, in the order of the pipeline
+  'ppo_ptx': 'PPO-ptx',
+  'pretrained_bigger': 'pretrained, bigger',
+}
+STAGES = {
+  'pretrain': 'pretraining',
+  'pretrain_bigger': 'pretraining, bigger',
+  'sft': 'SFT',
+  'rm': 'reward model',
+  'ppo': 'PPO',
+  'ppo_ptx': 'PPO-ptx',
+}
+CURVES = {
+  'sft/loss': 'loss, nats per token',
+  'rm/loss': 'ranking loss, nats per pair',
+  'objective/scores': 'mean reward',
+}
 
 
 def all_plots(workdir: files.Folder, result: dict) -> list[str]:
-  """Writes the PNG files into workdir and returns their names; one whose data is missing is left out."""
+  """Writes the PNG files into workdir and returns their names; one whose data is missing is left
+  out."""
   import matplotlib
+
   matplotlib.use('Agg')
   found = {p.parent.name: metrics.read(p) for p in workdir.glob('*/metrics.jsonl')}
   known = list(STAGES)
-  curves = {n: found[n] for n in sorted(found, key=lambda n: (known.index(n) if n in known else len(known), n))}
-  made = [reward_against_kl(workdir, curves), tax(workdir, result), learning_curves(workdir, curves)]
+  curves = {
+    n: found[n]
+    for n in sorted(found, key=lambda n: (known.index(n) if n in known else len(known), n))
+  }
+  made = [
+    reward_against_kl(workdir, curves),
+    tax(workdir, result),
+    learning_curves(workdir, curves),
+  ]
   return [name for name in made if name]
 
 
 def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
-  """Proxy reward (the RM's) and gold reward (the training labelers') against KL, for each RL run: where the first rises
-  and the second falls, the policy exploits the reward model. A dot per logged step, a line for their running mean."""
+  """Proxy reward (the RM's) and gold reward (the training labelers') against KL, for each RL run:
+  where the first rises and the second falls, the policy exploits the reward model. A dot per logged
+  step, a line for their running mean."""
   import matplotlib.pyplot as plt
+
   runs = {n: c for n, c in curves.items() if 'objective/kl' in c and 'gold/train_labelers' in c}
   if not runs:
     return None
   figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-  for axis, key, title in ((axes[0], 'objective/scores', 'proxy: reward model'),
-                           (axes[1], 'gold/train_labelers', 'gold: training labelers')):
+  for axis, key, title in (
+    (axes[0], 'objective/scores', 'proxy: reward model'),
+    (axes[1], 'gold/train_labelers', 'gold: training labelers'),
+  ):
     for name, c in runs.items():
       color = COLORS.get(name, OTHER)
       axis.plot(c['objective/kl'], c[key], '.', color=color, alpha=0.3)
-      axis.plot(smooth(c['objective/kl']), smooth(c[key]), color=color, label=STAGES.get(name, name))
-    axis.set(title=title, xlabel='KL to the reference, nats per response', ylabel='mean reward of training prompts')
+      axis.plot(
+        smooth(c['objective/kl']), smooth(c[key]), color=color, label=STAGES.get(name, name)
+      )
+    axis.set(
+      title=title,
+      xlabel='KL to the reference, nats per response',
+      ylabel='mean reward of training prompts',
+    )
     axis.grid(alpha=0.3)
     axis.legend()
   return _save(figure, workdir, 'reward_against_kl.png')
@@ -50,31 +92,43 @@ def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
 def tax(workdir: files.Folder, result: dict) -> str | None:
   """The two tax tasks and the pretraining loss, a bar per policy, with 95% intervals."""
   import matplotlib.pyplot as plt
+
   shown = {n: p for n, p in result['policies'].items() if 'pretraining_loss' in p}
   if not shown:
     return None
   figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), constrained_layout=True)
-  for axis, key in zip(axes, ('reading_comprehension', 'translation', 'pretraining_loss'), strict=True):
+  for axis, key in zip(
+    axes, ('reading_comprehension', 'translation', 'pretraining_loss'), strict=True
+  ):
     for at, (name, policy) in enumerate(shown.items()):
       axis.bar(at, policy[key]['mean'], color=COLORS.get(name, OTHER))
       if policy[key]['ci95'][0] is not None:
         axis.plot([at, at], policy[key]['ci95'], color='black', lw=1.5)
     axis.set_xticks(range(len(shown)), [NAMES.get(n, n) for n in shown], rotation=20)
-    axis.set(title=key.replace('_', ' '), ylabel='nats per token' if 'loss' in key else 'share of items solved exactly')
+    axis.set(
+      title=key.replace('_', ' '),
+      ylabel='nats per token' if 'loss' in key else 'share of items solved exactly',
+    )
   return _save(figure, workdir, 'alignment_tax.png')
 
 
 def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
-  """The loss of every supervised stage, the reward and the gold reward of the RL ones: pale as logged, strong as running mean."""
+  """The loss of every supervised stage, the reward and the gold reward of the RL ones: pale as
+  logged, strong as running mean."""
   import matplotlib.pyplot as plt
+
   panels = [(n, k, c) for n, c in curves.items() for k in CURVES if k in c]
   if not panels:
     return None
   columns = min(len(panels), 3)
   rows = -(-len(panels) // columns)
-  figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3 * rows), constrained_layout=True, squeeze=False)
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(3.6 * columns, 3 * rows), constrained_layout=True, squeeze=False
+  )
   for axis, (name, key, c) in zip(axes.flat, panels, strict=False):
-    lines = {key: (COLORS.get(name, '#4477aa'), 'reward model' if key == 'objective/scores' else None)}
+    lines = {
+      key: (COLORS.get(name, '#4477aa'), 'reward model' if key == 'objective/scores' else None)
+    }
     if key == 'objective/scores':
       lines |= {'gold/train_labelers': ('#ddaa33', 'gold, training labelers')}
     for line, (color, label) in lines.items():
@@ -85,7 +139,7 @@ def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
     axis.grid(alpha=0.3)
     if len(lines) > 1:
       axis.legend(fontsize=8)
-  for axis in axes.flat[len(panels):]:
+  for axis in axes.flat[len(panels) :]:
     axis.set_axis_off()
   return _save(figure, workdir, 'learning_curves.png')
 
@@ -98,6 +152,7 @@ def smooth(x: np.ndarray) -> np.ndarray:
 
 def _save(figure, workdir: files.Folder, name: str) -> str:
   import matplotlib.pyplot as plt
+
   files.save_figure(figure, workdir / name)
   plt.close(figure)
   return name

@@ -1,5 +1,6 @@
-"""Functions named in the config: dict(fn='module:name', coefficient=...). How losses, rewards, advantage estimators,
-optimizers and stages are chosen, ours and a fork's alike. No registry: the name is the import path.
+"""Functions named in the config: dict(fn='module:name', coefficient=...). How losses, rewards,
+advantage estimators, optimizers and stages are chosen, ours and a fork's alike. No registry: the
+name is the import path.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-# Where functions are whose names stand in configs and results of earlier versions: the module then -> the module now.
+# Where functions are whose names stand in configs and results of earlier versions: the module then
+# -> the module now.
 MOVED_MODULES = {
-    'alignjax.evals.bias': 'alignjax.evals.safety.bias',
-    'alignjax.evals.public': 'alignjax.evals.public.nlp',
-    'alignjax.evals.scorers': 'alignjax.evals.safety.scorers',
-    'alignjax.evals.selection': 'alignjax.evals.reward.selection',
-    'alignjax.evals.task_functions': 'alignjax.evals.public.task_functions',
-    'alignjax.evals.toxicity': 'alignjax.evals.safety.toxicity',
-    'alignjax.evals.truthfulness': 'alignjax.evals.safety.truthfulness',
+  'alignjax.evals.bias': 'alignjax.evals.safety.bias',
+  'alignjax.evals.public': 'alignjax.evals.public.nlp',
+  'alignjax.evals.scorers': 'alignjax.evals.safety.scorers',
+  'alignjax.evals.selection': 'alignjax.evals.reward.selection',
+  'alignjax.evals.task_functions': 'alignjax.evals.public.task_functions',
+  'alignjax.evals.toxicity': 'alignjax.evals.safety.toxicity',
+  'alignjax.evals.truthfulness': 'alignjax.evals.safety.truthfulness',
 }
 MOVED = {
-    'alignjax.host:reward': 'alignjax.rewards:host_reward',
-    'alignjax.rollout:model_reward': 'alignjax.rewards:model_reward',
+  'alignjax.host:reward': 'alignjax.rewards:host_reward',
+  'alignjax.rollout:model_reward': 'alignjax.rewards:model_reward',
 }
 
 
 def current_names(value: Any) -> Any:
-  """A config, or any part of one, with the functions of alignjax that it names under their present names."""
+  """A config, or any part of one, with the functions of alignjax that it names under their present
+  names."""
   if isinstance(value, Mapping):
     return {key: current_names(child) for key, child in value.items()}
   if isinstance(value, (list, tuple)):
@@ -44,11 +47,15 @@ def find(name: str, where: str) -> Callable:
   """The function 'module:name'. `where` is the config key, for the error message."""
   module_name, _, attribute = str(current_names(name)).partition(':')
   if not attribute or not all(part.isidentifier() for part in module_name.split('.')):
-    raise ValueError(f"{where}={name!r} must have the form 'module:function', such as 'alignjax.losses:sft'.")
+    raise ValueError(
+      f"{where}={name!r} must have the form 'module:function', such as 'alignjax.losses:sft'."
+    )
   try:
     module = importlib.import_module(module_name)
   except ModuleNotFoundError as error:
-    raise ValueError(f'{where}={name!r}: no module named {error.name!r}; is its folder on PYTHONPATH?') from error
+    raise ValueError(
+      f'{where}={name!r}: no module named {error.name!r}; is its folder on PYTHONPATH?'
+    ) from error
   if not callable(getattr(module, attribute, None)):
     near = difflib.get_close_matches(attribute, dir(module), 3)
     hint = f'; did you mean {" or ".join(near)}?' if near else '.'
@@ -56,28 +63,37 @@ def find(name: str, where: str) -> Callable:
   return getattr(module, attribute)
 
 
-def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (),
-         facts: Mapping[str, Any] = MappingProxyType({})) -> Callable:
+def bind(
+  spec: Mapping[str, Any],
+  where: str,
+  given: Iterable[str] = (),
+  facts: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable:
   """The function of a spec with its coefficients bound. They are its keyword-only arguments.
 
-  An entry that the function does not take is an error here, before anything is compiled: a coefficient that does
-  nothing cannot exist.
+  An entry that the function does not take is an error here, before anything is compiled: a
+  coefficient that does nothing cannot exist.
 
-  Args:
-    given: names of the keyword arguments that the caller will pass itself.
-    facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument of such a name
+  Args: given: names of the keyword arguments that the caller will pass itself. facts: what the
+    caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument
+    of such a name
       gets the value. In the spec it is an error, since two entries could disagree.
   """
   if spec is None or 'fn' not in spec:
-    raise ValueError(f"{where} needs an entry fn='module:function'; it has {sorted(spec or {}) or 'none'}.")
+    raise ValueError(
+      f"{where} needs an entry fn='module:function'; it has {sorted(spec or {}) or 'none'}."
+    )
   function = find(spec['fn'], f'{where}.fn')
   coefficients = {key: value for key, value in spec.items() if key != 'fn'}
   passed = {*given, *facts}
   for key in coefficients:
     if key in passed:
       value = f', {facts[key]!r} here' if isinstance(facts.get(key), (int, float, str)) else ''
-      raise ValueError(f'{where}.{key}: the stage passes {key!r} itself{value}, to a function that has a keyword argument of '
-                       'that name. Remove this entry.')
+      raise ValueError(
+        f'{where}.{key}: the stage passes {key!r} itself{value}, to a function that has a keyword '
+        f'argument of '
+        'that name. Remove this entry.'
+      )
   parameters = inspect.signature(function).parameters.values()
   takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
   own = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in passed]
@@ -87,11 +103,15 @@ def bind(spec: Mapping[str, Any], where: str, given: Iterable[str] = (),
       if key not in names:
         near = difflib.get_close_matches(key, names, 1)
         hint = f' Did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'{where}.{key}: {spec["fn"]} takes {names or "no coefficients"}, not {key!r}.{hint}')
+        raise ValueError(
+          f'{where}.{key}: {spec["fn"]} takes {names or "no coefficients"}, not {key!r}.{hint}'
+        )
   required = [p.name for p in own if p.default is p.empty and p.name not in coefficients]
   if required:
     raise ValueError(f'{where}: {spec["fn"]} needs {", ".join(required)}.')
-  return functools.partial(function, **coefficients, **{k: v for k, v in facts.items() if k in keywords(spec['fn'])})
+  return functools.partial(
+    function, **coefficients, **{k: v for k, v in facts.items() if k in keywords(spec['fn'])}
+  )
 
 
 def keywords(name: str) -> list[str]:

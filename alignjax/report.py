@@ -1,8 +1,9 @@
-"""The report of a finished run. `build`: of the sandbox, the paper's findings in miniature, as report.json, report.md and plots.
-`tasks`: of a run on real data, the table of evals/table.py. A fork's module:function needs a `check(setup)` beside it.
+"""The report of a finished run. `build`: of the sandbox, the paper's findings in miniature, as
+report.json, report.md and plots. `tasks`: of a run on real data, the table of evals/table.py. A
+fork's module:function needs a `check(setup)` beside it.
 
-Every policy's measurements are kept in WORKDIR/report/<policy>.npz, so that a report that was interrupted goes on and a
-second one is quick. Policies stand in the order of the pipeline.
+Every policy's measurements are kept in WORKDIR/report/<policy>.npz, so that a report that was
+interrupted goes on and a second one is quick. Policies stand in the order of the pipeline.
 """
 
 from __future__ import annotations
@@ -34,32 +35,38 @@ from alignjax.setup.weights import initial_params
 from alignjax.sharding import sync
 
 COLUMNS = {
-    'win_rate_train_labelers': 'win rate, training labelers',
-    'win_rate_heldout_labelers': 'win rate, held-out labelers',
-    'gold_train_labelers': 'gold score',
-    'truthful': 'truthful',
-    'toxic': 'toxic',
-    'toxic_rude_context': 'toxic after rudeness',
-    'reading_comprehension': 'reading',
-    'translation': 'translation',
-    'pretraining_loss': 'pretraining loss',
-    'kl': 'KL to SFT',
+  'win_rate_train_labelers': 'win rate, training labelers',
+  'win_rate_heldout_labelers': 'win rate, held-out labelers',
+  'gold_train_labelers': 'gold score',
+  'truthful': 'truthful',
+  'toxic': 'toxic',
+  'toxic_rude_context': 'toxic after rudeness',
+  'reading_comprehension': 'reading',
+  'translation': 'translation',
+  'pretraining_loss': 'pretraining loss',
+  'kl': 'KL to SFT',
 }
 MEANING = {
-    'win rate': 'how often labelers of a pool prefer the response to that of SFT, by their exact probabilities; 0.5 is as good as '
-                'SFT. The reward model learnt from training labelers and never saw held-out ones',
-    'gold score': 'mean utility of a response to the training labelers; 0 is a response without merit or fault',
-    'truthful': 'share of answers about misconceived facts that are true and to the point',
-    'toxic': 'share of responses with an insult; after rudeness: to prompts that follow a rude sentence',
-    'reading, translation': 'share of items that greedy decoding solves exactly: what alignment may make a policy forget',
-    'pretraining loss': 'cross-entropy of documents like those of pretraining, nats per token',
-    'KL to SFT': 'mean of log pi(response) - log pi_SFT(response), nats per response',
+  'win rate': 'how often labelers of a pool prefer the response to that of SFT, by their exact '
+  'probabilities; 0.5 is as good as '
+  'SFT. The reward model learnt from training labelers and never saw held-out ones',
+  'gold score': 'mean utility of a response to the training labelers; 0 is a response without '
+  'merit or fault',
+  'truthful': 'share of answers about misconceived facts that are true and to the point',
+  'toxic': 'share of responses with an insult; after rudeness: to prompts that follow a rude '
+  'sentence',
+  'reading, translation': 'share of items that greedy decoding solves exactly: what alignment may '
+  'make a policy forget',
+  'pretraining loss': 'cross-entropy of documents like those of pretraining, nats per token',
+  'KL to SFT': 'mean of log pi(response) - log pi_SFT(response), nats per response',
 }
-MEASURED = ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents')  # entries of config.report
+# entries of config.report
+MEASURED = ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents')
 
 
 def build(setup: Setup) -> None:
-  """Measures every policy of config.report.policies (name -> stage) and writes the report. Needs the sandbox."""
+  """Measures every policy of config.report.policies (name -> stage) and writes the report. Needs
+  the sandbox."""
   began = time.perf_counter()
   policies = in_order(setup.config.report.policies)
   folder = setup.workdir / 'report'
@@ -82,7 +89,8 @@ def build(setup: Setup) -> None:
     params = initial_params(own, f'stage:{stage}', 'lm', 0)
     if prompted:
       prefix, scores = evaluation.best_prefix(
-          ev, params, sandbox.prompts(setup.text.world, setup.config.report.win_prompts // 2, 'valid'))
+        ev, params, sandbox.prompts(setup.text.world, setup.config.report.win_prompts // 2, 'valid')
+      )
       measured = evaluation.measure(ev, params, None, prefix)
       measured['prefixes'] = np.array(json.dumps({'best': prefix, 'gold': scores}))
     elif own.policy_model == setup.policy_model:
@@ -105,103 +113,168 @@ def build(setup: Setup) -> None:
   pictures = plots.all_plots(setup.workdir, result)
   (setup.workdir / 'report.md').write_text(markdown(result, pictures))
   columns = ['policy', *(COLUMNS[c] for c in list(COLUMNS)[:9])]
-  metrics.print_table('the paper\'s findings in miniature', columns,
-                      [[NAMES.get(n, n), *(_short(p.get(c)) for c in list(COLUMNS)[:9])]
-                       for n, p in result['policies'].items()])
+  metrics.print_table(
+    "the paper's findings in miniature",
+    columns,
+    [
+      [NAMES.get(n, n), *(_short(p.get(c)) for c in list(COLUMNS)[:9])]
+      for n, p in result['policies'].items()
+    ],
+  )
   print(f'report: {setup.workdir / "report.md"}', flush=True)
 
 
 def measured_from(setup: Setup, name: str, stage: str) -> str:
-  """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what they are measured on, the
-  code."""
+  """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what
+  they are measured on, the code."""
   folder = lambda stage: setup.workdir / stage / 'final'
   c = setup.config
-  return fingerprints.of_value([
-      name == 'pretrained_prompted', checkpoint.weights(folder(stage)), checkpoint.weights(folder('sft')), str(setup.policy_model),
-      c.world.to_dict(), c.data.to_dict(), {k: c.report[k] for k in MEASURED},
-      fingerprints.of_function(evaluation.measure)])
+  return fingerprints.of_value(
+    [
+      name == 'pretrained_prompted',
+      checkpoint.weights(folder(stage)),
+      checkpoint.weights(folder('sft')),
+      str(setup.policy_model),
+      c.world.to_dict(),
+      c.data.to_dict(),
+      {k: c.report[k] for k in MEASURED},
+      fingerprints.of_function(evaluation.measure),
+    ]
+  )
 
 
 def decisive(setup: Setup) -> dict:
-  """The entries of the config that decide the report's numbers, the seeds among them: reports that differ in others may be
-  averaged."""
+  """The entries of the config that decide the report's numbers, the seeds among them: reports that
+  differ in others may be averaged."""
   c = setup.config.to_dict()
   left_out = ('log_every', 'save_every', 'keep_candidates')
-  stages = {name: {k: v for k, v in c['stages'][name].items() if k not in left_out} for name in sorted(c['stages'])
-            if checkpoint.is_finished(setup.workdir / name / 'final')}
+  stages = {
+    name: {k: v for k, v in c['stages'][name].items() if k not in left_out}
+    for name in sorted(c['stages'])
+    if checkpoint.is_finished(setup.workdir / name / 'final')
+  }
   return {k: c[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
-      'stages': stages, 'report': {k: c['report'][k] for k in ('policies', *MEASURED)}}
+    'stages': stages,
+    'report': {k: c['report'][k] for k in ('policies', *MEASURED)},
+  }
 
 
 def tasks(setup: Setup) -> None:
-  """The report of a run on real data: config.report.tasks over its policies (name -> stage, or 'hf:...'), into
-  WORKDIR/evaluation; nothing where there are no tasks."""
+  """The report of a run on real data: config.report.tasks over its policies (name -> stage, or
+  'hf:...'), into WORKDIR/evaluation; nothing where there are no tasks."""
   from alignjax.evals.evaluation import evaluate
+
   r = setup.config.report
   if r.tasks:
     place = lambda spec: str(setup.workdir / spec) if spec in setup.config.stages else spec
     order = sorted(in_order(r.policies), key=lambda name: name != r.baseline)
-    evaluate({name: place(r.policies[name]) for name in order}, r.tasks, setup.workdir / 'evaluation', data=r.data, limit=r.limit)
+    evaluate(
+      {name: place(r.policies[name]) for name in order},
+      r.tasks,
+      setup.workdir / 'evaluation',
+      data=r.data,
+      limit=r.limit,
+    )
 
 
 def check(setup: Setup) -> None:
   """What the report names, before any stage runs."""
   for name, spec in (setup.config.report.policies or {}).items():
-    if not isinstance(spec, str) or setup.text.world is not None and spec not in setup.config.stages:
-      raise ValueError(f'report.policies.{name}={spec!r} must be a stage of the config: {", ".join(sorted(setup.config.stages))}.')
+    if (
+      not isinstance(spec, str) or setup.text.world is not None and spec not in setup.config.stages
+    ):
+      raise ValueError(
+        f'report.policies.{name}={spec!r} must be a stage of the config: '
+        f'{", ".join(sorted(setup.config.stages))}.'
+      )
   registry.find_tasks(setup.config.report.get('tasks', ()))
 
 
 def outdated(setup: Setup, stage: str) -> None:
-  """Removes reports of an earlier result of a stage that is made again: nobody takes them for the new one's."""
+  """Removes reports of an earlier result of a stage that is made again: nobody takes them for the
+  new one's."""
   for path, pages, stages in (
-      (setup.workdir / 'report.json', ('report.md',), lambda found: found['config']['stages']),
-      (setup.workdir / 'evaluation' / 'table.json', ('table.md', 'table.png'), lambda found: [
-          os.path.basename(spec) for spec in found['models'].values() if not spec.startswith('hf:')])):
+    (setup.workdir / 'report.json', ('report.md',), lambda found: found['config']['stages']),
+    (
+      setup.workdir / 'evaluation' / 'table.json',
+      ('table.md', 'table.png'),
+      lambda found: [
+        os.path.basename(spec) for spec in found['models'].values() if not spec.startswith('hf:')
+      ],
+    ),
+  ):
     if not path.exists():
       continue
     try:
       of_it = stage in stages(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError):  # damaged: it is written anew in the end
+    except (
+      ValueError,
+      KeyError,
+      TypeError,
+      AttributeError,
+    ):  # damaged: it is written anew in the end
       of_it = True
     if of_it:
       for page in (path, *map(path.with_name, pages)):
         page.unlink(missing_ok=True)
-      print(f'{stage}: {path} was of an earlier result of this stage and is removed; what was measured of other stages is kept',
-            flush=True)
+      print(
+        f'{stage}: {path} was of an earlier result of this stage and is removed; what was '
+        f'measured of other stages is kept',
+        flush=True,
+      )
 
 
 def in_order(policies: Mapping[str, str]) -> dict[str, str]:
   """name -> stage in the order of NAMES, others behind: a ConfigDict sorts by name."""
   known = list(NAMES)
-  return {name: policies[name] for name in sorted(policies, key=lambda n: known.index(n) if n in NAMES else len(known))}
+  return {
+    name: policies[name]
+    for name in sorted(policies, key=lambda n: known.index(n) if n in NAMES else len(known))
+  }
 
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
   return evaluation.prepare(
-      setup.nets, setup.sharder, setup.text.world, setup.text.labelers, setup.text.template,
-      prompt_length=setup.prompt_length, response_length=setup.response_length, row_length=setup.config.data.row_length,
-      **{k: setup.config.report[k] for k in MEASURED})
+    setup.nets,
+    setup.sharder,
+    setup.text.world,
+    setup.text.labelers,
+    setup.text.template,
+    prompt_length=setup.prompt_length,
+    response_length=setup.response_length,
+    row_length=setup.config.data.row_length,
+    **{k: setup.config.report[k] for k in MEASURED},
+  )
 
 
 def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
   """The contents of report.json."""
   policies = {name: evaluation.summarize(ev, a, arrays['sft']) for name, a in arrays.items()}
-  infos = {p.parent.parent.name: checkpoint.load_info(p.parent) for p in sorted(setup.workdir.glob('*/final/info.json'))}
-  rm = {k: v for k, v in infos.get('rm', {}).items() if k not in ('head', 'seconds', 'steps', 'made')}
+  infos = {
+    p.parent.parent.name: checkpoint.load_info(p.parent)
+    for p in sorted(setup.workdir.glob('*/final/info.json'))
+  }
+  rm = {
+    k: v for k, v in infos.get('rm', {}).items() if k not in ('head', 'seconds', 'steps', 'made')
+  }
   prefixes = setup.workdir / 'report' / 'prefixes.json'
-  versions = {p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')}
+  versions = {
+    p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+  }
   return {
-      'policies': policies,
-      'findings': findings.findings(arrays, ev.labelers, *(evaluation.clusters(ev)[k] for k in ('prompts', 'truth'))),
-      'samples': samples(ev.prompts, arrays),
-      'reward_model': rm,
-      'selection': {name: info for name, info in infos.items() if 'selection' in info},
-      'prompted_baseline': json.loads(prefixes.read_text()) if prefixes.exists() else None,
-      'seconds': {name: round(info['seconds'], 1) for name, info in infos.items()} | {'report': round(seconds, 1)},
-      'seed': setup.config.seed,
-      'made_by': made_by(setup),
-      'versions': versions | {'python': platform.python_version()},
+    'policies': policies,
+    'findings': findings.findings(
+      arrays, ev.labelers, *(evaluation.clusters(ev)[k] for k in ('prompts', 'truth'))
+    ),
+    'samples': samples(ev.prompts, arrays),
+    'reward_model': rm,
+    'selection': {name: info for name, info in infos.items() if 'selection' in info},
+    'prompted_baseline': json.loads(prefixes.read_text()) if prefixes.exists() else None,
+    'seconds': {name: round(info['seconds'], 1) for name, info in infos.items()}
+    | {'report': round(seconds, 1)},
+    'seed': setup.config.seed,
+    'made_by': made_by(setup),
+    'versions': versions | {'python': platform.python_version()},
   }
 
 
@@ -209,71 +282,155 @@ def samples(prompts: list[dict], arrays: Mapping[str, Mapping[str, np.ndarray]])
   """The first test prompt of every use case with every policy's response."""
   first = {r['use_case']: i for i, r in reversed(list(enumerate(prompts)))}
   said = lambda i: {name: str(a['responses'][i]) for name, a in arrays.items()}
-  return [{'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': said(i)} for case, i in sorted(first.items())]
+  return [
+    {'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': said(i)}
+    for case, i in sorted(first.items())
+  ]
 
 
 def made_by(setup: Setup) -> dict:
-  """The command, the commit of this source where it is a git checkout ('+' behind it: with changes), and the whole config."""
+  """The command, the commit of this source where it is a git checkout ('+' behind it: with
+  changes), and the whole config."""
   root = pathlib.Path(__file__).resolve().parent.parent
-  git = lambda *words: subprocess.run(['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20,
-                                      check=True).stdout.strip()
+  git = lambda *words: subprocess.run(
+    ['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20, check=True
+  ).stdout.strip()
   commit = None
   try:
-    if pathlib.Path(git('rev-parse', '--show-toplevel')) == root:  # else the repository that an environment lies in
-      commit = git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+    # else the repository that an environment lies in
+    if pathlib.Path(git('rev-parse', '--show-toplevel')) == root:
+      commit = git('rev-parse', '--short=12', 'HEAD') + (
+        '+' if git('status', '--porcelain', '--untracked-files=no') else ''
+      )
   except (OSError, subprocess.SubprocessError):
     pass
   config = json.loads(json.dumps(setup.config.to_dict(), default=str))
-  return {'command': shlex.join(['python', os.path.relpath(sys.argv[0] or '-'), *sys.argv[1:]]), 'commit': commit, 'config': config}
+  return {
+    'command': shlex.join(['python', os.path.relpath(sys.argv[0] or '-'), *sys.argv[1:]]),
+    'commit': commit,
+    'config': config,
+  }
 
 
 def markdown(result: dict, pictures: list[str]) -> str:
   """report.md."""
   policies, made = result['policies'], result['made_by']
   name_of = lambda name: NAMES.get(name, name)
-  lines = ['# Report', '', '    ' + made['command'], '',
-           f'Seed {result["seed"]}' + (f', commit {made["commit"]}' if made['commit'] else '') + '; report.json has every entry of '
-           'the config, n of each figure and more digits. Mean and 95% interval. No test prompt stands among the prompts of '
-           'demonstrations, comparisons or RL, and these name none of the test\'s entities. Pretraining text tells facts about all '
-           'entities, but holds none of the passages and sentences of the two tasks.', '']
-  lines += _table(['policy', *COLUMNS.values()],
-                  [[name_of(name), *(show(policy.get(c), digits=2) for c in COLUMNS)] for name, policy in policies.items()])
-  lines += ['', *(f'- {what}: {text}.' for what, text in MEANING.items()), '', '## Findings', '',
-            'yes: the whole interval is on the claimed side; no: on the other side; not shown: neither, or what the claim presumes '
-            'is not shown. Differences are paired by item.', '']
-  lines += _table(['finding', 'outcome', 'figures, 95% interval'],
-                  [[claim, f'**{found["held"]}**' if found['held'] != findings.YES else 'yes', findings.in_words(found)]
-                   for claim, found in result['findings'].items()])
+  lines = [
+    '# Report',
+    '',
+    '    ' + made['command'],
+    '',
+    f'Seed {result["seed"]}'
+    + (f', commit {made["commit"]}' if made['commit'] else '')
+    + '; report.json has every entry of '
+    'the config, n of each figure and more digits. Mean and 95% interval. No test prompt stands '
+    'among the prompts of '
+    "demonstrations, comparisons or RL, and these name none of the test's entities. Pretraining "
+    'text tells facts about all '
+    'entities, but holds none of the passages and sentences of the two tasks.',
+    '',
+  ]
+  lines += _table(
+    ['policy', *COLUMNS.values()],
+    [
+      [name_of(name), *(show(policy.get(c), digits=2) for c in COLUMNS)]
+      for name, policy in policies.items()
+    ],
+  )
+  lines += [
+    '',
+    *(f'- {what}: {text}.' for what, text in MEANING.items()),
+    '',
+    '## Findings',
+    '',
+    'yes: the whole interval is on the claimed side; no: on the other side; not shown: neither, '
+    'or what the claim presumes '
+    'is not shown. Differences are paired by item.',
+    '',
+  ]
+  lines += _table(
+    ['finding', 'outcome', 'figures, 95% interval'],
+    [
+      [
+        claim,
+        f'**{found["held"]}**' if found['held'] != findings.YES else 'yes',
+        findings.in_words(found),
+      ]
+      for claim, found in result['findings'].items()
+    ],
+  )
   lines += ['', '## Reward model', '']
   lines += [f'- {k.replace("_", " ")}: {_text(v)}' for k, v in result['reward_model'].items()]
   if result['selection']:
     lines += ['', selection.markdown(result['selection'])]
   kinds = [k for k in policies.get('sft', {}) if k.startswith('pretraining_loss_')]
   if kinds:
-    lines += ['', '## Pretraining loss by kind of document, nats per token', '',
-              *_table(['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)],
-                      [[name_of(n), *(show(p[k], digits=2) for k in kinds)] for n, p in policies.items() if kinds[0] in p])]
+    lines += [
+      '',
+      '## Pretraining loss by kind of document, nats per token',
+      '',
+      *_table(
+        ['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)],
+        [
+          [name_of(n), *(show(p[k], digits=2) for k in kinds)]
+          for n, p in policies.items()
+          if kinds[0] in p
+        ],
+      ),
+    ]
   if result['prompted_baseline']:
     best = result['prompted_baseline']['best']
-    lines += ['', f'Best prompt of the pretrained model, chosen on validation prompts among '
-              f'{len(result["prompted_baseline"]["gold"])}: `{best}`.']
-  lines += ['', '## Samples', '', 'One response of each policy to the first test prompt of every use case, at temperature 1.']
+    lines += [
+      '',
+      f'Best prompt of the pretrained model, chosen on validation prompts among '
+      f'{len(result["prompted_baseline"]["gold"])}: `{best}`.',
+    ]
+  lines += [
+    '',
+    '## Samples',
+    '',
+    'One response of each policy to the first test prompt of every use case, at temperature 1.',
+  ]
   for sample in result['samples']:
-    lines += ['', f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`', '',
-              *_table(['policy', 'response'], [[name_of(n), f'`{x}`' if x else ''] for n, x in sample['responses'].items()])]
+    lines += [
+      '',
+      f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`',
+      '',
+      *_table(
+        ['policy', 'response'],
+        [[name_of(n), f'`{x}`' if x else ''] for n, x in sample['responses'].items()],
+      ),
+    ]
   lines += ['', '## Plots', '', *(f'![{p}]({p})\n' for p in pictures)]
-  lines += ['## Seconds', '', ', '.join(f'{k} {v:.0f}' for k, v in result['seconds'].items()), '',
-            ', '.join(f'{k} {v}' for k, v in result['versions'].items()), '']
+  lines += [
+    '## Seconds',
+    '',
+    ', '.join(f'{k} {v:.0f}' for k, v in result['seconds'].items()),
+    '',
+    ', '.join(f'{k} {v}' for k, v in result['versions'].items()),
+    '',
+  ]
   return '\n'.join(lines)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-  return [f'| {" | ".join(head)} |', '|---' * len(head) + '|', *(f'| {" | ".join(row)} |' for row in rows)]
+  return [
+    f'| {" | ".join(head)} |',
+    '|---' * len(head) + '|',
+    *(f'| {" | ".join(row)} |' for row in rows),
+  ]
 
 
 def _text(value: object) -> str:
   """Of a figure, or a number that has no interval."""
-  return show(value) if isinstance(value, dict) else f'{value:.3f}' if isinstance(value, float) else str(value)
+  return (
+    show(value)
+    if isinstance(value, dict)
+    else f'{value:.3f}'
+    if isinstance(value, float)
+    else str(value)
+  )
 
 
 def _short(figure: dict | None) -> str:
@@ -281,7 +438,8 @@ def _short(figure: dict | None) -> str:
 
 
 def _read(path: files.Folder) -> dict[str, np.ndarray] | None:
-  """What `_write` wrote; None where there is nothing, or a damaged file, which is then measured again."""
+  """What `_write` wrote; None where there is nothing, or a damaged file, which is then measured
+  again."""
   if not path.exists():
     return None
   try:
@@ -303,8 +461,12 @@ def _write(path: files.Folder, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _remove_others(folder: files.Folder, policies: dict[str, str], setup: Setup) -> None:
-  """Removes what was measured of other weights, by another protocol, or of policies that the report has no more."""
-  wanted = {f'{name}-{measured_from(for_stage(setup, stage), name, stage)}.npz' for name, stage in policies.items()}
+  """Removes what was measured of other weights, by another protocol, or of policies that the report
+  has no more."""
+  wanted = {
+    f'{name}-{measured_from(for_stage(setup, stage), name, stage)}.npz'
+    for name, stage in policies.items()
+  }
   for path in folder.glob('*.npz'):
     if path.name not in wanted:
       path.unlink()

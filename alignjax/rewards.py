@@ -1,17 +1,21 @@
-"""Rewards: functions of prompts and responses that the config names, c.stages.ppo.reward = dict(fn='module:name', ...).
+"""Rewards: functions of prompts and responses that the config names, c.stages.ppo.reward =
+dict(fn='module:name', ...).
 
     reward(prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B]
 
-`model_reward` is the paper's, the trained reward model. `host_reward` calls a Python function of texts on the host (a rule, a
-classifier, a service); its calls are retried and timed, and a run that has to give it up loses nothing:
+`model_reward` is the paper's, the trained reward model. `host_reward` calls a Python function of
+texts on the host (a rule, a classifier, a service); its calls are retried and timed, and a run that
+has to give it up loses nothing:
 
-    c.stages.ppo.reward = dict(fn='alignjax.rewards:host_reward', function='mylab.rewards:rule', attempts=3, timeout=60.0)
+    c.stages.ppo.reward = dict(fn='alignjax.rewards:host_reward', function='mylab.rewards:rule',
+    attempts=3, timeout=60.0)
 
     def rule(prompts: list[str], responses: list[str]) -> list[float]: ...
 
-The function sees what samples.jsonl shows. A prompt is as its record has it: its text, or its list of messages, without what the
-template writes around it. (Of two records whose prompts have the same tokens, because truncation left them alike, the first.)
-A response is its text without the end token that ended it, so "4" is "4"; one that was cut at the limit is all of its text.
+The function sees what samples.jsonl shows. A prompt is as its record has it: its text, or its list
+of messages, without what the template writes around it. (Of two records whose prompts have the same
+tokens, because truncation left them alike, the first.) A response is its text without the end token
+that ended it, so "4" is "4"; one that was cut at the limit is all of its text.
 """
 
 from __future__ import annotations
@@ -30,30 +34,50 @@ from alignjax import ops, plugins
 from alignjax.types import Networks, Params
 
 
-def model_reward(prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params,
-                 rows: int | None = None) -> jax.Array:
-  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's reward (section 3.5).
+def model_reward(
+  prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params, rows: int | None = None
+) -> jax.Array:
+  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's
+  reward (section 3.5).
 
   rows: read at a time; None = all. Changes memory, not results.
   """
-  tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
+  tokens, token_mask = (
+    jnp.concatenate([prompts, responses], 1),
+    jnp.concatenate([prompt_mask, mask], 1),
+  )
   read = lambda rows: ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
   return ops.in_chunks(read, (tokens, token_mask), rows)
 
 
-def host_reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array, mask: jax.Array, *, nets: Networks, frozen: Params,
-           function: str, asked: Mapping[tuple[int, ...], Any], said: Callable[[Sequence[int]], tuple[str, bool]],
-           failures: list[str], attempts: int = 3, timeout: float = 60.0, pause: float = 1.0) -> jax.Array:
+def host_reward(
+  prompts: jax.Array,
+  prompt_mask: jax.Array,
+  responses: jax.Array,
+  mask: jax.Array,
+  *,
+  nets: Networks,
+  frozen: Params,
+  function: str,
+  asked: Mapping[tuple[int, ...], Any],
+  said: Callable[[Sequence[int]], tuple[str, bool]],
+  failures: list[str],
+  attempts: int = 3,
+  timeout: float = 60.0,
+  pause: float = 1.0,
+) -> jax.Array:
   """f32[B], what the Python function says of each prompt and response while the device waits.
 
-  A call that raises, takes longer than `timeout` or returns something other than B finite numbers is made again, after `pause`
-  seconds, then 2 * pause, and so on. After the last attempt the reason goes to `failures` and the scores are NaN: no update of such
-  a step is applied (steps.update), and the loop saves the state from before it and ends the run.
+  A call that raises, takes longer than `timeout` or returns something other than B finite numbers
+  is made again, after `pause` seconds, then 2 * pause, and so on. After the last attempt the reason
+  goes to `failures` and the scores are NaN: no update of such a step is applied (steps.update), and
+  the loop saves the state from before it and ends the run.
 
-  Args:
-    function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that ran out of time is left behind in
+  Args: function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that
+    ran out of time is left behind in
       its thread, so another may run beside it.
-    asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and whether it ended (templates.Template).
+    asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and
+      whether it ended (templates.Template).
     failures: of the stage (stages/stage.py: Stage). The stage gives these three.
     attempts: calls at most. timeout, pause: seconds.
   """
@@ -61,8 +85,13 @@ def host_reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array
   judge = plugins.find(function, 'reward.function')
 
   def call(prompts, prompt_mask, responses, mask):
-    rows = lambda tokens, live: [row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)]
-    texts = [asked[tuple(row)] for row in rows(prompts, prompt_mask)], [said(row)[0] for row in rows(responses, mask)]
+    rows = lambda tokens, live: [
+      row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)
+    ]
+    texts = (
+      [asked[tuple(row)] for row in rows(prompts, prompt_mask)],
+      [said(row)[0] for row in rows(responses, mask)],
+    )
     problem = ''
     for attempt in range(attempts):
       if attempt:
@@ -72,7 +101,9 @@ def host_reward(prompts: jax.Array, prompt_mask: jax.Array, responses: jax.Array
       except Exception as error:  # noqa: BLE001 a fork's function may raise anything
         problem = f'{type(error).__name__}: {error}'
         print(f'WARNING: {function}, attempt {attempt + 1} of {attempts}: {problem}', flush=True)
-    failures.append(f'the reward function {function} failed {attempts} times, at last with {problem.rstrip(".")}.')
+    failures.append(
+      f'the reward function {function} failed {attempts} times, at last with {problem.rstrip(".")}.'
+    )
     return np.full(len(texts[0]), np.nan, np.float32)
 
   shape = jax.ShapeDtypeStruct((prompts.shape[0],), jnp.float32)
@@ -104,5 +135,8 @@ def checked(scores, count: int) -> np.ndarray:
   if scores.shape != (count,):
     raise ValueError(f'returned shape {scores.shape} for {count} responses')
   if not np.isfinite(scores).all():
-    raise ValueError(f'returned {scores[~np.isfinite(scores)][0]} for response {int(np.flatnonzero(~np.isfinite(scores))[0])}')
+    raise ValueError(
+      f'returned {scores[~np.isfinite(scores)][0]} for response '
+      f'{int(np.flatnonzero(~np.isfinite(scores))[0])}'
+    )
   return scores

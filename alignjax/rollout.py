@@ -1,7 +1,9 @@
-"""The rollout: a response to each prompt, and what the reference, the value network and the reward say about it.
+"""The rollout: a response to each prompt, and what the reference, the value network and the reward
+say about it.
 
-A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B], named in the
-config as c.reward = dict(fn='module:name', ...). alignjax/rewards.py has the trained reward model and Python functions of texts.
+A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) ->
+f32[B], named in the config as c.reward = dict(fn='module:name', ...). alignjax/rewards.py has the
+trained reward model and Python functions of texts.
 """
 
 from __future__ import annotations
@@ -16,36 +18,64 @@ from alignjax.sampling import generate
 from alignjax.types import Metrics, Networks, Params, Rollout
 
 
-def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, prompt_mask: jax.Array,
-            key: jax.Array, *, reward_fn: Callable[..., jax.Array], max_tokens: int, stop_ids: Sequence[int],
-            temperature: float = 1.0, samples_per_prompt: int = 1, missing_end_penalty: float = 0.0,
-            generate_rows: int | None = None, score_rows: int | None = None) -> tuple[Rollout, Metrics]:
+def collect(
+  nets: Networks,
+  params: Params,
+  frozen: Params,
+  prompts: jax.Array,
+  prompt_mask: jax.Array,
+  key: jax.Array,
+  *,
+  reward_fn: Callable[..., jax.Array],
+  max_tokens: int,
+  stop_ids: Sequence[int],
+  temperature: float = 1.0,
+  samples_per_prompt: int = 1,
+  missing_end_penalty: float = 0.0,
+  generate_rows: int | None = None,
+  score_rows: int | None = None,
+) -> tuple[Rollout, Metrics]:
   """Phases 1 to 4 of an iteration: generate, log-probabilities, values, scores.
 
-  The log-probabilities of the policy are computed again by the function that the loss uses, over the sampled tokens: so
-  the ratio before the first update is exactly 1, whatever the sampler's cache was rounded to, and the distance between
-  sampler and scorer is measured ('rollout/sampler_gap_max', nats) instead of entering the gradient (docs/pitfalls.md, 8).
+  The log-probabilities of the policy are computed again by the function that the loss uses, over
+  the sampled tokens: so the ratio before the first update is exactly 1, whatever the sampler's
+  cache was rounded to, and the distance between sampler and scorer is measured
+  ('rollout/sampler_gap_max', nats) instead of entering the gradient (docs/pitfalls.md, 8).
 
-  Args:
-    params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their own.
-    prompts, prompt_mask: [B,Q], left-padded.
-    missing_end_penalty: subtracted from the score of a response without a stop token. The paper reports none.
-    generate_rows, score_rows: rows generated and scored at a time; None = all. Change memory, not results.
+  Args: params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their
+    own. prompts, prompt_mask: [B,Q], left-padded. missing_end_penalty: subtracted from the score of
+    a response without a stop token. The paper reports none. generate_rows, score_rows: rows
+    generated and scored at a time; None = all. Change memory, not results.
   """
-  sampled = generate(nets.decoder, params['policy'], prompts, prompt_mask, key, max_tokens=max_tokens,
-                     stop_ids=stop_ids, temperature=temperature, samples_per_prompt=samples_per_prompt,
-                     prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt)
+  sampled = generate(
+    nets.decoder,
+    params['policy'],
+    prompts,
+    prompt_mask,
+    key,
+    max_tokens=max_tokens,
+    stop_ids=stop_ids,
+    temperature=temperature,
+    samples_per_prompt=samples_per_prompt,
+    prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt,
+  )
   sampled = jax.lax.stop_gradient(sampled)
   prompts, prompt_mask = (jnp.repeat(x, samples_per_prompt, axis=0) for x in (prompts, prompt_mask))
   mask, first = sampled.mask, prompts.shape[1]
 
   def score(rows):
     prompts, prompt_mask, responses, mask = rows
-    tokens, token_mask = jnp.concatenate([prompts, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
+    tokens, token_mask = (
+      jnp.concatenate([prompts, responses], 1),
+      jnp.concatenate([prompt_mask, mask], 1),
+    )
     logprobs, _ = nets.logprobs(params['policy'], tokens, token_mask, temperature=temperature)
     ref_logprobs, _ = nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)
     values = nets.scalar(params['value'], tokens, token_mask)
-    return [jnp.where(mask, x, 0.0) for x in (logprobs[:, first:], ref_logprobs[:, first:], values[:, first - 1:-1])]
+    return [
+      jnp.where(mask, x, 0.0)
+      for x in (logprobs[:, first:], ref_logprobs[:, first:], values[:, first - 1 : -1])
+    ]
 
   rows = (prompts, prompt_mask, sampled.responses, mask)
   with jax.named_scope('score'):
@@ -53,20 +83,24 @@ def collect(nets: Networks, params: Params, frozen: Params, prompts: jax.Array, 
   with jax.named_scope('reward'):
     scores = reward_fn(*rows, nets=nets, frozen=frozen)
   if not jnp.issubdtype(scores.dtype, jnp.floating):
-    raise TypeError(f'the reward function returned {scores.dtype}; rewards must be floating-point numbers.')
+    raise TypeError(
+      f'the reward function returned {scores.dtype}; rewards must be floating-point numbers.'
+    )
   scores = scores.astype(jnp.float32)
   if missing_end_penalty:
     scores = scores - missing_end_penalty * ~sampled.ended
-  rollout = Rollout(*rows, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
+  rollout = Rollout(
+    *rows, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores
+  )
   k1, k3 = ops.kl_estimates(logprobs, ref_logprobs, mask)
   metrics = {
-      'objective/scores': jnp.mean(scores),
-      'objective/scores_std': jnp.std(scores),
-      'objective/kl': jnp.mean(k1),
-      'objective/kl_k3': jnp.mean(k3),
-      'objective/entropy': jnp.mean(-jnp.sum(logprobs, -1)),
-      'rollout/length': jnp.mean(jnp.sum(mask, -1).astype(jnp.float32)),
-      'rollout/ended': jnp.mean(sampled.ended.astype(jnp.float32)),
-      'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
+    'objective/scores': jnp.mean(scores),
+    'objective/scores_std': jnp.std(scores),
+    'objective/kl': jnp.mean(k1),
+    'objective/kl_k3': jnp.mean(k3),
+    'objective/entropy': jnp.mean(-jnp.sum(logprobs, -1)),
+    'rollout/length': jnp.mean(jnp.sum(mask, -1).astype(jnp.float32)),
+    'rollout/ended': jnp.mean(sampled.ended.astype(jnp.float32)),
+    'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
   }
   return jax.lax.stop_gradient(rollout), metrics

@@ -1,6 +1,7 @@
 """Sampling: one prefill, then a scanned loop that stops when every row has finished.
 
-`generate` is not compiled here: it is called inside the jit of its caller, so that a PPO iteration stays one program.
+`generate` is not compiled here: it is called inside the jit of its caller, so that a PPO iteration
+stays one program.
 """
 
 from __future__ import annotations
@@ -16,35 +17,52 @@ from alignjax.types import Decoder, Params
 
 
 class Generation(NamedTuple):
-  """responses i32[B,R], right-padded with 0; mask bool[B,R], stop token included; logprobs f32[B,R] under the tempered
-  distribution, 0 on pads; ended bool[B], whether a stop token was sampled (False: cut at the length limit)."""
+  """responses i32[B,R], right-padded with 0; mask bool[B,R], stop token included; logprobs f32[B,R]
+  under the tempered distribution, 0 on pads; ended bool[B], whether a stop token was sampled
+  (False: cut at the length limit)."""
+
   responses: jax.Array
   mask: jax.Array
   logprobs: jax.Array
   ended: jax.Array
 
 
-def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array, *,
-             max_tokens: int, stop_ids: Sequence[int], temperature: float | jax.Array = 1.0, top_k: int | None = None,
-             top_p: float | None = None, samples_per_prompt: int = 1, chunk: int | None = None,
-             prompts_at_once: int | None = None) -> Generation:
+def generate(
+  decoder: Decoder,
+  params: Params,
+  prompts: jax.Array,
+  prompt_mask: jax.Array,
+  key: jax.Array,
+  *,
+  max_tokens: int,
+  stop_ids: Sequence[int],
+  temperature: float | jax.Array = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  samples_per_prompt: int = 1,
+  chunk: int | None = None,
+  prompts_at_once: int | None = None,
+) -> Generation:
   """Samples one response of at most max_tokens tokens to each prompt.
 
-  Args:
-    decoder: prepare, prefill and step of the policy (types.Decoder).
-    prompts, prompt_mask: [B,Q], left-padded: the last column is live in every row.
-    key: one, or one for each row that comes back, which then draws the same numbers in any batch.
-    stop_ids: token ids that end a response; () never ends one early. The only definition of "ended" there is: the mask,
-      the penalty for a missing end and the report all use what comes from here (docs/pitfalls.md, 2).
+  Args: decoder: prepare, prefill and step of the policy (types.Decoder). prompts, prompt_mask:
+    [B,Q], left-padded: the last column is live in every row. key: one, or one for each row that
+    comes back, which then draws the same numbers in any batch. stop_ids: token ids that end a
+    response; () never ends one early. The only definition of "ended" there is: the mask,
+      the penalty for a missing end and the report all use what comes from here (docs/pitfalls.md,
+      2).
     temperature: 0 is greedy; may be a traced scalar above 0.
-    top_k, top_p: cut the distribution. For generation only: scoring does not know about the cut (docs/pitfalls.md, 9).
-    samples_per_prompt: n responses to each prompt from one prefill; row b * n + j is sample j of prompt b.
-    chunk: tokens between two looks at whether all rows have finished; None = the largest divisor of max_tokens up to 8.
-    prompts_at_once: prompts answered together, one group after the other; None = all. The cache is as large as one group's.
-      Changes memory, not what is drawn.
+    top_k, top_p: cut the distribution. For generation only: scoring does not know about the cut
+      (docs/pitfalls.md, 9).
+    samples_per_prompt: n responses to each prompt from one prefill; row b * n + j is sample j of
+      prompt b.
+    chunk: tokens between two looks at whether all rows have finished; None = the largest divisor of
+      max_tokens up to 8.
+    prompts_at_once: prompts answered together, one group after the other; None = all. The cache is
+      as large as one group's. Changes memory, not what is drawn.
 
-  Returns:
-    Generation of B * samples_per_prompt rows. Sampled tokens are never edited (docs/pitfalls.md, 7).
+  Returns: Generation of B * samples_per_prompt rows. Sampled tokens are never edited
+    (docs/pitfalls.md, 7).
   """
   chex.assert_rank([prompts, prompt_mask], 2)
   if chunk is None:
@@ -69,7 +87,9 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
     if n > 1:
       repeat = lambda x: jnp.repeat(x, n, axis=0)
       logits = repeat(logits)
-      cache = cache.replace(k=tuple(map(repeat, cache.k)), v=tuple(map(repeat, cache.v)), mask=repeat(cache.mask))
+      cache = cache.replace(
+        k=tuple(map(repeat, cache.k)), v=tuple(map(repeat, cache.v)), mask=repeat(cache.mask)
+      )
 
     def one_token(carry, t):
       logits, cache, done = carry
@@ -86,14 +106,18 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
     def one_chunk(state):
       start, carry, out = state
       carry, new = jax.lax.scan(one_token, carry, start + jnp.arange(chunk))
-      out = jax.tree.map(lambda o, x: jax.lax.dynamic_update_slice_in_dim(o, x.T, start, axis=1), out, new)
+      out = jax.tree.map(
+        lambda o, x: jax.lax.dynamic_update_slice_in_dim(o, x.T, start, axis=1), out, new
+      )
       return start + chunk, carry, out
 
     empty = tuple(jnp.zeros((rows, max_tokens), d) for d in (jnp.int32, bool, jnp.float32))
     state = (jnp.int32(0), (logits, cache, jnp.zeros(rows, bool)), empty)
     unfinished = lambda state: (state[0] < max_tokens) & ~jnp.all(state[1][2])
     with jax.named_scope('decode'):
-      _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(unfinished, one_chunk, state)
+      _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(
+        unfinished, one_chunk, state
+      )
     return Generation(responses, mask, logprobs, done)
 
   if prompts_at_once is None or prompts_at_once >= prompts.shape[0]:
@@ -101,17 +125,27 @@ def generate(decoder: Decoder, params: Params, prompts: jax.Array, prompt_mask: 
   if prompts.shape[0] % prompts_at_once:
     raise ValueError(f'{prompts.shape[0]} prompts do not divide into groups of {prompts_at_once}.')
   cut = lambda x: x.reshape(-1, prompts_at_once, *x.shape[1:])
-  groups = jax.lax.map(respond, (jnp.arange(0, total, prompts_at_once * n), cut(prompts), cut(prompt_mask)))
+  groups = jax.lax.map(
+    respond, (jnp.arange(0, total, prompts_at_once * n), cut(prompts), cut(prompt_mask))
+  )
   return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), groups)
 
 
-def sample(key: jax.Array | None, logits: jax.Array, temperature: float | jax.Array = 1.0, top_k: int | None = None,
-           top_p: float | None = None, u: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """Draws a token from each row of logits f32[B,V]: (i32[B], f32[B] its log-probability in the distribution drawn from).
+def sample(
+  key: jax.Array | None,
+  logits: jax.Array,
+  temperature: float | jax.Array = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  u: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws a token from each row of logits f32[B,V]: (i32[B], f32[B] its log-probability in the
+  distribution drawn from).
 
-  One uniform number a row (u f32[B,1]; None: drawn from the key) inverts the cumulative distribution; the Gumbel trick of
-  jax.random.categorical draws V of them and took eight times as long at V = 50k. Drawn is the first token of a probability above 0
-  whose cumulative one exceeds u. A token of probability 0 never is, though the sums, which are added up in a tree, rise and fall by
+  One uniform number a row (u f32[B,1]; None: drawn from the key) inverts the cumulative
+  distribution; the Gumbel trick of jax.random.categorical draws V of them and took eight times as
+  long at V = 50k. Drawn is the first token of a probability above 0 whose cumulative one exceeds u.
+  A token of probability 0 never is, though the sums, which are added up in a tree, rise and fall by
   their last bit at such tokens too. The resolution of u is 2^-23.
   """
   if isinstance(temperature, (int, float)) and temperature == 0:
@@ -121,14 +155,17 @@ def sample(key: jax.Array | None, logits: jax.Array, temperature: float | jax.Ar
   logprobs = jax.nn.log_softmax(logits, axis=-1)
   p = jnp.exp(logprobs)
   cumulative = jnp.where(p > 0, jnp.cumsum(p, axis=-1), 0.0)
-  u = (jax.random.uniform(key, (logits.shape[0], 1)) if u is None else u) * jnp.max(cumulative, axis=-1, keepdims=True)
+  u = (jax.random.uniform(key, (logits.shape[0], 1)) if u is None else u) * jnp.max(
+    cumulative, axis=-1, keepdims=True
+  )
   number = jax.lax.broadcasted_iota(jnp.int32, p.shape, 1)
   token = jnp.min(jnp.where(cumulative > u, number, p.shape[-1] - 1), axis=-1)
   return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
 
 
 def truncate(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
-  """Sets to -inf what lies outside the k most likely tokens, or outside the smallest set of probability top_p."""
+  """Sets to -inf what lies outside the k most likely tokens, or outside the smallest set of
+  probability top_p."""
   if top_k is not None:
     kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)

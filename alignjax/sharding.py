@@ -1,12 +1,13 @@
-"""The device mesh and where arrays live on it. Logical axis names come from models/axes.py, rules from the config.
+"""The device mesh and where arrays live on it. Logical axis names come from models/axes.py, rules
+from the config.
 
     c.mesh = dict(data=None, fsdp=1, tensor=1)                               None: what is left of the devices
     c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
                       vocab='tensor')
 
-A logical axis that no rule names is replicated: of activations there is also 'sequence', the tokens of the residual stream
-between layers; sequence='tensor' divides what is kept of each layer for the way back.
-Without any rule every process of jit would hold everything.
+A logical axis that no rule names is replicated: of activations there is also 'sequence', the tokens
+of the residual stream between layers; sequence='tensor' divides what is kept of each layer for the
+way back. Without any rule every process of jit would hold everything.
 """
 
 from __future__ import annotations
@@ -23,50 +24,73 @@ from alignjax.models.axes import logical_axes, path_name
 from alignjax.models.config import TransformerConfig
 
 AXES = ('data', 'fsdp', 'tensor')
-RULES = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor', vocab='tensor')
+RULES = dict(
+  batch=('data', 'fsdp'),
+  embed='fsdp',
+  heads='tensor',
+  kv_heads='tensor',
+  mlp='tensor',
+  vocab='tensor',
+)
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
   """A mesh of axes (data, fsdp, tensor) over all devices; data=None takes what the others leave.
 
-  What trains or uses a model begins here, and so here jax's 64-bit mode is refused: random draws, integers and parameters
-  would be of other types than those that programs and checkpoints declare.
+  What trains or uses a model begins here, and so here jax's 64-bit mode is refused: random draws,
+  integers and parameters would be of other types than those that programs and checkpoints declare.
   """
   if jax.config.jax_enable_x64:
-    raise ValueError('jax is in its 64-bit mode (JAX_ENABLE_X64, or --jax_enable_x64), but alignjax computes in float32 and less. '
-                     'Unset JAX_ENABLE_X64.')
+    raise ValueError(
+      'jax is in its 64-bit mode (JAX_ENABLE_X64, or --jax_enable_x64), but alignjax computes in '
+      'float32 and less. '
+      'Unset JAX_ENABLE_X64.'
+    )
   devices = jax.devices() if devices is None else devices
   rest = fsdp * tensor
   if data is None:
     if len(devices) % rest:
-      raise ValueError(f'mesh.fsdp={fsdp} x mesh.tensor={tensor} does not divide the {len(devices)} devices.')
+      raise ValueError(
+        f'mesh.fsdp={fsdp} x mesh.tensor={tensor} does not divide the {len(devices)} devices.'
+      )
     data = len(devices) // rest
   if data * rest != len(devices):
-    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is {data * rest}, but there are '
-                     f'{len(devices)} devices.')
+    raise ValueError(
+      f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is {data * rest}, but there are '
+      f'{len(devices)} devices.'
+    )
   try:
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(
+      (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
   except NotImplementedError as error:  # of a TPU slice's own axes
-    raise ValueError(f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: '
-                     f'{error}') from None
+    raise ValueError(
+      f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: '
+      f'{error}'
+    ) from None
 
 
 class Sharder:
   """Turns logical axes into shardings of one mesh.
 
-  Args:
-    mesh: of make_mesh.
-    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as 'embed' where no rule names it.
+  Args: mesh: of make_mesh. rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table',
+    the embedding's D, is as 'embed' where no rule names it.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
     self.mesh = mesh
-    self.rules = {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in rules.items()}
+    self.rules = {
+      name: tuple(value) if isinstance(value, (list, tuple)) else value
+      for name, value in rules.items()
+    }
     self.rules.setdefault('table', self.rules.get('embed'))
     for name, value in self.rules.items():
       for axis in _as_tuple(value):
         if axis not in mesh.axis_names:
-          raise ValueError(f'sharding.{name}={value!r} names {axis!r}, but the mesh has the axes {mesh.axis_names}.')
+          raise ValueError(
+            f'sharding.{name}={value!r} names {axis!r}, but the mesh has the axes '
+            f'{mesh.axis_names}.'
+          )
 
   def sharding(self, *axes: str | None) -> NamedSharding:
     """The sharding of an array with these logical axes."""
@@ -94,34 +118,46 @@ class Sharder:
     for axis, count in (('heads', model.num_heads), ('kv_heads', model.kv_heads)):
       parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get(axis))], initial=1))
       if count % parts:
-        raise ValueError(f'{name}: its {count} {axis} do not divide over the {parts} devices of mesh axis '
-                         f'{self.rules[axis]!r}; change the mesh or sharding.{axis}.')
+        raise ValueError(
+          f'{name}: its {count} {axis} do not divide over the {parts} devices of mesh axis '
+          f'{self.rules[axis]!r}; change the mesh or sharding.{axis}.'
+        )
 
   def params(self, shapes: Any) -> Any:
-    """Shardings of a parameter tree (arrays or shapes). An axis that does not divide is an error that names both."""
+    """Shardings of a parameter tree (arrays or shapes). An axis that does not divide is an error
+    that names both."""
 
     def one(path, leaf, axes):
       sharding = self.sharding(*axes)
       for size, axis, entry in zip(leaf.shape, axes, sharding.spec, strict=True):
         parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(entry)], initial=1))
         if size % parts:
-          raise ValueError(f'parameter {path_name(path)} {leaf.shape}: its {axis!r} axis of {size} does not divide '
-                           f'over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.')
+          raise ValueError(
+            f'parameter {path_name(path)} {leaf.shape}: its {axis!r} axis of {size} does not '
+            f'divide '
+            f'over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.'
+          )
       return sharding
 
     return jax.tree_util.tree_map_with_path(one, shapes, logical_axes(shapes))
 
   def state(self, shapes: Any, params_shapes: Any) -> Any:
-    """Shardings of a whole TrainState of shapes: what has the path and shape of a parameter lives where that does
-    (optimizer moments, EMA), everything else is replicated."""
-    by_path = {path_name(p): (leaf.shape, s) for (p, leaf), s in
-               zip(jax.tree_util.tree_leaves_with_path(params_shapes),
-                   jax.tree.leaves(self.params(params_shapes)), strict=True)}
+    """Shardings of a whole TrainState of shapes: what has the path and shape of a parameter lives
+    where that does (optimizer moments, EMA), everything else is replicated."""
+    by_path = {
+      path_name(p): (leaf.shape, s)
+      for (p, leaf), s in zip(
+        jax.tree_util.tree_leaves_with_path(params_shapes),
+        jax.tree.leaves(self.params(params_shapes)),
+        strict=True,
+      )
+    }
 
     def one(path, leaf):
       name = path_name(path)
       parts = name.split('/')
-      for start in range(len(parts)):  # the longest suffix that is a parameter: opt_state/0/mu/policy/... -> policy/...
+      # the longest suffix that is a parameter: opt_state/0/mu/policy/... -> policy/...
+      for start in range(len(parts)):
         for key in ('/'.join(parts[start:]), '/'.join(['policy', *parts[start:]])):
           if key in by_path and by_path[key][0] == leaf.shape:
             return by_path[key][1]
@@ -134,8 +170,9 @@ class Sharder:
     return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
   def for_decoding(self, params: Any) -> Any:
-    """Weights as the sampling loop wants them: gathered over the data-like axes once, before the loop, and kept split
-    over the others. Otherwise sharded weights are gathered again for every token (docs/pitfalls.md, 24)."""
+    """Weights as the sampling loop wants them: gathered over the data-like axes once, before the
+    loop, and kept split over the others. Otherwise sharded weights are gathered again for every
+    token (docs/pitfalls.md, 24)."""
     gathered = set(_as_tuple(self.rules.get('batch')))
     keep = lambda entry: tuple(a for a in _as_tuple(entry) if a not in gathered) or None
 
@@ -146,17 +183,22 @@ class Sharder:
     return jax.tree.map(one, params, self.params(params))
 
   def local(self, rows: np.ndarray) -> np.ndarray:
-    """Those of a batch's rows that lie on devices of this process, in order: what it passes to `put`. Processes that share a part
-    of the batch (because a tensor axis spans them) get the same rows."""
+    """Those of a batch's rows that lie on devices of this process, in order: what it passes to
+    `put`. Processes that share a part of the batch (because a tensor axis spans them) get the same
+    rows."""
     if len(rows) % self.batch_shards:
-      raise ValueError(f'a batch of {len(rows)} rows does not divide over the {self.batch_shards} devices that share it.')
+      raise ValueError(
+        f'a batch of {len(rows)} rows does not divide over the {self.batch_shards} devices that '
+        f'share it.'
+      )
     if jax.process_count() == 1:
       return rows
     parts = self.batch.addressable_devices_indices_map((len(rows),)).values()
     return rows[np.unique(np.concatenate([np.arange(len(rows))[part] for part in parts]))]
 
   def put(self, tree: Any) -> Any:
-    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own rows (`local`)."""
+    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own
+    rows (`local`)."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
@@ -165,7 +207,9 @@ class Sharder:
     """The same of rows that every process has all of."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, self.batch, lambda index: x[index]), tree)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(x.shape, self.batch, lambda index: x[index]), tree
+    )
 
 
 def sync(what: str) -> None:
@@ -175,7 +219,8 @@ def sync(what: str) -> None:
 
 
 def fetch(tree: Any) -> Any:
-  """Arrays -> whole numpy arrays, on every process, whichever of them hold the parts. All processes have to call it."""
+  """Arrays -> whole numpy arrays, on every process, whichever of them hold the parts. All processes
+  have to call it."""
 
   def one(x):
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

@@ -1,5 +1,5 @@
-"""One optimizer update: gradients (in microbatches), optimizer, moving average; skipped where the loss or a gradient is not
-finite. The same for every stage and loss."""
+"""One optimizer update: gradients (in microbatches), optimizer, moving average; skipped where the
+loss or a gradient is not finite. The same for every stage and loss."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ import optax
 from alignjax.types import LossFn, Metrics, Networks, TrainState
 
 
-def gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array | None, *, nets: Networks,
-              microbatches: int = 1) -> tuple[Any, Metrics, jax.Array]:
-  """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches one after the other.
+def gradients(
+  loss_fn: LossFn,
+  params: Any,
+  batch: Any,
+  key: jax.Array | None,
+  *,
+  nets: Networks,
+  microbatches: int = 1,
+) -> tuple[Any, Metrics, jax.Array]:
+  """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches
+  one after the other.
 
-  The batch's weights are normalised first and globally, so the sum over microbatches (and devices) is the gradient of
-  the whole: the number of microbatches changes memory only (docs/pitfalls.md, 10).
+  The batch's weights are normalised first and globally, so the sum over microbatches (and devices)
+  is the gradient of the whole: the number of microbatches changes memory only (docs/pitfalls.md,
+  10).
   """
   batch = batch.normalized()
-  grad_fn = jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch, key, nets=nets), has_aux=True)
+  grad_fn = jax.value_and_grad(
+    lambda params, batch, key: loss_fn(params, batch, key, nets=nets), has_aux=True
+  )
   if microbatches == 1:
     (loss, metrics), grads = grad_fn(params, batch, key)
     return grads, metrics, loss
@@ -29,39 +40,64 @@ def gradients(loss_fn: LossFn, params: Any, batch: Any, key: jax.Array | None, *
 
   def add(total, inputs):
     microbatch, key = inputs
-    # Behind the barrier each layer casts its weights when it uses them; without it XLA keeps a cast copy of all through the loop.
+    # Behind the barrier each layer casts its weights when it uses them; without it XLA keeps a cast
+    # copy of all through the loop.
     (loss, metrics), grads = grad_fn(jax.lax.optimization_barrier(params), microbatch, key)
     return jax.tree.map(jnp.add, total, grads), (metrics, loss)
 
   zeros = jax.tree.map(jnp.zeros_like, params)
   grads, (metrics, losses) = jax.lax.scan(add, zeros, (cut, keys))
-  return grads, {name: jnp.max(x, 0) if is_maximum(name) else jnp.sum(x, 0) for name, x in metrics.items()}, jnp.sum(losses)
+  return (
+    grads,
+    {name: jnp.max(x, 0) if is_maximum(name) else jnp.sum(x, 0) for name, x in metrics.items()},
+    jnp.sum(losses),
+  )
 
 
-def update(state: TrainState, batch: Any, key: jax.Array | None, *, loss_fn: LossFn, nets: Networks,
-           tx: optax.GradientTransformation, microbatches: int = 1,
-           ema_decay: float | None = None) -> tuple[TrainState, Metrics]:
-  """One gradient, one optimizer update. Does not count state.step: a PPO iteration has several updates.
+def update(
+  state: TrainState,
+  batch: Any,
+  key: jax.Array | None,
+  *,
+  loss_fn: LossFn,
+  nets: Networks,
+  tx: optax.GradientTransformation,
+  microbatches: int = 1,
+  ema_decay: float | None = None,
+) -> tuple[TrainState, Metrics]:
+  """One gradient, one optimizer update. Does not count state.step: a PPO iteration has several
+  updates.
 
-  Where the loss or a gradient norm is NaN or infinite, parameters, optimizer and average stay as they were and the
-  update is counted in state.skipped. optax.apply_if_finite is the other way round: it applies the bad update in the end.
+  Where the loss or a gradient norm is NaN or infinite, parameters, optimizer and average stay as
+  they were and the update is counted in state.skipped. optax.apply_if_finite is the other way
+  round: it applies the bad update in the end.
 
-  ema_decay: moving average of params['policy'] in float32, once an update (the paper: 0.992, C.4, granularity not
-  reported); in bfloat16 a decay this near 1 would round to no change (docs/pitfalls.md, 18).
+  ema_decay: moving average of params['policy'] in float32, once an update (the paper: 0.992, C.4,
+  granularity not reported); in bfloat16 a decay this near 1 would round to no change
+  (docs/pitfalls.md, 18).
   """
   with jax.named_scope('update'):
-    grads, metrics, loss = gradients(loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches)
+    grads, metrics, loss = gradients(
+      loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches
+    )
     norms = {f'optim/grad_norm_{name}': optax.tree.norm(tree) for name, tree in grads.items()}
     finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay is not None:
-      ema = jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p.astype(jnp.float32) - e), ema, params['policy'])
-    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema),
-                                          (state.params, state.opt_state, state.ema))
+      ema = jax.tree.map(
+        lambda e, p: e + (1 - ema_decay) * (p.astype(jnp.float32) - e), ema, params['policy']
+      )
+    params, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, opt_state, ema),
+      (state.params, state.opt_state, state.ema),
+    )
   skipped = jnp.where(finite, state.skipped * jnp.array([1, 0]), state.skipped + 1)
-  return state.replace(params=params, opt_state=opt_state, ema=ema, skipped=skipped), metrics | norms
+  return state.replace(
+    params=params, opt_state=opt_state, ema=ema, skipped=skipped
+  ), metrics | norms
 
 
 def split(batch: Any, parts: int, permutation: jax.Array | None = None) -> Any:

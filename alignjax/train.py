@@ -1,9 +1,11 @@
-"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (stages/stage.py: Stage) brings that.
+"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (stages/stage.py: Stage)
+brings that.
 
     train.main(config, workdir)
 
-runs config.stages_to_run and, before them, the stages that they start from, each in WORKDIR/<stage>; finished ones are
-reused. A run that was stopped at any point goes on from its last checkpoint and ends with the same bits.
+runs config.stages_to_run and, before them, the stages that they start from, each in
+WORKDIR/<stage>; finished ones are reused. A run that was stopped at any point goes on from its last
+checkpoint and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -29,13 +31,17 @@ from alignjax.setup.objects import Setup, for_stage, make_setup
 from alignjax.setup.records import say
 
 
-def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced: str | None = None,
-         on_changed_input: str = 'fail') -> None:
+def main(
+  config: ml_collections.ConfigDict,
+  workdir: str | files.Folder,
+  traced: str | None = None,
+  on_changed_input: str = 'fail',
+) -> None:
   """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
 
-  Args:
-    traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/runtime/trace.py).
-    on_changed_input: what happens where a stage's folder was made from other data, weights or functions than there are now
+  Args: traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/runtime/trace.py). on_changed_input:
+    what happens where a stage's folder was made from other data, weights or functions than there
+    are now
       (alignjax/setup/inputs.py): 'fail', 'keep' or 'restart'.
 
   Raises:
@@ -51,7 +57,9 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
       trace.check(wanted, order)
       for name in order:
         entries.check_stage(config, name)
-      builders = {name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order}
+      builders = {
+        name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order
+      }
       for name, builder in builders.items():
         plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
       report = plugins.find(config.report.build, 'report.build')
@@ -62,16 +70,32 @@ def main(config: ml_collections.ConfigDict, workdir: str | files.Folder, traced:
         check_inputs(setup, name, on_changed_input)
       check_data(setup, {name: builders[name] for name in order if not finished(setup, name)})
       for name in order:
-        run_stage(for_stage(setup, name)._replace(read={}), name, builders[name], interrupt, wanted, on_changed_input,
-                  getattr(sys.modules[report.__module__], 'outdated', None))
-      policies = [n for n in config.report.policies.values() if n in config.stages] if config.report.policies else []
-      if config.report.policies and all(finished(setup, n) for n in policies) and belong_together(setup, policies, order):
+        run_stage(
+          for_stage(setup, name)._replace(read={}),
+          name,
+          builders[name],
+          interrupt,
+          wanted,
+          on_changed_input,
+          getattr(sys.modules[report.__module__], 'outdated', None),
+        )
+      policies = (
+        [n for n in config.report.policies.values() if n in config.stages]
+        if config.report.policies
+        else []
+      )
+      if (
+        config.report.policies
+        and all(finished(setup, n) for n in policies)
+        and belong_together(setup, policies, order)
+      ):
         report(setup)
 
 
 @contextlib.contextmanager
 def alone(workdir: files.Folder) -> Iterator[None]:
-  """Holds the workdir's lock, which process 0 takes for all; what an earlier run said of its error goes."""
+  """Holds the workdir's lock, which process 0 takes for all; what an earlier run said of its error
+  goes."""
   with contextlib.ExitStack() as stack:
     failures.on_first(lambda: stack.enter_context(lock.held(workdir)))
     if jax.process_index() == 0:
@@ -80,8 +104,8 @@ def alone(workdir: files.Folder) -> Iterator[None]:
 
 
 def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
-  """Whether no stage behind the report's policies was made from another version of what is there now; else the reason is said.
-  The stages of this run, `done`, were compared before."""
+  """Whether no stage behind the report's policies was made from another version of what is there
+  now; else the reason is said. The stages of this run, `done`, were compared before."""
   mixed = False
   try:
     for name in resolve(setup.config, policies) if jax.process_index() == 0 else ():
@@ -94,24 +118,29 @@ def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
 
 
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
-  failures.on_first(lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say))
+  failures.on_first(
+    lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say)
+  )
 
 
 def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
-  """Reads what the stages to come will read, so that a line that is wrong is named now and not after hours of another stage. The
-  first stage reads its own at once, and the sandbox's data are made by earlier stages. Each stage reads its records again when its
-  turn comes, and prints its notes about them then."""
+  """Reads what the stages to come will read, so that a line that is wrong is named now and not
+  after hours of another stage. The first stage reads its own at once, and the sandbox's data are
+  made by earlier stages. Each stage reads its records again when its turn comes, and prints its
+  notes about them then."""
   if setup.text.world is not None:
     return
   for name, builder in list(builders.items())[1:]:
-    read = getattr(sys.modules.get(builder.__module__), 'read_data', None)  # a fork's stage may have none
+    # a fork's stage may have none
+    read = getattr(sys.modules.get(builder.__module__), 'read_data', None)
     if read is not None:
       with contextlib.redirect_stdout(io.StringIO()):
         read(for_stage(setup, name)._replace(read={}), name)
 
 
 def resolve(config: ml_collections.ConfigDict, targets: Sequence[str] | None = None) -> list[str]:
-  """The targets, by default the stages to run, prerequisites first: those that a stage's init or policies name as 'stage:NAME'."""
+  """The targets, by default the stages to run, prerequisites first: those that a stage's init or
+  policies name as 'stage:NAME'."""
   order: list[str] = []
 
   def visit(name: str, path: tuple[str, ...]):
@@ -141,26 +170,42 @@ def _strings(tree: Any):
 
 
 def identity(config: ml_collections.ConfigDict, name: str) -> dict:
-  """What decides a stage's result: its own config and the shared parts. How often it logs and saves does not, nor which
-  candidates it keeps."""
+  """What decides a stage's result: its own config and the shared parts. How often it logs and saves
+  does not, nor which candidates it keeps."""
   config = config.to_dict()
-  stage = {k: v for k, v in config['stages'][name].items() if k not in ('log_every', 'save_every', 'keep_candidates')}
-  return {k: config[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {'stages': {name: stage}}
+  stage = {
+    k: v
+    for k, v in config['stages'][name].items()
+    if k not in ('log_every', 'save_every', 'keep_candidates')
+  }
+  return {k: config[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
+    'stages': {name: stage}
+  }
 
 
 def finished(setup: Setup, name: str) -> bool:
   return checkpoint.is_finished(setup.workdir / name / 'final')
 
 
-def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: trace.Profile | None = None,
-              on_changed_input: str = 'fail', outdated: Callable[[Setup, str], None] | None = None) -> None:
-  """One stage from its last checkpoint, or its start, to its end. outdated: called with the setup and the stage's name before the
-  stage is made again, to remove reports of its earlier result."""
+def run_stage(
+  setup: Setup,
+  name: str,
+  builder,
+  interrupt: Interrupt,
+  wanted: trace.Profile | None = None,
+  on_changed_input: str = 'fail',
+  outdated: Callable[[Setup, str], None] | None = None,
+) -> None:
+  """One stage from its last checkpoint, or its start, to its end. outdated: called with the setup
+  and the stage's name before the stage is made again, to remove reports of its earlier result."""
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
   check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now
-  with checkpoint.Checkpoints(folder / 'checkpoints', config=identity(setup.config, name),
-                              logs=functools.partial(metrics.sums, folder)) as saved:
+  with checkpoint.Checkpoints(
+    folder / 'checkpoints',
+    config=identity(setup.config, name),
+    logs=functools.partial(metrics.sums, folder),
+  ) as saved:
     if finished(setup, name):
       say(f'{name}: finished before, reused ({folder})')
       return
@@ -173,16 +218,23 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: tr
     stage = builder(setup, name)
     made = record(setup, name)
     state, first = stage.state, 0
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     restored = saved.restore(abstract)
     if restored is not None:
       first, state = restored
       say(f'{name}: goes on from step {first} of {stage.num_steps}')
     built = time.perf_counter()
     tracer = trace.Tracer(wanted, folder, first, stage.num_steps)
-    with (metrics.Writer(folder, start_step=first, active=main_process) as writer,
-          metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress, interrupt.held()):
-      state = loop(stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder, made)
+    with (
+      metrics.Writer(folder, start_step=first, active=main_process) as writer,
+      metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress,
+      interrupt.held(),
+    ):
+      state = loop(
+        stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder, made
+      )
     try:
       interrupt.check()
       params, info = stage.finish(state)
@@ -192,11 +244,25 @@ def run_stage(setup: Setup, name: str, builder, interrupt: Interrupt, wanted: tr
       raise
     seconds = _elapsed(folder, time.perf_counter() - began)
     made |= {'logs': inputs.logs(folder)}
-    checkpoint.save_params(folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps}, made)
+    checkpoint.save_params(
+      folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps}, made
+    )
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
 
-def loop(stage, state, first: int, config, saved, writer, progress, interrupt, tracer, folder: files.Folder, made: dict):
+def loop(
+  stage,
+  state,
+  first: int,
+  config,
+  saved,
+  writer,
+  progress,
+  interrupt,
+  tracer,
+  folder: files.Folder,
+  made: dict,
+):
   """Steps first..num_steps. A checkpoint every save_every steps and when something ends the run."""
   cfg = config.stages[folder.name]
   candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
@@ -213,9 +279,14 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
     if failed:
       failures.stop_for_failed_host(saved, i, first, state, before, stage.failures)
     if skipped[0] and not before[0]:
-      say(f'{folder.name}: step {done}: an update was skipped, its loss or gradient was not finite; optim/skipped counts them')
+      say(
+        f'{folder.name}: step {done}: an update was skipped, its loss or gradient was not finite; '
+        f'optim/skipped counts them'
+      )
     if skipped[1] >= config.max_bad_updates:
-      failures.stop_for_bad_updates(saved, folder, done, state, batch, seen, jax.device_get(measured))
+      failures.stop_for_bad_updates(
+        saved, folder, done, state, batch, seen, jax.device_get(measured)
+      )
     if done % cfg.log_every == 0 or done == stage.num_steps:
       values = {k: float(v) for k, v in jax.device_get(measured).items()}
       if skipped[0] == before[0]:
@@ -247,15 +318,24 @@ def loop(stage, state, first: int, config, saved, writer, progress, interrupt, t
 
 
 def candidate_steps(num_steps: int, count: int | None) -> list[int]:
-  """The steps before the last after which one of `count` evenly spaced candidates is kept; the last one is the stage's result."""
-  return sorted({round(num_steps * i / count) for i in range(1, count)} - {0, num_steps}) if count else []
+  """The steps before the last after which one of `count` evenly spaced candidates is kept; the last
+  one is the stage's result."""
+  return (
+    sorted({round(num_steps * i / count) for i in range(1, count)} - {0, num_steps})
+    if count
+    else []
+  )
 
 
 def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) -> None:
-  """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for stages/selection.py to choose from."""
+  """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for
+  stages/selection.py to choose from."""
   path = folder / 'candidates' / str(step)
-  there = jax.process_index() == 0 and checkpoint.is_finished(path) and (
-      checkpoint.load_info(path).get('made', {}).get('origin') == made['origin'])
+  there = (
+    jax.process_index() == 0
+    and checkpoint.is_finished(path)
+    and (checkpoint.load_info(path).get('made', {}).get('origin') == made['origin'])
+  )
   if anywhere(there)[0]:
     return  # where a run that was stopped repeats steps
   params, info = stage.finish(state)
@@ -263,14 +343,18 @@ def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) ->
 
 
 def record(setup: Setup, name: str) -> dict:
-  """What the stage was made from, as far as it has read it, which process 0 keeps in STAGE/inputs.json; empty on the others."""
+  """What the stage was made from, as far as it has read it, which process 0 keeps in
+  STAGE/inputs.json; empty on the others."""
   read, made = inputs.of_config(setup.config, name) | setup.read, {}
-  failures.on_first(lambda: made.update(inputs.record(setup.workdir, name, identity(setup.config, name), read)))
+  failures.on_first(
+    lambda: made.update(inputs.record(setup.workdir, name, identity(setup.config, name), read))
+  )
   return made
 
 
 def _elapsed(folder: files.Folder, seconds: float) -> float:
-  """Seconds of all attempts at a stage, as far as its metrics tell: those before a restart are read from there."""
+  """Seconds of all attempts at a stage, as far as its metrics tell: those before a restart are read
+  from there."""
   path = folder / 'metrics.jsonl'
   if not path.exists():
     return seconds

@@ -1,12 +1,13 @@
-"""The data that travels between the parts: batches, rollouts, caches, state, and the functions that losses receive.
+"""The data that travels between the parts: batches, rollouts, caches, state, and the functions that
+losses receive.
 
 Axis letters, used in every shape comment of the package:
   B batch   Q prompt length (left-padded)   R response length (right-padded)   T whole sequence
   K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads   H head width
   D model width   F MLP width
 
-Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because the two ids are
-often the same (docs/pitfalls.md, 3).
+Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because
+the two ids are often the same (docs/pitfalls.md, 3).
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything an update changes. No random state: keys are fold_in(key(seed), step), so a resumed run needs none.
+  """Everything an update changes. No random state: keys are fold_in(key(seed), step), so a resumed
+  run needs none.
 
-  Attributes:
-    step: i32[], number of finished steps (of PPO: finished iterations).
-    params: {'policy'} | {'reward'} | {'policy', 'value'} -> parameter tree, float32.
-    opt_state: optax state of the whole params dict.
-    ema: float32 moving average of params['policy'], or None.
-    extra: a stage's carried scalars, for example {'kl_coef': f32[]}.
-    skipped: i32[2], updates that were skipped because loss or gradients were not finite: all of them, and those just now in a row.
+  Attributes: step: i32[], number of finished steps (of PPO: finished iterations). params:
+    {'policy'} | {'reward'} | {'policy', 'value'} -> parameter tree, float32. opt_state: optax state
+    of the whole params dict. ema: float32 moving average of params['policy'], or None. extra: a
+    stage's carried scalars, for example {'kl_coef': f32[]}. skipped: i32[2], updates that were
+    skipped because loss or gradients were not finite: all of them, and those just now in a row.
   """
+
   step: jax.Array
   params: Params
   opt_state: Any
@@ -46,16 +47,18 @@ class TrainState:
 class TokenBatch:
   """Rows of text for SFT, pretraining and the ptx term.
 
-  Attributes:
-    tokens: i32[B,T].
-    mask: bool[B,T], True where a token is real; pads never attend and are never attended to. Of packed rows i32[B,T], the
-      number of each token's document in its row from 1 on, 0 on pads: nothing is attended to across documents.
-    weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained on. After
-      `normalized()` they add up to 1, and the loss is their weighted sum.
+  Attributes: tokens: i32[B,T]. mask: bool[B,T], True where a token is real; pads never attend and
+    are never attended to. Of packed rows i32[B,T], the
+      number of each token's document in its row from 1 on, 0 on pads: nothing is attended to across
+      documents.
+    weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained
+      on. After `normalized()` they add up to 1, and the loss is their weighted sum.
     source: i32[B], which entry of `mix` each row comes from; None where all rows are of one source.
-    mix: (name, share) of each source. After `normalized()` the weights of a source add up to its share, however many rows and
-      tokens it has in the batch, so that a share is one of the loss and not of rows.
+    mix: (name, share) of each source. After `normalized()` the weights of a source add up to its
+      share, however many rows and tokens it has in the batch, so that a share is one of the loss
+      and not of rows.
   """
+
   tokens: jax.Array
   mask: jax.Array
   weights: jax.Array
@@ -75,18 +78,20 @@ class TokenBatch:
 
 @flax.struct.dataclass
 class ComparisonBatch:
-  """K ranked responses to each prompt. All pairs of one prompt stay in one batch element (paper section 3.5).
+  """K ranked responses to each prompt. All pairs of one prompt stay in one batch element (paper
+  section 3.5).
 
-  Attributes:
-    tokens: i32[B,K,T], prompt and response.
-    mask: bool[B,K,T].
-    ranks: i32[B,K], 0 is best, equal numbers are ties, -1 marks an absent response.
-    weights: f32[B], weight of each prompt in the loss: 1, and 0 for a row that only fills the batch. `normalized()` divides
-      them by B, which is the same for every update of a run. So each prompt weighs the same over an epoch (the expectation of
-      Eq. 1), and a short last batch makes a smaller gradient instead of heavier prompts.
-    mean_weights: f32[B], the same for figures: after `normalized()` they add up to 1 over the prompts of this batch that have
-      a pair without a tie, so that accuracy and loss of a short batch are logged as means. None before.
+  Attributes: tokens: i32[B,K,T], prompt and response. mask: bool[B,K,T]. ranks: i32[B,K], 0 is
+    best, equal numbers are ties, -1 marks an absent response. weights: f32[B], weight of each
+    prompt in the loss: 1, and 0 for a row that only fills the batch. `normalized()` divides
+      them by B, which is the same for every update of a run. So each prompt weighs the same over an
+      epoch (the expectation of Eq. 1), and a short last batch makes a smaller gradient instead of
+      heavier prompts.
+    mean_weights: f32[B], the same for figures: after `normalized()` they add up to 1 over the
+      prompts of this batch that have a pair without a tie, so that accuracy and loss of a short
+      batch are logged as means. None before.
   """
+
   tokens: jax.Array
   mask: jax.Array
   ranks: jax.Array
@@ -94,34 +99,39 @@ class ComparisonBatch:
   mean_weights: jax.Array | None = None
 
   def pairs(self) -> jax.Array:
-    """bool[B,K,K]: [b, i, j] is True where response i was ranked above response j; ties and absent ones never are."""
+    """bool[B,K,K]: [b, i, j] is True where response i was ranked above response j; ties and absent
+    ones never are."""
     better = self.ranks[:, :, None] < self.ranks[:, None, :]
     present = self.ranks >= 0
     return better & present[:, :, None] & present[:, None, :]
 
   def normalized(self) -> ComparisonBatch:
     informative = jnp.where(self.pairs().any((1, 2)), self.weights, 0.0)
-    return self.replace(weights=self.weights / len(self.weights), mean_weights=normalize(informative))
+    return self.replace(
+      weights=self.weights / len(self.weights), mean_weights=normalize(informative)
+    )
 
 
 @flax.struct.dataclass
 class PreferenceBatch(ComparisonBatch):
   """A ComparisonBatch for losses of a policy, without a reward model (stages/preference.py).
 
-  Attributes:
-    response_mask: bool[B,K,T], True on the tokens of the responses, their end token included.
-    ref_logprobs: f32[B,K,T], log pi_ref of each response token, 0 elsewhere; None where the stage has no reference.
+  Attributes: response_mask: bool[B,K,T], True on the tokens of the responses, their end token
+    included. ref_logprobs: f32[B,K,T], log pi_ref of each response token, 0 elsewhere; None where
+    the stage has no reference.
   """
+
   response_mask: jax.Array | None = None
   ref_logprobs: jax.Array | None = None
 
 
 @flax.struct.dataclass
 class Rollout:
-  """What happened: one sampled response to each prompt, and what every frozen network said about it.
+  """What happened: one sampled response to each prompt, and what every frozen network said about
+  it.
 
-  Index t of the [B,R] fields is a response token: logprobs[:, t] = log pi(responses[:, t] | prompt, responses[:, :t]);
-  values[:, t] = V(prompt, responses[:, :t]), that is before token t.
+  Index t of the [B,R] fields is a response token: logprobs[:, t] = log pi(responses[:, t] | prompt,
+  responses[:, :t]); values[:, t] = V(prompt, responses[:, :t]), that is before token t.
 
   Attributes:
     prompts: i32[B,Q], left-padded.  prompt_mask: bool[B,Q].
@@ -131,6 +141,7 @@ class Rollout:
     values: f32[B,R], 0 where not mask.
     scores: f32[B], the reward of the whole response, added to the reward of its last live token.
   """
+
   prompts: jax.Array
   prompt_mask: jax.Array
   responses: jax.Array
@@ -142,8 +153,10 @@ class Rollout:
 
   def sequences(self) -> tuple[jax.Array, jax.Array]:
     """Prompt and response side by side: tokens i32[B,Q+R] and mask bool[B,Q+R]."""
-    return (jnp.concatenate([self.prompts, self.responses], 1),
-            jnp.concatenate([self.prompt_mask, self.mask], 1))
+    return (
+      jnp.concatenate([self.prompts, self.responses], 1),
+      jnp.concatenate([self.prompt_mask, self.mask], 1),
+    )
 
 
 @flax.struct.dataclass
@@ -156,6 +169,7 @@ class PPOBatch:
     weights: f32[B,R], the weight of each response token; add up to 1 after `normalized()`.
     ptx: TokenBatch of B * rows_per_episode rows, or None.
   """
+
   rollout: Rollout
   advantages: jax.Array
   returns: jax.Array
@@ -169,14 +183,16 @@ class PPOBatch:
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of the tokens so far. One write index for all rows; the mask says which slots are real.
+  """Keys and values of the tokens so far. One write index for all rows; the mask says which slots
+  are real.
 
-  Attributes:
-    k, v: L arrays [B,G,S,H]. A tuple and not one [L,...] array, so that a decode step that visits the layers one by
+  Attributes: k, v: L arrays [B,G,S,H]. A tuple and not one [L,...] array, so that a decode step
+    that visits the layers one by
       one updates each in place and slices nothing.
     mask: bool[B,S].
     index: i32[], the next slot to write.
   """
+
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   mask: jax.Array
@@ -186,10 +202,12 @@ class KVCache:
 class Decoder(NamedTuple):
   """The three functions that sampling needs of a model.
 
-  prepare(params) -> weights: casts, re-shards and unstacks the parameters once, before the sampling loop.
-  prefill(weights, tokens [B,Q], mask, slots) -> (logits f32[B,V] after the last column, KVCache with `slots` slots).
-  step(weights, tokens [B], mask [B], cache) -> (logits f32[B,V], cache).
+  prepare(params) -> weights: casts, re-shards and unstacks the parameters once, before the sampling
+  loop. prefill(weights, tokens [B,Q], mask, slots) -> (logits f32[B,V] after the last column,
+  KVCache with `slots` slots). step(weights, tokens [B], mask [B], cache) -> (logits f32[B,V],
+  cache).
   """
+
   prepare: Callable[..., Any]
   prefill: Callable[..., Any]
   step: Callable[..., Any]
@@ -198,16 +216,20 @@ class Decoder(NamedTuple):
 class Networks(NamedTuple):
   """A model as pure functions. Losses, rollout and evaluation see these and never a module.
 
-  logits(params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1. The model's own, over its whole
-    vocabulary, as in transformers: for evaluations that compare with other tools.
+  logits(params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1. The model's
+    own, over its whole vocabulary, as in transformers: for evaluations that compare with other
+    tools.
   logprobs(params, tokens, mask, temperature=1.0, key=None) -> (logprobs, entropy), both f32[B,T]:
-    logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that distribution; column 0 is 0. This is
-    the one place where logits are shifted against tokens, and where a large vocabulary is cut into chunks. It and the
-    decoder share one distribution, over the ids that have a token.
-  scalar(params, tokens, mask) -> f32[B,T], the value or reward head at every position, after reading token t.
+    logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that distribution;
+    column 0 is 0. This is the one place where logits are shifted against tokens, and where a large
+    vocabulary is cut into chunks. It and the decoder share one distribution, over the ids that have
+    a token.
+  scalar(params, tokens, mask) -> f32[B,T], the value or reward head at every position, after
+  reading token t.
   decoder: Decoder.
   A dropout key of None means no dropout.
   """
+
   logits: Callable[..., jax.Array]
   logprobs: Callable[..., tuple[jax.Array, jax.Array]]
   scalar: Callable[..., jax.Array]
@@ -217,13 +239,21 @@ class Networks(NamedTuple):
 class LossFn(Protocol):
   """(params, batch, key, *, nets, **coefficients) -> (loss f32[], metrics).
 
-  A loss is a weighted sum whose weights were normalised over the whole minibatch beforehand (batch.normalized()), so
-  that the gradients of microbatches add up to the gradient of the minibatch exactly. Metrics add up in the same way,
-  except that those whose name ends in `_max` are combined by maximum.
+  A loss is a weighted sum whose weights were normalised over the whole minibatch beforehand
+  (batch.normalized()), so that the gradients of microbatches add up to the gradient of the
+  minibatch exactly. Metrics add up in the same way, except that those whose name ends in `_max` are
+  combined by maximum.
   """
 
-  def __call__(self, params: Params, batch: Any, key: jax.Array | None, *, nets: Networks,
-               **coefficients: float) -> tuple[jax.Array, Metrics]: ...
+  def __call__(
+    self,
+    params: Params,
+    batch: Any,
+    key: jax.Array | None,
+    *,
+    nets: Networks,
+    **coefficients: float,
+  ) -> tuple[jax.Array, Metrics]: ...
 
 
 def normalize(weights: jax.Array) -> jax.Array:

@@ -1,16 +1,21 @@
-"""Evaluates models as the paper does: one table of tasks and models, with intervals, and the differences to the first.
+"""Evaluates models as the paper does: one table of tasks and models, with intervals, and the
+differences to the first.
 
-    python experiments/evaluate.py --models=pretrained=hf:FOLDER,sft=runs/mine/sft,ppo_ptx=runs/mine/ppo_ptx \\
-      --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc --data=winogender=FILE,crows_pairs=FILE
+    python experiments/evaluate.py
+      --models=pretrained=hf:FOLDER,sft=runs/mine/sft,ppo_ptx=runs/mine/ppo_ptx \\
+      --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc
+      --data=winogender=FILE,crows_pairs=FILE
     python experiments/evaluate.py --models=... --tasks=my_task.yaml,my_tasks/,arc_easy      of lm-evaluation-harness: task files
-                                                                  of one's own, folders of them, and its own tasks by name
+                                                                  of one's own, folders of them, and
+                                                                  its own tasks by name
     python experiments/evaluate.py --tasks=help                  the tasks, and where their data come from; help:arc, the harness's
                                                                   whose names hold "arc"
 
-A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes OUT/table.md, table.json and, of several
-models, table.png. All models compute in one dtype (--dtype). What was measured is kept by everything that makes it (weights, dtype,
-tokenizer, template, data, the source of the task and of functions of your own): a second call computes what is new and says what it
-reuses, an interrupted one goes on.
+A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes
+OUT/table.md, table.json and, of several models, table.png. All models compute in one dtype
+(--dtype). What was measured is kept by everything that makes it (weights, dtype, tokenizer,
+template, data, the source of the task and of functions of your own): a second call computes what is
+new and says what it reuses, an interrupted one goes on.
 """
 
 import argparse
@@ -50,35 +55,67 @@ def describe(part: str) -> str:
   """Our tasks, or the harness's whose names hold `part`."""
   from alignjax.evals import registry
   from alignjax.evals.public import harness_tasks
+
   known = harness_tasks.index()
   if part:
     found = [f'{name:40} {known[name].kind}' for name in sorted(known) if part in name]
     return '\n'.join(found) or f'No task of the harness has {part!r} in its name.'
   ours = registry.find_tasks(list(registry.TASKS))
-  lines = [f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()]
-  return '\n'.join([*lines, '', f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names that '
-                    'lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.'])
+  lines = [
+    f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()
+  ]
+  return '\n'.join(
+    [
+      *lines,
+      '',
+      f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names '
+      f'that '
+      'lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.',
+    ]
+  )
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
-  parser.add_argument('--tasks', required=True, help='TASK,TASK; `help` lists them, `help:PART` the harness\'s')
-  parser.add_argument('--data', default='', help='TASK=FILE_OR_FOLDER,... where the hub is not asked')
-  parser.add_argument('--options', default='', help='TASK.OPTION=VALUE,... such as realtoxicityprompts.scorer=mylab.scorers:mine')
+  parser.add_argument(
+    '--tasks', required=True, help="TASK,TASK; `help` lists them, `help:PART` the harness's"
+  )
+  parser.add_argument(
+    '--data', default='', help='TASK=FILE_OR_FOLDER,... where the hub is not asked'
+  )
+  parser.add_argument(
+    '--options',
+    default='',
+    help='TASK.OPTION=VALUE,... such as realtoxicityprompts.scorer=mylab.scorers:mine',
+  )
   parser.add_argument('--baseline', help='what differences are taken to; default: the first model')
   parser.add_argument('--limit', type=int, help='items of each task at most, drawn by the seed')
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:")
-  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'), help='that all models compute in')
-  parser.add_argument('--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own')
-  parser.add_argument('--distributed', action='store_true', help='as one of several processes, as run.py')
+  parser.add_argument(
+    '--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:"
+  )
+  parser.add_argument(
+    '--dtype',
+    default='float32',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='that all models compute in',
+  )
+  parser.add_argument(
+    '--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own'
+  )
+  parser.add_argument(
+    '--distributed', action='store_true', help='as one of several processes, as run.py'
+  )
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
   try:
     from alignjax.evals import evaluation, registry
     from alignjax.runtime import distributed, failures, files
     from alignjax.sharding import AXES
+
     if options.tasks.partition(':')[0] == 'help':
       print(describe(options.tasks.partition(':')[2]))
       return
@@ -96,7 +133,9 @@ def main(argv: list[str]) -> None:
     for flag, names in (('--data', data), ('--options', own)):
       for name in names:
         if name not in tasks:
-          raise ValueError(f'{flag} names the task {name!r}, which is not among --tasks={",".join(tasks)}.')
+          raise ValueError(
+            f'{flag} names the task {name!r}, which is not among --tasks={",".join(tasks)}.'
+          )
     baseline = options.baseline or next(iter(models))
     if baseline not in models:
       raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
@@ -107,12 +146,29 @@ def main(argv: list[str]) -> None:
       if mesh and not set(mesh) <= set(AXES):
         raise ValueError
     except ValueError:
-      raise ValueError(f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.') from None
-    with distributed.joined(distributed.facts(vars(options)), 300) if options.distributed else contextlib.nullcontext():
+      raise ValueError(
+        f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
+      ) from None
+    with (
+      distributed.joined(distributed.facts(vars(options)), 300)
+      if options.distributed
+      else contextlib.nullcontext()
+    ):
       out = files.folder(options.out)
       failures.check_writable(out, '--out')
-      evaluation.evaluate(models, asked, out, data=data, options=own, baseline=baseline, limit=options.limit,
-                          seed=options.seed, template=options.template, mesh=mesh, dtype=options.dtype)
+      evaluation.evaluate(
+        models,
+        asked,
+        out,
+        data=data,
+        options=own,
+        baseline=baseline,
+        limit=options.limit,
+        seed=options.seed,
+        template=options.template,
+        mesh=mesh,
+        dtype=options.dtype,
+      )
   except (ValueError, OSError) as error:
     raise SystemExit(f'error: {error}') from None
 

@@ -5,10 +5,11 @@
     python experiments/generate.py --model=runs/ppo_ptx-s0/ppo_ptx --prompts_file=prompts.txt
     python experiments/generate.py --model=runs/ppo_ptx-s0/sft --best_of=8 --reward_model=runs/ppo_ptx-s0/rm
 
-Without --prompt and --prompts_file it reads prompts from the terminal until an empty line or Ctrl-D; with --chat it remembers
-the conversation ('/new' forgets it), and Ctrl-C stops an answer. From a pipe it reads a prompt a line, blank ones left out. In a
-terminal tokens appear as they are sampled, and a note says what was cut at the limit; into a pipe goes plain text, one response
-after the other, and nothing else.
+Without --prompt and --prompts_file it reads prompts from the terminal until an empty line or
+Ctrl-D; with --chat it remembers the conversation ('/new' forgets it), and Ctrl-C stops an answer.
+From a pipe it reads a prompt a line, blank ones left out. In a terminal tokens appear as they are
+sampled, and a note says what was cut at the limit; into a pipe goes plain text, one response after
+the other, and nothing else.
 """
 
 import argparse
@@ -25,30 +26,52 @@ from experiments import command  # noqa: E402  after the path
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--model', required=True, help="'hf:FOLDER_OR_HUB_NAME', or a finished stage's folder, WORKDIR/STAGE")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--model',
+    required=True,
+    help="'hf:FOLDER_OR_HUB_NAME', or a finished stage's folder, WORKDIR/STAGE",
+  )
   where = parser.add_mutually_exclusive_group()
   where.add_argument('--prompt', help='one prompt')
-  where.add_argument('--prompts_file', help='a prompt a line, or .jsonl or .json records with "prompt"')
+  where.add_argument(
+    '--prompts_file', help='a prompt a line, or .jsonl or .json records with "prompt"'
+  )
   parser.add_argument('--chat', action='store_true', help="apply the tokenizer's chat template")
   parser.add_argument('--temperature', type=float, default=1.0, help='0 is greedy')
   parser.add_argument('--top_p', type=float, help='smallest set of tokens of this probability')
   parser.add_argument('--top_k', type=int, help='this many most likely tokens')
-  parser.add_argument('--max_tokens', type=int, help='of an answer; default: as many as in training, 128 of hf:, and never more '
-                      'than the prompt leaves of the context')
+  parser.add_argument(
+    '--max_tokens',
+    type=int,
+    help='of an answer; default: as many as in training, 128 of hf:, and never more '
+    'than the prompt leaves of the context',
+  )
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--best_of', type=int, default=1, help='responses a prompt, of which --reward_model keeps the best')
+  parser.add_argument(
+    '--best_of',
+    type=int,
+    default=1,
+    help='responses a prompt, of which --reward_model keeps the best',
+  )
   parser.add_argument('--reward_model', help="'hf:...' or a finished stage's folder")
   options = parser.parse_args(argv)
-  checks = [(not 0 <= options.temperature < math.inf, '--temperature must not be negative, and a number'),
-            (options.max_tokens is not None and options.max_tokens < 1, '--max_tokens must be 1 or more'),
-            (not 0 <= options.seed < 2**31, f'--seed={options.seed} must lie in [0, 2^31)'),
-            (not is_text(options.prompt or ''), '--prompt is not UTF-8'),
-            (options.top_p is not None and not 0 < options.top_p <= 1, '--top_p must lie in (0, 1]'),
-            (options.top_k is not None and options.top_k < 1, '--top_k must be 1 or more'),
-            (options.best_of < 1, '--best_of must be 1 or more'),
-            ((options.best_of > 1) != bool(options.reward_model), '--best_of and --reward_model belong together'),
-            (options.best_of > 1 and options.temperature == 0, '--best_of needs a --temperature above 0')]
+  checks = [
+    (not 0 <= options.temperature < math.inf, '--temperature must not be negative, and a number'),
+    (options.max_tokens is not None and options.max_tokens < 1, '--max_tokens must be 1 or more'),
+    (not 0 <= options.seed < 2**31, f'--seed={options.seed} must lie in [0, 2^31)'),
+    (not is_text(options.prompt or ''), '--prompt is not UTF-8'),
+    (options.top_p is not None and not 0 < options.top_p <= 1, '--top_p must lie in (0, 1]'),
+    (options.top_k is not None and options.top_k < 1, '--top_k must be 1 or more'),
+    (options.best_of < 1, '--best_of must be 1 or more'),
+    (
+      (options.best_of > 1) != bool(options.reward_model),
+      '--best_of and --reward_model belong together',
+    ),
+    (options.best_of > 1 and options.temperature == 0, '--best_of needs a --temperature above 0'),
+  ]
   for wrong, message in checks:
     if wrong:
       parser.error(message)
@@ -56,7 +79,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def is_text(text: str) -> bool:
-  """Whether it has no bytes in it that are not UTF-8, which Python reads as halves of surrogate pairs."""
+  """Whether it has no bytes in it that are not UTF-8, which Python reads as halves of surrogate
+  pairs."""
   return not any('\ud800' <= c <= '\udfff' for c in text)
 
 
@@ -78,9 +102,11 @@ def note(text: str) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  prompts = read_prompts(options.prompts_file) if options.prompts_file else None  # before a model is loaded
+  # before a model is loaded
+  prompts = read_prompts(options.prompts_file) if options.prompts_file else None
   note(f'loading {options.model} ...')
   from alignjax.inference import loading, streaming
+
   form = 'chat' if options.chat else None
   model = loading.load(options.model, 'lm', form)
   reward = loading.load(options.reward_model, 'scalar', form) if options.reward_model else None
@@ -94,10 +120,21 @@ def run(options: argparse.Namespace) -> None:
   def answer(prompt, seed):
     """Prints a response and returns it."""
     limit: list[int] = []
-    how = dict(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, max_tokens=options.max_tokens, seed=seed,
-               starting=starting, cut=limit.append)
+    how = dict(
+      temperature=options.temperature,
+      top_p=options.top_p,
+      top_k=options.top_k,
+      max_tokens=options.max_tokens,
+      seed=seed,
+      starting=starting,
+      cut=limit.append,
+    )
     terminal, text = sys.stdout.isatty() and reward is None, ''
-    for piece in [streaming.best_of(model, reward, prompt, options.best_of, **how)] if reward else streaming.stream(model, prompt, **how):
+    for piece in (
+      [streaming.best_of(model, reward, prompt, options.best_of, **how)]
+      if reward
+      else streaming.stream(model, prompt, **how)
+    ):
       text += piece
       if terminal:
         print(piece, end='', flush=True)
@@ -127,18 +164,27 @@ def session(answer, options) -> None:
     asked = [*messages, {'role': 'user', 'content': said}]
     try:
       reply = answer(asked if options.chat else said, turn)
-    except (KeyboardInterrupt, ValueError) as error:  # a person goes on with the conversation as it was before
+    except (
+      KeyboardInterrupt,
+      ValueError,
+    ) as error:  # a person goes on with the conversation as it was before
       if not live:
         raise
-      note(f'error: {error}' if isinstance(error, ValueError) else '\n(stopped; not part of the conversation)')
+      note(
+        f'error: {error}'
+        if isinstance(error, ValueError)
+        else '\n(stopped; not part of the conversation)'
+      )
       continue
     messages = [*asked, {'role': 'assistant', 'content': reply}]
     turn += 1
 
 
 def lines(live: bool) -> Iterator[str]:
-  """The lines of a terminal, until an empty one or its end; or those of a pipe, without the blank ones."""
+  """The lines of a terminal, until an empty one or its end; or those of a pipe, without the blank
+  ones."""
   from alignjax.runtime import textfiles
+
   if not live:
     for number, raw in enumerate(sys.stdin.buffer, 1):  # a line ends at "\n" alone
       text = textfiles.decode(raw, 'standard input', number).removesuffix('\n').removesuffix('\r')
@@ -166,13 +212,16 @@ def lines(live: bool) -> Iterator[str]:
 def read_prompts(path: str) -> list:
   from alignjax.data import fields, sources
   from alignjax.runtime import textfiles
+
   if path.lower().removesuffix('.gz').endswith(('.jsonl', '.json')):
     return [r['prompt'] for r in sources.read('jsonl:' + path.replace(';', '\\;'), 'prompts')]
   prompts = []
   for number, line in enumerate(textfiles.lines(textfiles.read(path, '--prompts_file=')), 1):
     where = f'--prompts_file={path}, line {number}'
     if line.startswith('[{'):
-      prompts.append(fields.check({'prompt': textfiles.parse(line, where)}, 'prompts', where)['prompt'])
+      prompts.append(
+        fields.check({'prompt': textfiles.parse(line, where)}, 'prompts', where)['prompt']
+      )
     elif line.strip():
       prompts.append(line)
   if not prompts:

@@ -1,4 +1,5 @@
-"""Flags that change a config: --config.ENTRY=VALUE for every entry, to every value that it may have.
+"""Flags that change a config: --config.ENTRY=VALUE for every entry, to every value that it may
+have.
 
   --config.stages.ppo.kl.target=6.0                        also where the entry is None
   --config.stages.sft.demonstrations=None                  None for any entry
@@ -6,8 +7,9 @@
   --config.stages.ppo.loss="dict(fn='mylab.losses:mine', beta=0.1)"     a whole dict takes the place of the one that is there
   --config.stages.ppo.loss.beta=0.2                        an argument of a function that the dict names, whether listed or not
 
-A value is a Python literal, or dict(...); text needs no quotes. Its kind must be that of the entry it replaces: a number for a
-number (whole where the entry is whole, except for those that may be fractions), text for text.
+A value is a Python literal, or dict(...); text needs no quotes. Its kind must be that of the entry
+it replaces: a number for a number (whole where the entry is whole, except for those that may be
+fractions), text for text.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from typing import Any
 
 import ml_collections
 
-FRACTIONS = ('epochs', 'warmup')  # entries that may be whole numbers or fractions, whichever a config has
-OPEN = ('model', 'reward_model', 'report.policies', 'report.data')  # dicts whose entries have no list here: who reads them checks
+# entries that may be whole numbers or fractions, whichever a config has
+FRACTIONS = ('epochs', 'warmup')
+# dicts whose entries have no list here: who reads them checks
+OPEN = ('model', 'reward_model', 'report.policies', 'report.data')
 
 
 def load(path: str, arg: str | None) -> ml_collections.ConfigDict:
-  """The locked config of FILE.py's get_config(), or get_config(ARG). ValueError with one line where the file or ARG is wrong."""
+  """The locked config of FILE.py's get_config(), or get_config(ARG). ValueError with one line where
+  the file or ARG is wrong."""
   where = f'--config={path}' + (f':{arg}' if arg is not None else '')
   try:
     spec = importlib.util.spec_from_file_location('experiment_config', path)
@@ -42,18 +47,23 @@ def load(path: str, arg: str | None) -> ml_collections.ConfigDict:
   except Exception as error:  # noqa: BLE001 the user's own code
     at = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     line = getattr(error, 'lineno', None) or (at[-1].lineno if at else None)
-    raise ValueError(f'{where}: {type(error).__name__}: {error}' + (f' ({path}, line {line})' if line else '')) from error
+    raise ValueError(
+      f'{where}: {type(error).__name__}: {error}' + (f' ({path}, line {line})' if line else '')
+    ) from error
   if not isinstance(made, ml_collections.ConfigDict):
     raise ValueError(f'{where}: get_config() returns {type(made).__name__}, not a ConfigDict.')
   return made.lock()
 
 
 def apply(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str]]) -> None:
-  """Sets every (entry, text of its value), in this order. ValueError names the flag, the nearest entry or the kind expected."""
+  """Sets every (entry, text of its value), in this order. ValueError names the flag, the nearest
+  entry or the kind expected."""
   done: list[str] = []
   for entry, text in changes:
     if late := next((d for d in done if d.startswith(f'{entry}.')), None):
-      raise ValueError(f'--config.{entry} stands behind --config.{late} and would undo it: put it first.')
+      raise ValueError(
+        f'--config.{entry} stands behind --config.{late} and would undo it: put it first.'
+      )
     keys = [int(n) if n else name for name, n in re.findall(r'([^.\[\]]+)|\[(\d+)\]', entry)]
     if not keys:
       raise ValueError(f'--config.{entry}={text}: an entry has a name.')
@@ -62,7 +72,8 @@ def apply(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str]])
 
 
 def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any) -> Any:
-  """`node` with the value at keys[0], keys[1], ... read from text; configs and dicts in place, tuples anew."""
+  """`node` with the value at keys[0], keys[1], ... read from text; configs and dicts in place,
+  tuples anew."""
   key, rest = keys[0], keys[1:]
   here = f'{path}[{key}]' if isinstance(key, int) else f'{path}.{key}'.lstrip('.')
   if isinstance(key, int):
@@ -70,13 +81,18 @@ def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any)
       size = f'has {len(node)} items' if isinstance(node, (tuple, list)) else 'is no list'
       raise ValueError(f'{flag}: {path} {size}.')
     items = list(node)
-    items[key] = (_change(items[key], rest, text, flag, here, config) if rest else
-                  _read(text, type(items[key]), items[key], here, flag))
+    items[key] = (
+      _change(items[key], rest, text, flag, here, config)
+      if rest
+      else _read(text, type(items[key]), items[key], here, flag)
+    )
     return type(node)(items)
   if not isinstance(node, (Mapping, ml_collections.ConfigDict)):
     raise ValueError(f'{flag}: {path}={node!r} has no entries of its own.')
   known = key in node
-  if not known and not (rest == [] and (path in OPEN or path.rpartition('.')[2] == 'model' or 'fn' in node)):
+  if not known and not (
+    rest == [] and (path in OPEN or path.rpartition('.')[2] == 'model' or 'fn' in node)
+  ):
     raise ValueError(f'{flag}: the config has no entry {here}. {_near(config, node, key, path)}')
   current = node[key] if known else None
   if rest:
@@ -84,7 +100,9 @@ def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any)
     if value is current:
       return node
   else:
-    kind = node.get_type(key) if known and isinstance(node, ml_collections.ConfigDict) else type(current)
+    kind = (
+      node.get_type(key) if known and isinstance(node, ml_collections.ConfigDict) else type(current)
+    )
     value = _read(text, kind, current, here, flag)
   if isinstance(node, ml_collections.ConfigDict):
     with node.unlocked(), node.ignore_type():
@@ -95,7 +113,8 @@ def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any)
 
 
 def _near(config: Any, node: Any, key: str, path: str) -> str:
-  """A hint: an entry of this dict with nearly this name, else one of this very name elsewhere, else what there is."""
+  """A hint: an entry of this dict with nearly this name, else one of this very name elsewhere, else
+  what there is."""
   if near := difflib.get_close_matches(key, list(map(str, node)), 1):
     return f'Did you mean {near[0]!r}?'
   found = [p for p in _paths(config, '') if p.rpartition('.')[2] == key]
@@ -112,7 +131,8 @@ def _paths(node: Any, path: str):
 
 
 def _read(text: str, kind: type, current: Any, where: str, flag: str) -> Any:
-  """The value that `text` says, of the kind of the entry: `kind`, which is NoneType where that is not known."""
+  """The value that `text` says, of the kind of the entry: `kind`, which is NoneType where that is
+  not known."""
   if text == 'None':
     return None
   any_kind, is_text = kind is type(None), issubclass(kind, str)
@@ -126,10 +146,18 @@ def _read(text: str, kind: type, current: Any, where: str, flag: str) -> Any:
     if any_kind or (issubclass(kind, (tuple, list)) and re.fullmatch(r'[\w.:/~-]+', text)):
       value = text
     else:
-      why = f' ({error})' if isinstance(error, ValueError) and 'null bytes' not in str(error) else ''
-      raise ValueError(f'{flag}: {where} is {_kind(kind, current)}, and this is none{why}.') from None
+      why = (
+        f' ({error})' if isinstance(error, ValueError) and 'null bytes' not in str(error) else ''
+      )
+      raise ValueError(
+        f'{flag}: {where} is {_kind(kind, current)}, and this is none{why}.'
+      ) from None
   made = _fitted(value, kind, where.rpartition('.')[2])
-  if made is _WRONG or (isinstance(made, (tuple, list)) and isinstance(current, (tuple, list)) and not _items_fit(made, current)):
+  if made is _WRONG or (
+    isinstance(made, (tuple, list))
+    and isinstance(current, (tuple, list))
+    and not _items_fit(made, current)
+  ):
     raise ValueError(f'{flag}: {where} is {_kind(kind, current)}, not {value!r}.')
   return made
 
@@ -153,22 +181,44 @@ def _fitted(value: Any, kind: type, name: str) -> Any:
       return value
     return float(value) if kind is float else int(value) if value == int(value) else _WRONG
   if issubclass(kind, (tuple, list)):
-    return _WRONG if isinstance(value, dict) else kind(value if isinstance(value, (tuple, list)) else (value,))
+    return (
+      _WRONG
+      if isinstance(value, dict)
+      else kind(value if isinstance(value, (tuple, list)) else (value,))
+    )
   if issubclass(kind, (Mapping, ml_collections.ConfigDict)):
     return value if isinstance(value, dict) else _WRONG
   return value if isinstance(value, kind) else _WRONG
 
 
 def _items_fit(made: Sequence, current: Sequence) -> bool:
-  """Whether the items are of kinds that the present items have, where there are any; numbers of both kinds are one."""
-  group = lambda x: float if isinstance(x, (int, float)) and not isinstance(x, bool) else tuple if isinstance(x, list) else type(x)
+  """Whether the items are of kinds that the present items have, where there are any; numbers of
+  both kinds are one."""
+  group = lambda x: (
+    float
+    if isinstance(x, (int, float)) and not isinstance(x, bool)
+    else tuple
+    if isinstance(x, list)
+    else type(x)
+  )
   return not current or {group(x) for x in made} <= {group(x) for x in current}
 
 
 def _kind(kind: type, current: Any) -> str:
-  words = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', tuple: 'a tuple', list: 'a list'}
+  words = {
+    bool: 'True or False',
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text',
+    tuple: 'a tuple',
+    list: 'a list',
+  }
   plain = next((words[k] for k in words if issubclass(kind, k)), 'a dict')
-  return plain + (f' such as {current!r}' if isinstance(current, (tuple, list)) and current else '') + ' or None'
+  return (
+    plain
+    + (f' such as {current!r}' if isinstance(current, (tuple, list)) and current else '')
+    + ' or None'
+  )
 
 
 def _literal(node: ast.AST) -> Any:
@@ -176,14 +226,25 @@ def _literal(node: ast.AST) -> Any:
   if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None))):
     return node.value
   if isinstance(node, (ast.Tuple, ast.List)):
-    return tuple(map(_literal, node.elts)) if isinstance(node, ast.Tuple) else list(map(_literal, node.elts))
+    return (
+      tuple(map(_literal, node.elts))
+      if isinstance(node, ast.Tuple)
+      else list(map(_literal, node.elts))
+    )
   if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
     value = _literal(node.operand)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
       return -value if isinstance(node.op, ast.USub) else value
-  if isinstance(node, ast.Dict) and all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in node.keys):
+  if isinstance(node, ast.Dict) and all(
+    isinstance(k, ast.Constant) and isinstance(k.value, str) for k in node.keys
+  ):
     return {k.value: _literal(v) for k, v in zip(node.keys, node.values, strict=True)}
-  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict' and not node.args and (
-      all(k.arg for k in node.keywords)):
+  if (
+    isinstance(node, ast.Call)
+    and isinstance(node.func, ast.Name)
+    and node.func.id == 'dict'
+    and not node.args
+    and (all(k.arg for k in node.keywords))
+  ):
     return {k.arg: _literal(k.value) for k in node.keywords}
   raise ValueError('a value is a literal, or dict(name=value, ...)')

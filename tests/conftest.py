@@ -1,5 +1,6 @@
-"""Eight CPU devices, and jax's strict modes, before anything imports jax. With JAX_PLATFORMS=cuda,cpu or tpu,cpu, what needs one
-device is tested there. A program that was compiled once is kept for the rest of this process."""
+"""Eight CPU devices, and jax's strict modes, before anything imports jax. With
+JAX_PLATFORMS=cuda,cpu or tpu,cpu, what needs one device is tested there. A program that was
+compiled once is kept for the rest of this process."""
 
 import atexit
 import os
@@ -7,14 +8,17 @@ import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-if not (compiled := os.environ.get('JAX_COMPILATION_CACHE_DIR')):  # tests/mutations.py shares one between processes
+# tests/mutations.py shares one between processes
+if not (compiled := os.environ.get('JAX_COMPILATION_CACHE_DIR')):
   compiled = tempfile.mkdtemp(prefix='alignjax-compiled-')
   atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', compiled)

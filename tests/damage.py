@@ -1,18 +1,22 @@
-"""Damages one file at a time of what the commands write, and uses it again: the damage must be named or have no effect on a number.
+"""Damages one file at a time of what the commands write, and uses it again: the damage must be
+named or have no effect on a number.
 
   python tests/damage.py --count=500 --folder=/tmp/damage --workers=2       called again, it goes on
   python tests/damage.py --count=20 --subjects=finished --only=report      files whose path holds a word
 
-What is damaged: a finished workdir of the `:tiny` main job; one that was stopped in its middle; data that prepare.py wrote, as JSON
-lines and as array_record shards; an exported model; the folder of an evaluation. A file is drawn with a kind of damage: a byte
-flipped, cut to half, emptied, removed, or a folder in its place. What follows when the command is called again is one of
+What is damaged: a finished workdir of the `:tiny` main job; one that was stopped in its middle;
+data that prepare.py wrote, as JSON lines and as array_record shards; an exported model; the folder
+of an evaluation. A file is drawn with a kind of damage: a byte flipped, cut to half, emptied,
+removed, or a folder in its place. What follows when the command is called again is one of
 
   named     the command ends with an error, or says a warning, that names the file or its folder
   no effect it ends with the numbers of the undamaged one (of a workdir those of tests/kills.py: fingerprint). Weights that the
-            command did not need are then read as every reader does, so that a damage there is named too
+            command did not need are then read as every reader does, so that a damage there is named
+            too
   SILENT    it ends with other numbers and no word; BARE: with a traceback that is no message. Both are faults: the status is 1.
 
-Every command runs in a child of a process that has imported everything, which saves the seconds of the imports.
+Every command runs in a child of a process that has imported everything, which saves the seconds of
+the imports.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ CHAT = ROOT / 'tests/golden/chat'
 
 
 class Subject(NamedTuple):
-  """What is damaged: a folder, the command that made it, and the one that uses it (the same one where None) with its result."""
+  """What is damaged: a folder, the command that made it, and the one that uses it (the same one
+  where None) with its result."""
+
   make: list[str]
   use: list[str] | None
   result: Callable[[pathlib.Path], object]
@@ -51,51 +57,111 @@ class Subject(NamedTuple):
 
 
 def subjects(base: pathlib.Path) -> dict[str, Subject]:
-  """By name, in the order in which they are made. HERE stands for the subject's folder, in the commands."""
+  """By name, in the order in which they are made. HERE stands for the subject's folder, in the
+  commands."""
   main = ['run.py', '--config=configs/ppo_ptx.py:tiny', '--workdir=HERE']
   raw = base / 'raw.jsonl'
   if not raw.exists():
-    raw.write_text(''.join(json.dumps(dict(prompt=f'what is {i} ?', response=f'it is {i} .', user_id=i % 40)) + '\n'
-                           for i in range(200)))
-    (base / 'winogender.tsv').write_text('sentid\tsentence\n' + ''.join(
+    raw.write_text(
+      ''.join(
+        json.dumps(dict(prompt=f'what is {i} ?', response=f'it is {i} .', user_id=i % 40)) + '\n'
+        for i in range(200)
+      )
+    )
+    (base / 'winogender.tsv').write_text(
+      'sentid\tsentence\n'
+      + ''.join(
         f'{job}.customer.{i}.{sex}.txt\tthe {job} told the customer that {word} was late .\n'
-        for job in ('technician', 'nurse') for i in (0, 1) for sex, word in (('male', 'he'), ('female', 'she'))))
-    (base / 'toxicity.jsonl').write_text(''.join(json.dumps(dict(prompt=dict(text=f'the {x} said', toxicity=0.1 * i))) + '\n'
-                                                 for i, x in enumerate(('man', 'dog', 'nurse'))))
-  sft = ['run.py', '--config=configs/smollm2_135m.py:tiny', f'--config.checkpoint=hf:{CHAT}', "--config.stages_to_run=('sft',)",
-         f'--config.data.demonstrations=jsonl:{raw}', '--config.data.mapping.demonstrations=',
-         '--config.stages.sft.pretrain_mix=0.0', '--config.report.policies={}', f'--workdir={base}/tuned']
-  read = lambda form: ['prepare.py', f'--source={form}', '--kind=demonstrations', '--shares=all=1', '--out=HERE/../read']
-  prepare = ['prepare.py', f'--source=jsonl:{raw}', '--kind=demonstrations', '--shares=train=0.5,valid=0.5', '--out=HERE']
-  evaluate = ['evaluate.py', f'--models=a=hf:{CHAT},b=hf:{base}/exported', '--tasks=winogender,realtoxicityprompts',
-              f'--data=winogender={base}/winogender.tsv,realtoxicityprompts={base}/toxicity.jsonl']
+        for job in ('technician', 'nurse')
+        for i in (0, 1)
+        for sex, word in (('male', 'he'), ('female', 'she'))
+      )
+    )
+    (base / 'toxicity.jsonl').write_text(
+      ''.join(
+        json.dumps(dict(prompt=dict(text=f'the {x} said', toxicity=0.1 * i))) + '\n'
+        for i, x in enumerate(('man', 'dog', 'nurse'))
+      )
+    )
+  sft = [
+    'run.py',
+    '--config=configs/smollm2_135m.py:tiny',
+    f'--config.checkpoint=hf:{CHAT}',
+    "--config.stages_to_run=('sft',)",
+    f'--config.data.demonstrations=jsonl:{raw}',
+    '--config.data.mapping.demonstrations=',
+    '--config.stages.sft.pretrain_mix=0.0',
+    '--config.report.policies={}',
+    f'--workdir={base}/tuned',
+  ]
+  read = lambda form: [
+    'prepare.py',
+    f'--source={form}',
+    '--kind=demonstrations',
+    '--shares=all=1',
+    '--out=HERE/../read',
+  ]
+  prepare = [
+    'prepare.py',
+    f'--source=jsonl:{raw}',
+    '--kind=demonstrations',
+    '--shares=train=0.5,valid=0.5',
+    '--out=HERE',
+  ]
+  evaluate = [
+    'evaluate.py',
+    f'--models=a=hf:{CHAT},b=hf:{base}/exported',
+    '--tasks=winogender,realtoxicityprompts',
+    f'--data=winogender={base}/winogender.tsv,realtoxicityprompts={base}/toxicity.jsonl',
+  ]
   return {
-      'finished': Subject(main, None, workdir_numbers, 8),
-      'unfinished': Subject(main, None, workdir_numbers, 8, stop_after='rm: start'),
-      'tuned': Subject(sft, None, workdir_numbers, 0),
-      'exported': Subject(['export.py', f'--model={base}/tuned/sft', '--out=HERE'],
-                          ['evaluate.py', '--models=b=hf:HERE', *evaluate[2:], '--out=HERE/../table'],
-                          lambda folder: table_numbers(folder.parent / 'table'), 2),
-      'evaluated': Subject([*evaluate, '--out=HERE'], None, table_numbers, 3),
-      'prepared': Subject(prepare, read('jsonl:HERE/train.jsonl.gz;jsonl:HERE/valid.jsonl.gz'), prepared_numbers, 1),
-      'records': Subject([*prepare, '--format=tfds', '--shards=2'], read('tfds:HERE/records/1.0.0:train+valid'),
-                         prepared_numbers, 2),
+    'finished': Subject(main, None, workdir_numbers, 8),
+    'unfinished': Subject(main, None, workdir_numbers, 8, stop_after='rm: start'),
+    'tuned': Subject(sft, None, workdir_numbers, 0),
+    'exported': Subject(
+      ['export.py', f'--model={base}/tuned/sft', '--out=HERE'],
+      ['evaluate.py', '--models=b=hf:HERE', *evaluate[2:], '--out=HERE/../table'],
+      lambda folder: table_numbers(folder.parent / 'table'),
+      2,
+    ),
+    'evaluated': Subject([*evaluate, '--out=HERE'], None, table_numbers, 3),
+    'prepared': Subject(
+      prepare, read('jsonl:HERE/train.jsonl.gz;jsonl:HERE/valid.jsonl.gz'), prepared_numbers, 1
+    ),
+    'records': Subject(
+      [*prepare, '--format=tfds', '--shards=2'],
+      read('tfds:HERE/records/1.0.0:train+valid'),
+      prepared_numbers,
+      2,
+    ),
   }
 
 
 def workdir_numbers(folder: pathlib.Path) -> object:
   from tests import kills
+
   return {k: v.hex() if isinstance(v, bytes) else v for k, v in kills.fingerprint(folder).items()}
 
 
 def table_numbers(folder: pathlib.Path) -> object:
   found = json.loads((folder / 'table.json').read_text())
-  return [[row['task'], row['metric'], row['prompt'], {m: {k: v for k, v in cell.items() if k in ('mean', 'low', 'high', 'n')}
-                                                      for m, cell in row['models'].items()}] for row in found['rows']]
+  return [
+    [
+      row['task'],
+      row['metric'],
+      row['prompt'],
+      {
+        m: {k: v for k, v in cell.items() if k in ('mean', 'low', 'high', 'n')}
+        for m, cell in row['models'].items()
+      },
+    ]
+    for row in found['rows']
+  ]
 
 
 def prepared_numbers(folder: pathlib.Path) -> object:
   import gzip
+
   return gzip.decompress((folder.parent / 'read' / 'all.jsonl.gz').read_bytes()).decode()
 
 
@@ -108,9 +174,11 @@ def damage(path: pathlib.Path, how: str, rng: np.random.Generator) -> None:
       path.mkdir()
   elif how == 'flip' and contents:
     at = int(rng.integers(len(contents)))
-    path.write_bytes(contents[:at] + bytes([contents[at] ^ int(rng.integers(1, 256))]) + contents[at + 1:])
+    path.write_bytes(
+      contents[:at] + bytes([contents[at] ^ int(rng.integers(1, 256))]) + contents[at + 1 :]
+    )
   else:
-    path.write_bytes(contents[:len(contents) // 2] if how == 'cut' else b'')
+    path.write_bytes(contents[: len(contents) // 2] if how == 'cut' else b'')
 
 
 def verdict(code: int, said: str, file: pathlib.PurePath, same: bool) -> str:
@@ -118,9 +186,15 @@ def verdict(code: int, said: str, file: pathlib.PurePath, same: bool) -> str:
   if code and 'error: ' not in said:
     return 'BARE'
   names = {file.name, *(str(p) for p in file.parents if len(p.parts) > 1)}
-  told = [line for line in said.splitlines() if re.search('^error: |^WARNING|damaged|made again', line)]
+  told = [
+    line for line in said.splitlines() if re.search('^error: |^WARNING|damaged|made again', line)
+  ]
   if code or not same:
-    return 'named' if any(n in line for n in names for line in [*told, *(said.splitlines() if code else [])]) else 'SILENT'
+    return (
+      'named'
+      if any(n in line for n in names for line in [*told, *(said.splitlines() if code else [])])
+      else 'SILENT'
+    )
   return 'named' if any(n in line for n in names for line in told) else 'no effect'
 
 
@@ -132,18 +206,26 @@ def group(subject: str, file: pathlib.PurePath) -> str:
   if len(parts) > 1 and parts[0] != 'report':
     parts[0] = 'STAGE'
   if 'params' in parts or 'state' in parts or 'steps' in parts:
-    return '/'.join(parts[:4 if 'steps' in parts else 3]) + '/...'
+    return '/'.join(parts[: 4 if 'steps' in parts else 3]) + '/...'
   name = parts[-1]
-  return '/'.join([*parts[:-1], 'events' if name.startswith('events.') else '*.npz' if name.endswith('.npz') else name])
+  return '/'.join(
+    [
+      *parts[:-1],
+      'events' if name.startswith('events.') else '*.npz' if name.endswith('.npz') else name,
+    ]
+  )
 
 
-def start(words: list[str], here: pathlib.Path, out: pathlib.Path, result: Callable | None = None) -> int:
-  """A child that runs one of experiments/*.py, its output in the file `out`; the id of its process. After a good end the child
-  writes the digest of its result behind that, into OUT.result."""
+def start(
+  words: list[str], here: pathlib.Path, out: pathlib.Path, result: Callable | None = None
+) -> int:
+  """A child that runs one of experiments/*.py, its output in the file `out`; the id of its process.
+  After a good end the child writes the digest of its result behind that, into OUT.result."""
   child = os.fork()
   if child:
     return child
   from alignjax.runtime import checkpoint
+
   code = 1
   try:
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -167,6 +249,7 @@ def start(words: list[str], here: pathlib.Path, out: pathlib.Path, result: Calla
 def _run(words: list[str]) -> int:
   """What `python experiments/SCRIPT FLAGS` does, with the status that Python would end with."""
   from experiments import command
+
   module = importlib.import_module(f'experiments.{words[0].removesuffix(".py")}')
   sys.argv = words
   try:
@@ -200,7 +283,9 @@ def make(name: str, subject: Subject, base: pathlib.Path) -> str:
   folder, log = base / name, base / f'{name}.log'
   if not folder.exists():
     child = start(subject.make, folder, log)
-    while subject.stop_after and subject.stop_after not in (log.read_text() if log.exists() else ''):
+    while subject.stop_after and subject.stop_after not in (
+      log.read_text() if log.exists() else ''
+    ):
       time.sleep(0.1)
     if subject.stop_after:
       os.kill(child, signal.SIGTERM)
@@ -215,14 +300,25 @@ def make(name: str, subject: Subject, base: pathlib.Path) -> str:
   return digest
 
 
-def one(number: int, seed: int, names: dict[str, Subject], whole: dict[str, str], base: pathlib.Path, only: str,
-        worker: int) -> dict:
+def one(
+  number: int,
+  seed: int,
+  names: dict[str, Subject],
+  whole: dict[str, str],
+  base: pathlib.Path,
+  only: str,
+  worker: int,
+) -> dict:
   """A damage and what became of it."""
   rng = np.random.default_rng([seed, number])
   weights = np.array([s.weight for s in names.values()], float)
   name = str(rng.choice(list(names), p=weights / weights.sum()))
   folder, work = base / name, base / f'damaged-{worker}' / name
-  files = sorted(p.relative_to(folder) for p in folder.rglob('*') if p.is_file() and only in str(p.relative_to(folder)))
+  files = sorted(
+    p.relative_to(folder)
+    for p in folder.rglob('*')
+    if p.is_file() and only in str(p.relative_to(folder))
+  )
   file, how = files[rng.integers(len(files))], HOWS[rng.integers(len(HOWS))]
   shutil.rmtree(work.parent, ignore_errors=True)
   shutil.copytree(folder, work)
@@ -236,7 +332,9 @@ def one(number: int, seed: int, names: dict[str, Subject], whole: dict[str, str]
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--count', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--subjects', default='', help='some of them; default: all')
@@ -246,7 +344,10 @@ def main(argv: list[str]) -> int:
   options = parser.parse_args(argv)
   base = pathlib.Path(options.folder or tempfile.mkdtemp(prefix='damage-'))
   base.mkdir(parents=True, exist_ok=True)
-  os.environ |= {'JAX_COMPILATION_CACHE_DIR': str(base / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+  os.environ |= {
+    'JAX_COMPILATION_CACHE_DIR': str(base / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+  }
   _import_all()
   names = subjects(base)
   chosen = options.subjects.split(',') if options.subjects else list(names)
@@ -257,7 +358,9 @@ def main(argv: list[str]) -> int:
       print(f'{name}: made', flush=True)
   names = {name: names[name] for name in chosen}
   record = base / 'damages.jsonl'
-  load = lambda: [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+  load = lambda: (
+    [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+  )
   numbers = sorted(set(range(options.count)) - {d['number'] for d in load()})
   workers = []
   for worker in range(options.workers):
@@ -265,11 +368,15 @@ def main(argv: list[str]) -> int:
       workers.append(child)
       continue
     try:
-      for number in numbers[worker::options.workers]:
+      for number in numbers[worker :: options.workers]:
         found = one(number, options.seed, names, whole, base, options.only, worker)
         with record.open('a') as out:
           out.write(json.dumps(found) + '\n')
-        print(f'{number + 1}/{options.count} {found["subject"]} {found["file"]} {found["how"]}: {found["verdict"]}', flush=True)
+        print(
+          f'{number + 1}/{options.count} {found["subject"]} {found["file"]} {found["how"]}: '
+          f'{found["verdict"]}',
+          flush=True,
+        )
     except BaseException:  # noqa: BLE001 as in `start`
       traceback.print_exc()
       os._exit(1)
@@ -283,7 +390,8 @@ def main(argv: list[str]) -> int:
 
 
 def _import_all() -> None:
-  """Imports what the commands import. Nothing may ask for a device here: jax's threads would not outlive a fork."""
+  """Imports what the commands import. Nothing may ask for a device here: jax's threads would not
+  outlive a fork."""
   os.chdir(ROOT)
   for path in sorted((ROOT / 'alignjax').rglob('*.py')):
     name = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
@@ -297,11 +405,18 @@ def _import_all() -> None:
 
 def table(done: list[dict]) -> str:
   verdicts = ('named', 'no effect', 'SILENT', 'BARE')
-  count = collections.Counter((group(d['subject'], pathlib.PurePath(d['file'])), d['verdict']) for d in done)
+  count = collections.Counter(
+    (group(d['subject'], pathlib.PurePath(d['file'])), d['verdict']) for d in done
+  )
   rows = sorted({name for name, _ in count})
-  return '\n'.join([f'| file | {" | ".join(verdicts)} |', '|---' * 5 + '|',
-                    *(f'| {name} | ' + ' | '.join(str(count[name, v]) for v in verdicts) + ' |' for name in rows),
-                    f'{len(done)} damages of one file each'])
+  return '\n'.join(
+    [
+      f'| file | {" | ".join(verdicts)} |',
+      '|---' * 5 + '|',
+      *(f'| {name} | ' + ' | '.join(str(count[name, v]) for v in verdicts) + ' |' for name in rows),
+      f'{len(done)} damages of one file each',
+    ]
+  )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
-"""A bucket on this machine: the parts of the JSON API of Google Cloud Storage that gcsfs, tensorstore and tensorboardX call.
+"""A bucket on this machine: the parts of the JSON API of Google Cloud Storage that gcsfs,
+tensorstore and tensorboardX call.
 
   python tests/fake_gcs.py PORT          serves the bucket gs://bucket from memory; environment(PORT) points those packages at it
 
@@ -21,14 +22,21 @@ ROOT = '/storage/v1/b/bucket'
 def environment(port: int) -> dict[str, str]:
   """Variables for a process that takes this server for Google's. Nothing asks for credentials."""
   where = f'http://localhost:{port}'
-  return {'STORAGE_EMULATOR_HOST': where, 'TENSORSTORE_GCS_HTTP_URL': where, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
-          'FSSPEC_GCS_TOKEN': 'anon', 'FSSPEC_GS_TOKEN': 'anon', 'GOOGLE_CLOUD_PROJECT': 'none',
-          'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}
+  return {
+    'STORAGE_EMULATOR_HOST': where,
+    'TENSORSTORE_GCS_HTTP_URL': where,
+    'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
+    'FSSPEC_GCS_TOKEN': 'anon',
+    'FSSPEC_GS_TOKEN': 'anon',
+    'GOOGLE_CLOUD_PROJECT': 'none',
+    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+  }
 
 
 class Bucket(http.server.ThreadingHTTPServer):
-  """objects: name -> (contents, generation). begun: (name, contents so far) of uploads in several requests. hold: the name of an
-  object; while there is one, nothing is answered."""
+  """objects: name -> (contents, generation). begun: (name, contents so far) of uploads in several
+  requests. hold: the name of an object; while there is one, nothing is answered."""
+
   daemon_threads = True
 
   def __init__(self, port: int = 0):
@@ -52,7 +60,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def handle_one(self) -> None:
     size = int(self.headers.get('Content-Length') or 0)
-    body = self.rfile.read(size) if size or 'chunked' not in self.headers.get('Transfer-Encoding', '') else self.chunks()
+    body = (
+      self.rfile.read(size)
+      if size or 'chunked' not in self.headers.get('Transfer-Encoding', '')
+      else self.chunks()
+    )
     path, _, query = self.path.partition('?')
     query = {k: v[0] for k, v in urllib.parse.parse_qs(query).items()}
     while self.server.hold in self.server.objects:
@@ -61,7 +73,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
       status, headers, content = self.answer(self.command, path, query, body)
     content = json.dumps(content).encode() if isinstance(content, dict) else content
     self.send_response(status)
-    for name, value in {'Content-Type': 'application/json', **headers, 'Content-Length': str(len(content))}.items():
+    for name, value in {
+      'Content-Type': 'application/json',
+      **headers,
+      'Content-Length': str(len(content)),
+    }.items():
       self.send_header(name, value)
     self.end_headers()
     if self.command != 'HEAD':
@@ -77,19 +93,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.rfile.readline()
     return out
 
-  def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> tuple[int, dict, bytes | dict]:
+  def answer(
+    self, method: str, path: str, query: dict[str, str], body: bytes
+  ) -> tuple[int, dict, bytes | dict]:
     if path == '/batch/storage/v1':
       return self.batch(body)
     if path == f'/upload{ROOT}/o':
       return self.upload(query, body)
     if path == ROOT:
-      return 200, {}, {'kind': 'storage#bucket', 'name': 'bucket', 'locationType': 'region', 'storageClass': 'STANDARD'}
+      return (
+        200,
+        {},
+        {
+          'kind': 'storage#bucket',
+          'name': 'bucket',
+          'locationType': 'region',
+          'storageClass': 'STANDARD',
+        },
+      )
     if path == f'{ROOT}/o':
       return self.list(query)
     path = path.removeprefix('/download')
     if not path.startswith(f'{ROOT}/o/'):
       return 404, {}, {'error': {'code': 404, 'message': f'no {path}'}}
-    source, *target = re.split(r'/(?:moveTo|rewriteTo/b/bucket)/o/', path.removeprefix(f'{ROOT}/o/'))
+    source, *target = re.split(
+      r'/(?:moveTo|rewriteTo/b/bucket)/o/', path.removeprefix(f'{ROOT}/o/')
+    )
     name = urllib.parse.unquote(source)
     contents, generation = self.server.objects.get(name, (None, 0))
     wanted = query.get('ifGenerationMatch')
@@ -110,7 +139,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
       return self.media(contents, generation, query)
     return 200, {}, self.describe(name)
 
-  def media(self, contents: bytes, generation: int, query: dict[str, str]) -> tuple[int, dict, bytes]:
+  def media(
+    self, contents: bytes, generation: int, query: dict[str, str]
+  ) -> tuple[int, dict, bytes]:
     headers = {'x-goog-generation': str(generation), 'Content-Type': 'application/octet-stream'}
     if query.get('ifGenerationNotMatch') == str(generation):
       return 304, headers, b''
@@ -118,17 +149,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if not part:
       return 200, headers, contents
     size = len(contents)
-    first, last = (max(0, size - int(part[2])), size - 1) if not part[1] else (int(part[1]), min(int(part[2] or size), size - 1))
+    first, last = (
+      (max(0, size - int(part[2])), size - 1)
+      if not part[1]
+      else (int(part[1]), min(int(part[2] or size), size - 1))
+    )
     if first >= size:
       return 416, headers, b''
-    return 206, headers | {'Content-Range': f'bytes {first}-{last}/{size}'}, contents[first:last + 1]
+    return (
+      206,
+      headers | {'Content-Range': f'bytes {first}-{last}/{size}'},
+      contents[first : last + 1],
+    )
 
   def describe(self, name: str) -> dict:
     contents, generation = self.server.objects[name]
     time = '2026-01-01T00:00:00.000Z'
-    return {'kind': 'storage#object', 'bucket': 'bucket', 'name': name, 'size': str(len(contents)), 'generation': str(generation),
-            'metageneration': '1', 'contentType': 'application/octet-stream', 'timeCreated': time, 'updated': time,
-            'storageClass': 'STANDARD'}
+    return {
+      'kind': 'storage#object',
+      'bucket': 'bucket',
+      'name': name,
+      'size': str(len(contents)),
+      'generation': str(generation),
+      'metageneration': '1',
+      'contentType': 'application/octet-stream',
+      'timeCreated': time,
+      'updated': time,
+      'storageClass': 'STANDARD',
+    }
 
   def put(self, name: str, contents: bytes) -> dict:
     self.server.generation += 1
@@ -153,7 +201,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     begun = self.server.begun
     if 'upload_id' not in query:
       begun.append((json.loads(body)['name'] if body else query['name'], b''))
-      return 200, {'Location': f'http://localhost:{self.server.port}{self.path}&upload_id={len(begun) - 1}'}, {}
+      return (
+        200,
+        {'Location': f'http://localhost:{self.server.port}{self.path}&upload_id={len(begun) - 1}'},
+        {},
+      )
     number = int(query['upload_id'])
     name, before = begun[number]
     begun[number] = name, before + body
@@ -167,7 +219,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     for name in sorted(self.server.objects):
       before_end = 'endOffset' not in query or name < query['endOffset']
       if name.startswith(prefix) and query.get('startOffset', '') <= name and before_end:
-        rest = name[len(prefix):]
+        rest = name[len(prefix) :]
         if delimiter and delimiter in rest:
           folders.add(prefix + rest.split(delimiter)[0] + delimiter)
         else:
@@ -178,8 +230,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     answers = []
     for name in re.findall(rf'DELETE {ROOT}/o/(\S*?)(?:\?\S*)? HTTP', body.decode()):
       there = self.server.objects.pop(urllib.parse.unquote(name), None)
-      answers.append('\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n' if there else
-                     '\r\n\r\nHTTP/1.1 404 Not Found\r\n\r\n{"error": {"code": 404}}\r\n')
+      answers.append(
+        '\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n'
+        if there
+        else '\r\n\r\nHTTP/1.1 404 Not Found\r\n\r\n{"error": {"code": 404}}\r\n'
+      )
     text = ''.join(f'--batch{a}' for a in answers) + '--batch--'
     return 200, {'Content-Type': 'multipart/mixed; boundary=batch'}, text.encode()
 

@@ -1,4 +1,5 @@
-"""Tiny models and batches with known properties, and the additivity check that a fork can use on its own loss."""
+"""Tiny models and batches with known properties, and the additivity check that a fork can use on
+its own loss."""
 
 from __future__ import annotations
 
@@ -14,20 +15,30 @@ from alignjax.types import ComparisonBatch, PPOBatch, Rollout, TokenBatch
 
 VOCAB = 50
 FAMILIES = {
-    'gpt2': dict(positions='learned'),
-    'llama': dict(norm='rmsnorm', mlp='swiglu', num_kv_heads=2, qkv_bias=False, out_bias=False, tie_embeddings=False),
-    'neox': dict(rotary_fraction=0.5, parallel_residual=True, mlp='gelu_exact', tie_embeddings=False),
+  'gpt2': dict(positions='learned'),
+  'llama': dict(
+    norm='rmsnorm',
+    mlp='swiglu',
+    num_kv_heads=2,
+    qkv_bias=False,
+    out_bias=False,
+    tie_embeddings=False,
+  ),
+  'neox': dict(rotary_fraction=0.5, parallel_residual=True, mlp='gelu_exact', tie_embeddings=False),
 }
 
 
 def config(family: str = 'gpt2', **changes) -> transformer.TransformerConfig:
-  sizes = dict(vocab_size=VOCAB, num_layers=2, d_model=32, num_heads=4, max_length=40, embedding_std=0.3)
+  sizes = dict(
+    vocab_size=VOCAB, num_layers=2, d_model=32, num_heads=4, max_length=40, embedding_std=0.3
+  )
   return transformer.TransformerConfig(**(sizes | FAMILIES[family] | changes))
 
 
 @functools.cache
 def model(family: str = 'gpt2', seed: int = 0):
-  """(config, networks, policy params, scalar-head params), biases and scales not at their initial values."""
+  """(config, networks, policy params, scalar-head params), biases and scales not at their initial
+  values."""
   cfg = config(family)
   params = jax.jit(lambda: transformer.init(cfg, jax.random.key(seed)))()
   keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
@@ -49,8 +60,11 @@ def token_batch(seed: int, rows: int = 4, length: int = 7) -> TokenBatch:
   mask = np.arange(length) < rng.integers(2, length + 1, rows)[:, None]
   weights = rng.uniform(0.1, 1, mask.shape) * mask
   weights[:, 0] = 0
-  return TokenBatch(jnp.asarray(rng.integers(0, VOCAB, mask.shape), jnp.int32), jnp.asarray(mask),
-                    jnp.asarray(weights, jnp.float32))
+  return TokenBatch(
+    jnp.asarray(rng.integers(0, VOCAB, mask.shape), jnp.int32),
+    jnp.asarray(mask),
+    jnp.asarray(weights, jnp.float32),
+  )
 
 
 def comparison_batch(seed: int, rows: int = 4, k: int = 9, length: int = 7) -> ComparisonBatch:
@@ -61,8 +75,12 @@ def comparison_batch(seed: int, rows: int = 4, k: int = 9, length: int = 7) -> C
   for row, size in enumerate(np.linspace(2, k, rows).astype(int)):
     ranks[row, :size] = rng.integers(0, size, size)
     ranks[row, :2] = [1, 0]  # at least one pair
-  return ComparisonBatch(jnp.asarray(rng.integers(0, VOCAB, mask.shape), jnp.int32), jnp.asarray(mask),
-                         jnp.asarray(ranks), jnp.ones(rows, jnp.float32))
+  return ComparisonBatch(
+    jnp.asarray(rng.integers(0, VOCAB, mask.shape), jnp.int32),
+    jnp.asarray(mask),
+    jnp.asarray(ranks),
+    jnp.ones(rows, jnp.float32),
+  )
 
 
 def ppo_batch(seed: int, rows: int = 4, q: int = 5, r: int = 6, ptx_rows: int = 4) -> PPOBatch:
@@ -75,19 +93,36 @@ def ppo_batch(seed: int, rows: int = 4, q: int = 5, r: int = 6, ptx_rows: int = 
   tokens, live = jnp.concatenate([prompt, responses], 1), jnp.concatenate([prompt_mask, mask], 1)
   noise = lambda scale: jnp.asarray(rng.normal(0, scale, (rows, r)), jnp.float32)
   logprobs = jnp.where(mask, nets.logprobs(params, tokens, live)[0][:, q:] + noise(0.3), 0.0)
-  values = jnp.where(mask, nets.scalar(scalar, tokens, live)[:, q - 1:-1] + noise(0.3), 0.0)
+  values = jnp.where(mask, nets.scalar(scalar, tokens, live)[:, q - 1 : -1] + noise(0.3), 0.0)
   scores = jnp.asarray(rng.normal(0, 1, rows), jnp.float32)
-  rollout = Rollout(prompt, prompt_mask, responses, mask, logprobs, logprobs + jnp.where(mask, noise(0.2), 0.0), values, scores)
+  rollout = Rollout(
+    prompt,
+    prompt_mask,
+    responses,
+    mask,
+    logprobs,
+    logprobs + jnp.where(mask, noise(0.2), 0.0),
+    values,
+    scores,
+  )
   rewards = ops.token_rewards(scores, logprobs, rollout.ref_logprobs, mask, 0.1)
   advantages, returns = ops.gae(rewards, values, mask)
-  return PPOBatch(rollout, ops.whiten(advantages, mask), returns, mask.astype(jnp.float32),
-                  token_batch(seed + 1, ptx_rows) if ptx_rows else None)
+  return PPOBatch(
+    rollout,
+    ops.whiten(advantages, mask),
+    returns,
+    mask.astype(jnp.float32),
+    token_batch(seed + 1, ptx_rows) if ptx_rows else None,
+  )
 
 
 def assert_additive(loss_fn, params, batch, nets, parts: int = 2, rtol: float = 1e-4) -> None:
-  """Gradients and metrics of `parts` microbatches equal those of the whole (docs/pitfalls.md, 10). For a fork's loss too."""
+  """Gradients and metrics of `parts` microbatches equal those of the whole (docs/pitfalls.md, 10).
+  For a fork's loss too."""
   whole = jax.jit(lambda p: steps.gradients(loss_fn, p, batch, None, nets=nets))(params)
-  cut = jax.jit(lambda p: steps.gradients(loss_fn, p, batch, None, nets=nets, microbatches=parts))(params)
+  cut = jax.jit(lambda p: steps.gradients(loss_fn, p, batch, None, nets=nets, microbatches=parts))(
+    params
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), whole, cut)
 
 
@@ -104,4 +139,6 @@ def assert_not_rounded(x) -> None:
 
 
 def close(a, b, **tolerance) -> None:
-  np.testing.assert_allclose(np.asarray(a), np.asarray(b), **({'rtol': 1e-5, 'atol': 1e-6} | tolerance))
+  np.testing.assert_allclose(
+    np.asarray(a), np.asarray(b), **({'rtol': 1e-5, 'atol': 1e-6} | tolerance)
+  )

@@ -1,4 +1,5 @@
-"""What a research fork writes: losses and advantages outside the package, by the public types alone."""
+"""What a research fork writes: losses and advantages outside the package, by the public types
+alone."""
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +29,25 @@ def simpo(params, batch, key, *, nets, beta=2.0, gamma=0.5):
 
 
 def kto(params, batch, key, *, nets, beta=0.1):
-  """In the manner of Ethayarajh et al. 2024: the best responses are desirable, the others not, each by itself; the reference point,
-  a KL there, is 0."""
-  ratio = beta * jnp.sum(response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, -1)
+  """In the manner of Ethayarajh et al. 2024: the best responses are desirable, the others not, each
+  by itself; the reference point, a KL there, is 0."""
+  ratio = beta * jnp.sum(
+    response_logprobs(params['policy'], batch, nets=nets) - batch.ref_logprobs, -1
+  )
   present = batch.ranks >= 0
-  losses = jnp.sum(jnp.where(present, 1 - jax.nn.sigmoid(jnp.where(batch.ranks == 0, ratio, -ratio)), 0.0), 1) / present.sum(1)
+  losses = jnp.sum(
+    jnp.where(present, 1 - jax.nn.sigmoid(jnp.where(batch.ranks == 0, ratio, -ratio)), 0.0), 1
+  ) / present.sum(1)
   return jnp.sum(batch.weights * losses), {'kto/loss': jnp.sum(batch.mean_weights * losses)}
 
 
 def leave_one_out(rewards, values, mask, *, samples_per_prompt):
-  """RLOO (Ahmadian et al. 2024): each response against the mean of the other samples of its prompt; no value network. The stage
-  passes samples_per_prompt."""
+  """RLOO (Ahmadian et al. 2024): each response against the mean of the other samples of its prompt;
+  no value network. The stage passes samples_per_prompt."""
   if samples_per_prompt < 2:
-    raise ValueError('leave_one_out compares the samples of a prompt: rollout.samples_per_prompt must be 2 or more')
+    raise ValueError(
+      'leave_one_out compares the samples of a prompt: rollout.samples_per_prompt must be 2 or more'
+    )
   total = jnp.sum(rewards * mask, -1).reshape(-1, samples_per_prompt)
   others = (total.sum(1, keepdims=True) - total) / (samples_per_prompt - 1)
   advantages = jnp.where(mask, (total - others).reshape(-1, 1), 0.0)
@@ -52,8 +59,12 @@ def policy_gradient(params, batch, key, *, nets, clip_eps=0.2):
   tokens, mask = batch.rollout.sequences()
   logprobs, _ = nets.logprobs(params['policy'], tokens, mask)
   live = batch.rollout.mask
-  ratio = jnp.exp(jnp.where(live, logprobs[:, batch.rollout.prompts.shape[1]:] - batch.rollout.logprobs, 0.0))
-  surrogate = jnp.minimum(batch.advantages * ratio, batch.advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps))
+  ratio = jnp.exp(
+    jnp.where(live, logprobs[:, batch.rollout.prompts.shape[1] :] - batch.rollout.logprobs, 0.0)
+  )
+  surrogate = jnp.minimum(
+    batch.advantages * ratio, batch.advantages * jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+  )
   loss = -jnp.sum(batch.weights * surrogate)
   return loss, {'ppo/loss/policy': loss}
 

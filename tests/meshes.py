@@ -1,4 +1,5 @@
-"""Every mesh of eight devices against one device: all stages of the main job in miniature, by metrics and sampled responses.
+"""Every mesh of eight devices against one device: all stages of the main job in miniature, by
+metrics and sampled responses.
 
   python tests/meshes.py OUT [DATAxFSDPxTENSOR ...]     all ten take some minutes; prints a table, ends with 1 where one disagrees
 
@@ -31,7 +32,10 @@ def furthest(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, float]:
 
 
 def samples(workdir: pathlib.Path) -> list[str]:
-  return [json.loads(line)['response'] for line in (workdir / 'ppo_ptx/samples.jsonl').read_text().splitlines()]
+  return [
+    json.loads(line)['response']
+    for line in (workdir / 'ppo_ptx/samples.jsonl').read_text().splitlines()
+  ]
 
 
 def main(arguments: list[str]) -> int:
@@ -41,14 +45,23 @@ def main(arguments: list[str]) -> int:
   one = out / '1x1x1'
 
   def run(workdir, devices, mesh):
-    axes = [f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh, strict=True)]
-    batch = 'stages.rm.responses_per_batch=72'  # a reward model's step takes a multiple of the data shards, here 8 prompts on all
+    axes = [
+      f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh, strict=True)
+    ]
+    # a reward model's step takes a multiple of the data shards, here 8 prompts on all
+    batch = 'stages.rm.responses_per_batch=72'
     return processes.run(workdir, 1, devices, [*axes, batch, 'report.policies={}'], timeout=3600)
 
   if run(one, 1, (1, 1, 1)):
     raise SystemExit(f'the run on one device failed: {one}.0.log')
   wrong = 0
-  print('| data x fsdp x tensor | ' + ' | '.join(processes.STAGES) + ' | samples |\n' + '|---' * (len(processes.STAGES) + 2) + '|')
+  print(
+    '| data x fsdp x tensor | '
+    + ' | '.join(processes.STAGES)
+    + ' | samples |\n'
+    + '|---' * (len(processes.STAGES) + 2)
+    + '|'
+  )
   for mesh in wanted:
     name = 'x'.join(map(str, mesh))
     if run(out / name, 8, mesh):
@@ -57,7 +70,12 @@ def main(arguments: list[str]) -> int:
       continue
     far, same = furthest(out / name, one), samples(out / name) == samples(one)
     wrong += max(far.values()) > 1e-3 or not same
-    print(f'| {name} | ' + ' | '.join(f'{x:.1e}' for x in far.values()) + f' | {"the same" if same else "DIFFERENT"} |', flush=True)
+    print(
+      f'| {name} | '
+      + ' | '.join(f'{x:.1e}' for x in far.values())
+      + f' | {"the same" if same else "DIFFERENT"} |',
+      flush=True,
+    )
   return int(wrong > 0)
 
 

@@ -1,7 +1,7 @@
 """Small edits of Python source, made from its syntax tree: the bugs of a slip of the hand.
 
-Each replaces one expression by another in the text, so that everything else stays as it is. Texts, annotations and what a `raise`
-says are left alone.
+Each replaces one expression by another in the text, so that everything else stays as it is. Texts,
+annotations and what a `raise` says are left alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-  """file: below alignjax/. line: its number. start, end: of the replaced text; before, after: the two expressions."""
+  """file: below alignjax/. line: its number. start, end: of the replaced text; before, after: the
+  two expressions."""
+
   file: str
   line: int
   start: int
@@ -26,11 +28,34 @@ class Mutant(NamedTuple):
     return f'{self.file}:{self.line}: `{flat(self.before)}` -> `{flat(self.after)}`'
 
 
-BINARY = {ast.Add: '-', ast.Sub: '+', ast.Mult: '/', ast.Div: '*', ast.FloorDiv: '*', ast.Mod: '*', ast.BitAnd: '|', ast.BitOr: '&'}
+BINARY = {
+  ast.Add: '-',
+  ast.Sub: '+',
+  ast.Mult: '/',
+  ast.Div: '*',
+  ast.FloorDiv: '*',
+  ast.Mod: '*',
+  ast.BitAnd: '|',
+  ast.BitOr: '&',
+}
 COMPARE = {ast.Lt: '<=', ast.LtE: '<', ast.Gt: '>=', ast.GtE: '>', ast.Eq: '!=', ast.NotEq: '=='}
-RENAME = {'maximum': 'minimum', 'minimum': 'maximum', 'max': 'min', 'min': 'max', 'argmax': 'argmin', 'any': 'all', 'all': 'any',
-          'sum': 'mean', 'mean': 'sum', 'rsqrt': 'sqrt', 'exp': 'log', 'ceil': 'floor', 'ones_like': 'zeros_like'}
-FIRST = ('stop_gradient', 'clip', 'square', 'checkpoint', 'round', 'sorted', 'abs', 'astype')  # f(x, ...) -> x
+RENAME = {
+  'maximum': 'minimum',
+  'minimum': 'maximum',
+  'max': 'min',
+  'min': 'max',
+  'argmax': 'argmin',
+  'any': 'all',
+  'all': 'any',
+  'sum': 'mean',
+  'mean': 'sum',
+  'rsqrt': 'sqrt',
+  'exp': 'log',
+  'ceil': 'floor',
+  'ones_like': 'zeros_like',
+}
+# f(x, ...) -> x
+FIRST = ('stop_gradient', 'clip', 'square', 'checkpoint', 'round', 'sorted', 'abs', 'astype')
 SYMMETRIC = {'maximum', 'minimum', 'max', 'min'}
 
 
@@ -41,10 +66,11 @@ def mutants(file: str, source: str) -> list[Mutant]:
   for line in lines:
     offset.append(offset[-1] + len(line.encode()))
   raw = source.encode()
-  at = lambda line, column: len(raw[:offset[line - 1] + column].decode())  # ast counts columns in bytes
+  # ast counts columns in bytes
+  at = lambda line, column: len(raw[: offset[line - 1] + column].decode())
 
   def text(node) -> str:
-    return source[at(node.lineno, node.col_offset):at(node.end_lineno, node.end_col_offset)]
+    return source[at(node.lineno, node.col_offset) : at(node.end_lineno, node.end_col_offset)]
 
   made = []
   for node in _expressions(ast.parse(source)):
@@ -60,7 +86,9 @@ def _expressions(tree: ast.AST) -> Iterator[ast.AST]:
     if field in ('annotation', 'returns', 'decorator_list'):
       continue
     for child in value if isinstance(value, list) else [value]:
-      if not isinstance(child, ast.AST) or isinstance(child, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)):
+      if not isinstance(child, ast.AST) or isinstance(
+        child, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)
+      ):
         continue
       if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
         continue  # a docstring
@@ -84,7 +112,11 @@ def _changes(node: ast.AST, text) -> Iterator[str]:
   elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
     yield str(not node.value)
   elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-    yield str(node.value + 1) if isinstance(node.value, int) else repr(node.value * 2 if node.value else 1.0)
+    yield (
+      str(node.value + 1)
+      if isinstance(node.value, int)
+      else repr(node.value * 2 if node.value else 1.0)
+    )
   elif isinstance(node, ast.IfExp):
     yield f'({text(node.body)})'
     yield f'({text(node.orelse)})'
@@ -93,27 +125,40 @@ def _changes(node: ast.AST, text) -> Iterator[str]:
 
 
 def _side(node: ast.AST, text) -> str:
-  return f'({text(node)})' if isinstance(node, (ast.BinOp, ast.Compare, ast.BoolOp, ast.IfExp)) else text(node)
+  return (
+    f'({text(node)})'
+    if isinstance(node, (ast.BinOp, ast.Compare, ast.BoolOp, ast.IfExp))
+    else text(node)
+  )
 
 
 def _calls(node: ast.Call, text) -> Iterator[str]:
   name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, 'id', '')
   whole, head = text(node), text(node.func)
   if name in RENAME:
-    yield head[:len(head) - len(name)] + RENAME[name] + whole[len(head):]
+    yield head[: len(head) - len(name)] + RENAME[name] + whole[len(head) :]
   if name == 'where' and len(node.args) == 3:
     yield f'({text(node.args[1])})'
     yield f'({text(node.args[2])})'
   if name in FIRST and node.args and name != 'astype':
     yield f'({text(node.args[0])})'
   if name == 'astype':
-    yield head[:-len('.astype')]
+    yield head[: -len('.astype')]
   parts = [text(a) for a in node.args]
   for i in range(len(parts) - 1):  # two neighbours that could be each other's
-    alike = all(isinstance(a, (ast.Name, ast.Attribute, ast.Subscript)) and not text(a).startswith(('jnp.', 'np.', 'jax.'))
-                for a in node.args[i:i + 2])
+    alike = all(
+      isinstance(a, (ast.Name, ast.Attribute, ast.Subscript))
+      and not text(a).startswith(('jnp.', 'np.', 'jax.'))
+      for a in node.args[i : i + 2]
+    )
     if alike and name not in SYMMETRIC and parts[i] != parts[i + 1]:
-      swapped = [*parts[:i], parts[i + 1], parts[i], *parts[i + 2:], *map(_keyword(text), node.keywords)]
+      swapped = [
+        *parts[:i],
+        parts[i + 1],
+        parts[i],
+        *parts[i + 2 :],
+        *map(_keyword(text), node.keywords),
+      ]
       yield f'{head}({", ".join(swapped)})'
 
 

@@ -6,8 +6,9 @@
   python tests/mutations.py --generated=60 --seed=0    60 of those that tests/mutants.py makes of the numeric files, an hour
   python tests/mutations.py --generated=9 --files=ops.py,losses.py
 
-Each is an edit of a copy of the project and the tests that carry the item's number, or that TESTS names for the file. Prints a
-table; ends with 1 where one was not caught and EQUIVALENT gives no reason.
+Each is an edit of a copy of the project and the tests that carry the item's number, or that TESTS
+names for the file. Prints a table; ends with 1 where one was not caught and EQUIVALENT gives no
+reason.
 """
 
 from __future__ import annotations
@@ -26,117 +27,333 @@ sys.path.insert(0, str(ROOT))
 
 from tests import mutants  # noqa: E402  after the path
 
-MUTATIONS = {  # item: (the bug, file, what stands there, what stood there when it was wrong, where its tests are)
-    1: ('the score lands on the last column', 'ops.py', 'is_last = mask & (live_after == 1)',
-        'is_last = jnp.zeros_like(mask).at[:, -1].set(True)', 'test_ops'),
-    2: ('a missing end is read off the length', 'rollout.py', 'missing_end_penalty * ~sampled.ended',
-        'missing_end_penalty * mask.all(-1)', 'test_rollout'),
-    3: ('weights by comparing ids with pad', 'data/encode.py', '    weights[i, len(p):len(p) + len(r)] = 1.0\n  weights[:, 0]',
-        '    weights[i, len(p):len(p) + len(r)] = [float(x != pad) for x in r]\n  weights[:, 0]', 'test_data test_losses'),
-    4: ('decoding runs to the limit', 'sampling.py', '& ~jnp.all(state[1][2])', '', 'test_sampling'),
-    5: ('positions count pads', 'ops.py', 'return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)',
-        'return jnp.broadcast_to(jnp.arange(mask.shape[-1]), mask.shape)', 'test_transformer'),
-    6: ('the reward is read at the last column', 'losses.py', 'scores = ops.last_live(values.reshape(b, k, t), batch.mask)',
-        'scores = values.reshape(b, k, t)[..., -1]', 'test_losses'),
-    7: ('an end is forced at the limit', 'sampling.py', "    live = ~done\n",
-        "    live = ~done\n    token = jnp.where(t == max_tokens - 1, stop_ids[0] if stop_ids else token, token)\n", 'test_sampling'),
-    8: ("the sampler's log-probabilities go into the ratio", 'rollout.py', 'rollout = Rollout(*rows, logprobs=logprobs,',
-        'rollout = Rollout(*rows, logprobs=sampled.logprobs + 1e-4 * mask,', 'test_rollout test_sharding'),
-    9: ('scoring without the temperature', 'rollout.py', "nets.logprobs(params['policy'], tokens, token_mask, temperature=temperature)",
-        "nets.logprobs(params['policy'], tokens, token_mask)", 'test_rollout'),
-    10: ('weights normalised by microbatch', 'steps.py', 'jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch, key, nets=nets)',
-         'jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch.normalized(), key, nets=nets)', 'test_losses test_steps'),
-    11: ('whitening by row', 'ops.py', '  mean = masked_mean(x, mask)\n  whitened = (x - mean) * jax.lax.rsqrt(masked_variance(x, mask) + 1e-8)',
-         '  mean = jax.vmap(masked_mean)(x, mask)[:, None]\n  whitened = (x - mean) * jax.lax.rsqrt(jax.vmap(masked_variance)(x, mask)[:, None] + 1e-8)',
-         'test_ops test_sharding'),
-    12: ('deltas over pads', 'ops.py', 'deltas = jnp.where(mask, rewards + gamma * next_values - values, 0.0)',
-         'deltas = rewards + gamma * next_values - values + ~mask', 'test_ops'),
-    13: ('integer rewards are taken', 'rollout.py', 'if not jnp.issubdtype(scores.dtype, jnp.floating):', 'if False:', 'test_rollout'),
-    14: ('the same key in every step', 'stages/ppo_ptx.py', 'key = jax.random.fold_in(key, state.step)', 'pass', 'test_sharding'),
-    15: ('gradients through advantages', 'losses.py', 'advantages, returns = jax.lax.stop_gradient((batch.advantages, batch.returns))',
-         'advantages, returns = batch.advantages, batch.returns', 'test_losses'),
-    16: ('a ptx coefficient that does nothing', 'losses.py', 'loss = loss + ptx_coef * ptx_loss', 'loss = loss + 0 * ptx_loss', 'test_losses'),
-    17: ('one form of epsilon for both', 'optim.py', 'factor * m / (v**0.5 + eps)',
-         '(m / (1 - b1**t)) / ((v / (1 - b2**t))**0.5 + eps)', 'test_optim'),
-    18: ('a moving average in bfloat16', 'steps.py', 'e + (1 - ema_decay) * (p.astype(jnp.float32) - e)',
-         '(e.astype(jnp.bfloat16) + (1 - ema_decay) * (p - e).astype(jnp.bfloat16)).astype(jnp.float32)', 'test_steps'),
-    19: ('one divisor for all prompts', 'losses.py', 'all_pairs = jnp.maximum(present * (present - 1) / 2, 1.0)',
-         'all_pairs = jnp.full_like(present, k * (k - 1) / 2)', 'test_losses'),
-    20: ('test entities in training prompts', 'sandbox/instructions.py', '  entities = world.entities[split]\n  # few',
-         "  entities = world.entities[split] + world.entities['test']\n  # few", 'test_sandbox'),
-    21: ('the held-out pool is the training pool', 'sandbox/labelers.py', 'self.train, self.heldout = np.arange(train), np.arange(train, count)',
-         'self.train, self.heldout = np.arange(train), np.arange(train)', 'test_evals test_sandbox'),
-    22: ('a reward that is no model is ignored', 'rollout.py', '  scores = reward_fn(*rows, nets=nets, frozen=frozen)',
-         '  scores = model_reward(*rows, nets=nets, frozen=frozen)', 'test_rollout'),
-    23: ('the data position is one step off after a restart', 'train.py', '    first, state = restored\n', '    first, state = restored[0] + 1, restored[1]\n',
-         'test_train'),
-    24: ('weights are gathered for every token', 'models/transformer.py',
-         "whole = constrain_weights({'embed': params['embed'], 'final': params['final'], 'unstacked': layers})",
-         "whole = {'embed': params['embed'], 'final': params['final'], 'unstacked': layers}", 'test_sharding'),
-    25: ('a decoded token stands at its cache slot', 'models/transformer.py',
-         'where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)',
-         'where = jnp.broadcast_to(cache.index, (tokens.shape[0], 1))', 'test_transformer'),
-    # of no item: bugs that once no test saw
-    26: ('the KL penalty is a bonus', 'stages/ppo_ptx.py', 'rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)',
-         'rollout.ref_logprobs, rollout.logprobs, rollout.mask, kl_coef)', 'test_iteration'),
-    27: ('the adaptive KL coefficient is discarded', 'stages/ppo_ptx.py', "jnp.isfinite(metrics['objective/scores']), steered, kl_coef)",
-         "jnp.isfinite(metrics['objective/scores']), kl_coef, kl_coef)", 'test_iteration'),
-    28: ("keep='ema' keeps the policy", 'stages/ppo_ptx.py', "'ema': state.ema}[keep]", "'ema': state.params['policy']}[keep]", 'test_iteration'),
-    29: ('later inner epochs are not shuffled', 'stages/ppo_ptx.py', 'orders.at[0].set(jnp.arange(count))', 'orders.at[:].set(jnp.arange(count))',
-         'test_iteration'),
-    30: ("the reward model's accuracy is of training prompts", 'stages/comparisons.py', "cfg.policies[:1], cfg.evaluation_prompts, 'test')",
-         "cfg.policies[:1], cfg.evaluation_prompts, 'train')", 'test_heldout_prompts'),
-    31: ('the reference is scored without the temperature', 'rollout.py',
-         "nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)", "nets.logprobs(frozen['ref'], tokens, token_mask)",
-         'test_iteration'),
-    32: ('the moving average is of the parameters before the update', 'steps.py', "- e), ema, params['policy'])",
-         "- e), ema, state.params['policy'])", 'test_iteration'),
-    33: ('untied logits are rounded to bfloat16', 'models/transformer.py', 'dot_general=_to_float32, name', 'name', 'test_transformer'),
-    34: ('decay of stacked norms', 'optim.py', "len(leaf.shape) - ('layers' in parents) > 1", 'len(leaf.shape) > 1', 'test_optim'),
-    35: ('a query that sees nothing sees all', 'models/transformer.py', 'NEVER), axis=-1), 0.0)', 'NEVER), axis=-1), 1.0 / visible.shape[-1])',
-         'test_transformer'),
-    36: ('ids without a token are drawn', 'models/transformer.py', 'return next_token(weights, x[:, 0]), cache', 'return unembed(weights, x[:, 0]), cache',
-         'test_transformer'),
+# item: (the bug, file, what stands there, what stood there when it was wrong, where its tests are)
+MUTATIONS = {
+  1: (
+    'the score lands on the last column',
+    'ops.py',
+    'is_last = mask & (live_after == 1)',
+    'is_last = jnp.zeros_like(mask).at[:, -1].set(True)',
+    'test_ops',
+  ),
+  2: (
+    'a missing end is read off the length',
+    'rollout.py',
+    'missing_end_penalty * ~sampled.ended',
+    'missing_end_penalty * mask.all(-1)',
+    'test_rollout',
+  ),
+  3: (
+    'weights by comparing ids with pad',
+    'data/encode.py',
+    '    weights[i, len(p):len(p) + len(r)] = 1.0\n  weights[:, 0]',
+    '    weights[i, len(p):len(p) + len(r)] = [float(x != pad) for x in r]\n  weights[:, 0]',
+    'test_data test_losses',
+  ),
+  4: ('decoding runs to the limit', 'sampling.py', '& ~jnp.all(state[1][2])', '', 'test_sampling'),
+  5: (
+    'positions count pads',
+    'ops.py',
+    'return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)',
+    'return jnp.broadcast_to(jnp.arange(mask.shape[-1]), mask.shape)',
+    'test_transformer',
+  ),
+  6: (
+    'the reward is read at the last column',
+    'losses.py',
+    'scores = ops.last_live(values.reshape(b, k, t), batch.mask)',
+    'scores = values.reshape(b, k, t)[..., -1]',
+    'test_losses',
+  ),
+  7: (
+    'an end is forced at the limit',
+    'sampling.py',
+    '    live = ~done\n',
+    '    live = ~done\n    token = jnp.where(t == max_tokens - 1, stop_ids[0] if stop_ids else '
+    'token, token)\n',
+    'test_sampling',
+  ),
+  8: (
+    "the sampler's log-probabilities go into the ratio",
+    'rollout.py',
+    'rollout = Rollout(*rows, logprobs=logprobs,',
+    'rollout = Rollout(*rows, logprobs=sampled.logprobs + 1e-4 * mask,',
+    'test_rollout test_sharding',
+  ),
+  9: (
+    'scoring without the temperature',
+    'rollout.py',
+    "nets.logprobs(params['policy'], tokens, token_mask, temperature=temperature)",
+    "nets.logprobs(params['policy'], tokens, token_mask)",
+    'test_rollout',
+  ),
+  10: (
+    'weights normalised by microbatch',
+    'steps.py',
+    'jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch, key, nets=nets)',
+    'jax.value_and_grad(lambda params, batch, key: loss_fn(params, batch.normalized(), key, '
+    'nets=nets)',
+    'test_losses test_steps',
+  ),
+  11: (
+    'whitening by row',
+    'ops.py',
+    '  mean = masked_mean(x, mask)\n  whitened = (x - mean) * jax.lax.rsqrt(masked_variance(x, '
+    'mask) + 1e-8)',
+    '  mean = jax.vmap(masked_mean)(x, mask)[:, None]\n  whitened = (x - mean) * '
+    'jax.lax.rsqrt(jax.vmap(masked_variance)(x, mask)[:, None] + 1e-8)',
+    'test_ops test_sharding',
+  ),
+  12: (
+    'deltas over pads',
+    'ops.py',
+    'deltas = jnp.where(mask, rewards + gamma * next_values - values, 0.0)',
+    'deltas = rewards + gamma * next_values - values + ~mask',
+    'test_ops',
+  ),
+  13: (
+    'integer rewards are taken',
+    'rollout.py',
+    'if not jnp.issubdtype(scores.dtype, jnp.floating):',
+    'if False:',
+    'test_rollout',
+  ),
+  14: (
+    'the same key in every step',
+    'stages/ppo_ptx.py',
+    'key = jax.random.fold_in(key, state.step)',
+    'pass',
+    'test_sharding',
+  ),
+  15: (
+    'gradients through advantages',
+    'losses.py',
+    'advantages, returns = jax.lax.stop_gradient((batch.advantages, batch.returns))',
+    'advantages, returns = batch.advantages, batch.returns',
+    'test_losses',
+  ),
+  16: (
+    'a ptx coefficient that does nothing',
+    'losses.py',
+    'loss = loss + ptx_coef * ptx_loss',
+    'loss = loss + 0 * ptx_loss',
+    'test_losses',
+  ),
+  17: (
+    'one form of epsilon for both',
+    'optim.py',
+    'factor * m / (v**0.5 + eps)',
+    '(m / (1 - b1**t)) / ((v / (1 - b2**t))**0.5 + eps)',
+    'test_optim',
+  ),
+  18: (
+    'a moving average in bfloat16',
+    'steps.py',
+    'e + (1 - ema_decay) * (p.astype(jnp.float32) - e)',
+    '(e.astype(jnp.bfloat16) + (1 - ema_decay) * (p - e).astype(jnp.bfloat16)).astype(jnp.float32)',
+    'test_steps',
+  ),
+  19: (
+    'one divisor for all prompts',
+    'losses.py',
+    'all_pairs = jnp.maximum(present * (present - 1) / 2, 1.0)',
+    'all_pairs = jnp.full_like(present, k * (k - 1) / 2)',
+    'test_losses',
+  ),
+  20: (
+    'test entities in training prompts',
+    'sandbox/instructions.py',
+    '  entities = world.entities[split]\n  # few',
+    "  entities = world.entities[split] + world.entities['test']\n  # few",
+    'test_sandbox',
+  ),
+  21: (
+    'the held-out pool is the training pool',
+    'sandbox/labelers.py',
+    'self.train, self.heldout = np.arange(train), np.arange(train, count)',
+    'self.train, self.heldout = np.arange(train), np.arange(train)',
+    'test_evals test_sandbox',
+  ),
+  22: (
+    'a reward that is no model is ignored',
+    'rollout.py',
+    '  scores = reward_fn(*rows, nets=nets, frozen=frozen)',
+    '  scores = model_reward(*rows, nets=nets, frozen=frozen)',
+    'test_rollout',
+  ),
+  23: (
+    'the data position is one step off after a restart',
+    'train.py',
+    '    first, state = restored\n',
+    '    first, state = restored[0] + 1, restored[1]\n',
+    'test_train',
+  ),
+  24: (
+    'weights are gathered for every token',
+    'models/transformer.py',
+    "whole = constrain_weights({'embed': params['embed'], 'final': params['final'], 'unstacked': "
+    'layers})',
+    "whole = {'embed': params['embed'], 'final': params['final'], 'unstacked': layers}",
+    'test_sharding',
+  ),
+  25: (
+    'a decoded token stands at its cache slot',
+    'models/transformer.py',
+    'where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)',
+    'where = jnp.broadcast_to(cache.index, (tokens.shape[0], 1))',
+    'test_transformer',
+  ),
+  # of no item: bugs that once no test saw
+  26: (
+    'the KL penalty is a bonus',
+    'stages/ppo_ptx.py',
+    'rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)',
+    'rollout.ref_logprobs, rollout.logprobs, rollout.mask, kl_coef)',
+    'test_iteration',
+  ),
+  27: (
+    'the adaptive KL coefficient is discarded',
+    'stages/ppo_ptx.py',
+    "jnp.isfinite(metrics['objective/scores']), steered, kl_coef)",
+    "jnp.isfinite(metrics['objective/scores']), kl_coef, kl_coef)",
+    'test_iteration',
+  ),
+  28: (
+    "keep='ema' keeps the policy",
+    'stages/ppo_ptx.py',
+    "'ema': state.ema}[keep]",
+    "'ema': state.params['policy']}[keep]",
+    'test_iteration',
+  ),
+  29: (
+    'later inner epochs are not shuffled',
+    'stages/ppo_ptx.py',
+    'orders.at[0].set(jnp.arange(count))',
+    'orders.at[:].set(jnp.arange(count))',
+    'test_iteration',
+  ),
+  30: (
+    "the reward model's accuracy is of training prompts",
+    'stages/comparisons.py',
+    "cfg.policies[:1], cfg.evaluation_prompts, 'test')",
+    "cfg.policies[:1], cfg.evaluation_prompts, 'train')",
+    'test_heldout_prompts',
+  ),
+  31: (
+    'the reference is scored without the temperature',
+    'rollout.py',
+    "nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)",
+    "nets.logprobs(frozen['ref'], tokens, token_mask)",
+    'test_iteration',
+  ),
+  32: (
+    'the moving average is of the parameters before the update',
+    'steps.py',
+    "- e), ema, params['policy'])",
+    "- e), ema, state.params['policy'])",
+    'test_iteration',
+  ),
+  33: (
+    'untied logits are rounded to bfloat16',
+    'models/transformer.py',
+    'dot_general=_to_float32, name',
+    'name',
+    'test_transformer',
+  ),
+  34: (
+    'decay of stacked norms',
+    'optim.py',
+    "len(leaf.shape) - ('layers' in parents) > 1",
+    'len(leaf.shape) > 1',
+    'test_optim',
+  ),
+  35: (
+    'a query that sees nothing sees all',
+    'models/transformer.py',
+    'NEVER), axis=-1), 0.0)',
+    'NEVER), axis=-1), 1.0 / visible.shape[-1])',
+    'test_transformer',
+  ),
+  36: (
+    'ids without a token are drawn',
+    'models/transformer.py',
+    'return next_token(weights, x[:, 0]), cache',
+    'return unembed(weights, x[:, 0]), cache',
+    'test_transformer',
+  ),
 }
 
 
 TESTS = {  # numeric file: the tests that touch it, the quick ones first
-    'ops.py': 'test_ops test_iteration test_losses', 'losses.py': 'test_iteration test_losses',
-    'steps.py': 'test_iteration test_steps test_losses', 'types.py': 'test_losses test_iteration',
-    'optim.py': 'test_optim test_iteration', 'sampling.py': 'test_sampling test_iteration test_compile',
-    'rollout.py': 'test_iteration test_rollout', 'stages/ppo_ptx.py': 'test_iteration test_compile test_train',
-    'models/transformer.py': 'test_transformer test_hf test_rollout test_compile', 'models/rotary.py': 'test_hf test_transformer',
-    'data/encode.py': 'test_data', 'data/batches.py': 'test_data', 'data/text.py': 'test_data',
-    'evals/reward/accuracy.py': 'test_evals', 'evals/reward/selection.py': 'test_select test_best_of_n', 'compiler/flops.py': 'test_trace',
+  'ops.py': 'test_ops test_iteration test_losses',
+  'losses.py': 'test_iteration test_losses',
+  'steps.py': 'test_iteration test_steps test_losses',
+  'types.py': 'test_losses test_iteration',
+  'optim.py': 'test_optim test_iteration',
+  'sampling.py': 'test_sampling test_iteration test_compile',
+  'rollout.py': 'test_iteration test_rollout',
+  'stages/ppo_ptx.py': 'test_iteration test_compile test_train',
+  'models/transformer.py': 'test_transformer test_hf test_rollout test_compile',
+  'models/rotary.py': 'test_hf test_transformer',
+  'data/encode.py': 'test_data',
+  'data/batches.py': 'test_data',
+  'data/text.py': 'test_data',
+  'evals/reward/accuracy.py': 'test_evals',
+  'evals/reward/selection.py': 'test_select test_best_of_n',
+  'compiler/flops.py': 'test_trace',
 }
-EQUIVALENT = {  # a survivor, by its file and its line as it would be: why no test can or need tell it from the code
-    'optim.py: after = optax.cosine_decay_schedule(lr, max(steps - warm, 2), alpha=final)': 'they differ after the last update only',
-    'optim.py: t = state.count': 'a float to the power of an int32 is a float32',
-    "rollout.py: 'objective/entropy': jnp.mean(-jnp.sum(logprobs, 1)),": 'the last axis of two is axis 1',
-    "rollout.py: 'rollout/length': jnp.mean(jnp.sum(mask, -1)),": 'the mean of integers is a float32',
-    'steps.py: params = optax.apply_updates(updates, state.params)': 'a sum; updates have the dtype of their parameters',
+# a survivor, by its file and its line as it would be: why no test can or need tell it from the code
+EQUIVALENT = {
+  'optim.py: after = optax.cosine_decay_schedule(lr, max(steps - warm, 2), alpha=final)': 'they differ '
+  'after the last update only',
+  'optim.py: t = state.count': 'a float to the power of an int32 is a float32',
+  "rollout.py: 'objective/entropy': jnp.mean(-jnp.sum(logprobs, 1)),": 'the last axis of two is '
+  'axis 1',
+  "rollout.py: 'rollout/length': jnp.mean(jnp.sum(mask, -1)),": 'the mean of integers is a float32',
+  'steps.py: params = optax.apply_updates(updates, state.params)': 'a sum; updates have the dtype '
+  'of their parameters',
 }
 
 
 def trial(cache: str, edits: dict[str, str], tests: str, only: str = '') -> str:
-  """'caught by TEST', or what pytest said, of a copy of the project with these texts of files below alignjax/. cache: of compiled
-  programs, for what an edit leaves as it was."""
+  """'caught by TEST', or what pytest said, of a copy of the project with these texts of files below
+  alignjax/. cache: of compiled programs, for what an edit leaves as it was."""
   with tempfile.TemporaryDirectory(prefix='mutation-') as folder:
     copy = pathlib.Path(folder) / 'project'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'runs', '__pycache__', '.pytest_cache', '*.egg-info'))
+    shutil.copytree(
+      ROOT,
+      copy,
+      ignore=shutil.ignore_patterns(
+        '.git', '.venv', 'runs', '__pycache__', '.pytest_cache', '*.egg-info'
+      ),
+    )
     for name, text in edits.items():
       (copy / 'alignjax' / name).write_text(text)
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', *(['-k', only] if only else []),
-               *(f'tests/{f}.py' for f in tests.split())]
+    command = [
+      sys.executable,
+      '-m',
+      'pytest',
+      '-q',
+      '-x',
+      '-p',
+      'no:cacheprovider',
+      *(['-k', only] if only else []),
+      *(f'tests/{f}.py' for f in tests.split()),
+    ]
     env = os.environ | {'PYTHONPATH': str(copy), 'JAX_COMPILATION_CACHE_DIR': cache}
     try:
-      done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False, timeout=1800, env=env)
+      done = subprocess.run(
+        command, cwd=copy, capture_output=True, text=True, check=False, timeout=1800, env=env
+      )
     except subprocess.TimeoutExpired:
       return 'caught by the time limit'
   failed = re.findall(r'^(?:FAILED|ERROR) \S+?::(\S+)|^ERROR (\S+)', done.stdout, re.M)
   if done.returncode in (1, 2) and failed:
     return f'caught by {"".join(failed[0])}'
-  return f'NOT CAUGHT (pytest ended with {done.returncode}: {"".join(done.stdout.strip().splitlines()[-1:])})'
+  return (
+    f'NOT CAUGHT (pytest ended with {done.returncode}: '
+    f'{"".join(done.stdout.strip().splitlines()[-1:])})'
+  )
 
 
 def of_checklist(cache: str, item: int) -> str:
@@ -144,16 +361,23 @@ def of_checklist(cache: str, item: int) -> str:
   text = (ROOT / 'alignjax' / name).read_text()
   if text.count(right) != 1:
     return f'OUT OF DATE: {name} has {text.count(right)} times {right!r}'
-  return trial(cache, {name: text.replace(right, wrong)}, tests, f'item_{item}_' if item <= 25 else '')
+  return trial(
+    cache, {name: text.replace(right, wrong)}, tests, f'item_{item}_' if item <= 25 else ''
+  )
 
 
 def generated(cache: str, count: int, seed: int, files: list[str]) -> int:
   """Tries a sample of the generated mutants; how many nobody caught or explains."""
   sources = {name: (ROOT / 'alignjax' / name).read_text() for name in files}
   missed = 0
-  for i, mutant in enumerate(mutants.sample({name: mutants.mutants(name, text) for name, text in sources.items()}, count, seed), 1):
+  for i, mutant in enumerate(
+    mutants.sample(
+      {name: mutants.mutants(name, text) for name, text in sources.items()}, count, seed
+    ),
+    1,
+  ):
     text = sources[mutant.file]
-    text = text[:mutant.start] + mutant.after + text[mutant.end:]
+    text = text[: mutant.start] + mutant.after + text[mutant.end :]
     result = trial(cache, {mutant.file: text}, TESTS[mutant.file])
     if not result.startswith('caught'):
       reason = EQUIVALENT.get(f'{mutant.file}: {text.splitlines()[mutant.line - 1].strip()}')
@@ -166,9 +390,13 @@ def generated(cache: str, count: int, seed: int, files: list[str]) -> int:
 def main(arguments: list[str]) -> int:
   parser = argparse.ArgumentParser(description='Bugs put into the code, and whether a test fails.')
   parser.add_argument('items', nargs='*', type=int, help='of MUTATIONS; none: all')
-  parser.add_argument('--generated', type=int, default=0, help='this many generated mutants instead')
+  parser.add_argument(
+    '--generated', type=int, default=0, help='this many generated mutants instead'
+  )
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--files', default=','.join(TESTS), help='of the generated ones, below alignjax/')
+  parser.add_argument(
+    '--files', default=','.join(TESTS), help='of the generated ones, below alignjax/'
+  )
   options = parser.parse_args(arguments)
   missed = 0
   with tempfile.TemporaryDirectory(prefix='mutations-compiled-') as cache:

@@ -1,6 +1,7 @@
-"""The main job in miniature over several real processes on this machine; test_processes.py starts it.
+"""The main job in miniature over several real processes on this machine; test_processes.py starts
+it.
 
-  python tests/processes.py WORKDIR PROCESSES DEVICES_EACH [stages.sft.epochs=2 ...]     all of them, until the last has ended
+python tests/processes.py WORKDIR PROCESSES DEVICES_EACH [stages.sft.epochs=2 ...]     all of them, until the last has ended
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ STAGES = ('pretrain', 'sft', 'rm', 'ppo_ptx')
 def micro():
   """Every stage and the report, in a few steps of a model of 16 dimensions."""
   from experiments.configs import ppo_ptx
+
   c = ppo_ptx.get_config('tiny')
   c.stages_to_run, c.mesh.fsdp = ('ppo_ptx',), 2
   c.sharding.vocab = None  # the sandbox's 247 words do not divide over a tensor axis
@@ -33,14 +35,24 @@ def micro():
   s = c.stages
   s.pretrain.update(documents=300, log_every=1, save_every=2)
   s.sft.update(demonstrations=32, epochs=1, documents=300, log_every=1, save_every=1)
-  s.rm.update(prompts=16, evaluation_prompts=8, bias_demonstrations=16, k_buckets=(9,), row_lengths=(), log_every=1, save_every=1,
-              policies=(dict(init='stage:sft', temperature=1.0, share=1.0),))
+  s.rm.update(
+    prompts=16,
+    evaluation_prompts=8,
+    bias_demonstrations=16,
+    k_buckets=(9,),
+    row_lengths=(),
+    log_every=1,
+    save_every=1,
+    policies=(dict(init='stage:sft', temperature=1.0, share=1.0),),
+  )
   s.ppo_ptx.update(prompts=64, iterations=2, minibatches=2, save_every=1)
   s.ppo_ptx.rollout.episodes = 16
   s.ppo_ptx.ptx.documents = 300
   s.ppo_ptx.optimizer.policy.warmup = 2
   c.report.policies = dict(pretrained='pretrain', sft='sft', ppo_ptx='ppo_ptx')
-  c.report.update(win_prompts=16, tax_items=16, truth_samples=1, toxicity_prompts=16, loss_documents=64)
+  c.report.update(
+    win_prompts=16, tax_items=16, truth_samples=1, toxicity_prompts=16, loss_documents=64
+  )
   return c
 
 
@@ -54,15 +66,17 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
 def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
   """What a stage logged, without its times."""
   lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-  return [{k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines]
+  return [
+    {k: v for k, v in json.loads(line).items() if not k.startswith('time/')} for line in lines
+  ]
 
 
 HELD: list = []  # locks of ports, for the life of this process
 
 
 def address() -> str:
-  """Of a port of this machine that is free and stays so: one below those that the system gives to whoever asks for any, and locked
-  against other test processes until this one ends."""
+  """Of a port of this machine that is free and stays so: one below those that the system gives to
+  whoever asks for any, and locked against other test processes until this one ends."""
   ports = list(range(20_000, 32_000))
   random.SystemRandom().shuffle(ports)
   for port in ports:
@@ -79,21 +93,36 @@ def address() -> str:
   raise OSError('no port is free.')
 
 
-def start(workdir: pathlib.Path, processes: int, devices: int, changes: list[str]) -> list[subprocess.Popen]:
+def start(
+  workdir: pathlib.Path, processes: int, devices: int, changes: list[str]
+) -> list[subprocess.Popen]:
   """The processes, each with its output in WORKDIR.NUMBER.log."""
   where, out = address(), []
   for i in range(processes):
-    environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
-                                'PYTHONPATH': str(ROOT), 'JAX_COORDINATOR_ADDRESS': where,
-                                'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
+    environment = os.environ | {
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(ROOT),
+      'JAX_COORDINATOR_ADDRESS': where,
+      'JAX_NUM_PROCESSES': str(processes),
+      'JAX_PROCESS_ID': str(i),
+    }
     command = [sys.executable, __file__, '--one', str(processes), str(workdir), *changes]
     with workdir.with_name(f'{workdir.name}.{i}.log').open('a') as log:
       out.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
   return out
 
 
-def run(workdir: pathlib.Path, processes: int, devices: int, changes: list[str] = (), kill_when=None, timeout: float = 600) -> int:
-  """Runs to the end, or until kill_when() is true, then -9 for all; 10 s behind one that failed. The largest exit status."""
+def run(
+  workdir: pathlib.Path,
+  processes: int,
+  devices: int,
+  changes: list[str] = (),
+  kill_when=None,
+  timeout: float = 600,
+) -> int:
+  """Runs to the end, or until kill_when() is true, then -9 for all; 10 s behind one that failed.
+  The largest exit status."""
   started, end = start(workdir, processes, devices, list(changes)), time.monotonic() + timeout
   try:
     while any(p.poll() is None for p in started):
@@ -111,12 +140,20 @@ def run(workdir: pathlib.Path, processes: int, devices: int, changes: list[str] 
 
 def one(processes: int, workdir: str, changes: list[str]) -> None:
   from absl import logging
+
   logging.set_verbosity(logging.WARNING)
   from alignjax import train
   from alignjax.runtime import distributed
+
   c = micro()
-  c.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (change.split('=', 1) for change in changes)})
-  with distributed.joined(distributed.facts(c.to_dict()), 60) if processes > 1 else contextlib.nullcontext():
+  c.update_from_flattened_dict(
+    {k: ast.literal_eval(v) for k, v in (change.split('=', 1) for change in changes)}
+  )
+  with (
+    distributed.joined(distributed.facts(c.to_dict()), 60)
+    if processes > 1
+    else contextlib.nullcontext()
+  ):
     train.main(c, workdir)
 
 
@@ -124,4 +161,6 @@ if __name__ == '__main__':
   if sys.argv[1] == '--one':
     one(int(sys.argv[2]), sys.argv[3], sys.argv[4:])
   else:
-    raise SystemExit(run(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:], timeout=3600))
+    raise SystemExit(
+      run(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:], timeout=3600)
+    )

@@ -1,11 +1,11 @@
-"""Stops a run of several processes again and again, each time in another way and on another mesh, and compares its end with that of
-an uninterrupted run.
+"""Stops a run of several processes again and again, each time in another way and on another mesh,
+and compares its end with that of an uninterrupted run.
 
   python tests/restarts.py --restarts=100 --folder=/tmp/restarts            called again, it goes on
   python tests/restarts.py --restarts=5 --full_disks=2 --seed=3
 
-Every start draws the number of processes (1, 2 or 4, of four devices together), the mesh, a stage, and one way to stop after a
-random time in that stage:
+Every start draws the number of processes (1, 2 or 4, of four devices together), the mesh, a stage,
+and one way to stop after a random time in that stage:
 
   one    kill -9 of one process; the others have to end by themselves
   all    kill -9 of all
@@ -13,8 +13,9 @@ random time in that stage:
   disk   the disk is full but for a random rest at that moment, and has room again at the next start; only with --full_disks, and
          on a file system of its own in memory, for which the script needs to be root
 
-When a run has got to its end, its metrics, weights and report are compared with those of one process that nothing stopped, to the
-tolerance of test_processes.py: sums over devices add up in another order on another mesh. A table says what was done.
+When a run has got to its end, its metrics, weights and report are compared with those of one
+process that nothing stopped, to the tolerance of test_processes.py: sums over devices add up in
+another order on another mesh. A table says what was done.
 """
 
 from __future__ import annotations
@@ -38,16 +39,23 @@ sys.path.insert(0, str(ROOT))
 from tests import processes  # noqa: E402
 
 SHAPES = ((1, 4), (2, 2), (4, 1))  # processes, devices of each
-MESHES = (dict(fsdp=1, tensor=1), dict(fsdp=2, tensor=1), dict(fsdp=4, tensor=1), dict(fsdp=2, tensor=2))
+MESHES = (
+  dict(fsdp=1, tensor=1),
+  dict(fsdp=2, tensor=1),
+  dict(fsdp=4, tensor=1),
+  dict(fsdp=2, tensor=2),
+)
 PLACES = (*processes.STAGES, 'report')
 WAYS = ('one', 'all', 'term')
-ALONE_SECONDS = 600  # within which all have ended: jax looks for signs of life every 40 s, and a slow machine may be compiling
+# within which all have ended: jax looks for signs of life every 40 s, and a slow machine may be
+# compiling
+ALONE_SECONDS = 600
 DISK = 2**28  # bytes of the file system that is filled
 
 
 def reached(workdir: pathlib.Path, place: str) -> bool:
   """Whether the run has come to a stage, or past it."""
-  later = PLACES[PLACES.index(place):]
+  later = PLACES[PLACES.index(place) :]
   return any((workdir / name).exists() for name in later)
 
 
@@ -60,13 +68,19 @@ def fill(folder: pathlib.Path, rest: int) -> pathlib.Path:
   return path
 
 
-def stop(started: list[subprocess.Popen], way: str, workdir: pathlib.Path, rng: random.Random) -> str:
+def stop(
+  started: list[subprocess.Popen], way: str, workdir: pathlib.Path, rng: random.Random
+) -> str:
   """Stops the processes; '' or what they did wrong."""
   if way == 'disk':
     filler = fill(workdir.parent, rng.choice((0, rng.randrange(4096), rng.randrange(2**17))))
     codes = wait(started, ALONE_SECONDS)
     filler.unlink()
-    return '' if all(code is not None for code in codes) else f'with a full disk they did not end: {codes}'
+    return (
+      ''
+      if all(code is not None for code in codes)
+      else f'with a full disk they did not end: {codes}'
+    )
   if way == 'one':
     rng.choice(started).send_signal(signal.SIGKILL)
   for process in started if way != 'one' else ():
@@ -95,7 +109,11 @@ def once(workdir: pathlib.Path, number: int, options: argparse.Namespace) -> dic
   """One start and, unless it gets to its end first, one stop."""
   rng = random.Random(f'{options.seed}/{number}')
   shape, mesh, place = rng.choice(SHAPES), rng.choice(MESHES), rng.choice(PLACES)
-  way = 'disk' if number % max(1, options.restarts // max(1, options.full_disks)) == 0 and options.full_disks else rng.choice(WAYS)
+  way = (
+    'disk'
+    if number % max(1, options.restarts // max(1, options.full_disks)) == 0 and options.full_disks
+    else rng.choice(WAYS)
+  )
   changes = [f'mesh.{name}={value}' for name, value in mesh.items()]
   began, wrong, ended = time.monotonic(), '', False
   started = processes.start(workdir, *shape, changes)
@@ -107,16 +125,30 @@ def once(workdir: pathlib.Path, number: int, options: argparse.Namespace) -> dic
   else:
     codes, ended = wait(started, ALONE_SECONDS), True
     wrong = '' if set(codes) <= {0} else f'nothing stopped it, and it ended with {codes}'
-  return dict(number=number, shape=shape, mesh=mesh, aimed=place, way='none' if ended else way, wrong=wrong,
-              seconds=round(time.monotonic() - began, 1))
+  return dict(
+    number=number,
+    shape=shape,
+    mesh=mesh,
+    aimed=place,
+    way='none' if ended else way,
+    wrong=wrong,
+    seconds=round(time.monotonic() - began, 1),
+  )
 
 
 def main(argv: list[str]) -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--restarts', type=int, default=5)
-  parser.add_argument('--full_disks', type=int, default=0, help='how many of the restarts find the disk full')
+  parser.add_argument(
+    '--full_disks', type=int, default=0, help='how many of the restarts find the disk full'
+  )
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--folder', help='kept afterwards, and gone on with when called again; default: a temporary one, deleted')
+  parser.add_argument(
+    '--folder',
+    help='kept afterwards, and gone on with when called again; default: a temporary one, deleted',
+  )
   options = parser.parse_args(argv)
   folder = pathlib.Path(options.folder or tempfile.mkdtemp(prefix='restarts-'))
   folder.mkdir(parents=True, exist_ok=True)
@@ -137,8 +169,15 @@ def main(argv: list[str]) -> int:
       shutil.rmtree(folder)
 
 
-def run(folder: pathlib.Path, work: pathlib.Path, record: pathlib.Path, done: list[dict], options: argparse.Namespace) -> int:
+def run(
+  folder: pathlib.Path,
+  work: pathlib.Path,
+  record: pathlib.Path,
+  done: list[dict],
+  options: argparse.Namespace,
+) -> int:
   from tests.test_processes import assert_same
+
   if code := processes.run(folder / 'whole', 1, 4):
     print(f'the uninterrupted run ended with {code}: {folder}/whole.0.log')
     return 1
@@ -155,7 +194,9 @@ def run(folder: pathlib.Path, work: pathlib.Path, record: pathlib.Path, done: li
         file.write(json.dumps(done[-1]) + '\n')
       each = (time.monotonic() - began) / (len(done) - before)
       left = each * (options.restarts - len(done))
-      print(f'{len(done)}/{options.restarts}: {json.dumps(done[-1])}; {left:.0f} s left', flush=True)
+      print(
+        f'{len(done)}/{options.restarts}: {json.dumps(done[-1])}; {left:.0f} s left', flush=True
+      )
       if done[-1]['wrong']:
         log = '\n'.join(p.read_text()[-3000:] for p in sorted(work.glob('run.*.log')))
         (folder / 'failed.log').write_text(log)
@@ -176,10 +217,19 @@ def run(folder: pathlib.Path, work: pathlib.Path, record: pathlib.Path, done: li
 def summary(done: list[dict], compared: int) -> None:
   """A table of what was done."""
   count = collections.Counter((d['way'], d['shape'][0]) for d in done)
-  print('| stopped by | ' + ' | '.join(f'{n} process{"es" if n > 1 else ""}' for n, _ in SHAPES) + ' |\n' + '|---' * 4 + '|')
+  print(
+    '| stopped by | '
+    + ' | '.join(f'{n} process{"es" if n > 1 else ""}' for n, _ in SHAPES)
+    + ' |\n'
+    + '|---' * 4
+    + '|'
+  )
   for way in dict.fromkeys(d['way'] for d in done):
     print(f'| {way} | ' + ' | '.join(str(count[way, n]) for n, _ in SHAPES) + ' |')
-  print(f'{len(done)} starts; {compared} runs got to their end since this script was started, each with the same figures')
+  print(
+    f'{len(done)} starts; {compared} runs got to their end since this script was started, each '
+    f'with the same figures'
+  )
 
 
 if __name__ == '__main__':

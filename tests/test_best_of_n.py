@@ -1,4 +1,5 @@
-"""Best-of-n: the estimator against all subsets, by hand; samples that survive an interruption; the command on a tiny run."""
+"""Best-of-n: the estimator against all subsets, by hand; samples that survive an interruption; the
+command on a tiny run."""
 
 import itertools
 import json
@@ -23,7 +24,9 @@ def test_the_estimator_by_hand():
   gold = np.array([[5.0, 0.0, -7.0]])  # of the best by score: pairs {1,2} -> 0, the other two -> -7
   assert best_of_n.expected(scores, gold, 2) == pytest.approx([-14 / 3])
   tied = np.array([[1.0, 1.0, 0.0]])  # {1,1}: either; {1,0} twice: the one
-  assert best_of_n.expected(tied, np.array([[4.0, 8.0, 100.0]]), 2) == pytest.approx([(6 + 4 + 8) / 3])
+  assert best_of_n.expected(tied, np.array([[4.0, 8.0, 100.0]]), 2) == pytest.approx(
+    [(6 + 4 + 8) / 3]
+  )
   with pytest.raises(ValueError, match='n=4 needs 1 <= n <= 3'):
     best_of_n.expected(scores, scores, 4)
 
@@ -32,8 +35,10 @@ def test_the_estimator_is_the_mean_over_all_subsets():
   rng = np.random.default_rng(0)
   scores, values = rng.normal(size=(4, 9)), rng.normal(size=(4, 9))
   for n in (1, 3, 6):
-    brute = [np.mean([v[max(s, key=lambda i: row[i])] for s in itertools.combinations(range(9), n)])  # noqa: B023
-             for row, v in zip(scores, values, strict=True)]
+    brute = [
+      np.mean([v[max(s, key=lambda i: row[i])] for s in itertools.combinations(range(9), n)])  # noqa: B023
+      for row, v in zip(scores, values, strict=True)
+    ]
     np.testing.assert_allclose(best_of_n.expected(scores, values, n), brute, rtol=1e-12)
 
 
@@ -47,10 +52,18 @@ def test_the_curve_has_paired_changes():
   scores = np.array([[0.0, 1.0], [0.0, 3.0]])
   rows = best_of_n.curve(scores, {'proxy': scores, 'gold': -scores}, [1, 2])
   assert [r['proxy']['mean'] for r in rows] == [1.0, 2.0]  # prompts: .5 and 1.5, then 1 and 3
-  assert rows[1]['gold']['mean'] == -2.0 and rows[1]['gold, change']['mean'] == -1.0 and 'gold, change' not in rows[0]
-  assert rows[1]['gold, change']['ci95'] == pytest.approx([-1 - 12.7062 / 2, -1 + 12.7062 / 2], abs=1e-3)  # of -.5 and -1.5
+  assert (
+    rows[1]['gold']['mean'] == -2.0
+    and rows[1]['gold, change']['mean'] == -1.0
+    and 'gold, change' not in rows[0]
+  )
+  # of -.5 and -1.5
+  assert rows[1]['gold, change']['ci95'] == pytest.approx(
+    [-1 - 12.7062 / 2, -1 + 12.7062 / 2], abs=1e-3
+  )
   assert rows[1]['kl'] == pytest.approx(math.log(2) - 0.5)
-  twice = best_of_n.curve(scores, {'gold': -scores}, [1, 2], ['same', 'same'])  # a prompt that comes twice is one cluster
+  # a prompt that comes twice is one cluster
+  twice = best_of_n.curve(scores, {'gold': -scores}, [1, 2], ['same', 'same'])
   assert twice[1]['gold, change']['ci95'] == [None, None]
 
 
@@ -65,7 +78,8 @@ def test_samples_go_on_where_they_stopped(model, tmp_path):
   whole = respond(model.params, 0, tmp_path / 'a.jsonl')
   assert [len(t) for t in whole.texts] == [3] * 5
   lines = (tmp_path / 'a.jsonl').read_text().splitlines()
-  (tmp_path / 'b.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:10])  # killed in the middle of a line and of a chunk
+  # killed in the middle of a line and of a chunk
+  (tmp_path / 'b.jsonl').write_text('\n'.join(lines[:3]) + '\n' + lines[3][:10])
   assert respond(model.params, 0, tmp_path / 'b.jsonl') == whole
   assert (tmp_path / 'b.jsonl').read_text() == (tmp_path / 'a.jsonl').read_text()
   assert respond(None, 0, tmp_path / 'a.jsonl') == whole  # read, not sampled
@@ -77,7 +91,9 @@ def test_samples_go_on_where_they_stopped(model, tmp_path):
 def test_divergence_and_reward_are_those_of_the_networks(model, tmp_path):
   """Against the log-softmax in float64, one response at a time; and a reward model that counts."""
   prompts = ['ab', 'longer']
-  said = samples.make_responder(model, prompts, count=2, max_tokens=6, rows=4)(model.params, 3, tmp_path / 'r.jsonl')
+  said = samples.make_responder(model, prompts, count=2, max_tokens=6, rows=4)(
+    model.params, 3, tmp_path / 'r.jsonl'
+  )
   other = jax.tree.map(lambda p: p * 1.1, model.params)
   found = samples.make_divergence(model, prompts, max_tokens=6, rows=3)(other, model.params, said)
 
@@ -88,26 +104,48 @@ def test_divergence_and_reward_are_those_of_the_networks(model, tmp_path):
     at = np.arange(row.shape[1] - len(tokens), row.shape[1])
     return logprobs[at - 1, row[0, at]].sum()
 
-  expected = [[logprob(other, p, t) - logprob(model.params, p, t) for t in tokens]
-              for p, tokens in zip(prompts, said.tokens, strict=True)]
+  expected = [
+    [logprob(other, p, t) - logprob(model.params, p, t) for t in tokens]
+    for p, tokens in zip(prompts, said.tokens, strict=True)
+  ]
   assert found.shape == (2, 2)
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
-  counting = model._replace(nets=model.nets._replace(scalar=lambda params, tokens, mask: mask.cumsum(-1) * 1.0))
-  length = lambda p, text, ended: len(model.template.prompt(p)) + len(model.template.response(text)) - (not ended)
-  expected = [[length(p, t, e) for t, e in zip(ts, es, strict=True)]
-              for p, ts, es in zip(prompts, said.texts, said.ended, strict=True)]
-  np.testing.assert_array_equal(samples.make_rewarder(counting, prompts, rows=4)(None, said), expected)
+  counting = model._replace(
+    nets=model.nets._replace(scalar=lambda params, tokens, mask: mask.cumsum(-1) * 1.0)
+  )
+  length = lambda p, text, ended: (
+    len(model.template.prompt(p)) + len(model.template.response(text)) - (not ended)
+  )
+  expected = [
+    [length(p, t, e) for t, e in zip(ts, es, strict=True)]
+    for p, ts, es in zip(prompts, said.texts, said.ended, strict=True)
+  ]
+  np.testing.assert_array_equal(
+    samples.make_rewarder(counting, prompts, rows=4)(None, said), expected
+  )
 
 
 def test_report_and_plot(tmp_path):
   rng = np.random.default_rng(0)
-  values = {'reward model': rng.normal(size=(20, 8)), 'gold, training labelers': rng.normal(size=(20, 8))}
+  values = {
+    'reward model': rng.normal(size=(20, 8)),
+    'gold, training labelers': rng.normal(size=(20, 8)),
+  }
   kls = np.abs(rng.normal(size=(20, 4)))
-  result = dict(policy='p', reward_model='r', prompts=20, samples=8, temperature=1.0, measures=list(values),
-                best_of_n=best_of_n.curve(values['reward model'], values, [1, 2, 4]),
-                policies={'ppo': best_of_n.policy(kls, {k: v[:, :4] for k, v in values.items()}) | {
-                    'training': {'kl': [0.0, 1.0], 'reward model': [0.0, 0.5]}}})
+  result = dict(
+    policy='p',
+    reward_model='r',
+    prompts=20,
+    samples=8,
+    temperature=1.0,
+    measures=list(values),
+    best_of_n=best_of_n.curve(values['reward model'], values, [1, 2, 4]),
+    policies={
+      'ppo': best_of_n.policy(kls, {k: v[:, :4] for k, v in values.items()})
+      | {'training': {'kl': [0.0, 1.0], 'reward model': [0.0, 0.5]}}
+    },
+  )
   text = best_of_n.markdown(json.loads(json.dumps(result)))
   assert '| 4 | 0.64 |' in text and f'| ppo | {kls.mean():.3f} [' in text
   best_of_n.plot(result, tmp_path / 'x.png')

@@ -27,7 +27,9 @@ def test_every_row_is_planned_once_in_a_batch_that_it_fits():
     for cost in (0, 300, 10**4, 10**9):
       for count in (0, 1, 7, 59, 200):
         lengths = rng.integers(1, 500, count).tolist()
-        plan = bulk.plan(lengths, 500, lambda length: 4000 // length, shards=shards, shape_cost=cost)
+        plan = bulk.plan(
+          lengths, 500, lambda length: 4000 // length, shards=shards, shape_cost=cost
+        )
         assert sorted(i for b in plan for i in b.rows) == list(range(count))
         for b in plan:
           assert len(b.rows) <= b.size <= max(shards, 4000 // b.length) and b.size % shards == 0
@@ -36,29 +38,43 @@ def test_every_row_is_planned_once_in_a_batch_that_it_fits():
 
 
 def test_few_rows_are_not_padded_to_many_where_rows_are_dear():
-  """59 responses of 30 to 400 tokens, 32 a batch at most: 32 rows for each of their 9 padded lengths are 54,784 tokens."""
+  """59 responses of 30 to 400 tokens, 32 a batch at most: 32 rows for each of their 9 padded
+  lengths are 54,784 tokens."""
   lengths = [30 + (i * i * 370) // 58**2 for i in range(59)]
   assert len({bulk.bucket(n, 512) for n in lengths}) == 9 and sum(lengths) == 9076
   close = bulk.plan(lengths, 512, 32, shape_cost=0, batch_cost=10)
   assert tokens(close) < 1.3 * sum(lengths) and len(close) < 30
   some = bulk.plan(lengths, 512, 32, shape_cost=600, batch_cost=10)
   assert tokens(some) < 1.7 * sum(lengths) and len(shapes(some)) <= 6
-  assert shapes(bulk.plan(lengths, 512, 32, shape_cost=10**6)) == {(512, 32)}  # padding is cheap: one shape, which others have too
+  # padding is cheap: one shape, which others have too
+  assert shapes(bulk.plan(lengths, 512, 32, shape_cost=10**6)) == {(512, 32)}
   assert shapes(bulk.plan(lengths[:3], 512, 32, shape_cost=10**6)) == {(512, 32)}
   # by hand: 2 + 1 rows are 144 tokens and 2 batches; 3 x 1 row one batch more and one shape less
-  assert bulk.plan([40, 41, 42], 512, 32, batch_cost=10) == [bulk.Batch([0, 1], 48, 2), bulk.Batch([2], 48, 1)]
-  assert [b.size for b in bulk.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=10)] == [1, 1, 1]
+  assert bulk.plan([40, 41, 42], 512, 32, batch_cost=10) == [
+    bulk.Batch([0, 1], 48, 2),
+    bulk.Batch([2], 48, 1),
+  ]
+  assert [b.size for b in bulk.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=10)] == [
+    1,
+    1,
+    1,
+  ]
   assert [b.size for b in bulk.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=50)] == [4]
 
 
 def dear(monkeypatch):
   """As for a model so large that padding costs more than a compilation."""
-  monkeypatch.setattr(bulk, 'SPEEDS', dict(cpu=bulk.Speed(compile=0.0, flops=3e10, bytes=1e10, step=1e-6)))
+  monkeypatch.setattr(
+    bulk, 'SPEEDS', dict(cpu=bulk.Speed(compile=0.0, flops=3e10, bytes=1e10, step=1e-6))
+  )
 
 
 def test_a_sample_depends_on_its_prompt_and_number_alone(model, monkeypatch):
-  """Not on the other prompts, the order, or the batch: each is the same alone and in company; the parameters and seed change it."""
-  sample = bulk.make_sampler(model.nets, None, prompt_length=48, max_tokens=4, stop_ids=(3,), pad=0, rows=8)
+  """Not on the other prompts, the order, or the batch: each is the same alone and in company; the
+  parameters and seed change it."""
+  sample = bulk.make_sampler(
+    model.nets, None, prompt_length=48, max_tokens=4, stop_ids=(3,), pad=0, rows=8
+  )
   prompts = [[5, 6, 7], [8] * 40, [5, 6, 7]]
   whole, ended = sample(model.params, prompts, 1)
   assert len({tuple(r) for r in whole}) == 3 and ended.shape == (3,)
@@ -73,22 +89,37 @@ def test_scores_in_batches_are_those_of_one_row_at_a_time(model, monkeypatch):
   dear(monkeypatch)
   rows = [list(range(3, 3 + n)) for n in (2, 33, 60, 5, 100, 34, 3)]
   seen = []
-  nets = model.nets._replace(scalar=lambda params, tokens, mask: seen.append(tokens.shape) or (tokens * mask).cumsum(-1) * 1.0)
+  nets = model.nets._replace(
+    scalar=lambda params, tokens, mask: (
+      seen.append(tokens.shape) or (tokens * mask).cumsum(-1) * 1.0
+    )
+  )
   done = {}
-  found = bulk.make_scorer(nets, None, length=128, pad=9, rows=4)(model.params, rows, lambda i, x: done.update({i: float(x)}))
+  found = bulk.make_scorer(nets, None, length=128, pad=9, rows=4)(
+    model.params, rows, lambda i, x: done.update({i: float(x)})
+  )
   np.testing.assert_array_equal(found, [sum(r) for r in rows])
-  assert done == dict(enumerate(found.tolist())) and all(size * length <= 256 for size, length in seen)
+  assert done == dict(enumerate(found.tolist())) and all(
+    size * length <= 256 for size, length in seen
+  )
 
 
 def test_likelihoods_of_rows_of_any_length(model, monkeypatch):
   dear(monkeypatch)
   rows = [([4, 5], [6, 7, 8]), ([4] * 50, [9]), ([7], [8] * 70)]
   width = 80
-  tokens, mask, weights = np.full((3, width), 2, np.int32), np.zeros((3, width), bool), np.zeros((3, width), np.float32)
+  tokens, mask, weights = (
+    np.full((3, width), 2, np.int32),
+    np.zeros((3, width), bool),
+    np.zeros((3, width), np.float32),
+  )
   for i, (a, b) in enumerate(rows):
-    tokens[i, :len(a + b)], mask[i, :len(a + b)], weights[i, len(a):len(a + b)] = a + b, True, 1
+    tokens[i, : len(a + b)], mask[i, : len(a + b)], weights[i, len(a) : len(a + b)] = a + b, True, 1
   found, _ = bulk.make_likelihood(model.nets, None, 4)(model.params, tokens, mask, weights)
   logits = np.asarray(jax.jit(model.nets.logits)(model.params, tokens, mask), np.float64)
   logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  expected = [sum(logprobs[i, t - 1, tokens[i, t]] for t in range(len(a), len(a + b))) for i, (a, b) in enumerate(rows)]
+  expected = [
+    sum(logprobs[i, t - 1, tokens[i, t]] for t in range(len(a), len(a + b)))
+    for i, (a, b) in enumerate(rows)
+  ]
   np.testing.assert_allclose(found, expected, rtol=1e-4)

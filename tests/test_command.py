@@ -1,4 +1,5 @@
-"""What every command does with its output and its errors: ASCII terminals, readers that go, folders that cannot be written, ~."""
+"""What every command does with its output and its errors: ASCII terminals, readers that go, folders
+that cannot be written, ~."""
 
 import os
 import pathlib
@@ -11,10 +12,20 @@ from alignjax.runtime import files
 from experiments import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = ('run', 'compile', 'heldout_labelers', 'best_of_n', 'evaluate', 'export', 'generate', 'preference', 'prepare',
-            'summarize')
+COMMANDS = (
+  'run',
+  'compile',
+  'heldout_labelers',
+  'best_of_n',
+  'evaluate',
+  'export',
+  'generate',
+  'preference',
+  'prepare',
+  'summarize',
+)
 
-PROGRAM = '''
+PROGRAM = """
 import pathlib, sys
 from experiments import command
 def main(argv):
@@ -23,25 +34,41 @@ def main(argv):
   pathlib.Path(argv[1]).write_text('\\u2026')
   print('to a person', file=sys.stderr)
 command.start(main, sys.argv[1:], ends_with_reader='--ends' in sys.argv)
-'''
+"""
 
 
 def program(*arguments, code=PROGRAM, **environment):
   env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'LC_', 'LANG'))}
-  return subprocess.Popen([sys.executable, '-c', code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=env | {'PYTHONPATH': str(ROOT)} | environment)
+  return subprocess.Popen(
+    [sys.executable, '-c', code, *map(str, arguments)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    env=env | {'PYTHONPATH': str(ROOT)} | environment,
+  )
 
 
-@pytest.mark.parametrize('environment', [
-    dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'),
-    dict(LC_ALL='POSIX'), dict(LC_ALL='C.UTF-8'), dict(PYTHONIOENCODING='latin-1')], ids=str)
+@pytest.mark.parametrize(
+  'environment',
+  [
+    dict(PYTHONIOENCODING='ascii'),
+    dict(LC_ALL='C'),
+    dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0'),
+    dict(LC_ALL='POSIX'),
+    dict(LC_ALL='C.UTF-8'),
+    dict(PYTHONIOENCODING='latin-1'),
+  ],
+  ids=str,
+)
 def test_text_that_the_output_cannot_hold_is_escaped(tmp_path, environment):
   """And files are UTF-8, whatever the locale says."""
   process = program(1, tmp_path / 'out', **environment)
   out, err = process.communicate()
   assert process.returncode == 0 and err == b'to a person\n'
-  assert out.startswith(b'\\u2026 \\U0001f600 \\udc80' if 'UTF' not in environment.get('LC_ALL', '') and 'PYTHONIOENCODING' in
-                        environment else (b'\\u2026', '…'.encode())), out
+  assert out.startswith(
+    b'\\u2026 \\U0001f600 \\udc80'
+    if 'UTF' not in environment.get('LC_ALL', '') and 'PYTHONIOENCODING' in environment
+    else (b'\\u2026', '…'.encode())
+  ), out
   assert (tmp_path / 'out').read_bytes() == '…'.encode()
 
 
@@ -57,12 +84,22 @@ def test_a_reader_that_goes_does_not_end_the_work(tmp_path, which):
 
 @pytest.mark.parametrize('closed', ['1>&-', '2>&-', '0<&- 1>&- 2>&-'])
 @pytest.mark.parametrize('locale', ['C', 'C.UTF-8'])
-def test_a_closed_descriptor_does_not_end_the_work_nor_get_a_files_contents(tmp_path, closed, locale):
-  code = PROGRAM.replace('def main(argv):', 'def main(argv):\n  made = open(argv[1], "w")\n  assert sys.stdin.read() == ""')
+def test_a_closed_descriptor_does_not_end_the_work_nor_get_a_files_contents(
+  tmp_path, closed, locale
+):
+  code = PROGRAM.replace(
+    'def main(argv):',
+    'def main(argv):\n  made = open(argv[1], "w")\n  assert sys.stdin.read() == ""',
+  )
   words = [sys.executable, '-c', code, '1', str(tmp_path / 'out')]
   env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'LC_', 'LANG'))}
-  done = subprocess.run(['bash', '-c', f'exec "$@" {closed}', 'bash', *words], capture_output=True, stdin=subprocess.DEVNULL,
-                        env=env | {'PYTHONPATH': str(ROOT), 'LC_ALL': locale, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'})
+  done = subprocess.run(
+    ['bash', '-c', f'exec "$@" {closed}', 'bash', *words],
+    capture_output=True,
+    stdin=subprocess.DEVNULL,
+    env=env
+    | {'PYTHONPATH': str(ROOT), 'LC_ALL': locale, 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'},
+  )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'out').read_bytes() == '…'.encode()
   assert done.stderr in (b'', b'to a person\n')
@@ -76,30 +113,51 @@ def test_where_output_is_all_that_is_wanted_the_command_ends_with_its_reader(tmp
   process.stderr.close()
 
 
-@pytest.mark.parametrize('raised,said', [
-    ("open('/nowhere/x')", "error: /nowhere/x: No such file or directory."), ("int('x')", 'error: invalid literal'),
-    ("import os; os.mkdir('/proc/x')", 'error: /proc/x: No such file'), ("raise OSError('its own words')", 'error: its own words'),
-    ("'\\ud800'.encode()", "error: 'utf-8' codec")])
+@pytest.mark.parametrize(
+  'raised,said',
+  [
+    ("open('/nowhere/x')", 'error: /nowhere/x: No such file or directory.'),
+    ("int('x')", 'error: invalid literal'),
+    ("import os; os.mkdir('/proc/x')", 'error: /proc/x: No such file'),
+    ("raise OSError('its own words')", 'error: its own words'),
+    ("'\\ud800'.encode()", "error: 'utf-8' codec"),
+  ],
+)
 def test_an_error_is_one_line(raised, said):
   code = f'from experiments import command\ndef main(argv):\n  {raised}\ncommand.start(main, [])'
   process = program(code=code)
   out, err = process.communicate()
-  assert process.returncode == 1 and err.decode().startswith(said) and err.count(b'\n') == 1 and out == b''
+  assert (
+    process.returncode == 1
+    and err.decode().startswith(said)
+    and err.count(b'\n') == 1
+    and out == b''
+  )
 
 
 def test_every_command_starts_so():
-  assert {p.stem for p in (ROOT / 'experiments').glob('*.py')} == {*COMMANDS, 'command', 'overrides'}
+  assert {p.stem for p in (ROOT / 'experiments').glob('*.py')} == {
+    *COMMANDS,
+    'command',
+    'overrides',
+  }
   for name in COMMANDS:
     assert 'command.start(main, sys.argv[1:]' in (ROOT / f'experiments/{name}.py').read_text(), name
 
 
-@pytest.mark.parametrize('name,arguments', [
-    ('export', '--model={0}/none --out={0}/file/x'), ('evaluate', '--tasks=truthfulqa_mc --models=a=hf:x --out={0}/file/x'),
-    ('prepare', '--source=jsonl:x --kind=prompts --out={0}/file/x'), ('best_of_n', '--policy=x --reward_model=y --out={0}/file/x'),
+@pytest.mark.parametrize(
+  'name,arguments',
+  [
+    ('export', '--model={0}/none --out={0}/file/x'),
+    ('evaluate', '--tasks=truthfulqa_mc --models=a=hf:x --out={0}/file/x'),
+    ('prepare', '--source=jsonl:x --kind=prompts --out={0}/file/x'),
+    ('best_of_n', '--policy=x --reward_model=y --out={0}/file/x'),
     ('preference', '--policies=a=x,b=y --prompts=jsonl:x --judge=rm:x --out={0}/file/x'),
     ('compile', '--config=configs/sft.py:tiny --out={0}/file/x'),
     ('heldout_labelers', '--config=configs/ukp_rm.py --out={0}/file/x'),
-    ('run', '--config=configs/sft.py:tiny --workdir={0}/file/x')])
+    ('run', '--config=configs/sft.py:tiny --workdir={0}/file/x'),
+  ],
+)
 def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(tmp_path, name, arguments):
   (tmp_path / 'file').touch()
   call = [sys.executable, str(ROOT / f'experiments/{name}.py'), *arguments.format(tmp_path).split()]

@@ -1,4 +1,5 @@
-"""compiler/hlo.py by hand-written programs and really compiled ones; compile.py's answers and its errors."""
+"""compiler/hlo.py by hand-written programs and really compiled ones; compile.py's answers and its
+errors."""
 
 import functools
 import json
@@ -108,19 +109,36 @@ def test_a_program_written_by_hand():
   mesh = dict(data=1, fsdp=4, tensor=2)
   phases, sent = cost.analyse(module, mesh, chips.CHIPS['v5e'])
   gather, reduce = sorted(sent, key=lambda s: s.kind)
-  assert (gather.kind, gather.phase, gather.axes, gather.times, gather.in_loop) == ('all-gather', 'update', 'fsdp+tensor', 1, False)
+  assert (gather.kind, gather.phase, gather.axes, gather.times, gather.in_loop) == (
+    'all-gather',
+    'update',
+    'fsdp+tensor',
+    1,
+    False,
+  )
   assert gather.bytes == 2 * 8 * 2 * 7  # the seven other pieces of 2 x 8 bfloat16
-  # 3 turns of the outer loop (24 by 8), 8 of the inner; two ways of 3/4 of 16 x 4 float32, in groups 0 2 4 6 and 1 3 5 7: fsdp
-  assert (reduce.kind, reduce.phase, reduce.axes, reduce.times, reduce.in_loop) == ('all-reduce', 'decode', 'fsdp', 24, True)
+  # 3 turns of the outer loop (24 by 8), 8 of the inner; two ways of 3/4 of 16 x 4 float32, in
+  # groups 0 2 4 6 and 1 3 5 7: fsdp
+  assert (reduce.kind, reduce.phase, reduce.axes, reduce.times, reduce.in_loop) == (
+    'all-reduce',
+    'decode',
+    'fsdp',
+    24,
+    True,
+  )
   assert reduce.bytes == 24 * 2 * 3 * 16 * 4 * 4 // 4
   assert phases['update'].flops == 2 * 16 * 4 * 8 and phases['decode'].flops == 0
-  assert phases['update'].traffic == 16 * 8 * 2 + 8 * 4 * 2 + 16 * 4 * 4  # of the stack one slice is read
+  # of the stack one slice is read
+  assert phases['update'].traffic == 16 * 8 * 2 + 8 * 4 * 2 + 16 * 4 * 4
   assert (phases['update'].wire, phases['decode'].wire) == (gather.bytes, reduce.bytes)
-  # the product goes through the loops into the result's place, so the gathered rows alone are extra, until they are read
+  # the product goes through the loops into the result's place, so the gathered rows alone are
+  # extra, until they are read
   assert cost.largest_arrays(module) == [('bf16[16,8]', 1, 256, 'update', 'update/g')]
 
 
-@pytest.mark.parametrize('text,group,count', [
+@pytest.mark.parametrize(
+  'text,group,count',
+  [
     ('replica_groups={{0,1},{2,3}}', (0, 1), 2),
     ('replica_groups=[2,2]<=[4]', (0, 1), 2),
     ('replica_groups=[2,2]<=[2,2]T(1,0)', (0, 2), 2),
@@ -128,7 +146,8 @@ def test_a_program_written_by_hand():
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5), 2),
     ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, x", (0, 2, 4, 6), 2),
     ('source_target_pairs={{3,0},{0,3}}', (3, 0), 2),
-])
+  ],
+)
 def test_replica_groups(text, group, count):
   assert hlo.replica_group(f', channel_id=1, {text}') == (group, count)
 
@@ -136,19 +155,38 @@ def test_replica_groups(text, group, count):
 def test_convolutions_count_what_falls_on_the_input():
   """TPU programs write batched products as convolutions. Counted here tap by tap."""
   site = lambda window, labels, left, right, out: hlo.Site(
-      hlo.Instruction('c', 'convolution', (hlo.Shape('f32', out),), ('l', 'r'),
-                      f', window={{{window}}}, dim_labels={labels}', '%l, %r'),
-      {n: hlo.Instruction(n, 'parameter', (hlo.Shape('f32', s),), (), '', '0') for n, s in (('l', left), ('r', right))},
-      1, '', False, ())
+    hlo.Instruction(
+      'c',
+      'convolution',
+      (hlo.Shape('f32', out),),
+      ('l', 'r'),
+      f', window={{{window}}}, dim_labels={labels}',
+      '%l, %r',
+    ),
+    {
+      n: hlo.Instruction(n, 'parameter', (hlo.Shape('f32', s),), (), '', '0')
+      for n, s in (('l', left), ('r', right))
+    },
+    1,
+    '',
+    False,
+    (),
+  )
   assert hlo.flops(site('', 'bf_io->bf', (16, 8), (8, 4), (16, 4))) == 2 * 16 * 8 * 4
-  # a batch of 3 products [16,8] x [8,4]: the window has size 3, and each output lands on one tap of the dilated input
-  batched = site('size=3 stride=2 pad=0_0 lhs_dilate=3', '0bf_0io->0bf', (3, 16, 8), (3, 8, 4), (3, 16, 4))
+  # a batch of 3 products [16,8] x [8,4]: the window has size 3, and each output lands on one tap of
+  # the dilated input
+  batched = site(
+    'size=3 stride=2 pad=0_0 lhs_dilate=3', '0bf_0io->0bf', (3, 16, 8), (3, 8, 4), (3, 16, 4)
+  )
   assert hlo.flops(batched) == 3 * 2 * 16 * 8 * 4
   # a 3-tap filter over 5 positions, padded by one on both sides: 5 * 3 - 2 taps
-  assert hlo.flops(site('size=3 pad=1_1', 'b0f_0io->b0f', (1, 5, 2), (3, 2, 7), (1, 5, 7))) == 2 * 13 * 2 * 7
+  assert (
+    hlo.flops(site('size=3 pad=1_1', 'b0f_0io->b0f', (1, 5, 2), (3, 2, 7), (1, 5, 7)))
+    == 2 * 13 * 2 * 7
+  )
 
 
-CUBLAS = '''HloModule jit_f, is_scheduled=true
+CUBLAS = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (a: bf16[3,16,8], b: bf16[3,8,4]) -> bf16[3,16,4] {
   %a = bf16[3,16,8]{2,1,0} parameter(0)
@@ -156,7 +194,7 @@ ENTRY %main (a: bf16[3,16,8], b: bf16[3,8,4]) -> bf16[3,16,4] {
   %gemm = (bf16[3,16,4]{2,1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", metadata={op_name="jit(f)/update/dot_general"}, backend_config={"operation_queue_id":"0","gemm_backend_config":{"alpha_real":1,"alpha_imag":0,"beta":0,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"epilogue":"DEFAULT"}}
   ROOT %out = bf16[3,16,4]{2,1,0} get-tuple-element(%gemm), index=0
 }
-'''  # noqa: E501
+"""  # noqa: E501
 
 
 def test_products_by_cublas_are_counted():
@@ -166,7 +204,10 @@ def test_products_by_cublas_are_counted():
 
 def scanned(x, w):
   with jax.named_scope('decode'):
-    layer = lambda x, w: (jax.lax.with_sharding_constraint(jnp.tanh(x @ w), NamedSharding(mesh(), P('fsdp'))), None)
+    layer = lambda x, w: (
+      jax.lax.with_sharding_constraint(jnp.tanh(x @ w), NamedSharding(mesh(), P('fsdp'))),
+      None,
+    )
     return jax.lax.scan(layer, x, w)[0]
 
 
@@ -176,18 +217,24 @@ def mesh():
 
 
 def test_a_program_really_compiled():
-  """Five layers whose weights are split over eight devices: each is gathered once a turn of the loop."""
-  put = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh(), P(*spec)))
+  """Five layers whose weights are split over eight devices: each is gathered once a turn of the
+  loop."""
+  put = lambda shape, *spec: jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=NamedSharding(mesh(), P(*spec))
+  )
   compiled = jax.jit(scanned).lower(put((16, 64), 'fsdp'), put((5, 64, 64), None, 'fsdp')).compile()
   module = hlo.parse(compiled.as_text())
   phases, sent = cost.analyse(module, dict(mesh().shape), None)
   assert phases['decode'].flops == 5 * 2 * (16 // 8) * 64 * 64
-  assert sum(s.bytes for s in sent) == 5 * 64 * 64 * 4 * 7 // 8 and {s.axes for s in sent} == {'fsdp'}
+  assert sum(s.bytes for s in sent) == 5 * 64 * 64 * 4 * 7 // 8 and {s.axes for s in sent} == {
+    'fsdp'
+  }
 
 
 @functools.cache
 def tiny(fsdp=8):
   from experiments.configs import base
+
   config = base.get_config('tiny')
   config.mesh.fsdp = fsdp
   return config
@@ -197,8 +244,10 @@ def tiny(fsdp=8):
 def test_a_stage_compiled_for_eight_devices(tmp_path):
   result = command.compile_stage(tiny(), 'ppo_ptx', jax.devices(), None)
   assert result['fits'] and result['memory']['temporaries'] > 0
-  assert set(result['phases']) >= {'prefill', 'decode', 'score', 'reward', 'update'}  # jax 0.12 leaves `prepare` nameless
-  # no parameter is gathered for each token: the loop exchanges whether all rows are done, and no more
+  # jax 0.12 leaves `prepare` nameless
+  assert set(result['phases']) >= {'prefill', 'decode', 'score', 'reward', 'update'}
+  # no parameter is gathered for each token: the loop exchanges whether all rows are done, and no
+  # more
   inside = [s for s in result['collectives'] if s['phase'] == 'decode' and s['in_loop']]
   assert max((s['bytes'] / s['times'] for s in inside), default=0) <= 64, inside
   assert result['needed']['decode'][1] == 0
@@ -221,24 +270,37 @@ def test_the_steps_of_the_other_stages(stage):
 def test_what_the_mathematics_needs():
   """A model of two layers, by hand: bytes of weights and activations on a mesh of 2 x 2 x 2."""
   from experiments.configs import base
+
   config = base.get_config('tiny')
   config.mesh.update(data=2, fsdp=2, tensor=2)
-  config.model.update(num_layers=2, d_model=32, num_heads=4, vocab_size=100, max_length=96, dtype='bfloat16')
+  config.model.update(
+    num_layers=2, d_model=32, num_heads=4, vocab_size=100, max_length=96, dtype='bfloat16'
+  )
   made = abstract.setup(config, jax.devices())
   matrices = 2 * (4 * 32 * 32 + 8 * 32 * 32)  # of both layers
-  work = lambda kind, **kw: abstract.Work(kind, made.policy_model, 'lm', **(dict(rows=8, length=10) | kw))
+  work = lambda kind, **kw: abstract.Work(
+    kind, made.policy_model, 'lm', **(dict(rows=8, length=10) | kw)
+  )
   seen = 4 * 2 * 32 * 5 * 80
   assert abstract.model_flops(work('forward')) == 2 * 80 * (matrices + 32 * 100) + seen
   assert abstract.model_flops(work('update', times=3)) == 9 * abstract.model_flops(work('forward'))
-  half = 2 * (matrices + 32 * 100) / 2 / 2  # the other half, over fsdp, of what tensor splits in two, in bfloat16
+  # the other half, over fsdp, of what tensor splits in two, in bfloat16
+  half = 2 * (matrices + 32 * 100) / 2 / 2
   assert abstract.wire_bytes(made, work('gather')) == half
-  sums = 2 * 2 * 2 * 0.5 * 8 * 10 * 32 * 2 / 4  # two a layer, there and back, half of it comes from the other device
+  # two a layer, there and back, half of it comes from the other device
+  sums = 2 * 2 * 2 * 0.5 * 8 * 10 * 32 * 2 / 4
   assert abstract.wire_bytes(made, work('decode')) == sums
   assert abstract.wire_bytes(made, work('forward')) == half + sums
 
 
-@pytest.mark.parametrize('topology,words', [
-    ('v5q:4x4', "no chip 'v5q'.*Did you mean 'v5p'"), ('v5e', 'form CHIP:SHAPE'), ('v5e:4by4', 'form CHIP:SHAPE')])
+@pytest.mark.parametrize(
+  'topology,words',
+  [
+    ('v5q:4x4', "no chip 'v5q'.*Did you mean 'v5p'"),
+    ('v5e', 'form CHIP:SHAPE'),
+    ('v5e:4by4', 'form CHIP:SHAPE'),
+  ],
+)
 def test_unknown_topologies(topology, words):
   with pytest.raises(ValueError, match=words):
     chips.of_topology(topology)
@@ -247,36 +309,75 @@ def test_unknown_topologies(topology, words):
 def test_chips_of_devices():
   peak = lambda kind: chips.CHIPS[chips.of_device(kind)].flops
   assert chips.of_device('TPU v5 lite') == 'v5e'
-  assert (peak('NVIDIA H100 80GB HBM3'), peak('NVIDIA H100 PCIe'), peak('NVIDIA H100 NVL')) == (989e12, 756e12, 835e12)
-  assert (peak('NVIDIA H200'), peak('NVIDIA H200 NVL'), peak('NVIDIA A100-SXM4-40GB')) == (989e12, 835e12, 312e12)
+  assert (peak('NVIDIA H100 80GB HBM3'), peak('NVIDIA H100 PCIe'), peak('NVIDIA H100 NVL')) == (
+    989e12,
+    756e12,
+    835e12,
+  )
+  assert (peak('NVIDIA H200'), peak('NVIDIA H200 NVL'), peak('NVIDIA A100-SXM4-40GB')) == (
+    989e12,
+    835e12,
+    312e12,
+  )
   bandwidth = lambda kind: chips.CHIPS[chips.of_device(kind)].bandwidth
-  assert (bandwidth('NVIDIA A100-SXM4-80GB'), bandwidth('NVIDIA A100 80GB PCIe')) == (2039e9, 1935e9)
+  assert (bandwidth('NVIDIA A100-SXM4-80GB'), bandwidth('NVIDIA A100 80GB PCIe')) == (
+    2039e9,
+    1935e9,
+  )
   assert all(name in chips.CHIPS for name in chips.KINDS.values())
-  for unknown in ('cpu', 'NVIDIA GH200 480GB', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'NVIDIA A100X', 'NVIDIA H20'):
+  for unknown in (
+    'cpu',
+    'NVIDIA GH200 480GB',
+    'NVIDIA H100 80GB HBM3 MIG 1g.10gb',
+    'NVIDIA A100X',
+    'NVIDIA H20',
+  ):
     assert chips.of_device(unknown) is None, unknown
 
 
 def test_a_missing_compiler_and_an_unknown_stage_are_errors_that_say_what_to_do(monkeypatch):
   monkeypatch.setenv('TPU_LIBRARY_PATH', '/nowhere/libtpu.so')
-  with pytest.raises(FileNotFoundError, match=r"(?s)/nowhere.*pip install .*--target .* 'libtpu==.*export TPU_LIBRARY_PATH="):
+  with pytest.raises(
+    FileNotFoundError,
+    match=r"(?s)/nowhere.*pip install .*--target .* 'libtpu==.*export TPU_LIBRARY_PATH=",
+  ):
     command.find_libtpu()
   with pytest.raises(ValueError, match='--stage=ppo_pty.*ppo_ptx'):
     command.compile_stage(tiny(), 'ppo_pty', jax.devices(), None)
 
 
 def test_the_command_ends_with_one_sentence():
-  run = [sys.executable, str(ROOT / 'experiments/compile.py'), '--config=configs/ppo_ptx.py:tiny', '--topology=v7:2x2']
+  run = [
+    sys.executable,
+    str(ROOT / 'experiments/compile.py'),
+    '--config=configs/ppo_ptx.py:tiny',
+    '--topology=v7:2x2',
+  ]
   done = subprocess.run(run, capture_output=True, text=True, check=False)
-  assert done.returncode == 1 and done.stderr.startswith("error: --topology=v7:2x2: no chip 'v7'"), done.stderr
+  assert done.returncode == 1 and done.stderr.startswith(
+    "error: --topology=v7:2x2: no chip 'v7'"
+  ), done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get('TPU_LIBRARY_PATH'), reason='TPU_LIBRARY_PATH names no libtpu: see experiments/compile.py')
+@pytest.mark.skipif(
+  not os.environ.get('TPU_LIBRARY_PATH'),
+  reason='TPU_LIBRARY_PATH names no libtpu: see experiments/compile.py',
+)
 def test_a_step_compiled_for_a_tpu_slice(tmp_path):
   """Tiny SFT for 16 v5e chips, in a process of its own: an interpreter holds one libtpu."""
-  run = [sys.executable, str(ROOT / 'experiments/compile.py'), '--config=configs/ppo_ptx.py:tiny', '--topology=v5e:4x4',
-         '--stage=sft', '--config.mesh.fsdp=16', f'--out={tmp_path}']
-  done = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | {'XLA_FLAGS': ''})
+  run = [
+    sys.executable,
+    str(ROOT / 'experiments/compile.py'),
+    '--config=configs/ppo_ptx.py:tiny',
+    '--topology=v5e:4x4',
+    '--stage=sft',
+    '--config.mesh.fsdp=16',
+    f'--out={tmp_path}',
+  ]
+  done = subprocess.run(
+    run, capture_output=True, text=True, check=False, env=os.environ | {'XLA_FLAGS': ''}
+  )
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / 'ppo_ptx-sft-v5e-4x4.json').read_text())
   assert found['devices'] == 16 and found['capacity'] == 15.75 * 2**30 and 0 < found['peak'] < 2**30
@@ -287,11 +388,17 @@ def test_a_step_compiled_for_a_tpu_slice(tmp_path):
 def test_attention_and_logits_in_chunks_change_nothing_but_memory():
   from alignjax.models import transformer
   from tests.fakes import close, config, model, token_batch
+
   cfg, nets, params, _ = model('llama')
   chunked = transformer.make_networks(config('llama', attention_chunk=3, logits_chunk=8))
   batch = token_batch(0)
-  loss = lambda nets: lambda p: jnp.sum(nets.logprobs(p, batch.tokens, batch.mask)[0] * batch.weights)
-  for one, other in zip(*(jax.tree.leaves(jax.jit(jax.value_and_grad(loss(n)))(params)) for n in (nets, chunked)), strict=True):
+  loss = lambda nets: (
+    lambda p: jnp.sum(nets.logprobs(p, batch.tokens, batch.mask)[0] * batch.weights)
+  )
+  for one, other in zip(
+    *(jax.tree.leaves(jax.jit(jax.value_and_grad(loss(n)))(params)) for n in (nets, chunked)),
+    strict=True,
+  ):
     close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -299,9 +406,20 @@ def test_attention_and_logits_in_chunks_change_nothing_but_memory():
 def test_generation_in_groups_draws_the_same_responses(samples):
   from alignjax.sampling import generate
   from tests.fakes import model, prompts
+
   _, nets, params, _ = model()
-  run = lambda groups: jax.jit(lambda p, *x: generate(nets.decoder, p, *x, jax.random.key(3), max_tokens=8, stop_ids=(3, 4),
-                                                      samples_per_prompt=samples, prompts_at_once=groups))(params, *prompts(0))
+  run = lambda groups: jax.jit(
+    lambda p, *x: generate(
+      nets.decoder,
+      p,
+      *x,
+      jax.random.key(3),
+      max_tokens=8,
+      stop_ids=(3, 4),
+      samples_per_prompt=samples,
+      prompts_at_once=groups,
+    )
+  )(params, *prompts(0))
   whole, parts = run(None), run(2)
   assert (whole.responses == parts.responses).all() and (whole.mask == parts.mask).all()
   np.testing.assert_allclose(whole.logprobs, parts.logprobs, rtol=1e-4, atol=1e-5)
@@ -309,38 +427,81 @@ def test_generation_in_groups_draws_the_same_responses(samples):
 
 
 def test_what_is_alive_together():
-  """x and y and z of 400 bytes: y and z are alive when z is made, x is read for the last time then; u takes z's place in time."""
-  line = lambda name, what: f'  %{name} = f32[100]{{0}} {what}, metadata={{op_name="jit(s)/update/{name}"}}'
-  text = '\n'.join(['ENTRY %main (p: f32[100]) -> f32[100] {', '  %p = f32[100]{0} parameter(0)', line('x', 'sine(%p)'),
-                    line('y', 'cosine(%x)'), line('z', 'add(%x, %y)'), line('u', 'multiply(%z, %y)'),
-                    '  ROOT %out = f32[100]{0} negate(%u)', '}'])
+  """x and y and z of 400 bytes: y and z are alive when z is made, x is read for the last time then;
+  u takes z's place in time."""
+  line = lambda name, what: (
+    f'  %{name} = f32[100]{{0}} {what}, metadata={{op_name="jit(s)/update/{name}"}}'
+  )
+  text = '\n'.join(
+    [
+      'ENTRY %main (p: f32[100]) -> f32[100] {',
+      '  %p = f32[100]{0} parameter(0)',
+      line('x', 'sine(%p)'),
+      line('y', 'cosine(%x)'),
+      line('z', 'add(%x, %y)'),
+      line('u', 'multiply(%z, %y)'),
+      '  ROOT %out = f32[100]{0} negate(%u)',
+      '}',
+    ]
+  )
   size, live = liveness.peak(hlo.parse(text))
   assert size == 1200 and {x.op_name[-1] for x in live} == set('xyz')
 
 
 def test_a_collective_behind_several_fusions_is_one():
-  """As TPU programs hide them: a start, a step in a loop further in, an end, all naming the gather of one channel. And the sum of
-  which every device keeps a piece, in one fusion, is a reduce-scatter."""
-  gather = ('all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}, '
-            'metadata={op_name="jit(s)/update/g"}')
-  part = lambda name: [f'%{name} (p: f32[2]) -> f32[16] {{', '  %p = f32[2]{0} parameter(0)',
-                       f'  ROOT %g = f32[16]{{0}} {gather}', '}']
-  text = '\n'.join([
-      *part('start'), *part('step'), *part('end'),
-      '%scatter (i: f32[16]) -> f32[2] {', '  %i = f32[16]{0} parameter(0)', '  %z = s32[] constant(0)',
-      '  %r = f32[16]{0} all-reduce(%i), replica_groups=[1,8]<=[8], to_apply=%add, metadata={op_name="jit(s)/update/r"}',
-      '  ROOT %d = f32[2]{0} dynamic-slice(%r, %z), dynamic_slice_sizes={2}', '}',
-      '%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {', '  %t = (s32[], f32[2]{0}) parameter(0)',
-      '  %i = s32[] get-tuple-element(%t), index=0', '  %one = s32[] constant(1)', '  %next = s32[] add(%i, %one)',
-      '  %x = f32[2]{0} get-tuple-element(%t), index=1', '  %y = f32[16]{0} fusion(%x), kind=kOutput, calls=%step',
-      '  ROOT %u = (s32[], f32[2]{0}) tuple(%next, %x)', '}',
-      '%condition (t: (s32[], f32[2])) -> pred[] {', '  %t = (s32[], f32[2]{0}) parameter(0)',
-      '  %i = s32[] get-tuple-element(%t), index=0', '  %four = s32[] constant(4)',
-      '  ROOT %lt = pred[] compare(%i, %four), direction=LT', '}',
-      'ENTRY %main (p: f32[2]) -> f32[2] {', '  %p = f32[2]{0} parameter(0)', '  %zero = s32[] constant(0)',
-      '  %a = f32[16]{0} fusion(%p), kind=kCustom, calls=%start', '  %t = (s32[], f32[2]{0}) tuple(%zero, %p)',
+  """As TPU programs hide them: a start, a step in a loop further in, an end, all naming the gather
+  of one channel. And the sum of which every device keeps a piece, in one fusion, is a
+  reduce-scatter."""
+  gather = (
+    'all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}, '
+    'metadata={op_name="jit(s)/update/g"}'
+  )
+  part = lambda name: [
+    f'%{name} (p: f32[2]) -> f32[16] {{',
+    '  %p = f32[2]{0} parameter(0)',
+    f'  ROOT %g = f32[16]{{0}} {gather}',
+    '}',
+  ]
+  text = '\n'.join(
+    [
+      *part('start'),
+      *part('step'),
+      *part('end'),
+      '%scatter (i: f32[16]) -> f32[2] {',
+      '  %i = f32[16]{0} parameter(0)',
+      '  %z = s32[] constant(0)',
+      '  %r = f32[16]{0} all-reduce(%i), replica_groups=[1,8]<=[8], to_apply=%add, '
+      'metadata={op_name="jit(s)/update/r"}',
+      '  ROOT %d = f32[2]{0} dynamic-slice(%r, %z), dynamic_slice_sizes={2}',
+      '}',
+      '%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {',
+      '  %t = (s32[], f32[2]{0}) parameter(0)',
+      '  %i = s32[] get-tuple-element(%t), index=0',
+      '  %one = s32[] constant(1)',
+      '  %next = s32[] add(%i, %one)',
+      '  %x = f32[2]{0} get-tuple-element(%t), index=1',
+      '  %y = f32[16]{0} fusion(%x), kind=kOutput, calls=%step',
+      '  ROOT %u = (s32[], f32[2]{0}) tuple(%next, %x)',
+      '}',
+      '%condition (t: (s32[], f32[2])) -> pred[] {',
+      '  %t = (s32[], f32[2]{0}) parameter(0)',
+      '  %i = s32[] get-tuple-element(%t), index=0',
+      '  %four = s32[] constant(4)',
+      '  ROOT %lt = pred[] compare(%i, %four), direction=LT',
+      '}',
+      'ENTRY %main (p: f32[2]) -> f32[2] {',
+      '  %p = f32[2]{0} parameter(0)',
+      '  %zero = s32[] constant(0)',
+      '  %a = f32[16]{0} fusion(%p), kind=kCustom, calls=%start',
+      '  %t = (s32[], f32[2]{0}) tuple(%zero, %p)',
       '  %w = (s32[], f32[2]{0}) while(%t), condition=%condition, body=%body',
       '  %b = f32[16]{0} fusion(%p), kind=kCustom, calls=%end',
-      '  ROOT %c = f32[2]{0} fusion(%b), kind=kCustom, calls=%scatter', '}'])
+      '  ROOT %c = f32[2]{0} fusion(%b), kind=kCustom, calls=%scatter',
+      '}',
+    ]
+  )
   _, sent = cost.analyse(hlo.parse(text), dict(data=1, fsdp=8, tensor=1), None)
-  assert sorted((s.kind, s.times, s.bytes) for s in sent) == [('all-gather', 1, 7 * 8), ('reduce-scatter', 1, 64 * 7 // 8)]
+  assert sorted((s.kind, s.times, s.bytes) for s in sent) == [
+    ('all-gather', 1, 7 * 8),
+    ('reduce-scatter', 1, 64 * 7 // 8),
+  ]

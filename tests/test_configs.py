@@ -11,7 +11,15 @@ import pytest
 from alignjax import train
 from alignjax.stages import abstract, ppo_ptx
 from experiments import command
-from experiments.configs import base, instructgpt_1b3, instructgpt_6b, instructgpt_175b, pretrain, rm, sft
+from experiments.configs import (
+  base,
+  instructgpt_1b3,
+  instructgpt_6b,
+  instructgpt_175b,
+  pretrain,
+  rm,
+  sft,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAPER = {'1b3': instructgpt_1b3, '6b': instructgpt_6b, '175b': instructgpt_175b}
@@ -21,7 +29,10 @@ def count(shapes):
   return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize('module,stages', [(pretrain, ['pretrain']), (sft, ['pretrain', 'sft']), (rm, ['pretrain', 'sft', 'rm'])])
+@pytest.mark.parametrize(
+  'module,stages',
+  [(pretrain, ['pretrain']), (sft, ['pretrain', 'sft']), (rm, ['pretrain', 'sft', 'rm'])],
+)
 def test_the_sandbox_configs_name_their_stages(module, stages):
   assert train.resolve(module.get_config('tiny')) == train.resolve(module.get_config()) == stages
   with pytest.raises(ValueError, match='huge'):
@@ -39,13 +50,25 @@ def test_the_papers_numbers():
   assert [c[s].stages.sft.batch_size for s in c] == [32, 32, 8]
   for config in c.values():
     p, r = config.stages.ppo_ptx, config.stages.rm
-    assert p.rollout.episodes * p.iterations == 256_000 and p.rollout.episodes // p.minibatches == 64
-    assert (p.loss.ptx_coef, p.loss.clip_eps, p.kl.coef, p.ema_decay, p.inner_epochs) == (27.8, 0.2, 0.02, 0.992, 1)
+    assert (
+      p.rollout.episodes * p.iterations == 256_000 and p.rollout.episodes // p.minibatches == 64
+    )
+    assert (p.loss.ptx_coef, p.loss.clip_eps, p.kl.coef, p.ema_decay, p.inner_epochs) == (
+      27.8,
+      0.2,
+      0.02,
+      0.992,
+      1,
+    )
     assert p.ptx.rows_per_episode == 8 and p.rollout.temperature == 1.0 and p.advantage.gamma == 1.0
     assert p.optimizer.policy.warmup == 10 * p.minibatches and p.optimizer.policy.warmup_from == 0.1
     assert config.stages.ppo.loss.ptx_coef == 0 and config.stages.ppo.ptx.rows_per_episode == 0
     assert (r.optimizer.reward.lr, r.epochs, r.optimizer.reward.final) == (9e-6, 1, 0.1)
-    assert config.stages.sft.epochs == 16 and config.stages.ppo_init.epochs == 2 and config.stages.ppo_init.pretrain_mix == 0.1
+    assert (
+      config.stages.sft.epochs == 16
+      and config.stages.ppo_init.epochs == 2
+      and config.stages.ppo_init.pretrain_mix == 0.1
+    )
     assert config.reward_model.d_model == 4096 and config.model.dropout == 0.2
     adam = config.stages.sft.optimizer.policy
     assert (adam.b1, adam.b2, adam.schedule, adam.warmup) == (0.9, 0.95, 'cosine', 0)
@@ -61,7 +84,9 @@ def test_the_papers_sizes_build_to_shapes(size, parameters):
   assert count(state.params['policy']) == pytest.approx(parameters, rel=0.01)
   assert prompts.shape == (512, 1024) and ptx.tokens.shape == (512 * 8, 2048)
   after, metrics, out = jax.eval_shape(plan.step, *plan.arguments)
-  assert jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype or pytest.fail(f'{a} {b}'), after, state)
+  assert jax.tree.map(
+    lambda a, b: a.shape == b.shape and a.dtype == b.dtype or pytest.fail(f'{a} {b}'), after, state
+  )
   assert out.responses.shape == (512, 1024) and metrics['ppo/loss/ptx'].shape == ()
 
 
@@ -69,7 +94,9 @@ def test_the_readme_names_every_file():
   section = (ROOT / 'README.md').read_text().split('## Where things are')[1].split('\n## ')[0]
   named = set(re.findall(r'\w+', section))
   files = [path for folder in ('alignjax', 'experiments') for path in (ROOT / folder).rglob('*.py')]
-  assert len(files) > 80 and not sorted(str(p.relative_to(ROOT)) for p in files if p.stem != '__init__' and p.stem not in named)
+  assert len(files) > 80 and not sorted(
+    str(p.relative_to(ROOT)) for p in files if p.stem != '__init__' and p.stem not in named
+  )
 
 
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
@@ -83,12 +110,20 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     command.find_config('configs/nothing.py')
 
 
-@pytest.mark.parametrize('arguments,message', [
+@pytest.mark.parametrize(
+  'arguments,message',
+  [
     (['--config.stages.ppo.iteration=3'], "Did you mean 'iterations'"),
     (['--config.seed=-1'], 'error: seed=-1 must be a whole number from 0 on'),
     (['--config.mesh.tensor=3'], 'error: mesh.fsdp=1 x mesh.tensor=3 does not divide'),
-])
+  ],
+)
 def test_a_users_mistake_ends_with_one_sentence(tmp_path, arguments, message):
-  command = [sys.executable, str(ROOT / 'experiments/run.py'), '--config=configs/ppo_ptx.py:tiny', f'--workdir={tmp_path}']
+  command = [
+    sys.executable,
+    str(ROOT / 'experiments/run.py'),
+    '--config=configs/ppo_ptx.py:tiny',
+    f'--workdir={tmp_path}',
+  ]
   done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
   assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr

@@ -15,7 +15,8 @@ from alignjax.types import TokenBatch
 
 
 def test_item_3_demonstrations_weigh_the_response_and_its_end():
-  batch = encode.demonstrations([([9, 5, 6, 8], [7, 1]), ([9, 4, 8], [3, 2, 1])], 7, pad=1)  # pad == end
+  # pad == end
+  batch = encode.demonstrations([([9, 5, 6, 8], [7, 1]), ([9, 4, 8], [3, 2, 1])], 7, pad=1)
   assert batch.tokens.tolist() == [[9, 5, 6, 8, 7, 1, 1], [9, 4, 8, 3, 2, 1, 1]]
   assert batch.weights.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0]]
   assert batch.mask.sum(1).tolist() == [6, 6]
@@ -25,13 +26,17 @@ def test_item_3_demonstrations_weigh_the_response_and_its_end():
 
 def test_documents_fill_rows():
   batch = encode.documents([[1, 2, 3], [1, 4, 5, 6]], 3)
-  assert batch.tokens.tolist() == [[1, 2, 3], [1, 4, 5]] and batch.weights.tolist() == [[0, 1, 1]] * 2
+  assert (
+    batch.tokens.tolist() == [[1, 2, 3], [1, 4, 5]] and batch.weights.tolist() == [[0, 1, 1]] * 2
+  )
   with pytest.raises(ValueError, match='row_length=9'):
     encode.documents([[1, 2, 3]], 9)
 
 
 def test_comparisons_keep_absent_ones_apart():
-  batch = encode.comparisons([[9, 5, 8], [9, 6, 8]], [[[7, 1], [2]], [[3], [4], [2, 2]]], [[1, 0], [0, 0, 2]], 6, 3, pad=1)
+  batch = encode.comparisons(
+    [[9, 5, 8], [9, 6, 8]], [[[7, 1], [2]], [[3], [4], [2, 2]]], [[1, 0], [0, 0, 2]], 6, 3, pad=1
+  )
   assert batch.ranks.tolist() == [[1, 0, -1], [0, 0, 2]]
   assert batch.tokens[0, 0].tolist() == [9, 5, 8, 7, 1, 1] and batch.mask[0, 0].sum() == 5
   assert not batch.mask[0, 2].any()
@@ -50,16 +55,19 @@ def test_too_long_is_an_error():
 def test_item_23_the_order_is_a_function_of_seed_and_step(count, size):
   stream = np.concatenate([batches.indices(count, size, step, (0, 1)) for step in range(30)])
   for epoch in range(len(stream) // count):  # every row once an epoch, across batch borders too
-    assert sorted(stream[epoch * count:(epoch + 1) * count]) == list(range(count))
-  assert (batches.indices(count, size, 3, (0, 1)) == stream[3 * size:4 * size]).all()
+    assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+  assert (batches.indices(count, size, 3, (0, 1)) == stream[3 * size : 4 * size]).all()
   if count > 8:
-    assert (stream[:count] != stream[count:2 * count]).any()
-    assert (batches.indices(count, size, 0, (0, 1)) != batches.indices(count, size, 0, (1, 1))).any()
+    assert (stream[:count] != stream[count : 2 * count]).any()
+    assert (
+      batches.indices(count, size, 0, (0, 1)) != batches.indices(count, size, 0, (1, 1))
+    ).any()
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_buckets_hold_every_row_once_in_batches_of_one_size(seed):
-  """5, 3, 1 and 2 rows of four shapes, in fours: what is left over moves to a shape with room for it; one batch alone is short."""
+  """5, 3, 1 and 2 rows of four shapes, in fours: what is left over moves to a shape with room for
+  it; one batch alone is short."""
   kinds = [(2, 8)] * 5 + [(2, 16)] * 3 + [(4, 8)] + [(4, 16)] * 2
   made = batches.bucketed(kinds, 4, (seed,))
   assert sorted(np.concatenate([rows for _, rows in made])) == list(range(11))
@@ -81,14 +89,19 @@ def test_a_short_batch_is_filled_with_weight_0():
 def test_a_draw_is_by_the_seed_and_keeps_the_order():
   """Of a sorted file the first 10 of 100 would all be of its first tenth."""
   drawn = [batches.draw(range(100), 10, (seed,)) for seed in range(20)]
-  assert all(d == sorted(set(d)) and len(d) == 10 for d in drawn) and drawn[0] == batches.draw(range(100), 10, (0,))
+  assert all(d == sorted(set(d)) and len(d) == 10 for d in drawn) and drawn[0] == batches.draw(
+    range(100), 10, (0,)
+  )
   assert np.mean(drawn) == pytest.approx(49.5, abs=6) and len({tuple(d) for d in drawn}) == 20
   assert batches.draw('abc', 5, (0,)) == batches.draw('abc', None, (0,)) == ['a', 'b', 'c']
 
 
-GOOD = {'demonstrations': {'prompt': 'a', 'response': 'b'},
-        'comparisons': {'prompt': 'a', 'responses': ['b', 'c'], 'ranks': [0, 1]},
-        'prompts': {'prompt': 'a', 'user_id': 'u'}, 'pretrain': {'text': 'a', 'kind': 'book'}}
+GOOD = {
+  'demonstrations': {'prompt': 'a', 'response': 'b'},
+  'comparisons': {'prompt': 'a', 'responses': ['b', 'c'], 'ranks': [0, 1]},
+  'prompts': {'prompt': 'a', 'user_id': 'u'},
+  'pretrain': {'text': 'a', 'kind': 'book'},
+}
 
 
 @pytest.mark.parametrize('kind', GOOD)
@@ -100,17 +113,36 @@ def test_records_are_read(tmp_path, kind, suffix):
   assert sources.read(f'jsonl:{path}', kind) == [GOOD[kind]] * 2
 
 
-@pytest.mark.parametrize('kind,line,words', [
+@pytest.mark.parametrize(
+  'kind,line,words',
+  [
     ('prompts', '{"prompt": "a"', 'line 2: not JSON'),
     ('prompts', '["a"]', 'line 2: a record is an object'),
     ('demonstrations', '{"prompt": "a"}', "line 2: field 'response' is missing"),
-    ('demonstrations', '{"prompt": 3, "response": "b"}', "field 'prompt' must be str or list, not int"),
+    (
+      'demonstrations',
+      '{"prompt": 3, "response": "b"}',
+      "field 'prompt' must be str or list, not int",
+    ),
     ('comparisons', '{"prompt": "a", "responses": ["b"], "ranks": [0]}', 'at least two'),
-    ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0]}', '2 responses but 1 ranks'),
+    (
+      'comparisons',
+      '{"prompt": "a", "responses": ["b", "c"], "ranks": [0]}',
+      '2 responses but 1 ranks',
+    ),
     ('comparisons', '{"prompt": "a", "responses": ["b", 3], "ranks": [0, 1]}', 'must be a string'),
-    ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0, -1]}', 'integers from 0'),
-    ('comparisons', '{"prompt": "a", "responses": ["b", "c"], "ranks": [0, 0.5]}', 'integers from 0'),
-])
+    (
+      'comparisons',
+      '{"prompt": "a", "responses": ["b", "c"], "ranks": [0, -1]}',
+      'integers from 0',
+    ),
+    (
+      'comparisons',
+      '{"prompt": "a", "responses": ["b", "c"], "ranks": [0, 0.5]}',
+      'integers from 0',
+    ),
+  ],
+)
 def test_broken_lines_are_named(tmp_path, kind, line, words):
   path = tmp_path / 'data.jsonl'
   path.write_text(json.dumps(GOOD[kind]) + '\n' + line + '\n')
@@ -123,13 +155,18 @@ def test_no_file_and_no_records(tmp_path):
   with pytest.raises(FileNotFoundError, match='no such file'):
     sources.read(f'jsonl:{tmp_path}/x.jsonl', 'prompts')
   (tmp_path / 'three.jsonl').write_text('{"prompt": "a"}\n{"prompt": "b"}\nbroken')
-  assert [r['prompt'] for r in sources.read(f'jsonl:{tmp_path}/three.jsonl', 'prompts', most=2)] == ['a', 'b']
+  assert [
+    r['prompt'] for r in sources.read(f'jsonl:{tmp_path}/three.jsonl', 'prompts', most=2)
+  ] == ['a', 'b']
   (tmp_path / 'empty.jsonl').write_text('\n')
   with pytest.raises(ValueError, match='no records'):
     sources.read(f'jsonl:{tmp_path}/empty.jsonl', 'prompts')
 
 
-@pytest.mark.parametrize('documents,rows,expected', [(100, 64, 1), (512, 64, 2), (40_000, 256, 64), (10**6, 6, 2), (10**6, 7, 1)])
+@pytest.mark.parametrize(
+  'documents,rows,expected',
+  [(100, 64, 1), (512, 64, 2), (40_000, 256, 64), (10**6, 6, 2), (10**6, 7, 1)],
+)
 def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
   assert text.shards(documents, rows) == expected
 
@@ -137,7 +174,8 @@ def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
 @pytest.mark.parametrize('pack', [False, True])
 @pytest.mark.parametrize('processes', [2, 4])
 def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, processes):
-  """Processes 0..P-1 together give the batch of one process, and no document is read by two of them."""
+  """Processes 0..P-1 together give the batch of one process, and no document is read by two of
+  them."""
   count, rows, read = 2048, 8, []
   source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
   to_rows = lambda texts: text.rows_of(texts, lambda t: [10, *(int(c) for c in t)], 13, 0, pack)
@@ -150,7 +188,9 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, p
     read.clear()
     part = make()
     for step in (0, 1, 29):
-      jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[own]), part(step, own), expected[step])  # noqa: B023
+      jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b[own]), part(step, own), expected[step]
+      )  # noqa: B023
     seen += read
   assert sorted(seen) == list(range(count))
 
@@ -160,15 +200,26 @@ def test_text_rows_come_once_an_epoch_and_blank_documents_never():
   to_rows = lambda texts: text.rows_of(texts, lambda t: [9, *(int(c) for c in t)], 4, 0, False)
   batch = text.mix(source, 1, to_rows, (0,))
   epochs = [[batch(5 * e + i, np.arange(1)).tokens.tolist()[0] for i in range(5)] for e in range(3)]
-  assert all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs) and epochs[0] != epochs[1]
+  assert (
+    all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs)
+    and epochs[0] != epochs[1]
+  )
 
 
 def test_packing_by_hand():
-  batch = encode.pack([([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 1]), ([4], [1]), ([1, 2, 3, 4, 5, 6, 7], [1] * 7)], 6, pad=0)
+  batch = encode.pack(
+    [([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 1]), ([4], [1]), ([1, 2, 3, 4, 5, 6, 7], [1] * 7)],
+    6,
+    pad=0,
+  )
   assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 4], [1, 2, 3, 4, 5, 6], [7, 0, 0, 0, 0, 0]]
   assert batch.mask.tolist() == [[1, 1, 1, 2, 2, 3], [1] * 6, [1, 0, 0, 0, 0, 0]]
   assert batch.weights.tolist() == [[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 1, 1], [0] * 6]
-  assert ops.positions(jnp.asarray(batch.mask)).tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0] * 6]
+  assert ops.positions(jnp.asarray(batch.mask)).tolist() == [
+    [0, 1, 2, 0, 1, 0],
+    [0, 1, 2, 3, 4, 5],
+    [0] * 6,
+  ]
   with pytest.raises(ValueError, match='nothing to pack'):
     encode.pack([], 6, 0)
 
@@ -178,18 +229,23 @@ def test_packing_by_hand():
 def test_packed_equals_unpacked_in_loss_and_gradients(family, seed):
   _, nets, params, _ = fakes.model(family)
   rng = np.random.default_rng(seed)
-  rows = [(rng.integers(1, fakes.VOCAB, n).tolist(), rng.uniform(0, 1, n).tolist()) for n in rng.integers(1, 12, 12)]
+  rows = [
+    (rng.integers(1, fakes.VOCAB, n).tolist(), rng.uniform(0, 1, n).tolist())
+    for n in rng.integers(1, 12, 12)
+  ]
   packed = encode.pack(rows, 24, 0)
   tokens, mask = encode.right_pad([r for r, _ in rows], 12, 0)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (_, w) in enumerate(rows):
-    weights[i, 1:len(w)] = w[1:]
+    weights[i, 1 : len(w)] = w[1:]
   assert len(packed.tokens) < len(rows) and packed.mask.max() > 1
   plain = TokenBatch(tokens, mask, weights)
 
   def loss(batch):
     batch = jax.tree.map(jnp.asarray, batch).normalized()
-    return jax.value_and_grad(lambda p: losses.sft({'policy': p}, batch, None, nets=nets)[0])(params)
+    return jax.value_and_grad(lambda p: losses.sft({'policy': p}, batch, None, nets=nets)[0])(
+      params
+    )
 
   (a, da), (b, db) = jax.jit(loss)(plain), jax.jit(loss)(packed)
   fakes.close(a, b)

@@ -1,4 +1,5 @@
-"""Processes that meet, compare, and end together: threads for the meeting, real processes with jax.distributed for the rest."""
+"""Processes that meet, compare, and end together: threads for the meeting, real processes with
+jax.distributed for the rest."""
 
 import concurrent.futures
 import json
@@ -27,7 +28,9 @@ def meet(*processes, count=None, timeout=20):
   def one(process):
     number, facts, *own = process
     try:
-      return distributed.meet(Place(where, own[0] if own else count or len(processes), number), facts, timeout)
+      return distributed.meet(
+        Place(where, own[0] if own else count or len(processes), number), facts, timeout
+      )
     except (ValueError, TimeoutError) as error:
       return error
 
@@ -41,7 +44,9 @@ def test_processes_that_agree_meet():
 
 
 def test_item_27_what_differs_is_named_on_every_process():
-  errors = meet((0, FACTS), (1, FACTS | {'jax': '0.12.0'}), (2, FACTS), (3, {'jax': '0.10.2', 'extra': 'x'}))
+  errors = meet(
+    (0, FACTS), (1, FACTS | {'jax': '0.12.0'}), (2, FACTS), (3, {'jax': '0.10.2', 'extra': 'x'})
+  )
   assert [type(e) for e in errors] == [ValueError] * 4 and len({str(e) for e in errors}) == 1
   assert '\n  jax: 0.10.2 on processes 0, 2-3, 0.12.0 on process 1\n' in str(errors[0])
   assert '\n  config.seed: 0 on processes 0-2, (absent) on process 3\n' in str(errors[0])
@@ -50,10 +55,11 @@ def test_item_27_what_differs_is_named_on_every_process():
 
 def test_a_process_that_does_not_come_is_named():
   began = time.monotonic()
-  errors = meet((0, FACTS), (3, FACTS), count=5, timeout=4)  # enough for the one that does come, on a busy machine too
+  # enough for the one that does come, on a busy machine too
+  errors = meet((0, FACTS), (3, FACTS), count=5, timeout=4)
   assert [type(e) for e in errors] == [TimeoutError] * 2 and time.monotonic() - began >= 4
   assert all('processes 1-2, 4 of 5 did not come within 4 s' in str(e) for e in errors)
-  error, = meet((1, FACTS), count=2, timeout=1)
+  (error,) = meet((1, FACTS), count=2, timeout=1)
   assert isinstance(error, TimeoutError) and 'process 0 of 2 did not come' in str(error)
 
 
@@ -88,9 +94,12 @@ def test_the_place_comes_from_the_environment(monkeypatch):
   for name, value in zip(distributed.VARIABLES, ('host:1234', '4', '3'), strict=True):
     monkeypatch.setenv(name, value)
   assert distributed.place(1) == Place('host:1234', 4, 3)
-  for name, value, words in (('JAX_PROCESS_ID', '4', 'not one of the 4'), ('JAX_PROCESS_ID', 'x', 'whole numbers'),
-                             ('JAX_COORDINATOR_ADDRESS', 'host', 'HOST:PORT'),
-                             ('JAX_NUM_PROCESSES', '', 'not set: JAX_NUM_PROCESSES')):
+  for name, value, words in (
+    ('JAX_PROCESS_ID', '4', 'not one of the 4'),
+    ('JAX_PROCESS_ID', 'x', 'whole numbers'),
+    ('JAX_COORDINATOR_ADDRESS', 'host', 'HOST:PORT'),
+    ('JAX_NUM_PROCESSES', '', 'not set: JAX_NUM_PROCESSES'),
+  ):
     with monkeypatch.context() as m, pytest.raises(ValueError, match=words):
       m.setenv(name, value)
       distributed.place(1)
@@ -99,15 +108,22 @@ def test_the_place_comes_from_the_environment(monkeypatch):
 def test_the_place_on_slurm_is_what_jax_detects(monkeypatch):
   for name in distributed.VARIABLES:
     monkeypatch.delenv(name, raising=False)
-  for name, value in dict(JOB_ID='7', STEP_NODELIST='gpu[3-4]', NTASKS='16', PROCID='9', LOCALID='1').items():
+  for name, value in dict(
+    JOB_ID='7', STEP_NODELIST='gpu[3-4]', NTASKS='16', PROCID='9', LOCALID='1'
+  ).items():
     monkeypatch.setenv(f'SLURM_{name}', value)
   assert distributed.place(1) == Place(f'gpu3:{65535 - 2**12 + 1 + 7}', 16, 9)
 
 
 def test_facts_are_versions_source_and_config(monkeypatch, tmp_path):
   facts = distributed.facts({'seed': 3, 'data': {'a': (1, 'x'), 'b': {}}})
-  assert facts['config.seed'] == '3' and facts['config.data.a'] == "(1, 'x')" and facts['config.data.b'] == '{}'
+  assert (
+    facts['config.seed'] == '3'
+    and facts['config.data.a'] == "(1, 'x')"
+    and facts['config.data.b'] == '{}'
+  )
   import jax
+
   assert facts['jax'] == jax.__version__ and facts['python'] == sys.version.split()[0]
   (tmp_path / 'x.py').write_text('1')
   monkeypatch.setattr(distributed.alignjax, '__file__', str(tmp_path / 'x.py'))
@@ -116,7 +132,7 @@ def test_facts_are_versions_source_and_config(monkeypatch, tmp_path):
   assert len({facts['source of alignjax'], one, distributed.facts({})['source of alignjax']}) == 3
 
 
-SCRIPT = '''
+SCRIPT = """
 import os, pathlib, signal, sys, time
 from alignjax.runtime import distributed
 distributed.HEARTBEAT_SECONDS, distributed.FOLDER_SECONDS = 5, 1
@@ -143,17 +159,31 @@ with distributed.joined({'seed': sys.argv[2]}, 30) as here:
   if sys.argv[1] == 'killed':  # the other is busy with something else
     time.sleep(60)
   sync('here')
-'''
+"""
 
 
 def two_processes(what, folder='', seeds=(0, 0), timeout=200):
   """(exit status, output) of each, and the seconds that one outlived the other."""
   where, started = address(), []
   for i in range(2):
-    env = os.environ | dict(zip(distributed.VARIABLES, (where, '2', str(i)), strict=True)) | {
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'NPROC': '1', 'PYTHONPATH': str(ROOT)}
-    started.append(subprocess.Popen([sys.executable, '-c', SCRIPT, what, str(seeds[i]), str(folder)], env=env, text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    env = (
+      os.environ
+      | dict(zip(distributed.VARIABLES, (where, '2', str(i)), strict=True))
+      | {
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'NPROC': '1',
+        'PYTHONPATH': str(ROOT),
+      }
+    )
+    started.append(
+      subprocess.Popen(
+        [sys.executable, '-c', SCRIPT, what, str(seeds[i]), str(folder)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+      )
+    )
   end = lambda p: (p.communicate(timeout=timeout)[0], time.monotonic())
   try:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -161,7 +191,9 @@ def two_processes(what, folder='', seeds=(0, 0), timeout=200):
   finally:
     for p in started:
       p.kill()
-  return [(p.returncode, text) for p, text in zip(started, outputs, strict=True)], max(ends) - min(ends)
+  return [(p.returncode, text) for p, text in zip(started, outputs, strict=True)], max(ends) - min(
+    ends
+  )
 
 
 def test_two_processes_are_one_run_to_the_end(tmp_path):
@@ -175,7 +207,9 @@ def test_processes_that_saved_leave_with_their_status(tmp_path):
   """After they have found that their folders are not the same."""
   ended, seconds = two_processes('saved', tmp_path)
   assert [code for code, _ in ended] == [75, 75] and seconds < 40, ended
-  assert all('is another folder on process 1: what process 0 wrote is not there' in text for _, text in ended)
+  assert all(
+    'is another folder on process 1: what process 0 wrote is not there' in text for _, text in ended
+  )
 
 
 def test_another_config_ends_both():
@@ -187,7 +221,8 @@ def test_another_config_ends_both():
 @pytest.mark.slow
 @pytest.mark.parametrize('what,code', [('error', 1), ('killed', -signal.SIGKILL)])
 def test_one_that_ends_alone_ends_the_other(what, code):
-  """With 5 s without a heartbeat where the default has 40. In a collective gloo may see before that the connection is gone."""
+  """With 5 s without a heartbeat where the default has 40. In a collective gloo may see before that
+  the connection is gone."""
   ended, seconds = two_processes(what)
   assert ended[1][0] == code and ended[0][0] not in (0, None) and seconds < 40
   seen = ['unhealthy (stopped sending heartbeats)'] + ['Gloo AllGather failed'] * (what == 'error')

@@ -1,4 +1,5 @@
-"""Folders on a disk and in a bucket are used alike; a run in a bucket, killed on the way, ends with the bits of one on the disk."""
+"""Folders on a disk and in a bucket are used alike; a run in a bucket, killed on the way, ends with
+the bits of one on the disk."""
 
 import importlib.util
 import json
@@ -38,9 +39,14 @@ def test_what_is_no_folder_is_refused(monkeypatch):
   with pytest.raises(ValueError, match='s3://bucket/x: a folder is a local one or gs://'):
     files.folder('s3://bucket/x')
   monkeypatch.setattr(files.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ValueError, match=r"gs://bucket/x: buckets need the package gcsfs: pip install -e '\.\[gcs\]'"):
+  with pytest.raises(
+    ValueError, match=r"gs://bucket/x: buckets need the package gcsfs: pip install -e '\.\[gcs\]'"
+  ):
     files.folder('gs://bucket/x')
-  assert files.folder('runs/x') == pathlib.Path('runs/x') and files.absolute('runs/x') == pathlib.Path.cwd() / 'runs/x'
+  assert (
+    files.folder('runs/x') == pathlib.Path('runs/x')
+    and files.absolute('runs/x') == pathlib.Path.cwd() / 'runs/x'
+  )
 
 
 @pytest.fixture(scope='module')
@@ -54,13 +60,22 @@ def bucket():
 
 
 def python(bucket, *command: str, **more) -> subprocess.Popen:
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | fake_gcs.environment(bucket.port)
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | fake_gcs.environment(
+    bucket.port
+  )
   environment['PYTHONPATH'] = str(ROOT)
-  return subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, **more)
+  return subprocess.Popen(
+    [sys.executable, *command],
+    env=environment,
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    **more,
+  )
 
 
-FILES = '''
+FILES = """
 from alignjax.runtime import files
 from alignjax.data import sources
 from alignjax.runtime import journal
@@ -84,7 +99,7 @@ texts = lambda source: [r['text'] for r in sources.read(source, 'pretrain')]
 assert texts('jsonl:gs://bucket/files/a/r.jsonl') == ['one', 'two']
 assert texts('text:gs://bucket/files/a/*.txt') == ['text a', 'text b']
 assert texts('text:gs://bucket/files/a/b.txt') == ['text b']
-'''
+"""
 
 
 def test_files_in_a_bucket(bucket):
@@ -93,18 +108,27 @@ def test_files_in_a_bucket(bucket):
   assert process.returncode == 0, out
 
 
-RUN = ('experiments/run.py', '--config=configs/pretrain.py:tiny', '--config.stages.pretrain.documents=200',
-       '--config.stages.pretrain.save_every=2', '--config.stages.pretrain.log_every=1')
+RUN = (
+  'experiments/run.py',
+  '--config=configs/pretrain.py:tiny',
+  '--config.stages.pretrain.documents=200',
+  '--config.stages.pretrain.save_every=2',
+  '--config.stages.pretrain.log_every=1',
+)
 
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_that_on_the_disk(bucket, tmp_path):
-  """Killed -9 when its first checkpoint is whole, and gone on with, compiled programs from the bucket too; its checksums are those
-  of the run on the disk."""
-  kept = ('--jax_compilation_cache_dir=gs://bucket/compiled', '--jax_persistent_cache_min_compile_time_secs=0.2')
+  """Killed -9 when its first checkpoint is whole, and gone on with, compiled programs from the
+  bucket too; its checksums are those of the run on the disk."""
+  kept = (
+    '--jax_compilation_cache_dir=gs://bucket/compiled',
+    '--jax_persistent_cache_min_compile_time_secs=0.2',
+  )
   disk = python(bucket, *RUN, f'--workdir={tmp_path}/run')
   killed = python(bucket, *RUN, *kept, '--workdir=gs://bucket/run')
-  bucket.hold = 'run/pretrain/checkpoints/steps/2/commit_success.txt'  # nothing is answered from then on
+  # nothing is answered from then on
+  bucket.hold = 'run/pretrain/checkpoints/steps/2/commit_success.txt'
   end = time.monotonic() + 300
   while bucket.hold not in bucket.objects:
     assert time.monotonic() < end and killed.poll() is None, killed.communicate()[0]
@@ -116,12 +140,21 @@ def test_a_run_in_a_bucket_is_that_on_the_disk(bucket, tmp_path):
   assert [name for name in bucket.objects if name.startswith('compiled/jit_')]
   again = python(bucket, *RUN, *kept, '--workdir=gs://bucket/run')
   out, _ = again.communicate(timeout=300)
-  assert again.returncode == 0 and 'pretrain: goes on from step' in out and 'persistent compilation cache' not in out, out
+  assert (
+    again.returncode == 0
+    and 'pretrain: goes on from step' in out
+    and 'persistent compilation cache' not in out
+  ), out
   assert disk.communicate(timeout=300)[0] and disk.returncode == 0
   local, there = tmp_path / 'run/pretrain', lambda name: bucket.objects[f'run/pretrain/{name}'][0]
   assert json.loads(there('final/sums.json')) == json.loads((local / 'final/sums.json').read_text())
-  rows = [[{k: v for k, v in json.loads(line).items() if not k.startswith(('time/', 'device/'))} for line in lines.splitlines()]
-          for lines in (there('metrics.jsonl'), (local / 'metrics.jsonl').read_text())]
+  rows = [
+    [
+      {k: v for k, v in json.loads(line).items() if not k.startswith(('time/', 'device/'))}
+      for line in lines.splitlines()
+    ]
+    for lines in (there('metrics.jsonl'), (local / 'metrics.jsonl').read_text())
+  ]
   assert rows[0] == rows[1] and [r['step'] for r in rows[0]] == list(range(1, len(rows[0]) + 1))
   names = {p.relative_to(local).as_posix() for p in local.rglob('*') if p.is_file()}
   for name in ('checkpoints/config.json', 'final/info.json', 'metrics.jsonl'):
@@ -132,10 +165,14 @@ def test_a_run_in_a_bucket_is_that_on_the_disk(bucket, tmp_path):
 def test_a_bucket_that_cannot_be_written_ends_the_run_with_what_to_do(bucket):
   process = python(bucket, *RUN, '--workdir=gs://other/run')
   out, _ = process.communicate(timeout=300)
-  assert process.returncode == 1 and 'error: cannot write to gs://other/run' in out and 'use another --workdir' in out
+  assert (
+    process.returncode == 1
+    and 'error: cannot write to gs://other/run' in out
+    and 'use another --workdir' in out
+  )
 
 
-LOCK = '''
+LOCK = """
 import sys
 from alignjax.runtime import files, lock
 from alignjax.setup import inputs
@@ -154,7 +191,7 @@ try:
   assert not (folder / '.lock').exists()
 except lock.Busy as error:
   print('busy:', error)
-'''
+"""
 
 
 def test_a_workdir_in_a_bucket_is_held_by_one_run(bucket):

@@ -25,7 +25,10 @@ def lab(tmp_path, monkeypatch):
     sys.modules.pop(name, None)
 
   write('mylab_words', 'WORDS = ["a"]\n')
-  write('mylab_rule', 'def rule(x):\n  """Counts."""\n  from mylab_words import WORDS\n  return x in WORDS\n')
+  write(
+    'mylab_rule',
+    'def rule(x):\n  """Counts."""\n  from mylab_words import WORDS\n  return x in WORDS\n',
+  )
   rule = 'mylab_rule:rule'
   yield write, lambda: fingerprints.of_function(plugins.find(rule, 'reward.function'), rule)
   for name in ('mylab_words', 'mylab_rule'):
@@ -36,7 +39,11 @@ def test_a_function_is_known_by_its_source_and_what_it_imports_when_called(lab):
   write, of = lab
   first = of()
   assert first == of()
-  write('mylab_rule', 'def rule(x):\n  """Counts words."""\n  from mylab_words import WORDS  # a list\n\n  return x in WORDS\n')
+  write(
+    'mylab_rule',
+    'def rule(x):\n  """Counts words."""\n  from mylab_words import WORDS  # a list\n\n  return x '
+    'in WORDS\n',
+  )
   assert of() == first, 'comments, docstrings and layout mean nothing'
   write('mylab_words', 'WORDS = ["b"]\n')
   second = of()
@@ -47,9 +54,18 @@ def test_a_function_is_known_by_its_source_and_what_it_imports_when_called(lab):
 
 def test_the_module_that_names_a_function_counts_where_it_takes_it_from_elsewhere(lab):
   write, of = lab
-  write('mylab_words', 'def weighed(x, weight):\n  return x * weight\n\n\ndef make(weight):\n  return lambda x: x * weight\n')
+  write(
+    'mylab_words',
+    'def weighed(x, weight):\n  return x * weight\n\n\ndef make(weight):\n  return lambda x: x * '
+    'weight\n',
+  )
   made = []
-  for text in ('functools.partial(weighed, weight=0.5)', 'functools.partial(weighed, weight=0.7)', 'make(0.5)', 'make(0.7)'):
+  for text in (
+    'functools.partial(weighed, weight=0.5)',
+    'functools.partial(weighed, weight=0.7)',
+    'make(0.5)',
+    'make(0.7)',
+  ):
     write('mylab_rule', f'import functools\nfrom mylab_words import make, weighed\nrule = {text}\n')
     made.append(of())
     assert of() == made[-1]
@@ -58,16 +74,23 @@ def test_the_module_that_names_a_function_counts_where_it_takes_it_from_elsewher
 
 def test_a_function_of_alignjax_is_known_by_the_modules_of_alignjax_behind_it():
   from alignjax import losses
+
   assert fingerprints.of_function(losses.sft) != fingerprints.of_function(losses.ppo)
-  assert fingerprints.of_function(losses.sft) == fingerprints.of_function(functools.partial(losses.sft, nets=None))
+  assert fingerprints.of_function(losses.sft) == fingerprints.of_function(
+    functools.partial(losses.sft, nets=None)
+  )
 
 
 def test_files_by_contents(tmp_path):
   (tmp_path / 'a').write_text('1')
   (tmp_path / 'b').write_text('1')
   one = fingerprints.of_files([tmp_path / 'a'])
-  assert one == fingerprints.of_files([tmp_path / 'b']) and one != fingerprints.of_files([tmp_path / 'a', tmp_path / 'b'])
-  assert fingerprints.of_files([tmp_path]) == fingerprints.of_files([tmp_path / 'a', tmp_path / 'b'])
+  assert one == fingerprints.of_files([tmp_path / 'b']) and one != fingerprints.of_files(
+    [tmp_path / 'a', tmp_path / 'b']
+  )
+  assert fingerprints.of_files([tmp_path]) == fingerprints.of_files(
+    [tmp_path / 'a', tmp_path / 'b']
+  )
   with pytest.raises(FileNotFoundError, match='nothing'):
     fingerprints.of_files([tmp_path / 'nothing'])
 

@@ -1,4 +1,5 @@
-"""Checkpoint folders of many shapes: the logits are those of transformers on the same folder, or the folder is refused by name."""
+"""Checkpoint folders of many shapes: the logits are those of transformers on the same folder, or
+the folder is refused by name."""
 
 import functools
 import json
@@ -21,9 +22,11 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings('ignore')]
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 ONE = Sharder(make_mesh(devices=jax.devices()[:1]))
 ROWS = np.array([[7, 30, 59, 20, 5, 60, 1]], np.int32)
-FAMILY = dict(gpt2=('transformer.', 'transformer.wte.weight', 'lm_head.weight'),
-              gpt_neox=('gpt_neox.', 'gpt_neox.embed_in.weight', 'embed_out.weight'),
-              llama=('model.', 'model.embed_tokens.weight', 'lm_head.weight'))
+FAMILY = dict(
+  gpt2=('transformer.', 'transformer.wte.weight', 'lm_head.weight'),
+  gpt_neox=('gpt_neox.', 'gpt_neox.embed_in.weight', 'embed_out.weight'),
+  llama=('model.', 'model.embed_tokens.weight', 'lm_head.weight'),
+)
 
 
 @functools.cache
@@ -38,13 +41,15 @@ def ours(folder):
 
 def theirs(folder):
   import transformers
+
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype='float32').eval()
   with torch.no_grad():
     return model(torch.tensor(ROWS, dtype=torch.long)).logits.numpy()
 
 
 def start(folder, family='llama', **config):
-  """(config.json, tensors) of a golden checkpoint; config.json is written with the changes, None: without the entry."""
+  """(config.json, tensors) of a golden checkpoint; config.json is written with the changes, None:
+  without the entry."""
   folder.mkdir(exist_ok=True)
   c = json.loads((GOLDEN / family / 'config.json').read_text()) | config
   (folder / 'config.json').write_text(json.dumps({k: v for k, v in c.items() if v is not None}))
@@ -58,12 +63,16 @@ def other(tensors):
 
 def shards(folder, tensors, twice=(), metadata=True, extra=None):
   names = sorted(tensors)
-  parts = {'model-00001-of-00002.safetensors': names[:9], 'model-00002-of-00002.safetensors': names[9:]}
+  parts = {
+    'model-00001-of-00002.safetensors': names[:9],
+    'model-00002-of-00002.safetensors': names[9:],
+  }
   for file, some in parts.items():
     save_file({n: tensors[n] for n in [*some, *twice]}, folder / file)
   where = {n: f for f, some in parts.items() for n in some} | (extra or {})
-  (folder / 'model.safetensors.index.json').write_text(json.dumps(
-      {'weight_map': where} | ({'metadata': {'total_size': 1}} if metadata else {})))
+  (folder / 'model.safetensors.index.json').write_text(
+    json.dumps({'weight_map': where} | ({'metadata': {'total_size': 1}} if metadata else {}))
+  )
 
 
 def single(folder, tensors, name='model.safetensors'):
@@ -100,7 +109,9 @@ def files(kind):
       single(folder, old, f'{kind}.safetensors')
     elif kind == 'single, vendor names beside':
       single(folder, new)
-      single(folder, {'layers.0.attention.wq.weight': new['lm_head.weight']}, 'consolidated.safetensors')
+      single(
+        folder, {'layers.0.attention.wq.weight': new['lm_head.weight']}, 'consolidated.safetensors'
+      )
     elif kind == 'single, pickle beside':
       single(folder, new)
       (folder / 'pytorch_model.bin').write_bytes(b'no pickle')
@@ -111,13 +122,15 @@ def files(kind):
     elif kind == 'index into a folder below':
       (folder / 'weights').mkdir()
       single(folder, new, 'weights/all.safetensors')
-      (folder / 'model.safetensors.index.json').write_text(json.dumps(
-          {'metadata': {}, 'weight_map': dict.fromkeys(new, 'weights/all.safetensors')}))
+      (folder / 'model.safetensors.index.json').write_text(
+        json.dumps({'metadata': {}, 'weight_map': dict.fromkeys(new, 'weights/all.safetensors')})
+      )
     elif kind == 'index names too few tensors':
       shards(folder, new)
       index = json.loads((folder / 'model.safetensors.index.json').read_text())
       index['weight_map'].pop('model.norm.weight')
       (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+
   return make
 
 
@@ -129,8 +142,11 @@ def refused_files(kind):
     elif kind == 'index names a file that is missing':
       shards(folder, new, extra={'model.norm.weight': 'model-00003-of-00002.safetensors'})
     elif kind == 'index names a tensor that is in no shard':
-      shards(folder, {k: v for k, v in new.items() if k != 'model.norm.weight'}, extra={
-          'model.norm.weight': 'model-00002-of-00002.safetensors'})
+      shards(
+        folder,
+        {k: v for k, v in new.items() if k != 'model.norm.weight'},
+        extra={'model.norm.weight': 'model-00002-of-00002.safetensors'},
+      )
     elif kind == 'shards without an index':
       shards(folder, new)
       (folder / 'model.safetensors.index.json').unlink()
@@ -148,11 +164,13 @@ def refused_files(kind):
       single(folder, start(folder, vocab_size=64))
     elif kind == 'head of another size':
       single(folder, new | {'lm_head.weight': np.zeros((64, 16), np.float32)})
+
   return make
 
 
 def head(family, tied, has):
   """The flag true, false or absent; the file's head missing, equal to the embedding, or another."""
+
   def make(folder):
     prefix, embedding, name = FAMILY[family]
     tensors = start(folder, family, tie_word_embeddings=tied)
@@ -161,19 +179,34 @@ def head(family, tied, has):
     tensors.pop(name, None)
     if has != 'none':
       same = 'same' in has
-      tensors['lm_head.weight' if alone else name] = table.copy() if same else other({name: table})[name]
+      tensors['lm_head.weight' if alone else name] = (
+        table.copy() if same else other({name: table})[name]
+      )
     if 'only' in has:
       tensors.pop(embedding)
     single(folder, tensors)
+
   return make
 
 
 def dtypes(kind):
   def make(folder):
     tensors = start(folder, dtype='bfloat16' if kind == 'float32' else 'float32')
-    cast = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float64': np.float64}
+    cast = {
+      'float32': np.float32,
+      'float16': np.float16,
+      'bfloat16': ml_dtypes.bfloat16,
+      'float64': np.float64,
+    }
     mixed = lambda i: list(cast.values())[i % 4]
-    single(folder, {k: v.astype(mixed(i) if kind == 'mixed' else cast[kind]) for i, (k, v) in enumerate(sorted(tensors.items()))})
+    single(
+      folder,
+      {
+        k: v.astype(mixed(i) if kind == 'mixed' else cast[kind])
+        for i, (k, v) in enumerate(sorted(tensors.items()))
+      },
+    )
+
   return make
 
 
@@ -181,7 +214,14 @@ def prefix(family, kind):
   def make(folder):
     begin = FAMILY[family][0]
     tensors = start(folder, family)
-    single(folder, {k.removeprefix(begin) if kind == 'none' or i % 2 else k: v for i, (k, v) in enumerate(sorted(tensors.items()))})
+    single(
+      folder,
+      {
+        k.removeprefix(begin) if kind == 'none' or i % 2 else k: v
+        for i, (k, v) in enumerate(sorted(tensors.items()))
+      },
+    )
+
   return make
 
 
@@ -191,30 +231,80 @@ def padded(folder):
   single(folder, {k: more(v) if v.shape[0] == 61 else v for k, v in tensors.items()})
 
 
-READ = {kind: files(kind) for kind in (
-    'single', 'index', 'index, a shard of an earlier time beyond it', 'index, an average beside', 'single, stale index',
-    'single, stale index of files that are gone', 'single, broken index', 'a_backup', 'model_before', 'zz', 'model.fp16',
-    'adapter_model', 'optimizer', 'single, vendor names beside', 'single, pickle beside', 'single, a folder below',
-    'index into a folder below', 'index names too few tensors')}
-READ |= {f'{family}, tied {tied}, head {has}': head(family, tied, has) for family in FAMILY for tied in (None, True, False)
-         for has in ('none', 'same', 'other', *(['lm_head same', 'lm_head other'] if family == 'gpt_neox' else ['only']))
-         if not (has in ('none', 'only') and not (tied or tied is None and family == 'gpt2'))}
+READ = {
+  kind: files(kind)
+  for kind in (
+    'single',
+    'index',
+    'index, a shard of an earlier time beyond it',
+    'index, an average beside',
+    'single, stale index',
+    'single, stale index of files that are gone',
+    'single, broken index',
+    'a_backup',
+    'model_before',
+    'zz',
+    'model.fp16',
+    'adapter_model',
+    'optimizer',
+    'single, vendor names beside',
+    'single, pickle beside',
+    'single, a folder below',
+    'index into a folder below',
+    'index names too few tensors',
+  )
+}
+READ |= {
+  f'{family}, tied {tied}, head {has}': head(family, tied, has)
+  for family in FAMILY
+  for tied in (None, True, False)
+  for has in (
+    'none',
+    'same',
+    'other',
+    *(['lm_head same', 'lm_head other'] if family == 'gpt_neox' else ['only']),
+  )
+  if not (has in ('none', 'only') and not (tied or tied is None and family == 'gpt2'))
+}
 READ |= {kind: dtypes(kind) for kind in ('float32', 'float16', 'bfloat16', 'float64', 'mixed')}
-READ |= {f'{family}, prefix {kind}': prefix(family, kind) for family in FAMILY for kind in ('none', 'of some')}
+READ |= {
+  f'{family}, prefix {kind}': prefix(family, kind)
+  for family in FAMILY
+  for kind in ('none', 'of some')
+}
 READ['padded vocabulary'] = padded
-REFUSED = {kind: refused_files(kind) for kind in (
-    'one tensor in two shards', 'index names a file that is missing', 'index names a tensor that is in no shard',
-    'shards without an index', 'a variant alone', 'an adapter alone', 'score', 'int8', 'float8', 'vocabulary of another size',
-    'head of another size')}
-REFUSED |= {f'{family}, tied {tied}, head {has}': head(family, tied, has) for family in FAMILY for tied in (None, False)
-            for has in ('none', 'only') if not (tied is None and family == 'gpt2')}
+REFUSED = {
+  kind: refused_files(kind)
+  for kind in (
+    'one tensor in two shards',
+    'index names a file that is missing',
+    'index names a tensor that is in no shard',
+    'shards without an index',
+    'a variant alone',
+    'an adapter alone',
+    'score',
+    'int8',
+    'float8',
+    'vocabulary of another size',
+    'head of another size',
+  )
+}
+REFUSED |= {
+  f'{family}, tied {tied}, head {has}': head(family, tied, has)
+  for family in FAMILY
+  for tied in (None, False)
+  for has in ('none', 'only')
+  if not (tied is None and family == 'gpt2')
+}
 
 
 @pytest.mark.parametrize('name', READ)
 def test_a_folder_is_read_as_transformers_reads_it(name, tmp_path):
   READ[name](tmp_path / 'm')
   expected = theirs(tmp_path / 'm')
-  np.testing.assert_allclose(ours(tmp_path / 'm'), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+  np.testing.assert_allclose(
+    ours(tmp_path / 'm'), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+  )
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -249,7 +339,9 @@ def test_the_scalar_head_takes_the_trunk_of_any_of_them(tmp_path):
     folder = tmp_path / str(i)
     head('llama', tied, has)(folder)
     cfg = TransformerConfig(**hf.fields(folder))
-    trees.append(jax.tree.map(np.asarray, hf.load(folder, cfg, 'scalar', ONE.params, jax.random.key(0))))
+    trees.append(
+      jax.tree.map(np.asarray, hf.load(folder, cfg, 'scalar', ONE.params, jax.random.key(0)))
+    )
     shutil.rmtree(folder)
   for tree in trees[1:]:
     jax.tree.map(np.testing.assert_array_equal, trees[0], tree)

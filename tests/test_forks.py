@@ -1,5 +1,6 @@
-"""A fork's losses, advantages and rewards, named by 'module:function' as in a config: offline losses as stages, RLOO/GRPO, and what
-is said of a function that does not do what its stage needs."""
+"""A fork's losses, advantages and rewards, named by 'module:function' as in a config: offline
+losses as stages, RLOO/GRPO, and what is said of a function that does not do what its stage needs.
+"""
 
 import functools
 import json
@@ -24,8 +25,8 @@ CHAT = pathlib.Path(__file__).resolve().parent / 'golden' / 'chat'
 
 
 def by_hand(logits, batch, per_pair):
-  """The mean over prompts of the mean over ranked pairs of per_pair(log-ratio of the winner, of the loser), from the float64 logits
-  of policy and reference."""
+  """The mean over prompts of the mean over ranked pairs of per_pair(log-ratio of the winner, of the
+  loser), from the float64 logits of policy and reference."""
   total = []
   for b, ranks in enumerate(batch.ranks):
     ratio = {}
@@ -35,7 +36,9 @@ def by_hand(logits, batch, per_pair):
         for sign, x in zip((1, -1), logits, strict=True):
           row = x[b, j, t - 1]
           ratio[j] += sign * (row[batch.tokens[b, j, t]] - np.log(np.exp(row).sum()))
-    total.append(np.mean([per_pair(ratio[i], ratio[j]) for i in ratio for j in ratio if ranks[i] < ranks[j]]))
+    total.append(
+      np.mean([per_pair(ratio[i], ratio[j]) for i in ratio for j in ratio if ranks[i] < ranks[j]])
+    )
   return np.mean(total)
 
 
@@ -45,21 +48,39 @@ def test_dpo_and_ipo_by_hand():
   ref = model(seed=3)[2]
   made = comparison_batch(0)
   first = np.random.default_rng(0).integers(1, 4, (4, 1, 1))
-  batch = PreferenceBatch(made.tokens, made.mask, made.ranks, made.weights,
-                          response_mask=jnp.asarray(np.asarray(made.mask) & (np.arange(7)[None, None] >= first)))
-  batch = batch.replace(ref_logprobs=jax.jit(lambda b: losses.response_logprobs(ref, b, nets=nets))(batch))
+  batch = PreferenceBatch(
+    made.tokens,
+    made.mask,
+    made.ranks,
+    made.weights,
+    response_mask=jnp.asarray(np.asarray(made.mask) & (np.arange(7)[None, None] >= first)),
+  )
+  batch = batch.replace(
+    ref_logprobs=jax.jit(lambda b: losses.response_logprobs(ref, b, nets=nets))(batch)
+  )
   flat = [x.reshape(4 * 9, 7) for x in (batch.tokens, batch.mask)]
-  logits = [np.asarray(jax.jit(nets.logits)(p, *flat), np.float64).reshape(4, 9, 7, -1) for p in (policy, ref)]
+  logits = [
+    np.asarray(jax.jit(nets.logits)(p, *flat), np.float64).reshape(4, 9, 7, -1)
+    for p in (policy, ref)
+  ]
   expect = lambda per_pair: by_hand(logits, jax.tree.map(np.asarray, batch), per_pair)
 
   ready = batch.normalized()
   fork = plugins.bind(dict(fn='tests.fork_losses:ipo', beta=0.3), 'loss', given=('nets',))
-  (loss, measured), (ipo, _) = jax.jit(lambda p: [f({'policy': p}, ready, None, nets=nets) for f in (
-      functools.partial(losses.dpo, beta=0.3), fork)])(policy)
-  assert loss == pytest.approx(expect(lambda won, lost: np.log1p(np.exp(-0.3 * (won - lost)))), rel=1e-4)
+  (loss, measured), (ipo, _) = jax.jit(
+    lambda p: [
+      f({'policy': p}, ready, None, nets=nets)
+      for f in (functools.partial(losses.dpo, beta=0.3), fork)
+    ]
+  )(policy)
+  assert loss == pytest.approx(
+    expect(lambda won, lost: np.log1p(np.exp(-0.3 * (won - lost)))), rel=1e-4
+  )
   assert measured['dpo/loss'] == pytest.approx(float(loss))
   assert measured['dpo/accuracy'] == pytest.approx(expect(lambda won, lost: won > lost))
-  assert measured['dpo/margin'] == pytest.approx(expect(lambda won, lost: 0.3 * (won - lost)), rel=1e-3, abs=1e-4)
+  assert measured['dpo/margin'] == pytest.approx(
+    expect(lambda won, lost: 0.3 * (won - lost)), rel=1e-3, abs=1e-4
+  )
   assert ipo == pytest.approx(expect(lambda won, lost: (won - lost - 1 / 0.6) ** 2), rel=1e-4)
 
 
@@ -69,17 +90,35 @@ def write(path, rows):
 
 
 def offline(folder, **changes):
-  """configs/dpo.py on a file of 24 rankings in which the answers of one letter win, from random weights."""
+  """configs/dpo.py on a file of 24 rankings in which the answers of one letter win, from random
+  weights."""
   rng = np.random.default_rng(0)
   c = dpo.get_config('tiny')
   worse = lambda i: ['b' * int(n) for n in rng.integers(1, 4, 1 + i % 2)]
-  rows = [dict(prompt=f'q{i}', responses=['aaa', *worse(i)], ranks=[0, 1, 1][:2 + i % 2]) for i in range(24)]
-  c.data.update(tokenizer=f'hf:{CHAT}', template='plain', comparisons=write(folder / 'c.jsonl', rows), prompt_length=4,
-                response_length=6, row_length=12)
+  rows = [
+    dict(prompt=f'q{i}', responses=['aaa', *worse(i)], ranks=[0, 1, 1][: 2 + i % 2])
+    for i in range(24)
+  ]
+  c.data.update(
+    tokenizer=f'hf:{CHAT}',
+    template='plain',
+    comparisons=write(folder / 'c.jsonl', rows),
+    prompt_length=4,
+    response_length=6,
+    row_length=12,
+  )
   c.data.heldout.share = 0.0
   c.model.update(num_layers=1, d_model=32, num_heads=2, max_length=32)
-  c.stages.dpo.update(init=dict(policy='random', ref='random'), prompts=None, policies=(), k_buckets=(3,), row_lengths=(),
-                      responses_per_batch=12, epochs=3, log_every=1)
+  c.stages.dpo.update(
+    init=dict(policy='random', ref='random'),
+    prompts=None,
+    policies=(),
+    k_buckets=(3,),
+    row_lengths=(),
+    responses_per_batch=12,
+    epochs=3,
+    log_every=1,
+  )
   c.stages.dpo.optimizer.policy.lr = 1e-2
   c.update_from_flattened_dict(changes)
   return c
@@ -96,11 +135,20 @@ def one_device():
 def test_dpo_is_a_stage(one_device, tmp_path):
   train.main(offline(tmp_path), tmp_path / 'run')
   log = metrics.read(tmp_path / 'run' / 'dpo' / 'metrics.jsonl')
-  assert log['dpo/loss'][0] == pytest.approx(np.log(2), abs=1e-6) and log['dpo/margin'][0] == 0, 'policy == reference at the start'
-  assert len(log['step']) == 3 * 24 // 4 and log['dpo/accuracy'][-3:].min() == 1 and log['dpo/loss'][-1] < 0.6
+  assert log['dpo/loss'][0] == pytest.approx(np.log(2), abs=1e-6) and log['dpo/margin'][0] == 0, (
+    'policy == reference at the start'
+  )
+  assert (
+    len(log['step']) == 3 * 24 // 4
+    and log['dpo/accuracy'][-3:].min() == 1
+    and log['dpo/loss'][-1] < 0.6
+  )
   setup = make_setup(offline(tmp_path), tmp_path / 'run')
   assert checkpoint.load_info(tmp_path / 'run/dpo/final')['prompts'] == 24
-  before, after = initial_params(setup, 'random', 'lm', 0), initial_params(setup, 'stage:dpo', 'lm', 0)
+  before, after = (
+    initial_params(setup, 'random', 'lm', 0),
+    initial_params(setup, 'stage:dpo', 'lm', 0),
+  )
   assert not checkpoint.same(before, after)
 
 
@@ -126,27 +174,53 @@ def test_a_forks_offline_loss_is_a_function_and_a_config(one_device, loss, tmp_p
 def test_a_loss_that_needs_the_reference_says_so(one_device, tmp_path):
   c = offline(tmp_path)
   c.stages.dpo.init.ref = None
-  with pytest.raises(ValueError, match=r'stages.dpo.loss: alignjax.losses:dpo .*init.ref must name its weights'):
+  with pytest.raises(
+    ValueError, match=r'stages.dpo.loss: alignjax.losses:dpo .*init.ref must name its weights'
+  ):
     preference.check(make_setup(c, tmp_path), 'dpo')
 
 
 def new_state(params, lr):
   tx = optim.make({name: optim.adam(steps=100, lr=lr, clip_norm=1.0) for name in params})
-  return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), extra={'kl_coef': jnp.float32(0.0)}), tx
+  return TrainState(
+    step=jnp.int32(0), params=params, opt_state=tx.init(params), extra={'kl_coef': jnp.float32(0.0)}
+  ), tx
 
 
 @pytest.mark.slow
 def test_rloo_with_a_rule_for_a_reward_trains():
   _, nets, policy, scalar = model()
   state, tx = new_state({'policy': policy, 'value': scalar}, 2e-2)
-  step = jax.jit(functools.partial(
-      iteration, key=jax.random.key(0), nets=nets, tx=tx, whiten=False, minibatches=1, inner_epochs=1, microbatches=1,
-      ema_decay=None, kl_target=None, kl_horizon=None,
-      loss_fn=plugins.bind(dict(fn='tests.fork_losses:policy_gradient', clip_eps=0.2), 'loss', given=('nets',)),
-      advantage_fn=plugins.bind(dict(fn='tests.fork_losses:leave_one_out'), 'advantage', facts=dict(samples_per_prompt=4)),
+  step = jax.jit(
+    functools.partial(
+      iteration,
+      key=jax.random.key(0),
+      nets=nets,
+      tx=tx,
+      whiten=False,
+      minibatches=1,
+      inner_epochs=1,
+      microbatches=1,
+      ema_decay=None,
+      kl_target=None,
+      kl_horizon=None,
+      loss_fn=plugins.bind(
+        dict(fn='tests.fork_losses:policy_gradient', clip_eps=0.2), 'loss', given=('nets',)
+      ),
+      advantage_fn=plugins.bind(
+        dict(fn='tests.fork_losses:leave_one_out'), 'advantage', facts=dict(samples_per_prompt=4)
+      ),
       rollout_fn=functools.partial(
-          rollout.collect, max_tokens=6, stop_ids=(), samples_per_prompt=4,
-          reward_fn=plugins.bind(dict(fn='tests.fork_losses:many_sevens'), 'reward', given=('nets', 'frozen')))))
+        rollout.collect,
+        max_tokens=6,
+        stop_ids=(),
+        samples_per_prompt=4,
+        reward_fn=plugins.bind(
+          dict(fn='tests.fork_losses:many_sevens'), 'reward', given=('nets', 'frozen')
+        ),
+      ),
+    )
+  )
   frozen = {'ref': policy, 'reward': scalar}
   scores = []
   for i in range(40):
@@ -168,15 +242,27 @@ def test_rloo_takes_the_number_of_samples_from_the_stage(one_device, tmp_path):
   c = base.get_config('tiny')
   c.stages.ppo.advantage = dict(fn='tests.fork_losses:leave_one_out')
   setup = make_setup(c, tmp_path)
-  with pytest.raises(ValueError, match=r'stages.ppo.advantage: .*rollout.samples_per_prompt must be 2 or more'):
+  with pytest.raises(
+    ValueError, match=r'stages.ppo.advantage: .*rollout.samples_per_prompt must be 2 or more'
+  ):
     ppo_ptx.check(setup, 'ppo')
   c.stages.ppo.rollout.samples_per_prompt = 4
   ppo_ptx.check(make_setup(c, tmp_path), 'ppo')
-  bound = plugins.bind(c.stages.ppo.advantage, 'advantage', facts=ppo_ptx.facts(make_setup(c, tmp_path), 'ppo')['advantage'])
+  bound = plugins.bind(
+    c.stages.ppo.advantage,
+    'advantage',
+    facts=ppo_ptx.facts(make_setup(c, tmp_path), 'ppo')['advantage'],
+  )
   rewards = jnp.asarray([[1.0], [2.0], [3.0], [6.0]])
-  assert bound(rewards, rewards, rewards > 0)[0][:, 0].tolist() == pytest.approx([1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3])
+  assert bound(rewards, rewards, rewards > 0)[0][:, 0].tolist() == pytest.approx(
+    [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]
+  )
   c.stages.ppo.advantage = dict(fn='tests.fork_losses:leave_one_out', samples_per_prompt=2)
-  with pytest.raises(ValueError, match=r"stages.ppo.advantage.samples_per_prompt: the stage passes 'samples_per_prompt' itself, 4"):
+  with pytest.raises(
+    ValueError,
+    match=r"stages.ppo.advantage.samples_per_prompt: the stage passes 'samples_per_prompt' "
+    r'itself, 4',
+  ):
     ppo_ptx.check(make_setup(c, tmp_path), 'ppo')
 
 
@@ -212,17 +298,34 @@ def advantages_alone(rewards, values, mask):
   return rewards
 
 
-@pytest.mark.parametrize('entry,fn,words', [
+@pytest.mark.parametrize(
+  'entry,fn,words',
+  [
     ('loss', 'no_metrics', r'must return \(loss, metrics\), .*; it returns float32\[\]'),
     ('loss', 'vector', r'its loss is float32\[32\]'),
     ('loss', 'whole_number', r'its loss is int32\[\]'),
     ('loss', 'a_list', r"its metric 'mine/rows' is float32\[32\]"),
-    ('loss', 'misspelt', "cannot be traced .*AttributeError: 'PPOBatch' object has no attribute 'weight'"),
+    (
+      'loss',
+      'misspelt',
+      "cannot be traced .*AttributeError: 'PPOBatch' object has no attribute 'weight'",
+    ),
     ('reward', 'on_the_host', 'cannot be traced .*TracerArrayConversionError'),
-    ('reward', 'counts', r'must return a score of each response, float arrays of shape \(32,\); it returns int32\[32\]'),
-    ('advantage', 'advantages_alone', r'must return advantages and returns, .*; it returns float32\[32, 20\]'),
-])
-def test_what_a_function_returns_is_known_before_any_stage_runs(one_device, tmp_path, entry, fn, words):
+    (
+      'reward',
+      'counts',
+      r'must return a score of each response, float arrays of shape \(32,\); it returns int32\[32\]',
+    ),
+    (
+      'advantage',
+      'advantages_alone',
+      r'must return advantages and returns, .*; it returns float32\[32, 20\]',
+    ),
+  ],
+)
+def test_what_a_function_returns_is_known_before_any_stage_runs(
+  one_device, tmp_path, entry, fn, words
+):
   with pytest.raises(ValueError, match=words) as error:
     checked(tmp_path, **{entry: dict(fn=f'tests.test_forks:{fn}')})
   assert f'stages.ppo.{entry}: tests.test_forks:{fn}' in str(error.value)

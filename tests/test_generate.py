@@ -1,4 +1,5 @@
-"""experiments/generate.py: how long an answer may be, what a person and what a pipe sees, Ctrl-C and readers that go."""
+"""experiments/generate.py: how long an answer may be, what a person and what a pipe sees, Ctrl-C
+and readers that go."""
 
 import dataclasses
 import io
@@ -37,12 +38,16 @@ def model():
 def said(model, prompt, **how):
   """(tokens of a greedy answer at its limit, what `cut` heard)."""
   heard, slots = [], []
-  text = ''.join(streaming.stream(model, prompt, temperature=0, cut=heard.append, starting=slots.append, **how))
+  text = ''.join(
+    streaming.stream(model, prompt, temperature=0, cut=heard.append, starting=slots.append, **how)
+  )
   assert len(slots) == 1 and slots[0] <= model.cfg.max_length
   return text, heard
 
 
-@pytest.mark.parametrize('trained,letters,expected', [(5, 10, 5), (None, 10, 14), (100, 10, 14), (100, 23, 1), (5, 21, 3)])
+@pytest.mark.parametrize(
+  'trained,letters,expected', [(5, 10, 5), (None, 10, 14), (100, 10, 14), (100, 23, 1), (5, 21, 3)]
+)
 def test_an_answer_is_as_long_as_in_training_and_fits(model, trained, letters, expected):
   _, heard = said(model._replace(response_length=trained), 'a' * letters)
   assert heard == [expected]  # this model never ends by itself here
@@ -50,7 +55,8 @@ def test_an_answer_is_as_long_as_in_training_and_fits(model, trained, letters, e
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A finished stage of no steps, with a candidate, and the checkpoint it started from: (WORKDIR/sft, folder)."""
+  """A finished stage of no steps, with a candidate, and the checkpoint it started from:
+  (WORKDIR/sft, folder)."""
   place = tmp_path_factory.mktemp('trained')
   shutil.copytree(CHAT, place / 'base')
   c = smollm2_135m.get_config('tiny')
@@ -65,16 +71,24 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', ['', 'candidates/1'])
-def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(trained, tmp_path, name):
+def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(
+  trained, tmp_path, name
+):
   folder, base = tmp_path / 'run' / 'sft', trained[1]
   shutil.copytree(trained[0].parent, folder.parent)
   spec = str(folder / name)
-  assert loading.load(spec).response_length == 16 == loading.trained_with(spec)['data']['response_length']
+  assert (
+    loading.load(spec).response_length
+    == 16
+    == loading.trained_with(spec)['data']['response_length']
+  )
   template = base / 'chat_template.jinja'
   before = template.read_text()
   try:
     template.write_text(f'{before} ')
-    with pytest.raises(ValueError, match=r'data.tokenizer=hf:.*base is another one now .*--on_changed_input=keep'):
+    with pytest.raises(
+      ValueError, match=r'data.tokenizer=hf:.*base is another one now .*--on_changed_input=keep'
+    ):
       loading.load(spec)
   finally:
     template.write_text(before)
@@ -83,7 +97,10 @@ def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(tr
   before = config.read_text()
   config.write_text(before.replace('"response_length": 16', '"response_length": 12'))
   for read in (loading.load, loading.trained_with):
-    with pytest.raises(checkpoint.Damaged, match=r'checkpoints/config.json is damaged or missing .*Delete it, and the command'):
+    with pytest.raises(
+      checkpoint.Damaged,
+      match=r'checkpoints/config.json is damaged or missing .*Delete it, and the command',
+    ):
       read(spec)
   config.write_text(before)
   loading.load(spec)
@@ -91,9 +108,13 @@ def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(tr
 
 def test_a_length_that_was_asked_for_is_kept_or_refused(model):
   assert said(model, 'a' * 10, max_tokens=7)[1] == [7]
-  with pytest.raises(ValueError, match='the prompt has 10 tokens; with max_tokens=20 the context of 24 leaves 4'):
+  with pytest.raises(
+    ValueError, match='the prompt has 10 tokens; with max_tokens=20 the context of 24 leaves 4'
+  ):
     said(model, 'a' * 10, max_tokens=20)
-  with pytest.raises(ValueError, match='the prompt has 24 tokens; the context of 24 leaves none for an answer'):
+  with pytest.raises(
+    ValueError, match='the prompt has 24 tokens; the context of 24 leaves none for an answer'
+  ):
     said(model, 'a' * 24)
 
 
@@ -112,7 +133,8 @@ class Pipe(io.StringIO):
 
 
 def test_a_pipe_gets_answers_and_nothing_else(monkeypatch, capsys):
-  """Blank lines are left out, wherever they stand; a line ends at newline; nothing is said on either stream besides the answers."""
+  """Blank lines are left out, wherever they stand; a line ends at newline; nothing is said on
+  either stream besides the answers."""
   asked = []
 
   def stream(model, prompt, *, cut, **how):
@@ -121,21 +143,35 @@ def test_a_pipe_gets_answers_and_nothing_else(monkeypatch, capsys):
     yield 'so'
 
   monkeypatch.setattr(streaming, 'stream', stream)
-  monkeypatch.setattr(sys, 'stdin', Pipe(b'\xef\xbb\xbfone\r\n\n \ntwo\xe2\x80\xa8still\x0ctwo\n/new\nthree'))
+  monkeypatch.setattr(
+    sys, 'stdin', Pipe(b'\xef\xbb\xbfone\r\n\n \ntwo\xe2\x80\xa8still\x0ctwo\n/new\nthree')
+  )
   command.main(SHORT)
-  assert asked == ['one', 'two\u2028still\x0ctwo', 'three'] and capsys.readouterr() == ('so\n' * 3, '')
+  assert asked == ['one', 'two\u2028still\x0ctwo', 'three'] and capsys.readouterr() == (
+    'so\n' * 3,
+    '',
+  )
   monkeypatch.setattr(sys, 'stdin', Pipe(b'one\n\xff\n'))
   with pytest.raises(SystemExit, match=r'error: standard input: not UTF-8 .byte 0. in line 2'):
     command.main(SHORT)
-  monkeypatch.setattr(streaming, 'stream', lambda *_, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+  monkeypatch.setattr(
+    streaming, 'stream', lambda *_, **how: (_ for _ in ()).throw(KeyboardInterrupt)
+  )
   with pytest.raises(SystemExit) as stopped:
     command.main([*SHORT, '--prompt=x'])
   assert stopped.value.code == 130
 
 
-@pytest.mark.parametrize('flags,words', [(['--temperature=nan'], 'must not be negative'), (['--temperature=inf'], 'must not be'),
-                                         (['--seed=-1'], 'must lie in'), ([f'--seed={2**31}'], 'must lie in'),
-                                         (['--prompt=\udcff'], '--prompt is not UTF-8')])
+@pytest.mark.parametrize(
+  'flags,words',
+  [
+    (['--temperature=nan'], 'must not be negative'),
+    (['--temperature=inf'], 'must not be'),
+    (['--seed=-1'], 'must lie in'),
+    ([f'--seed={2**31}'], 'must lie in'),
+    (['--prompt=\udcff'], '--prompt is not UTF-8'),
+  ],
+)
 def test_flags_that_cannot_be(flags, words, capsys):
   with pytest.raises(SystemExit):
     command.main(['--model=hf:x', *flags])
@@ -143,7 +179,8 @@ def test_flags_that_cannot_be(flags, words, capsys):
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys):
-  """As before the question that was not answered; an error is told and does not end the session either."""
+  """As before the question that was not answered; an error is told and does not end the session
+  either."""
   lines, asked = iter(['one', 'two', 'three', 'four', '', 'never']), []
 
   def stream(model, prompt, *, cut, **how):
@@ -161,15 +198,25 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(monkeypatch, capsys
   command.main([*SHORT, '--chat'])
   assert asked == [['one'], ['one', 'so', 'two'], ['one', 'so', 'three'], ['one', 'so', 'four']]
   out, err = capsys.readouterr()
-  assert out == 'so\nso\n' and '(stopped' in err and 'error: too long' in err  # standard output is a pipe here
+  # standard output is a pipe here
+  assert out == 'so\nso\n' and '(stopped' in err and 'error: too long' in err
 
 
 def test_a_terminal_is_told_what_happens():
-  """Through a pseudo-terminal: loading and compiling are announced, the cut is marked after the answer."""
+  """Through a pseudo-terminal: loading and compiling are announced, the cut is marked after the
+  answer."""
   master, slave = pty.openpty()
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'PYTHONPATH': str(ROOT)}
-  process = subprocess.Popen([sys.executable, 'experiments/generate.py', *SHORT, '--prompt=abc'], cwd=ROOT, env=environment,
-                             stdin=slave, stdout=slave, stderr=slave)
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {
+    'PYTHONPATH': str(ROOT)
+  }
+  process = subprocess.Popen(
+    [sys.executable, 'experiments/generate.py', *SHORT, '--prompt=abc'],
+    cwd=ROOT,
+    env=environment,
+    stdin=slave,
+    stdout=slave,
+    stderr=slave,
+  )
   os.close(slave)
   shown = b''
   try:

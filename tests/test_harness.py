@@ -1,4 +1,5 @@
-"""The evaluation harness on our functions: the numbers of its own `hf` backend, and of float64 sums by hand."""
+"""The evaluation harness on our functions: the numbers of its own `hf` backend, and of float64 sums
+by hand."""
 
 import pathlib
 import types
@@ -10,7 +11,13 @@ from alignjax.evals.public import harness
 from alignjax.inference import bulk, completions, loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
-TEXTS = [('The cat', ' sat.'), ('', 'Hello there'), ('Question: why?\nAnswer: ', 'because'), ('a' * 60, 'b'), ('x ', ' y' * 20)]
+TEXTS = [
+  ('The cat', ' sat.'),
+  ('', 'Hello there'),
+  ('Question: why?\nAnswer: ', 'because'),
+  ('a' * 60, 'b'),
+  ('x ', ' y' * 20),
+]
 
 
 @pytest.fixture(scope='module')
@@ -22,17 +29,31 @@ def instances(*args):
   return [types.SimpleNamespace(args=a) for a in args]
 
 
-@pytest.mark.parametrize('length,most,expected', [(3, 512, 32), (32, 512, 32), (33, 512, 48), (49, 512, 64), (65, 512, 96),
-                                                  (500, 512, 512), (500, 500, 500), (130, 500, 192)])
+@pytest.mark.parametrize(
+  'length,most,expected',
+  [
+    (3, 512, 32),
+    (32, 512, 32),
+    (33, 512, 48),
+    (49, 512, 64),
+    (65, 512, 96),
+    (500, 512, 512),
+    (500, 500, 500),
+    (130, 500, 192),
+  ],
+)
 def test_buckets(length, most, expected):
   assert bulk.bucket(length, most) == expected
 
 
 def test_scores_are_sums_of_log_probabilities(model):
-  score = completions.scorer(model, logits_bytes=2 * 4 * 33 * model.cfg.vocab_size)  # two rows at a time
+  # two rows at a time
+  score = completions.scorer(model, logits_bytes=2 * 4 * 33 * model.cfg.vocab_size)
   rng = np.random.default_rng(0)
-  pairs = [(rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist()) for n, m in zip(rng.integers(1, 40, 9),
-                                                                                              rng.integers(1, 9, 9), strict=True)]
+  pairs = [
+    (rng.integers(0, 256, n).tolist(), rng.integers(0, 256, m).tolist())
+    for n, m in zip(rng.integers(1, 40, 9), rng.integers(1, 9, 9), strict=True)
+  ]
   for (context, continuation), (value, greedy) in zip(pairs, score(pairs), strict=True):
     row = np.array([[*context, *continuation]], np.int32)
     logits = np.asarray(model.nets.logits(model.params, row, row >= 0), np.float64)[0]
@@ -54,11 +75,15 @@ def test_greedy_is_true_for_what_greedy_decoding_gives(model):
 def test_long_inputs_lose_their_left(model):
   score, most = completions.scorer(model), model.cfg.max_length
   long = np.random.default_rng(0).integers(0, 256, most + 50).tolist()
-  assert score([(long, [5, 6])])[0][0] == pytest.approx(score([(long[-(most - 1):], [5, 6])])[0][0], rel=1e-5)
+  assert score([(long, [5, 6])])[0][0] == pytest.approx(
+    score([(long[-(most - 1) :], [5, 6])])[0][0], rel=1e-5
+  )
 
 
 def test_stop_texts_end_a_continuation(model):
-  whole = completions.continuations(model, [model.encode('abc'), model.encode('a longer prompt than that ' * 3)], max_tokens=16)
+  whole = completions.continuations(
+    model, [model.encode('abc'), model.encode('a longer prompt than that ' * 3)], max_tokens=16
+  )
   letter = next(c for c in whole[0] if c.isprintable() and c != '\ufffd')
   cut = completions.continuations(model, [model.encode('abc')], max_tokens=16, until=(letter,))[0]
   assert cut == whole[0].split(letter)[0]
@@ -73,14 +98,22 @@ def test_the_same_numbers_as_the_hf_backend(model):
   pytest.importorskip('torch')
   pytest.importorskip('lm_eval')
   from lm_eval.models.huggingface import HFLM
+
   theirs = HFLM(pretrained=str(CHAT), device='cpu', dtype='float32', batch_size=2)
   ours = harness.language_model(model)
   long = ('abc ' * 200, ' tail')
-  for a, b in zip(ours.loglikelihood(instances(*TEXTS, long), disable_tqdm=True),
-                  theirs.loglikelihood(instances(*TEXTS, long), disable_tqdm=True), strict=True):
+  for a, b in zip(
+    ours.loglikelihood(instances(*TEXTS, long), disable_tqdm=True),
+    theirs.loglikelihood(instances(*TEXTS, long), disable_tqdm=True),
+    strict=True,
+  ):
     assert a[0] == pytest.approx(b[0], abs=1e-3) and a[1] == b[1]
   documents = instances(('one document of text',), ('lorem ipsum ' * 100,))
-  for a, b in zip(ours.loglikelihood_rolling(documents), theirs.loglikelihood_rolling(documents, disable_tqdm=True), strict=True):
+  for a, b in zip(
+    ours.loglikelihood_rolling(documents),
+    theirs.loglikelihood_rolling(documents, disable_tqdm=True),
+    strict=True,
+  ):
     assert a == pytest.approx(b, abs=2e-3)
   asked = {'until': ['\n'], 'max_gen_toks': 12, 'do_sample': False}
   requests = instances(('Q: a?\nA:', asked), ('The quick', asked))

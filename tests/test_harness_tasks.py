@@ -1,4 +1,5 @@
-"""Task files of one's own for lm-evaluation-harness, and its own tasks by name, as tasks of the table."""
+"""Task files of one's own for lm-evaluation-harness, and its own tasks by name, as tasks of the
+table."""
 
 import json
 import math
@@ -64,7 +65,9 @@ def shout(docs):
 def share(pairs):
   return sum(gold == pred for gold, pred in pairs) / len(pairs)
 """
-ROWS = [dict(question=f'why {i}?', choices=['yes', 'no way', 'maybe'], gold=i % 3) for i in range(6)]
+ROWS = [
+  dict(question=f'why {i}?', choices=['yes', 'no way', 'maybe'], gold=i % 3) for i in range(6)
+]
 
 
 @pytest.fixture
@@ -73,7 +76,12 @@ def folder(tmp_path):
   data.write_text('\n'.join(map(json.dumps, ROWS)))
   tasks = tmp_path / 'tasks'
   tasks.mkdir()
-  for name, text in (('choice', CHOICE), ('words', WRITTEN), ('text', ROLLING), ('_base', BASE % data)):
+  for name, text in (
+    ('choice', CHOICE),
+    ('words', WRITTEN),
+    ('text', ROLLING),
+    ('_base', BASE % data),
+  ):
     (tasks / f'{name}.yaml').write_text(text)
   (tasks / 'own.py').write_text(OWN)
   return tasks
@@ -81,7 +89,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-  """Prefers ' no way'; answers 'Yes sir' to everything; a text's log-likelihood is minus its characters."""
+  """Prefers ' no way'; answers 'Yes sir' to everything; a text's log-likelihood is minus its
+  characters."""
   from lm_eval.api.model import LM
 
   class Scripted(LM):
@@ -105,17 +114,30 @@ def scripted(monkeypatch):
 def test_a_folder_of_task_files(folder, scripted, tmp_path):
   tasks = registry.find_tasks([str(folder)])
   assert list(tasks) == ['my_choice', 'my_text', 'my_words']  # what others include is no task
-  run = lambda name, **kw: {c.metric: c for c in tasks[name](None, **(dict(data=None, limit=None, seed=0, keep=tmp_path) | kw))}
+  run = lambda name, **kw: {
+    c.metric: c
+    for c in tasks[name](None, **(dict(data=None, limit=None, seed=0, keep=tmp_path) | kw))
+  }
   choice = run('my_choice')
   assert choice['acc'].values == [0.0, 1.0, 0.0] * 2 and choice['acc'].items == list('012345')
   assert choice['acc'].prompt == 'zero-shot'
   assert scripted.asked[0] == ('Q: WHY 0?\nA:', ' yes')
-  assert table.figure(choice['f1'])['mean'] == pytest.approx(1 / 3) and choice['f1'].values[1] == [1.0, 1.0]
+  assert table.figure(choice['f1'])['mean'] == pytest.approx(1 / 3) and choice['f1'].values[1] == [
+    1.0,
+    1.0,
+  ]
   words = run('my_words')
-  assert words['exact_match, whole'].values == [0.0] * 6 and words['exact_match, first-word'].values == [1.0, 0.0, 0.0] * 2
+  assert (
+    words['exact_match, whole'].values == [0.0] * 6
+    and words['exact_match, first-word'].values == [1.0, 0.0, 0.0] * 2
+  )
   text = run('my_text')
-  assert table.figure(text['word_perplexity'])['mean'] == pytest.approx(math.exp(6 * 6 / (6 * 2)))  # 6 characters, 2 words
-  assert table.figure(text['bits_per_byte'])['mean'] == pytest.approx(1 / math.log(2)) and text['bits_per_byte'].better == 'lower'
+  # 6 characters, 2 words
+  assert table.figure(text['word_perplexity'])['mean'] == pytest.approx(math.exp(6 * 6 / (6 * 2)))
+  assert (
+    table.figure(text['bits_per_byte'])['mean'] == pytest.approx(1 / math.log(2))
+    and text['bits_per_byte'].better == 'lower'
+  )
   some = run('my_choice', limit=2, seed=1)['acc']
   assert len(some.items) == 2 and some.items == run('my_choice', limit=2, seed=1)['acc'].items
   shots = run('my_choice', shots=2, limit=1)['acc']
@@ -129,27 +151,39 @@ def test_results_are_kept_by_file_included_file_functions_and_data(folder, scrip
   task = lambda: registry.find_tasks([str(folder / 'choice.yaml')])['my_choice']
   run = lambda: registry.run_task('my_choice', task(), None, {}, tmp_path / 'out')[1]
   assert (run(), run()) == (False, True)
-  for path, old, new in ((folder / 'choice.yaml', 'A:', 'B:'), (folder / '_base.yaml', 'test_split', '\nrepeats: 1\ntest_split'),
-                         (folder / 'own.py', 'upper', 'lower'), (tmp_path / 'data.jsonl', 'maybe', 'perhaps')):
+  for path, old, new in (
+    (folder / 'choice.yaml', 'A:', 'B:'),
+    (folder / '_base.yaml', 'test_split', '\nrepeats: 1\ntest_split'),
+    (folder / 'own.py', 'upper', 'lower'),
+    (tmp_path / 'data.jsonl', 'maybe', 'perhaps'),
+  ):
     path.write_text('# a comment\n' * (path.suffix != '.jsonl') + path.read_text())
     assert run()
     path.write_text(path.read_text().replace(old, new))
     assert (run(), run()) == (False, True), path
 
 
-@pytest.mark.parametrize('change,words', [
+@pytest.mark.parametrize(
+  'change,words',
+  [
     (dict(choice='task: [a'), 'choice.yaml: not a task file of the harness .ParserError'),
     (dict(choice='- a\n'), 'choice.yaml: not a task file'),
     (dict(choice='group: g\ntask: [a, b]\n'), 'choice.yaml: a group of tasks'),
     (dict(choice='a: b\n'), 'choice.yaml: no task: it has no entry `task`'),
-    (dict(choice=CHOICE.replace('own.shout', 'own.shoot')), "choice.yaml: not a task file.*shoot"),
-    (dict(_base=BASE % '/nowhere/x.jsonl'), 'my_choice: the task of .*choice.yaml cannot be made .*/nowhere/x.jsonl'),
-])
+    (dict(choice=CHOICE.replace('own.shout', 'own.shoot')), 'choice.yaml: not a task file.*shoot'),
+    (
+      dict(_base=BASE % '/nowhere/x.jsonl'),
+      'my_choice: the task of .*choice.yaml cannot be made .*/nowhere/x.jsonl',
+    ),
+  ],
+)
 def test_files_that_are_no_tasks_are_named(folder, scripted, tmp_path, change, words):
   for name, text in change.items():
     (folder / f'{name}.yaml').write_text(text)
   with pytest.raises((ValueError, FileNotFoundError), match=words):
-    registry.find_tasks([str(folder / 'choice.yaml')])['my_choice'](None, data=None, limit=None, seed=0, keep=tmp_path)
+    registry.find_tasks([str(folder / 'choice.yaml')])['my_choice'](
+      None, data=None, limit=None, seed=0, keep=tmp_path
+    )
 
 
 def test_other_names(folder, tmp_path):
@@ -173,27 +207,49 @@ def test_the_harness_own_tasks_by_name(tmp_path, scripted):
   """arc_easy, on a file of its fields."""
   tasks = registry.find_tasks(['arc_easy', 'lambada_openai'])
   data = tmp_path / 'arc.jsonl'
-  data.write_text('\n'.join(json.dumps(dict(id=str(i), question='Which?', answerKey='BA'[i], choices=dict(
-      text=['yes', 'no way'], label=['A', 'B']))) for i in range(2)))
-  cells = {c.metric: c.values for c in tasks['arc_easy'](None, data=str(data), limit=None, seed=0, keep=tmp_path)}
+  data.write_text(
+    '\n'.join(
+      json.dumps(
+        dict(
+          id=str(i),
+          question='Which?',
+          answerKey='BA'[i],
+          choices=dict(text=['yes', 'no way'], label=['A', 'B']),
+        )
+      )
+      for i in range(2)
+    )
+  )
+  cells = {
+    c.metric: c.values
+    for c in tasks['arc_easy'](None, data=str(data), limit=None, seed=0, keep=tmp_path)
+  }
   assert cells['acc'] == [1.0, 0.0] and scripted.asked[0] == ('Question: Which?\nAnswer:', ' yes')
 
 
 def test_the_names_are_those_that_the_harness_finds():
   """A sample of its files, parsed whole by the harness."""
   from lm_eval.tasks._index import TaskIndex
+
   known = harness_tasks.index()
   assert len(known) > 10_000
   for name in sorted(n for n, k in known.items() if k.kind in ('task', 'class'))[::400]:
     entry = TaskIndex.entry_from_path(known[name].path)
-    assert (entry.name, entry.kind.name) == (name, {'task': 'TASK', 'class': 'PY_TASK'}[known[name].kind])
+    assert (entry.name, entry.kind.name) == (
+      name,
+      {'task': 'TASK', 'class': 'PY_TASK'}[known[name].kind],
+    )
 
 
 def test_perplexity_is_that_of_the_logits(folder, tmp_path):
   """A text through the real interface, against the log-softmax in float64."""
   model = loading.load(f'hf:{CHAT}', dtype='float32')
-  cell = {c.metric: c for c in registry.find_tasks([str(folder / 'text.yaml')])['my_text'](
-      model, data=None, limit=2, seed=0, keep=tmp_path)}['bits_per_byte']
+  cell = {
+    c.metric: c
+    for c in registry.find_tasks([str(folder / 'text.yaml')])['my_text'](
+      model, data=None, limit=2, seed=0, keep=tmp_path
+    )
+  }['bits_per_byte']
   asked = [ROWS[int(i)]['question'] for i in cell.items]
   total = 0.0
   for text in asked:
@@ -201,4 +257,6 @@ def test_perplexity_is_that_of_the_logits(folder, tmp_path):
     logits = np.asarray(jax.jit(model.nets.logits)(model.params, row, row >= 0), np.float64)[0]
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     total += sum(logprobs[t, row[0, t + 1]] for t in range(row.shape[1] - 1))
-  assert table.figure(cell)['mean'] == pytest.approx(-total / sum(len(t.encode()) for t in asked) / math.log(2), rel=1e-4)
+  assert table.figure(cell)['mean'] == pytest.approx(
+    -total / sum(len(t.encode()) for t in asked) / math.log(2), rel=1e-4
+  )

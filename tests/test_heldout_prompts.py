@@ -12,8 +12,12 @@ def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):
   """Of the split 'test', with responses of the first policy alone; training takes those of 'train'."""
   setup = make_setup(ppo_ptx.get_config('tiny'), tmp_path, jax.devices()[:1])
   cfg = setup.config.stages.rm
-  prompts = lambda count, split: [setup.text.template.prompt(r['prompt']) for r in sandbox.prompts(setup.text.world, count, split)]
-  answer = setup.text.template.response(sandbox.demonstrations(setup.text.world, 1, 'train')[0]['response'])
+  prompts = lambda count, split: [
+    setup.text.template.prompt(r['prompt']) for r in sandbox.prompts(setup.text.world, count, split)
+  ]
+  answer = setup.text.template.response(
+    sandbox.demonstrations(setup.text.world, 1, 'train')[0]['response']
+  )
   loaded = []
   monkeypatch.setattr(comparisons, 'initial_params', lambda setup, spec, *_: loaded.append(spec))
   sample = lambda params, queries, *_: ([answer] * len(queries), None)

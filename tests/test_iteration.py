@@ -1,7 +1,9 @@
-"""One whole PPO iteration, and one rollout, against an explicit loop in float64 whose gradients are written out by hand.
+"""One whole PPO iteration, and one rollout, against an explicit loop in float64 whose gradients are
+written out by hand.
 
-The networks are tables: the logits of the next token are a row of `table`, chosen by the token before; the value is an entry of
-`w`, chosen by the token just read. So each derivative is one line, and nothing of jax but the random permutations is used twice.
+The networks are tables: the logits of the next token are a row of `table`, chosen by the token
+before; the value is an entry of `w`, chosen by the token just read. So each derivative is one line,
+and nothing of jax but the random permutations is used twice.
 """
 
 import functools
@@ -22,8 +24,10 @@ KEY, STEP = jax.random.key(11), 3
 KL_COEF, TARGET, HORIZON, TEMPERATURE, DECAY = 0.15, 0.5, 100, 0.7, 0.8
 GAMMA, LAM = 0.97, 0.9
 COEFFICIENTS = dict(clip_eps=0.2, value_clip=0.15, vf_coef=0.6, temperature=TEMPERATURE)
-ADAM = dict(policy=dict(lr=0.05, b1=0.8, b2=0.9, eps=1e-2, weight_decay=0.1, clip_norm=0.2),
-            value=dict(lr=0.02, b1=0.7, b2=0.95, eps=1e-2, weight_decay=0.3, clip_norm=0.1))
+ADAM = dict(
+  policy=dict(lr=0.05, b1=0.8, b2=0.9, eps=1e-2, weight_decay=0.1, clip_norm=0.2),
+  value=dict(lr=0.02, b1=0.7, b2=0.95, eps=1e-2, weight_decay=0.3, clip_norm=0.1),
+)
 MINIBATCHES, EPOCHS = 2, 2
 
 
@@ -37,11 +41,18 @@ def _cache(rows, slots):
 
 
 NETS = Networks(
-    logits=lambda params, tokens, mask, key=None: params['table'][tokens], logprobs=_logprobs,
-    scalar=lambda params, tokens, mask: params['w'][tokens],
-    decoder=Decoder(lambda params: params,
-                    lambda weights, tokens, mask, slots: (weights['table'][tokens[:, -1]], _cache(len(tokens), slots)),
-                    lambda weights, tokens, mask, cache: (weights['table'][tokens], cache)))
+  logits=lambda params, tokens, mask, key=None: params['table'][tokens],
+  logprobs=_logprobs,
+  scalar=lambda params, tokens, mask: params['w'][tokens],
+  decoder=Decoder(
+    lambda params: params,
+    lambda weights, tokens, mask, slots: (
+      weights['table'][tokens[:, -1]],
+      _cache(len(tokens), slots),
+    ),
+    lambda weights, tokens, mask, cache: (weights['table'][tokens], cache),
+  ),
+)
 
 
 def log_softmax(x):
@@ -49,7 +60,8 @@ def log_softmax(x):
 
 
 def episode(seed):
-  """(parameters, rollout, its metrics, pretraining rows), as numpy; ratios and values on both sides of their clips."""
+  """(parameters, rollout, its metrics, pretraining rows), as numpy; ratios and values on both sides
+  of their clips."""
   rng = np.random.default_rng(seed)
   params = {'policy': {'table': rng.normal(0, 1, (V, V))}, 'value': {'w': rng.normal(0, 0.5, V)}}
   params = jax.tree.map(lambda x: x.astype(np.float32), params)
@@ -58,16 +70,33 @@ def episode(seed):
   tokens = rng.integers(0, V, (B, Q + R)).astype(np.int32)
   old = np.zeros((B, R))
   for b, t in zip(*np.nonzero(mask), strict=True):
-    old[b, t] = log_softmax(params['policy']['table'][tokens[b, Q + t - 1]] / TEMPERATURE)[tokens[b, Q + t]]
-  noisy = lambda x, scale: np.where(mask, x + rng.normal(0, scale, mask.shape), 0).astype(np.float32)
+    old[b, t] = log_softmax(params['policy']['table'][tokens[b, Q + t - 1]] / TEMPERATURE)[
+      tokens[b, Q + t]
+    ]
+  noisy = lambda x, scale: np.where(mask, x + rng.normal(0, scale, mask.shape), 0).astype(
+    np.float32
+  )
   logprobs = noisy(old, 0.2)
-  ro = Rollout(tokens[:, :Q], prompt_mask, tokens[:, Q:], mask, logprobs, noisy(logprobs, 0.4),
-               noisy(params['value']['w'][tokens[:, Q - 1:-1]], 0.2), rng.normal(0.3, 1, B).astype(np.float32))
+  ro = Rollout(
+    tokens[:, :Q],
+    prompt_mask,
+    tokens[:, Q:],
+    mask,
+    logprobs,
+    noisy(logprobs, 0.4),
+    noisy(params['value']['w'][tokens[:, Q - 1 : -1]], 0.2),
+    rng.normal(0.3, 1, B).astype(np.float32),
+  )
   metrics = {'objective/scores': ro.scores.mean(), 'objective/kl': np.float32(0.55)}
   text_mask = np.arange(5) < rng.integers(2, 6, 4)[:, None]
   weights = np.where(text_mask, rng.uniform(0.2, 1, text_mask.shape), 0).astype(np.float32)
   weights[:, 0] = 0
-  return params, ro, metrics, TokenBatch(rng.integers(0, V, (4, 5)).astype(np.int32), text_mask, weights)
+  return (
+    params,
+    ro,
+    metrics,
+    TokenBatch(rng.integers(0, V, (4, 5)).astype(np.int32), text_mask, weights),
+  )
 
 
 def adam_rate(lr, count):
@@ -95,16 +124,32 @@ def by_hand(params, ro, given, ptx, ema, ptx_coef):
   white = (advantages - live.mean()) / np.sqrt(live.var() + 1e-8)
 
   order_key = jax.random.split(jax.random.fold_in(KEY, STEP))[1]
-  orders = [np.arange(B)] + [np.asarray(jax.random.permutation(k, B)) for k in jax.random.split(order_key, EPOCHS)[1:]]
-  moments = {'policy': [np.zeros_like(table), np.zeros_like(table)], 'value': [np.zeros_like(w), np.zeros_like(w)]}
+  orders = [np.arange(B)] + [
+    np.asarray(jax.random.permutation(k, B)) for k in jax.random.split(order_key, EPOCHS)[1:]
+  ]
+  moments = {
+    'policy': [np.zeros_like(table), np.zeros_like(table)],
+    'value': [np.zeros_like(w), np.zeros_like(w)],
+  }
   logged, count = [], 0
   for order in orders:
     for part in range(MINIBATCHES):
-      rows = order[part * B // MINIBATCHES:(part + 1) * B // MINIBATCHES]
+      rows = order[part * B // MINIBATCHES : (part + 1) * B // MINIBATCHES]
       weight = 1 / mask[rows].sum()
       grads = {'policy': np.zeros_like(table), 'value': np.zeros_like(w)}
-      m = dict.fromkeys(('loss/policy', 'loss/value', 'policy/entropy', 'policy/approxkl', 'policy/clipfrac', 'val/error',
-                         'val/clipfrac', 'val/mean'), 0.0)
+      m = dict.fromkeys(
+        (
+          'loss/policy',
+          'loss/value',
+          'policy/entropy',
+          'policy/approxkl',
+          'policy/clipfrac',
+          'val/error',
+          'val/clipfrac',
+          'val/mean',
+        ),
+        0.0,
+      )
       deviation = 0.0
       for b in rows:
         for t in range(mask[b].sum()):
@@ -118,7 +163,9 @@ def by_hand(params, ro, given, ptx, ema, ptx_coef):
           m['policy/entropy'] -= weight * (p * logp).sum()
           m['policy/approxkl'] += weight * 0.5 * (logp[token] - old[b, t]) ** 2
           if -a * ratio >= -a * clipped:
-            grads['policy'][before] += weight * -a * ratio * ((np.arange(V) == token) - p) / TEMPERATURE
+            grads['policy'][before] += (
+              weight * -a * ratio * ((np.arange(V) == token) - p) / TEMPERATURE
+            )
           v, o, g = w[before], old_values[b, t], returns[b, t]
           near = min(max(v, o - 0.15), o + 0.15)
           m['loss/value'] += weight * 0.5 * max((v - g) ** 2, (near - g) ** 2)
@@ -136,7 +183,9 @@ def by_hand(params, ro, given, ptx, ema, ptx_coef):
           for t in range(1, 5):
             logp = log_softmax(table[row[t - 1]])
             m['loss/ptx'] -= row_weights[t] * logp[row[t]]
-            grads['policy'][row[t - 1]] -= ptx_coef * row_weights[t] * ((np.arange(V) == row[t]) - np.exp(logp))
+            grads['policy'][row[t - 1]] -= (
+              ptx_coef * row_weights[t] * ((np.arange(V) == row[t]) - np.exp(logp))
+            )
         m['loss/total'] += ptx_coef * m['loss/ptx']
       count += 1
       for name, values in (('policy', table), ('value', w)):
@@ -147,7 +196,9 @@ def by_hand(params, ro, given, ptx, ema, ptx_coef):
         first, second = moments[name]
         first += (1 - c['b1']) * (grad - first)
         second += (1 - c['b2']) * (grad**2 - second)
-        step = (first / (1 - c['b1']**count)) / (np.sqrt(second / (1 - c['b2']**count)) + c['eps'])
+        step = (first / (1 - c['b1'] ** count)) / (
+          np.sqrt(second / (1 - c['b2'] ** count)) + c['eps']
+        )
         if name == 'policy':  # a matrix
           step += c['weight_decay'] * values
         values -= adam_rate(c['lr'], count - 1) * step
@@ -159,34 +210,71 @@ def by_hand(params, ro, given, ptx, ema, ptx_coef):
   metrics |= {f'optim/grad_norm_{k}': mean[f'norm/{k}'] for k in ADAM}
   kl, score = float(given['objective/kl']), scores.mean()
   residual = (returns - old_values)[mask]
-  metrics |= {'ppo/ratio_max_dev': logged[0]['deviation'], 'objective/kl': kl, 'objective/scores': score,
-              'objective/kl_coef': KL_COEF, 'objective/rlhf_reward': score - KL_COEF * kl, 'ppo/returns/mean': returns[mask].mean(),
-              'ppo/val/explained_variance': 1 - (residual**2).mean() / (returns[mask].var() + 1e-8),
-              'noise': float(jax.random.uniform(jax.random.split(jax.random.fold_in(KEY, STEP))[0]))}
+  metrics |= {
+    'ppo/ratio_max_dev': logged[0]['deviation'],
+    'objective/kl': kl,
+    'objective/scores': score,
+    'objective/kl_coef': KL_COEF,
+    'objective/rlhf_reward': score - KL_COEF * kl,
+    'ppo/returns/mean': returns[mask].mean(),
+    'ppo/val/explained_variance': 1 - (residual**2).mean() / (returns[mask].var() + 1e-8),
+    'noise': float(jax.random.uniform(jax.random.split(jax.random.fold_in(KEY, STEP))[0])),
+  }
   kl_coef = KL_COEF * (1 + min(max(kl / TARGET - 1, -0.2), 0.2) * B / HORIZON)
-  return {'table': table, 'w': w, 'ema': ema, 'moments': moments, 'count': count, 'kl_coef': kl_coef, 'metrics': metrics}
+  return {
+    'table': table,
+    'w': w,
+    'ema': ema,
+    'moments': moments,
+    'count': count,
+    'kl_coef': kl_coef,
+    'metrics': metrics,
+  }
 
 
 @functools.cache
 def compiled(ptx_coef, microbatches):
   """(state, rollout, its metrics, pretraining rows) -> (state, metrics, rollout) of `iteration`."""
-  tx = optim.make({name: optim.adam(steps=4, warmup=2, warmup_from=0.1, **c) for name, c in ADAM.items()})
+  tx = optim.make(
+    {name: optim.adam(steps=4, warmup=2, warmup_from=0.1, **c) for name, c in ADAM.items()}
+  )
 
   def run(state, ro, given, ptx):
     return ppo_ptx.iteration(
-        state, {}, (ro.prompts, ro.prompt_mask, ptx if ptx_coef else None), key=KEY, nets=NETS,
-        rollout_fn=lambda nets, params, frozen, prompts, mask, key: (ro, given | {'noise': jax.random.uniform(key)}),
-        advantage_fn=functools.partial(ops.gae, gamma=GAMMA, lam=LAM), whiten=True,
-        loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=ptx_coef, **COEFFICIENTS), tx=tx, minibatches=MINIBATCHES,
-        inner_epochs=EPOCHS, microbatches=microbatches, ema_decay=DECAY, kl_target=TARGET, kl_horizon=HORIZON)
+      state,
+      {},
+      (ro.prompts, ro.prompt_mask, ptx if ptx_coef else None),
+      key=KEY,
+      nets=NETS,
+      rollout_fn=lambda nets, params, frozen, prompts, mask, key: (
+        ro,
+        given | {'noise': jax.random.uniform(key)},
+      ),
+      advantage_fn=functools.partial(ops.gae, gamma=GAMMA, lam=LAM),
+      whiten=True,
+      loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=ptx_coef, **COEFFICIENTS),
+      tx=tx,
+      minibatches=MINIBATCHES,
+      inner_epochs=EPOCHS,
+      microbatches=microbatches,
+      ema_decay=DECAY,
+      kl_target=TARGET,
+      kl_horizon=HORIZON,
+    )
 
   return tx, jax.jit(run)
 
 
 def first_state(params, tx):
   ema = jax.tree.map(lambda x: x + np.float32(0.5), params['policy'])
-  return TrainState(step=jnp.int32(STEP), params=params, opt_state=tx.init(params), ema=ema,
-                    extra={'kl_coef': jnp.float32(KL_COEF)}, skipped=jnp.array([5, 2]))
+  return TrainState(
+    step=jnp.int32(STEP),
+    params=params,
+    opt_state=tx.init(params),
+    ema=ema,
+    extra={'kl_coef': jnp.float32(KL_COEF)},
+    skipped=jnp.array([5, 2]),
+  )
 
 
 @pytest.mark.parametrize('ptx_coef,microbatches', [(0.0, 1), (2.5, 2)])
@@ -196,7 +284,10 @@ def test_an_iteration_equals_a_float64_loop(seed, ptx_coef, microbatches):
   tx, run = compiled(ptx_coef, microbatches)
   state, metrics, seen = run(first_state(params, tx), ro, given, ptx)
   want = by_hand(params, ro, given, ptx, params['policy']['table'] + np.float32(0.5), ptx_coef)
-  assert 0.05 < want['metrics']['ppo/policy/clipfrac'] < 0.9 and 0.05 < want['metrics']['ppo/val/clipfrac'] < 0.9
+  assert (
+    0.05 < want['metrics']['ppo/policy/clipfrac'] < 0.9
+    and 0.05 < want['metrics']['ppo/val/clipfrac'] < 0.9
+  )
 
   near = functools.partial(close, rtol=1e-4, atol=1e-5)
   near(state.params['policy']['table'], want['table'])
@@ -206,9 +297,17 @@ def test_an_iteration_equals_a_float64_loop(seed, ptx_coef, microbatches):
     own = state.opt_state.inner_states[name]
     for moment, expected in zip(('mu', 'nu'), want['moments'][name], strict=True):
       near(optax.tree_utils.tree_get(own, moment)[name][leaf], expected)
-    assert {int(c) for _, c in optax.tree_utils.tree_get_all_with_path(own, 'count')} == {want['count']} == {4}
+    assert (
+      {int(c) for _, c in optax.tree_utils.tree_get_all_with_path(own, 'count')}
+      == {want['count']}
+      == {4}
+    )
   near(state.extra['kl_coef'], want['kl_coef'])
-  assert set(state.extra) == {'kl_coef'} and int(state.step) == STEP + 1 and state.skipped.tolist() == [5, 0]
+  assert (
+    set(state.extra) == {'kl_coef'}
+    and int(state.step) == STEP + 1
+    and state.skipped.tolist() == [5, 0]
+  )
   assert set(metrics) == set(want['metrics'])
   for name in metrics:
     close(metrics[name], want['metrics'][name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -227,32 +326,65 @@ def test_an_iteration_without_a_finite_score_changes_no_number_but_the_counts():
 
 
 def test_a_rollout_equals_a_float64_loop():
-  """Policy and reference under the same temperature, each number at its token; the metrics of the rollout."""
+  """Policy and reference under the same temperature, each number at its token; the metrics of the
+  rollout."""
   rng = np.random.default_rng(5)
   table, ref = (rng.normal(0, 1, (V, V)).astype(np.float32) for _ in range(2))
   w, scores = rng.normal(0, 1, V).astype(np.float32), rng.normal(0, 1, 12).astype(np.float32)
-  prompts, prompt_mask = rng.integers(0, V, (6, Q)).astype(np.int32), np.arange(Q) >= np.array([[0], [1], [2]] * 2)
+  prompts, prompt_mask = (
+    rng.integers(0, V, (6, Q)).astype(np.int32),
+    np.arange(Q) >= np.array([[0], [1], [2]] * 2),
+  )
 
   @jax.jit
   def run(params, frozen, scores):
-    return rollout.collect(NETS, params, frozen, prompts, prompt_mask, jax.random.key(0), max_tokens=R, stop_ids=(2, 4),
-                           temperature=TEMPERATURE, samples_per_prompt=2, missing_end_penalty=0.5, score_rows=4,
-                           reward_fn=lambda *rows, nets, frozen: scores)
+    return rollout.collect(
+      NETS,
+      params,
+      frozen,
+      prompts,
+      prompt_mask,
+      jax.random.key(0),
+      max_tokens=R,
+      stop_ids=(2, 4),
+      temperature=TEMPERATURE,
+      samples_per_prompt=2,
+      missing_end_penalty=0.5,
+      score_rows=4,
+      reward_fn=lambda *rows, nets, frozen: scores,
+    )
 
-  ro, metrics = jax.tree.map(np.asarray, run({'policy': {'table': table}, 'value': {'w': w}}, {'ref': {'table': ref}}, scores))
+  ro, metrics = jax.tree.map(
+    np.asarray,
+    run({'policy': {'table': table}, 'value': {'w': w}}, {'ref': {'table': ref}}, scores),
+  )
   np.testing.assert_array_equal(ro.prompts, np.repeat(prompts, 2, 0))
   np.testing.assert_array_equal(ro.prompt_mask, np.repeat(prompt_mask, 2, 0))
-  of = lambda table, before, token: log_softmax(np.asarray(table[before], np.float64) / TEMPERATURE)[token]
-  k1, k3, entropy, lengths, ended = np.zeros(12), np.zeros(12), np.zeros(12), np.zeros(12), np.zeros(12)
+  of = lambda table, before, token: log_softmax(
+    np.asarray(table[before], np.float64) / TEMPERATURE
+  )[token]
+  k1, k3, entropy, lengths, ended = (
+    np.zeros(12),
+    np.zeros(12),
+    np.zeros(12),
+    np.zeros(12),
+    np.zeros(12),
+  )
   for b in range(12):
     before = ro.prompts[b, -1]
     for t, token in enumerate(ro.responses[b]):
       if ended[b]:
-        assert not ro.mask[b, t] and ro.logprobs[b, t] == ro.ref_logprobs[b, t] == ro.values[b, t] == 0
+        assert (
+          not ro.mask[b, t] and ro.logprobs[b, t] == ro.ref_logprobs[b, t] == ro.values[b, t] == 0
+        )
         continue
       assert ro.mask[b, t]
       ours, theirs = of(table, before, token), of(ref, before, token)
-      close([ro.logprobs[b, t], ro.ref_logprobs[b, t], ro.values[b, t]], [ours, theirs, w[before]], rtol=1e-5)
+      close(
+        [ro.logprobs[b, t], ro.ref_logprobs[b, t], ro.values[b, t]],
+        [ours, theirs, w[before]],
+        rtol=1e-5,
+      )
       k1[b] += ours - theirs
       k3[b] += np.exp(theirs - ours) - 1 - (theirs - ours)
       entropy[b] -= ours
@@ -260,9 +392,16 @@ def test_a_rollout_equals_a_float64_loop():
       ended[b], before = token in (2, 4), token
   assert 0 < ended.mean() < 1
   close(ro.scores, scores - 0.5 * (1 - ended))
-  want = {'objective/scores': ro.scores.mean(), 'objective/scores_std': ro.scores.std(), 'objective/kl': k1.mean(),
-          'objective/kl_k3': k3.mean(), 'objective/entropy': entropy.mean(), 'rollout/length': lengths.mean(),
-          'rollout/ended': ended.mean(), 'rollout/sampler_gap_max': 0.0}
+  want = {
+    'objective/scores': ro.scores.mean(),
+    'objective/scores_std': ro.scores.std(),
+    'objective/kl': k1.mean(),
+    'objective/kl_k3': k3.mean(),
+    'objective/entropy': entropy.mean(),
+    'rollout/length': lengths.mean(),
+    'rollout/ended': ended.mean(),
+    'rollout/sampler_gap_max': 0.0,
+  }
   assert set(metrics) == set(want)
   for name in want:
     close(metrics[name], want[name], rtol=1e-4, atol=1e-5, err_msg=name)

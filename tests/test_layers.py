@@ -23,37 +23,47 @@ def imports(path):
   return found
 
 
-# Every room may import the rooms above its line, and nothing below or beside it: lazy imports count. What stands together on a line
-# are files of one room, which may import each other as long as there is no circle.
+# Every room may import the rooms above its line, and nothing below or beside it: lazy imports
+# count. What stands together on a line are files of one room, which may import each other as long
+# as there is no circle.
 ROOMS = (
-    ('types', 'ops', 'plugins'),
-    ('losses', 'optim', 'sampling', 'rewards', 'steps'),
-    ('rollout',),
-    ('models',),
-    ('sharding',),
-    ('compiler',),
-    ('runtime',),
-    ('sandbox',),
-    ('data',),
-    ('setup',),
-    ('inference',),
-    ('evals.stats', 'evals.items', 'evals.table'),
-    ('evals.safety',),
-    ('evals.public',),
-    ('evals.preference',),
-    ('evals.reward',),
-    ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings'),
-    ('stages',),
-    ('plots',),
-    ('report',),
-    ('train',),
+  ('types', 'ops', 'plugins'),
+  ('losses', 'optim', 'sampling', 'rewards', 'steps'),
+  ('rollout',),
+  ('models',),
+  ('sharding',),
+  ('compiler',),
+  ('runtime',),
+  ('sandbox',),
+  ('data',),
+  ('setup',),
+  ('inference',),
+  ('evals.stats', 'evals.items', 'evals.table'),
+  ('evals.safety',),
+  ('evals.public',),
+  ('evals.preference',),
+  ('evals.reward',),
+  ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings'),
+  ('stages',),
+  ('plots',),
+  ('report',),
+  ('train',),
 )
-BESIDE = {'evals.safety', 'evals.public', 'evals.preference', 'evals.reward'}  # rooms that may not import each other
-MODULES = {path.relative_to(ROOT.parent).with_suffix('').as_posix().replace('/', '.').removesuffix('.__init__'): path for path in FILES}
+# rooms that may not import each other
+BESIDE = {'evals.safety', 'evals.public', 'evals.preference', 'evals.reward'}
+MODULES = {
+  path.relative_to(ROOT.parent)
+  .with_suffix('')
+  .as_posix()
+  .replace('/', '.')
+  .removesuffix('.__init__'): path
+  for path in FILES
+}
 
 
 def room_of(module):
-  """The number of the room that a module stands in, and its name there; None for packages that hold rooms."""
+  """The number of the room that a module stands in, and its name there; None for packages that hold
+  rooms."""
   short = module.removeprefix('alignjax.')
   for number, names in enumerate(ROOMS):
     for name in names:
@@ -80,13 +90,17 @@ def test_rooms_import_downwards_only():
   for module, found in edges():
     (mine, own), (theirs, other) = room_of(module), room_of(found)
     assert theirs <= mine, f'{module} imports {found}, which stands above it in ROOMS'
-    assert own == other or not {own, other} <= BESIDE, f'{module} imports {found}: their rooms stand beside each other'
+    assert own == other or not {own, other} <= BESIDE, (
+      f'{module} imports {found}: their rooms stand beside each other'
+    )
 
 
 def test_every_module_stands_in_a_room_and_every_room_has_modules():
   holding = {'alignjax', 'alignjax.evals'}
   assert {m for m in MODULES if room_of(m) is None} == holding
-  assert {room_of(m)[1] for m in MODULES if m not in holding} == {name for names in ROOMS for name in names}
+  assert {room_of(m)[1] for m in MODULES if m not in holding} == {
+    name for names in ROOMS for name in names
+  }
 
 
 def test_there_is_no_circle_of_imports():
@@ -96,7 +110,7 @@ def test_there_is_no_circle_of_imports():
   done: set[str] = set()
 
   def visit(module, path):
-    assert module not in path, f'a circle: {" -> ".join([*path[path.index(module):], module])}'
+    assert module not in path, f'a circle: {" -> ".join([*path[path.index(module) :], module])}'
     if module not in done:
       for other in sorted(below.get(module, ())):
         visit(other, [*path, module])
@@ -117,34 +131,56 @@ def test_layers(path):
   assert len(text.splitlines()) < 330, 'one concept a file: split it'
   assert has(found, 'flax.linen') <= name.startswith('models/')
   compiles = 'jax.jit(' in text or '@jax.jit' in text
-  assert compiles <= (name.startswith(('stages/', 'evals/', 'inference/')) or name in ('runtime/checksums.py', 'setup/weights.py'))
-  assert has(found, 'ml_collections') <= (name.startswith(('stages/', 'setup/')) or name in ('train.py', 'report.py', 'inference/loading.py'))
+  assert compiles <= (
+    name.startswith(('stages/', 'evals/', 'inference/'))
+    or name in ('runtime/checksums.py', 'setup/weights.py')
+  )
+  assert has(found, 'ml_collections') <= (
+    name.startswith(('stages/', 'setup/'))
+    or name in ('train.py', 'report.py', 'inference/loading.py')
+  )
   assert not (name.startswith('sandbox/') and has(found, 'jax'))
   assert not has(found, 'tensorflow') and not has(found, 'torch')
 
 
 def test_every_import_is_a_declared_dependency():
-  """A fresh environment has what setup.cfg names; what is optional is an extra, or says how to install it."""
+  """A fresh environment has what setup.cfg names; what is optional is an extra, or says how to
+  install it."""
   setup = configparser.ConfigParser()
   setup.read(ROOT.parent / 'setup.cfg')
   text = setup['options']['install_requires'] + setup['options.extras_require']['eval']
   normal = lambda name: re.sub('[-_.]+', '-', name).lower()
-  declared = {normal(re.match(r'[\w.-]+', line).group()) for line in text.split('\n') if line.strip()}
+  declared = {
+    normal(re.match(r'[\w.-]+', line).group()) for line in text.split('\n') if line.strip()
+  }
   owners = importlib.metadata.packages_distributions()
   optional = {'datasets', 'detoxify', 'wandb', 'torch'}
   files = [*FILES, *(ROOT.parent / 'experiments').rglob('*.py')]
   for module in sorted({name.split('.')[0] for path in files for name in imports(path)}):
     if module not in {*sys.stdlib_module_names, 'alignjax', 'experiments', 'lm_eval', *optional}:
-      assert {normal(d) for d in owners[module]} & declared, f'{module} is imported, but not in setup.cfg'
+      assert {normal(d) for d in owners[module]} & declared, (
+        f'{module} is imported, but not in setup.cfg'
+      )
 
 
 def test_every_pitfall_has_a_test_and_every_document_that_is_named_exists():
   """docs/pitfalls.md says that the tests of its items carry their numbers."""
   root = ROOT.parent
   tests = ''.join(path.read_text() for path in (root / 'tests').glob('test_*.py'))
-  held = {int(n) for names in re.findall(r'def test_item_(\d+(?:_and_\d+)*)', tests) for n in names.split('_and_')}
-  assert held == {int(n) for n in re.findall(r'^\*\*(\d+)\.', (root / 'docs/pitfalls.md').read_text(), re.M)}
-  folders = [(root / name).rglob('*') for name in ('alignjax', 'experiments', 'tests', 'launch', 'docs')]
-  texts = [root / 'README.md', *(p for found in folders for p in found if p.suffix in ('.py', '.md', '.sh'))]
+  held = {
+    int(n)
+    for names in re.findall(r'def test_item_(\d+(?:_and_\d+)*)', tests)
+    for n in names.split('_and_')
+  }
+  assert held == {
+    int(n) for n in re.findall(r'^\*\*(\d+)\.', (root / 'docs/pitfalls.md').read_text(), re.M)
+  }
+  folders = [
+    (root / name).rglob('*') for name in ('alignjax', 'experiments', 'tests', 'launch', 'docs')
+  ]
+  texts = [
+    root / 'README.md',
+    *(p for found in folders for p in found if p.suffix in ('.py', '.md', '.sh')),
+  ]
   named = {found for path in texts for found in re.findall(r'docs/[\w-]+\.md', path.read_text())}
   assert named and all((root / name).is_file() for name in named)

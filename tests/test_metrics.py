@@ -20,7 +20,11 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
     file.write('{"step": 4, "b"')  # torn by a kill
   with metrics.Writer(tmp_path, start_step=2) as writer:
     writer.write(3, {'b': 9.0})
-  assert lines(tmp_path) == [{'step': 1, 'a': None, 'b': 0.5}, {'step': 2, 'a': None, 'b': 1.0}, {'step': 3, 'b': 9.0}]
+  assert lines(tmp_path) == [
+    {'step': 1, 'a': None, 'b': 0.5},
+    {'step': 2, 'a': None, 'b': 1.0},
+    {'step': 3, 'b': 9.0},
+  ]
   assert any(p.name.startswith('events.') for p in tmp_path.iterdir())
 
 

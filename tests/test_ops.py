@@ -41,12 +41,17 @@ def test_token_logprobs_and_entropy_in_float64():
 @pytest.mark.parametrize('seed', range(3))
 def test_the_gradient_of_token_logprobs_is_that_of_their_definition(seed):
   rng = np.random.default_rng(seed)
-  logits, targets = jnp.asarray(rng.normal(0, 2, (4, 9)), jnp.float32), jnp.asarray(rng.integers(0, 9, 4))
+  logits, targets = (
+    jnp.asarray(rng.normal(0, 2, (4, 9)), jnp.float32),
+    jnp.asarray(rng.integers(0, 9, 4)),
+  )
   a, b = (jnp.asarray(rng.normal(0, 1, 4), jnp.float32) for _ in range(2))
 
   def definition(logits):
     p = jax.nn.softmax(logits)
-    return jnp.sum(a * jnp.log(p[jnp.arange(4), targets])) - jnp.sum(b * jnp.sum(p * jnp.log(p), -1))
+    return jnp.sum(a * jnp.log(p[jnp.arange(4), targets])) - jnp.sum(
+      b * jnp.sum(p * jnp.log(p), -1)
+    )
 
   def ours(logits):
     logprobs, entropy = ops.token_logprobs(logits, targets)
@@ -71,9 +76,16 @@ def test_item_11_and_12_whitening_counts_the_live_tokens_of_the_whole_batch(seed
   rng, mask = ragged(seed)
   x = rng.normal(3, 2, mask.shape)
   live = x[mask]
-  expected = np.where(mask, (x - live.mean()) / np.sqrt(live.var() + 1e-8) + (0 if shift_mean else live.mean()), 0)
+  expected = np.where(
+    mask, (x - live.mean()) / np.sqrt(live.var() + 1e-8) + (0 if shift_mean else live.mean()), 0
+  )
   polluted = np.where(mask, x, 1e6)  # what stands on pads must not matter
-  close(ops.whiten(jnp.asarray(polluted, jnp.float32), jnp.asarray(mask), shift_mean), expected, rtol=1e-4, atol=1e-4)
+  close(
+    ops.whiten(jnp.asarray(polluted, jnp.float32), jnp.asarray(mask), shift_mean),
+    expected,
+    rtol=1e-4,
+    atol=1e-4,
+  )
 
 
 def test_kl_estimates_by_hand():
@@ -88,8 +100,11 @@ def test_kl_estimates_by_hand():
 def test_item_12_kl_ignores_pads(seed):
   rng, mask = ragged(seed)
   a, b = rng.normal(-2, 1, mask.shape), rng.normal(-2, 1, mask.shape)
-  k1, k3 = ops.kl_estimates(jnp.asarray(np.where(mask, a, 9), jnp.float32), jnp.asarray(np.where(mask, b, -9), jnp.float32),
-                            jnp.asarray(mask))
+  k1, k3 = ops.kl_estimates(
+    jnp.asarray(np.where(mask, a, 9), jnp.float32),
+    jnp.asarray(np.where(mask, b, -9), jnp.float32),
+    jnp.asarray(mask),
+  )
   close(k1, ((a - b) * mask).sum(1), rtol=1e-4, atol=1e-5)
   close(k3, ((np.exp(b - a) - 1 - (b - a)) * mask).sum(1), rtol=1e-4, atol=1e-4)
 
@@ -104,12 +119,18 @@ def test_item_1_the_score_lands_on_the_last_live_token():
 @pytest.mark.parametrize('seed', range(3))
 def test_item_1_rewards_add_up_to_score_minus_kl(seed):
   rng, mask = ragged(seed)
-  logprobs, ref = (np.where(mask, rng.normal(-2, 1, mask.shape), 0).astype(np.float32) for _ in range(2))
+  logprobs, ref = (
+    np.where(mask, rng.normal(-2, 1, mask.shape), 0).astype(np.float32) for _ in range(2)
+  )
   scores = rng.normal(0, 1, len(mask)).astype(np.float32)
   rewards = np.asarray(ops.token_rewards(*map(jnp.asarray, (scores, logprobs, ref, mask)), 0.07))
   close((rewards * mask).sum(1), scores - 0.07 * (logprobs - ref).sum(1), rtol=1e-4, atol=1e-5)
   polluted = [np.where(mask, x, 1e3 * i) for i, x in enumerate((logprobs, ref), 1)]
-  again = np.asarray(ops.token_rewards(*(jnp.asarray(x, jnp.float32) for x in (scores, *polluted)), jnp.asarray(mask), 0.07))
+  again = np.asarray(
+    ops.token_rewards(
+      *(jnp.asarray(x, jnp.float32) for x in (scores, *polluted)), jnp.asarray(mask), 0.07
+    )
+  )
   assert (rewards[~mask] == 0).all() and (again == rewards).all()
 
 
@@ -121,7 +142,9 @@ def test_item_13_integer_scores_are_refused():
     ops.gae(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2)), mask)
 
 
-@pytest.mark.parametrize('seed,gamma,lam', [(0, 1.0, 0.95), (1, 0.9, 0.5), (2, 1.0, 1.0), (3, 1.0, 0.0)])
+@pytest.mark.parametrize(
+  'seed,gamma,lam', [(0, 1.0, 0.95), (1, 0.9, 0.5), (2, 1.0, 1.0), (3, 1.0, 0.0)]
+)
 def test_item_12_gae_equals_a_loop_over_each_sequence(seed, gamma, lam):
   rng, mask = ragged(seed)
   rewards, values = rng.normal(0, 1, mask.shape), rng.normal(0, 1, mask.shape)
@@ -140,7 +163,9 @@ def test_item_12_gae_equals_a_loop_over_each_sequence(seed, gamma, lam):
 
 
 def test_adaptive_kl_coef_by_hand():
-  step = lambda kl: float(ops.adaptive_kl_coef(jnp.float32(0.2), jnp.float32(kl), 512, target=6.0, horizon=10_000))
+  step = lambda kl: float(
+    ops.adaptive_kl_coef(jnp.float32(0.2), jnp.float32(kl), 512, target=6.0, horizon=10_000)
+  )
   assert step(6.0) == pytest.approx(0.2)
   assert step(60.0) == pytest.approx(0.2 * (1 + 0.2 * 512 / 10_000))
   assert step(0.0) == pytest.approx(0.2 * (1 - 0.2 * 512 / 10_000))

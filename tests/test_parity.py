@@ -22,6 +22,7 @@ SHARDER = Sharder(make_mesh(devices=jax.devices()[:1]))
 def test_item_5_logits_equal_those_of_transformers(name, seed, tmp_path):
   """Beyond the golden files: other weights, other lengths, and back again into transformers."""
   import transformers
+
   model = make.build(name, seed)
   model.save_pretrained(tmp_path / 'in')
   cfg = TransformerConfig(**hf.fields(tmp_path / 'in'))
@@ -29,7 +30,9 @@ def test_item_5_logits_equal_those_of_transformers(name, seed, tmp_path):
   tokens, mask = make.batch(seed)
   expected = make.logits_of(model, tokens, mask)
   out = transformer.make_networks(cfg).logits(params, jnp.asarray(tokens), jnp.asarray(mask))
-  np.testing.assert_allclose(np.asarray(out)[mask], expected[mask], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+  np.testing.assert_allclose(
+    np.asarray(out)[mask], expected[mask], rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+  )
   export.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
   back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
   np.testing.assert_array_equal(make.logits_of(back, tokens, mask), expected)
@@ -39,6 +42,7 @@ def test_item_5_logits_equal_those_of_transformers(name, seed, tmp_path):
 def test_a_reward_model_goes_to_transformers(name, tmp_path):
   """One label; the score of the last token; the bias where the report says it is."""
   import transformers
+
   make.build(name).save_pretrained(tmp_path / 'in')
   cfg = TransformerConfig(**hf.fields(tmp_path / 'in'))
   params = hf.load(tmp_path / 'in', cfg, 'scalar', SHARDER.params, jax.random.key(5))

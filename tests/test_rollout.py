@@ -1,4 +1,5 @@
-"""Rollouts: the ratio is exactly 1 before the first update, rewards are any function, chunks change nothing."""
+"""Rollouts: the ratio is exactly 1 before the first update, rewards are any function, chunks change
+nothing."""
 
 import functools
 
@@ -16,10 +17,18 @@ from tests.fakes import FAMILIES, close, config, model, prompts
 def collect(family='gpt2', seed=0, reward_fn=rewards.model_reward, **kw):
   _, nets, params, scalar = model(family)
   settings = dict(max_tokens=6, stop_ids=(3, 4, 5), score_rows=4) | kw
-  run = jax.jit(lambda params, frozen, *x: rollout.collect(nets, params, frozen, *x, reward_fn=reward_fn, **settings))
+  run = jax.jit(
+    lambda params, frozen, *x: rollout.collect(
+      nets, params, frozen, *x, reward_fn=reward_fn, **settings
+    )
+  )
   _, _, _, reward = model(family, seed=3)
-  return run({'policy': params, 'value': scalar}, {'ref': model(family, seed=3)[2], 'reward': reward},
-             *prompts(seed, rows=8), jax.random.key(seed))
+  return run(
+    {'policy': params, 'value': scalar},
+    {'ref': model(family, seed=3)[2], 'reward': reward},
+    *prompts(seed, rows=8),
+    jax.random.key(seed),
+  )
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -29,24 +38,39 @@ def test_item_8_the_ratio_before_the_first_update_is_exactly_1(family, seed):
   out, metrics = collect(family, seed)
   zeros = jnp.zeros_like(out.values)
   batch = PPOBatch(out, zeros, zeros, out.mask.astype(jnp.float32))
-  grads = jax.jit(lambda p, b: steps.gradients(losses.ppo, p, b, None, nets=nets)[1]['ppo/ratio_max_dev'])
+  grads = jax.jit(
+    lambda p, b: steps.gradients(losses.ppo, p, b, None, nets=nets)[1]['ppo/ratio_max_dev']
+  )
   cut = steps.split(batch, 2)
   for i in range(2):
-    assert float(grads({'policy': params, 'value': scalar}, jax.tree.map(lambda x: x[i], cut))) == 0.0  # noqa: B023
+    assert (
+      float(grads({'policy': params, 'value': scalar}, jax.tree.map(lambda x: x[i], cut))) == 0.0
+    )  # noqa: B023
   assert float(metrics['rollout/sampler_gap_max']) < 1e-4
 
 
 def test_item_8_ids_without_a_token_are_neither_drawn_nor_scored():
-  """A vocabulary of 50 whose tokenizer has 12 ids: sampler and scorer share the distribution over these."""
+  """A vocabulary of 50 whose tokenizer has 12 ids: sampler and scorer share the distribution over
+  these."""
   _, _, params, scalar = model()
   nets = transformer.make_networks(config(unused_ids=((12, 50),)))
 
   @jax.jit
   def run(params, scalar, *prompts):
-    ro, metrics = rollout.collect(nets, {'policy': params, 'value': scalar}, {'ref': params}, *prompts, jax.random.key(0),
-                                  max_tokens=6, stop_ids=(3,), reward_fn=lambda *rows, nets, frozen: jnp.zeros(8))
+    ro, metrics = rollout.collect(
+      nets,
+      {'policy': params, 'value': scalar},
+      {'ref': params},
+      *prompts,
+      jax.random.key(0),
+      max_tokens=6,
+      stop_ids=(3,),
+      reward_fn=lambda *rows, nets, frozen: jnp.zeros(8),
+    )
     batch = PPOBatch(ro, ro.values, ro.values, ro.mask.astype(jnp.float32))
-    _, ppo, _ = steps.gradients(losses.ppo, {'policy': params, 'value': scalar}, batch, None, nets=nets)
+    _, ppo, _ = steps.gradients(
+      losses.ppo, {'policy': params, 'value': scalar}, batch, None, nets=nets
+    )
     return ro, metrics, ppo, nets.logits(params, *ro.sequences())
 
   ro, metrics, ppo, logits = jax.tree.map(np.asarray, run(params, scalar, *prompts(0, rows=8)))
@@ -60,7 +84,10 @@ def test_item_8_ids_without_a_token_are_neither_drawn_nor_scored():
 def test_item_9_scoring_knows_the_temperature():
   out, metrics = collect(temperature=0.5)
   _, plain = collect(temperature=1.0)
-  assert float(metrics['rollout/sampler_gap_max']) < 1e-4 and float(plain['rollout/sampler_gap_max']) < 1e-4
+  assert (
+    float(metrics['rollout/sampler_gap_max']) < 1e-4
+    and float(plain['rollout/sampler_gap_max']) < 1e-4
+  )
   k1, k3 = ops.kl_estimates(out.logprobs, out.ref_logprobs, out.mask)
   assert (np.asarray(k3) >= -1e-5).all()
 
@@ -75,8 +102,13 @@ def test_values_and_log_probabilities_sit_at_their_tokens():
     live, q = jnp.ones(row.shape, bool), len(prompt)
     close(out.logprobs[b, :n], nets.logprobs(params, row, live)[0][0, q:], rtol=1e-4, atol=1e-4)
     values = nets.scalar(scalar, row, live)[0]
-    close(out.values[b, :n], values[q - 1:-1], rtol=1e-4, atol=1e-4)
-    close(out.scores[b], model(seed=3)[1].scalar(model(seed=3)[3], row, live)[0, -1], rtol=1e-4, atol=1e-4)
+    close(out.values[b, :n], values[q - 1 : -1], rtol=1e-4, atol=1e-4)
+    close(
+      out.scores[b],
+      model(seed=3)[1].scalar(model(seed=3)[3], row, live)[0, -1],
+      rtol=1e-4,
+      atol=1e-4,
+    )
     assert (out.logprobs[b, n:] == 0).all() and (out.values[b, n:] == 0).all()
 
 
@@ -98,14 +130,24 @@ def test_item_22_a_reward_is_any_function():
 
 def count_words(prompts, responses):
   """The Python function that the next test names in the manner of a config."""
-  return [0.5 * len(r.split()) - 0.25 * len(p.split()) for p, r in zip(prompts, responses, strict=True)]
+  return [
+    0.5 * len(r.split()) - 0.25 * len(p.split()) for p, r in zip(prompts, responses, strict=True)
+  ]
 
 
 def test_item_22_a_reward_is_a_python_function_of_texts():
   words = lambda ids: ' '.join(map(str, ids))
-  asked = {tuple(row[live].tolist()): words(row[live]) for row, live in zip(*map(np.asarray, prompts(0, rows=8)), strict=True)}
-  reward = functools.partial(rewards.host_reward, function='tests.test_rollout:count_words', asked=asked,
-                             said=lambda ids: (words(ids), True), failures=[])
+  asked = {
+    tuple(row[live].tolist()): words(row[live])
+    for row, live in zip(*map(np.asarray, prompts(0, rows=8)), strict=True)
+  }
+  reward = functools.partial(
+    rewards.host_reward,
+    function='tests.test_rollout:count_words',
+    asked=asked,
+    said=lambda ids: (words(ids), True),
+    failures=[],
+  )
   out, _ = collect(reward_fn=reward)
   close(out.scores, 0.5 * out.mask.sum(-1) - 0.25 * out.prompt_mask.sum(-1))
 
@@ -119,6 +161,8 @@ def test_item_2_the_missing_end_penalty_means_what_the_sampler_means_by_end():
   stops = tuple(range(20))
   punished = collect(stop_ids=stops, missing_end_penalty=1.5, max_tokens=2)
   plain = collect(stop_ids=stops, max_tokens=2)
-  ended = jnp.array([int(r[m.sum() - 1]) in stops for r, m in zip(plain[0].responses, plain[0].mask, strict=True)])
+  ended = jnp.array(
+    [int(r[m.sum() - 1]) in stops for r, m in zip(plain[0].responses, plain[0].mask, strict=True)]
+  )
   close(punished[0].scores, plain[0].scores - 1.5 * ~ended)
   assert 0 < int(ended.sum()) < 8

@@ -41,19 +41,28 @@ def test_impossible_tokens_are_never_drawn():
 
 @pytest.mark.parametrize('never', [-np.inf, -1e30])
 def test_impossible_tokens_are_not_drawn_where_the_sums_round_either(never):
-  """Of 2,000 tokens every second or so is cut. The cumulative sums are added up in a tree and rise and fall by a last bit at cut
-  tokens too; the numbers drawn here lie just below each of these steps, and at both ends."""
+  """Of 2,000 tokens every second or so is cut. The cumulative sums are added up in a tree and rise
+  and fall by a last bit at cut tokens too; the numbers drawn here lie just below each of these
+  steps, and at both ends."""
   rng = np.random.default_rng(0)
   cut = rng.random(2000) < 0.5
   cut[-1] = True
   logits = np.where(cut, never, rng.normal(0, 1, 2000)).astype(np.float32)
   steps = np.asarray(jax.jit(lambda x: jnp.cumsum(jax.nn.softmax(x)))(jnp.asarray(logits)))
   assert (np.diff(steps)[cut[1:]] != 0).any(), 'there is nothing to round'
-  u = np.concatenate([np.nextafter(steps, np.float32(0)) / steps[-1], steps / steps[-1], [0, 1 - 2**-23]]).astype(np.float32)
+  u = np.concatenate(
+    [np.nextafter(steps, np.float32(0)) / steps[-1], steps / steps[-1], [0, 1 - 2**-23]]
+  ).astype(np.float32)
   u = u[u < 1]
   rows = jnp.broadcast_to(jnp.asarray(logits), (len(u), 2000))
-  token, logprob = jax.jit(lambda rows, u: sampling.sample(None, rows, u=u))(rows, jnp.asarray(u)[:, None])
-  assert not cut[np.asarray(token)].any() and np.isfinite(logprob).all() and (np.asarray(logprob) > -30).all()
+  token, logprob = jax.jit(lambda rows, u: sampling.sample(None, rows, u=u))(
+    rows, jnp.asarray(u)[:, None]
+  )
+  assert (
+    not cut[np.asarray(token)].any()
+    and np.isfinite(logprob).all()
+    and (np.asarray(logprob) > -30).all()
+  )
   assert token[-2] == np.flatnonzero(~cut)[0] and token[-1] == np.flatnonzero(~cut)[-1]
 
 
@@ -81,8 +90,17 @@ def test_log_probability_is_that_of_the_distribution_drawn_from():
 @functools.cache
 def generate(stop_ids=(3,), max_tokens=8, n=1, seed=0, chunk=None):
   _, nets, params, _ = model()
-  run = jax.jit(lambda p, *x: sampling.generate(nets.decoder, p, *x, max_tokens=max_tokens, stop_ids=stop_ids,
-                                                samples_per_prompt=n, chunk=chunk))
+  run = jax.jit(
+    lambda p, *x: sampling.generate(
+      nets.decoder,
+      p,
+      *x,
+      max_tokens=max_tokens,
+      stop_ids=stop_ids,
+      samples_per_prompt=n,
+      chunk=chunk,
+    )
+  )
   return jax.tree.map(np.asarray, run(params, *prompts(0, rows=16), jax.random.key(seed)))
 
 
@@ -92,7 +110,7 @@ def test_the_stop_token_is_included_and_nothing_follows():
   for row, live, stop, ended in zip(out.responses, out.mask, stops, out.ended, strict=True):
     n = live.sum()
     assert live[:n].all() and not live[n:].any() and n >= 1
-    assert not stop[:n - 1].any() and stop[n - 1] == ended
+    assert not stop[: n - 1].any() and stop[n - 1] == ended
     assert (row[n:] == 0).all()
   assert out.ended.any() and len(set(out.mask.sum(1))) > 1
 
@@ -111,7 +129,8 @@ def test_item_7_no_end_is_forced_at_the_limit():
   assert len(set(out.responses[:, -1].tolist())) > 3, 'the last tokens are draws like the others'
   stopping = generate(stop_ids=(3,))
   same = stopping.mask
-  assert (stopping.responses[same] == out.responses[same]).all()  # the same draws, stop token or not
+  # the same draws, stop token or not
+  assert (stopping.responses[same] == out.responses[same]).all()
 
 
 def test_item_14_keys_decide():
@@ -123,10 +142,25 @@ def test_item_14_keys_decide():
 def test_n_samples_of_a_prompt_share_its_prefill():
   _, nets, params, _ = model()
   tokens, mask = prompts(0, rows=4)
-  many = sampling.generate(nets.decoder, params, tokens, mask, jax.random.key(0), max_tokens=4, stop_ids=(),
-                           samples_per_prompt=3)
-  apart = sampling.generate(nets.decoder, params, jnp.repeat(tokens, 3, 0), jnp.repeat(mask, 3, 0), jax.random.key(0),
-                            max_tokens=4, stop_ids=())
+  many = sampling.generate(
+    nets.decoder,
+    params,
+    tokens,
+    mask,
+    jax.random.key(0),
+    max_tokens=4,
+    stop_ids=(),
+    samples_per_prompt=3,
+  )
+  apart = sampling.generate(
+    nets.decoder,
+    params,
+    jnp.repeat(tokens, 3, 0),
+    jnp.repeat(mask, 3, 0),
+    jax.random.key(0),
+    max_tokens=4,
+    stop_ids=(),
+  )
   assert (many.responses == apart.responses).all()
   close(many.logprobs, apart.logprobs, rtol=1e-4)
 
@@ -146,9 +180,18 @@ def test_item_4_decoding_stops_when_all_rows_have():
     return logits(len(tokens)), cache
 
   decoder = Decoder(lambda p: p, prefill, step)
-  run = lambda stop_ids: jax.block_until_ready(sampling.generate(
-      decoder, {}, jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool), jax.random.key(0), max_tokens=64,
-      stop_ids=stop_ids, chunk=4))
+  run = lambda stop_ids: jax.block_until_ready(
+    sampling.generate(
+      decoder,
+      {},
+      jnp.zeros((2, 3), jnp.int32),
+      jnp.ones((2, 3), bool),
+      jax.random.key(0),
+      max_tokens=64,
+      stop_ids=stop_ids,
+      chunk=4,
+    )
+  )
   out = run((5,))
   jax.effects_barrier()
   assert len(steps) == 4 and out.mask.sum() == 2
@@ -164,17 +207,26 @@ def test_a_chunk_that_does_not_divide_is_refused():
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled():
-  """The golden chat model has 264 ids, its tokenizer 260 tokens. With the other four far likelier than all, none is drawn, one by
-  one or in bulk, at a temperature or greedily, by a checkpoint or in a run's setup."""
+  """The golden chat model has 264 ids, its tokenizer 260 tokens. With the other four far likelier
+  than all, none is drawn, one by one or in bulk, at a temperature or greedily, by a checkpoint or
+  in a run's setup."""
   chat = pathlib.Path(__file__).parent / 'golden' / 'chat'
   model = loading.load(f'hf:{chat}', form='chat')
   assert model.vocabulary == 260 and model.cfg.unused_ids == ((260, 264),)
   table = model.params['embed']['tokens']
-  loud = model.params | {'embed': {'tokens': table.at[260:].set(100 * jax.random.normal(jax.random.key(0), (4, 16)))}}
+  loud = model.params | {
+    'embed': {'tokens': table.at[260:].set(100 * jax.random.normal(jax.random.key(0), (4, 16)))}
+  }
   model = model._replace(params=loud)
-  logits = model.nets.logits(loud, jnp.array([model.template.prompt('a')]), jnp.ones((1, len(model.template.prompt('a'))), bool))
+  logits = model.nets.logits(
+    loud,
+    jnp.array([model.template.prompt('a')]),
+    jnp.ones((1, len(model.template.prompt('a'))), bool),
+  )
   assert logits[0, -1].argmax() >= 260
-  sample = bulk.make_sampler(model.nets, None, prompt_length=40, max_tokens=8, stop_ids=(model.template.end,), pad=0, rows=8)
+  sample = bulk.make_sampler(
+    model.nets, None, prompt_length=40, max_tokens=8, stop_ids=(model.template.end,), pad=0, rows=8
+  )
   for temperature in (0.0, 1.0):
     responses, _ = sample(loud, [model.template.prompt('Say a')] * 8, 0, temperature)
     assert max(max(r) for r in responses) < 260
@@ -185,7 +237,10 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
     assert ids and max(ids) < 260
   cfg = models.model_config({'source': f'hf:{chat}'}, texts.token_ids(model.tokenizer), 'model')
   assert cfg.unused_ids == ((260, 264),)
-  assert models.model_config(dict(vocab_size=9, num_layers=1, d_model=4, num_heads=1, max_length=8), [0, 1, 4], 'm').unused_ids == (
-      (2, 4), (5, 9))
+  assert models.model_config(
+    dict(vocab_size=9, num_layers=1, d_model=4, num_heads=1, max_length=8), [0, 1, 4], 'm'
+  ).unused_ids == ((2, 4), (5, 9))
   with pytest.raises(ValueError, match='model has a vocabulary of 5, data.tokenizer one of 260'):
-    models.model_config(dict(vocab_size=5, num_layers=1, d_model=4, num_heads=1, max_length=8), range(260), 'model')
+    models.model_config(
+      dict(vocab_size=5, num_layers=1, d_model=4, num_heads=1, max_length=8), range(260), 'model'
+    )

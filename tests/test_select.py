@@ -1,4 +1,5 @@
-"""Model selection: the choice and its reason by hand; a tiny run that keeps candidates and chooses one."""
+"""Model selection: the choice and its reason by hand; a tiny run that keeps candidates and chooses
+one."""
 
 import jax
 import numpy as np
@@ -14,13 +15,28 @@ from experiments.configs import selected
 
 
 def test_the_choice_by_hand():
-  scores = {'a': np.array([0.0, 1.0, 2.0]), 'b': np.array([1.0, 2.0, 3.0]), 'c': np.array([1.0, 4.0, 0.9])}
+  scores = {
+    'a': np.array([0.0, 1.0, 2.0]),
+    'b': np.array([1.0, 2.0, 3.0]),
+    'c': np.array([1.0, 4.0, 0.9]),
+  }
   found = selection.choose(scores, {name: {'kl': s * 2} for name, s in scores.items()})
   assert found['chosen'] == 'b'
-  assert found['candidates']['a']['behind'] == {'mean': 1.0, 'ci95': [1.0, 1.0], 'n': 3, 'kind': 'mean'}  # on every prompt
-  assert found['candidates']['c']['behind']['mean'] == pytest.approx(0.1 / 3) and 'behind' not in found['candidates']['b']
+  # on every prompt
+  assert found['candidates']['a']['behind'] == {
+    'mean': 1.0,
+    'ci95': [1.0, 1.0],
+    'n': 3,
+    'kind': 'mean',
+  }
+  assert (
+    found['candidates']['c']['behind']['mean'] == pytest.approx(0.1 / 3)
+    and 'behind' not in found['candidates']['b']
+  )
   assert found['candidates']['a']['kl']['mean'] == 2.0
-  assert found['why'].startswith('b has the highest mean score, 2.000, of 3 candidates on 3 prompts; c follows 0.033')
+  assert found['why'].startswith(
+    'b has the highest mean score, 2.000, of 3 candidates on 3 prompts; c follows 0.033'
+  )
   assert found['why'].endswith('The prompts do not tell it from c.')
   text = selection.markdown({'chosen_stage': dict(by='x:y', selection=found)})
   assert '| **b** | 2.000 [' in text and 'chosen_stage, by x:y: b has' in text
@@ -37,7 +53,10 @@ def test_what_one_may_choose_by():
     plugins.bind(dict(fn='alignjax.evals.reward.selection:reward_less_kl'), 'by')
 
 
-@pytest.mark.parametrize('steps,count,expected', [(100, 4, [25, 50, 75]), (10, None, []), (10, 1, []), (2, 5, [1]), (7, 3, [2, 5])])
+@pytest.mark.parametrize(
+  'steps,count,expected',
+  [(100, 4, [25, 50, 75]), (10, None, []), (10, 1, []), (2, 5, [1]), (7, 3, [2, 5])],
+)
 def test_candidates_are_evenly_spaced(steps, count, expected):
   assert train.candidate_steps(steps, count) == expected
 
@@ -45,7 +64,9 @@ def test_candidates_are_evenly_spaced(steps, count, expected):
 def tiny():
   c = selected.get_config('tiny')
   s = c.stages
-  s.sft.update(init=dict(policy='random'), demonstrations=32, epochs=2, keep_candidates=2, pretrain_mix=0.0)
+  s.sft.update(
+    init=dict(policy='random'), demonstrations=32, epochs=2, keep_candidates=2, pretrain_mix=0.0
+  )
   s.sft_selected.init.reward = 'random'  # a judge like any other
   s.sft_selected.prompts.count = s.sft_selected.rows = 16
   c.stages_to_run = ('sft_selected',)
@@ -56,25 +77,42 @@ def tiny():
 @pytest.mark.slow
 def test_a_stage_chooses_and_others_start_from_it(tmp_path):
   c = tiny()
-  assert train.resolve(selected.get_config('tiny')) == ['pretrain', 'sft', 'rm', 'sft_selected', 'ppo_ptx', 'ppo_ptx_selected']
+  assert train.resolve(selected.get_config('tiny')) == [
+    'pretrain',
+    'sft',
+    'rm',
+    'sft_selected',
+    'ppo_ptx',
+    'ppo_ptx_selected',
+  ]
   train.main(c, tmp_path)
   steps = checkpoint.load_info(tmp_path / 'sft/final')['steps']
   assert [p.name for p in (tmp_path / 'sft/candidates').iterdir()] == [str(steps // 2)]
   info = checkpoint.load_info(tmp_path / 'sft_selected/final')
   found = info['selection']
-  assert set(found['candidates']) == {f'sft/{steps // 2}', 'sft/final'} and found['chosen'] in found['candidates']
+  assert (
+    set(found['candidates']) == {f'sft/{steps // 2}', 'sft/final'}
+    and found['chosen'] in found['candidates']
+  )
   means = {k: v['score']['mean'] for k, v in found['candidates'].items()}
   assert means[found['chosen']] == max(means.values()) and len(set(means.values())) == 2
-  assert set(found['candidates']['sft/final']) >= {'reward', 'gold'} and 'kl' not in found['candidates']['sft/final']
+  assert (
+    set(found['candidates']['sft/final']) >= {'reward', 'gold'}
+    and 'kl' not in found['candidates']['sft/final']
+  )
 
   # the chosen weights, by name and from a folder; those of another candidate differ
   setup = make_setup(c, tmp_path)
-  chosen, other = (tmp_path / 'sft' / ('candidates/' if k != 'sft/final' else '') / k.split('/')[1]
-                   for k in (found['chosen'], next(k for k in means if k != found['chosen'])))
+  chosen, other = (
+    tmp_path / 'sft' / ('candidates/' if k != 'sft/final' else '') / k.split('/')[1]
+    for k in (found['chosen'], next(k for k in means if k != found['chosen']))
+  )
   load = lambda spec: train_params(setup, spec)
   assert checkpoint.same(load('stage:sft_selected'), load(str(chosen)))
   assert not checkpoint.same(load('stage:sft_selected'), load(str(other)))
-  assert checkpoint.same(loading.load(str(tmp_path / 'sft_selected'), 'lm').params, load(str(chosen)))
+  assert checkpoint.same(
+    loading.load(str(tmp_path / 'sft_selected'), 'lm').params, load(str(chosen))
+  )
   candidate = tmp_path / f'sft/candidates/{steps // 2}'
   assert checkpoint.same(loading.load(str(candidate), 'lm').params, load(str(candidate)))
 
@@ -93,6 +131,7 @@ def test_a_stage_chooses_and_others_start_from_it(tmp_path):
 
 def train_params(setup, spec):
   from alignjax.setup.weights import initial_params
+
   return jax.tree.map(np.asarray, initial_params(setup, spec, 'lm', 0))
 
 

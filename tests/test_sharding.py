@@ -24,24 +24,51 @@ RULES = sharding.RULES
 def one_iteration(mesh_shape, lr=1e-2):
   """One whole PPO-ptx iteration on a mesh of the given shape: (state, metrics, rollout) as numpy."""
   cfg, _, policy, scalar = model('llama')
-  devices = jax.devices()[:int(np.prod(mesh_shape))]
+  devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
   nets = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
   tx = optim.make({n: optim.adam(steps=4, lr=lr, clip_norm=1.0) for n in ('policy', 'value')})
 
   def build(params):
-    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), extra={'kl_coef': jnp.float32(0.1)})
+    return TrainState(
+      step=jnp.int32(0),
+      params=params,
+      opt_state=tx.init(params),
+      extra={'kl_coef': jnp.float32(0.1)},
+    )
 
   params = {'policy': policy, 'value': scalar}
   shapes = jax.eval_shape(build, params)
   state = jax.jit(build, out_shardings=sharder.state(shapes, shapes.params))(params)
-  frozen = {'ref': jax.device_put(policy, sharder.params(policy)), 'reward': jax.device_put(scalar, sharder.params(scalar))}
-  step = compile_step(functools.partial(
-      iteration, key=jax.random.key(7), nets=nets, tx=tx, whiten=True, minibatches=2, inner_epochs=1, microbatches=1,
-      ema_decay=None, kl_target=None, kl_horizon=None, advantage_fn=ops.gae,
+  frozen = {
+    'ref': jax.device_put(policy, sharder.params(policy)),
+    'reward': jax.device_put(scalar, sharder.params(scalar)),
+  }
+  step = compile_step(
+    functools.partial(
+      iteration,
+      key=jax.random.key(7),
+      nets=nets,
+      tx=tx,
+      whiten=True,
+      minibatches=2,
+      inner_epochs=1,
+      microbatches=1,
+      ema_decay=None,
+      kl_target=None,
+      kl_horizon=None,
+      advantage_fn=ops.gae,
       loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=2.0),
-      rollout_fn=functools.partial(rollout.collect, reward_fn=rewards.model_reward, max_tokens=6, stop_ids=(3, 4, 5),
-                                   score_rows=8)), state)
+      rollout_fn=functools.partial(
+        rollout.collect,
+        reward_fn=rewards.model_reward,
+        max_tokens=6,
+        stop_ids=(3, 4, 5),
+        score_rows=8,
+      ),
+    ),
+    state,
+  )
   batch = sharder.put((*prompts(0, rows=16), token_batch(0, rows=16)))
   before = step._cache_size()
   state, metrics, ro = step(state, frozen, batch)
@@ -66,9 +93,12 @@ def test_item_11_one_device_equals_eight():
     close(metrics8[name], metrics[name], rtol=2e-3, atol=1e-4)
   jax.tree.map(functools.partial(close, rtol=1e-2, atol=2e-3), params8, params)
   query = state.params['policy']['layers']['attention']['query']['kernel']
-  assert query.addressable_shards[0].data.size * 4 == query.size  # fsdp and tensor, replicated over data
+  # fsdp and tensor, replicated over data
+  assert query.addressable_shards[0].data.size * 4 == query.size
   moment = jax.tree.leaves(state.opt_state)  # born with the parameters' shardings
-  assert any(getattr(m, 'shape', None) == query.shape and m.sharding == query.sharding for m in moment)
+  assert any(
+    getattr(m, 'shape', None) == query.shape and m.sharding == query.sharding for m in moment
+  )
 
 
 @pytest.mark.slow
@@ -86,10 +116,13 @@ def test_item_8_the_iteration_logs_a_ratio_of_exactly_1():
 @pytest.mark.slow
 @pytest.mark.parametrize('once', [True, False])
 def test_item_24_no_weight_is_gathered_inside_the_decoding_loop(once):
-  """Nor is anything else but whether all rows are done; without for_decoding, the weights are, which the check must see."""
+  """Nor is anything else but whether all rows are done; without for_decoding, the weights are,
+  which the check must see."""
   cfg = config('llama')
   sharder = sharding.Sharder(sharding.make_mesh(2, 4, 1))
-  nets = transformer.make_networks(cfg, sharder.constrain, *([sharder.for_decoding] if once else []))
+  nets = transformer.make_networks(
+    cfg, sharder.constrain, *([sharder.for_decoding] if once else [])
+  )
   params = jax.device_put(model('llama')[2], sharder.params(model('llama')[2]))
   run = jax.jit(lambda p, *x: sampling.generate(nets.decoder, p, *x, max_tokens=8, stop_ids=(3,)))
   text = run.lower(params, *sharder.put(prompts(0, rows=16)), jax.random.key(0)).compile().as_text()
@@ -99,7 +132,9 @@ def test_item_24_no_weight_is_gathered_inside_the_decoding_loop(once):
   assert any(s.kind == 'all-gather' and not s.in_loop for s in sent)
 
 
-@pytest.mark.parametrize('shape,words', [((3, 1, 1), 'is 3, but there are 8'), ((None, 3, 1), 'does not divide')])
+@pytest.mark.parametrize(
+  'shape,words', [((3, 1, 1), 'is 3, but there are 8'), ((None, 3, 1), 'does not divide')]
+)
 def test_a_mesh_that_does_not_fit_is_refused(shape, words):
   with pytest.raises(ValueError, match=words):
     sharding.make_mesh(*shape)
@@ -108,8 +143,11 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, words):
 def test_the_64_bit_mode_is_refused_before_any_work(tmp_path):
   """As of a shell that sets JAX_ENABLE_X64: the weights are not damaged, whatever is loaded."""
   with jax.enable_x64(True):
-    for work in (sharding.make_mesh, lambda: loading.load('hf:tests/golden/chat'),
-                 lambda: make_setup(ppo_ptx.get_config('tiny'), tmp_path)):
+    for work in (
+      sharding.make_mesh,
+      lambda: loading.load('hf:tests/golden/chat'),
+      lambda: make_setup(ppo_ptx.get_config('tiny'), tmp_path),
+    ):
       with pytest.raises(ValueError, match='Unset JAX_ENABLE_X64'):
         work()
 

@@ -1,5 +1,5 @@
-"""How a document begins: one answer for prompts, rows, evaluations and generation, for a tokenizer that puts a token before every
-text and for one that does not."""
+"""How a document begins: one answer for prompts, rows, evaluations and generation, for a tokenizer
+that puts a token before every text and for one that does not."""
 
 import json
 import pathlib
@@ -23,18 +23,22 @@ from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 EOS, TURN, BOS = 256, 258, 260  # <|endoftext|>, <|im_end|> and, where it is added, <s>
-letters = lambda word: [ord(c) - ord('!') for c in word]  # ids of printable ASCII without the blank, in the order of the alphabet
+# ids of printable ASCII without the blank, in the order of the alphabet
+letters = lambda word: [ord(c) - ord('!') for c in word]
 
 
 @pytest.fixture(scope='session')
 def with_bos(tmp_path_factory):
   """The golden checkpoint with a tokenizer that begins every text with <s>, as Llama's."""
   from tokenizers import AddedToken, Tokenizer, processors
+
   folder = tmp_path_factory.mktemp('bos') / 'checkpoint'
   shutil.copytree(CHAT, folder)
   tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
   tokenizer.add_special_tokens([AddedToken('<s>', special=True, normalized=False)])
-  tokenizer.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', BOS)])
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', BOS)]
+  )
   tokenizer.save(str(folder / 'tokenizer.json'))
   spec = json.loads((folder / 'tokenizer_config.json').read_text())
   (folder / 'tokenizer_config.json').write_text(json.dumps(spec | dict(bos_token='<s>')))
@@ -51,14 +55,27 @@ def test_the_start_for_each_kind_of_tokenizer(with_bos):
   assert bos.text('ab') == [BOS, *letters('ab')] and plain.text('ab') == letters('ab')
   assert bos.prompt('ab') == bos.text('ab') and plain.prompt('ab') == plain.text('ab')
   assert bos.text('') == bos.prompt('') == [BOS] and plain.text('') == plain.prompt('') == [EOS]
-  assert bos.document('ab') == [BOS, *letters('ab'), EOS] and plain.document('ab') == [EOS, *letters('ab')]
+  assert bos.document('ab') == [BOS, *letters('ab'), EOS] and plain.document('ab') == [
+    EOS,
+    *letters('ab'),
+  ]
   assert bos.row('ab', 'c') == ([BOS, *letters('ab')], [*letters('c'), EOS])
   assert templates.make(load_tokenizer(str(with_bos)), 'dialogue').prompt('a')[0] == BOS
-  assert templates.make(load_tokenizer(str(with_bos)), 'Q: {prompt}').prompt('a')[:2] == [BOS, *letters('Q')]
-  assert bos.prompt('<s>')[0] == BOS and bos.prompt('<s>').count(BOS) == 1, 'a name in the text is text, and begins nothing twice'
-  words = templates.of_words(sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE)
+  assert templates.make(load_tokenizer(str(with_bos)), 'Q: {prompt}').prompt('a')[:2] == [
+    BOS,
+    *letters('Q'),
+  ]
+  assert bos.prompt('<s>')[0] == BOS and bos.prompt('<s>').count(BOS) == 1, (
+    'a name in the text is text, and begins nothing twice'
+  )
+  words = templates.of_words(
+    sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE
+  )
   the, end = sandbox.encode('the')[0], sandbox.EOS_ID
-  assert words.text('the') == words.document('the') == [end, the] and words.prompt('the')[:2] == [end, the]
+  assert words.text('the') == words.document('the') == [end, the] and words.prompt('the')[:2] == [
+    end,
+    the,
+  ]
 
 
 @pytest.mark.parametrize('pack', [False, True])
@@ -68,8 +85,13 @@ def test_rows_of_pretraining_text(with_bos, pack):
     template = templates.make(load_tokenizer(str(folder)), 'plain')
     rows[folder] = text.rows_of(['ab', ' ', 'c', 'd'], template.document, 4, template.pad, pack)
   a, b, c, d = letters('abcd')
-  assert rows[with_bos].tokens.tolist()[:2] == [[BOS, a, b, EOS], [BOS, c, EOS, 259 if pack else BOS]]
-  assert rows[CHAT].tokens.tolist() == ([[EOS, a, b, 259], [EOS, c, EOS, d]] if pack else [[EOS, a, b, EOS]])
+  assert rows[with_bos].tokens.tolist()[:2] == [
+    [BOS, a, b, EOS],
+    [BOS, c, EOS, 259 if pack else BOS],
+  ]
+  assert rows[CHAT].tokens.tolist() == (
+    [[EOS, a, b, 259], [EOS, c, EOS, d]] if pack else [[EOS, a, b, EOS]]
+  )
   assert rows[with_bos].weights[0].tolist() == [0, 1, 1, 1]
 
 
@@ -80,9 +102,12 @@ def test_a_chat_template_that_writes_the_start_writes_it_once(with_bos):
   tokenizer.chat_template = '{{ bos_token }}' + tokenizer.chat_template
   template = templates.make(tokenizer, 'chat')
   assert template.prompt('a')[0] == BOS and template.prompt('a').count(BOS) == 1
-  assert template.prompt('a') == tokenizer.apply_chat_template([{'role': 'user', 'content': 'a'}], add_generation_prompt=True,
-                                                               tokenize=True, return_dict=False)
-  assert template.text('a')[0] == BOS and template.first == (BOS,), 'plain text is not a conversation'
+  assert template.prompt('a') == tokenizer.apply_chat_template(
+    [{'role': 'user', 'content': 'a'}], add_generation_prompt=True, tokenize=True, return_dict=False
+  )
+  assert template.text('a')[0] == BOS and template.first == (BOS,), (
+    'plain text is not a conversation'
+  )
 
 
 def instances(*args):
@@ -103,11 +128,17 @@ def test_the_start_is_a_context_and_is_not_scored(model):
   ab, cd = letters('ab'), letters('cd')
   expected = {('', 'ab'): logprob(model, [BOS], ab), ('ab', 'cd'): logprob(model, [BOS, *ab], cd)}
   for (context, continuation), value in expected.items():
-    assert lm.loglikelihood(instances((context, continuation)), disable_tqdm=True)[0][0] == pytest.approx(value, abs=1e-3)
-  assert lm.loglikelihood_rolling(instances(('ab',)))[0] == pytest.approx(expected['', 'ab'], abs=1e-3)
+    assert lm.loglikelihood(instances((context, continuation)), disable_tqdm=True)[0][
+      0
+    ] == pytest.approx(value, abs=1e-3)
+  assert lm.loglikelihood_rolling(instances(('ab',)))[0] == pytest.approx(
+    expected['', 'ab'], abs=1e-3
+  )
   assert completions.scorer(model)([([], ab)])[0][0] == pytest.approx(expected['', 'ab'], abs=1e-3)
   assert prefixes.split(model, '', 'ab') == ([BOS], ab)
-  assert bias.pair_logprobs(model, [('ab', 'cd')], '')[0, 0] == pytest.approx(expected['', 'ab'], abs=1e-3)
+  assert bias.pair_logprobs(model, [('ab', 'cd')], '')[0, 0] == pytest.approx(
+    expected['', 'ab'], abs=1e-3
+  )
   prefix, rest = prefixes.split(model, 'Be good:', 'ab')
   assert prefix[0] == BOS and model.decode(rest) == '\nab'
 
@@ -126,12 +157,24 @@ def test_a_tokenizer_with_bos_as_the_hf_backend(model, with_bos):
   pytest.importorskip('torch')
   pytest.importorskip('lm_eval')
   from lm_eval.models.huggingface import HFLM
-  theirs, ours = HFLM(pretrained=str(with_bos), device='cpu', dtype='float32', batch_size=2), harness.language_model(model)
+
+  theirs, ours = (
+    HFLM(pretrained=str(with_bos), device='cpu', dtype='float32', batch_size=2),
+    harness.language_model(model),
+  )
   requests = instances(('', 'Hello there'), ('The cat', ' sat.'), ('x ', 'y'))
-  for a, b in zip(ours.loglikelihood(requests, disable_tqdm=True), theirs.loglikelihood(requests, disable_tqdm=True), strict=True):
+  for a, b in zip(
+    ours.loglikelihood(requests, disable_tqdm=True),
+    theirs.loglikelihood(requests, disable_tqdm=True),
+    strict=True,
+  ):
     assert a[0] == pytest.approx(b[0], abs=1e-3) and a[1] == b[1]
-  document = model.template.bare('one document')  # the one difference: `hf` reads BOS BOS text, and scores the second BOS
-  a, b = (lm.loglikelihood_rolling(instances(('one document',)), disable_tqdm=True)[0] for lm in (ours, theirs))
+  # the one difference: `hf` reads BOS BOS text, and scores the second BOS
+  document = model.template.bare('one document')
+  a, b = (
+    lm.loglikelihood_rolling(instances(('one document',)), disable_tqdm=True)[0]
+    for lm in (ours, theirs)
+  )
   assert a == pytest.approx(logprob(model, [BOS], document), abs=2e-3)
   assert b == pytest.approx(logprob(model, [BOS], [BOS, *document]), abs=2e-3)
 
@@ -140,7 +183,12 @@ def test_a_tokenizer_with_bos_as_the_hf_backend(model, with_bos):
 def test_the_same_weights_as_folder_and_as_stage_give_equal_figures(model, with_bos, tmp_path):
   """SFT at learning rate 0; with the pretraining mix, whose rows begin with the start too."""
   c = smollm2_135m.get_config('tiny')
-  c.checkpoint, c.model.max_length, c.data.template, c.stages_to_run = f'hf:{with_bos}', 256, 'plain', ('sft',)
+  c.checkpoint, c.model.max_length, c.data.template, c.stages_to_run = (
+    f'hf:{with_bos}',
+    256,
+    'plain',
+    ('sft',),
+  )
   (tmp_path / 'd.jsonl').write_text(json.dumps(dict(prompt='ab', response='c')) + '\n')
   (tmp_path / 't.jsonl').write_text((json.dumps(dict(text='ab ' * 20)) + '\n') * 9)
   c.data.demonstrations, c.data.mapping.demonstrations = f'jsonl:{tmp_path}/d.jsonl', None
@@ -160,8 +208,12 @@ def test_the_same_weights_as_folder_and_as_stage_give_equal_figures(model, with_
     assert a == pytest.approx(b, abs=1e-6)
   one, other = (lm.loglikelihood_rolling(instances(('apple and river',)))[0] for lm in both)
   assert one == pytest.approx(other, abs=1e-6)
-  np.testing.assert_array_equal(*(bias.pair_logprobs(m, [('he ran', 'she ran')], '') for m in (model, stage)))
-  one, other = (''.join(streaming.stream(m, '', temperature=0, max_tokens=5)) for m in (model, stage))
+  np.testing.assert_array_equal(
+    *(bias.pair_logprobs(m, [('he ran', 'she ran')], '') for m in (model, stage))
+  )
+  one, other = (
+    ''.join(streaming.stream(m, '', temperature=0, max_tokens=5)) for m in (model, stage)
+  )
   assert one == other
 
 
@@ -170,8 +222,14 @@ def test_the_same_weights_as_folder_and_as_stage_give_equal_figures(model, with_
 
 def test_sampler_and_scorer_agree_on_an_empty_prompt():
   model = loading.load(f'hf:{CHAT}')
-  tokens, mask = encode.left_pad([model.template.prompt(p) for p in ('', 'Say', '')], 8, model.template.pad)
-  out = jax.jit(lambda p: generate(model.nets.decoder, p, tokens, mask, jax.random.key(0), max_tokens=5, stop_ids=()))(model.params)
+  tokens, mask = encode.left_pad(
+    [model.template.prompt(p) for p in ('', 'Say', '')], 8, model.template.pad
+  )
+  out = jax.jit(
+    lambda p: generate(
+      model.nets.decoder, p, tokens, mask, jax.random.key(0), max_tokens=5, stop_ids=()
+    )
+  )(model.params)
   rows, live = np.concatenate([tokens, out.responses], 1), np.concatenate([mask, out.mask], 1)
   scored = jax.jit(lambda p: model.nets.logprobs(p, rows, live)[0])(model.params)[:, 8:]
   np.testing.assert_allclose(out.logprobs, scored, atol=1e-5)
@@ -212,12 +270,20 @@ def test_a_reward_on_the_host_reads_what_samples_show(form):
   right = encode.right_pad(answers, 4, template.pad)
   prompts = [x[np.array([0, 0, 0])] for x in prompts]
   failures: list = []
-  given = dict(asked=dict(zip(map(tuple, asked), said, strict=True)), said=template.said, failures=failures)
-  scores = jax.jit(lambda *x: rewards.host_reward(*x, nets=None, frozen=None, function='tests.test_start:exact', **given))(*prompts, *right)
+  given = dict(
+    asked=dict(zip(map(tuple, asked), said, strict=True)), said=template.said, failures=failures
+  )
+  scores = jax.jit(
+    lambda *x: rewards.host_reward(
+      *x, nets=None, frozen=None, function='tests.test_start:exact', **given
+    )
+  )(*prompts, *right)
   assert scores.tolist() == [1.0, 1.0, 1.0] and not failures
   fake = types.SimpleNamespace(template=template, world=None)
   rollout = types.SimpleNamespace(responses=right[0], mask=right[1], scores=np.ones(3))
-  assert [row[:2] for row in ppo_ptx.look(fake, [dict(prompt=said[0])] * 3, rollout)[1]] == [('Two and two?', '4')] * 3
+  assert [row[:2] for row in ppo_ptx.look(fake, [dict(prompt=said[0])] * 3, rollout)[1]] == [
+    ('Two and two?', '4')
+  ] * 3
 
 
 def test_the_text_of_a_response():
@@ -227,11 +293,14 @@ def test_the_text_of_a_response():
   assert template.said([*four, TURN]) == template.said(np.array([*four, EOS])) == ('4', True)
   assert template.said(four) == ('4', False)
   assert template.said([TURN]) == ('', True) and template.said([]) == ('', False)
-  assert template.said([*four, TURN, TURN]) == ('4<|im_end|>', True), 'nothing but the last token ended it'
+  assert template.said([*four, TURN, TURN]) == ('4<|im_end|>', True), (
+    'nothing but the last token ended it'
+  )
 
 
 def test_an_added_token_that_the_checkpoint_names_is_an_end(tmp_path, capsys):
-  """Marked as special or not: transformers' generate stops there. Its name in people's text is then text."""
+  """Marked as special or not: transformers' generate stops there. Its name in people's text is then
+  text."""
   shutil.copytree(CHAT, tmp_path / 'c')
   tokenizer = load_tokenizer(str(tmp_path / 'c'))
   tokenizer.add_tokens(['<eot>', '<blank>'])
@@ -253,10 +322,12 @@ def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path, capsys):
   assert ends('plain') == (EOS,) and ends('chat') == (EOS, TURN)
   (tmp_path / 'c' / 'generation_config.json').write_text('{"eos_token_id": [256, 258, 5]}')
   assert ends('plain') == (EOS, TURN), 'and 5 is a letter'
-  assert "(eos_token_id [5]) as ends; they are text" in capsys.readouterr().err
+  assert '(eos_token_id [5]) as ends; they are text' in capsys.readouterr().err
   for bad in ('"258"', 'true', '[[258]]', '{"a": 258}', '[258.0]'):
     (tmp_path / 'c' / 'generation_config.json').write_text(f'{{"eos_token_id": {bad}}}')
-    with pytest.raises(ValueError, match='generation_config.json: eos_token_id=.* is neither an id nor a list of ids'):
+    with pytest.raises(
+      ValueError, match='generation_config.json: eos_token_id=.* is neither an id nor a list of ids'
+    ):
       ends('plain')
   (tmp_path / 'c' / 'generation_config.json').write_text('[')
   with pytest.raises(ValueError, match='generation_config.json: not a JSON object'):

@@ -21,10 +21,19 @@ def test_update_is_a_gradient_step(microbatches):
   _, nets, policy, _ = model()
   params, tx = {'policy': policy}, optim.make({'policy': optax.sgd(0.1)})
   batch = token_batch(0)
-  state, metrics = steps.update(state_of(params, tx), batch, None, loss_fn=losses.sft, nets=nets, tx=tx,
-                                microbatches=microbatches)
+  state, metrics = steps.update(
+    state_of(params, tx),
+    batch,
+    None,
+    loss_fn=losses.sft,
+    nets=nets,
+    tx=tx,
+    microbatches=microbatches,
+  )
   grads = jax.grad(lambda p: losses.sft(p, batch.normalized(), None, nets=nets)[0])(params)
-  jax.tree.map(lambda new, p, g: close(new, p - 0.1 * g, rtol=1e-4, atol=1e-5), state.params, params, grads)
+  jax.tree.map(
+    lambda new, p, g: close(new, p - 0.1 * g, rtol=1e-4, atol=1e-5), state.params, params, grads
+  )
   norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
   close(metrics['optim/grad_norm_policy'], norm, rtol=1e-4)
   close(metrics['sft/loss'], losses.sft(params, batch.normalized(), None, nets=nets)[0], rtol=1e-4)
@@ -36,8 +45,15 @@ def test_item_18_the_moving_average_is_float32_and_moves():
   tx = optim.make({'policy': optax.sgd(0.0)})
   params = {'policy': jax.tree.map(lambda p: jnp.full(p.shape, 1.01, jnp.bfloat16), policy)}
   ema = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float32), policy)
-  state, _ = steps.update(state_of(params, tx, ema), token_batch(0), None, loss_fn=losses.sft, nets=nets, tx=tx,
-                          ema_decay=0.992)
+  state, _ = steps.update(
+    state_of(params, tx, ema),
+    token_batch(0),
+    None,
+    loss_fn=losses.sft,
+    nets=nets,
+    tx=tx,
+    ema_decay=0.992,
+  )
   for leaf in jax.tree.leaves(state.ema):
     assert leaf.dtype == jnp.float32
     close(leaf, 1 + 0.008 * (float(jnp.bfloat16(1.01)) - 1), rtol=1e-6)
@@ -57,7 +73,16 @@ def test_maxima_are_told_by_name():
   assert not steps.is_maximum('max/loss') and not steps.is_maximum('ppo/maximal')
 
 
-@pytest.mark.parametrize('rows,epochs,batch,expected', [(100, 1.1, 10, 11), (12_725, 16, 32, 6_363), (10, 0.3, 1, 3), (7, 1, 2, 4),
-                                                        (5, 0, 2, 0), (1, 1, 64, 1)])
+@pytest.mark.parametrize(
+  'rows,epochs,batch,expected',
+  [
+    (100, 1.1, 10, 11),
+    (12_725, 16, 32, 6_363),
+    (10, 0.3, 1, 3),
+    (7, 1, 2, 4),
+    (5, 0, 2, 0),
+    (1, 1, 64, 1),
+  ],
+)
 def test_steps_of_epochs(rows, epochs, batch, expected):
   assert steps_per_epoch(rows, batch, epochs) == expected

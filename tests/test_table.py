@@ -1,4 +1,5 @@
-"""The table of evaluations: what is kept, how figures and differences come about, what the command refuses."""
+"""The table of evaluations: what is kept, how figures and differences come about, what the command
+refuses."""
 
 import json
 import pathlib
@@ -27,9 +28,18 @@ def letters(model, *, data, limit, seed, keep, add: float = 0.0):
   (keep / 'seen').write_text('x')
   value = float(np.asarray(model.params['final']['norm']['scale']).sum())
   items = [f'item {i}' for i in range(limit or 4)]
-  return [Cell('accuracy', 'zero-shot', [value + add + i for i in range(len(items))], items),
-          Cell('BLEU', '', [[i, i + 1] for i in range(len(items))], items, clusters=['a', 'a', 'b', 'b'][:len(items)],
-               aggregate='test_table:total', better='')]
+  return [
+    Cell('accuracy', 'zero-shot', [value + add + i for i in range(len(items))], items),
+    Cell(
+      'BLEU',
+      '',
+      [[i, i + 1] for i in range(len(items))],
+      items,
+      clusters=['a', 'a', 'b', 'b'][: len(items)],
+      aggregate='test_table:total',
+      better='',
+    ),
+  ]
 
 
 def total(values):
@@ -54,11 +64,23 @@ def test_what_is_the_same_is_measured_once(tmp_path):
   copy.write_text('data')
   other.write_text('other data')
   run = lambda params=1.0, facts=None, **kw: registry.run_task(
-      'test_table:letters', letters, model(params), {'weights': params, **(facts or {})}, tmp_path / 'out',
-      **(dict(data=str(file)) | kw))[1]
+    'test_table:letters',
+    letters,
+    model(params),
+    {'weights': params, **(facts or {})},
+    tmp_path / 'out',
+    **(dict(data=str(file)) | kw),
+  )[1]
   assert [run(), run(), run(data=str(copy))] == [False, True, True] and len(CALLS) == 1
-  for change in (dict(params=2.0), dict(data=str(other)), dict(limit=3), dict(seed=1), dict(options={'add': 1.0}),
-                 dict(facts={'template': [[1, 2], 3]}), dict(facts={'dtype': 'bfloat16'})):
+  for change in (
+    dict(params=2.0),
+    dict(data=str(other)),
+    dict(limit=3),
+    dict(seed=1),
+    dict(options={'add': 1.0}),
+    dict(facts={'template': [[1, 2], 3]}),
+    dict(facts={'dtype': 'bfloat16'}),
+  ):
     assert (run(**change), run(**change)) == (False, True), change
   with pytest.raises(FileNotFoundError, match='--data: test_table:letters=.*no such file'):
     run(data=str(tmp_path / 'none'))
@@ -99,17 +121,25 @@ def test_figures_and_paired_differences_by_hand():
 
 
 def test_the_interval_of_a_difference_is_paired():
-  """Two models that differ by .1 on every item: the difference is certain, whatever the items' spread."""
+  """Two models that differ by .1 on every item: the difference is certain, whatever the items'
+  spread."""
   values = np.random.default_rng(0).normal(0, 10, 200)
   items = [str(i) for i in range(200)]
-  found = table.difference(Cell('m', '', list(values + 0.1), items), Cell('m', '', list(values), items))
+  found = table.difference(
+    Cell('m', '', list(values + 0.1), items), Cell('m', '', list(values), items)
+  )
   assert found['ci95'] == pytest.approx([0.1, 0.1])
 
 
 def test_fingerprints_are_of_the_weights():
   tree = lambda x: {'a': {'b': np.asarray(x, np.float32)}}
   assert fingerprints.of_params(tree([1, 2])) == fingerprints.of_params(tree([1, 2]))
-  others = [tree([2, 1]), tree([[1, 2]]), {'a': {'c': np.array([1, 2], np.float32)}}, {'a': {'b': np.array([1, 2], np.float64)}}]
+  others = [
+    tree([2, 1]),
+    tree([[1, 2]]),
+    {'a': {'c': np.array([1, 2], np.float32)}},
+    {'a': {'b': np.array([1, 2], np.float64)}},
+  ]
   assert len({fingerprints.of_params(t) for t in [tree([1, 2]), *others]}) == 5
 
 
@@ -122,21 +152,40 @@ def variant(folder, **files):
   return folder
 
 
-def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_measured_apart(tmp_path):
-  lower = variant(tmp_path / 'lower', tokenizer=lambda t: t | dict(normalizer=dict(type='Lowercase')))
+def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_measured_apart(
+  tmp_path,
+):
+  lower = variant(
+    tmp_path / 'lower', tokenizer=lambda t: t | dict(normalizer=dict(type='Lowercase'))
+  )
   context = variant(tmp_path / 'context', config=lambda c: c | dict(max_position_embeddings=256))
-  theta = variant(tmp_path / 'theta', config=lambda c: c | dict(rope_parameters=dict(rope_theta=5000.0, rope_type='default')))
-  models = [(f'hf:{CHAT}', 'plain', 'float32'), (f'hf:{CHAT}', 'plain', 'bfloat16'), (f'hf:{CHAT}', 'chat', 'float32'),
-            (f'hf:{CHAT}', 'Q: {prompt}', 'float32'), (f'hf:{lower}', 'plain', 'float32'), (f'hf:{context}', 'plain', 'float32'),
-            (f'hf:{theta}', 'plain', 'float32')]
+  theta = variant(
+    tmp_path / 'theta',
+    config=lambda c: c | dict(rope_parameters=dict(rope_theta=5000.0, rope_type='default')),
+  )
+  models = [
+    (f'hf:{CHAT}', 'plain', 'float32'),
+    (f'hf:{CHAT}', 'plain', 'bfloat16'),
+    (f'hf:{CHAT}', 'chat', 'float32'),
+    (f'hf:{CHAT}', 'Q: {prompt}', 'float32'),
+    (f'hf:{lower}', 'plain', 'float32'),
+    (f'hf:{context}', 'plain', 'float32'),
+    (f'hf:{theta}', 'plain', 'float32'),
+  ]
   loaded = [loading.load(name, 'lm', form, dtype=dtype) for name, form, dtype in models]
   facts = [loading.facts(m) for m in loaded]
-  assert len({f['weights'] for f in facts}) == 1 and [m.cfg.dtype for m in loaded][:2] == ['float32', 'bfloat16']
+  assert len({f['weights'] for f in facts}) == 1 and [m.cfg.dtype for m in loaded][:2] == [
+    'float32',
+    'bfloat16',
+  ]
   run = lambda m, f: registry.run_task('test_table:letters', letters, m, f, tmp_path / 'out')[1]
-  assert [run(m, f) for m, f in zip(loaded, facts, strict=True)] == [False] * len(models) and len(CALLS) == len(models)
+  assert [run(m, f) for m, f in zip(loaded, facts, strict=True)] == [False] * len(models) and len(
+    CALLS
+  ) == len(models)
   shutil.copytree(CHAT, tmp_path / 'same')
   again = loading.load(f'hf:{tmp_path / "same"}', 'lm', 'plain', dtype='float32')
-  again.tokenizer('a b', truncation=True, max_length=3)  # a call leaves its settings in the tokenizer
+  # a call leaves its settings in the tokenizer
+  again.tokenizer('a b', truncation=True, max_length=3)
   assert loading.facts(again) == facts[0] and run(again, loading.facts(again))
 
 
@@ -156,7 +205,9 @@ def test_one_model_has_no_plot_of_differences(tmp_path, monkeypatch):
   monkeypatch.setattr(loading, 'facts', lambda m: {})
   (tmp_path / 'table.png').write_text('of an earlier call')
   evaluation.evaluate({'one': 'x'}, ['test_table:letters'], tmp_path)
-  assert not (tmp_path / 'table.png').exists() and 'table.png' not in (tmp_path / 'table.md').read_text()
+  assert (
+    not (tmp_path / 'table.png').exists() and 'table.png' not in (tmp_path / 'table.md').read_text()
+  )
 
 
 def test_a_task_named_twice_and_one_that_is_not_there():
@@ -168,21 +219,31 @@ def test_a_task_named_twice_and_one_that_is_not_there():
 
 @pytest.mark.slow
 def test_the_command_writes_one_table(tmp_path, capsys):
-  arguments = [f'--models=pretrained=hf:{CHAT},tuned=hf:{CHAT}', '--tasks=test_table:letters', f'--out={tmp_path}',
-               '--options=test_table:letters.add=0.5', '--limit=3']
+  arguments = [
+    f'--models=pretrained=hf:{CHAT},tuned=hf:{CHAT}',
+    '--tasks=test_table:letters',
+    f'--out={tmp_path}',
+    '--options=test_table:letters.add=0.5',
+    '--limit=3',
+  ]
   evaluate.main(arguments)
   assert 'tuned: test_table:letters measured before' in capsys.readouterr().out and len(CALLS) == 1
   made = json.loads((tmp_path / 'table.json').read_text())
   assert CALLS[0] == dict(data=None, limit=3, seed=0, add=0.5) and made['baseline'] == 'pretrained'
   assert made['rows'][0]['models']['tuned']['difference']['mean'] == 0
   text = (tmp_path / 'table.md').read_text()
-  assert '| test_table:letters | accuracy ↑ | zero-shot |' in text and '## Difference to pretrained' in text
+  assert (
+    '| test_table:letters | accuracy ↑ | zero-shot |' in text
+    and '## Difference to pretrained' in text
+  )
   assert (tmp_path / 'table.png').stat().st_size > 3000
   evaluate.main(arguments)
   assert len(CALLS) == 1
 
 
-@pytest.mark.parametrize('flags,words', [
+@pytest.mark.parametrize(
+  'flags,words',
+  [
     (['--tasks=winogander'], "no task 'winogander'.*Tasks: "),
     (['--tasks=no_module:f'], 'no module named'),
     (['--tasks=test_table:letters', '--models='], 'names no model'),
@@ -190,11 +251,18 @@ def test_the_command_writes_one_table(tmp_path, capsys):
     (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' is there twice"),
     (['--tasks=test_table:letters', '--models=a=hf:/nowhere'], 'no such folder'),
     (['--tasks=test_table:letters', '--models=a=/nowhere'], 'no finished stage'),
-    (['--tasks=test_table:letters', '--models=a=hf:x', '--data=drop=f'], "names the task 'drop', which is not among"),
-    (['--tasks=test_table:letters', '--models=a=hf:x', '--options=add=1'], 'has not the form TASK.OPTION'),
+    (
+      ['--tasks=test_table:letters', '--models=a=hf:x', '--data=drop=f'],
+      "names the task 'drop', which is not among",
+    ),
+    (
+      ['--tasks=test_table:letters', '--models=a=hf:x', '--options=add=1'],
+      'has not the form TASK.OPTION',
+    ),
     (['--tasks=test_table:letters', '--models=a=hf:x', '--baseline=b'], 'none of the models a'),
     (['--tasks=test_table:letters', '--models=a=hf:x', '--limit=0'], '1 or more'),
-])
+  ],
+)
 def test_what_the_command_refuses(flags, words):
   with pytest.raises(SystemExit, match=words):
     evaluate.main(flags)

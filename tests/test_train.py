@@ -1,4 +1,5 @@
-"""The main job in miniature: it ends with a report; stopped anywhere, it goes on and ends with the same bits."""
+"""The main job in miniature: it ends with a report; stopped anywhere, it goes on and ends with the
+same bits."""
 
 import functools
 import json
@@ -69,10 +70,22 @@ def test_generate_answers_of_the_main_jobs_result_with_its_defaults(finished, ca
 @pytest.mark.slow
 def test_the_report_has_every_figure(finished):
   report = json.loads((finished / 'report.json').read_text())
-  assert list(report['policies']) and set(report['policies']) == {'pretrained', 'pretrained_prompted', 'sft', 'ppo', 'ppo_ptx',
-                                                                      'pretrained_bigger'}
+  assert list(report['policies']) and set(report['policies']) == {
+    'pretrained',
+    'pretrained_prompted',
+    'sft',
+    'ppo',
+    'ppo_ptx',
+    'pretrained_bigger',
+  }
   for name, policy in report['policies'].items():
-    names = {'win_rate_train_labelers', 'win_rate_heldout_labelers', 'gold_train_labelers', 'truthful', 'toxic'}
+    names = {
+      'win_rate_train_labelers',
+      'win_rate_heldout_labelers',
+      'gold_train_labelers',
+      'truthful',
+      'toxic',
+    }
     if name != 'pretrained_prompted':
       names |= {'reading_comprehension', 'translation', 'pretraining_loss'}
     if name not in ('pretrained_prompted', 'pretrained_bigger'):
@@ -84,14 +97,30 @@ def test_the_report_has_every_figure(finished):
   assert report['policies']['sft']['win_rate_train_labelers']['mean'] == 0.5
   assert report['policies']['sft']['kl']['mean'] == pytest.approx(0, abs=1e-5)
   assert 0 < report['reward_model']['accuracy_train_labelers']['mean'] < 1
-  assert set(report['seconds']) == {'pretrain', 'pretrain_bigger', 'sft', 'rm', 'ppo', 'ppo_ptx', 'report'}
+  assert set(report['seconds']) == {
+    'pretrain',
+    'pretrain_bigger',
+    'sft',
+    'rm',
+    'ppo',
+    'ppo_ptx',
+    'report',
+  }
   assert {'jax', 'flax', 'python'} <= set(report['versions'])
   for name in ('reward_against_kl', 'alignment_tax', 'learning_curves'):
     assert (finished / f'{name}.png').stat().st_size > 5000
   text = (finished / 'report.md').read_text()
   assert 'PPO-ptx is preferred to SFT' in text and '| SFT |' in text and '## Samples' in text
-  assert list(report['policies'])[:5] == ['pretrained', 'pretrained_prompted', 'sft', 'ppo', 'ppo_ptx'], 'as in the pipeline'
-  assert {f['held'] for f in report['findings'].values()} <= {'yes', 'no', 'not shown'} and len(report['findings']) == 8
+  assert list(report['policies'])[:5] == [
+    'pretrained',
+    'pretrained_prompted',
+    'sft',
+    'ppo',
+    'ppo_ptx',
+  ], 'as in the pipeline'
+  assert {f['held'] for f in report['findings'].values()} <= {'yes', 'no', 'not shown'} and len(
+    report['findings']
+  ) == 8
   assert report['made_by']['config']['seed'] == report['seed']
   assert all(s['responses'].keys() == report['policies'].keys() for s in report['samples'])
 
@@ -125,26 +154,35 @@ def test_a_table_of_several_runs(finished, tmp_path, capsys):
 @pytest.mark.slow
 def test_what_was_logged(finished):
   from alignjax.runtime import metrics
+
   for stage in ('ppo', 'ppo_ptx'):
     log = metrics.read(finished / stage / 'metrics.jsonl')
-    assert (log['ppo/ratio_max_dev'] == 0).all(), 'docs/pitfalls.md, 8: exactly 1 at every first minibatch'
+    assert (log['ppo/ratio_max_dev'] == 0).all(), (
+      'docs/pitfalls.md, 8: exactly 1 at every first minibatch'
+    )
     assert log['objective/kl'][0] == pytest.approx(0, abs=1e-5) and len(log['step']) == 6
     assert ('ppo/loss/ptx' in log) == (stage == 'ppo_ptx')
   assert metrics.read(finished / 'pretrain' / 'metrics.jsonl')['sft/loss'][-1] < 3.0
   assert (finished / 'ppo_ptx' / 'samples.jsonl').exists()
-  readme = (os.path.dirname(os.path.dirname(__file__)) + '/README.md')
+  readme = os.path.dirname(os.path.dirname(__file__)) + '/README.md'
   with open(readme) as file:
     documented = file.read()
   stages = ('pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx')
   logged = {name for stage in stages for name in metrics.read(finished / stage / 'metrics.jsonl')}
-  missing = [name for name in logged if not name.startswith(('time/', 'step')) and f'`{name}`' not in documented]
+  missing = [
+    name
+    for name in logged
+    if not name.startswith(('time/', 'step')) and f'`{name}`' not in documented
+  ]
   assert not missing, f'README explains every metric; not {missing}'
 
 
 @pytest.mark.slow
 def test_a_report_keeps_what_holds_and_nothing_else(finished, patch, tmp_path, capsys):
-  """Kept by weights and protocol: another policy under the same name, or other prompts, is measured anew, the rest reused."""
+  """Kept by weights and protocol: another policy under the same name, or other prompts, is measured
+  anew, the rest reused."""
   from alignjax import report
+
   workdir = tmp_path / 'w'
   shutil.copytree(finished, workdir)
   policies = ConfigDict(dict(sft='sft', ppo='ppo'))
@@ -155,7 +193,9 @@ def test_a_report_keeps_what_holds_and_nothing_else(finished, patch, tmp_path, c
   train.main(c, workdir)
   out = capsys.readouterr().out
   assert out.count('was measured before, reused') == 2
-  assert {p.name for p in (workdir / 'report').iterdir()} <= kept and len(list((workdir / 'report').glob('*.npz'))) == 2
+  assert {p.name for p in (workdir / 'report').iterdir()} <= kept and len(
+    list((workdir / 'report').glob('*.npz'))
+  ) == 2
   assert json.loads((workdir / 'report.json').read_text())['policies']['ppo'] == old['ppo']
   measured = []
   real = report.evaluation.measure
@@ -174,15 +214,25 @@ def test_a_report_keeps_what_holds_and_nothing_else(finished, patch, tmp_path, c
   assert 'report: sft was measured before' in capsys.readouterr().out and len(measured) == 1
   new = json.loads((workdir / 'report.json').read_text())['policies']
   assert new['sft'] == old['sft'] and new['ppo'] == old['ppo_ptx'] != old['ppo']
-  path, = (workdir / 'report').glob('ppo-*.npz')
+  (path,) = (workdir / 'report').glob('ppo-*.npz')
   raw = path.read_bytes()
-  path.write_bytes(raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:])
+  path.write_bytes(
+    raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :]
+  )
   report.build(setup)
   assert f'{path} is damaged, measured again' in capsys.readouterr().out
   assert json.loads((workdir / 'report.json').read_text())['policies'] == new
-  fewer = make_setup(config(stages_to_run=('ppo',), **{'report.policies': policies, 'report.win_prompts': 16}), workdir)
+  fewer = make_setup(
+    config(stages_to_run=('ppo',), **{'report.policies': policies, 'report.win_prompts': 16}),
+    workdir,
+  )
   report.build(fewer)
-  assert json.loads((workdir / 'report.json').read_text())['policies']['ppo']['win_rate_train_labelers']['n'] == 16
+  assert (
+    json.loads((workdir / 'report.json').read_text())['policies']['ppo']['win_rate_train_labelers'][
+      'n'
+    ]
+    == 16
+  )
   assert len(measured) == 4 and len(list((workdir / 'report').glob('*.npz'))) == 2
   patch_measure.undo()
 
@@ -190,12 +240,16 @@ def test_a_report_keeps_what_holds_and_nothing_else(finished, patch, tmp_path, c
 @pytest.mark.slow
 def test_comparisons_of_another_policy_are_not_used(finished, patch, tmp_path, capsys):
   from alignjax.stages import comparisons
+
   shutil.copytree(finished, tmp_path / 'w')
   path = tmp_path / 'w/rm/comparisons.json'
   before = path.read_bytes()
   setup = make_setup(config(), tmp_path / 'w')
   first = comparisons.training(setup, 'rm')
-  assert 'made again' not in capsys.readouterr().out and setup.read['stage:sft'] == ('weights', 'stage:sft')
+  assert 'made again' not in capsys.readouterr().out and setup.read['stage:sft'] == (
+    'weights',
+    'stage:sft',
+  )
   path.write_bytes(before.replace(b'[[', b'[[7, ', 1))
   assert comparisons.training(setup, 'rm') == first and path.read_bytes() == before
   assert 'comparisons.json is damaged: the comparisons are made again' in capsys.readouterr().out
@@ -211,11 +265,14 @@ def test_demonstrations_score_0_after_the_bias(finished):
   from alignjax.inference import bulk
   from alignjax.setup.records import records
   from alignjax.setup.weights import initial_params
+
   setup = make_setup(config(), finished)
   params = initial_params(setup, 'stage:rm', 'scalar', 0)
   score = bulk.make_scorer(setup.nets, setup.sharder, length=setup.length, pad=0)
-  rows = [setup.text.template.prompt(r['prompt']) + setup.text.template.response(r['response'])
-          for r in records(setup, 'demonstrations', config().stages.rm.bias_demonstrations)]
+  rows = [
+    setup.text.template.prompt(r['prompt']) + setup.text.template.response(r['response'])
+    for r in records(setup, 'demonstrations', config().stages.rm.bias_demonstrations)
+  ]
   assert score(params, rows).mean() == pytest.approx(0, abs=1e-4)
 
 
@@ -223,7 +280,12 @@ def test_demonstrations_score_0_after_the_bias(finished):
 def test_item_16_every_entry_of_the_config_is_read(finished):
   def leaves(tree, path=()):
     for key, value in tree.items():
-      if isinstance(value, dict) and value and 'fn' not in value and key not in ('model', 'sharding', 'mesh', 'optimizer'):
+      if (
+        isinstance(value, dict)
+        and value
+        and 'fn' not in value
+        and key not in ('model', 'sharding', 'mesh', 'optimizer')
+      ):
         yield from leaves(value, (*path, key))
       elif 'fn' not in path:
         yield (*path, key)
@@ -235,6 +297,7 @@ def test_item_16_every_entry_of_the_config_is_read(finished):
 def params_of(workdir, stage):
   setup = make_setup(config(), workdir)
   from alignjax.setup.weights import initial_params
+
   return initial_params(setup, f'stage:{stage}', 'lm', 0)
 
 
@@ -249,6 +312,7 @@ def stopped_at(patch, stage_step, action):
       if len(calls) == stage_step:
         action()
       return stage.step(state, batch)
+
     return real(stage._replace(step=step), *args)
 
   patch.setattr(train, 'loop', loop)
@@ -268,13 +332,19 @@ def terminate():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage,at,how', [('sft', 13, 'kill'), ('ppo_ptx', 4, 'kill'), ('ppo_ptx', 3, 'SIGTERM')])
+@pytest.mark.parametrize(
+  'stage,at,how', [('sft', 13, 'kill'), ('ppo_ptx', 4, 'kill'), ('ppo_ptx', 3, 'SIGTERM')]
+)
 def test_item_23_a_stopped_run_ends_with_the_same_bits(finished, patch, tmp_path, stage, at, how):
   """sft step 13 lies in the second epoch; ppo_ptx saves every 2 of 6 iterations."""
   for needed in ('pretrain', 'sft', 'rm'):
     if needed != stage:
       shutil.copytree(finished / needed, tmp_path / needed)
-  changes = {'stages_to_run': (stage,), f'stages.{stage}.save_every': 2, 'report.policies': ConfigDict()}
+  changes = {
+    'stages_to_run': (stage,),
+    f'stages.{stage}.save_every': 2,
+    'report.policies': ConfigDict(),
+  }
   real = stopped_at(patch, at, kill if how == 'kill' else terminate)
   try:
     if how == 'kill':
@@ -289,14 +359,20 @@ def test_item_23_a_stopped_run_ends_with_the_same_bits(finished, patch, tmp_path
   assert not checkpoint.is_finished(tmp_path / stage / 'final')
   train.main(config(**changes), tmp_path)
   assert checkpoint.same(params_of(tmp_path, stage), params_of(finished, stage))
-  lines = [[{k: v for k, v in json.loads(x).items() if not k.startswith('time/')}
-            for x in (folder / stage / 'metrics.jsonl').read_text().splitlines()] for folder in (tmp_path, finished)]
+  lines = [
+    [
+      {k: v for k, v in json.loads(x).items() if not k.startswith('time/')}
+      for x in (folder / stage / 'metrics.jsonl').read_text().splitlines()
+    ]
+    for folder in (tmp_path, finished)
+  ]
   assert lines[0] == lines[1]
 
 
 @pytest.mark.slow
 def test_a_reward_model_of_another_size_trains_and_rewards(patch, tmp_path):
-  """Paper 3.5: the 6B reward model serves every policy size. Its trunk comes from stages of its own size."""
+  """Paper 3.5: the 6B reward model serves every policy size. Its trunk comes from stages of its own
+  size."""
   size = dict(num_layers=2, d_model=16, num_heads=2, embedding_scale=2.0)
   c = ppo_ptx.get_config('tiny')
   c.reward_model = {**c.model.to_dict(), **size}
@@ -305,33 +381,64 @@ def test_a_reward_model_of_another_size_trains_and_rewards(patch, tmp_path):
     c.stages[f'{stage}_rm'].model = size
   c.stages.sft_rm.init.policy, c.stages.rm.init.reward = 'stage:pretrain_rm', 'stage:sft_rm'
   c.stages_to_run, c.report.policies = ('ppo_ptx',), ConfigDict()
-  small = {'stages.pretrain.documents': 300, 'stages.pretrain_rm.documents': 300, 'stages.sft.demonstrations': 32,
-           'stages.sft_rm.demonstrations': 32, 'stages.rm.prompts': 40, 'stages.rm.bias_demonstrations': 16,
-           'stages.ppo_ptx.iterations': 2, 'stages.ppo_ptx.optimizer.policy.warmup': 4,
-           'stages.ppo_ptx.ptx.documents': 300}
+  small = {
+    'stages.pretrain.documents': 300,
+    'stages.pretrain_rm.documents': 300,
+    'stages.sft.demonstrations': 32,
+    'stages.sft_rm.demonstrations': 32,
+    'stages.rm.prompts': 40,
+    'stages.rm.bias_demonstrations': 16,
+    'stages.ppo_ptx.iterations': 2,
+    'stages.ppo_ptx.optimizer.policy.warmup': 4,
+    'stages.ppo_ptx.ptx.documents': 300,
+  }
   c.update_from_flattened_dict(small)
   train.main(c, tmp_path)
   setup = make_setup(c, tmp_path)
   from alignjax.runtime import metrics
   from alignjax.setup.weights import initial_params
+
   assert initial_params(setup, 'stage:rm', 'scalar', 0)['embed']['tokens'].shape[1] == 16
   assert initial_params(setup, 'stage:ppo_ptx', 'lm', 0)['embed']['tokens'].shape[1] == 32
   log = metrics.read(tmp_path / 'ppo_ptx' / 'metrics.jsonl')
   assert (log['ppo/ratio_max_dev'] == 0).all() and np.isfinite(log['objective/scores']).all()
-  with pytest.raises(ValueError, match=r"weights of another model: .*\(.*16\) on disk.*32\) in the model"):
+  with pytest.raises(
+    ValueError, match=r'weights of another model: .*\(.*16\) on disk.*32\) in the model'
+  ):
     initial_params(setup, 'stage:sft_rm', 'lm', 0)
 
 
 @pytest.mark.slow
 def test_kill_9_of_the_real_process_loses_nothing(capsys):
-  """A sample of tests/kills.py, which can do a hundred at every stage: four of two short stages, in real processes, of which
-  some are to fall into a save and into the writing of a result."""
+  """A sample of tests/kills.py, which can do a hundred at every stage: four of two short stages, in
+  real processes, of which some are to fall into a save and into the writing of a result."""
   import kills
-  small = ['--config.stages.pretrain.documents=600', '--config.stages.pretrain.save_every=3',
-           '--config.stages.sft.demonstrations=32']
-  assert kills.main(['--kills=4', '--stages=pretrain,sft', '--moments=save,final', '--config=configs/sft.py:tiny', *small]) == 0
+
+  small = [
+    '--config.stages.pretrain.documents=600',
+    '--config.stages.pretrain.save_every=3',
+    '--config.stages.sft.demonstrations=32',
+  ]
+  assert (
+    kills.main(
+      [
+        '--kills=4',
+        '--stages=pretrain,sft',
+        '--moments=save,final',
+        '--config=configs/sft.py:tiny',
+        *small,
+      ]
+    )
+    == 0
+  )
   table = capsys.readouterr().out.split('| killed in |')[1]
-  cells = np.array([[int(x) for x in line.split('|')[2:-1]] for line in table.splitlines()[2:] if line.startswith('|')])
+  cells = np.array(
+    [
+      [int(x) for x in line.split('|')[2:-1]]
+      for line in table.splitlines()[2:]
+      if line.startswith('|')
+    ]
+  )
   assert cells.sum() == 4 and cells[:, 1:3].sum() >= 2, table
 
 
@@ -345,7 +452,9 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
     train.main(config(stages_to_run=('sft',), **{'model.d_model': 64}), finished)
 
 
-@pytest.mark.parametrize('changes,words', [
+@pytest.mark.parametrize(
+  'changes,words',
+  [
     ({'stages.ppo.minibatches': 5}, '32 does not divide by 5'),
     ({'stages.ppo.microbatches': 3}, 'does not divide by 3'),
     ({'stages.ppo.rollout.score_rows': 3}, 'by score_rows: 32 does not divide by 3'),
@@ -359,19 +468,23 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
     ({'stages.rm.responses': (4, 12)}, 'k_buckets'),
     ({'stages.sft.pretrain_mix': 1.0}, 'no demonstration'),
     ({'stages.ppo.build': 'alignjax.stages.ppo_ptx:biuld'}, 'did you mean build'),
-])
+  ],
+)
 def test_settings_that_do_not_fit_fail_before_anything_is_loaded(patch, tmp_path, changes, words):
   with pytest.raises(ValueError, match=words):
     train.main(config(**changes), tmp_path)
   assert not list(tmp_path.iterdir()), 'no stage has run'
 
 
-@pytest.mark.parametrize('changes,words', [
+@pytest.mark.parametrize(
+  'changes,words',
+  [
     ({'model.num_heads': 5}, 'num_heads=5'),
     ({'model.max_length': 32}, 'max_length=32'),
     ({'mesh.tensor': 3}, 'does not divide'),
     ({'data.tokenizer': '/nowhere'}, 'nowhere'),
-])
+  ],
+)
 def test_a_setup_that_cannot_be_is_refused(patch, tmp_path, changes, words):
   with pytest.raises(Exception, match=words):
     make_setup(config(**changes), tmp_path)
@@ -392,6 +505,7 @@ def test_wrong_stages(patch, tmp_path):
   assert train.resolve(ppo_ptx.get_config()) == ['pretrain', 'sft', 'rm', 'ppo', 'ppo_ptx']
   setup = make_setup(config(), tmp_path)
   from alignjax.setup.weights import initial_params
+
   with pytest.raises(FileNotFoundError, match='stage:NAME'):
     initial_params(setup, 'stage:sft', 'lm', 0)
 

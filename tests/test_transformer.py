@@ -10,7 +10,15 @@ import pytest
 
 from alignjax.models import transformer
 from alignjax.models.config import ranges_without
-from tests.fakes import FAMILIES, VOCAB, assert_float32_logits, assert_not_rounded, close, config, model
+from tests.fakes import (
+  FAMILIES,
+  VOCAB,
+  assert_float32_logits,
+  assert_not_rounded,
+  close,
+  config,
+  model,
+)
 
 
 def rows(seed, count=3, length=9):
@@ -19,7 +27,10 @@ def rows(seed, count=3, length=9):
 
 
 def padded(sequences, length, side):
-  tokens, mask = np.zeros((len(sequences), length), np.int32), np.zeros((len(sequences), length), bool)
+  tokens, mask = (
+    np.zeros((len(sequences), length), np.int32),
+    np.zeros((len(sequences), length), bool),
+  )
   for i, s in enumerate(sequences):
     where = slice(length - len(s), None) if side == 'left' else slice(0, len(s))
     tokens[i, where], mask[i, where] = s, True
@@ -50,8 +61,11 @@ def test_item_25_decode_equals_the_full_forward(family):
   for t in range(5):
     logits, cache = nets.decoder.step(weights, jnp.asarray(new[:, t]), jnp.ones(4, bool), cache)
     steps.append(logits)
-  full = nets.logits(params, jnp.concatenate([prompts, jnp.asarray(new, jnp.int32)], 1), jnp.pad(mask, ((0, 0), (0, 5)),
-                                                                                               constant_values=True))
+  full = nets.logits(
+    params,
+    jnp.concatenate([prompts, jnp.asarray(new, jnp.int32)], 1),
+    jnp.pad(mask, ((0, 0), (0, 5)), constant_values=True),
+  )
   close(jnp.stack(steps, 1), full[:, 6:], rtol=1e-4, atol=1e-4)
 
 
@@ -65,7 +79,8 @@ def test_item_26_chunked_log_probabilities_are_the_same(chunk):
 
 
 def test_item_26_no_more_logits_than_a_chunk():
-  """The largest float32 array with a vocabulary axis has `chunk` tokens, two columns of four rows, forward and backward."""
+  """The largest float32 array with a vocabulary axis has `chunk` tokens, two columns of four rows,
+  forward and backward."""
   vocab, chunk = 1000, 8
   cfg = config('gpt2', vocab_size=vocab, logits_chunk=chunk)
   nets = transformer.make_networks(cfg)
@@ -100,7 +115,9 @@ def test_logprobs_are_those_of_the_next_token():
 
 def test_the_scalar_head_starts_at_one_over_d_plus_one():
   cfg = config(d_model=512)
-  kernels = [np.asarray(transformer.init_head(cfg, jax.random.key(i))['kernel']).ravel() for i in range(8)]
+  kernels = [
+    np.asarray(transformer.init_head(cfg, jax.random.key(i))['kernel']).ravel() for i in range(8)
+  ]
   variance = np.concatenate(kernels).var()
   assert abs(variance * 513 - 1) < 4 * np.sqrt(2 / (8 * 512))
   assert (transformer.init_head(cfg, jax.random.key(0))['bias'] == 0).all()
@@ -127,7 +144,8 @@ def test_bfloat16_activations_give_float32_log_probabilities_near_the_exact_ones
 
 
 def bfloat16_model(seed=0, **changes):
-  """Untied, logits of a spread of 8 as those of real models: (config, networks, parameters, and a little changed ones)."""
+  """Untied, logits of a spread of 8 as those of real models: (config, networks, parameters, and a
+  little changed ones)."""
   cfg = config('llama', d_model=64, vocab_size=64, embedding_std=1.0, dtype='bfloat16', **changes)
   params = jax.jit(lambda: transformer.init(cfg, jax.random.key(seed)))()
   rng = np.random.default_rng(seed)
@@ -137,7 +155,8 @@ def bfloat16_model(seed=0, **changes):
 
 
 def test_bfloat16_logits_of_untied_embeddings_come_out_in_float32():
-  """The same numbers as with tied ones, bit for bit, from the same table; next to none of them is a bfloat16."""
+  """The same numbers as with tied ones, bit for bit, from the same table; next to none of them is a
+  bfloat16."""
   cfg, nets, params, _ = bfloat16_model()
   tied = transformer.make_networks(dataclasses.replace(cfg, tie_embeddings=True))
   params['final']['head']['kernel'] = params['embed']['tokens'].T
@@ -159,7 +178,8 @@ def test_bfloat16_logits_of_untied_embeddings_come_out_in_float32():
 
 @pytest.mark.parametrize('chunk', [None, 16])
 def test_log_ratios_in_bfloat16_are_those_of_the_float64_product(chunk):
-  """What a small update does to a token's log-probability, given what the layers say (the logits of an identity for a head)."""
+  """What a small update does to a token's log-probability, given what the layers say (the logits of
+  an identity for a head)."""
   cfg, nets, before, after = bfloat16_model(logits_chunk=chunk)
   tokens, mask = padded(rows(1, count=4, length=20), 20, 'left')
 
@@ -178,17 +198,23 @@ def test_log_ratios_in_bfloat16_are_those_of_the_float64_product(chunk):
 
 
 def test_a_scalar_head_reads_a_norm_in_float32():
-  """Two rows of hidden numbers that differ by less than a bfloat16 does: their scores differ as in float64."""
+  """Two rows of hidden numbers that differ by less than a bfloat16 does: their scores differ as in
+  float64."""
   cfg = config('llama', d_model=8, num_heads=1, num_kv_heads=1, dtype='bfloat16')
   params = jax.jit(lambda: transformer.init(cfg, jax.random.key(0), 'scalar'))()['final']
   x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (1, 5, 8)), jnp.bfloat16)
   exact = np.asarray(x, np.float64)
-  exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + cfg.norm_eps) @ np.asarray(params['score']['kernel'], np.float64)
+  exact = (
+    exact
+    / np.sqrt((exact**2).mean(-1, keepdims=True) + cfg.norm_eps)
+    @ np.asarray(params['score']['kernel'], np.float64)
+  )
   close(transformer.Final(cfg, 'scalar').apply({'params': params}, x), exact[..., 0], rtol=1e-5)
 
 
 def test_decoding_keeps_what_scoring_computes_in_float32():
-  """Norm scales and scores stay float32 in the weights that sampling uses; every other weight is cast once."""
+  """Norm scales and scores stay float32 in the weights that sampling uses; every other weight is
+  cast once."""
   _, nets, params, _ = bfloat16_model()
   weights = jax.eval_shape(nets.decoder.prepare, params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
@@ -196,7 +222,8 @@ def test_decoding_keeps_what_scoring_computes_in_float32():
 
 
 def test_attention_by_a_float64_loop(heads=2):
-  """Weights of the visible columns only; a query with nothing to see gets 0, and no gradient is NaN."""
+  """Weights of the visible columns only; a query with nothing to see gets 0, and no gradient is
+  NaN."""
   rng = np.random.default_rng(heads)
   q = jnp.asarray(rng.normal(0, 1, (1, 4, 1, heads, 6)), jnp.float32)
   k, v = (jnp.asarray(rng.normal(0, 1, (1, 1, 5, 6)), jnp.float32) for _ in range(2))
@@ -205,7 +232,10 @@ def test_attention_by_a_float64_loop(heads=2):
   for t in range(4):
     for n in range(heads):
       seen = np.flatnonzero(visible[0, t])
-      logits = [np.asarray(q[0, t, 0, n], np.float64) @ np.asarray(k[0, 0, s], np.float64) / np.sqrt(6) for s in seen]
+      logits = [
+        np.asarray(q[0, t, 0, n], np.float64) @ np.asarray(k[0, 0, s], np.float64) / np.sqrt(6)
+        for s in seen
+      ]
       for weight, s in zip(np.exp(logits) / np.exp(logits).sum(), seen, strict=True):
         expected[0, t, 0, n] += weight * np.asarray(v[0, 0, s], np.float64)
   out, back = jax.vjp(jax.jit(lambda *x: transformer._attend(*x, jnp.asarray(visible))), q, k, v)
@@ -217,7 +247,8 @@ def test_attention_by_a_float64_loop(heads=2):
 
 @pytest.mark.parametrize('family,chunk', [('gpt2', None), ('llama', 5)])
 def test_an_empty_prompt_does_not_see_what_follows(family, chunk):
-  """A row of pads alone, then three tokens: the first one's log-probability knows none of them, and decoding agrees."""
+  """A row of pads alone, then three tokens: the first one's log-probability knows none of them, and
+  decoding agrees."""
   _, _, params, _ = model(family)
   nets = transformer.make_networks(config(family, attention_chunk=chunk))
   prompts = jnp.array([[0, 0, 0], [0, 7, 8]])
@@ -231,8 +262,14 @@ def test_an_empty_prompt_does_not_see_what_follows(family, chunk):
     first, cache = nets.decoder.prefill(weights, prompts, mask[:, :3], 6)
     second, _ = nets.decoder.step(weights, jnp.array([3, 3]), jnp.ones(2, bool), cache)
     grads = jax.grad(lambda p: nets.logprobs(p, row(3, 4, 5), mask)[0].sum())(params)
-    return (score(row(3, 4, 5), mask), score(row(3, 9, 1), mask), score(row(3, 4, 5), mask.astype(jnp.int32)),
-            jax.nn.log_softmax(first), jax.nn.log_softmax(second), grads)
+    return (
+      score(row(3, 4, 5), mask),
+      score(row(3, 9, 1), mask),
+      score(row(3, 4, 5), mask.astype(jnp.int32)),
+      jax.nn.log_softmax(first),
+      jax.nn.log_softmax(second),
+      grads,
+    )
 
   one, other, packed, first, second, grads = run(params)
   assert (one[:, 3] == other[:, 3]).all() and (one[:, 4] != other[:, 4]).all()
@@ -244,7 +281,8 @@ def test_an_empty_prompt_does_not_see_what_follows(family, chunk):
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama'])
 def test_ids_without_a_token_have_no_probability(family):
-  """Holes and a padded end of the vocabulary: log-probabilities are as if it held the other ids alone; the logits stay."""
+  """Holes and a padded end of the vocabulary: log-probabilities are as if it held the other ids
+  alone; the logits stay."""
   _, plain, params, _ = model(family)
   nets = transformer.make_networks(config(family, unused_ids=((10, 12), (45, 50))))
   known = np.delete(np.arange(VOCAB), [10, 11, 45, 46, 47, 48, 49])
@@ -256,10 +294,18 @@ def test_ids_without_a_token_have_no_probability(family):
     weights = nets.decoder.prepare(params)
     decoded, cache = nets.decoder.prefill(weights, tokens, mask, 7)
     after, _ = nets.decoder.step(weights, tokens[:, 0], mask[:, 1], cache)
-    return (nets.logits(params, tokens, mask), plain.logits(params, tokens, mask), nets.logprobs(params, tokens, mask), grads,
-            decoded, after)
+    return (
+      nets.logits(params, tokens, mask),
+      plain.logits(params, tokens, mask),
+      nets.logprobs(params, tokens, mask),
+      grads,
+      decoded,
+      after,
+    )
 
-  logits, without, (logprobs, entropy), grads, decoded, after = jax.tree.map(np.asarray, run(params))
+  logits, without, (logprobs, entropy), grads, decoded, after = jax.tree.map(
+    np.asarray, run(params)
+  )
   np.testing.assert_array_equal(logits, without)
   close(decoded[:, known], without[:, -1, known], rtol=1e-4, atol=1e-4)
   for out in (decoded, after):
@@ -267,11 +313,18 @@ def test_ids_without_a_token_have_no_probability(family):
   exact = np.exp(without[..., known].astype(np.float64))
   exact /= exact.sum(-1, keepdims=True)
   place = np.searchsorted(known, np.asarray(tokens))
-  close(logprobs[:, 1:], np.log(np.take_along_axis(exact[:, :-1], place[:, 1:, None], -1)[..., 0]), rtol=1e-4, atol=1e-5)
+  close(
+    logprobs[:, 1:],
+    np.log(np.take_along_axis(exact[:, :-1], place[:, 1:, None], -1)[..., 0]),
+    rtol=1e-4,
+    atol=1e-5,
+  )
   close(entropy[:, 1:], -(exact * np.log(exact)).sum(-1)[:, :-1], rtol=1e-4)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   head = grads['embed']['tokens'] if family == 'gpt2' else grads['final']['head']['kernel'].T
-  assert (np.asarray(head)[[10, 11, 45, 49]] == 0).all() and (np.asarray(head)[known] != 0).any(1).all()
+  assert (np.asarray(head)[[10, 11, 45, 49]] == 0).all() and (np.asarray(head)[known] != 0).any(
+    1
+  ).all()
 
 
 def test_ranges_of_ids_without_a_token():
@@ -285,14 +338,23 @@ def test_compiled_size_does_not_grow_with_depth():
     nets = transformer.make_networks(cfg)
     params = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
     tokens = jnp.zeros((1, 4), jnp.int32)
-    return len(str(jax.make_jaxpr(lambda p: nets.logits(p, tokens, tokens == 0))(params)).splitlines())
+    return len(
+      str(jax.make_jaxpr(lambda p: nets.logits(p, tokens, tokens == 0))(params)).splitlines()
+    )
 
   assert lines(2) == lines(16)
 
 
-@pytest.mark.parametrize('changes,words', [
-    (dict(d_model=30), 'num_heads'), (dict(num_kv_heads=3), 'num_kv_heads'), (dict(norm='batch'), 'norm'),
-    (dict(head_dim=7, positions='rotary'), 'even'), (dict(positions='alibi'), 'positions')])
+@pytest.mark.parametrize(
+  'changes,words',
+  [
+    (dict(d_model=30), 'num_heads'),
+    (dict(num_kv_heads=3), 'num_kv_heads'),
+    (dict(norm='batch'), 'norm'),
+    (dict(head_dim=7, positions='rotary'), 'even'),
+    (dict(positions='alibi'), 'positions'),
+  ],
+)
 def test_a_wrong_declaration_is_refused(changes, words):
   with pytest.raises(ValueError, match=words):
     config(**changes)

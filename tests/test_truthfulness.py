@@ -1,4 +1,5 @@
-"""TruthfulQA: the prompts, what judges see and how their answers count; the split by question; a judge that our SFT trains."""
+"""TruthfulQA: the prompts, what judges see and how their answers count; the split by question; a
+judge that our SFT trains."""
 
 import json
 import os
@@ -17,7 +18,9 @@ from alignjax.inference import completions, loading
 from experiments.configs import truth_judge
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
-DATA = pathlib.Path(os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data'))
+DATA = pathlib.Path(
+  os.environ.get('ALIGNJAX_DATA', pathlib.Path(__file__).parents[2] / 'shared' / 'data')
+)
 SHARED = DATA / 'evals' / 'truthfulqa'
 JUDGED: list[tuple[str, str]] = []
 
@@ -33,53 +36,90 @@ def info(questions, answers):
 
 def test_the_prompts():
   assert truthfulness.PRIMER.count('Q: ') == truthfulness.PRIMER.count('\nA: ') == 6
-  assert 'Q: What is the square root of banana?\nA: I have no comment.\n\nQ: How does' in truthfulness.PRIMER
-  assert truthfulness.PROMPTS['instruction'].startswith('Interpret each question literally, and as a question about ')
-  assert truthfulness.PROMPTS['QA + instruct'] == f'{truthfulness.INSTRUCTION}\n\n{truthfulness.PRIMER}'
+  assert (
+    'Q: What is the square root of banana?\nA: I have no comment.\n\nQ: How does'
+    in truthfulness.PRIMER
+  )
+  assert truthfulness.PROMPTS['instruction'].startswith(
+    'Interpret each question literally, and as a question about '
+  )
+  assert (
+    truthfulness.PROMPTS['QA + instruct'] == f'{truthfulness.INSTRUCTION}\n\n{truthfulness.PRIMER}'
+  )
 
 
 @pytest.fixture
 def case(tmp_path, monkeypatch):
-  (tmp_path / 'q.csv').write_text('\ufeffType,Question\nA,One?\nA,"Two, too?"\nA,Three?\n', encoding='utf-8')
+  (tmp_path / 'q.csv').write_text(
+    '\ufeffType,Question\nA,One?\nA,"Two, too?"\nA,Three?\n', encoding='utf-8'
+  )
   asked = []
 
   def continuations(model, rows, *, max_tokens, until):
     assert max_tokens == 50 and until == ('\n',)
     texts = [model.decode(row) for row in rows]
     asked.extend(texts)
-    return [' no' if 'Two' in t else ' no comment' if t.startswith('Interpret') else ' yes' for t in texts]
+    return [
+      ' no' if 'Two' in t else ' no comment' if t.startswith('Interpret') else ' yes' for t in texts
+    ]
 
   monkeypatch.setattr(completions, 'continuations', continuations)
   JUDGED.clear()
-  call = lambda **kw: truthfulness.truthfulqa(loading.load(f'hf:{CHAT}'), seed=0, keep=tmp_path / 'keep', **(dict(
-      limit=None, data=str(tmp_path / 'q.csv'), truth=f'{__name__}:truth', info=f'{__name__}:info') | kw))
+  call = lambda **kw: truthfulness.truthfulqa(
+    loading.load(f'hf:{CHAT}'),
+    seed=0,
+    keep=tmp_path / 'keep',
+    **(
+      dict(
+        limit=None, data=str(tmp_path / 'q.csv'), truth=f'{__name__}:truth', info=f'{__name__}:info'
+      )
+      | kw
+    ),
+  )
   return types.SimpleNamespace(call=call, asked=asked)
 
 
 def test_answers_are_judged_true_and_informative(case):
   cells = {(c.metric.split(' (')[0], c.prompt): c.values for c in case.call()}
-  assert cells == {('true', 'QA prompt'): [1, 0, 1], ('true', 'instruction'): [1, 0, 1], ('true', 'QA + instruct'): [1, 0, 1],
-                   ('true+info', 'QA prompt'): [1, 0, 1], ('true+info', 'instruction'): [0, 0, 0],
-                   ('true+info', 'QA + instruct'): [0, 0, 0]}
-  assert case.asked[0].endswith('Barcelona, Spain.\n\nQ: One?\nA:') and case.asked[0].startswith('Q: What is human')
+  assert cells == {
+    ('true', 'QA prompt'): [1, 0, 1],
+    ('true', 'instruction'): [1, 0, 1],
+    ('true', 'QA + instruct'): [1, 0, 1],
+    ('true+info', 'QA prompt'): [1, 0, 1],
+    ('true+info', 'instruction'): [0, 0, 0],
+    ('true+info', 'QA + instruct'): [0, 0, 0],
+  }
+  assert case.asked[0].endswith('Barcelona, Spain.\n\nQ: One?\nA:') and case.asked[0].startswith(
+    'Q: What is human'
+  )
   assert case.asked[3] == f'{truthfulness.INSTRUCTION}\n\nQ: One?\nA:'
-  assert len(case.asked) == 9 and len(JUDGED) == 9 and JUDGED[:2] == [('One?', 'yes'), ('Two, too?', 'no')]
+  assert (
+    len(case.asked) == 9
+    and len(JUDGED) == 9
+    and JUDGED[:2] == [('One?', 'yes'), ('Two, too?', 'no')]
+  )
   case.call()
   assert len(case.asked) == 9 and len(JUDGED) == 9  # kept
   assert {c.metric for c in case.call(info='', limit=2)} == {f'true ({__name__}:truth)'}
 
 
 def test_a_judge_that_is_missing_is_said_before_anything_is_sampled(case):
-  for options, words in ((dict(info='nowhere/sft'), r'truthfulqa.info=nowhere/sft: no trained judge.*configs/truth_judge.py:info'),
-                         (dict(truth=''), 'needs a judge of truth'),
-                         (dict(truth=f'{__name__}:none'), 'has no function')):
+  for options, words in (
+    (
+      dict(info='nowhere/sft'),
+      r'truthfulqa.info=nowhere/sft: no trained judge.*configs/truth_judge.py:info',
+    ),
+    (dict(truth=''), 'needs a judge of truth'),
+    (dict(truth=f'{__name__}:none'), 'has no function'),
+  ):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
       case.call(**options)
   assert case.asked == []
 
 
 def test_yes_against_no_is_read_where_they_differ():
-  """Bytes: " yes" and " no" share their space, so "y" against "n" after it, in float64 from the logits."""
+  """Bytes: " yes" and " no" share their space, so "y" against "n" after it, in float64 from the
+  logits."""
   model = loading.load(f'hf:{CHAT}')
   prompts = [f'Q: {"x" * n}?\nA: b\nTrue:' for n in (1, 40, 3)]
   expected = []
@@ -117,23 +157,47 @@ def test_the_split_is_by_question():
   if not SHARED.exists():
     pytest.skip(f'no {SHARED}: set ALIGNJAX_DATA')
   for name in ('truth', 'info'):
-    read = lambda side: sources.read(f'jsonl:{SHARED}/finetune_{name}.jsonl.gz', 'demonstrations', side)  # noqa: B023
+    read = lambda side: sources.read(
+      f'jsonl:{SHARED}/finetune_{name}.jsonl.gz', 'demonstrations', side
+    )  # noqa: B023
     rows = [read('truthfulqa_judge'), read('truthfulqa_judge_heldout')]
     found = [{r['prompt'].partition('\nA: ')[0] for r in part} for part in rows]
-    assert not found[0] & found[1] and [len(f) for f in found] == [740, 77] and [len(r) for r in rows] == [20310, 2124]
+    assert (
+      not found[0] & found[1]
+      and [len(f) for f in found] == [740, 77]
+      and [len(r) for r in rows] == [20310, 2124]
+    )
 
 
 def test_agreement_by_hand(tmp_path, monkeypatch):
-  """Four held-out rows, judged yes no yes yes, said yes no no yes: 3/4; recall of yes 1, of no 1/2; training says no more."""
+  """Four held-out rows, judged yes no yes yes, said yes no no yes: 3/4; recall of yes 1, of no 1/2;
+  training says no more."""
   seen, held = sides(2)
-  rows = [judgment(seen[0], 'a', 'no'), judgment(seen[1], 'a', 'no'), judgment(seen[1], 'b', 'yes'),
-          judgment(held[0], 'a', 'yes'), judgment(held[0], 'b', 'no'), judgment(held[1], 'c', 'no'), judgment(held[1], 'd', 'yes')]
+  rows = [
+    judgment(seen[0], 'a', 'no'),
+    judgment(seen[1], 'a', 'no'),
+    judgment(seen[1], 'b', 'yes'),
+    judgment(held[0], 'a', 'yes'),
+    judgment(held[0], 'b', 'no'),
+    judgment(held[1], 'c', 'no'),
+    judgment(held[1], 'd', 'yes'),
+  ]
   (tmp_path / 'j.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  monkeypatch.setattr(truthfulness, 'reader', lambda model: lambda prompts: [0.1 if 'A: b' in p else 0.9 for p in prompts])
-  ask = lambda: truthfulness.judge_agreement(None, data=str(tmp_path / 'j.jsonl'), limit=None, seed=0, keep=tmp_path)
+  monkeypatch.setattr(
+    truthfulness,
+    'reader',
+    lambda model: lambda prompts: [0.1 if 'A: b' in p else 0.9 for p in prompts],
+  )
+  ask = lambda: truthfulness.judge_agreement(
+    None, data=str(tmp_path / 'j.jsonl'), limit=None, seed=0, keep=tmp_path
+  )
   accuracy, balanced, most = ask()
-  assert accuracy.values == [1, 1, 0, 1] and accuracy.clusters == [f'Q: {q}' for q in (held[0], held[0], held[1], held[1])]
-  assert balanced.values == [[1, 1], [0, 0], [0, 1], [1, 1]] and table.figure(balanced)['mean'] == 0.75
+  assert accuracy.values == [1, 1, 0, 1] and accuracy.clusters == [
+    f'Q: {q}' for q in (held[0], held[0], held[1], held[1])
+  ]
+  assert (
+    balanced.values == [[1, 1], [0, 0], [0, 1], [1, 1]] and table.figure(balanced)['mean'] == 0.75
+  )
   assert most.values == [0, 1, 1, 0] and table.figure(accuracy)['n'] == 4
   with pytest.raises(ValueError, match='name the judgments'):
     truthfulness.judge_agreement(None, data=None, limit=None, seed=0, keep=tmp_path)
@@ -144,13 +208,18 @@ def test_balanced_accuracy_is_that_of_scikit_learn():
   rng = np.random.default_rng(0)
   label = (rng.random(50) < 0.8).astype(float)
   judged = np.where(rng.random(50) < 0.7, label, 1 - label)
-  assert truthfulness.balanced_accuracy(np.stack([label, judged], 1).tolist()) == pytest.approx(measure(label, judged))
+  assert truthfulness.balanced_accuracy(np.stack([label, judged], 1).tolist()) == pytest.approx(
+    measure(label, judged)
+  )
 
 
 @pytest.mark.parametrize('arg', ['truth', 'info', 'truth-cpu', 'info-tiny'])
 def test_the_config_builds(arg):
   c = truth_judge.get_config(arg)
-  assert train.resolve(c) == ['sft'] and c.data.demonstrations == f'jsonl:finetune_{arg.partition("-")[0]}.jsonl'
+  assert (
+    train.resolve(c) == ['sft']
+    and c.data.demonstrations == f'jsonl:finetune_{arg.partition("-")[0]}.jsonl'
+  )
   c.checkpoint = 'hf:other'
   assert c.model.source == c.data.tokenizer == c.stages.sft.init.policy == 'hf:other'
   with pytest.raises(ValueError, match='has not the form'):
@@ -159,9 +228,14 @@ def test_the_config_builds(arg):
 
 @pytest.mark.slow
 def test_a_judge_is_trained_and_agrees(tmp_path, monkeypatch):
-  """An answer of a's is true, one of z's is not: learnt on some questions, right on others, from a random model of bytes."""
+  """An answer of a's is true, one of z's is not: learnt on some questions, right on others, from a
+  random model of bytes."""
   seen, held = sides(40)
-  rows = [judgment(q, letter * 4, said) for q in (*seen, *held[:10]) for letter, said in (('a', 'yes'), ('z', 'no'))]
+  rows = [
+    judgment(q, letter * 4, said)
+    for q in (*seen, *held[:10])
+    for letter, said in (('a', 'yes'), ('z', 'no'))
+  ]
   (tmp_path / 'finetune_truth.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   c = truth_judge.get_config('truth-tiny')
   c.checkpoint, c.model.max_length = f'hf:{CHAT}', 128
@@ -173,8 +247,15 @@ def test_a_judge_is_trained_and_agrees(tmp_path, monkeypatch):
     m.setattr(jax, 'devices', lambda *_: one)
     train.main(c, tmp_path / 'run')
   judge = f'{tmp_path}/run/sft'
-  cells = truthfulness.judge_agreement(loading.load(judge, 'lm'), data=str(tmp_path / 'finetune_truth.jsonl'), limit=None, seed=0,
-                                       keep=tmp_path)
-  assert [table.figure(cell)['mean'] for cell in cells] == [1.0, 1.0, 0.5] and len(cells[0].values) == 20
+  cells = truthfulness.judge_agreement(
+    loading.load(judge, 'lm'),
+    data=str(tmp_path / 'finetune_truth.jsonl'),
+    limit=None,
+    seed=0,
+    keep=tmp_path,
+  )
+  assert [table.figure(cell)['mean'] for cell in cells] == [1.0, 1.0, 0.5] and len(
+    cells[0].values
+  ) == 20
   p = truthfulness.load(judge, 'truth')([held[11]] * 2, ['aaaa', 'zzzz'])
   assert p[0] > 0.9 and p[1] < 0.1

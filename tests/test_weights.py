@@ -1,5 +1,5 @@
-"""What each example weighs, and which examples go where: shares of a loss by source, prompts of a reward model's epoch, ties, what
-no stage is trained on."""
+"""What each example weighs, and which examples go where: shares of a loss by source, prompts of a
+reward model's epoch, ties, what no stage is trained on."""
 
 import json
 import pathlib
@@ -44,12 +44,15 @@ def mixed_rows(packed: bool):
   text = encode.documents([[1, *range(11, 26)]], 8)
   text = text.replace(mask=text.mask.astype(rows.mask.dtype))
   made = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), rows, text)
-  return made.replace(source=jnp.asarray([0, 0, 1, 1]), mix=(('demonstrations', 0.9), ('pretrain', 0.1)))
+  return made.replace(
+    source=jnp.asarray([0, 0, 1, 1]), mix=(('demonstrations', 0.9), ('pretrain', 0.1))
+  )
 
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_a_mix_is_a_share_of_the_loss(packed):
-  """Rows of text hold 7 trained tokens, demonstrations 2 and 3: by tokens, text would be 14 of 19 where a tenth is asked for."""
+  """Rows of text hold 7 trained tokens, demonstrations 2 and 3: by tokens, text would be 14 of 19
+  where a tenth is asked for."""
   _, nets, params, _ = model()
   batch = mixed_rows(packed)
   loss = jax.jit(lambda batch: losses.sft({'policy': params}, batch.normalized(), None, nets=nets))
@@ -62,10 +65,12 @@ def test_a_mix_is_a_share_of_the_loss(packed):
   close(figures['sft/loss/pretrain'], text)
   close(figures['sft/share/pretrain'], 0.1)
   assert figures['sft/loss'] == total
-  twice = jax.tree.map(lambda x: jnp.concatenate([x, x[2:]]), batch)  # more rows of text change the noise, not the weight
+  # more rows of text change the noise, not the weight
+  twice = jax.tree.map(lambda x: jnp.concatenate([x, x[2:]]), batch)
   close(loss(twice)[0], total)
   if packed:
-    assert_additive(losses.sft, {'policy': params}, batch, nets, parts=4)  # each microbatch has rows of one source
+    # each microbatch has rows of one source
+    assert_additive(losses.sft, {'policy': params}, batch, nets, parts=4)
 
 
 @pytest.mark.parametrize('pack', [False, True])
@@ -73,42 +78,60 @@ def test_a_mix_is_a_share_of_the_loss(packed):
 def test_the_batches_of_sft_have_the_share(pack, mix, rows, tmp_path):
   c = base.get_config('tiny')
   c.data.pack = pack
-  c.stages.sft.update(init=dict(policy='random'), demonstrations=16, documents=64, pretrain_mix=mix, batch_size=8)
+  c.stages.sft.update(
+    init=dict(policy='random'), demonstrations=16, documents=64, pretrain_mix=mix, batch_size=8
+  )
   setup = make_setup(c, tmp_path)
   made = sft.build(setup, 'sft').batch(0)
   batch = made.normalized()
   assert batch.source.tolist() == [0] * (8 - rows) + [1] * rows
   close([batch.of_source(i).sum() for i in (0, 1)], [1 - mix, mix])
   abstract = sft.abstract_step(setup, 'sft').arguments[1]
-  assert jax.tree.structure(abstract) == jax.tree.structure(made), 'compile.py and the check see the batch of the stage'
+  assert jax.tree.structure(abstract) == jax.tree.structure(made), (
+    'compile.py and the check see the batch of the stage'
+  )
   assert [x.shape for x in jax.tree.leaves(abstract)] == [x.shape for x in jax.tree.leaves(made)]
 
 
 def test_ptx_is_a_mean_over_its_own_tokens():
-  """Its weight does not depend on how many pretraining rows an episode has, nor does that of the PPO terms."""
+  """Its weight does not depend on how many pretraining rows an episode has, nor does that of the
+  PPO terms."""
   _, nets, params, scalar = model()
   params = {'policy': params, 'value': scalar}
   batch = ppo_batch(0)
   more = batch.replace(ptx=jax.tree.map(lambda x: jnp.concatenate([x, x, x]), batch.ptx))
-  loss = jax.jit(lambda batch: losses.ppo_ptx(params, batch.normalized(), None, nets=nets, ptx_coef=3.0))
+  loss = jax.jit(
+    lambda batch: losses.ppo_ptx(params, batch.normalized(), None, nets=nets, ptx_coef=3.0)
+  )
   (a, one), (b, three) = loss(batch), loss(more)
   close(a, b)
   for name in one:
     close(one[name], three[name])
-  log_p = np.asarray(jax.jit(nets.logprobs)(params['policy'], batch.ptx.tokens, batch.ptx.mask)[0], np.float64)
+  log_p = np.asarray(
+    jax.jit(nets.logprobs)(params['policy'], batch.ptx.tokens, batch.ptx.mask)[0], np.float64
+  )
   weights = np.asarray(batch.ptx.weights, np.float64)
   close(one['ppo/loss/ptx'], -(weights * log_p).sum() / weights.sum())
   close(a, one['ppo/loss/policy'] + one['ppo/loss/value'] + 3 * one['ppo/loss/ptx'])
 
 
-@pytest.mark.parametrize('changes,words', [
-    ({'pretrain_mix': 1.0}, 'pretrain_mix=1.0 must be a share of the loss'), ({'pretrain_mix': -0.1}, 'pretrain_mix=-0.1 must be'),
+@pytest.mark.parametrize(
+  'changes,words',
+  [
+    ({'pretrain_mix': 1.0}, 'pretrain_mix=1.0 must be a share of the loss'),
+    ({'pretrain_mix': -0.1}, 'pretrain_mix=-0.1 must be'),
     ({'pretrain_mix': 0.5, 'batch_size': 1}, 'no demonstration in a batch of 1'),
-    ({'microbatches': 3}, 'batch_size by microbatches'), ({'microbatches': 0}, 'batch_size by microbatches'),
+    ({'microbatches': 3}, 'batch_size by microbatches'),
+    ({'microbatches': 0}, 'batch_size by microbatches'),
     ({'epochs': -1}, 'epochs=-1 must be a number, 0 or more'),
-    ({'demonstrations': None}, "demonstrations=None must be a whole number, 1 or more; None, .* data.demon"),
-    ({'documents': None}, "documents=None must .* data.pretrain='sandbox:'"), ({'demonstrations': 0}, 'demonstrations=0 must be'),
-])
+    (
+      {'demonstrations': None},
+      'demonstrations=None must be a whole number, 1 or more; None, .* data.demon',
+    ),
+    ({'documents': None}, "documents=None must .* data.pretrain='sandbox:'"),
+    ({'demonstrations': 0}, 'demonstrations=0 must be'),
+  ],
+)
 def test_settings_of_sft_that_cannot_be(changes, words, tmp_path):
   c = base.get_config('tiny')
   with c.ignore_type():
@@ -123,14 +146,23 @@ def test_settings_of_sft_that_cannot_be(changes, words, tmp_path):
 def rankings(sizes):
   """Prompts [i + 2] of K responses of one or nine tokens."""
   responses = [[[5 + j] * (1 + 8 * (i % 2)) for j in range(k)] for i, k in enumerate(sizes)]
-  return Comparisons([[i + 2] for i in range(len(sizes))], responses, [list(range(k)) for k in sizes])
+  return Comparisons(
+    [[i + 2] for i in range(len(sizes))], responses, [list(range(k)) for k in sizes]
+  )
 
 
 @pytest.mark.parametrize('microbatches', [1, 2, 4])
 def test_over_an_epoch_every_prompt_weighs_the_same(microbatches, tmp_path):
-  """Eq. 1 is a mean over prompts. 21 pairs, 7 of K=4 and 3 of K=9, in buckets of K and length whose last batches are short."""
+  """Eq. 1 is a mean over prompts. 21 pairs, 7 of K=4 and 3 of K=9, in buckets of K and length whose
+  last batches are short."""
   c = base.get_config('tiny')
-  c.stages.rm.update(k_buckets=(2, 4, 9), row_lengths=(8,), responses_per_batch=36, microbatches=microbatches, epochs=2)
+  c.stages.rm.update(
+    k_buckets=(2, 4, 9),
+    row_lengths=(8,),
+    responses_per_batch=36,
+    microbatches=microbatches,
+    epochs=2,
+  )
   setup = make_setup(c, tmp_path)
   data = rankings([2] * 21 + [4] * 7 + [9] * 3)
   plan = comparisons.updates(setup, 'rm', data)
@@ -140,16 +172,23 @@ def test_over_an_epoch_every_prompt_weighs_the_same(microbatches, tmp_path):
     batch = comparisons.batch(setup, data, plan, i, encode.comparisons).normalized()
     assert batch.tokens.shape[:2] == (4, shape[0])
     own = np.concatenate(steps.split(np.asarray(batch.weights), microbatches))
-    assert (own[len(rows):] == 0).all() and (batch.tokens[:len(rows), 0, 0] == np.asarray(rows) + 2).all()
-    np.add.at(weights, rows, own[:len(rows)])
+    assert (own[len(rows) :] == 0).all() and (
+      batch.tokens[: len(rows), 0, 0] == np.asarray(rows) + 2
+    ).all()
+    np.add.at(weights, rows, own[: len(rows)])
   np.testing.assert_allclose(weights, 2 / 4)
 
 
 def test_a_short_batch_makes_a_smaller_gradient_and_its_figures_are_means():
-  """One prompt in a batch of four: a quarter of the gradient that it makes alone, and its own loss and accuracy."""
+  """One prompt in a batch of four: a quarter of the gradient that it makes alone, and its own loss
+  and accuracy."""
   _, nets, _, scalar = model()
-  alone = jax.tree.map(jnp.asarray, encode.comparisons([[5, 8]], [[[7, 1], [2]]], [[1, 0]], 6, 2, pad=0))
-  short = jax.tree.map(lambda x: jnp.repeat(x, 4, 0), alone).replace(weights=jnp.asarray([1.0, 0, 0, 0]))
+  alone = jax.tree.map(
+    jnp.asarray, encode.comparisons([[5, 8]], [[[7, 1], [2]]], [[1, 0]], 6, 2, pad=0)
+  )
+  short = jax.tree.map(lambda x: jnp.repeat(x, 4, 0), alone).replace(
+    weights=jnp.asarray([1.0, 0, 0, 0])
+  )
   grads = jax.jit(lambda p, b: steps.gradients(losses.reward_ranking, p, b, None, nets=nets)[:2])
   (whole, expected), (part, figures) = (grads({'reward': scalar}, b) for b in (alone, short))
   jax.tree.map(lambda a, b: close(a / 4, b, rtol=1e-4), whole, part)
@@ -166,13 +205,22 @@ def test_every_update_can_be_cut_into_the_microbatches(microbatches, k, tmp_path
   assert comparisons.prompts_per_update(make_setup(c, tmp_path), 'rm', k) % microbatches == 0
 
 
-@pytest.mark.parametrize('changes,words', [
-    ({'microbatches': 12}, r'microbatches=12 cuts an update of stages.rm.responses_per_batch=45 into parts of no prompt'),
-    ({'microbatches': 0}, 'microbatches=0'), ({'epochs': 0.5}, 'epochs=0.5 must be a whole number'),
-    ({'k_buckets': ()}, 'k_buckets'), ({'prompts': None}, "prompts=None must .* data.comparisons='sandbox:'"),
+@pytest.mark.parametrize(
+  'changes,words',
+  [
+    (
+      {'microbatches': 12},
+      r'microbatches=12 cuts an update of stages.rm.responses_per_batch=45 into parts of no prompt',
+    ),
+    ({'microbatches': 0}, 'microbatches=0'),
+    ({'epochs': 0.5}, 'epochs=0.5 must be a whole number'),
+    ({'k_buckets': ()}, 'k_buckets'),
+    ({'prompts': None}, "prompts=None must .* data.comparisons='sandbox:'"),
     ({'evaluation_prompts': None}, 'evaluation_prompts=None must be a whole number, 0 or more'),
-    ({'bias_demonstrations': None}, 'bias_demonstrations=None must'), ({'bias_demonstrations': 0}, 'bias_demonstrations=0 must be'),
-])
+    ({'bias_demonstrations': None}, 'bias_demonstrations=None must'),
+    ({'bias_demonstrations': 0}, 'bias_demonstrations=0 must be'),
+  ],
+)
 def test_settings_of_the_reward_model_that_cannot_be(changes, words, tmp_path):
   c = base.get_config('tiny')
   with c.ignore_type():
@@ -191,13 +239,23 @@ def write(path, rows):
 
 def small_rm(folder, rows, share=0.0):
   c = ukp_rm.get_config()
-  c.data.update(tokenizer=f'hf:{CHAT}', template='plain', comparisons=write(folder / 'c.jsonl', rows), prompt_length=8,
-                response_length=4, row_length=8)
-  c.data.demonstrations = write(folder / 'd.jsonl', [dict(prompt=f'd{i}', response='a') for i in range(8)])
+  c.data.update(
+    tokenizer=f'hf:{CHAT}',
+    template='plain',
+    comparisons=write(folder / 'c.jsonl', rows),
+    prompt_length=8,
+    response_length=4,
+    row_length=8,
+  )
+  c.data.demonstrations = write(
+    folder / 'd.jsonl', [dict(prompt=f'd{i}', response='a') for i in range(8)]
+  )
   c.data.mapping.update(comparisons=None, demonstrations=None)
   c.data.heldout.share = share
   c.model.update(num_layers=1, d_model=32, num_heads=2, max_length=32)
-  c.stages.rm.update(bias_demonstrations=4, responses_per_batch=12, k_buckets=(3,), row_lengths=(), log_every=1)
+  c.stages.rm.update(
+    bias_demonstrations=4, responses_per_batch=12, k_buckets=(3,), row_lengths=(), log_every=1
+  )
   return c
 
 
@@ -207,18 +265,26 @@ def ranked(i, ranks):
 
 def test_ties_alone_are_an_error_before_training(tmp_path):
   c = small_rm(tmp_path, [ranked(i, [1, 1, 1]) for i in range(8)])
-  with pytest.raises(ValueError, match='stages.rm: none of the 8 comparisons .* ranks a response above another'):
+  with pytest.raises(
+    ValueError, match='stages.rm: none of the 8 comparisons .* ranks a response above another'
+  ):
     train.main(c, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'rm' / 'metrics.jsonl').exists()
 
 
 def test_prompts_of_ties_are_left_out_and_every_batch_has_figures(tmp_path, capsys):
   """Six of ten prompts tie throughout. As rows of their own they would be batches of accuracy 0."""
-  train.main(small_rm(tmp_path, [ranked(i, [0, 1, 1] if i < 4 else [2, 2, 2]) for i in range(10)]), tmp_path / 'run')
+  train.main(
+    small_rm(tmp_path, [ranked(i, [0, 1, 1] if i < 4 else [2, 2, 2]) for i in range(10)]),
+    tmp_path / 'run',
+  )
   out = capsys.readouterr().out
   assert 'rm: 6 of 10 comparisons rank all of their responses the same and are left out' in out
-  assert ('rm: no comparison without ties and within the lengths is held out (data.heldout.share=0.0), so its accuracy is not '
-          'measured') in out
+  assert (
+    'rm: no comparison without ties and within the lengths is held out (data.heldout.share=0.0), '
+    'so its accuracy is not '
+    'measured'
+  ) in out
   log = metrics.read(tmp_path / 'run' / 'rm' / 'metrics.jsonl')
   assert len(log['step']) == 1 and log['rm/loss'][0] > 0.1
   info = checkpoint.load_info(tmp_path / 'run' / 'rm' / 'final')
@@ -235,7 +301,11 @@ def test_no_epoch_is_no_step(tmp_path):
   train.main(c, tmp_path)
   setup = make_setup(c, tmp_path)
   from alignjax.setup.objects import seed_of
-  assert checkpoint.same(initial_params(setup, 'stage:sft', 'lm', 0), initial_params(setup, 'random', 'lm', seed_of('sft')))
+
+  assert checkpoint.same(
+    initial_params(setup, 'stage:sft', 'lm', 0),
+    initial_params(setup, 'random', 'lm', seed_of('sft')),
+  )
   c.stages.rm.update(epochs=0)
   assert comparisons.updates(setup, 'rm', rankings([4] * 6)).order == []
 
@@ -244,7 +314,8 @@ def test_no_epoch_is_no_step(tmp_path):
 
 
 def hh(i):
-  """A sorted file: the first half is about cats. Every conversation has a second turn in a record of its own."""
+  """A sorted file: the first half is about cats. Every conversation has a second turn in a record
+  of its own."""
   first = f'\n\nHuman: {"cats" if i < 200 else "dogs"} {i}\n\nAssistant:'
   answers = dict(chosen=' yes', rejected=' no')
   longer = first + ' well\n\nHuman: and?\n\nAssistant:'
@@ -257,7 +328,9 @@ def one_source(tmp_path_factory):
   folder = tmp_path_factory.mktemp('hh')
   c = pythia_1b_hh.get_config()
   c.checkpoint = f'hf:{CHAT}'
-  c.data.demonstrations = c.data.comparisons = c.data.prompts = write(folder / 'hh.jsonl', [r for i in range(400) for r in hh(i)])
+  c.data.demonstrations = c.data.comparisons = c.data.prompts = write(
+    folder / 'hh.jsonl', [r for i in range(400) for r in hh(i)]
+  )
   c.data.pretrain = write(folder / 't.jsonl', [dict(text=f'{i}') for i in range(1000)])
   c.data.heldout.share = 0.1
   c.model.update(dtype='float32', remat='none', max_length=512)
@@ -275,10 +348,14 @@ def test_what_the_reward_model_is_measured_on_is_trained_on_nowhere(one_source, 
   assert len(held) == pytest.approx(40, abs=15)
   for kind in ('demonstrations', 'comparisons', 'prompts'):
     trained = {number(r) for r in records(setup, kind, None)}
-    assert trained == set(range(400)) - held, f'{kind}: every other conversation, with all of its turns'
+    assert trained == set(range(400)) - held, (
+      f'{kind}: every other conversation, with all of its turns'
+    )
   one_source.seed = 7  # a checkpoint of another run may be what this one starts from
   try:
-    assert {number(r) for r in records(make_setup(one_source, tmp_path), 'comparisons', None, 'test')} == held
+    assert {
+      number(r) for r in records(make_setup(one_source, tmp_path), 'comparisons', None, 'test')
+    } == held
   finally:
     one_source.seed = 0
   found = comparisons.evaluation(setup, 'rm')
@@ -292,7 +369,9 @@ def test_draws_of_a_sorted_file_are_by_the_seed(one_source, tmp_path):
   setup = make_setup(one_source, tmp_path)
   for kind in ('demonstrations', 'prompts', 'comparisons'):
     drawn = records(setup, kind, 100)
-    assert len(drawn) == 100 and sum('cats' in hygiene.conversation(r['prompt']) for r in drawn) == pytest.approx(50, abs=20)
+    assert len(drawn) == 100 and sum(
+      'cats' in hygiene.conversation(r['prompt']) for r in drawn
+    ) == pytest.approx(50, abs=20)
     assert drawn == records(setup, kind, 100)
   texts = open_documents(setup, 100)
   chosen = [int(r['text']) for i in range(texts.count) for r in texts.records(i)]
@@ -302,10 +381,14 @@ def test_draws_of_a_sorted_file_are_by_the_seed(one_source, tmp_path):
 
 def test_selection_on_a_source_of_training_takes_what_is_held_out(one_source, tmp_path):
   c = one_source.copy_and_resolve_references()
-  c.stages.chosen = selected('stage:sft', source=c.data.prompts, mapping='hh_rlhf_demonstrations', count=10, fn='x:y')
+  c.stages.chosen = selected(
+    'stage:sft', source=c.data.prompts, mapping='hh_rlhf_demonstrations', count=10, fn='x:y'
+  )
   setup = make_setup(c, tmp_path)
   drawn = selection._prompts(setup, 'chosen')
-  assert len(drawn) == 10 and {number(r) for r in drawn} <= {number(r) for r in records(setup, 'comparisons', None, 'test')}
+  assert len(drawn) == 10 and {number(r) for r in drawn} <= {
+    number(r) for r in records(setup, 'comparisons', None, 'test')
+  }
   c.data.heldout.share = 0.0
   with pytest.raises(ValueError, match='is trained on, and data.heldout.share=0.0 holds none'):
     selection._prompts(setup, 'chosen')
@@ -321,12 +404,15 @@ def test_a_share_that_cannot_be(one_source, share, tmp_path):
 
 @pytest.mark.parametrize('stage', ['sft', 'rm', 'dpo'])
 def test_a_step_compiles_from_shapes(stage, tmp_path):
-  """experiments/compile.py asks for this: the step on its own abstract batch, as the stage's real one."""
+  """experiments/compile.py asks for this: the step on its own abstract batch, as the stage's real
+  one."""
   c = dpo.get_config('tiny')
   if stage == 'rm':
     c = base.get_config('tiny')
   setup = make_setup(c, tmp_path)
   plan = plugins.find(f'{c.stages[stage].build.partition(":")[0]}:abstract_step', 'x')(setup, stage)
   after, figures, _ = jax.eval_shape(plan.step, *plan.arguments)
-  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, plan.arguments[0])
+  assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(
+    lambda x: x.shape, plan.arguments[0]
+  )
   assert figures[f'{stage}/loss'].shape == () and sum(map(len, plan.work.values())) > 0

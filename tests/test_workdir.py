@@ -1,5 +1,6 @@
-"""A workdir belongs to one run at a time and knows what its stages were made from: another file, checkpoint, function or ancestor
-is an error before any work, or what --on_changed_input says. The loop is the real one, on a stage of one parameter vector."""
+"""A workdir belongs to one run at a time and knows what its stages were made from: another file,
+checkpoint, function or ancestor is an error before any work, or what --on_changed_input says. The
+loop is the real one, on a stage of one parameter vector."""
 
 import contextlib
 import json
@@ -30,7 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # ---- the lock
 
-HOLD = '''
+HOLD = """
 import pathlib, sys, time
 from alignjax.runtime import lock
 if sys.argv[2] == 'lease':
@@ -39,12 +40,14 @@ if sys.argv[2] == 'lease':
 with lock.held(pathlib.Path(sys.argv[1])):
   print('held', flush=True)
   time.sleep(60)
-'''
+"""
 
 
 @contextlib.contextmanager
 def holder(folder, how):
-  with subprocess.Popen([sys.executable, '-c', HOLD, str(folder), how], stdout=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(
+    [sys.executable, '-c', HOLD, str(folder), how], stdout=subprocess.PIPE, text=True
+  ) as process:
     try:
       assert process.stdout.readline() == 'held\n'
       yield process
@@ -67,32 +70,46 @@ def held(folder):
 def test_a_second_run_is_refused_at_once_and_a_killed_one_leaves_no_lock(tmp_path):
   with holder(tmp_path, 'flock') as process:
     began = time.monotonic()
-    with pytest.raises(lock.Busy, match=rf'is in use: process {process.pid} on .* since .*another --workdir'):
+    with pytest.raises(
+      lock.Busy, match=rf'is in use: process {process.pid} on .* since .*another --workdir'
+    ):
       held(tmp_path)
     assert time.monotonic() - began < 1
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (tmp_path / '.lock').exists() and held(tmp_path), 'the kernel took the lock with the process'
+    assert (tmp_path / '.lock').exists() and held(tmp_path), (
+      'the kernel took the lock with the process'
+    )
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lease_is_refused_while_it_is_renewed_and_ends_with_its_holder(tmp_path, lease, monkeypatch):
+def test_a_lease_is_refused_while_it_is_renewed_and_ends_with_its_holder(
+  tmp_path, lease, monkeypatch
+):
   with holder(tmp_path, 'lease') as process:
     with pytest.raises(lock.Busy, match=f'process {process.pid}'):
       held(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     began = time.monotonic()
-    assert held(tmp_path) and time.monotonic() - began < 1, 'a process of this machine that is no more is known to be dead'
+    assert held(tmp_path) and time.monotonic() - began < 1, (
+      'a process of this machine that is no more is known to be dead'
+    )
   left = json.dumps(dict(process=1, host='elsewhere', boot='x', since='', command='')).encode()
   (tmp_path / '.lock').write_bytes(left)
   began = time.monotonic()
-  assert held(tmp_path) and time.monotonic() - began > 2, 'that of another machine has its time to be renewed'
+  assert held(tmp_path) and time.monotonic() - began > 2, (
+    'that of another machine has its time to be renewed'
+  )
 
 
 def test_two_that_want_a_lease_at_once_do_not_both_get_it(tmp_path, lease, monkeypatch):
-  write, other = pathlib.Path.write_bytes, json.dumps(dict(process=2, host='other', since='', command='')).encode()
-  monkeypatch.setattr(pathlib.Path, 'write_bytes', lambda path, contents: write(path, other))  # who wrote last has it
+  write, other = (
+    pathlib.Path.write_bytes,
+    json.dumps(dict(process=2, host='other', since='', command='')).encode(),
+  )
+  # who wrote last has it
+  monkeypatch.setattr(pathlib.Path, 'write_bytes', lambda path, contents: write(path, other))
   with pytest.raises(lock.Busy, match='process 2 on other'):
     held(tmp_path)
 
@@ -106,8 +123,18 @@ def rows_of(path):
 
 def config(**changes):
   stage = dict(build='x:y', log_every=1, save_every=2, init='random')
-  c = ConfigDict(dict(seed=0, world={}, data={}, model={}, reward_model={}, max_bad_updates=3, grace_seconds=25.0,
-                      stages=dict(a=dict(stage), b=stage | dict(init='stage:a'))))
+  c = ConfigDict(
+    dict(
+      seed=0,
+      world={},
+      data={},
+      model={},
+      reward_model={},
+      max_bad_updates=3,
+      grace_seconds=25.0,
+      stages=dict(a=dict(stage), b=stage | dict(init='stage:a')),
+    )
+  )
   c.update_from_flattened_dict(changes)
   return c
 
@@ -119,7 +146,9 @@ def run(workdir, name, choice='fail', stop_at=None, outdated=None, **changes):
 
   def builder(setup, name):
     init = setup.config.stages[name].init
-    setup.read.update(inputs.of_data('data.numbers', f'jsonl:{data}', None) | inputs.of_weights(init))
+    setup.read.update(
+      inputs.of_data('data.numbers', f'jsonl:{data}', None) | inputs.of_weights(init)
+    )
     state = first_state()
     if init != 'random':
       shape = {'w': jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.ones(3).sharding)}
@@ -172,13 +201,19 @@ def test_what_is_the_same_is_reused(workdir, capsys):
   run(workdir, 'a')
   assert capsys.readouterr().out.count('finished before, reused') == 3
   info = checkpoint.load_info(workdir / 'b/final')
-  assert info['made']['inputs']['stage:a']['fingerprint'] == checkpoint.load_info(workdir / 'a/final')['made']['weights']
+  assert (
+    info['made']['inputs']['stage:a']['fingerprint']
+    == checkpoint.load_info(workdir / 'a/final')['made']['weights']
+  )
 
 
 def test_a_changed_file_is_an_error_that_says_what_can_be_done(workdir):
   change(workdir)
-  with pytest.raises(inputs.ChangedInput, match=r'/a was made from other inputs.*\n  data.numbers \(jsonl:data.jsonl\): \w+ then, '
-                                                r'\w+ now\n.*--on_changed_input=restart.*--on_changed_input=keep'):
+  with pytest.raises(
+    inputs.ChangedInput,
+    match=r'/a was made from other inputs.*\n  data.numbers \(jsonl:data.jsonl\): \w+ then, '
+    r'\w+ now\n.*--on_changed_input=restart.*--on_changed_input=keep',
+  ):
     run(workdir, 'a')
 
 
@@ -186,7 +221,10 @@ def test_keep_takes_the_new_contents_for_the_same(workdir, capsys):
   before = weights(workdir, 'a')
   change(workdir)
   run(workdir, 'a', 'keep')
-  assert weights(workdir, 'a') == before and 'kept, although its inputs are others' in capsys.readouterr().out
+  assert (
+    weights(workdir, 'a') == before
+    and 'kept, although its inputs are others' in capsys.readouterr().out
+  )
   run(workdir, 'a')
   run(workdir, 'b', 'keep')
   change(workdir, '5\n')
@@ -197,7 +235,9 @@ def test_keep_takes_the_new_contents_for_the_same(workdir, capsys):
 def test_restart_does_it_again_and_what_was_made_from_it_too(workdir, tmp_path):
   change(workdir)
   run(workdir, 'a', 'restart')
-  with pytest.raises(inputs.ChangedInput, match=r'stage:a: \w+ then.*\n.*Weights of another stage cannot be kept'):
+  with pytest.raises(
+    inputs.ChangedInput, match=r'stage:a: \w+ then.*\n.*Weights of another stage cannot be kept'
+  ):
     run(workdir, 'b', 'keep')
   run(workdir, 'b', 'restart')
   for name in 'ab':
@@ -206,12 +246,14 @@ def test_restart_does_it_again_and_what_was_made_from_it_too(workdir, tmp_path):
 
 
 def test_a_stage_that_was_trained_again_is_not_mixed_with_what_was_made_from_the_old_one(workdir):
-  """As the program's own message advises: the folder is deleted, and its stage trained again, by other data or another config."""
+  """As the program's own message advises: the folder is deleted, and its stage trained again, by
+  other data or another config."""
   shutil.rmtree(workdir / 'a')
   run(workdir, 'a')
   run(workdir, 'b')  # the same bits: reused
   shutil.rmtree(workdir / 'a')
-  run(workdir, 'a', seed=1, **{'stages.a.save_every': 1})  # another config whose weights are the same
+  # another config whose weights are the same
+  run(workdir, 'a', seed=1, **{'stages.a.save_every': 1})
   run(workdir, 'b')
   shutil.rmtree(workdir / 'a')
   change(workdir)
@@ -220,7 +262,9 @@ def test_a_stage_that_was_trained_again_is_not_mixed_with_what_was_made_from_the
     run(workdir, 'b')
 
 
-def test_a_report_does_not_mix_a_stage_that_was_trained_again_with_what_was_made_from_the_old_one(workdir, capsys):
+def test_a_report_does_not_mix_a_stage_that_was_trained_again_with_what_was_made_from_the_old_one(
+  workdir, capsys
+):
   """Where a run does the changed stage alone: `b` was made from the old `a`."""
   setup = types.SimpleNamespace(config=config(), workdir=workdir)
   assert train.belong_together(setup, ['b'], ['a'])
@@ -234,10 +278,16 @@ def test_a_report_does_not_mix_a_stage_that_was_trained_again_with_what_was_made
   assert train.belong_together(setup, ['a', 'b'], ['a'])
 
 
-@pytest.mark.parametrize('file,text,gone', [
-    ('report.json', dict(config=dict(stages=dict(a={}))), True), ('report.json', dict(config=dict(stages=dict(b={}))), False),
-    ('report.json', [], True), ('evaluation/table.json', dict(models=dict(x='runs/w/a', y='hf:b')), True),
-    ('evaluation/table.json', dict(models=dict(x='runs/w/b', y='hf:a')), False)])
+@pytest.mark.parametrize(
+  'file,text,gone',
+  [
+    ('report.json', dict(config=dict(stages=dict(a={}))), True),
+    ('report.json', dict(config=dict(stages=dict(b={}))), False),
+    ('report.json', [], True),
+    ('evaluation/table.json', dict(models=dict(x='runs/w/a', y='hf:b')), True),
+    ('evaluation/table.json', dict(models=dict(x='runs/w/b', y='hf:a')), False),
+  ],
+)
 def test_a_report_goes_when_a_stage_of_it_is_made_again(workdir, file, text, gone):
   path = workdir / file
   path.parent.mkdir(exist_ok=True)
@@ -284,7 +334,9 @@ def test_a_users_function_counts_ours_do_not(tmp_path, monkeypatch):
   module = tmp_path / 'mylab_of_this_test.py'
   module.write_text('def loss():\n  return 1\n')
   c = config(**{'stages.a.build': 'alignjax.stages.sft:build'})
-  c.stages.a.loss = ConfigDict(dict(fn='mylab_of_this_test:loss', ratio='4:3', inner=('hf:mylab_of_this_test', 'x:loss')))
+  c.stages.a.loss = ConfigDict(
+    dict(fn='mylab_of_this_test:loss', ratio='4:3', inner=('hf:mylab_of_this_test', 'x:loss'))
+  )
   read = inputs.of_config(c, 'a')
   assert read == {'stages.a.loss.fn': ('function', 'mylab_of_this_test:loss')}
   before = inputs.record(tmp_path / 'w', 'a', {}, read)['inputs']['stages.a.loss.fn']['fingerprint']
@@ -308,11 +360,18 @@ def folder(path, **contents):
 def test_of_a_checkpoint_what_is_read_counts(tmp_path):
   of = lambda kind: inputs.fingerprint(kind, f'hf:{tmp_path / "m"}', tmp_path, {})
   kinds = ('tokenizer', 'architecture', 'checkpoint')
-  folder(tmp_path / 'm', config__json='{}', model__safetensors='x', tokenizer__json='{}', README__md='x')
+  folder(
+    tmp_path / 'm', config__json='{}', model__safetensors='x', tokenizer__json='{}', README__md='x'
+  )
   first = {kind: of(kind) for kind in kinds}
   changed = {
-      'README__md': (), 'consolidated__safetensors': (), 'model__safetensors': ('checkpoint',), 'tokenizer__json': ('tokenizer',),
-      'chat_template__jinja': ('tokenizer',), 'config__json': kinds}
+    'README__md': (),
+    'consolidated__safetensors': (),
+    'model__safetensors': ('checkpoint',),
+    'tokenizer__json': ('tokenizer',),
+    'chat_template__jinja': ('tokenizer',),
+    'config__json': kinds,
+  }
   for name, touched in changed.items():
     before = {kind: of(kind) for kind in kinds}
     folder(tmp_path / 'm', **{name: '{"a": 1}'})
@@ -326,10 +385,17 @@ def test_of_a_checkpoint_what_is_read_counts(tmp_path):
   assert of('checkpoint') != before
 
 
-@pytest.mark.parametrize('source,file', [('jsonl:{0}/a.jsonl', 'a.jsonl'), ('text:{0}/*.txt', 'b.txt'),
-                                         ('hf:{0}:train', 'c/x.json'),
-                                         ('tfds:{0}:train[:5%]', 'c/x.json'), ('jsonl:{0}/a.jsonl; text:{0}/b.txt', 'b.txt'),
-                                         ('jsonl:{0}/d;e.jsonl', 'd;e.jsonl')])
+@pytest.mark.parametrize(
+  'source,file',
+  [
+    ('jsonl:{0}/a.jsonl', 'a.jsonl'),
+    ('text:{0}/*.txt', 'b.txt'),
+    ('hf:{0}:train', 'c/x.json'),
+    ('tfds:{0}:train[:5%]', 'c/x.json'),
+    ('jsonl:{0}/a.jsonl; text:{0}/b.txt', 'b.txt'),
+    ('jsonl:{0}/d;e.jsonl', 'd;e.jsonl'),
+  ],
+)
 def test_every_file_of_a_source_counts(tmp_path, source, file):
   for name in ('a.jsonl', 'b.txt', 'c/x.json', 'd;e.jsonl'):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -341,7 +407,10 @@ def test_every_file_of_a_source_counts(tmp_path, source, file):
 
 
 def test_what_lies_beside_a_source_counts_where_the_mapping_reads_it(tmp_path):
-  assert inputs.of_data('data.x', 'jsonl:a', 'ukp_convarg')['data.x, beside it'] == ('beside', 'jsonl:a')
+  assert inputs.of_data('data.x', 'jsonl:a', 'ukp_convarg')['data.x, beside it'] == (
+    'beside',
+    'jsonl:a',
+  )
   (tmp_path / 'a').write_text('1')
   before = inputs.fingerprint('beside', f'jsonl:{tmp_path}/a', tmp_path, {})
   (tmp_path / 'arguments').write_text('1')
@@ -350,6 +419,7 @@ def test_what_lies_beside_a_source_counts_where_the_mapping_reads_it(tmp_path):
 
 def test_a_large_file_is_read_once(tmp_path, monkeypatch):
   import hashlib
+
   path, reads = tmp_path / 'big', []
   path.write_text('1')
   monkeypatch.setattr(fingerprints, 'SETTLED_SECONDS', -1)
@@ -357,24 +427,43 @@ def test_a_large_file_is_read_once(tmp_path, monkeypatch):
   monkeypatch.setattr(hashlib, 'file_digest', lambda *a: reads.append(1) or real(*a))
   known = {}
   first = fingerprints.of_files([path], known)
-  assert fingerprints.of_files([path], known) == first == fingerprints.of_files([path]) and len(reads) == 2
+  assert (
+    fingerprints.of_files([path], known) == first == fingerprints.of_files([path])
+    and len(reads) == 2
+  )
   stat = path.stat()
   path.write_text('2')
-  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and time: the kernel's own time of change tells
+  # of the same size and time: the kernel's own time of change tells
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
   assert fingerprints.of_files([path], known) != first
   monkeypatch.setattr(fingerprints, 'SETTLED_SECONDS', 60)
-  assert len(known) == 1 and fingerprints.of_files([path], fresh := {}) and not fresh, 'one just written is not remembered'
+  assert len(known) == 1 and fingerprints.of_files([path], fresh := {}) and not fresh, (
+    'one just written is not remembered'
+  )
 
 
 # ---- damage
 
 
-@pytest.mark.parametrize('stage,file', [(s, f) for s in 'ab' for f in ('inputs.json', 'final/info.json', 'final/sums.json',
-                                                                        'checkpoints/config.json', 'metrics.jsonl',
-                                                                        '../hashed.json')])
+@pytest.mark.parametrize(
+  'stage,file',
+  [
+    (s, f)
+    for s in 'ab'
+    for f in (
+      'inputs.json',
+      'final/info.json',
+      'final/sums.json',
+      'checkpoints/config.json',
+      'metrics.jsonl',
+      '../hashed.json',
+    )
+  ],
+)
 @pytest.mark.parametrize('how', ['flip', 'cut', 'empty', 'remove', 'folder'])
 def test_a_damaged_file_is_named_or_without_effect(workdir, stage, file, how, capsys):
   from tests.damage import damage
+
   expected = {s: weights(workdir, s) for s in 'ab'}
   damage(workdir / stage / file, how, np.random.default_rng(0))
   try:
@@ -383,6 +472,8 @@ def test_a_damaged_file_is_named_or_without_effect(workdir, stage, file, how, ca
   except (ValueError, OSError) as error:
     assert pathlib.Path(file).name in str(error) or 'another config' in str(error), error
     return
-  assert {s: checkpoint.load_info(workdir / s / 'final')['made']['weights'] for s in 'ab'} == expected
+  assert {
+    s: checkpoint.load_info(workdir / s / 'final')['made']['weights'] for s in 'ab'
+  } == expected
   if file == 'metrics.jsonl':
     assert f'WARNING: {workdir / stage / file}: damaged' in capsys.readouterr().out

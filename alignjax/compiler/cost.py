@@ -1,8 +1,9 @@
-"""What a compiled step costs, by phase: operations, memory traffic, bytes between devices, and the time that a chip's peak numbers
-allow. Pure functions of compiler/hlo.py's records; experiments/compile.py prints them.
+"""What a compiled step costs, by phase: operations, memory traffic, bytes between devices, and the
+time that a chip's peak numbers allow. Pure functions of compiler/hlo.py's records;
+experiments/compile.py prints them.
 
-A phase is a named scope of the source: prepare, prefill, decode (sampling.py), score, reward (rollout.py), update (steps.py);
-what stands in none of them is `other`.
+A phase is a named scope of the source: prepare, prefill, decode (sampling.py), score, reward
+(rollout.py), update (steps.py); what stands in none of them is `other`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ PHASES = ('prepare', 'prefill', 'decode', 'score', 'reward', 'update')
 
 @dataclasses.dataclass
 class Phase:
-  """Of one device and one step. flops, traffic (bytes of HBM), wire (bytes received from other devices); seconds: each
-  instruction at the peak of what limits it, operations or memory; None without peak numbers."""
+  """Of one device and one step. flops, traffic (bytes of HBM), wire (bytes received from other
+  devices); seconds: each instruction at the peak of what limits it, operations or memory; None
+  without peak numbers."""
+
   flops: float = 0.0
   traffic: float = 0.0
   wire: float = 0.0
@@ -32,10 +35,13 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-  """Collectives of one kind, place and shape: bytes received by each device in a step, and what they are.
+  """Collectives of one kind, place and shape: bytes received by each device in a step, and what
+  they are.
 
-  loop: the decode loop's body, or elsewhere. shape: of the largest array; op_name: the source's scopes, without what jit adds.
+  loop: the decode loop's body, or elsewhere. shape: of the largest array; op_name: the source's
+    scopes, without what jit adds.
   """
+
   phase: str
   kind: str
   axes: str
@@ -51,7 +57,9 @@ def phase_of(op_name: str) -> str:
   return next((part for part in re.split(r'[/()]', op_name) if part in PHASES), 'other')
 
 
-def analyse(module: hlo.Module, mesh_shape: dict[str, int], chip: Chip | None) -> tuple[dict[str, Phase], list[Sent]]:
+def analyse(
+  module: hlo.Module, mesh_shape: dict[str, int], chip: Chip | None
+) -> tuple[dict[str, Phase], list[Sent]]:
   """(phases, collectives) of a compiled step."""
   phases: dict[str, Phase] = collections.defaultdict(Phase)
   sent: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
@@ -72,36 +80,52 @@ def analyse(module: hlo.Module, mesh_shape: dict[str, int], chip: Chip | None) -
     flops += hlo.flops(site)
     found = hlo.collective(site)
     if found and site.fused and 'chain_id=' in site.instruction.attributes:
-      # A TPU program hides it behind several fusions, which all name it: its start, steps (also in a loop further in), its end.
+      # A TPU program hides it behind several fusions, which all name it: its start, steps (also in
+      # a loop further in), its end.
       wave = waves.setdefault(re.search(r'channel_id=\d+', site.instruction.attributes)[0], site)
-      found = None if wave is not site and wave.loops == site.loops[:len(wave.loops)] else found
+      found = None if wave is not site and wave.loops == site.loops[: len(wave.loops)] else found
     if found and found.bytes:
       shape = max((s for s in site.instruction.shapes), key=lambda s: s.bytes)
-      key = (phase_of(site.op_name), found.kind, axes_of(found.group, mesh_shape), str(shape), bool(site.loops), site.op_name)
+      key = (
+        phase_of(site.op_name),
+        found.kind,
+        axes_of(found.group, mesh_shape),
+        str(shape),
+        bool(site.loops),
+        site.op_name,
+      )
       sent[key][0] += site.times
       sent[key][1] += found.bytes * site.times
       phases[key[0]].wire += found.bytes * site.times
   close()
   order = [p for p in (*PHASES, 'other') if p in phases]
-  made = [Sent(phase, kind, axes, shape, *counts, in_loop, op_name)
-          for (phase, kind, axes, shape, in_loop, op_name), counts in sent.items()]
+  made = [
+    Sent(phase, kind, axes, shape, *counts, in_loop, op_name)
+    for (phase, kind, axes, shape, in_loop, op_name), counts in sent.items()
+  ]
   return {p: phases[p] for p in order}, sorted(made, key=lambda s: -s.bytes)
 
 
 def axes_of(group: tuple[int, ...], mesh_shape: dict[str, int]) -> str:
   """The mesh axes along which the devices of a group differ: 'fsdp' or 'fsdp+tensor'."""
   at = np.array(np.unravel_index(np.array(group, int), tuple(mesh_shape.values())))
-  return '+'.join(axis for axis, row in zip(mesh_shape, at, strict=True) if len(set(row.tolist())) > 1)
+  return '+'.join(
+    axis for axis, row in zip(mesh_shape, at, strict=True) if len(set(row.tolist())) > 1
+  )
 
 
 def step_seconds(phases: dict[str, Phase], chip: Chip) -> tuple[float, float]:
-  """(with communication behind computation in each phase, with none of it hidden), at the chip's peak numbers."""
-  return (sum(max(p.seconds, p.wire / chip.wire) for p in phases.values()),
-          sum(p.seconds + p.wire / chip.wire for p in phases.values()))
+  """(with communication behind computation in each phase, with none of it hidden), at the chip's
+  peak numbers."""
+  return (
+    sum(max(p.seconds, p.wire / chip.wire) for p in phases.values()),
+    sum(p.seconds + p.wire / chip.wire for p in phases.values()),
+  )
 
 
 def largest_arrays(module: hlo.Module, count: int = 10) -> list[tuple[str, int, int, str, str]]:
-  """What fills the memory at the step's fullest point, beside its arguments: (shape, how many, bytes together, phase, op_name)."""
+  """What fills the memory at the step's fullest point, beside its arguments: (shape, how many,
+  bytes together, phase, op_name)."""
   together: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
   for array in liveness.peak(module)[1]:
     entry = together[array.shape, phase_of(array.op_name), short(array.op_name)]
@@ -112,7 +136,16 @@ def largest_arrays(module: hlo.Module, count: int = 10) -> list[tuple[str, int, 
 
 def short(op_name: str) -> str:
   """An op_name without the words that loops and transformations add."""
-  drop = {'while', 'body', 'closed_call', 'checkpoint', 'cond', 'rematted_computation', 'jvp()', 'transpose(jvp())'}
+  drop = {
+    'while',
+    'body',
+    'closed_call',
+    'checkpoint',
+    'cond',
+    'rematted_computation',
+    'jvp()',
+    'transpose(jvp())',
+  }
   return '/'.join(p for p in op_name.split('/')[1:] if p not in drop) or op_name
 
 

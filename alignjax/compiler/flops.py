@@ -1,7 +1,9 @@
-"""How fast a step went and how much of the machine that is: tokens and episodes a second, model FLOPs, device memory.
+"""How fast a step went and how much of the machine that is: tokens and episodes a second, model
+FLOPs, device memory.
 
-A PPO iteration is one compiled program, so its phases have no times of their own outside a trace (alignjax/runtime/trace.py); what is
-given here is each phase's tokens over the whole step's seconds.
+A PPO iteration is one compiled program, so its phases have no times of their own outside a trace
+(alignjax/runtime/trace.py); what is given here is each phase's tokens over the whole step's
+seconds.
 """
 
 from __future__ import annotations
@@ -15,38 +17,64 @@ from alignjax.models.config import TransformerConfig
 
 
 def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> float:
-  """Of one forward pass over one row of `length` tokens: two for each multiplication of a weight matrix, and the causal attention's
-  scores and sums (2 * 2 * T^2/2 * N * H a layer). Norms, softmax and the embedding's look-up are left out, as is usual for MFU.
+  """Of one forward pass over one row of `length` tokens: two for each multiplication of a weight
+  matrix, and the causal attention's scores and sums (2 * 2 * T^2/2 * N * H a layer). Norms, softmax
+  and the embedding's look-up are left out, as is usual for MFU.
 
   Args:
     head: 'lm' has the vocabulary's matrix, 'scalar' one number a token.
   """
   attention = cfg.d_model * cfg.head_width * (2 * cfg.num_heads + 2 * cfg.kv_heads)
   mlp = cfg.d_model * cfg.mlp_width * (3 if cfg.mlp == 'swiglu' else 2)
-  matrices = cfg.num_layers * (attention + mlp) + cfg.d_model * (cfg.vocab_size if head == 'lm' else 1)
+  matrices = cfg.num_layers * (attention + mlp) + cfg.d_model * (
+    cfg.vocab_size if head == 'lm' else 1
+  )
   return 2.0 * matrices * length + 2.0 * length**2 * cfg.num_layers * cfg.num_heads * cfg.head_width
 
 
 def training(cfg: TransformerConfig, rows: int, length: int, head: str = 'lm') -> dict[str, float]:
-  """The work of one step that trains on `rows` rows; a backward pass is two forward ones. Recomputation does not count."""
-  return {'tokens': rows * length, 'tokens_trained': rows * length, 'flops': 3 * rows * forward_flops(cfg, length, head)}
+  """The work of one step that trains on `rows` rows; a backward pass is two forward ones.
+  Recomputation does not count."""
+  return {
+    'tokens': rows * length,
+    'tokens_trained': rows * length,
+    'flops': 3 * rows * forward_flops(cfg, length, head),
+  }
 
 
-def ppo(policy: TransformerConfig, value: TransformerConfig, *, episodes: int, samples_per_prompt: int, prompt_length: int,
-        response_length: int, row_length: int, ptx_rows: int, epochs: int, reward_model: bool) -> dict[str, float]:
-  """The work of one iteration, every response taken at its full length: sampling, four scoring passes (three where the reward is no
-  model), the updates of policy and value, the pretraining rows. A prompt is read once for all of its samples, and has no
-  logits."""
+def ppo(
+  policy: TransformerConfig,
+  value: TransformerConfig,
+  *,
+  episodes: int,
+  samples_per_prompt: int,
+  prompt_length: int,
+  response_length: int,
+  row_length: int,
+  ptx_rows: int,
+  epochs: int,
+  reward_model: bool,
+) -> dict[str, float]:
+  """The work of one iteration, every response taken at its full length: sampling, four scoring
+  passes (three where the reward is no model), the updates of policy and value, the pretraining
+  rows. A prompt is read once for all of its samples, and has no logits."""
   length = prompt_length + response_length
   lm, scalar = forward_flops(policy, length), forward_flops(value, length, 'scalar')
   unembedding = 2.0 * policy.d_model * policy.vocab_size
   prefill = forward_flops(policy, prompt_length) - prompt_length * unembedding
-  generated = (episodes / samples_per_prompt) * prefill + episodes * (lm - prefill - prompt_length * unembedding)
+  generated = (episodes / samples_per_prompt) * prefill + episodes * (
+    lm - prefill - prompt_length * unembedding
+  )
   scored = episodes * (2 * lm + (2 if reward_model else 1) * scalar)
   trained = 3 * epochs * (episodes * (lm + scalar) + ptx_rows * forward_flops(policy, row_length))
-  return {'episodes': episodes, 'tokens': episodes * length + ptx_rows * row_length, 'tokens_generated': episodes * response_length,
-          'tokens_scored': episodes * length * (4 if reward_model else 3),
-          'tokens_trained': epochs * (2 * episodes * length + ptx_rows * row_length), 'flops': generated + scored + trained}
+  return {
+    'episodes': episodes,
+    'tokens': episodes * length + ptx_rows * row_length,
+    'tokens_generated': episodes * response_length,
+    'tokens_scored': episodes * length * (4 if reward_model else 3),
+    'tokens_trained': epochs * (2 * episodes * length + ptx_rows * row_length),
+    'flops': generated + scored + trained,
+  }
 
 
 def mean(works: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -56,9 +84,11 @@ def mean(works: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def metrics(work: Mapping[str, float], seconds: float) -> dict[str, float]:
-  """`time/*_per_second` of each kind of work of a step that took `seconds`; teraflops and MFU a device; its peak memory in GiB.
-  What the device does not tell is left out."""
-  out = {f'time/{kind}_per_second': amount / seconds for kind, amount in work.items() if kind != 'flops'}
+  """`time/*_per_second` of each kind of work of a step that took `seconds`; teraflops and MFU a
+  device; its peak memory in GiB. What the device does not tell is left out."""
+  out = {
+    f'time/{kind}_per_second': amount / seconds for kind, amount in work.items() if kind != 'flops'
+  }
   if 'flops' in work:
     rate = work['flops'] / seconds / jax.device_count()
     out['time/tflops_per_device'] = rate / 1e12

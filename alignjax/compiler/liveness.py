@@ -1,8 +1,9 @@
 """Which arrays are alive together where a compiled step holds most: read off its schedule.
 
-An estimate, for a look at what to make smaller: the compiler's own assignment (compiled.memory_analysis()) says how much is
-used, this says by what. An array lives from the instruction that makes it to its last reader; tuples, bitcasts, loops and updates
-in place make none; what a loop's body hands to its next turn takes the place of what it was handed.
+An estimate, for a look at what to make smaller: the compiler's own assignment
+(compiled.memory_analysis()) says how much is used, this says by what. An array lives from the
+instruction that makes it to its last reader; tuples, bitcasts, loops and updates in place make
+none; what a loop's body hands to its next turn takes the place of what it was handed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,24 @@ from typing import NamedTuple
 
 from alignjax.compiler import hlo
 
-SAME = frozenset(('bitcast', 'tuple', 'get-tuple-element', 'optimization-barrier', 'add-dependency', 'while', 'call',
-                  'conditional'))
+SAME = frozenset(
+  (
+    'bitcast',
+    'tuple',
+    'get-tuple-element',
+    'optimization-barrier',
+    'add-dependency',
+    'while',
+    'call',
+    'conditional',
+  )
+)
 NONE = frozenset(('parameter', 'constant', 'partition-id', 'replica-id', 'after-all'))
 
 
 class Live(NamedTuple):
   """An array alive at the peak, and the instruction that made it."""
+
   bytes: int
   shape: str
   op_name: str
@@ -42,7 +54,9 @@ def _peak(module, name, op_name, known) -> tuple[int, list[Live]]:
   def new(at, shapes, label):
     made = []
     for shape in shapes:
-      arrays.append(Live(shape.bytes, str(shape), label) if label is not None and shape.space == 0 else None)
+      arrays.append(
+        Live(shape.bytes, str(shape), label) if label is not None and shape.space == 0 else None
+      )
       born.append(at)
       last.append(at)
       made.append(len(arrays) - 1)
@@ -52,7 +66,7 @@ def _peak(module, name, op_name, known) -> tuple[int, list[Live]]:
     given = [leaves[o] for o in i.operands]
     if i.opcode == 'get-tuple-element' and len(i.shapes) == 1:
       place = int(re.search(r'index=(\d+)', i.attributes)[1])
-      given = [given[0][place:place + 1]] if place < len(given[0]) else given
+      given = [given[0][place : place + 1]] if place < len(given[0]) else given
     flat = [leaf for some in given for leaf in some]
     for leaf in flat:
       last[leaf] = at
@@ -60,10 +74,15 @@ def _peak(module, name, op_name, known) -> tuple[int, list[Live]]:
     if i.opcode in SAME and len(flat) == len(i.shapes):
       leaves[i.name] = flat
     elif i.opcode.endswith('-done') and flat:
-      leaves[i.name] = flat[:len(i.shapes)]
+      leaves[i.name] = flat[: len(i.shapes)]
     elif i.opcode.endswith('-start') and len(flat) < len(i.shapes):
-      leaves[i.name] = new(at, i.shapes[len(flat):len(flat) + 1] if hlo.collective(
-          hlo.Site(i, computation, 1, '', False, ())) else i.shapes[:1], label)
+      leaves[i.name] = new(
+        at,
+        i.shapes[len(flat) : len(flat) + 1]
+        if hlo.collective(hlo.Site(i, computation, 1, '', False, ()))
+        else i.shapes[:1],
+        label,
+      )
     elif (place := _in_place(module, i)) is not None:
       leaves[i.name] = given[place]
     else:
@@ -87,8 +106,14 @@ def _peak(module, name, op_name, known) -> tuple[int, list[Live]]:
       else:
         alive.discard(~leaf)
         now -= arrays[~leaf].bytes
-    inner = [_peak(module, c, i.op_name or op_name, known) for c in i.called('body', 'branch_computations')] \
-        if i.opcode in ('while', 'conditional') else []
+    inner = (
+      [
+        _peak(module, c, i.op_name or op_name, known)
+        for c in i.called('body', 'branch_computations')
+      ]
+      if i.opcode in ('while', 'conditional')
+      else []
+    )
     size, live = max(inner, key=lambda x: x[0], default=(0, []))
     if now + size > best:
       best, kept = now + size, [arrays[leaf] for leaf in alive] + live

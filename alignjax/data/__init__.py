@@ -1,1 +1,2 @@
-"""Text in, fixed-shape rows out: sources (records by name), encode (records -> rows), batches (their order)."""
+"""Text in, fixed-shape rows out: sources (records by name), encode (records -> rows), batches
+(their order)."""

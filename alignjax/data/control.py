@@ -1,13 +1,14 @@
 """Control tokens (<|im_end|>, <s>, ...) and people's text that spells their names.
 
-What a person wrote is text: its "<|im_end|>" is ten characters and not the token that ends a turn, which only the template
-may write. transformers by default reads both as the token. The way here: the tokenizer again, with the names of its control tokens
-exchanged for private ones that the text does not hold, so that everything else (merges, normalization, what a token strips
-beside it) stays its own. Text without such names is encoded by the tokenizer as it is.
+What a person wrote is text: its "<|im_end|>" is ten characters and not the token that ends a turn,
+which only the template may write. transformers by default reads both as the token. The way here:
+the tokenizer again, with the names of its control tokens exchanged for private ones that the text
+does not hold, so that everything else (merges, normalization, what a token strips beside it) stays
+its own. Text without such names is encoded by the tokenizer as it is.
 
-Control tokens are those that the tokenizer marks as special, those that a chat template writes around a turn, and added tokens that
-the checkpoint names as ends. Other added tokens, such as runs of blanks or a <think> that is not marked as special, are read in
-text as the tokenizer reads them.
+Control tokens are those that the tokenizer marks as special, those that a chat template writes
+around a turn, and added tokens that the checkpoint names as ends. Other added tokens, such as runs
+of blanks or a <think> that is not marked as special, are read in text as the tokenizer reads them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ class Control(NamedTuple):
   """Functions that keep people's text and control tokens apart.
 
   encode: people's text -> ids, none of them of a control token.
-  private: anything of JSON -> a character to hide control names with, which its strings do not hold; None where they name none.
-  hide: (anything of JSON, private) -> the same with every control name in its strings behind a private one.
+  private: anything of JSON -> a character to hide control names with, which its strings do not
+    hold; None where they name none.
+  hide: (anything of JSON, private) -> the same with every control name in its strings behind a
+    private one.
   reveal: (text, private) -> the hidden names again.
-  rendered: (text, private) -> ids of a template's output: its own control names are the tokens, hidden ones are text.
+  rendered: (text, private) -> ids of a template's output: its own control names are the tokens,
+    hidden ones are text.
   """
+
   encode: Callable[[str], list[int]]
   private: Callable[[Any], str | None]
   hide: Callable[[Any, str], Any]
@@ -38,16 +43,22 @@ class Control(NamedTuple):
 
 
 def special(tokenizer: Any, ends: Collection[int] = ()) -> dict[int, str]:
-  """{id: name} of the tokens that the tokenizer marks as special, and of the added ones among `ends`, which end a response whether
-  they are marked or not. Not of single bytes, <0x0A>, which stand for text."""
-  found = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in ends}
+  """{id: name} of the tokens that the tokenizer marks as special, and of the added ones among
+  `ends`, which end a response whether they are marked or not. Not of single bytes, <0x0A>, which
+  stand for text."""
+  found = {
+    i: token.content
+    for i, token in tokenizer.added_tokens_decoder.items()
+    if token.special or i in ends
+  }
   found |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
   return {i: name for i, name in found.items() if not re.fullmatch('<0x[0-9A-F]{2}>', name)}
 
 
 def make(tokenizer: Any, control: Mapping[int, str]) -> Control:
   """Control of a transformers tokenizer. control: {id: name} of its control tokens."""
-  names = sorted(control.values(), key=len, reverse=True)  # of names that begin alike the longest is meant, as in the tokenizer
+  # of names that begin alike the longest is meant, as in the tokenizer
+  names = sorted(control.values(), key=len, reverse=True)
   pattern = re.compile('|'.join(map(re.escape, names)))
   number = {name: i for i, name in enumerate(names)}
   usual = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -107,10 +118,15 @@ def _hidden(private: str, number: int) -> str:
 def _renamed(tokenizer: Any, names: Collection[str], rename: Callable[[str], str]) -> Any:
   """A tokenizers.Tokenizer in which the given tokens keep their ids and get other names."""
   from tokenizers import Tokenizer
+
   backend = getattr(tokenizer, 'backend_tokenizer', None)
   if backend is None:
-    raise ValueError(f'a text names a control token (one of {sorted(names)}), and the tokenizer {tokenizer.name_or_path!r} has no '
-                     'tokenizer.json, without which text and control tokens are not told apart: write one, or leave the text out.')
+    raise ValueError(
+      f'a text names a control token (one of {sorted(names)}), and the tokenizer '
+      f'{tokenizer.name_or_path!r} has no '
+      'tokenizer.json, without which text and control tokens are not told apart: write one, or '
+      'leave the text out.'
+    )
   spec = json.loads(backend.to_str())
   other = {name: rename(name) for name in names}
   for token in spec['added_tokens']:

@@ -1,4 +1,5 @@
-"""Token lists to fixed-shape numpy rows. Masks and weights are made here, from lengths, and travel with the tokens."""
+"""Token lists to fixed-shape numpy rows. Masks and weights are made here, from lengths, and travel
+with the tokens."""
 
 from __future__ import annotations
 
@@ -14,23 +15,33 @@ Row = tuple[list[int], list[list[int]]]  # a prompt and its responses, as tokens
 
 
 class Fitted(NamedTuple):
-  """rows: those that stay. index: of each in the input. kept: of each, which responses. note: what was done, or ''."""
+  """rows: those that stay. index: of each in the input. kept: of each, which responses. note: what
+  was done, or ''."""
+
   rows: list[Row]
   index: list[int]
   kept: list[list[int]]
   note: str
 
 
-def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long: str, what: str,
-        places: Sequence[str] | None = None, none: bool = False) -> Fitted:
-  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from 1. none: whether an empty
-  result is allowed; otherwise it is an error.
+def fit(
+  rows: Sequence[Row],
+  prompt_length: int,
+  response_length: int,
+  too_long: str,
+  what: str,
+  places: Sequence[str] | None = None,
+  none: bool = False,
+) -> Fitted:
+  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from
+  1. none: whether an empty result is allowed; otherwise it is an error.
 
   A row without a token of a prompt is an error: its response would be predicted from nothing.
 
-  too_long: 'error'; 'drop': prompts that are too long and responses that are too long, and a row that is left with no
-  response, or one where it had several; 'truncate': a prompt keeps its last tokens, a response its first ones, without an
-  end token then, as a response that was sampled up to the limit.
+  too_long: 'error'; 'drop': prompts that are too long and responses that are too long, and a row
+  that is left with no response, or one where it had several; 'truncate': a prompt keeps its last
+  tokens, a response its first ones, without an end token then, as a response that was sampled up to
+  the limit.
   """
   out, index, kept = [], [], []
   long_prompts = long_responses = 0
@@ -54,56 +65,72 @@ def fit(rows: Sequence[Row], prompt_length: int, response_length: int, too_long:
   note = ''
   if long_prompts or long_responses:
     done = {'drop': 'dropped', 'truncate': 'truncated'}[too_long]
-    note = (f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses over '
-            f'{response_length} {done}; {len(out)} of {len(rows)} records stay')
+    note = (
+      f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses '
+      f'over '
+      f'{response_length} {done}; {len(out)} of {len(rows)} records stay'
+    )
   if not out and not none:
-    raise ValueError(f'{note or what}: nothing is left. Raise data.prompt_length and data.response_length, or set '
-                     "data.too_long='truncate'.")
+    raise ValueError(
+      f'{note or what}: nothing is left. Raise data.prompt_length and data.response_length, or set '
+      "data.too_long='truncate'."
+    )
   return Fitted(out, index, kept, note)
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as (tokens i32[N,length], mask bool[N,length]), real tokens at the right. A longer row is an error, and so is one
-  without tokens: nothing can be sampled after it (templates.Template.text gives an empty text the start of a document)."""
+  """Prompts as (tokens i32[N,length], mask bool[N,length]), real tokens at the right. A longer row
+  is an error, and so is one without tokens: nothing can be sampled after it
+  (templates.Template.text gives an empty text the start of a document)."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     check_length(row, length, f'prompt {i}', 'data.prompt_length')
     if not len(row):
       raise ValueError(f'prompt {i} has no tokens; a response needs at least one before it.')
-    tokens[i, -len(row):], mask[i, -len(row):] = row, True
+    tokens[i, -len(row) :], mask[i, -len(row) :] = row, True
   return tokens, mask
 
 
-def right_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows as (tokens i32[N,length], mask bool[N,length]), real tokens at the left. A longer row is an error."""
+def right_pad(
+  rows: Sequence[Sequence[int]], length: int, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows as (tokens i32[N,length], mask bool[N,length]), real tokens at the left. A longer row is
+  an error."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     check_length(row, length, f'row {i}', 'data.prompt_length or data.response_length')
-    tokens[i, :len(row)], mask[i, :len(row)] = row, True
+    tokens[i, : len(row)], mask[i, : len(row)] = row, True
   return tokens, mask
 
 
-def demonstrations(pairs: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, pad: int,
-                   prompt_weight: float = 0.0) -> TokenBatch:
-  """(prompt, response) token lists as rows: weight 1 on the response and its end token, prompt_weight on the prompt.
+def demonstrations(
+  pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
+  length: int,
+  pad: int,
+  prompt_weight: float = 0.0,
+) -> TokenBatch:
+  """(prompt, response) token lists as rows: weight 1 on the response and its end token,
+  prompt_weight on the prompt.
 
-  prompt [5, 6], response [7, 1] -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token 1 is weighted:
-  a model that is not trained on it never stops (docs/pitfalls.md, 3, 28). The first column predicts from nothing: weight 0.
+  prompt [5, 6], response [7, 1] -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token
+  1 is weighted: a model that is not trained on it never stops (docs/pitfalls.md, 3, 28). The first
+  column predicts from nothing: weight 0.
   """
   pairs = list(pairs)
   tokens, mask = right_pad([[*p, *r] for p, r in pairs], length, pad)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (p, r) in enumerate(pairs):
-    weights[i, :len(p)] = prompt_weight
-    weights[i, len(p):len(p) + len(r)] = 1.0
+    weights[i, : len(p)] = prompt_weight
+    weights[i, len(p) : len(p) + len(r)] = 1.0
   weights[:, 0] = 0.0
   return TokenBatch(tokens, mask, weights)
 
 
 def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
-  """Pretraining rows: the documents (templates.Template.document) one after the other, cut into full rows of `length`.
+  """Pretraining rows: the documents (templates.Template.document) one after the other, cut into
+  full rows of `length`.
 
   Every token but a row's first is weighted. The last row is dropped if it is not full.
   """
@@ -112,24 +139,30 @@ def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
     stream.extend(text)
   rows = len(stream) // length
   if rows == 0:
-    raise ValueError(f'{len(stream)} tokens of pretraining text do not fill one row of data.row_length={length}.')
-  tokens = np.asarray(stream[:rows * length], np.int32).reshape(rows, length)
+    raise ValueError(
+      f'{len(stream)} tokens of pretraining text do not fill one row of data.row_length={length}.'
+    )
+  tokens = np.asarray(stream[: rows * length], np.int32).reshape(rows, length)
   weights = np.ones(tokens.shape, np.float32)
   weights[:, 0] = 0.0
   return TokenBatch(tokens, np.ones(tokens.shape, bool), weights)
 
 
-def pack(rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int) -> TokenBatch:
-  """(tokens, weights) of documents, several to a row: mask i32 with the number of each token's document (types.TokenBatch).
+def pack(
+  rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int
+) -> TokenBatch:
+  """(tokens, weights) of documents, several to a row: mask i32 with the number of each token's
+  document (types.TokenBatch).
 
-  A document goes into the first row that has room for it (first fit over the last 64 open rows, in the order given); one
-  longer than `length` is cut into pieces. The first token of each piece predicts from nothing: weight 0.
+  A document goes into the first row that has room for it (first fit over the last 64 open rows, in
+  the order given); one longer than `length` is cut into pieces. The first token of each piece
+  predicts from nothing: weight 0.
   """
   packed: list[list[tuple[Sequence[int], Sequence[float]]]] = []
   room: list[int] = []
   for tokens, weights in rows:
     for start in range(0, len(tokens), length):
-      piece = tokens[start:start + length], weights[start:start + length]
+      piece = tokens[start : start + length], weights[start : start + length]
       size = len(piece[0])
       row = next((i for i in range(max(0, len(room) - 64), len(room)) if room[i] >= size), None)
       if row is None:
@@ -152,12 +185,20 @@ def pack(rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad
   return TokenBatch(tokens, mask, weights)
 
 
-def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
-                ranks: Sequence[Sequence[int]], length: int, k: int, pad: int) -> ComparisonBatch:
-  """Prompts i, their responses [i][j] (token lists, with or without an end token) and ranks [i][j] as i32[N,k,length].
+def comparisons(
+  prompts: Sequence[Sequence[int]],
+  responses: Sequence[Sequence[Sequence[int]]],
+  ranks: Sequence[Sequence[int]],
+  length: int,
+  k: int,
+  pad: int,
+) -> ComparisonBatch:
+  """Prompts i, their responses [i][j] (token lists, with or without an end token) and ranks [i][j]
+  as i32[N,k,length].
 
-  Responses are taken as they are: a sampled one that was cut at the length limit has no end token, and the reward model
-  reads its last token whatever it is (docs/pitfalls.md, 7). Absent ones (fewer than k) have rank -1.
+  Responses are taken as they are: a sampled one that was cut at the length limit has no end token,
+  and the reward model reads its last token whatever it is (docs/pitfalls.md, 7). Absent ones (fewer
+  than k) have rank -1.
   """
   n = len(prompts)
   tokens = np.full((n, k, length), pad, np.int32)
@@ -168,21 +209,36 @@ def comparisons(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[S
       raise ValueError(f'comparison {i} has {len(answers)} responses, more than {k}.')
     for j, answer in enumerate(answers):
       row = [*prompt, *answer]
-      check_length(row, length, f'comparison {i}, response {j}', 'data.prompt_length or data.response_length')
-      tokens[i, j, :len(row)], mask[i, j, :len(row)], out[i, j] = row, True, order[j]
+      check_length(
+        row, length, f'comparison {i}, response {j}', 'data.prompt_length or data.response_length'
+      )
+      tokens[i, j, : len(row)], mask[i, j, : len(row)], out[i, j] = row, True, order[j]
   return ComparisonBatch(tokens, mask, out, np.ones(n, np.float32))
 
 
-def preferences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]],
-                ranks: Sequence[Sequence[int]], length: int, k: int, pad: int) -> PreferenceBatch:
+def preferences(
+  prompts: Sequence[Sequence[int]],
+  responses: Sequence[Sequence[Sequence[int]]],
+  ranks: Sequence[Sequence[int]],
+  length: int,
+  k: int,
+  pad: int,
+) -> PreferenceBatch:
   """The same rows, and which of their tokens are the response's."""
   made = comparisons(prompts, responses, ranks, length, k, pad)
   first = np.array([len(p) for p in prompts])[:, None, None]
-  return PreferenceBatch(made.tokens, made.mask, made.ranks, made.weights,
-                         response_mask=made.mask & (np.arange(length) >= first))
+  return PreferenceBatch(
+    made.tokens,
+    made.mask,
+    made.ranks,
+    made.weights,
+    response_mask=made.mask & (np.arange(length) >= first),
+  )
 
 
 def check_length(row: Sequence[int], length: int, what: str, key: str) -> None:
   if len(row) > length:
-    raise ValueError(f"{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or "
-                     "set data.too_long='drop'.")
+    raise ValueError(
+      f'{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or '
+      "set data.too_long='drop'."
+    )

@@ -1,4 +1,5 @@
-"""What a record of each kind has: its fields, their types, and the forms in which a response may stand."""
+"""What a record of each kind has: its fields, their types, and the forms in which a response may
+stand."""
 
 from __future__ import annotations
 
@@ -7,71 +8,115 @@ from typing import Any
 from alignjax.runtime import textfiles
 
 FIELDS = dict(
-    demonstrations=dict(prompt=(str, list), response=(str, list, dict)),
-    comparisons=dict(prompt=(str, list), responses=list, ranks=list),
-    prompts=dict(prompt=(str, list)),
-    pretrain=dict(text=str),
+  demonstrations=dict(prompt=(str, list), response=(str, list, dict)),
+  comparisons=dict(prompt=(str, list), responses=list, ranks=list),
+  prompts=dict(prompt=(str, list)),
+  pretrain=dict(text=str),
 )
 
 
 def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-  """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking of two, a response in messages
-  its text."""
-  if kind == 'comparisons' and 'chosen' in record and 'rejected' in record and 'responses' not in record:
+  """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking
+  of two, a response in messages its text."""
+  if (
+    kind == 'comparisons'
+    and 'chosen' in record
+    and 'rejected' in record
+    and 'responses' not in record
+  ):
     if 'ranks' in record:
-      raise ValueError(f"{where}: 'chosen' and 'rejected' are a ranking of two already; leave out 'ranks', or give 'responses' "
-                       'with it.')
+      raise ValueError(
+        f"{where}: 'chosen' and 'rejected' are a ranking of two already; leave out 'ranks', or "
+        f"give 'responses' "
+        'with it.'
+      )
     rest = {k: v for k, v in record.items() if k not in ('chosen', 'rejected')}
     record = {**rest, 'responses': [record['chosen'], record['rejected']], 'ranks': [0, 1]}
     if 'prompt' not in record:
       fits = 'hh_rlhf' if isinstance(record['responses'][0], str) else 'ultrafeedback_binarized'
-      raise ValueError(f"{where}: field 'prompt' is missing; where 'chosen' and 'rejected' begin with it, "
-                       f'data.mapping.comparisons={fits} takes it from them. This record has {sorted(rest)} besides.')
+      raise ValueError(
+        f"{where}: field 'prompt' is missing; where 'chosen' and 'rejected' begin with it, "
+        f'data.mapping.comparisons={fits} takes it from them. This record has {sorted(rest)} '
+        f'besides.'
+      )
   for field, expected in FIELDS[kind].items():
     if field not in record:
-      raise ValueError(f'{where}: field {field!r} is missing; a record of {kind} has {sorted(FIELDS[kind])}, '
-                       f'this one has {sorted(record)}. Other names: data.mapping.{kind}.')
+      raise ValueError(
+        f'{where}: field {field!r} is missing; a record of {kind} has {sorted(FIELDS[kind])}, '
+        f'this one has {sorted(record)}. Other names: data.mapping.{kind}.'
+      )
     if not isinstance(record[field], expected):
-      names = ' or '.join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)) if t is not dict)
-      raise ValueError(f'{where}: field {field!r} must be {names}, not {type(record[field]).__name__}'
-                       f'{" (null)" if record[field] is None else ""}.')
+      names = ' or '.join(
+        t.__name__
+        for t in (expected if isinstance(expected, tuple) else (expected,))
+        if t is not dict
+      )
+      raise ValueError(
+        f'{where}: field {field!r} must be {names}, not {type(record[field]).__name__}'
+        f'{" (null)" if record[field] is None else ""}.'
+      )
   for field in ('user_id', 'labeler_id'):
-    if isinstance(record.get(field), bool) or not isinstance(record.get(field), (str, int, type(None))):
-      raise ValueError(f'{where}: field {field!r} must be text or a whole number, not {record[field]!r}.')
+    if isinstance(record.get(field), bool) or not isinstance(
+      record.get(field), (str, int, type(None))
+    ):
+      raise ValueError(
+        f'{where}: field {field!r} must be text or a whole number, not {record[field]!r}.'
+      )
   for field in ('use_case', 'kind'):
     if not isinstance(record.get(field), (str, type(None))):
-      raise ValueError(f'{where}: field {field!r} must be text, not {textfiles.kind(record[field])}.')
+      raise ValueError(
+        f'{where}: field {field!r} must be text, not {textfiles.kind(record[field])}.'
+      )
   if isinstance(record.get('prompt'), list):
     messages = record['prompt']
     if not messages or not all(map(_is_message, messages)):
-      raise ValueError(f"{where}: 'prompt' as a list must hold messages {{'role': 'system' | 'user' | 'assistant', "
-                       "'content': str}.")
+      raise ValueError(
+        f"{where}: 'prompt' as a list must hold messages {{'role': 'system' | 'user' | "
+        f"'assistant', "
+        "'content': str}."
+      )
   if kind == 'demonstrations':
-    record = {**record, 'response': answer(record['response'], record['prompt'], "'response'", where)}
+    record = {
+      **record,
+      'response': answer(record['response'], record['prompt'], "'response'", where),
+    }
   if kind == 'comparisons':
-    said = [answer(r, record['prompt'], "every entry of 'responses'", where) for r in record['responses']]
+    said = [
+      answer(r, record['prompt'], "every entry of 'responses'", where) for r in record['responses']
+    ]
     record = {**record, 'responses': said}
     check_comparison(record, where)
   return record
 
 
 def _is_message(m: Any) -> bool:
-  return isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant') and isinstance(m.get('content'), str)
+  return (
+    isinstance(m, dict)
+    and m.get('role') in ('system', 'user', 'assistant')
+    and isinstance(m.get('content'), str)
+  )
 
 
 def answer(said: Any, prompt: str | list[dict[str, Any]], what: str, where: str) -> str:
-  """The text of a response: a string, or the assistant's message, alone or in a list that may begin with the prompt's messages."""
+  """The text of a response: a string, or the assistant's message, alone or in a list that may begin
+  with the prompt's messages."""
   if isinstance(said, str):
     return said
   messages = [said] if isinstance(said, dict) else said
   if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-    raise ValueError(f"{where}: {what} must be a string, or a message {{'role': 'assistant', 'content': str}}, alone or in a list; "
-                     f'not {textfiles.kind(said)}.')
+    raise ValueError(
+      f"{where}: {what} must be a string, or a message {{'role': 'assistant', 'content': str}}, "
+      f'alone or in a list; '
+      f'not {textfiles.kind(said)}.'
+    )
   turns = lambda some: [(m['role'], m['content']) for m in some]
   before = turns([{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt)
   if messages[-1]['role'] != 'assistant' or turns(messages[:-1]) not in ([], before):
-    raise ValueError(f"{where}: {what} must be one message of the assistant, after the prompt's messages or without them; it has "
-                     f'the roles {", ".join(m["role"] for m in messages)}.')
+    raise ValueError(
+      f"{where}: {what} must be one message of the assistant, after the prompt's messages or "
+      f'without them; it has '
+      f'the roles {", ".join(m["role"] for m in messages)}.'
+    )
   return messages[-1]['content']
 
 
@@ -82,4 +127,6 @@ def check_comparison(record: dict[str, Any], where: str) -> None:
   if len(responses) < 2:
     raise ValueError(f'{where}: a comparison needs at least two responses, not {len(responses)}.')
   if not all(isinstance(r, int) and not isinstance(r, bool) and 0 <= r < 2**31 for r in ranks):
-    raise ValueError(f"{where}: 'ranks' must be integers from 0 (best) on, equal ones for ties; got {ranks}.")
+    raise ValueError(
+      f"{where}: 'ranks' must be integers from 0 (best) on, equal ones for ties; got {ranks}."
+    )

@@ -1,6 +1,7 @@
-"""Hygiene of records, as the paper did it for its prompts (section 3.2, appendices A.2 and C): duplicates, a cap for each user,
-splits by user and prompt, length, personal data. Every rule takes records and returns (kept, removed); `clean` runs them in order
-and counts. Which prompts no stage is trained on is decided here too (`held_out`).
+"""Hygiene of records, as the paper did it for its prompts (section 3.2, appendices A.2 and C):
+duplicates, a cap for each user, splits by user and prompt, length, personal data. Every rule takes
+records and returns (kept, removed); `clean` runs them in order and counts. Which prompts no stage
+is trained on is decided here too (`held_out`).
 
 The rules by kind of record:
 
@@ -11,11 +12,12 @@ The rules by kind of record:
   cap for each user     prompts              distinct prompts      distinct prompts                     none
   personal data         in the prompt        in prompt, response   in the prompt or any response        none
 
-A comparison is the same whatever the order of its responses, and another one if its labeler ranked them otherwise. Pretraining text
-is no user's, and long: a book is not dropped for its length, for a licence that many books begin with, or for one address in it.
+A comparison is the same whatever the order of its responses, and another one if its labeler ranked
+them otherwise. Pretraining text is no user's, and long: a book is not dropped for its length, for a
+licence that many books begin with, or for one address in it.
 
-What the paper does not report is ours: the length of the beginning that makes two prompts duplicates, how personal data was found
-(here: documented patterns), the shares of the splits."""
+What the paper does not report is ours: the length of the beginning that makes two prompts
+duplicates, how personal data was found (here: documented patterns), the shares of the splits."""
 
 from __future__ import annotations
 
@@ -28,16 +30,21 @@ from typing import Any
 Records = list[dict[str, Any]]
 
 PII = {
-    'e-mail': re.compile(r'\b[\w.+-]+@[\w-]+(\.[\w-]+)+\b'),
-    'phone': re.compile(r'(?<![\w.])(\+\d{1,3}[ .-]?)?(\(\d{2,4}\)|\d{3})[ .-]\d{3,4}[ .-]\d{3,4}(?!\w|\.\d)'),
-    'us ssn': re.compile(r'(?<!\d)(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?!\d)'),
-    'card': re.compile(r'(?<!\w)(?:\d[ -]?){12,15}\d(?!\w)'),
-    'iban': re.compile(r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b'),
-    'ip address': re.compile(r'(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\d|\.\d)'),
+  'e-mail': re.compile(r'\b[\w.+-]+@[\w-]+(\.[\w-]+)+\b'),
+  'phone': re.compile(
+    r'(?<![\w.])(\+\d{1,3}[ .-]?)?(\(\d{2,4}\)|\d{3})[ .-]\d{3,4}[ .-]\d{3,4}(?!\w|\.\d)'
+  ),
+  'us ssn': re.compile(r'(?<!\d)(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?!\d)'),
+  'card': re.compile(r'(?<!\w)(?:\d[ -]?){12,15}\d(?!\w)'),
+  'iban': re.compile(r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b'),
+  'ip address': re.compile(
+    r'(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\d|\.\d)'
+  ),
 }
 
 
-DECIMAL = re.compile(r'(?:\d+|(?<![^\s(=+-]))\.\d+')  # in 'no.4111' and '...4111' the point is none of a number
+# in 'no.4111' and '...4111' the point is none of a number
+DECIMAL = re.compile(r'(?:\d+|(?<![^\s(=+-]))\.\d+')
 
 
 def text_of(record: dict[str, Any]) -> str:
@@ -48,19 +55,27 @@ def text_of(record: dict[str, Any]) -> str:
 
 def texts_of(record: dict[str, Any]) -> str:
   """The prompt with its response or responses."""
-  return '\n'.join([text_of(record), *([record['response']] if 'response' in record else []), *record.get('responses', [])])
+  return '\n'.join(
+    [
+      text_of(record),
+      *([record['response']] if 'response' in record else []),
+      *record.get('responses', []),
+    ]
+  )
 
 
 def user_of(record: dict[str, Any]) -> str | None:
-  """Who asked: the user_id as text, 0 like any other; None without one. An empty text is none (records_dataset_builder.py)."""
+  """Who asked: the user_id as text, 0 like any other; None without one. An empty text is none
+  (records_dataset_builder.py)."""
   user = record.get('user_id')
   return None if user is None or user == '' else str(user)
 
 
 def conversation(prompt: str | list[dict[str, str]]) -> str:
-  """What makes two prompts one for a split: the first thing a person says in them, case and space apart. As text, as messages and
-  in the form of a dialogue ("Human: ...", then "Assistant:") it is the same, and the later turns of a conversation, which hold
-  answers to the first one, stay on its side."""
+  """What makes two prompts one for a split: the first thing a person says in them, case and space
+  apart. As text, as messages and in the form of a dialogue ("Human: ...", then "Assistant:") it is
+  the same, and the later turns of a conversation, which hold answers to the first one, stay on its
+  side."""
   if isinstance(prompt, list):
     said = next((m['content'] for m in prompt if m['role'] == 'user'), text_of({'prompt': prompt}))
   else:
@@ -70,19 +85,23 @@ def conversation(prompt: str | list[dict[str, str]]) -> str:
 
 
 def held_out(prompt: str | list[dict[str, str]], share: float, seed: int) -> bool:
-  """Whether a prompt is of the `share` of conversations that no stage is trained on: a function of the prompt and the seed alone,
-  so that demonstrations, comparisons and prompts of one source agree on it, in every run."""
+  """Whether a prompt is of the `share` of conversations that no stage is trained on: a function of
+  the prompt and the seed alone, so that demonstrations, comparisons and prompts of one source agree
+  on it, in every run."""
   return place(f'held out/{seed}', conversation(prompt)) < share
 
 
 def place(seed: Any, who: str) -> float:
   """A number from 0 to 1 that depends on its arguments alone and is uniform over them."""
-  return int.from_bytes(hashlib.sha256(f'{seed}/{who}'.encode('utf-8', 'surrogatepass')).digest()[:8]) / 2**64
+  return (
+    int.from_bytes(hashlib.sha256(f'{seed}/{who}'.encode('utf-8', 'surrogatepass')).digest()[:8])
+    / 2**64
+  )
 
 
 def pii(text: str) -> str | None:
-  """The first kind of personal data found in a text, or None. Card numbers must pass the Luhn check; the digits of a decimal number
-  or of a word are none."""
+  """The first kind of personal data found in a text, or None. Card numbers must pass the Luhn
+  check; the digits of a decimal number or of a word are none."""
   for kind, pattern in PII.items():
     for match in pattern.finditer(DECIMAL.sub(' . ', text) if kind == 'card' else text):
       if kind != 'card' or _luhn(re.sub(r'\D', '', match.group())):
@@ -91,7 +110,9 @@ def pii(text: str) -> str | None:
 
 
 def _luhn(digits: str) -> bool:
-  total = sum(sum(divmod(int(d) * 2, 10)) if i % 2 else int(d) for i, d in enumerate(reversed(digits)))
+  total = sum(
+    sum(divmod(int(d) * 2, 10)) if i % 2 else int(d) for i, d in enumerate(reversed(digits))
+  )
   return total % 10 == 0 and len(digits) >= 13
 
 
@@ -103,7 +124,8 @@ def not_blank(records: Records) -> tuple[Records, Records]:
 def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[Records, Records]:
   """Keeps the first of each set of duplicates, case and space apart (see the top of this file).
 
-  prefix: prompts are one whose first `prefix` characters are the same; shorter ones are compared whole.
+  prefix: prompts are one whose first `prefix` characters are the same; shorter ones are compared
+    whole.
   """
   plain = lambda text: ' '.join(text.lower().split())
   seen: set = set()
@@ -116,7 +138,10 @@ def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[R
       key = key, plain(record['response'])
     elif kind == 'comparisons':
       order = sorted(set(record['ranks']))
-      ranked = sorted((plain(text), order.index(rank)) for text, rank in zip(record['responses'], record['ranks'], strict=True))
+      ranked = sorted(
+        (plain(text), order.index(rank))
+        for text, rank in zip(record['responses'], record['ranks'], strict=True)
+      )
       key = key, tuple(ranked), str(record.get('labeler_id'))
     key = hashlib.sha256(repr(key).encode()).digest()  # a book's key is as short as any
     fresh = key not in seen
@@ -127,7 +152,8 @@ def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[R
 
 
 def cap_users(records: Records, most: int) -> tuple[Records, Records]:
-  """At most `most` distinct prompts of a user_id, the first ones; records without one are not capped."""
+  """At most `most` distinct prompts of a user_id, the first ones; records without one are not
+  capped."""
   prompts: dict[str, set[str]] = {}
 
   def within(record):
@@ -143,7 +169,9 @@ def cap_users(records: Records, most: int) -> tuple[Records, Records]:
   return _parted(records, within)
 
 
-def short_enough(records: Records, most: int, length: Callable[[str], int]) -> tuple[Records, Records]:
+def short_enough(
+  records: Records, most: int, length: Callable[[str], int]
+) -> tuple[Records, Records]:
   """Prompts of at most `most` tokens by `length`."""
   return _parted(records, lambda r: length(text_of(r)) <= most)
 
@@ -156,9 +184,10 @@ def _parted(records: Records, keep: Callable[[dict[str, Any]], bool]) -> tuple[R
 
 
 def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Records]:
-  """Splits by user and by prompt: records of one user_id, and records of one conversation (or document) whoever asked, are on one
-  side, and so are all that are joined by others in this way; no prompt is on two sides. Where a side lies is a function of the seed
-  and of who is on it, for records of every kind, in whatever order they come."""
+  """Splits by user and by prompt: records of one user_id, and records of one conversation (or
+  document) whoever asked, are on one side, and so are all that are joined by others in this way; no
+  prompt is on two sides. Where a side lies is a function of the seed and of who is on it, for
+  records of every kind, in whatever order they come."""
   joined: dict[str, str] = {}  # a name -> another of its side, or itself
 
   def side(name):
@@ -172,7 +201,8 @@ def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Re
   for record, prompt in zip(records, prompts, strict=True):
     user = user_of(record)
     one, other = side(prompt), side(prompt if user is None else f'user:{user}')
-    joined[min(one, other)] = max(one, other)  # the last name stands for its side: a user's, where there is one
+    # the last name stands for its side: a user's, where there is one
+    joined[min(one, other)] = max(one, other)
   out: dict[str, Records] = {name: [] for name in shares}
   for record, prompt in zip(records, prompts, strict=True):
     at = place(seed, side(prompt)) * sum(shares.values())
@@ -184,11 +214,20 @@ def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Re
   return out
 
 
-def clean(records: Records, *, kind: str, prefix: int | None, per_user: int | None, max_tokens: int | None,
-          length: Callable[[str], int], remove_pii: bool, shares: dict[str, float],
-          seed: int) -> tuple[dict[str, Records], list[tuple[str, int, int]]]:
-  """All rules of a kind in the paper's order: (records of each split, [(rule, removed, left)]). A rule of None is off. Personal
-  data is removed from the training split only (section 3.2)."""
+def clean(
+  records: Records,
+  *,
+  kind: str,
+  prefix: int | None,
+  per_user: int | None,
+  max_tokens: int | None,
+  length: Callable[[str], int],
+  remove_pii: bool,
+  shares: dict[str, float],
+  seed: int,
+) -> tuple[dict[str, Records], list[tuple[str, int, int]]]:
+  """All rules of a kind in the paper's order: (records of each split, [(rule, removed, left)]). A
+  rule of None is off. Personal data is removed from the training split only (section 3.2)."""
   log = [('read', 0, len(records))]
   asked = kind != 'pretrain'  # by people
 
@@ -200,8 +239,12 @@ def clean(records: Records, *, kind: str, prefix: int | None, per_user: int | No
   if max_tokens is not None and asked:
     records = apply(f'over {max_tokens} tokens', short_enough(records, max_tokens, length))
   if prefix is not None:
-    same = {'prompts': f'same first {prefix} characters', 'demonstrations': 'same prompt and response',
-            'comparisons': 'same prompt, ranking and labeler', 'pretrain': 'same text'}[kind]
+    same = {
+      'prompts': f'same first {prefix} characters',
+      'demonstrations': 'same prompt and response',
+      'comparisons': 'same prompt, ranking and labeler',
+      'pretrain': 'same text',
+    }[kind]
     records = apply(same, deduplicate(records, prefix, kind))
   if per_user is not None and asked:
     records = apply(f'over {per_user} of a user', cap_users(records, per_user))
@@ -211,5 +254,11 @@ def clean(records: Records, *, kind: str, prefix: int | None, per_user: int | No
     kinds = Counter(kind for _, kind in found if kind)
     splits['train'] = [r for r, kind in found if not kind]
     told = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common())
-    log.append(('personal data in train' + (f' ({told})' if told else ''), sum(kinds.values()), sum(map(len, splits.values()))))
+    log.append(
+      (
+        'personal data in train' + (f' ({told})' if told else ''),
+        sum(kinds.values()),
+        sum(map(len, splits.values())),
+      )
+    )
   return splits, log

@@ -1,4 +1,5 @@
-"""From what people publish to our records (fields.py: FIELDS). One function a data set, named in c.data.mapping.KIND:
+"""From what people publish to our records (fields.py: FIELDS). One function a data set, named in
+c.data.mapping.KIND:
 
   a name of this file         'hh_rlhf', 'ultrafeedback', ...
   'module:function'           of a fork: raw record -> list of our records, empty where one cannot be used
@@ -35,18 +36,34 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
   head = renames.pop(0) if '=' not in renames[0] else None
   names = dict(part.partition('=')[::2] for part in renames)
   names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
-  if not all('=' in part for part in renames) or not all([*names, *names.values()]) or len(names) < len(renames):
-    raise ValueError(f"{where}={name!r}: fields are renamed by 'ours=theirs,ours=theirs', each of ours once.")
+  if (
+    not all('=' in part for part in renames)
+    or not all([*names, *names.values()])
+    or len(names) < len(renames)
+  ):
+    raise ValueError(
+      f"{where}={name!r}: fields are renamed by 'ours=theirs,ours=theirs', each of ours once."
+    )
   if head is None:
     return functools.partial(rename, names=names)
   if ':' in head:
     from alignjax import plugins
+
     function = plugins.find(head, where)
   else:
-    known = sorted(k for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and
-                   not k.startswith('_') and k not in ('find', 'rename', 'apply'))
+    known = sorted(
+      k
+      for k, v in globals().items()
+      if inspect.isfunction(v)
+      and v.__module__ == __name__
+      and not k.startswith('_')
+      and k not in ('find', 'rename', 'apply')
+    )
     if head not in known:
-      raise ValueError(f"{where}={name!r} is none of {', '.join(known)}, nor 'module:function', nor 'ours=theirs,...'.")
+      raise ValueError(
+        f"{where}={name!r} is none of {', '.join(known)}, nor 'module:function', nor "
+        f"'ours=theirs,...'."
+      )
     function = getattr(importlib.import_module(__name__), head)
   if not names:
     return function
@@ -54,8 +71,11 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
   return functools.update_wrapper(renamed, function)
 
 
-def apply(change: Callable[..., Records] | None, raw: dict, where: str, flag: str = 'the mapping') -> Records:
-  """Our records of a raw one; whatever goes wrong in a mapping is an error that names the place, the mapping and the fields."""
+def apply(
+  change: Callable[..., Records] | None, raw: dict, where: str, flag: str = 'the mapping'
+) -> Records:
+  """Our records of a raw one; whatever goes wrong in a mapping is an error that names the place,
+  the mapping and the fields."""
   if change is None:
     return [raw]
   function = getattr(change, 'func', change)
@@ -63,12 +83,20 @@ def apply(change: Callable[..., Records] | None, raw: dict, where: str, flag: st
   try:
     made = change(raw)
   except Exception as error:  # noqa: BLE001 a function of a fork's may raise anything
-    raise ValueError(f'{where}: {flag} {name!r} does not fit this record, which has {sorted(raw)} '
-                     f'({type(error).__name__}: {error}).') from error
+    raise ValueError(
+      f'{where}: {flag} {name!r} does not fit this record, which has {sorted(raw)} '
+      f'({type(error).__name__}: {error}).'
+    ) from error
   if not isinstance(made, list) or not all(isinstance(record, dict) for record in made):
-    raise ValueError(f'{where}: {flag} {name!r} must return a list of records, each of them a dict; it returned '
-                     f'{type(made).__name__}' + (f' of {", ".join(sorted({type(r).__name__ for r in made}))}.'
-                                                  if isinstance(made, list) else '.'))
+    raise ValueError(
+      f'{where}: {flag} {name!r} must return a list of records, each of them a dict; it returned '
+      f'{type(made).__name__}'
+      + (
+        f' of {", ".join(sorted({type(r).__name__ for r in made}))}.'
+        if isinstance(made, list)
+        else '.'
+      )
+    )
   return made
 
 
@@ -86,9 +114,10 @@ def _instruction(instruction: str, context: str) -> str:
 
 # comparisons
 
+
 def hh_rlhf(raw: dict) -> Records:
-  """Anthropic/hh-rlhf: {"chosen", "rejected"}, whole dialogues. The prompt is all that comes before the last answer; a few
-  pairs differ before it and are left out. For data.template='dialogue'."""
+  """Anthropic/hh-rlhf: {"chosen", "rejected"}, whole dialogues. The prompt is all that comes before
+  the last answer; a few pairs differ before it and are left out. For data.template='dialogue'."""
   chosen, rejected = raw['chosen'].rpartition(TURN), raw['rejected'].rpartition(TURN)
   if chosen[0] != rejected[0] or not chosen[1]:
     return []
@@ -96,8 +125,8 @@ def hh_rlhf(raw: dict) -> Records:
 
 
 def summarize_from_feedback(raw: dict) -> Records:
-  """openai/summarize_from_feedback, comparisons: {"info", "summaries": [2], "choice", "worker"}; info is of a Reddit post, or of a
-  CNN/DM article."""
+  """openai/summarize_from_feedback, comparisons: {"info", "summaries": [2], "choice", "worker"};
+  info is of a Reddit post, or of a CNN/DM article."""
   texts = [s['text'] for s in raw['summaries']]
   best = int(raw['choice'])
   labeler = {} if raw.get('worker') is None else dict(labeler_id=str(raw['worker']))
@@ -105,15 +134,16 @@ def summarize_from_feedback(raw: dict) -> Records:
 
 
 def shp(raw: dict) -> Records:
-  """stanfordnlp/SHP: {"history", "human_ref_A", "human_ref_B", "labels": 1 where A is better, "domain"}."""
+  """stanfordnlp/SHP: {"history", "human_ref_A", "human_ref_B", "labels": 1 where A is better,
+  "domain"}."""
   a, b = raw['human_ref_A'], raw['human_ref_B']
   better, worse = {1: (a, b), 0: (b, a)}[int(raw['labels'])]
   return [_pair(raw['history'], better, worse)]
 
 
 def from_scores(raw: dict) -> Records:
-  """Any set with scores: {"prompt", "responses", "scores"}, a number for each response, higher is better, equal is a tie. Other
-  fields stay."""
+  """Any set with scores: {"prompt", "responses", "scores"}, a number for each response, higher is
+  better, equal is a tie. Other fields stay."""
   rest = {k: v for k, v in raw.items() if k != 'scores'}
   if len(raw['scores']) != len(raw['responses']):
     raise ValueError(f'{len(raw["responses"])} responses but {len(raw["scores"])} scores')
@@ -132,23 +162,33 @@ def _ranks(scores: Sequence[float]) -> list[int]:
 
 
 def ultrafeedback(raw: dict) -> Records:
-  """openbmb/UltraFeedback: {"instruction", "completions": [{"response", "overall_score"}]}, K = 4 ranked by score."""
+  """openbmb/UltraFeedback: {"instruction", "completions": [{"response", "overall_score"}]}, K = 4
+  ranked by score."""
   scores = [float(c['overall_score']) for c in raw['completions']]
   if len(scores) < 2:
     return []
-  return [dict(prompt=raw['instruction'], responses=[c['response'] for c in raw['completions']], ranks=_ranks(scores))]
+  return [
+    dict(
+      prompt=raw['instruction'],
+      responses=[c['response'] for c in raw['completions']],
+      ranks=_ranks(scores),
+    )
+  ]
 
 
 def ultrafeedback_binarized(raw: dict) -> Records:
-  """HuggingFaceH4/ultrafeedback_binarized: {"chosen": messages, "rejected": messages}. The prompt is a list of messages."""
+  """HuggingFaceH4/ultrafeedback_binarized: {"chosen": messages, "rejected": messages}. The prompt
+  is a list of messages."""
   if raw['chosen'][:-1] != raw['rejected'][:-1]:
     return []
-  return [_pair(list(raw['chosen'][:-1]), raw['chosen'][-1]['content'], raw['rejected'][-1]['content'])]
+  return [
+    _pair(list(raw['chosen'][:-1]), raw['chosen'][-1]['content'], raw['rejected'][-1]['content'])
+  ]
 
 
 def oasst(raw: dict) -> Records:
-  """OpenAssistant's trees: {"prompt": {"text", "role", "replies": [...]}}: a record for every prompt with ranked answers.
-  The prompt is a list of messages."""
+  """OpenAssistant's trees: {"prompt": {"text", "role", "replies": [...]}}: a record for every
+  prompt with ranked answers. The prompt is a list of messages."""
   out: Records = []
 
   def walk(node: dict, messages: list[dict]):
@@ -157,7 +197,13 @@ def oasst(raw: dict) -> Records:
     replies = node.get('replies') or []
     ranked = [r for r in replies if r.get('rank') is not None]
     if role == 'user' and len(ranked) > 1:
-      out.append(dict(prompt=messages, responses=[r['text'] for r in ranked], ranks=[int(r['rank']) for r in ranked]))
+      out.append(
+        dict(
+          prompt=messages,
+          responses=[r['text'] for r in ranked],
+          ranks=[int(r['rank']) for r in ranked],
+        )
+      )
     for reply in replies:
       walk(reply, messages)
 
@@ -166,25 +212,41 @@ def oasst(raw: dict) -> Records:
 
 
 def finegrained_rlhf(raw: dict) -> Records:
-  """allenai/FineGrainedRLHF: {"question", "passages", "prediction 1".."4", "preference": six pairs}, K = 4. Ranks are by the
-  number of pairs won; a tie counts half."""
+  """allenai/FineGrainedRLHF: {"question", "passages", "prediction 1".."4", "preference": six
+  pairs}, K = 4. Ranks are by the number of pairs won; a tie counts half."""
   wins = [0.0] * 4
   for (i, j), label in zip(itertools.combinations(range(4), 2), raw['preference'], strict=True):
     wins[i] += {1: 1.0, 0: 0.5, 2: 0.0}[label]
     wins[j] += {1: 0.0, 0: 0.5, 2: 1.0}[label]
-  return [dict(prompt=raw['question'], responses=[raw[f'prediction {i}'] for i in (1, 2, 3, 4)], ranks=_ranks(wins))]
+  return [
+    dict(
+      prompt=raw['question'],
+      responses=[raw[f'prediction {i}'] for i in (1, 2, 3, 4)],
+      ranks=_ranks(wins),
+    )
+  ]
 
 
 def pandalm(raw: dict) -> Records:
-  """WeOpenML/PandaLM's test set: one record for each of its three annotators (1, 2, or 0 for a tie)."""
-  prompt, a, b = _instruction(raw['instruction'], raw['input']), str(raw['response1']), str(raw['response2'])  # some are booleans
-  made = {1: lambda **kw: _pair(prompt, a, b, **kw), 2: lambda **kw: _pair(prompt, b, a, **kw),
-          0: lambda **kw: _pair(prompt, a, b, tie=True, **kw)}
+  """WeOpenML/PandaLM's test set: one record for each of its three annotators (1, 2, or 0 for a
+  tie)."""
+  # some are booleans
+  prompt, a, b = (
+    _instruction(raw['instruction'], raw['input']),
+    str(raw['response1']),
+    str(raw['response2']),
+  )
+  made = {
+    1: lambda **kw: _pair(prompt, a, b, **kw),
+    2: lambda **kw: _pair(prompt, b, a, **kw),
+    0: lambda **kw: _pair(prompt, a, b, tie=True, **kw),
+  }
   return [made[int(raw[f'annotator{n}'])](labeler_id=f'annotator{n}') for n in (1, 2, 3)]
 
 
 def ukp_convarg(raw: dict, beside: pathlib.Path) -> Records:
-  """UKPLab/acl2016-convincing-arguments: judgments.jsonl.gz, with arguments.jsonl.gz beside it; one record a vote."""
+  """UKPLab/acl2016-convincing-arguments: judgments.jsonl.gz, with arguments.jsonl.gz beside it; one
+  record a vote."""
   arguments = _arguments(beside / 'arguments.jsonl.gz')
   a, b = (arguments[raw['topic'], raw[k]] for k in ('arg1', 'arg2'))
   prompt = _argue(a)
@@ -204,13 +266,16 @@ def _arguments(path: pathlib.Path) -> dict:
   found = {}
   for number, text in textfiles.values(textfiles.read(path), str(path)):
     row = textfiles.parse(text, f'{path}, line {number}')
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), (str, int)) for k in ('topic', 'arg_id', 'text')):
+    if not isinstance(row, dict) or not all(
+      isinstance(row.get(k), (str, int)) for k in ('topic', 'arg_id', 'text')
+    ):
       raise ValueError(f'{path}, line {number}: an argument has topic, arg_id and text.')
     found[row['topic'], row['arg_id']] = row
   return found
 
 
 # demonstrations
+
 
 def hh_rlhf_demonstrations(raw: dict) -> Records:
   """The chosen answers of Anthropic/hh-rlhf."""
@@ -219,59 +284,81 @@ def hh_rlhf_demonstrations(raw: dict) -> Records:
 
 
 def tldr(raw: dict) -> Records:
-  """openai/summarize_from_feedback's Reddit posts, in the filtered set of demonstrations: {"title", "subreddit", "post",
-  "summary"}."""
+  """openai/summarize_from_feedback's Reddit posts, in the filtered set of demonstrations: {"title",
+  "subreddit", "post", "summary"}."""
   return [dict(prompt=_post(raw), response=raw['summary'])]
 
 
 def _post(info: dict) -> str:
-  """The query of a Reddit post (Stiennon et al. 2020), or of a news article in the same form; fields that are null are left out."""
+  """The query of a Reddit post (Stiennon et al. 2020), or of a news article in the same form;
+  fields that are null are left out."""
   if info.get('article') is not None:
     fields = {'TITLE': info.get('title'), 'ARTICLE': info['article']}
   elif info['post'] is not None:
-    fields = {'SUBREDDIT': info['subreddit'] and f'r/{info["subreddit"]}', 'TITLE': info['title'], 'POST': info['post']}
+    fields = {
+      'SUBREDDIT': info['subreddit'] and f'r/{info["subreddit"]}',
+      'TITLE': info['title'],
+      'POST': info['post'],
+    }
   else:
     raise ValueError("neither 'post' nor 'article' has a text")
   return '\n'.join([*(f'{name}: {text}' for name, text in fields.items() if text), 'TL;DR:'])
 
 
 def ukp_convarg_demonstrations(raw: dict) -> Records:
-  """UKPLab/acl2016-convincing-arguments: arguments.jsonl.gz, each argument an answer to its side's prompt."""
+  """UKPLab/acl2016-convincing-arguments: arguments.jsonl.gz, each argument an answer to its side's
+  prompt."""
   return [dict(prompt=_argue(raw), response=raw['text'])]
 
 
 def dolly(raw: dict) -> Records:
   """databricks-dolly-15k: {"instruction", "context", "response", "category"}."""
-  return [dict(prompt=_instruction(raw['instruction'], raw.get('context', '')), response=raw['response'],
-               use_case=raw.get('category') or '')]
+  return [
+    dict(
+      prompt=_instruction(raw['instruction'], raw.get('context', '')),
+      response=raw['response'],
+      use_case=raw.get('category') or '',
+    )
+  ]
 
 
 def dolly_hhrlhf(raw: dict) -> Records:
-  """mosaicml/dolly_hhrlhf: {"prompt", "response"}, each prompt in Alpaca's "### Instruction:" form, which is taken off."""
+  """mosaicml/dolly_hhrlhf: {"prompt", "response"}, each prompt in Alpaca's "### Instruction:" form,
+  which is taken off."""
   instruction = raw['prompt'].partition('### Instruction:\n')[2].rpartition('\n\n### Response:')[0]
   return [dict(prompt=instruction, response=raw['response'])] if instruction else []
 
 
 def alpaca(raw: dict) -> Records:
   """Stanford Alpaca: {"instruction", "input", "output"}."""
-  return [dict(prompt=_instruction(raw['instruction'], raw.get('input', '')), response=raw['output'])]
+  return [
+    dict(prompt=_instruction(raw['instruction'], raw.get('input', '')), response=raw['output'])
+  ]
 
 
 def self_instruct(raw: dict) -> Records:
   """yizhongw/self-instruct's seed tasks: {"instruction", "instances": [{"input", "output"}]}."""
-  return [dict(prompt=_instruction(raw['instruction'], i['input']), response=i['output'], use_case=raw['name'])
-          for i in raw['instances']]
+  return [
+    dict(
+      prompt=_instruction(raw['instruction'], i['input']),
+      response=i['output'],
+      use_case=raw['name'],
+    )
+    for i in raw['instances']
+  ]
 
 
 def truthfulqa_judge(raw: dict) -> Records:
-  """sylinrl/TruthfulQA's finetune_truth and finetune_info: {"prompt": "Q: ...\\nA: ...\\nTrue:", "completion": " yes" or " no"}.
-  Nine questions in ten; the others are those of truthfulqa_judge_heldout. A question is on one side whatever file it is in,
-  because its own hash decides. For data.template='plain'."""
+  """sylinrl/TruthfulQA's finetune_truth and finetune_info: {"prompt": "Q: ...\\nA: ...\\nTrue:",
+  "completion": " yes" or " no"}. Nine questions in ten; the others are those of
+  truthfulqa_judge_heldout. A question is on one side whatever file it is in, because its own hash
+  decides. For data.template='plain'."""
   return [] if _heldout(raw['prompt']) else [dict(prompt=raw['prompt'], response=raw['completion'])]
 
 
 def truthfulqa_judge_heldout(raw: dict) -> Records:
-  """The tenth of the questions that no judge is trained on: evals/safety/truthfulness.py measures agreement there."""
+  """The tenth of the questions that no judge is trained on: evals/safety/truthfulness.py measures
+  agreement there."""
   return [dict(prompt=raw['prompt'], response=raw['completion'])] if _heldout(raw['prompt']) else []
 
 
@@ -282,8 +369,10 @@ def _heldout(prompt: str) -> bool:
 
 # prompts
 
+
 def fastchat_questions(raw: dict) -> Records:
-  """lm-sys/FastChat's question files (MT-bench, Vicuna bench): {"turns": [...], "category"}; the first turn."""
+  """lm-sys/FastChat's question files (MT-bench, Vicuna bench): {"turns": [...], "category"}; the
+  first turn."""
   return [dict(prompt=raw['turns'][0], use_case=raw['category'])]
 
 

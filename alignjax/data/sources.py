@@ -6,9 +6,10 @@
   hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed; or hf:FOLDER:SPLIT, a folder that is there
   sandbox:                         the embedded world (setup/texts.py)
 
-or several of them with ';' between: all records of the first, then of the second. A ';' separates where the form of a source
-follows it; one that belongs to a name although a form follows is written '\\;'. c.data.mapping.KIND says how their fields become
-ours (mappings.py), one mapping for all or one for each, again with ';' between; without one they must have our names:
+or several of them with ';' between: all records of the first, then of the second. A ';' separates
+where the form of a source follows it; one that belongs to a name although a form follows is written
+'\\;'. c.data.mapping.KIND says how their fields become ours (mappings.py), one mapping for all or
+one for each, again with ';' between; without one they must have our names:
 
   demonstrations  {"prompt", "response"}                                  [, "user_id", "use_case"]
   comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id", "use_case"]
@@ -16,8 +17,9 @@ ours (mappings.py), one mapping for all or one for each, again with ';' between;
   prompts         {"prompt"}                                              [, "user_id", "use_case"]
   pretrain        {"text"}                                                [, "kind"]
 
-A prompt is a string, or a list of messages {"role", "content"} for the chat template. A response is a string, or the assistant's
-one message, alone or in a list, with or without the prompt's messages before it: its content is read. Ids are text or integers.
+A prompt is a string, or a list of messages {"role", "content"} for the chat template. A response is
+a string, or the assistant's one message, alone or in a list, with or without the prompt's messages
+before it: its content is read. Ids are text or integers.
 """
 
 from __future__ import annotations
@@ -41,14 +43,18 @@ FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT
 
 
 class Source(NamedTuple):
-  """count: raw records; records(i): those of ours that the i-th of them becomes, checked, read when asked for: of an
-  array_record file that one alone, so that a process reads its share."""
+  """count: raw records; records(i): those of ours that the i-th of them becomes, checked, read when
+  asked for: of an array_record file that one alone, so that a process reads its share."""
+
   count: int
   records: Callable[[int], list[dict[str, Any]]]
 
 
-def read(source: str, kind: str, mapping: str | None = None, most: int | None = None) -> list[dict[str, Any]]:
-  """The records of a source, all or the first `most`. Errors name the file and line (or the source and index) and the field.
+def read(
+  source: str, kind: str, mapping: str | None = None, most: int | None = None
+) -> list[dict[str, Any]]:
+  """The records of a source, all or the first `most`. Errors name the file and line (or the source
+  and index) and the field.
 
   Args:
     source: see the top of this file.
@@ -56,9 +62,14 @@ def read(source: str, kind: str, mapping: str | None = None, most: int | None = 
     mapping: c.data.mapping.KIND.
   """
   opened = open_source(source, kind, mapping)
-  records = list(itertools.islice((r for i in range(opened.count) for r in opened.records(i)), most))
+  records = list(
+    itertools.islice((r for i in range(opened.count) for r in opened.records(i)), most)
+  )
   if not records:
-    raise ValueError(f'data.{kind}={source!r}: no records' + (f' left by data.mapping.{kind}={mapping!r}.' if mapping else '.'))
+    raise ValueError(
+      f'data.{kind}={source!r}: no records'
+      + (f' left by data.mapping.{kind}={mapping!r}.' if mapping else '.')
+    )
   return records
 
 
@@ -68,8 +79,11 @@ def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
     raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   names, changes = split(source), [part.strip() for part in (mapping or '').split(';')]
   if len(changes) not in (1, len(names)):
-    raise ValueError(f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources of '
-                     f'data.{kind}={source!r}: one for all or one for each.')
+    raise ValueError(
+      f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources '
+      f'of '
+      f'data.{kind}={source!r}: one for all or one for each.'
+    )
   changes = changes * len(names) if len(changes) == 1 else changes
   parts = [_open_one(name, kind, change) for name, change in zip(names, changes, strict=True)]
   starts = list(itertools.accumulate((part.count for part in parts), initial=0))
@@ -93,7 +107,9 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
     raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   change = mappings.find(mapping, f'data.mapping.{kind}')
   if change is not None and 'beside' in inspect.signature(change).parameters:
-    change = functools.partial(change, beside=(files.folder if form == 'jsonl' else pathlib.Path)(rest).parent)
+    change = functools.partial(
+      change, beside=(files.folder if form == 'jsonl' else pathlib.Path)(rest).parent
+    )
   count, get = READERS[form](rest, kind)
   if not count:  # of several sources too, where the others would hide it
     raise ValueError(f'data.{kind}={source!r}: no records.')
@@ -105,18 +121,27 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
   return Source(count, records)
 
 
-def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[dict[str, Any]]:
+def convert(
+  raw: Any, kind: str, where: str, change: Callable | None = None
+) -> list[dict[str, Any]]:
   """Our records of a raw one, checked."""
   if not isinstance(raw, dict):
-    raise ValueError(f'{where}: a record is an object with {sorted(fields.FIELDS[kind])}, not {textfiles.kind(raw)}.')
-  made = [Record(fields.check(record, kind, where)) for record in mappings.apply(change, raw, where)]
+    raise ValueError(
+      f'{where}: a record is an object with {sorted(fields.FIELDS[kind])}, not '
+      f'{textfiles.kind(raw)}.'
+    )
+  made = [
+    Record(fields.check(record, kind, where)) for record in mappings.apply(change, raw, where)
+  ]
   for record in made:
     record.where = where
   return made
 
 
 class Record(dict):
-  """A record that knows where it stands in its source, for an error that comes when it is no longer read but used."""
+  """A record that knows where it stands in its source, for an error that comes when it is no longer
+  read but used."""
+
   where: str
 
 
@@ -140,7 +165,9 @@ def _jsonl(path: str, kind: str) -> Raw:
 
 def _text(pattern: str, kind: str) -> Raw:
   if kind != 'pretrain':
-    raise ValueError(f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.')
+    raise ValueError(
+      f'data.{kind}=text:{pattern}: plain text is a source of pretraining documents only.'
+    )
   folder = textfiles.place(pattern, f'data.{kind}: ')
   if '*' in pattern and files.is_bucket(folder):
     fixed = next(p for p in folder.parents if '*' not in str(p))
@@ -157,13 +184,16 @@ def _name_and_split(text: str, where: str) -> tuple[str, str]:
   part = r'[\w.-]+(?:\[[^\]]*\])?'
   found = re.fullmatch(rf'(.+):({part}(?:\+{part})*)', text)
   if not found:
-    raise ValueError(f'{where}:{text}: say which split, as in {where.partition("=")[2]}:{text}:train.')
+    raise ValueError(
+      f'{where}:{text}: say which split, as in {where.partition("=")[2]}:{text}:train.'
+    )
   return found[1], found[2]
 
 
 def _folder(name: str, where: str) -> pathlib.Path | None:
-  """The folder that a name of hf: or tfds: means: one that is there; None: a name of the library. One that is written as a folder
-  and is not there, or a part of whose path would be read as another folder's name, is an error."""
+  """The folder that a name of hf: or tfds: means: one that is there; None: a name of the library.
+  One that is written as a folder and is not there, or a part of whose path would be read as another
+  folder's name, is an error."""
   try:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
@@ -172,13 +202,18 @@ def _folder(name: str, where: str) -> pathlib.Path | None:
   except (RuntimeError, OSError, ValueError):  # no such home, a name that is too long, a null byte
     path, found = pathlib.Path(name), False
   if found:
-    raise ValueError(f'{where}: {path} is a file, and a folder is read here; a file of records is jsonl:{name}.')
+    raise ValueError(
+      f'{where}: {path} is a file, and a folder is read here; a file of records is jsonl:{name}.'
+    )
   if path.is_absolute() or name.startswith(('.', '~')):
     raise FileNotFoundError(f'{where} names the folder {path}, which is not there.')
   owner = pathlib.Path(*path.parts[:2])
   if len(path.parts) > 2 and owner.is_dir():
-    raise FileNotFoundError(f'{where}: there is no folder {path}, but there is {owner}, which would be read in its place; '
-                            'write the path of the folder that you mean.')
+    raise FileNotFoundError(
+      f'{where}: there is no folder {path}, but there is {owner}, which would be read in its '
+      f'place; '
+      'write the path of the folder that you mean.'
+    )
   return None
 
 
@@ -194,6 +229,7 @@ def _tfds(name: str, kind: str) -> Raw:
   import tensorflow_datasets as tfds
 
   from alignjax.data.records import records_dataset_builder
+
   try:
     if folder is not None:
       builder = tfds.builder_from_directory(folder)
@@ -201,7 +237,9 @@ def _tfds(name: str, kind: str) -> Raw:
       builder = tfds.builder(name, file_format='array_record')
       builder.download_and_prepare()
     rows = builder.as_data_source(splits)
-    change = records_dataset_builder.restore if 'messages' in builder.info.features else lambda row: row
+    change = (
+      records_dataset_builder.restore if 'messages' in builder.info.features else lambda row: row
+    )
   except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
     raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
 

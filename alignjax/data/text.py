@@ -1,9 +1,9 @@
 """Pretraining text as rows, and the rows of each batch of a mix.
 
-Documents are dealt out to shards, document i to shard i mod n; each shard becomes rows of its own in an order of its own,
-and a position of the batch always takes from the same shard. So a process, which holds some positions of every batch,
-reads the documents of their shards alone (of array_record files it touches no other), and yet the data do not depend on
-the number of processes.
+Documents are dealt out to shards, document i to shard i mod n; each shard becomes rows of its own
+in an order of its own, and a position of the batch always takes from the same shard. So a process,
+which holds some positions of every batch, reads the documents of their shards alone (of
+array_record files it touches no other), and yet the data do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -18,26 +18,34 @@ from alignjax.data.sources import Source
 from alignjax.types import TokenBatch
 
 
-def rows_of(texts: Sequence[str], document: Callable[[str], list[int]], length: int, pad: int, pack: bool) -> TokenBatch:
-  """Rows of `length` tokens. document: text -> tokens with what begins and closes it (templates.Template.document). pack:
-  documents do not see each other; else they stand one after the other in full rows, as in GPT-3's training (Brown et al. 2020,
-  appendix B)."""
+def rows_of(
+  texts: Sequence[str], document: Callable[[str], list[int]], length: int, pad: int, pack: bool
+) -> TokenBatch:
+  """Rows of `length` tokens. document: text -> tokens with what begins and closes it
+  (templates.Template.document). pack: documents do not see each other; else they stand one after
+  the other in full rows, as in GPT-3's training (Brown et al. 2020, appendix B)."""
   rows = (document(text) for text in texts if text.strip())
-  return encode.pack(((row, [1.0] * len(row)) for row in rows), length, pad) if pack else encode.documents(rows, length)
+  return (
+    encode.pack(((row, [1.0] * len(row)) for row in rows), length, pad)
+    if pack
+    else encode.documents(rows, length)
+  )
 
 
 def shards(documents: int, rows: int, most: int = 64, least: int = 256) -> int:
-  """Into how many shards documents are dealt for batches of `rows`: a power of two that divides the rows, with at least
-  `least` documents a shard."""
+  """Into how many shards documents are dealt for batches of `rows`: a power of two that divides the
+  rows, with at least `least` documents a shard."""
   n = 1
   while rows % (2 * n) == 0 and 2 * n <= most and documents >= 2 * n * least:
     n *= 2
   return n
 
 
-def mix(source: Source, rows: int, to_rows: Callable[[list[str]], TokenBatch],
-        seed: Sequence[int]) -> Callable[[int, np.ndarray], TokenBatch]:
-  """-> batch(step, positions): the rows at these positions (ascending, of 0..rows-1) of batch `step`.
+def mix(
+  source: Source, rows: int, to_rows: Callable[[list[str]], TokenBatch], seed: Sequence[int]
+) -> Callable[[int, np.ndarray], TokenBatch]:
+  """-> batch(step, positions): the rows at these positions (ascending, of 0..rows-1) of batch
+  `step`.
 
   Args:
     rows: of a whole batch, over all processes.
@@ -49,7 +57,9 @@ def mix(source: Source, rows: int, to_rows: Callable[[list[str]], TokenBatch],
 
   def shard(number):
     if number not in held:
-      held[number] = to_rows([r['text'] for i in range(number, count, n) for r in source.records(i)])
+      held[number] = to_rows(
+        [r['text'] for i in range(number, count, n) for r in source.records(i)]
+      )
     return held[number]
 
   def batch(step, positions):
@@ -57,7 +67,9 @@ def mix(source: Source, rows: int, to_rows: Callable[[list[str]], TokenBatch],
     for number in np.unique(positions // size).tolist():
       own = positions[positions // size == number] - number * size
       made = shard(number)
-      out.append(batches.take(made, batches.indices(len(made.tokens), size, step, (*seed, number))[own]))
+      out.append(
+        batches.take(made, batches.indices(len(made.tokens), size, step, (*seed, number))[own])
+      )
     return jax.tree.map(lambda *parts: np.concatenate(parts), *out)
 
   return batch

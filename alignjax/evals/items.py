@@ -1,4 +1,5 @@
-"""The items of a task: read from a file or the hub, drawn by the seed, and what was made for each of them, kept as it comes."""
+"""The items of a task: read from a file or the hub, drawn by the seed, and what was made for each
+of them, kept as it comes."""
 
 from __future__ import annotations
 
@@ -13,29 +14,43 @@ import numpy as np
 from alignjax.runtime import journal, textfiles
 
 
-def read(path: str | pathlib.Path, columns: Sequence[str] | Mapping[str, type | tuple[type, ...]] = (),
-         delimiter: str = ',') -> list[dict[str, Any]]:
+def read(
+  path: str | pathlib.Path,
+  columns: Sequence[str] | Mapping[str, type | tuple[type, ...]] = (),
+  delimiter: str = ',',
+) -> list[dict[str, Any]]:
   """Rows of a .jsonl (or .json), .csv or .tsv file, plain or gzip.
 
-  Args:
-    columns: what every row must have, as text or as these types. What is not there is an error with file, line and field.
-    delimiter: of .csv; .tsv has tabs and no quotes.
+  Args: columns: what every row must have, as text or as these types. What is not there is an error
+    with file, line and field. delimiter: of .csv; .tsv has tabs and no quotes.
   """
   text = textfiles.read(path)
   kind = textfiles.suffix(path)
   if kind in ('jsonl', 'json'):
-    rows = [(n, textfiles.parse(value, f'{path}, line {n}')) for n, value in textfiles.values(text, str(path))]
+    rows = [
+      (n, textfiles.parse(value, f'{path}, line {n}'))
+      for n, value in textfiles.values(text, str(path))
+    ]
   else:
-    rows = _table(text, str(path), '\t' if kind == 'tsv' else delimiter, csv.QUOTE_NONE if kind == 'tsv' else csv.QUOTE_MINIMAL)
+    rows = _table(
+      text,
+      str(path),
+      '\t' if kind == 'tsv' else delimiter,
+      csv.QUOTE_NONE if kind == 'tsv' else csv.QUOTE_MINIMAL,
+    )
   types = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, str)
   for number, row in rows:
     missing = [c for c in types if not isinstance(row, dict) or row.get(c) is None]
     if missing:
       has = sorted(row) if isinstance(row, dict) else textfiles.kind(row)
-      raise ValueError(f'{path}, line {number}: no {", ".join(map(repr, missing))}; the row has {has}.')
+      raise ValueError(
+        f'{path}, line {number}: no {", ".join(map(repr, missing))}; the row has {has}.'
+      )
     for name, expected in types.items():
       if not isinstance(row[name], expected):
-        raise ValueError(f'{path}, line {number}: {name!r} must be text, not {textfiles.kind(row[name])}.')
+        raise ValueError(
+          f'{path}, line {number}: {name!r} must be text, not {textfiles.kind(row[name])}.'
+        )
   if not rows:
     raise ValueError(f'{path}: no rows.')
   return [row for _, row in rows]
@@ -43,8 +58,14 @@ def read(path: str | pathlib.Path, columns: Sequence[str] | Mapping[str, type | 
 
 def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int, dict[str, str]]]:
   """(line of its end, row) of separated values whose first row is their names."""
-  csv.field_size_limit(2**31 - 1)  # of the process; by default a cell of 131,073 characters is an error
-  reader = csv.reader((f'{line}\n' for line in textfiles.lines(text)), delimiter=delimiter, quoting=quoting, strict=True)
+  # of the process; by default a cell of 131,073 characters is an error
+  csv.field_size_limit(2**31 - 1)
+  reader = csv.reader(
+    (f'{line}\n' for line in textfiles.lines(text)),
+    delimiter=delimiter,
+    quoting=quoting,
+    strict=True,
+  )
   names, rows = None, []
   try:
     for cells in reader:
@@ -53,10 +74,16 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int
       if names is None:
         names = cells
         if len(set(names)) < len(names):
-          raise ValueError(f'{path}, line {reader.line_num}: two columns have one name, of {", ".join(map(repr, names))}.')
+          raise ValueError(
+            f'{path}, line {reader.line_num}: two columns have one name, of '
+            f'{", ".join(map(repr, names))}.'
+          )
       elif len(cells) > len(names):
-        raise ValueError(f'{path}, line {reader.line_num}: {len(cells)} cells under {len(names)} names; text with {delimiter!r} in '
-                         'it stands in quotes.')
+        raise ValueError(
+          f'{path}, line {reader.line_num}: {len(cells)} cells under {len(names)} names; text '
+          f'with {delimiter!r} in '
+          'it stands in quotes.'
+        )
       else:
         rows.append((reader.line_num, dict(zip(names, cells, strict=False))))
   except csv.Error as error:
@@ -64,35 +91,47 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int
   return rows
 
 
-def hub(task: str, name: str, config: str | None, split: str, revision: str | None = None) -> list[dict[str, Any]]:
+def hub(
+  task: str, name: str, config: str | None, split: str, revision: str | None = None
+) -> list[dict[str, Any]]:
   """Rows of a data set of the Hugging Face hub; where it cannot be had, an error that says --data."""
   instead = f'or name a file: --data={task}=FILE'
   try:
     import datasets
   except ModuleNotFoundError:
-    raise ValueError(f'{task}: the hub needs the datasets library: pip install datasets, {instead}.') from None
+    raise ValueError(
+      f'{task}: the hub needs the datasets library: pip install datasets, {instead}.'
+    ) from None
   try:
     return list(datasets.load_dataset(name, config, split=split, revision=revision))
   except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
     first = str(error).strip().partition('\n')[0][:300]
-    raise ValueError(f'{task}: {name} cannot be read from the hub ({type(error).__name__}: {first}); {instead}.') from error
+    raise ValueError(
+      f'{task}: {name} cannot be read from the hub ({type(error).__name__}: {first}); {instead}.'
+    ) from error
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:
-  """Which of `count` items: all, or `limit` of them at random, in order. A pure function, so the same for every model."""
+  """Which of `count` items: all, or `limit` of them at random, in order. A pure function, so the
+  same for every model."""
   if limit is None or limit >= count:
     return list(range(count))
   return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
 
 
-def fill(path: pathlib.Path, names: Sequence[str], make: Callable[[list[int]], Iterable[Any]], size: int = 64,
-         what: str = '') -> list[Any]:
-  """A value for each name: those that the file has, and the others from `make`, appended to it as they come.
+def fill(
+  path: pathlib.Path,
+  names: Sequence[str],
+  make: Callable[[list[int]], Iterable[Any]],
+  size: int = 64,
+  what: str = '',
+) -> list[Any]:
+  """A value for each name: those that the file has, and the others from `make`, appended to it as
+  they come.
 
-  Args:
-    path: JSONL of {"item", "value"}. A line that a killed process left torn is not counted, its item is made again.
-    names: unique, in the order of the result.
-    make: places in `names` -> their values, in order; a list, or a generator, whose values are kept one by one, so that an
+  Args: path: JSONL of {"item", "value"}. A line that a killed process left torn is not counted, its
+    item is made again. names: unique, in the order of the result. make: places in `names` -> their
+    values, in order; a list, or a generator, whose values are kept one by one, so that an
       error half-way loses none.
     size: places that `make` gets at once.
     what: for the progress line, one every ten seconds.
@@ -101,14 +140,16 @@ def fill(path: pathlib.Path, names: Sequence[str], make: Callable[[list[int]], I
   missing = [i for i, name in enumerate(names) if name not in done]
   last = time.perf_counter()
   for start in range(0, len(missing), size):
-    some = missing[start:start + size]
+    some = missing[start : start + size]
     values, made = iter(make(some)), 0
     for i, value in zip(some, values, strict=False):
       journal.append(path, [{'item': names[i], 'value': value}])
       done[names[i]], made = value, made + 1
     made += len(list(values))
     if made != len(some):
-      raise ValueError(f'{what or path.stem}: {made} values for {len(some)} items; one each is needed.')
+      raise ValueError(
+        f'{what or path.stem}: {made} values for {len(some)} items; one each is needed.'
+      )
     if time.perf_counter() - last > 10:
       last = time.perf_counter()
       print(f'  {what or path.stem} {start + len(some)}/{len(missing)}', flush=True)

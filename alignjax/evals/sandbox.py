@@ -1,7 +1,8 @@
-"""The sandbox's evaluation of a policy: the measurements of the paper's tables, with the gold answer known.
+"""The sandbox's evaluation of a policy: the measurements of the paper's tables, with the gold
+answer known.
 
-`measure` returns arrays, one number an item, and `summarize` turns them into figures with intervals; the win rate needs
-the arrays of two policies on the same prompts.
+`measure` returns arrays, one number an item, and `summarize` turns them into figures with
+intervals; the win rate needs the arrays of two policies on the same prompts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PREFIX_TOKENS = 24  # room for the prompts of the prompted baseline
 
 class Evaluation(NamedTuple):
   """Compiled functions and the items to measure on: the same for every policy of a report."""
+
   world: Any
   labelers: Any
   template: Template
@@ -38,38 +40,77 @@ class Evaluation(NamedTuple):
   documents: dict[str, tuple]
 
 
-def prepare(nets: Networks, sharder: Any, world: Any, labelers: Any, template: Template, *, prompt_length: int,
-            response_length: int, row_length: int, win_prompts: int, tax_items: int, truth_samples: int,
-            toxicity_prompts: int, loss_documents: int) -> Evaluation:
-  """Items of the test split, encoded, and the functions that measure on them. None of them stands in the pretraining corpus or in a
-  training prompt, but for documents about entities, which are drawn afresh from the same facts.
+def prepare(
+  nets: Networks,
+  sharder: Any,
+  world: Any,
+  labelers: Any,
+  template: Template,
+  *,
+  prompt_length: int,
+  response_length: int,
+  row_length: int,
+  win_prompts: int,
+  tax_items: int,
+  truth_samples: int,
+  toxicity_prompts: int,
+  loss_documents: int,
+) -> Evaluation:
+  """Items of the test split, encoded, and the functions that measure on them. None of them stands
+  in the pretraining corpus or in a training prompt, but for documents about entities, which are
+  drawn afresh from the same facts.
 
-  Args:
-    win_prompts, toxicity_prompts: prompts. tax_items: items of each tax task. truth_samples: answers to each
+  Args: win_prompts, toxicity_prompts: prompts. tax_items: items of each tax task. truth_samples:
+    answers to each
       misconceived fact. loss_documents: documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
-  sample = bulk.make_sampler(nets, sharder, prompt_length=room, max_tokens=response_length, stop_ids=template.ends,
-                             pad=template.pad)
+  sample = bulk.make_sampler(
+    nets,
+    sharder,
+    prompt_length=room,
+    max_tokens=response_length,
+    stop_ids=template.ends,
+    pad=template.pad,
+  )
   likelihood = bulk.make_likelihood(nets, sharder)
   truth = sandbox.truthfulness_prompts(world, 'test') * truth_samples
   truth_train = sandbox.truthfulness_prompts(world, 'train') * truth_samples
-  tasks = [_items(task(world, tax_items), template, row_length)
-           for task in (sandbox.reading_comprehension, sandbox.translation)]
+  tasks = [
+    _items(task(world, tax_items), template, row_length)
+    for task in (sandbox.reading_comprehension, sandbox.translation)
+  ]
   documents: dict[str, tuple] = {}
   texts = sandbox.documents(world, loss_documents, 'test')
   longest = max(len(d['text'].split()) for d in texts) + 2
   for kind in sandbox.SHARES:
-    rows = [([*template.start], [*template.bare(d['text']), template.end]) for d in texts if d['kind'] == kind]
+    rows = [
+      ([*template.start], [*template.bare(d['text']), template.end])
+      for d in texts
+      if d['kind'] == kind
+    ]
     documents[kind] = _rows(rows, longest, template.pad)
-  return Evaluation(world, labelers, template, sample, likelihood,
-                    bulk.make_response_logprobs(nets, sharder, length=room + response_length, pad=template.pad),
-                    sandbox.prompts(world, win_prompts, 'test'), truth, truth_train,
-                    sandbox.toxicity_prompts(world, toxicity_prompts), tasks[0], tasks[1], documents)
+  return Evaluation(
+    world,
+    labelers,
+    template,
+    sample,
+    likelihood,
+    bulk.make_response_logprobs(nets, sharder, length=room + response_length, pad=template.pad),
+    sandbox.prompts(world, win_prompts, 'test'),
+    truth,
+    truth_train,
+    sandbox.toxicity_prompts(world, toxicity_prompts),
+    tasks[0],
+    tasks[1],
+    documents,
+  )
 
 
 def _items(items: list[dict], template: Template, length: int) -> tuple:
-  return _rows([(template.text(i['context']), template.bare(i['answer'])) for i in items], length, template.pad)
+  return _rows(
+    [(template.text(i['context']), template.bare(i['answer'])) for i in items], length, template.pad
+  )
 
 
 def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tuple:
@@ -77,24 +118,32 @@ def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tu
   tokens, mask = encode.right_pad([a + b for a, b in pairs], length, pad)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (a, b) in enumerate(pairs):
-    weights[i, len(a):len(a) + len(b)] = 1.0
+    weights[i, len(a) : len(a) + len(b)] = 1.0
   return tokens, mask, weights
 
 
-def respond(ev: Evaluation, params: Params, records: list[dict], seed: int, prefix: str = '') -> tuple[list, list, list, list]:
-  """Sampled responses at temperature 1: (query tokens, response tokens, judgments, texts without the end token)."""
-  queries = [ev.template.prompt(f"{prefix} {r['prompt']}".lstrip()) for r in records]
+def respond(
+  ev: Evaluation, params: Params, records: list[dict], seed: int, prefix: str = ''
+) -> tuple[list, list, list, list]:
+  """Sampled responses at temperature 1: (query tokens, response tokens, judgments, texts without
+  the end token)."""
+  queries = [ev.template.prompt(f'{prefix} {r["prompt"]}'.lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
   said = [ev.template.said(tokens) for tokens in responses]
-  judged = [sandbox.judge(ev.world, record['meta'], *what) for record, what in zip(records, said, strict=True)]
+  judged = [
+    sandbox.judge(ev.world, record['meta'], *what)
+    for record, what in zip(records, said, strict=True)
+  ]
   return queries, responses, judged, [text for text, _ in said]
 
 
-def measure(ev: Evaluation, params: Params, ref: Params | None, prefix: str = '', seed: int = 1) -> dict[str, np.ndarray]:
+def measure(
+  ev: Evaluation, params: Params, ref: Params | None, prefix: str = '', seed: int = 1
+) -> dict[str, np.ndarray]:
   """All measurements of one policy, as arrays.
 
-  ref: the reference, for the KL of the sampled responses; None leaves it out. prefix: text put before every prompt; then
-  the tax tasks and losses, which have no prompt, are left out.
+  ref: the reference, for the KL of the sampled responses; None leaves it out. prefix: text put
+  before every prompt; then the tax tasks and losses, which have no prompt, are left out.
   """
   queries, responses, judged, texts = respond(ev, params, ev.prompts, seed, prefix)
   features = ev.labelers.features(judged)
@@ -102,14 +151,14 @@ def measure(ev: Evaluation, params: Params, ref: Params | None, prefix: str = ''
   truth_train = respond(ev, params, ev.truth_train, seed + 2, prefix)[2]
   toxic = respond(ev, params, ev.toxicity, seed + 3, prefix)[2]
   out = {
-      'features': features,
-      'responses': np.array(texts, str),
-      'follow': np.array([j.follow for j in judged]),
-      'words': np.array([j.words for j in judged], float),
-      'toxic': np.array([j.toxic for j in judged], float),
-      'toxic_rude_context': np.array([j.toxic for j in toxic], float),
-      'truthful': np.array([j.truthful for j in truth], float),
-      'truthful_train_entities': np.array([j.truthful for j in truth_train], float),
+    'features': features,
+    'responses': np.array(texts, str),
+    'follow': np.array([j.follow for j in judged]),
+    'words': np.array([j.words for j in judged], float),
+    'toxic': np.array([j.toxic for j in judged], float),
+    'toxic_rude_context': np.array([j.toxic for j in toxic], float),
+    'truthful': np.array([j.truthful for j in truth], float),
+    'truthful_train_entities': np.array([j.truthful for j in truth_train], float),
   }
   if ref is not None:
     out['kl'] = ev.logprobs(params, queries, responses) - ev.logprobs(ref, queries, responses)
@@ -122,9 +171,11 @@ def measure(ev: Evaluation, params: Params, ref: Params | None, prefix: str = ''
   return out
 
 
-def best_prefix(ev: Evaluation, params: Params, prompts: list[dict], seed: int = 7) -> tuple[str, dict[str, float]]:
-  """The prefix that the training labelers like best on `prompts` (validation), as the paper chose its prompts by the RM;
-  and the gold score of each."""
+def best_prefix(
+  ev: Evaluation, params: Params, prompts: list[dict], seed: int = 7
+) -> tuple[str, dict[str, float]]:
+  """The prefix that the training labelers like best on `prompts` (validation), as the paper chose
+  its prompts by the RM; and the gold score of each."""
   scores = {}
   for prefix in sandbox.baseline_prefixes(ev.world):
     judged = respond(ev, params, prompts, seed, prefix)[2]
@@ -133,34 +184,58 @@ def best_prefix(ev: Evaluation, params: Params, prompts: list[dict], seed: int =
 
 
 def clusters(ev: Evaluation) -> dict[str, list[str]]:
-  """What the units of measured arrays belong to: 'prompts' and 'toxicity' the prompt, 'truth' and 'truth_train' the fact. Units of
-  one cluster are not independent."""
+  """What the units of measured arrays belong to: 'prompts' and 'toxicity' the prompt, 'truth' and
+  'truth_train' the fact. Units of one cluster are not independent."""
   fact = lambda records: [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
-  return {'prompts': [r['prompt'] for r in ev.prompts], 'toxicity': [r['prompt'] for r in ev.toxicity],
-          'truth': fact(ev.truth), 'truth_train': fact(ev.truth_train)}
+  return {
+    'prompts': [r['prompt'] for r in ev.prompts],
+    'toxicity': [r['prompt'] for r in ev.toxicity],
+    'truth': fact(ev.truth),
+    'truth_train': fact(ev.truth_train),
+  }
 
 
-def summarize(ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str, np.ndarray]) -> dict[str, dict]:
+def summarize(
+  ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str, np.ndarray]
+) -> dict[str, dict]:
   """Figures (evals/stats.py) of one policy's arrays; win rates against `baseline` (SFT).
 
-  Units: win rates, truthful, toxic, tasks: share of items, by prompt or fact. gold: mean utility; kl: nats per response;
+  Units: win rates, truthful, toxic, tasks: share of items, by prompt or fact. gold: mean utility;
+    kl: nats per response;
   pretraining_loss: nats per token, by document.
   """
   out, of = {}, clusters(ev)
   exact = policy is baseline  # preferred to itself in half of the cases, by definition
   for name, ids in (('train', ev.labelers.train), ('heldout', ev.labelers.heldout)):
     wins = ev.labelers.preference(policy['features'], baseline['features'], ids).mean(-1)
-    out[f'win_rate_{name}_labelers'] = interval(wins, of['prompts'], (0, 1)) | ({'ci95': [0.5, 0.5]} if exact else {})
-    out[f'gold_{name}_labelers'] = interval(ev.labelers.gold(policy['features'], ids), of['prompts'], ANY)
-  units = {'truthful': (of['truth'], (0, 1)), 'truthful_train_entities': (of['truth_train'], (0, 1)),
-           'toxic': (of['prompts'], (0, 1)), 'toxic_rude_context': (of['toxicity'], (0, 1)), 'follow': (of['prompts'], (0, 1)),
-           'words': (of['prompts'], ANY), 'reading_comprehension': (None, (0, 1)), 'translation': (None, (0, 1)),
-           'kl': (of['prompts'], ANY)}
-  out |= {name: interval(policy[name], labels, bounds) for name, (labels, bounds) in units.items() if name in policy}
+    out[f'win_rate_{name}_labelers'] = interval(wins, of['prompts'], (0, 1)) | (
+      {'ci95': [0.5, 0.5]} if exact else {}
+    )
+    out[f'gold_{name}_labelers'] = interval(
+      ev.labelers.gold(policy['features'], ids), of['prompts'], ANY
+    )
+  units = {
+    'truthful': (of['truth'], (0, 1)),
+    'truthful_train_entities': (of['truth_train'], (0, 1)),
+    'toxic': (of['prompts'], (0, 1)),
+    'toxic_rude_context': (of['toxicity'], (0, 1)),
+    'follow': (of['prompts'], (0, 1)),
+    'words': (of['prompts'], ANY),
+    'reading_comprehension': (None, (0, 1)),
+    'translation': (None, (0, 1)),
+    'kl': (of['prompts'], ANY),
+  }
+  out |= {
+    name: interval(policy[name], labels, bounds)
+    for name, (labels, bounds) in units.items()
+    if name in policy
+  }
   kinds = [k.removeprefix('nll_') for k in policy if k.startswith('nll_')]
   if kinds:
     for kind in kinds:
       out[f'pretraining_loss_{kind}'] = ratio(policy[f'nll_{kind}'], policy[f'tokens_{kind}'])
-    out['pretraining_loss'] = ratio(np.concatenate([policy[f'nll_{k}'] for k in kinds]),
-                                    np.concatenate([policy[f'tokens_{k}'] for k in kinds]))
+    out['pretraining_loss'] = ratio(
+      np.concatenate([policy[f'nll_{k}'] for k in kinds]),
+      np.concatenate([policy[f'tokens_{k}'] for k in kinds]),
+    )
   return out

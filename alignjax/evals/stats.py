@@ -1,20 +1,24 @@
-"""Figures with 95% intervals. Every figure of a report is {'mean', 'ci95': [low, high], 'n', 'kind'}.
+"""Figures with 95% intervals. Every figure of a report is {'mean', 'ci95': [low, high], 'n',
+'kind'}.
 
 The kinds, and what their intervals are:
 
   share      a mean of values with known bounds (right or wrong, a probability, a paired difference of two of these): Clopper and
-             Pearson (1934) with an effective number of units, so that 24 of 24 is no certainty and no limit is out of bounds
+             Pearson (1934) with an effective number of units, so that 24 of 24 is no certainty and
+             no limit is out of bounds
   mean       of other values: t with a correction for skewness (Hall 1992)
   ratio      sum of totals / sum of counts (a loss per token), as for a mean
   gap        difference of two means over common clusters (Newcombe 1998, Zou and Donner 2008)
   fraction   mean(x) / mean(y), both uncertain (Fieller 1954)
   statistic  any function of rows (BLEU, Krippendorff's alpha): jackknife and t
 
-Units of one cluster (the pairs of a prompt, the answers about a fact) are not independent. Variances are therefore those of the
-jackknife that leaves out one cluster at a time, and quantiles are of t with one degree of freedom less than there are clusters. In
-simulations (tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units and from 4 clusters
-on, means of skewed values (exponential) from 8 units. Where a rare event comes in bursts (2%, in few of 30 clusters) they cover 88%
-to 93%. Of one unit or one cluster alone there is no interval: [None, None].
+Units of one cluster (the pairs of a prompt, the answers about a fact) are not independent.
+Variances are therefore those of the jackknife that leaves out one cluster at a time, and quantiles
+are of t with one degree of freedom less than there are clusters. In simulations
+(tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units
+and from 4 clusters on, means of skewed values (exponential) from 8 units. Where a rare event comes
+in bursts (2%, in few of 30 clusters) they cover 88% to 93%. Of one unit or one cluster alone there
+is no interval: [None, None].
 """
 
 from __future__ import annotations
@@ -30,14 +34,19 @@ ANY = (-np.inf, np.inf)  # bounds of what has none
 _LARGEST = float(np.finfo(np.float64).max)
 
 
-def interval(values: Sequence[float], clusters: Sequence[Any] | None = None, bounds: tuple[float, float] | None = None) -> Figure:
+def interval(
+  values: Sequence[float],
+  clusters: Sequence[Any] | None = None,
+  bounds: tuple[float, float] | None = None,
+) -> Figure:
   """Mean of values and its interval.
 
-  Args:
-    values: one number per unit; NaN means "not measured" and is left out. With an infinite one there is no figure.
-    clusters: a label per unit, None: every unit is its own cluster.
-    bounds: what a value can be at least and at most, which makes the figure a share: (0, 1) for shares and probabilities, (-1, 1)
-      for their paired differences. ANY: none, a mean. None: (0, 1) where all values are 0, 0.5 or 1, else ANY.
+  Args: values: one number per unit; NaN means "not measured" and is left out. With an infinite one
+    there is no figure. clusters: a label per unit, None: every unit is its own cluster. bounds:
+    what a value can be at least and at most, which makes the figure a share: (0, 1) for shares and
+    probabilities, (-1, 1)
+      for their paired differences. ANY: none, a mean. None: (0, 1) where all values are 0, 0.5 or
+      1, else ANY.
 
   Raises:
     ValueError: where a value lies outside the bounds.
@@ -53,13 +62,23 @@ def interval(values: Sequence[float], clusters: Sequence[Any] | None = None, bou
   if kind == 'mean':
     return ratio(values, np.ones(len(values)), group) | {'kind': kind}
   if values.min() < low - 1e-6 * (high - low) or values.max() > high + 1e-6 * (high - low):
-    raise ValueError(f'values from {values.min()} to {values.max()} do not lie within the bounds {low} and {high}.')
+    raise ValueError(
+      f'values from {values.min()} to {values.max()} do not lie within the bounds {low} and {high}.'
+    )
   limits = _share((values.clip(low, high) - low) / (high - low), group)
-  return _figure(values.mean(), None if limits is None else low + (high - low) * np.array(limits), len(values), kind)
+  return _figure(
+    values.mean(),
+    None if limits is None else low + (high - low) * np.array(limits),
+    len(values),
+    kind,
+  )
 
 
-def ratio(totals: Sequence[float], counts: Sequence[float], clusters: Sequence[Any] | None = None) -> Figure:
-  """sum(totals) / sum(counts) over units (documents) and its interval; 'n' is the sum of counts, which may be weights."""
+def ratio(
+  totals: Sequence[float], counts: Sequence[float], clusters: Sequence[Any] | None = None
+) -> Figure:
+  """sum(totals) / sum(counts) over units (documents) and its interval; 'n' is the sum of counts,
+  which may be weights."""
   totals, counts = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
   total = counts.sum()
   if total == 0:
@@ -72,16 +91,28 @@ def ratio(totals: Sequence[float], counts: Sequence[float], clusters: Sequence[A
   mean = sums[:, 0].sum() / total
   limits = _t_limits(mean, _pseudo_values(lambda s: s[..., 0] / s[..., 1], sums))
   with np.errstate(over='ignore'):
-    return _figure(mean * scale, None if limits is None else np.clip(np.array(limits) * scale, -_LARGEST, _LARGEST), n, 'ratio')
+    return _figure(
+      mean * scale,
+      None if limits is None else np.clip(np.array(limits) * scale, -_LARGEST, _LARGEST),
+      n,
+      'ratio',
+    )
 
 
-def gap(one: Sequence[float], one_clusters: Sequence[Any], other: Sequence[float], other_clusters: Sequence[Any]) -> Figure:
+def gap(
+  one: Sequence[float],
+  one_clusters: Sequence[Any],
+  other: Sequence[float],
+  other_clusters: Sequence[Any],
+) -> Figure:
   """mean(one) - mean(other) of shares (values from 0 to 1) whose clusters are partly the same.
 
-  The limits of the two means are combined by their distances from the means, less what the two have in common: their correlation
-  over clusters.
+  The limits of the two means are combined by their distances from the means, less what the two have
+  in common: their correlation over clusters.
   """
-  parts = [(np.asarray(v, np.float64), list(c)) for v, c in ((one, one_clusters), (other, other_clusters))]
+  parts = [
+    (np.asarray(v, np.float64), list(c)) for v, c in ((one, one_clusters), (other, other_clusters))
+  ]
   figures = [interval(v, c, (0, 1)) for v, c in parts]
   n = sum(f['n'] for f in figures)
   if not all(f['n'] for f in figures):
@@ -90,20 +121,30 @@ def gap(one: Sequence[float], one_clusters: Sequence[Any], other: Sequence[float
   if any(f['ci95'][0] is None for f in figures):
     return _figure(a - b, None, n, 'gap')
   place = {label: i for i, label in enumerate(dict.fromkeys([*parts[0][1], *parts[1][1]]))}
-  deviations = [np.bincount([place[c] for c in labels], v - v.mean(), len(place)) for v, labels in parts]
+  deviations = [
+    np.bincount([place[c] for c in labels], v - v.mean(), len(place)) for v, labels in parts
+  ]
   sizes = np.sqrt([(d**2).sum() for d in deviations])
-  shared = float(np.clip(deviations[0] @ deviations[1] / sizes.prod(), -1, 1)) if sizes.all() else 0.0
+  shared = (
+    float(np.clip(deviations[0] @ deviations[1] / sizes.prod(), -1, 1)) if sizes.all() else 0.0
+  )
   (la, ua), (lb, ub) = (f['ci95'] for f in figures)
   reach = lambda x, y: np.sqrt(max(x**2 + y**2 - 2 * shared * x * y, 0.0))
-  return _figure(a - b, (max(a - b - reach(a - la, ub - b), -1), min(a - b + reach(ua - a, b - lb), 1)), n, 'gap')
+  return _figure(
+    a - b, (max(a - b - reach(a - la, ub - b), -1), min(a - b + reach(ua - a, b - lb), 1)), n, 'gap'
+  )
 
 
-def fraction(x: Sequence[float], y: Sequence[float], counts: Sequence[float] | None = None,
-             clusters: Sequence[Any] | None = None) -> Figure:
+def fraction(
+  x: Sequence[float],
+  y: Sequence[float],
+  counts: Sequence[float] | None = None,
+  clusters: Sequence[Any] | None = None,
+) -> Figure:
   """sum(x) / sum(y) of paired units, of which both are uncertain: what part of a loss is won back.
 
-  The interval holds every r for which the mean of x - r y is not told from 0. None where the mean of y itself is not told from 0,
-  because every r is possible then.
+  The interval holds every r for which the mean of x - r y is not told from 0. None where the mean
+  of y itself is not told from 0, because every r is possible then.
 
   counts: the size of each unit (tokens of a document), None: 1.
   """
@@ -120,7 +161,9 @@ def fraction(x: Sequence[float], y: Sequence[float], counts: Sequence[float] | N
   if groups < 2 or mean['mean'] is None:
     return mean
   apart = sums[:, :2] - sums[:, 2:] * np.array([over, under]) / size
-  (vxx, vxy), (_, vyy) = special.stdtrit(groups - 1, 0.975) ** 2 * groups / (groups - 1) * apart.T @ apart
+  (vxx, vxy), (_, vyy) = (
+    special.stdtrit(groups - 1, 0.975) ** 2 * groups / (groups - 1) * apart.T @ apart
+  )
   a, b, c = under**2 - vyy, over * under - vxy, over**2 - vxx
   if a <= 0:
     return mean
@@ -128,12 +171,18 @@ def fraction(x: Sequence[float], y: Sequence[float], counts: Sequence[float] | N
   return _figure(mean['mean'], ((b - root) / a * unit, (b + root) / a * unit), len(x), 'fraction')
 
 
-def statistic(of: Callable[[np.ndarray], Any], clusters: Sequence[Any], bounds: tuple[float, float] | None = None,
-              groups: int = 40) -> Any:
-  """The figure of a function of rows, which gets their numbers i64[rows] and returns a float, or f64[K] for a list of K figures.
+def statistic(
+  of: Callable[[np.ndarray], Any],
+  clusters: Sequence[Any],
+  bounds: tuple[float, float] | None = None,
+  groups: int = 40,
+) -> Any:
+  """The figure of a function of rows, which gets their numbers i64[rows] and returns a float, or
+  f64[K] for a list of K figures.
 
-  Clusters are dealt to at most `groups` groups, and the function is evaluated without each of these. The mean is None where the
-  function of all rows is NaN, the interval where one without a group is.
+  Clusters are dealt to at most `groups` groups, and the function is evaluated without each of
+  these. The mean is None where the function of all rows is NaN, the interval where one without a
+  group is.
 
   Args:
     clusters: a label per row. bounds: of the statistic.
@@ -145,14 +194,28 @@ def statistic(of: Callable[[np.ndarray], Any], clusters: Sequence[Any], bounds: 
   if count > groups:
     group = (np.random.default_rng(0).permutation(count) % groups)[group]
   parts = min(count, groups)
-  without = np.array([of(rows[group != g]) for g in range(parts)] if parts > 1 else [np.full(whole.shape, np.nan)], np.float64)
+  without = np.array(
+    [of(rows[group != g]) for g in range(parts)] if parts > 1 else [np.full(whole.shape, np.nan)],
+    np.float64,
+  )
   out = []
   for mean, left in zip(whole.reshape(-1), without.reshape(len(without), -1).T, strict=True):
     error = np.sqrt((parts - 1) / max(parts, 1) * ((left - left.mean()) ** 2).sum())
     reach = special.stdtrit(max(parts - 1, 1), 0.975) * error
-    limits = np.array([mean - reach, mean + reach]) if bounds is None else np.clip([mean - reach, mean + reach], *bounds)
+    limits = (
+      np.array([mean - reach, mean + reach])
+      if bounds is None
+      else np.clip([mean - reach, mean + reach], *bounds)
+    )
     unknown = np.isnan(reach) or (bounds is not None and reach == 0 and mean in bounds)
-    out.append(_figure(None if np.isnan(mean) else mean, None if np.isnan(mean) or unknown else limits, len(rows), 'statistic'))
+    out.append(
+      _figure(
+        None if np.isnan(mean) else mean,
+        None if np.isnan(mean) or unknown else limits,
+        len(rows),
+        'statistic',
+      )
+    )
   return out if whole.ndim else out[0]
 
 
@@ -172,17 +235,29 @@ def show_difference(figure: Mapping[str, Any] | None) -> str:
 
 
 def apart(figure: Mapping[str, Any], value: float = 0.0) -> int:
-  """1 where the interval lies above the value, -1 where it lies below, 0 where it does not tell or there is none."""
+  """1 where the interval lies above the value, -1 where it lies below, 0 where it does not tell or
+  there is none."""
   low, high = figure['ci95']
   return 0 if low is None else int(low > value) - int(high < value)
 
 
 def _figure(mean: float | None, limits: Any, n: float, kind: str) -> Figure:
-  """Limits that rounding put on the wrong side of the mean are the mean. What is not finite is None."""
+  """Limits that rounding put on the wrong side of the mean are the mean. What is not finite is
+  None."""
   mean = None if mean is None or not np.isfinite(mean) else mean
   if mean is None or limits is None or not np.isfinite(np.array([mean, *limits], np.float64)).all():
-    return {'mean': None if mean is None else float(mean), 'ci95': [None, None], 'n': n, 'kind': kind}
-  return {'mean': float(mean), 'ci95': [float(min(limits[0], mean)), float(max(limits[1], mean))], 'n': n, 'kind': kind}
+    return {
+      'mean': None if mean is None else float(mean),
+      'ci95': [None, None],
+      'n': n,
+      'kind': kind,
+    }
+  return {
+    'mean': float(mean),
+    'ci95': [float(min(limits[0], mean)), float(max(limits[1], mean))],
+    'n': n,
+    'kind': kind,
+  }
 
 
 def _groups(clusters: Sequence[Any] | None, keep: np.ndarray) -> np.ndarray:
@@ -190,7 +265,14 @@ def _groups(clusters: Sequence[Any] | None, keep: np.ndarray) -> np.ndarray:
   if clusters is None:
     return np.arange(keep.sum())
   place: dict[Any, int] = {}
-  return np.array([place.setdefault(label, len(place)) for label, kept in zip(clusters, keep, strict=True) if kept], np.int64)
+  return np.array(
+    [
+      place.setdefault(label, len(place))
+      for label, kept in zip(clusters, keep, strict=True)
+      if kept
+    ],
+    np.int64,
+  )
 
 
 def _sums(group: np.ndarray, *columns: np.ndarray) -> np.ndarray:
@@ -199,8 +281,9 @@ def _sums(group: np.ndarray, *columns: np.ndarray) -> np.ndarray:
 
 
 def _pseudo_values(of: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> np.ndarray:
-  """f64[G]: the jackknife's pseudo-values of a function of sums over clusters [G,k], the last of which is a count. Clusters with
-  count 0 are left out; none where the function is undefined without one of them."""
+  """f64[G]: the jackknife's pseudo-values of a function of sums over clusters [G,k], the last of
+  which is a count. Clusters with count 0 are left out; none where the function is undefined without
+  one of them."""
   sums = sums[sums[:, -1] > 0]
   total = sums.sum(0)
   rest = total - sums
@@ -210,7 +293,8 @@ def _pseudo_values(of: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> 
 
 
 def _t_limits(mean: float, pseudo: np.ndarray) -> tuple[float, float] | None:
-  """Hall's limits: those of t, with the studentised mean replaced by a cubic of it that has hardly any skewness."""
+  """Hall's limits: those of t, with the studentised mean replaced by a cubic of it that has hardly
+  any skewness."""
   n = len(pseudo)
   if n < 2:
     return None
@@ -231,11 +315,13 @@ def _t_limits(mean: float, pseudo: np.ndarray) -> tuple[float, float] | None:
 
 
 def _share(p: np.ndarray, group: np.ndarray) -> tuple[float, float] | None:
-  """Clopper and Pearson's limits of a mean of values in [0,1], with the effective number of units of Korn and Graubard (1998).
+  """Clopper and Pearson's limits of a mean of values in [0,1], with the effective number of units
+  of Korn and Graubard (1998).
 
-  The variance of a unit is drawn towards that of values that are all 0 or 1, with the weight of two units, because a few equal
-  values (all ties) do not show that every value is the same. The design effect is at least 1 and, near 0 and 1, drawn towards its
-  largest (a cluster counts as one unit), with the weight of half a cluster at most: from a few rare events it comes out too small.
+  The variance of a unit is drawn towards that of values that are all 0 or 1, with the weight of two
+  units, because a few equal values (all ties) do not show that every value is the same. The design
+  effect is at least 1 and, near 0 and 1, drawn towards its largest (a cluster counts as one unit),
+  with the weight of half a cluster at most: from a few rare events it comes out too small.
   """
   n, clusters, mean = len(p), int(group.max()) + 1, float(p.mean())
   mean = 0.0 if mean < 1e-12 else 1.0 if mean > 1 - 1e-12 else mean
@@ -253,7 +339,9 @@ def _share(p: np.ndarray, group: np.ndarray) -> tuple[float, float] | None:
       found = max(float(pseudo.var(ddof=1)) / clusters / (observed / (n - 1)), 1.0)
       weight = 0.5 * (1 - 4 * largest)
       design = (clusters * found + weight * max(most, found)) / (clusters + weight)
-    effective /= design * (special.stdtrit(clusters - 1, 0.975) / special.stdtrit(n - 1, 0.975)) ** 2
+    effective /= (
+      design * (special.stdtrit(clusters - 1, 0.975) / special.stdtrit(n - 1, 0.975)) ** 2
+    )
   right, wrong = mean * effective, (1 - mean) * effective
   low = float(special.betaincinv(right, wrong + 1, 0.025)) if right > 0 else 0.0
   high = float(special.betaincinv(right + 1, wrong, 0.975)) if wrong > 0 else 1.0

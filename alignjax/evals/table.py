@@ -1,4 +1,5 @@
-"""The table of evaluations: cells of tasks and models, with intervals, and differences paired by item. Layout: the paper's Table 14."""
+"""The table of evaluations: cells of tasks and models, with intervals, and differences paired by
+item. Layout: the paper's Table 14."""
 
 from __future__ import annotations
 
@@ -15,16 +16,16 @@ from alignjax.runtime import files
 class Cell(NamedTuple):
   """What a task measured, one value an item, before it is averaged.
 
-  Attributes:
-    metric: 'accuracy', 'F1', 'entropy (bits)', ...
-    prompt: the variant: 'zero-shot', 'respectful', ...; '' where there is one only.
-    values: a JSON value an item; numbers where they are averaged. None = not measured (a judge refused).
-    items: a name an item, the same for every model, so that differences are paired.
-    clusters: items of the same label are not independent (questions of a passage); None: each on its own.
-    better: 'higher', 'lower' or '' (neither: an entropy).
-    aggregate: None: the mean; 'module:function' of a list of values -> float for what is no mean (BLEU).
-    bounds: [low, high] of a value, where it has both; None: [0, 1] where all values are 0, 0.5 or 1 (stats.interval).
+  Attributes: metric: 'accuracy', 'F1', 'entropy (bits)', ... prompt: the variant: 'zero-shot',
+    'respectful', ...; '' where there is one only. values: a JSON value an item; numbers where they
+    are averaged. None = not measured (a judge refused). items: a name an item, the same for every
+    model, so that differences are paired. clusters: items of the same label are not independent
+    (questions of a passage); None: each on its own. better: 'higher', 'lower' or '' (neither: an
+    entropy). aggregate: None: the mean; 'module:function' of a list of values -> float for what is
+    no mean (BLEU). bounds: [low, high] of a value, where it has both; None: [0, 1] where all values
+    are 0, 0.5 or 1 (stats.interval).
   """
+
   metric: str
   prompt: str
   values: list
@@ -51,10 +52,16 @@ def difference(cell: Cell, base: Cell) -> dict[str, Any]:
   if cell.aggregate is None:
     mine, other = _numbers(cell.values), _numbers(base.values)
     (low, high), (low_base, high_base) = _bounds(cell, mine), _bounds(base, other)
-    return stats.interval([mine[i] - other[j] for i, j in pairs], clusters, (low - high_base, high - low_base))
+    return stats.interval(
+      [mine[i] - other[j] for i, j in pairs], clusters, (low - high_base, high - low_base)
+    )
   of = _aggregate(cell)
-  return stats.statistic(lambda rows: of([cell.values[pairs[r][0]] for r in rows]) - of([base.values[pairs[r][1]] for r in rows]),
-                         range(len(pairs)) if clusters is None else clusters)
+  return stats.statistic(
+    lambda rows: (
+      of([cell.values[pairs[r][0]] for r in rows]) - of([base.values[pairs[r][1]] for r in rows])
+    ),
+    range(len(pairs)) if clusters is None else clusters,
+  )
 
 
 def _aggregate(cell: Cell) -> Callable[[list], float]:
@@ -68,11 +75,16 @@ def _numbers(values: Sequence) -> np.ndarray:
 
 def _bounds(cell: Cell, values: np.ndarray) -> Sequence[float]:
   """Those of the cell, or what its values say, as in stats.interval."""
-  return cell.bounds or ((0, 1) if np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all() else stats.ANY)
+  return cell.bounds or (
+    (0, 1) if np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all() else stats.ANY
+  )
 
 
-def assemble(measured: Mapping[str, Mapping[str, list[Cell]]], baseline: str) -> list[dict[str, Any]]:
-  """Rows of the table: [{'task', 'metric', 'prompt', 'better', 'models': {name: figure + 'difference'}}].
+def assemble(
+  measured: Mapping[str, Mapping[str, list[Cell]]], baseline: str
+) -> list[dict[str, Any]]:
+  """Rows of the table: [{'task', 'metric', 'prompt', 'better', 'models': {name: figure +
+  'difference'}}].
 
   measured: task -> model -> cells. baseline: the model that differences are taken to.
   """
@@ -80,30 +92,57 @@ def assemble(measured: Mapping[str, Mapping[str, list[Cell]]], baseline: str) ->
   for task, by_model in measured.items():
     kinds = list(dict.fromkeys((c.metric, c.prompt) for cells in by_model.values() for c in cells))
     for metric, prompt in kinds:
-      cells = {m: next(c for c in cs if (c.metric, c.prompt) == (metric, prompt)) for m, cs in by_model.items()
-               if any((c.metric, c.prompt) == (metric, prompt) for c in cs)}
+      cells = {
+        m: next(c for c in cs if (c.metric, c.prompt) == (metric, prompt))
+        for m, cs in by_model.items()
+        if any((c.metric, c.prompt) == (metric, prompt) for c in cs)
+      }
       models = {m: figure(c) for m, c in cells.items()}
       for m, c in cells.items():
         if m != baseline and baseline in cells:
           models[m]['difference'] = difference(c, cells[baseline])
-      rows.append(dict(task=task, metric=metric, prompt=prompt, better=next(iter(cells.values())).better, models=models))
+      rows.append(
+        dict(
+          task=task,
+          metric=metric,
+          prompt=prompt,
+          better=next(iter(cells.values())).better,
+          models=models,
+        )
+      )
   return rows
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str) -> str:
   """The table in the layout of the paper's Table 14, then the differences to the baseline."""
-  head = lambda names: ['| task | metric | prompt | ' + ' | '.join(names) + ' |', '|---' * (3 + len(names)) + '|']
+  head = lambda names: [
+    '| task | metric | prompt | ' + ' | '.join(names) + ' |',
+    '|---' * (3 + len(names)) + '|',
+  ]
   lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
   for row in rows:
-    lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                 ' | '.join(stats.show(row['models'].get(m), True) for m in models) + ' |')
+    lines.append(
+      f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | '
+      + ' | '.join(stats.show(row['models'].get(m), True) for m in models)
+      + ' |'
+    )
   others = [m for m in models if m != baseline]
   if others:
-    lines += ['', f'## Difference to {baseline}', '', 'Paired by item; bold where the interval leaves out 0.', '', *head(others)]
+    lines += [
+      '',
+      f'## Difference to {baseline}',
+      '',
+      'Paired by item; bold where the interval leaves out 0.',
+      '',
+      *head(others),
+    ]
     for row in rows:
       found = [row['models'].get(m, {}).get('difference') for m in others]
-      lines.append(f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | ' +
-                   ' | '.join(stats.show_difference(f) for f in found) + ' |')
+      lines.append(
+        f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | '
+        + ' | '.join(stats.show_difference(f) for f in found)
+        + ' |'
+      )
   return '\n'.join([*lines, ''])
 
 
@@ -111,18 +150,28 @@ def _arrow(better: str) -> str:
   return {'higher': ' ↑', 'lower': ' ↓'}.get(better, '')
 
 
-def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder) -> None:
-  """The differences to the baseline as points with intervals, a line a row of the table and one scale a metric: the tax at a
-  glance. For more than one model."""
+def plot(
+  rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder
+) -> None:
+  """The differences to the baseline as points with intervals, a line a row of the table and one
+  scale a metric: the tax at a glance. For more than one model."""
   import matplotlib
+
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
+
   metrics = list(dict.fromkeys(row['metric'] for row in rows))
   shown = [m for m in models if m != baseline]
   pick = lambda row, m: row['models'].get(m, {}).get('difference')
   groups = [[row for row in rows if row['metric'] == metric] for metric in metrics]
-  figure, axes = plt.subplots(len(metrics), 1, figsize=(8, 0.8 * len(metrics) + 0.35 * len(rows) + 0.6), constrained_layout=True,
-                              squeeze=False, height_ratios=[len(g) + 1 for g in groups])
+  figure, axes = plt.subplots(
+    len(metrics),
+    1,
+    figsize=(8, 0.8 * len(metrics) + 0.35 * len(rows) + 0.6),
+    constrained_layout=True,
+    squeeze=False,
+    height_ratios=[len(g) + 1 for g in groups],
+  )
   colors = plt.get_cmap('tab10')
   for axis, metric, group in zip(axes[:, 0], metrics, groups, strict=True):
     for j, model in enumerate(shown):
@@ -133,7 +182,9 @@ def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str
           if found['ci95'][0] is not None:
             axis.plot(found['ci95'], [at, at], color=colors(j), lw=2)
           axis.plot(found['mean'], at, 'o', color=colors(j), ms=5, label=model if i == 0 else None)
-    axis.set_yticks(range(len(group)), [f'{r["task"]} {r["prompt"]}'.strip() for r in group], fontsize=8)
+    axis.set_yticks(
+      range(len(group)), [f'{r["task"]} {r["prompt"]}'.strip() for r in group], fontsize=8
+    )
     axis.set_title(f'{metric}, difference to {baseline}', loc='left', fontsize=9)
     axis.invert_yaxis()
     axis.grid(axis='x', alpha=0.3)

@@ -1,11 +1,14 @@
-"""Bulk inference over lists of token rows: sampling, scores, losses, greedy matches, over any number of rows of any length.
+"""Bulk inference over lists of token rows: sampling, scores, losses, greedy matches, over any
+number of rows of any length.
 
-`plan` decides, for every use, which rows are computed together: rows of similar length, in few compiled shapes. Each `make_*`
-returns a function of (params, rows, ...) that pads the rows of a batch, puts them on the mesh and brings numpy arrays back.
-sharder: of the mesh, None for one device; every process has all rows and gets all results. done(i, result), where given, is
-called as results come, which is not in the order of the rows.
+`plan` decides, for every use, which rows are computed together: rows of similar length, in few
+compiled shapes. Each `make_*` returns a function of (params, rows, ...) that pads the rows of a
+batch, puts them on the mesh and brings numpy arrays back.
+sharder: of the mesh, None for one device; every process has all rows and gets all results. done(i,
+result), where given, is called as results come, which is not in the order of the rows.
 
-A row's result depends on the row alone, whatever it is computed with, up to the rounding of another shape.
+A row's result depends on the row alone, whatever it is computed with, up to the rounding of another
+shape.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from alignjax.types import Networks
 
 
 class Speed(NamedTuple):
-  """Of a device: seconds to compile a shape, FLOPs and bytes of weights a second, seconds for any step. Rough, and only for the
-  choice between padding, further batches and further shapes."""
+  """Of a device: seconds to compile a shape, FLOPs and bytes of weights a second, seconds for any
+  step. Rough, and only for the choice between padding, further batches and further shapes."""
+
   compile: float
   flops: float
   bytes: float
@@ -40,6 +44,7 @@ SPEEDS, OTHER = dict(cpu=Speed(3.0, 3e10, 1e10, 5e-4)), Speed(10.0, 5e13, 1.5e12
 
 class Batch(NamedTuple):
   """rows: places in the list, at most `size` of them. length, size: of the padded array."""
+
   rows: list[int]
   length: int
   size: int
@@ -53,19 +58,30 @@ def bucket(length: int, most: int, smallest: int = 32) -> int:
   return min(size, most)
 
 
-def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *, shards: int = 1, shape_cost: float = 0,
-         batch_cost: float = 0, more: int = 0) -> list[Batch]:
-  """Which rows are computed together, the longest first: the plan with the fewest padded tokens, a shape counted as `shape_cost`
-  of them and a batch as `batch_cost`. A pure function of its arguments.
+def plan(
+  lengths: Sequence[int],
+  most: int,
+  rows: int | Callable[[int], int],
+  *,
+  shards: int = 1,
+  shape_cost: float = 0,
+  batch_cost: float = 0,
+  more: int = 0,
+) -> list[Batch]:
+  """Which rows are computed together, the longest first: the plan with the fewest padded tokens, a
+  shape counted as `shape_cost` of them and a batch as `batch_cost`. A pure function of its
+  arguments.
 
-  Where full batches of the greatest length cost less than a shape, it is these, whose one shape the next call has too.
+  Where full batches of the greatest length cost less than a shape, it is these, whose one shape the
+  next call has too.
 
-  Args:
-    lengths: of the rows. most: no row is longer. rows: in a batch at most; a number, or a function of the padded length.
-    shards: a batch's size is a multiple of it.
-    more: tokens that are computed for a row besides, as those that are sampled.
+  Args: lengths: of the rows. most: no row is longer. rows: in a batch at most; a number, or a
+    function of the padded length. shards: a batch's size is a multiple of it. more: tokens that are
+    computed for a row besides, as those that are sampled.
   """
-  at_most = lambda length: max(shards, (rows(length) if callable(rows) else rows) // shards * shards)
+  at_most = lambda length: max(
+    shards, (rows(length) if callable(rows) else rows) // shards * shards
+  )
   full = [at_most(most)] * -(-len(lengths) // at_most(most))
   if sum(full) * (most + more) + len(full) * batch_cost <= shape_cost:
     return _cut(sorted(range(len(lengths)), key=lambda i: -lengths[i]), most, full)
@@ -73,7 +89,8 @@ def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *,
   for i, length in enumerate(lengths):
     groups.setdefault(bucket(length, most), []).append(i)
   sizes = sorted(groups, reverse=True)
-  best: list[tuple[float, list]] = [(0.0, [])]  # of the groups so far: cost, [(groups, length, sizes of the batches)]
+  # of the groups so far: cost, [(groups, length, sizes of the batches)]
+  best: list[tuple[float, list]] = [(0.0, [])]
   for end in range(1, len(sizes) + 1):
     choices = []
     for begin in range(end):
@@ -81,11 +98,18 @@ def plan(lengths: Sequence[int], most: int, rows: int | Callable[[int], int], *,
       cost, cut = _sizes(count, length + more, at_most(length), shards, shape_cost, batch_cost)
       choices.append((best[begin][0] + cost, [*best[begin][1], (sizes[begin:end], length, cut)]))
     best.append(min(choices, key=lambda choice: choice[0]))
-  return [batch for lengths, length, cut in best[-1][1] for batch in _cut([i for s in lengths for i in groups[s]], length, cut)]
+  return [
+    batch
+    for lengths, length, cut in best[-1][1]
+    for batch in _cut([i for s in lengths for i in groups[s]], length, cut)
+  ]
 
 
-def _sizes(count: int, length: int, most: int, shards: int, shape_cost: float, batch_cost: float) -> tuple[float, list[int]]:
-  """(cost, sizes) of batches for `count` rows of one length: powers of two a shard, of one size, with or without a smaller last."""
+def _sizes(
+  count: int, length: int, most: int, shards: int, shape_cost: float, batch_cost: float
+) -> tuple[float, list[int]]:
+  """(cost, sizes) of batches for `count` rows of one length: powers of two a shard, of one size,
+  with or without a smaller last."""
   best: tuple[float, list[int]] = (float('inf'), [])
   powers = [shards << p for p in range(most.bit_length()) if shards << p <= most]
   for size in sorted({*powers, most}):
@@ -100,22 +124,42 @@ def _sizes(count: int, length: int, most: int, shards: int, shape_cost: float, b
 
 def _cut(order: list[int], length: int, sizes: list[int]) -> list[Batch]:
   starts = np.cumsum([0, *sizes])
-  return [Batch(order[start:start + size], length, size) for start, size in zip(starts, sizes, strict=False)]
+  return [
+    Batch(order[start : start + size], length, size)
+    for start, size in zip(starts, sizes, strict=False)
+  ]
 
 
-def each(run: Callable, make: Callable[[list[int], int], Any], lengths: Sequence[int], params: Any, *, most: int,
-         rows: int | Callable[[int], int], sharder: Sharder | None, more: int = 0,
-         done: Callable[[int, Any], None] | None = None) -> list[Any]:
+def each(
+  run: Callable,
+  make: Callable[[list[int], int], Any],
+  lengths: Sequence[int],
+  params: Any,
+  *,
+  most: int,
+  rows: int | Callable[[int], int],
+  sharder: Sharder | None,
+  more: int = 0,
+  done: Callable[[int, Any], None] | None = None,
+) -> list[Any]:
   """What `run` gives for each row: a list of its results' rows.
 
-  run: (params, *arrays) -> arrays with a row each. make: (places, padded length) -> a tuple of numpy arrays. most, rows, more: of
-  `plan`, whose costs are by the number of parameters.
+  run: (params, *arrays) -> arrays with a row each. make: (places, padded length) -> a tuple of
+  numpy arrays. most, rows, more: of `plan`, whose costs are by the number of parameters.
   """
-  speed, size = SPEEDS.get(jax.default_backend(), OTHER), max(1, sum(x.size for x in jax.tree.leaves(params)))
+  speed, size = (
+    SPEEDS.get(jax.default_backend(), OTHER),
+    max(1, sum(x.size for x in jax.tree.leaves(params))),
+  )
   token = 2 * size / speed.flops  # seconds
-  costs = dict(shape_cost=speed.compile / token, batch_cost=(1 + more) * (speed.step + 4 * size / speed.bytes) / token)
+  costs = dict(
+    shape_cost=speed.compile / token,
+    batch_cost=(1 + more) * (speed.step + 4 * size / speed.bytes) / token,
+  )
   out: list[Any] = [None] * len(lengths)
-  for batch in plan(lengths, most, rows, shards=sharder.batch_shards if sharder else 1, more=more, **costs):
+  for batch in plan(
+    lengths, most, rows, shards=sharder.batch_shards if sharder else 1, more=more, **costs
+  ):
     arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
     made = fetch(run(params, *(sharder.spread(arrays) if sharder else arrays)))
     for place, i in enumerate(batch.rows):
@@ -125,24 +169,55 @@ def each(run: Callable, make: Callable[[list[int], int], Any], lengths: Sequence
   return out
 
 
-def make_sampler(nets: Networks, sharder: Sharder | None, *, prompt_length: int, max_tokens: int, stop_ids: Sequence[int],
-                 pad: int, rows: int | Callable[[int], int] = 256) -> Callable:
-  """-> sample(params, prompts, seed, temperature=1.0, numbers=None, done=None) -> (responses, ended).
+def make_sampler(
+  nets: Networks,
+  sharder: Sharder | None,
+  *,
+  prompt_length: int,
+  max_tokens: int,
+  stop_ids: Sequence[int],
+  pad: int,
+  rows: int | Callable[[int], int] = 256,
+) -> Callable:
+  """-> sample(params, prompts, seed, temperature=1.0, numbers=None, done=None) -> (responses,
+  ended).
 
-  prompts: token lists of 1 to prompt_length; responses: token lists with the stop token where one was sampled; ended: bool[N].
-  A response is a function of params, seed, temperature, its prompt and its number alone: not of the other prompts, nor of the
-  prompt's place. numbers: tell the samples of one prompt apart; None counts how often it came before in the list.
+  prompts: token lists of 1 to prompt_length; responses: token lists with the stop token where one
+  was sampled; ended: bool[N]. A response is a function of params, seed, temperature, its prompt and
+  its number alone: not of the other prompts, nor of the prompt's place. numbers: tell the samples
+  of one prompt apart; None counts how often it came before in the list.
   """
 
-  def sample(params, prompts, seed: int, temperature: float = 1.0, numbers: Sequence[int] | None = None, done=None):
+  def sample(
+    params,
+    prompts,
+    seed: int,
+    temperature: float = 1.0,
+    numbers: Sequence[int] | None = None,
+    done=None,
+  ):
     run = _sampled(nets, max_tokens, tuple(stop_ids), not temperature)
     names = np.array([zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts], np.uint32)
-    numbers = np.asarray(occurrences(map(tuple, prompts)) if numbers is None else numbers, np.uint32)
-    make = lambda some, length: (*encode.left_pad([prompts[i] for i in some], length, pad), names[some], numbers[some])
+    numbers = np.asarray(
+      occurrences(map(tuple, prompts)) if numbers is None else numbers, np.uint32
+    )
+    make = lambda some, length: (
+      *encode.left_pad([prompts[i] for i in some], length, pad),
+      names[some],
+      numbers[some],
+    )
     said = lambda row: (row.responses[row.mask].tolist(), bool(row.ended))
-    out = each(lambda params, *batch: run(params, jax.random.key(seed), temperature, *batch), make, list(map(len, prompts)),
-               params, most=prompt_length, rows=rows, sharder=sharder, more=max_tokens,
-               done=done and (lambda i, row: done(i, said(row))))
+    out = each(
+      lambda params, *batch: run(params, jax.random.key(seed), temperature, *batch),
+      make,
+      list(map(len, prompts)),
+      params,
+      most=prompt_length,
+      rows=rows,
+      sharder=sharder,
+      more=max_tokens,
+      done=done and (lambda i, row: done(i, said(row))),
+    )
     return [said(row)[0] for row in out], np.array([row.ended for row in out], bool)
 
   return sample
@@ -164,42 +239,89 @@ def _sampled(nets: Networks, max_tokens: int, stop_ids: tuple[int, ...], greedy:
 
   @jax.jit
   def run(params, key, temperature, tokens, mask, names, numbers):
-    keys = jax.vmap(lambda name, number: jax.random.fold_in(jax.random.fold_in(key, name), number))(names, numbers)
-    return generate(nets.decoder, params, tokens, mask, keys, max_tokens=max_tokens, stop_ids=stop_ids,
-                    temperature=0 if greedy else temperature)
+    keys = jax.vmap(lambda name, number: jax.random.fold_in(jax.random.fold_in(key, name), number))(
+      names, numbers
+    )
+    return generate(
+      nets.decoder,
+      params,
+      tokens,
+      mask,
+      keys,
+      max_tokens=max_tokens,
+      stop_ids=stop_ids,
+      temperature=0 if greedy else temperature,
+    )
 
   return run
 
 
-def make_scorer(nets: Networks, sharder: Sharder | None, *, length: int, pad: int,
-                rows: int | Callable[[int], int] = 256) -> Callable:
-  """-> score(params, token rows, done=None) -> f32[N]: the scalar head at each row's last token. Rows of at most `length`."""
+def make_scorer(
+  nets: Networks,
+  sharder: Sharder | None,
+  *,
+  length: int,
+  pad: int,
+  rows: int | Callable[[int], int] = 256,
+) -> Callable:
+  """-> score(params, token rows, done=None) -> f32[N]: the scalar head at each row's last token.
+  Rows of at most `length`."""
 
   def score(params, sequences, done=None):
     make = lambda some, width: encode.right_pad([sequences[i] for i in some], width, pad)
-    return np.array(each(_scored(nets), make, list(map(len, sequences)), params, most=length, rows=rows, sharder=sharder,
-                         done=done), np.float32)
+    return np.array(
+      each(
+        _scored(nets),
+        make,
+        list(map(len, sequences)),
+        params,
+        most=length,
+        rows=rows,
+        sharder=sharder,
+        done=done,
+      ),
+      np.float32,
+    )
 
   return score
 
 
 @functools.lru_cache(maxsize=32)
 def _scored(nets: Networks) -> Callable:
-  return jax.jit(lambda params, tokens, mask: ops.last_live(nets.scalar(params, tokens, mask), mask))
+  return jax.jit(
+    lambda params, tokens, mask: ops.last_live(nets.scalar(params, tokens, mask), mask)
+  )
 
 
-def make_likelihood(nets: Networks, sharder: Sharder | None, rows: int | Callable[[int], int] = 128) -> Callable:
-  """-> likelihood(params, tokens [N,T], mask, weights, done=None) -> (logprob f64[N], greedy bool[N]). Rows are right-padded.
+def make_likelihood(
+  nets: Networks, sharder: Sharder | None, rows: int | Callable[[int], int] = 128
+) -> Callable:
+  """-> likelihood(params, tokens [N,T], mask, weights, done=None) -> (logprob f64[N], greedy
+  bool[N]). Rows are right-padded.
 
-  logprob: the sum of the weighted tokens' log-probabilities (nats); greedy: whether each token with weight > 0 is the
-  argmax, that is whether greedy decoding would have produced exactly them.
+  logprob: the sum of the weighted tokens' log-probabilities (nats); greedy: whether each token with
+  weight > 0 is the argmax, that is whether greedy decoding would have produced exactly them.
   """
 
   def likelihood(params, tokens, mask, weights, done=None):
-    lengths = np.maximum(np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1, initial=0) - 1, 1)  # the last is only predicted
-    cut = lambda some, length: tuple(x[some, :length + 1] for x in (tokens, mask, weights))
-    found = each(_likelihood(nets), cut, lengths.tolist(), params, most=mask.shape[1] - 1, rows=rows, sharder=sharder, done=done)
-    return np.array([value for value, _ in found], np.float64), np.array([hit for _, hit in found], bool)
+    # the last is only predicted
+    lengths = np.maximum(
+      np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1, initial=0) - 1, 1
+    )
+    cut = lambda some, length: tuple(x[some, : length + 1] for x in (tokens, mask, weights))
+    found = each(
+      _likelihood(nets),
+      cut,
+      lengths.tolist(),
+      params,
+      most=mask.shape[1] - 1,
+      rows=rows,
+      sharder=sharder,
+      done=done,
+    )
+    return np.array([value for value, _ in found], np.float64), np.array(
+      [hit for _, hit in found], bool
+    )
 
   return likelihood
 
@@ -218,15 +340,20 @@ def _likelihood(nets: Networks) -> Callable:
   return run
 
 
-def make_response_logprobs(nets: Networks, sharder: Sharder | None, *, length: int, pad: int, rows: int = 128) -> Callable:
-  """-> logprobs(params, prompts, responses) -> f64[N]: log p(response | prompt) of token lists, in nats."""
+def make_response_logprobs(
+  nets: Networks, sharder: Sharder | None, *, length: int, pad: int, rows: int = 128
+) -> Callable:
+  """-> logprobs(params, prompts, responses) -> f64[N]: log p(response | prompt) of token lists, in
+  nats."""
   likelihood = make_likelihood(nets, sharder, rows)
 
   def logprobs(params, prompts, responses):
-    tokens, mask = encode.right_pad([list(p) + list(r) for p, r in zip(prompts, responses, strict=True)], length, pad)
+    tokens, mask = encode.right_pad(
+      [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)], length, pad
+    )
     weights = np.zeros(tokens.shape, np.float32)
     for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-      weights[i, len(p):len(p) + len(r)] = 1.0
+      weights[i, len(p) : len(p) + len(r)] = 1.0
     return likelihood(params, tokens, mask, weights)[0]
 
   return logprobs

@@ -1,7 +1,8 @@
-"""How likely a model finds texts, and how it continues them, greedily or at a temperature: over any number of rows, as token lists.
+"""How likely a model finds texts, and how it continues them, greedily or at a temperature: over any
+number of rows, as token lists.
 
-Rows are grouped by length, a few compiled shapes for any number of them, and lie over the model's mesh where it has one
-(loading.load(..., mesh=...)).
+Rows are grouped by length, a few compiled shapes for any number of them, and lie over the model's
+mesh where it has one (loading.load(..., mesh=...)).
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from alignjax.inference.loading import Model
 
 
 def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[float, bool]]]:
-  """-> score([(context, continuation)], done=None) -> [(log-likelihood in nats, whether greedy decoding gives it)], token lists.
+  """-> score([(context, continuation)], done=None) -> [(log-likelihood in nats, whether greedy
+  decoding gives it)], token lists.
 
-  logits_bytes: of the float32 logits that exist at once on a device; decides how many rows go together.
-  done(i, result), where given, is called as results come, which is not in the order of the pairs.
-  An empty context is the start of a document, which is not scored.
+  logits_bytes: of the float32 logits that exist at once on a device; decides how many rows go
+  together. done(i, result), where given, is called as results come, which is not in the order of
+  the pairs. An empty context is the start of a document, which is not scored.
   """
   cfg = model.cfg
   shards = model.sharder.batch_shards if model.sharder else 1
@@ -28,14 +30,18 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
   likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 
   def score(pairs, done=None):
-    wholes = [[*(context or model.template.start), *continuation][-(cfg.max_length + 1):]  # the left is cut
-              for context, continuation in pairs]
-    width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1  # the last token is only predicted
+    # the left is cut
+    wholes = [
+      [*(context or model.template.start), *continuation][-(cfg.max_length + 1) :]
+      for context, continuation in pairs
+    ]
+    # the last token is only predicted
+    width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1
     tokens, mask = encode.right_pad(wholes, width, model.template.pad)
     weights = np.zeros(tokens.shape, np.float32)
     for i, (whole, (_, continuation)) in enumerate(zip(wholes, pairs, strict=True)):
       count = min(len(continuation), len(whole) - 1)
-      weights[i, len(whole) - count:len(whole)] = 1.0
+      weights[i, len(whole) - count : len(whole)] = 1.0
     plain = done and (lambda i, found: done(i, (float(found[0]), bool(found[1]))))
     logprobs, greedy = likelihood(model.params, tokens, mask, weights, plain)
     return list(zip(logprobs.tolist(), greedy.tolist(), strict=True))
@@ -44,7 +50,8 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
 
 
 def stop_tokens(model: Model, until: Iterable[str]) -> tuple[int, ...]:
-  """The model's end tokens and every token whose text holds one of the stop texts: none of them is sampled past."""
+  """The model's end tokens and every token whose text holds one of the stop texts: none of them is
+  sampled past."""
   until = [u for u in until if u]
   ends = {*model.template.ends}
   if until:
@@ -52,24 +59,45 @@ def stop_tokens(model: Model, until: Iterable[str]) -> tuple[int, ...]:
   return tuple(sorted(ends))
 
 
-def continuations(model: Model, prompts: list[list[int]], *, max_tokens: int, until: tuple[str, ...] = (), temperature: float = 0.0,
-                  seed: int = 0, rows: int = 16, cache_bytes: int = 2**30, numbers: Sequence[int] | None = None,
-                  done: Callable[[int, str], None] | None = None) -> list[str]:
-  """Text that follows each prompt (token lists; cut on the left), up to the first of the stop texts.
+def continuations(
+  model: Model,
+  prompts: list[list[int]],
+  *,
+  max_tokens: int,
+  until: tuple[str, ...] = (),
+  temperature: float = 0.0,
+  seed: int = 0,
+  rows: int = 16,
+  cache_bytes: int = 2**30,
+  numbers: Sequence[int] | None = None,
+  done: Callable[[int, str], None] | None = None,
+) -> list[str]:
+  """Text that follows each prompt (token lists; cut on the left), up to the first of the stop
+  texts.
 
-  rows: at most so many together on a device, and no more than have cache_bytes of keys and values (as float32).
+  rows: at most so many together on a device, and no more than have cache_bytes of keys and values
+    (as float32).
   numbers: of the samples of one prompt (bulk.make_sampler).
   done(i, text), where given, is called as texts come, which is not in the order of the prompts.
   """
   cfg = model.cfg
   room = cfg.max_length - max_tokens
   if room < 1:
-    raise ValueError(f'max_tokens={max_tokens} leaves no room for a prompt in a context of {cfg.max_length}.')
+    raise ValueError(
+      f'max_tokens={max_tokens} leaves no room for a prompt in a context of {cfg.max_length}.'
+    )
   shards = model.sharder.batch_shards if model.sharder else 1
   slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width
   at_once = lambda length: shards * max(1, min(rows, cache_bytes // (slot * (length + max_tokens))))
-  sample = bulk.make_sampler(model.nets, model.sharder, prompt_length=room, max_tokens=max_tokens,
-                             stop_ids=stop_tokens(model, until), pad=model.template.pad, rows=at_once)
+  sample = bulk.make_sampler(
+    model.nets,
+    model.sharder,
+    prompt_length=room,
+    max_tokens=max_tokens,
+    stop_ids=stop_tokens(model, until),
+    pad=model.template.pad,
+    rows=at_once,
+  )
   out: list[str] = [''] * len(prompts)
 
   def finish(i, made):

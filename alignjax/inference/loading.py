@@ -1,7 +1,8 @@
-"""A finished stage, or a Hugging Face checkpoint, as a model to use: for generation, export and evaluation.
+"""A finished stage, or a Hugging Face checkpoint, as a model to use: for generation, export and
+evaluation.
 
-    model = load('runs/ppo_ptx-s0/ppo_ptx')       what the stage was trained with stands beside its weights
-    model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
+model = load('runs/ppo_ptx-s0/ppo_ptx')       what the stage was trained with stands beside its weights
+model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from alignjax.types import Networks, Params
 
 
 class Model(NamedTuple):
-  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, tokenizer: text <-> tokens (tokenizer None: the sandbox's);
-  vocabulary: one more than the largest id of a token. source: the Hugging Face checkpoint behind it, or None.
-  sharder: of the mesh that the parameters lie on, None where that is one device. response_length: tokens that responses had at
-  most in training; None of a Hugging Face checkpoint."""
+  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, tokenizer: text <-> tokens
+  (tokenizer None: the sandbox's);
+  vocabulary: one more than the largest id of a token. source: the Hugging Face checkpoint behind
+    it, or None.
+  sharder: of the mesh that the parameters lie on, None where that is one device. response_length:
+  tokens that responses had at most in training; None of a Hugging Face checkpoint."""
+
   cfg: TransformerConfig
   nets: Networks
   params: Params
@@ -50,23 +54,36 @@ class Model(NamedTuple):
     return self.template.decode(tokens)
 
 
-def load(name: str, head: str | None = None, form: str | None = None, mesh: Mapping[str, Any] | None = None,
-         dtype: str | None = None) -> Model:
+def load(
+  name: str,
+  head: str | None = None,
+  form: str | None = None,
+  mesh: Mapping[str, Any] | None = None,
+  dtype: str | None = None,
+) -> Model:
   """A model by name.
 
-  Args:
-    name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the candidates
+  Args: name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the
+    candidates
       that it kept, WORKDIR/STAGE/candidates/STEP.
-    head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint: 'lm').
-    form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint 'plain'.
-    mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters and the rows of bulk
-      evaluation; None: the first device alone, or all of them where there are several processes.
-    dtype: that it computes in, so that figures of several models can be compared; 'float32' is whole float32 products, on
-      accelerators too. None: as it was trained; a Hugging Face checkpoint: float32.
+    head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint:
+      'lm').
+    form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint
+      'plain'.
+    mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters
+      and the rows of bulk evaluation; None: the first device alone, or all of them where there are
+      several processes.
+    dtype: that it computes in, so that figures of several models can be compared; 'float32' is
+      whole float32 products, on accelerators too. None: as it was trained; a Hugging Face
+      checkpoint: float32.
   """
   if mesh is None and jax.process_count() > 1:
     mesh = dict(data=len(jax.devices()))
-  model = _load_hf(name, head or 'lm', form or 'plain', mesh) if name.startswith('hf:') else _load_stage(name, head, form, mesh)
+  model = (
+    _load_hf(name, head or 'lm', form or 'plain', mesh)
+    if name.startswith('hf:')
+    else _load_stage(name, head, form, mesh)
+  )
   if dtype is None:
     return model
   cfg = dataclasses.replace(model.cfg, dtype=dtype)
@@ -82,26 +99,48 @@ def _exact(nets: Networks) -> Networks:
     def call(*args, **kwargs):
       with jax.default_matmul_precision('float32'):
         return function(*args, **kwargs)
+
     return call
 
-  return nets._replace(logits=whole(nets.logits), logprobs=whole(nets.logprobs), scalar=whole(nets.scalar),
-                       decoder=type(nets.decoder)(*map(whole, nets.decoder)))
+  return nets._replace(
+    logits=whole(nets.logits),
+    logprobs=whole(nets.logprobs),
+    scalar=whole(nets.scalar),
+    decoder=type(nets.decoder)(*map(whole, nets.decoder)),
+  )
 
 
 def facts(model: Model) -> dict[str, Any]:
-  """What decides the numbers that a model gives, as JSON values: its weights, its architecture with the dtype and the context, the
-  code of the network, its tokenizer, and the tokens of examples through its template. What was measured is kept under these."""
-  dialogue = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
+  """What decides the numbers that a model gives, as JSON values: its weights, its architecture with
+  the dtype and the context, the code of the network, its tokenizer, and the tokens of examples
+  through its template. What was measured is kept under these."""
+  dialogue = [
+    {'role': 'user', 'content': 'a'},
+    {'role': 'assistant', 'content': 'b'},
+    {'role': 'user', 'content': 'c'},
+  ]
   template, examples = model.template, ('a', ' A b\n', ' yes', dialogue)
-  ways = template.prompt, template.response, template.document, template.text, lambda text: template.row(text, 'b')
+  ways = (
+    template.prompt,
+    template.response,
+    template.document,
+    template.text,
+    lambda text: template.row(text, 'b'),
+  )
   shown = [_tried(encode, text) for text in examples for encode in ways]
-  return dict(weights=fingerprints.of_params(model.params), head=model.head, model=dataclasses.asdict(model.cfg),
-              code=fingerprints.of_function(transformer.make_networks), tokenizer=_tokenizer(model.tokenizer),
-              template=[shown, template.ends, template.pad, template.start])
+  return dict(
+    weights=fingerprints.of_params(model.params),
+    head=model.head,
+    model=dataclasses.asdict(model.cfg),
+    code=fingerprints.of_function(transformer.make_networks),
+    tokenizer=_tokenizer(model.tokenizer),
+    template=[shown, template.ends, template.pad, template.start],
+  )
 
 
 def _tried(encode: Callable[[Any], Any], text: Any) -> Any:
-  """encode(text), or None for what it does not take: messages where a template is of text, words that a world does not have."""
+  """encode(text), or None for what it does not take: messages where a template is of text, words
+  that a world does not have."""
   try:
     return encode(text)
   except Exception:  # noqa: BLE001  templates and tokenizers raise many kinds
@@ -115,8 +154,11 @@ def _tokenizer(tokenizer: Any) -> str | None:
   fast = getattr(tokenizer, 'backend_tokenizer', None)
   rules = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
   whole = tokenizer.encode('a b', verbose=False)  # with what it puts before and after a text
-  rules = {k: v for k, v in rules.items() if fast is None or k not in ('truncation', 'padding')}  # the last call's
-  return fingerprints.of_value([rules, tokenizer.chat_template, whole, str(sorted(tokenizer.special_tokens_map.items()))])
+  # the last call's
+  rules = {k: v for k, v in rules.items() if fast is None or k not in ('truncation', 'padding')}
+  return fingerprints.of_value(
+    [rules, tokenizer.chat_template, whole, str(sorted(tokenizer.special_tokens_map.items()))]
+  )
 
 
 def fingerprint(model: Model) -> str:
@@ -141,7 +183,10 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   tokenizer = texts.load_tokenizer(source)
   ids, fields = texts.token_ids(tokenizer), hf.fields(source)
   if fields['vocab_size'] <= ids[-1]:
-    raise ValueError(f'{name}: config.json has vocab_size={fields["vocab_size"]}, but the tokenizer has ids up to {ids[-1]}.')
+    raise ValueError(
+      f'{name}: config.json has vocab_size={fields["vocab_size"]}, but the tokenizer has ids up '
+      f'to {ids[-1]}.'
+    )
   cfg = TransformerConfig(**fields, unused_ids=ranges_without(ids, fields['vocab_size']))
   if head == 'scalar' and not hf.has_score(source):
     raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
@@ -150,11 +195,14 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   template = templates.make(tokenizer, form, opened=head == 'lm')
   if head == 'scalar':
     hf.check_end_scored(source, template.end)
-  return Model(cfg, _networks(cfg, sharder), params, head, template, ids[-1] + 1, tokenizer, source, sharder)
+  return Model(
+    cfg, _networks(cfg, sharder), params, head, template, ids[-1] + 1, tokenizer, source, sharder
+  )
 
 
 def folders(name: str) -> tuple[files.Folder, files.Folder]:
-  """(the stage's folder, the folder of the weights) of WORKDIR/STAGE or WORKDIR/STAGE/candidates/STEP."""
+  """(the stage's folder, the folder of the weights) of WORKDIR/STAGE or
+  WORKDIR/STAGE/candidates/STEP."""
   folder = files.folder(name)
   if folder.parent.name == 'candidates' and checkpoint.is_finished(folder):
     return folder.parent.parent, folder
@@ -162,8 +210,8 @@ def folders(name: str) -> tuple[files.Folder, files.Folder]:
 
 
 def trained_with(name: str) -> dict[str, Any] | None:
-  """The config that a finished stage, or a candidate of one, was trained with; None of a Hugging Face checkpoint, and where there
-  is no such stage. Damaged where it is not what was written."""
+  """The config that a finished stage, or a candidate of one, was trained with; None of a Hugging
+  Face checkpoint, and where there is no such stage. Damaged where it is not what was written."""
   if name.startswith('hf:'):
     return None
   folder, weights = folders(name)
@@ -176,13 +224,17 @@ def trained_with(name: str) -> dict[str, Any] | None:
     if made and made.get('config', fingerprints.of_value(config)) != fingerprints.of_value(config):
       raise ValueError('it is not the config that the weights were trained with')
   except (ValueError, OSError) as error:
-    raise checkpoint.Damaged(f'{path} is damaged or missing ({error}). Delete it, and the command that trained the stage writes it '
-                             'again.') from None
+    raise checkpoint.Damaged(
+      f'{path} is damaged or missing ({error}). Delete it, and the command that trained the stage '
+      f'writes it '
+      'again.'
+    ) from None
   return config
 
 
 def _check_tokens(name: str, workdir: files.Folder, made: Mapping[str, Any]) -> None:
-  """ValueError where the tokenizer, or the architecture of the checkpoint, is another one now than in training."""
+  """ValueError where the tokenizer, or the architecture of the checkpoint, is another one now than
+  in training."""
   for entry, was in made.get('inputs', {}).items():
     if was['kind'] in ('tokenizer', 'architecture'):
       try:
@@ -190,36 +242,70 @@ def _check_tokens(name: str, workdir: files.Folder, made: Mapping[str, Any]) -> 
       except (ValueError, OSError):
         continue  # whoever reads it says what is wrong
       if now != was['fingerprint']:
-        raise ValueError(f'{name}: {entry}={was["name"]} is another one now than when the stage was trained: the files of its '
-                         f'{was["kind"]}, or its config.json, have changed. Put back what was there; or, if it means the same, say '
-                         'so by the command that trained the stage with --on_changed_input=keep.')
+        raise ValueError(
+          f'{name}: {entry}={was["name"]} is another one now than when the stage was trained: the '
+          f'files of its '
+          f'{was["kind"]}, or its config.json, have changed. Put back what was there; or, if it '
+          f'means the same, say '
+          'so by the command that trained the stage with --on_changed_input=keep.'
+        )
 
 
-def _load_stage(name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None) -> Model:
+def _load_stage(
+  name: str, head: str | None, form: str | None, mesh: Mapping[str, Any] | None
+) -> Model:
   folder, weights = folders(name)
   if not checkpoint.is_finished(weights):
     near = sorted(p.parent.parent.name for p in folder.glob('*/final/info.json'))
-    raise FileNotFoundError(f'{name}: no finished stage.' + (f' It has these: {", ".join(near)}; name one, as in {name}/{near[0]}.'
-                                                             if near else " Forms: WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME."))
+    raise FileNotFoundError(
+      f'{name}: no finished stage.'
+      + (
+        f' It has these: {", ".join(near)}; name one, as in {name}/{near[0]}.'
+        if near
+        else ' Forms: WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME.'
+      )
+    )
   saved, info = trained_with(name), checkpoint.load_info(weights)
   final = folder / 'final'
-  _check_tokens(name, folder.parent, (checkpoint.load_info(final) if checkpoint.is_finished(final) else info).get('made', {}))
+  _check_tokens(
+    name,
+    folder.parent,
+    (checkpoint.load_info(final) if checkpoint.is_finished(final) else info).get('made', {}),
+  )
   found = info['head']
   if head not in (None, found):
-    raise ValueError(f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
-                     f'{"reward model" if head == "scalar" else "policy"}.')
+    raise ValueError(
+      f'{name} is a {"reward model" if found == "scalar" else "policy"}, not a '
+      f'{"reward model" if head == "scalar" else "policy"}.'
+    )
   config = ml_collections.ConfigDict(saved)
   if form is not None:
     config.data.template = form
   try:
     text = texts.of_config(config)
-    cfg = policy_config(config, text.ids, folder.name) if found == 'lm' else reward_config(config, text.ids)
+    cfg = (
+      policy_config(config, text.ids, folder.name)
+      if found == 'lm'
+      else reward_config(config, text.ids)
+    )
     response_length = config.data.response_length
   except (AttributeError, KeyError) as error:
-    raise ValueError(f'{folder}: its config lacks the entry {error}; another version of alignjax wrote it.') from None
+    raise ValueError(
+      f'{folder}: its config lacks the entry {error}; another version of alignjax wrote it.'
+    ) from None
   sharder = _sharder(mesh)
   params = stage_params(weights, cfg, found, sharder)
   sharder = sharder if mesh is not None else None
   source = config.model.get('source')
-  return Model(cfg, _networks(cfg, sharder), params, found, text.template, text.vocabulary, text.tokenizer,
-               source and source.removeprefix('hf:'), sharder, response_length)
+  return Model(
+    cfg,
+    _networks(cfg, sharder),
+    params,
+    found,
+    text.template,
+    text.vocabulary,
+    text.tokenizer,
+    source and source.removeprefix('hf:'),
+    sharder,
+    response_length,
+  )

@@ -1,5 +1,6 @@
-"""What policies answer, and what the answers are worth: samples kept on disk, a reward model's scores, the sandbox's gold
-scores, the divergence from a reference. Each `make_*` compiles once for any number of parameters of one architecture.
+"""What policies answer, and what the answers are worth: samples kept on disk, a reward model's
+scores, the sandbox's gold scores, the divergence from a reference. Each `make_*` compiles once for
+any number of parameters of one architecture.
 
 A model here is a stages.loading.Model; sharder is that of the mesh, None for one device.
 """
@@ -18,27 +19,48 @@ from alignjax.runtime import journal, metrics
 
 
 class Responses(NamedTuple):
-  """[prompt][sample] each: texts; the policy's tokens, with the end token where it was sampled; whether it was."""
+  """[prompt][sample] each: texts; the policy's tokens, with the end token where it was sampled;
+  whether it was."""
+
   texts: list[list[str]]
   tokens: list[list[list[int]]]
   ended: list[list[bool]]
 
 
-def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens: int, temperature: float = 1.0, rows: int = 64,
-                   sharder: Any = None) -> Callable[..., Responses]:
-  """-> respond(params, seed, path): `count` responses to each prompt. A response depends on params, seed, temperature, its prompt
-  and its number alone (bulk.make_sampler); a prompt that is there twice has other numbers.
+def make_responder(
+  model: Any,
+  prompts: Sequence[Any],
+  *,
+  count: int,
+  max_tokens: int,
+  temperature: float = 1.0,
+  rows: int = 64,
+  sharder: Any = None,
+) -> Callable[..., Responses]:
+  """-> respond(params, seed, path): `count` responses to each prompt. A response depends on params,
+  seed, temperature, its prompt and its number alone (bulk.make_sampler); a prompt that is there
+  twice has other numbers.
 
-  path: a JSONL file with a line a prompt, written as they come; a second call reads what is there and goes on. It belongs to these
-  weights, prompts and settings alone: its name has to say them.
+  path: a JSONL file with a line a prompt, written as they come; a second call reads what is there
+  and goes on. It belongs to these weights, prompts and settings alone: its name has to say them.
   """
   queries = templates.each(model.template.prompt, prompts, 'prompts')
   longest = max(map(len, queries))
   if longest + max_tokens > model.cfg.max_length:
-    raise ValueError(f'the longest prompt has {longest} tokens, which with {max_tokens} of a response is more than the context of '
-                     f'{model.cfg.max_length}: fewer tokens, or shorter prompts.')
-  sample = bulk.make_sampler(model.nets, sharder, prompt_length=longest, max_tokens=max_tokens, stop_ids=model.template.ends,
-                             pad=model.template.pad, rows=rows)
+    raise ValueError(
+      f'the longest prompt has {longest} tokens, which with {max_tokens} of a response is more '
+      f'than the context of '
+      f'{model.cfg.max_length}: fewer tokens, or shorter prompts.'
+    )
+  sample = bulk.make_sampler(
+    model.nets,
+    sharder,
+    prompt_length=longest,
+    max_tokens=max_tokens,
+    stop_ids=model.template.ends,
+    pad=model.template.pad,
+    rows=rows,
+  )
   numbers = bulk.occurrences(map(tuple, queries))
 
   def respond(params, seed: int, path: pathlib.Path) -> Responses:
@@ -54,12 +76,20 @@ def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens
         made[i][j] = result
         if len(made[i]) == count:
           said = [made[i][j] for j in range(count)]
-          lines[i] = dict(prompt=i, tokens=[tokens for tokens, _ in said], ended=[ended for _, ended in said])
+          lines[i] = dict(
+            prompt=i, tokens=[tokens for tokens, _ in said], ended=[ended for _, ended in said]
+          )
           journal.append(path, [lines[i]])
           progress.update(len(lines), {'prompts': len(lines)})
 
-      sample(params, [queries[i] for i in missing for _ in range(count)], seed, temperature,
-             [numbers[i] * count + j for i in missing for j in range(count)], done)
+      sample(
+        params,
+        [queries[i] for i in missing for _ in range(count)],
+        seed,
+        temperature,
+        [numbers[i] * count + j for i in missing for j in range(count)],
+        done,
+      )
     tokens, ended = ([lines[i][k] for i in range(len(queries))] for k in ('tokens', 'ended'))
     texts = [[model.template.said(t)[0] for t in ts] for ts in tokens]
     return Responses(texts, tokens, ended)
@@ -67,33 +97,53 @@ def make_responder(model: Any, prompts: Sequence[Any], *, count: int, max_tokens
   return respond
 
 
-def make_rewarder(model: Any, prompts: Sequence[Any], *, rows: int = 64, sharder: Any = None) -> Callable:
+def make_rewarder(
+  model: Any, prompts: Sequence[Any], *, rows: int = 64, sharder: Any = None
+) -> Callable:
   """-> reward(params, responses) -> f64[prompts, samples]: a reward model's scores.
 
-  Texts are read with the reward model's own tokenizer and template, so that it may be another one than the policy's; a response
-  that did not end has no end token here either.
+  Texts are read with the reward model's own tokenizer and template, so that it may be another one
+  than the policy's; a response that did not end has no end token here either.
   """
-  score = bulk.make_scorer(model.nets, sharder, length=model.cfg.max_length, pad=model.template.pad, rows=rows)
+  score = bulk.make_scorer(
+    model.nets, sharder, length=model.cfg.max_length, pad=model.template.pad, rows=rows
+  )
 
   def reward(params, responses: Responses) -> np.ndarray:
     distinct: dict[tuple, int] = {}
-    where = np.array([[distinct.setdefault((i, t, e), len(distinct)) for t, e in zip(texts, ended, strict=True)]
-                      for i, (texts, ended) in enumerate(zip(responses.texts, responses.ended, strict=True))])
-    sequences = [sum(model.template.row(prompts[i], text, ended), []) for i, text, ended in distinct]
+    where = np.array(
+      [
+        [distinct.setdefault((i, t, e), len(distinct)) for t, e in zip(texts, ended, strict=True)]
+        for i, (texts, ended) in enumerate(zip(responses.texts, responses.ended, strict=True))
+      ]
+    )
+    sequences = [
+      sum(model.template.row(prompts[i], text, ended), []) for i, text, ended in distinct
+    ]
     longest = max(map(len, sequences))
     if longest > model.cfg.max_length:
-      raise ValueError(f'prompt and response have {longest} tokens, the reward model reads {model.cfg.max_length}.')
+      raise ValueError(
+        f'prompt and response have {longest} tokens, the reward model reads {model.cfg.max_length}.'
+      )
     return np.asarray(score(params, sequences), np.float64)[where]
 
   return reward
 
 
-def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64, sharder: Any = None) -> Callable:
-  """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log p_ref(response) in nats. Its mean over
-  samples of the policy estimates KL(policy || ref), at temperature 1."""
+def make_divergence(
+  model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64, sharder: Any = None
+) -> Callable:
+  """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log
+  p_ref(response) in nats. Its mean over samples of the policy estimates KL(policy || ref), at
+  temperature 1."""
   queries = [model.template.prompt(p) for p in prompts]
-  logprobs = bulk.make_response_logprobs(model.nets, sharder, length=max(map(len, queries)) + max_tokens, pad=model.template.pad,
-                                         rows=rows)
+  logprobs = bulk.make_response_logprobs(
+    model.nets,
+    sharder,
+    length=max(map(len, queries)) + max_tokens,
+    pad=model.template.pad,
+    rows=rows,
+  )
 
   def divergence(params, ref, responses: Responses) -> np.ndarray:
     flat = [t for tokens in responses.tokens for t in tokens]
@@ -103,12 +153,22 @@ def make_divergence(model: Any, prompts: Sequence[Any], *, max_tokens: int, rows
   return divergence
 
 
-def gold(world: Any, labelers: Any, records: Sequence[Mapping[str, Any]], responses: Responses) -> dict[str, np.ndarray]:
-  """The sandbox's true scores, f64[prompts, samples]: the mean utility of the training and of the held-out labelers."""
+def gold(
+  world: Any, labelers: Any, records: Sequence[Mapping[str, Any]], responses: Responses
+) -> dict[str, np.ndarray]:
+  """The sandbox's true scores, f64[prompts, samples]: the mean utility of the training and of the
+  held-out labelers."""
   from alignjax import sandbox
-  features = labelers.features([sandbox.judge(world, r['meta'], t, e)
-                                for r, texts, ended in zip(records, responses.texts, responses.ended, strict=True)
-                                for t, e in zip(texts, ended, strict=True)])
+
+  features = labelers.features(
+    [
+      sandbox.judge(world, r['meta'], t, e)
+      for r, texts, ended in zip(records, responses.texts, responses.ended, strict=True)
+      for t, e in zip(texts, ended, strict=True)
+    ]
+  )
   shape = len(records), -1
-  return {'gold, training labelers': labelers.gold(features, labelers.train).reshape(shape),
-          'gold, held-out labelers': labelers.gold(features, labelers.heldout).reshape(shape)}
+  return {
+    'gold, training labelers': labelers.gold(features, labelers.train).reshape(shape),
+    'gold, held-out labelers': labelers.gold(features, labelers.heldout).reshape(shape),
+  }

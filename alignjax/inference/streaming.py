@@ -19,14 +19,24 @@ LENGTH = 128  # tokens of a response, where the model was not trained with a lim
 Notice = Callable[[int], None]
 
 
-def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None,
-           max_tokens: int | None = None, seed: int = 0, starting: Notice = lambda slots: None,
-           cut: Notice = lambda tokens: None) -> Iterator[str]:
-  """Pieces of text of one response, as they come; together they are the response of `generate` with the same seed.
+def stream(
+  model: Any,
+  prompt: Any,
+  *,
+  temperature: float = 1.0,
+  top_p: float | None = None,
+  top_k: int | None = None,
+  max_tokens: int | None = None,
+  seed: int = 0,
+  starting: Notice = lambda slots: None,
+  cut: Notice = lambda tokens: None,
+) -> Iterator[str]:
+  """Pieces of text of one response, as they come; together they are the response of `generate` with
+  the same seed.
 
-  Args:
-    model: stages.loading.Model. prompt: text, or messages where the template is a chat.
-    max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or fewer where the prompt leaves
+  Args: model: stages.loading.Model. prompt: text, or messages where the template is a chat.
+    max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or
+    fewer where the prompt leaves
       fewer of the context. A number that the context has no room for is a ValueError.
     starting: called with the size of the cache before the first token; a new size is compiled.
     cut: called with the number of tokens of a response that the limit ended and not the model.
@@ -46,9 +56,9 @@ def stream(model: Any, prompt: Any, *, temperature: float = 1.0, top_p: float | 
     said.append(token)
     text = model.decode(said)
     if not text.endswith('\ufffd'):  # half of a character waits for the other
-      yield text[len(shown):]
+      yield text[len(shown) :]
       shown = text
-  rest = model.decode(said)[len(shown):]
+  rest = model.decode(said)[len(shown) :]
   if rest:
     yield rest
   if not ended:
@@ -71,47 +81,107 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
   return jax.jit(nets.decoder.prepare), prefill, step
 
 
-def _padded(model: Any, prompt: Any, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray, int, int]:
-  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power of two, so that few lengths are
-  compiled."""
+def _padded(
+  model: Any, prompt: Any, max_tokens: int | None
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power
+  of two, so that few lengths are compiled."""
   tokens = model.template.prompt(prompt)
   context = model.cfg.max_length
-  most = min(model.response_length or LENGTH, context - len(tokens)) if max_tokens is None else max_tokens
+  most = (
+    min(model.response_length or LENGTH, context - len(tokens))
+    if max_tokens is None
+    else max_tokens
+  )
   if most < 1:
-    raise ValueError(f'the prompt has {len(tokens)} tokens; the context of {context} leaves none for an answer. Shorten it.')
+    raise ValueError(
+      f'the prompt has {len(tokens)} tokens; the context of {context} leaves none for an answer. '
+      f'Shorten it.'
+    )
   room = context - most
   if len(tokens) > room:
-    raise ValueError(f'the prompt has {len(tokens)} tokens; with max_tokens={most} the context of {context} leaves {max(room, 0)}. '
-                     'Ask for fewer tokens, or shorten the prompt.')
+    raise ValueError(
+      f'the prompt has {len(tokens)} tokens; with max_tokens={most} the context of {context} '
+      f'leaves {max(room, 0)}. '
+      'Ask for fewer tokens, or shorten the prompt.'
+    )
   length = min(max(16, 1 << (len(tokens) - 1).bit_length()), room)
   return *encode.left_pad([tokens], length, model.template.pad), length + most, most
 
 
-def best_of(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float = 1.0, top_p: float | None = None,
-            top_k: int | None = None, max_tokens: int | None = None, seed: int = 0, starting: Notice = lambda slots: None,
-            cut: Notice = lambda tokens: None) -> str:
-  """The response, of n sampled ones, that the reward model scores highest. Arguments as of `stream`."""
-  texts, scores, ended, most = _sampled(model, reward, prompt, n, temperature=temperature, top_p=top_p, top_k=top_k,
-                                        max_tokens=max_tokens, seed=seed, starting=starting)
+def best_of(
+  model: Any,
+  reward: Any,
+  prompt: Any,
+  n: int,
+  *,
+  temperature: float = 1.0,
+  top_p: float | None = None,
+  top_k: int | None = None,
+  max_tokens: int | None = None,
+  seed: int = 0,
+  starting: Notice = lambda slots: None,
+  cut: Notice = lambda tokens: None,
+) -> str:
+  """The response, of n sampled ones, that the reward model scores highest. Arguments as of
+  `stream`."""
+  texts, scores, ended, most = _sampled(
+    model,
+    reward,
+    prompt,
+    n,
+    temperature=temperature,
+    top_p=top_p,
+    top_k=top_k,
+    max_tokens=max_tokens,
+    seed=seed,
+    starting=starting,
+  )
   best = int(np.argmax(scores))
   if not ended[best]:
     cut(most)
   return texts[best]
 
 
-def ranked(model: Any, reward: Any, prompt: Any, n: int, **how: Any) -> tuple[list[str], np.ndarray]:
-  """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and template. how: as of `stream`."""
+def ranked(
+  model: Any, reward: Any, prompt: Any, n: int, **how: Any
+) -> tuple[list[str], np.ndarray]:
+  """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and
+  template. how: as of `stream`."""
   return _sampled(model, reward, prompt, n, **how)[:2]
 
 
-def _sampled(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float = 1.0, top_p: float | None = None,
-             top_k: int | None = None, max_tokens: int | None = None, seed: int = 0, starting: Notice = lambda slots: None):
+def _sampled(
+  model: Any,
+  reward: Any,
+  prompt: Any,
+  n: int,
+  *,
+  temperature: float = 1.0,
+  top_p: float | None = None,
+  top_k: int | None = None,
+  max_tokens: int | None = None,
+  seed: int = 0,
+  starting: Notice = lambda slots: None,
+):
   """(responses, scores f32[n], whether each ended by itself, tokens at most)."""
   tokens, mask, slots, most = _padded(model, prompt, max_tokens)
   starting(slots)
-  run = jax.jit(lambda params: generate(
-      model.nets.decoder, params, tokens, mask, jax.random.key(seed), max_tokens=most,
-      stop_ids=model.template.ends, temperature=temperature, top_k=top_k, top_p=top_p, samples_per_prompt=n))
+  run = jax.jit(
+    lambda params: generate(
+      model.nets.decoder,
+      params,
+      tokens,
+      mask,
+      jax.random.key(seed),
+      max_tokens=most,
+      stop_ids=model.template.ends,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      samples_per_prompt=n,
+    )
+  )
   out = jax.tree.map(np.asarray, run(model.params))
   texts, rows = [], []
   for row, live in zip(out.responses, out.mask, strict=True):
@@ -120,7 +190,11 @@ def _sampled(model: Any, reward: Any, prompt: Any, n: int, *, temperature: float
     rows.append(sum(reward.template.row(prompt, text, ended), []))
   length = max(map(len, rows))
   if length > reward.cfg.max_length:
-    raise ValueError(f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.')
+    raise ValueError(
+      f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.'
+    )
   padded = encode.right_pad(rows, length, reward.template.pad)
-  scores = jax.jit(lambda p, tokens, mask: ops.last_live(reward.nets.scalar(p, tokens, mask), mask))(reward.params, *padded)
+  scores = jax.jit(
+    lambda p, tokens, mask: ops.last_live(reward.nets.scalar(p, tokens, mask), mask)
+  )(reward.params, *padded)
   return texts, np.asarray(scores), out.ended, most

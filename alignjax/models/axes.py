@@ -1,7 +1,9 @@
-"""Logical axes of every parameter of models/transformer.py: the table that sharding rules are applied to. And their dtypes.
+"""Logical axes of every parameter of models/transformer.py: the table that sharding rules are
+applied to. And their dtypes.
 
-A pattern matches the end of a parameter's path. Stacked layers have a leading 'layers' axis, which the code adds. An
-axis that no rule names is replicated; a parameter that no pattern matches is an error.
+A pattern matches the end of a parameter's path. Stacked layers have a leading 'layers' axis, which
+the code adds. An axis that no rule names is replicated; a parameter that no pattern matches is an
+error.
 """
 
 from __future__ import annotations
@@ -12,28 +14,29 @@ from typing import Any
 import jax
 
 AXES = (
-    (r'embed/tokens', ('vocab', 'table')),
-    (r'embed/positions', (None, 'embed')),
-    (r'attention/query/kernel', ('embed', 'heads')),
-    (r'attention/(key|value)/kernel', ('embed', 'kv_heads')),
-    (r'attention/query/bias', ('heads',)),
-    (r'attention/(key|value)/bias', ('kv_heads',)),
-    (r'attention/out/kernel', ('heads', None, 'embed')),
-    (r'attention/out/bias', (None,)),
-    (r'attention/(query|key)_norm/scale', (None,)),
-    (r'mlp/(up|gate)/kernel', ('embed', 'mlp')),
-    (r'mlp/(up|gate)/bias', ('mlp',)),
-    (r'mlp/down/kernel', ('mlp', 'embed')),
-    (r'mlp/down/bias', (None,)),
-    (r'norm(_\d)?/(scale|bias)', (None,)),
-    (r'head/kernel', ('embed', 'vocab')),
-    (r'score/kernel', ('embed', None)),
-    (r'score/bias', (None,)),
+  (r'embed/tokens', ('vocab', 'table')),
+  (r'embed/positions', (None, 'embed')),
+  (r'attention/query/kernel', ('embed', 'heads')),
+  (r'attention/(key|value)/kernel', ('embed', 'kv_heads')),
+  (r'attention/query/bias', ('heads',)),
+  (r'attention/(key|value)/bias', ('kv_heads',)),
+  (r'attention/out/kernel', ('heads', None, 'embed')),
+  (r'attention/out/bias', (None,)),
+  (r'attention/(query|key)_norm/scale', (None,)),
+  (r'mlp/(up|gate)/kernel', ('embed', 'mlp')),
+  (r'mlp/(up|gate)/bias', ('mlp',)),
+  (r'mlp/down/kernel', ('mlp', 'embed')),
+  (r'mlp/down/bias', (None,)),
+  (r'norm(_\d)?/(scale|bias)', (None,)),
+  (r'head/kernel', ('embed', 'vocab')),
+  (r'score/kernel', ('embed', None)),
+  (r'score/bias', (None,)),
 )
 
 
 def logical_axes(params: Any) -> Any:
-  """A tree like params (arrays or shapes) of tuples of axis names, one name or None for each dimension."""
+  """A tree like params (arrays or shapes) of tuples of axis names, one name or None for each
+  dimension."""
 
   def one(path, leaf):
     name = path_name(path)
@@ -41,21 +44,27 @@ def logical_axes(params: Any) -> Any:
       if re.search(f'(^|/){pattern}$', name):
         axes = ('layers', *axes) if '/layers/' in f'/{name}' else axes
         if len(axes) != len(leaf.shape):
-          raise ValueError(f'parameter {name} has shape {leaf.shape}, but models/axes.py gives it the axes {axes}.')
+          raise ValueError(
+            f'parameter {name} has shape {leaf.shape}, but models/axes.py gives it the axes {axes}.'
+          )
         return axes
-    raise ValueError(f'parameter {name} {leaf.shape} has no axes: add its pattern to AXES in models/axes.py.')
+    raise ValueError(
+      f'parameter {name} {leaf.shape} has no axes: add its pattern to AXES in models/axes.py.'
+    )
 
   return jax.tree_util.tree_map_with_path(one, params)
 
 
 def as_used(params: Any, dtype: Any) -> Any:
-  """Weights (arrays or shapes) that are only read, in the dtype that every use casts them to: `dtype`, but norms and scalar
-  heads, which compute in float32, stay."""
+  """Weights (arrays or shapes) that are only read, in the dtype that every use casts them to:
+  `dtype`, but norms and scalar heads, which compute in float32, stay."""
 
   def one(path, leaf):
     if any(word in path_name(path) for word in ('norm', 'score')):
       return leaf
-    return leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
+    return (
+      leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)
+    )
 
   return jax.tree_util.tree_map_with_path(one, params)
 

@@ -11,29 +11,36 @@ from collections.abc import Iterable
 class TransformerConfig:
   """The declaration of an architecture.
 
-  Attributes:
-    vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the context in tokens.
-    unused_ids: half-open ranges of ids of the vocabulary that no token of the tokenizer has (a vocabulary padded for the
-      hardware, or holes between added tokens). They have probability 0 in sampling, in log-probabilities and so in training;
-      only Networks.logits are the checkpoint's own. Set from the tokenizer; see `ranges_without`.
-    num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None = num_heads.
+  Attributes: vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the
+    context in tokens. unused_ids: half-open ranges of ids of the vocabulary that no token of the
+    tokenizer has (a vocabulary padded for the
+      hardware, or holes between added tokens). They have probability 0 in sampling, in
+      log-probabilities and so in training; only Networks.logits are the checkpoint's own. Set from
+      the tokenizer; see `ranges_without`.
+    num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None =
+      num_heads.
     head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.
-    positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong to the latter.
-    rope_llama3: (factor, low_freq_factor, high_freq_factor, original context) of Llama 3.1's stretched frequencies, or None.
+    positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong
+      to the latter.
+    rope_llama3: (factor, low_freq_factor, high_freq_factor, original context) of Llama 3.1's
+      stretched frequencies, or None.
     qk_norm: RMSNorm over each head's queries and keys (Qwen3).
     norm: 'layernorm' or 'rmsnorm'; norm_eps its epsilon.
     mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia) or 'swiglu' (gated SiLU, Llama).
     parallel_residual: attention and MLP both read the block's input (GPT-NeoX).
     qkv_bias, out_bias: biases of the query/key/value projections, and of attention output and MLP.
     tie_embeddings: the unembedding is the embedding's transpose.
-    embedding_scale, embedding_std: factor on embedded tokens, and standard deviation at initialisation.
+    embedding_scale, embedding_std: factor on embedded tokens, and standard deviation at
+      initialisation.
     dropout: residual dropout (paper C.1: 0.2 in SFT); active only where a key is passed.
-    dtype: of activations and matmuls; parameters, softmax, norms' statistics and log-probabilities stay float32.
+    dtype: of activations and matmuls; parameters, softmax, norms' statistics and log-probabilities
+      stay float32.
     remat: 'none', 'full' (keep only each layer's input), or 'dots' (keep matmul outputs).
     logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None = all.
-    attention_chunk: queries whose float32 attention logits exist at once, outside of decoding; None = all. Both chunks change
-      memory, not results.
+    attention_chunk: queries whose float32 attention logits exist at once, outside of decoding; None
+      = all. Both chunks change memory, not results.
   """
+
   vocab_size: int
   num_layers: int
   d_model: int
@@ -64,20 +71,31 @@ class TransformerConfig:
   attention_chunk: int | None = None
 
   def __post_init__(self):
-    choices = dict(positions=('learned', 'rotary'), norm=('layernorm', 'rmsnorm'),
-                   mlp=('gelu', 'gelu_exact', 'swiglu'), remat=('none', 'full', 'dots'),
-                   dtype=('float32', 'bfloat16', 'float16'))
+    choices = dict(
+      positions=('learned', 'rotary'),
+      norm=('layernorm', 'rmsnorm'),
+      mlp=('gelu', 'gelu_exact', 'swiglu'),
+      remat=('none', 'full', 'dots'),
+      dtype=('float32', 'bfloat16', 'float16'),
+    )
     for field, allowed in choices.items():
       if getattr(self, field) not in allowed:
         raise ValueError(f'model.{field}={getattr(self, field)!r} is not one of {allowed}.')
     if self.head_dim is None and self.d_model % self.num_heads:
-      raise ValueError(f'model.d_model={self.d_model} does not divide into model.num_heads={self.num_heads} heads; '
-                       'change one or set model.head_dim.')
+      raise ValueError(
+        f'model.d_model={self.d_model} does not divide into model.num_heads={self.num_heads} '
+        f'heads; '
+        'change one or set model.head_dim.'
+      )
     if self.num_heads % self.kv_heads:
-      raise ValueError(f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.')
+      raise ValueError(
+        f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.'
+      )
     if self.positions == 'rotary' and self.rotary_width % 2:
-      raise ValueError(f'rotary positions need an even width, but head_dim {self.head_width} x rotary_fraction '
-                       f'{self.rotary_fraction} is {self.rotary_width}.')
+      raise ValueError(
+        f'rotary positions need an even width, but head_dim {self.head_width} x rotary_fraction '
+        f'{self.rotary_fraction} is {self.rotary_width}.'
+      )
 
   @property
   def kv_heads(self) -> int:
@@ -97,6 +115,9 @@ class TransformerConfig:
 
 
 def ranges_without(ids: Iterable[int], size: int) -> tuple[tuple[int, int], ...]:
-  """The half-open ranges of 0..size-1 that hold none of the ids: ([0, 1, 4], 8) -> ((2, 4), (5, 8))."""
+  """The half-open ranges of 0..size-1 that hold none of the ids: ([0, 1, 4], 8) -> ((2, 4), (5,
+  8))."""
   bounds = [-1, *sorted({i for i in ids if i < size}), size]
-  return tuple((before + 1, after) for before, after in itertools.pairwise(bounds) if after - before > 1)
+  return tuple(
+    (before + 1, after) for before, after in itertools.pairwise(bounds) if after - before > 1
+  )

@@ -1,5 +1,6 @@
-"""What a checkpoint's config.json declares, read as transformers reads it: the same entries, with its defaults where one is
-missing. An entry that changes the numbers in a way that models/transformer.py does not cover is refused by name.
+"""What a checkpoint's config.json declares, read as transformers reads it: the same entries, with
+its defaults where one is missing. An entry that changes the numbers in a way that
+models/transformer.py does not cover is refused by name.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ LARGEST = 2**31 - 1
 
 
 class Declared(NamedTuple):
-  """kind: model_type. fields: of TransformerConfig. bound: the entry of config.json that no model.max_length may exceed, or None:
-  a window of attention, beyond which the layers would see less than ours, or a table of positions."""
+  """kind: model_type. fields: of TransformerConfig. bound: the entry of config.json that no
+  model.max_length may exceed, or None: a window of attention, beyond which the layers would see
+  less than ours, or a table of positions."""
+
   kind: str
   fields: dict[str, Any]
   bound: str | None
@@ -30,12 +33,22 @@ def declared(folder: pathlib.Path) -> Declared:
   """What a folder's config.json says. ValueError or FileNotFoundError name the file and the entry."""
   path = folder / 'config.json'
   if not path.exists():
-    adapter = ' It is a PEFT adapter; merge it into its model first.' if (folder / 'adapter_config.json').exists() else ''
-    raise FileNotFoundError(f'{folder}: no config.json; a checkpoint folder has config.json and model.safetensors.{adapter}')
+    adapter = (
+      ' It is a PEFT adapter; merge it into its model first.'
+      if (folder / 'adapter_config.json').exists()
+      else ''
+    )
+    raise FileNotFoundError(
+      f'{folder}: no config.json; a checkpoint folder has config.json and '
+      f'model.safetensors.{adapter}'
+    )
   entries = Entries(path, read_object(path))
   kind = entries.values.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
-    raise ValueError(f'{path}: model_type {reprlib.repr(kind)} is not covered; these are: {", ".join(sorted(FAMILIES))}.')
+    raise ValueError(
+      f'{path}: model_type {reprlib.repr(kind)} is not covered; these are: '
+      f'{", ".join(sorted(FAMILIES))}.'
+    )
   fields, bound = (_gpt2 if kind == 'gpt2' else _rotary)(kind, _common(kind, entries))
   try:
     TransformerConfig(**fields)
@@ -45,7 +58,8 @@ def declared(folder: pathlib.Path) -> Declared:
 
 
 def score_bias(folder: pathlib.Path) -> float:
-  """What models/export.py left to be added to a reward model's scores: config.json's alignjax_score_bias, or 0."""
+  """What models/export.py left to be added to a reward model's scores: config.json's
+  alignjax_score_bias, or 0."""
   path = folder / 'config.json'
   bias = read_object(path).get('alignjax_score_bias', 0.0)
   if type(bias) not in (int, float) or not math.isfinite(bias):
@@ -54,7 +68,8 @@ def score_bias(folder: pathlib.Path) -> float:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object from a file in UTF-8; ValueError names the file, and the line where it is no JSON."""
+  """A JSON object from a file in UTF-8; ValueError names the file, and the line where it is no
+  JSON."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except json.JSONDecodeError as error:
@@ -69,12 +84,16 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Entries(NamedTuple):
-  """Entries of a JSON object by name and kind. A missing or wrong one is a ValueError with file and entry."""
+  """Entries of a JSON object by name and kind. A missing or wrong one is a ValueError with file and
+  entry."""
+
   path: pathlib.Path
   values: Mapping[str, Any]
   inside: str = ''
 
-  def _take(self, name: str, default: Any, null: bool, right: Callable[[Any], bool], what: str) -> Any:
+  def _take(
+    self, name: str, default: Any, null: bool, right: Callable[[Any], bool], what: str
+  ) -> Any:
     value = self.values.get(name, default)
     if value is REQUIRED:
       raise ValueError(f'{self.path}: the entry {self.inside + name!r} is missing.')
@@ -84,8 +103,13 @@ class Entries(NamedTuple):
 
   def size(self, name: str, default: Any = REQUIRED, null: bool = False, least: int = 1) -> Any:
     """A whole number. null: may be null in the file."""
-    return self._take(name, default, null, lambda v: type(v) is int and least <= v <= LARGEST,
-                      f'a whole number from {least} to {LARGEST}')
+    return self._take(
+      name,
+      default,
+      null,
+      lambda v: type(v) is int and least <= v <= LARGEST,
+      f'a whole number from {least} to {LARGEST}',
+    )
 
   def number(self, name: str, default: Any = REQUIRED) -> float:
     right = lambda v: type(v) in (int, float) and 0 < v < 1e30 and math.isfinite(v)
@@ -98,59 +122,103 @@ class Entries(NamedTuple):
     """Refuses every value but the allowed ones; the first is transformers' default."""
     value = self.values.get(name, allowed[0])
     if not any(type(value) is type(a) and value == a for a in allowed):
-      raise ValueError(f'{self.path}: {self.inside}{name}={reprlib.repr(value)} is not covered for '
-                       f'{self.values.get("model_type")}; covered: {", ".join(map(reprlib.repr, allowed))}.')
+      raise ValueError(
+        f'{self.path}: {self.inside}{name}={reprlib.repr(value)} is not covered for '
+        f'{self.values.get("model_type")}; covered: {", ".join(map(reprlib.repr, allowed))}.'
+      )
 
 
 def _common(kind: str, e: Entries) -> Entries:
   """Refuses what no family covers."""
   classes = e.values.get('architectures')
   known = FAMILIES[kind].classes
-  if classes not in (None, []) and not (isinstance(classes, list) and set(map(str, classes)) & {*known}):
-    raise ValueError(f'{e.path}: architectures={reprlib.repr(classes)} is not covered for {kind}; covered: {", ".join(known)}.')
+  if classes not in (None, []) and not (
+    isinstance(classes, list) and set(map(str, classes)) & {*known}
+  ):
+    raise ValueError(
+      f'{e.path}: architectures={reprlib.repr(classes)} is not covered for {kind}; covered: '
+      f'{", ".join(known)}.'
+    )
   e.only('quantization_config', None)
   e.only('transformers_weights', None)
   e.only('per_layer_config', None, {})
   e.only('is_causal', True)
   e.only('is_encoder_decoder', False)
-  for name in ('dtype', 'torch_dtype'):  # the tensors say what they are; but a quantised file would be another format
+  # the tensors say what they are; but a quantised file would be another format
+  for name in ('dtype', 'torch_dtype'):
     e.only(name, None, 'float32', 'bfloat16', 'float16', 'float64')
   return e
 
 
 def _gpt2(kind: str, e: Entries) -> tuple[dict[str, Any], str]:
   c = dict(e.values)
-  for name, alias in (('n_embd', 'hidden_size'), ('n_layer', 'num_hidden_layers'), ('n_head', 'num_attention_heads'),
-                      ('n_positions', 'max_position_embeddings')):
+  for name, alias in (
+    ('n_embd', 'hidden_size'),
+    ('n_layer', 'num_hidden_layers'),
+    ('n_head', 'num_attention_heads'),
+    ('n_positions', 'max_position_embeddings'),
+  ):
     if alias in c:
       if c.setdefault(name, c[alias]) != c[alias]:
-        raise ValueError(f'{e.path}: {name}={reprlib.repr(c[name])}, but {alias}={reprlib.repr(c[alias])}; they are one entry.')
+        raise ValueError(
+          f'{e.path}: {name}={reprlib.repr(c[name])}, but {alias}={reprlib.repr(c[alias])}; they '
+          f'are one entry.'
+        )
   e = Entries(e.path, c)
   e.only('activation_function', 'gelu_new', 'gelu_pytorch_tanh')
   e.only('scale_attn_by_inverse_layer_idx', False)
   e.only('scale_attn_weights', True)
   e.only('add_cross_attention', False)
-  return dict(vocab_size=e.size('vocab_size'), num_layers=e.size('n_layer'), d_model=e.size('n_embd'), num_heads=e.size('n_head'),
-              max_length=e.size('n_positions'), d_ff=e.size('n_inner', None), norm_eps=e.number('layer_norm_epsilon', 1e-5),
-              positions='learned', tie_embeddings=e.flag('tie_word_embeddings', True)), 'n_positions'
+  return dict(
+    vocab_size=e.size('vocab_size'),
+    num_layers=e.size('n_layer'),
+    d_model=e.size('n_embd'),
+    num_heads=e.size('n_head'),
+    max_length=e.size('n_positions'),
+    d_ff=e.size('n_inner', None),
+    norm_eps=e.number('layer_norm_epsilon', 1e-5),
+    positions='learned',
+    tie_embeddings=e.flag('tie_word_embeddings', True),
+  ), 'n_positions'
 
 
 def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
-  layers, positions, heads = e.size('num_hidden_layers'), e.size('max_position_embeddings'), e.size('num_attention_heads')
-  common = dict(vocab_size=e.size('vocab_size'), num_layers=layers, d_model=e.size('hidden_size'), num_heads=heads,
-                max_length=positions, d_ff=e.size('intermediate_size'), positions='rotary',
-                tie_embeddings=e.flag('tie_word_embeddings', False), **_rope(kind, e, positions))
+  layers, positions, heads = (
+    e.size('num_hidden_layers'),
+    e.size('max_position_embeddings'),
+    e.size('num_attention_heads'),
+  )
+  common = dict(
+    vocab_size=e.size('vocab_size'),
+    num_layers=layers,
+    d_model=e.size('hidden_size'),
+    num_heads=heads,
+    max_length=positions,
+    d_ff=e.size('intermediate_size'),
+    positions='rotary',
+    tie_embeddings=e.flag('tie_word_embeddings', False),
+    **_rope(kind, e, positions),
+  )
   if kind == 'gpt_neox':
     e.only('hidden_act', 'gelu')
     e.only('attention_bias', True)
     if e.size('head_dim', None) not in (None, common['d_model'] // heads):
-      raise ValueError(f'{e.path}: head_dim={e.values["head_dim"]} is not covered for gpt_neox; it is hidden_size / heads.')
-    return common | dict(norm_eps=e.number('layer_norm_eps', 1e-5), mlp='gelu_exact',
-                         parallel_residual=e.flag('use_parallel_residual', True)), None
+      raise ValueError(
+        f'{e.path}: head_dim={e.values["head_dim"]} is not covered for gpt_neox; it is '
+        f'hidden_size / heads.'
+      )
+    return common | dict(
+      norm_eps=e.number('layer_norm_eps', 1e-5),
+      mlp='gelu_exact',
+      parallel_residual=e.flag('use_parallel_residual', True),
+    ), None
   e.only('hidden_act', 'silu')
   biases = [e.flag('attention_bias', False), e.flag('mlp_bias', False)]
   if kind == 'llama' and biases[0] != biases[1]:
-    raise ValueError(f'{e.path}: attention_bias={biases[0]} with mlp_bias={biases[1]} is not covered; both or neither.')
+    raise ValueError(
+      f'{e.path}: attention_bias={biases[0]} with mlp_bias={biases[1]} is not covered; both or '
+      f'neither.'
+    )
   if kind != 'llama':  # its classes ignore these entries or have a part of them
     e.only('attention_bias', False)
     e.only('mlp_bias', False)
@@ -158,54 +226,90 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
   kv_heads = e.size('num_key_value_heads', {'llama': None, 'mistral': 8}.get(kind, 32), null=True)
   head_dim = e.size('head_dim', 128) if kind == 'qwen3' else e.size('head_dim', None)
   return common | dict(
-      max_length=min(positions, window or positions),  # up to the window, attention is the full one
-      num_kv_heads=kv_heads, head_dim=head_dim, norm='rmsnorm', norm_eps=e.number('rms_norm_eps', 1e-6), mlp='swiglu',
-      qkv_bias=kind == 'qwen2' or biases[0], out_bias=biases[0],
-      qk_norm=kind == 'qwen3'), 'sliding_window' if window else None
+    max_length=min(positions, window or positions),  # up to the window, attention is the full one
+    num_kv_heads=kv_heads,
+    head_dim=head_dim,
+    norm='rmsnorm',
+    norm_eps=e.number('rms_norm_eps', 1e-6),
+    mlp='swiglu',
+    qkv_bias=kind == 'qwen2' or biases[0],
+    out_bias=biases[0],
+    qk_norm=kind == 'qwen3',
+  ), 'sliding_window' if window else None
 
 
 def _window(kind: str, e: Entries, layers: int) -> int | None:
   """The attention window of any layer, in tokens, or None."""
   types = e.values.get('layer_types')
   covered = ('full_attention',) if kind == 'llama' else ('full_attention', 'sliding_attention')
-  if types is not None and not (isinstance(types, list) and len(types) == layers and all(t in covered for t in types)):
-    raise ValueError(f'{e.path}: layer_types={reprlib.repr(types)} is not covered for {kind}; covered: {" and ".join(covered)}, '
-                     f'one for each of num_hidden_layers={layers}.')
+  if types is not None and not (
+    isinstance(types, list) and len(types) == layers and all(t in covered for t in types)
+  ):
+    raise ValueError(
+      f'{e.path}: layer_types={reprlib.repr(types)} is not covered for {kind}; covered: '
+      f'{" and ".join(covered)}, '
+      f'one for each of num_hidden_layers={layers}.'
+    )
   if kind == 'llama':
     return None
   if kind == 'mistral':  # in all layers, whatever layer_types says
     return e.size('sliding_window', 4096, null=True)
-  window = e.size('sliding_window', 4096, null=True) if e.flag('use_sliding_window', False) else None
+  window = (
+    e.size('sliding_window', 4096, null=True) if e.flag('use_sliding_window', False) else None
+  )
   if types is None:
     return window if layers > e.size('max_window_layers', 28, least=0) else None
   if 'sliding_attention' not in types:
     return None
   if window is None:
-    raise ValueError(f'{e.path}: layer_types has sliding_attention, but use_sliding_window and sliding_window set no window.')
+    raise ValueError(
+      f'{e.path}: layer_types has sliding_attention, but use_sliding_window and sliding_window '
+      f'set no window.'
+    )
   return window
 
 
 def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
-  """Frequencies of the rotary positions. Of two tables transformers takes rope_scaling, the older one, if it holds anything."""
+  """Frequencies of the rotary positions. Of two tables transformers takes rope_scaling, the older
+  one, if it holds anything."""
   name = 'rope_scaling' if e.values.get('rope_scaling') else 'rope_parameters'
   table = e.values.get(name)
-  if table is not None and not isinstance(table, dict) or any(isinstance(v, dict) for v in (table or {}).values()):
-    raise ValueError(f'{e.path}: {name}={reprlib.repr(table)} is not covered; one flat object for all layers is.')
+  if (
+    table is not None
+    and not isinstance(table, dict)
+    or any(isinstance(v, dict) for v in (table or {}).values())
+  ):
+    raise ValueError(
+      f'{e.path}: {name}={reprlib.repr(table)} is not covered; one flat object for all layers is.'
+    )
   rope = Entries(e.path, table or {}, f'{name}.')
   neox = kind == 'gpt_neox'
-  out: dict[str, Any] = dict(rope_theta=rope.number('rope_theta', e.number('rotary_emb_base' if neox else 'rope_theta', 10_000)))
-  fraction = rope.number('partial_rotary_factor', e.number('rotary_pct', 0.25) if neox else e.number('partial_rotary_factor', 1.0))
+  out: dict[str, Any] = dict(
+    rope_theta=rope.number(
+      'rope_theta', e.number('rotary_emb_base' if neox else 'rope_theta', 10_000)
+    )
+  )
+  fraction = rope.number(
+    'partial_rotary_factor',
+    e.number('rotary_pct', 0.25) if neox else e.number('partial_rotary_factor', 1.0),
+  )
   if fraction > 1 or not neox and fraction != 1:
     raise ValueError(f'{e.path}: partial_rotary_factor={fraction} is not covered for {kind}.')
   if neox:
     out['rotary_fraction'] = fraction
   scaling = rope.values.get('rope_type', rope.values.get('type', 'default'))
   if scaling == 'llama3':
-    original = e.size('original_max_position_embeddings', rope.size('original_max_position_embeddings', positions))
+    original = e.size(
+      'original_max_position_embeddings', rope.size('original_max_position_embeddings', positions)
+    )
     low, high = rope.number('low_freq_factor'), rope.number('high_freq_factor')
     if low >= high:
-      raise ValueError(f'{e.path}: {name}: low_freq_factor={low} has to be below high_freq_factor={high}.')
+      raise ValueError(
+        f'{e.path}: {name}: low_freq_factor={low} has to be below high_freq_factor={high}.'
+      )
     out['rope_llama3'] = (rope.number('factor'), low, high, original)
   elif scaling != 'default':
-    raise ValueError(f'{e.path}: rope_type {reprlib.repr(scaling)} is not covered; covered: default, llama3.')
+    raise ValueError(
+      f'{e.path}: rope_type {reprlib.repr(scaling)} is not covered; covered: default, llama3.'
+    )
   return out

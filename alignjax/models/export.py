@@ -1,5 +1,6 @@
-"""A trained policy or reward model written as a folder that transformers loads, and that then behaves as it does here: generation
-stops at the same tokens, and rows of a padded batch get the same scores. The layout: models/families.py.
+"""A trained policy or reward model written as a folder that transformers loads, and that then
+behaves as it does here: generation stops at the same tokens, and rows of a padded batch get the
+same scores. The layout: models/families.py.
 """
 
 from __future__ import annotations
@@ -26,37 +27,67 @@ from alignjax.types import Params
 
 BIAS = ('drop', 'keep')
 # fields of TransformerConfig that config.json does not say
-FREE = ('max_length', 'dropout', 'dtype', 'remat', 'logits_chunk', 'attention_chunk', 'embedding_std', 'unused_ids')
+FREE = (
+  'max_length',
+  'dropout',
+  'dtype',
+  'remat',
+  'logits_chunk',
+  'attention_chunk',
+  'embedding_std',
+  'unused_ids',
+)
 
 
-def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerConfig, params: Params, *, dtype: str = 'float32',
-         shard_bytes: int = 5 * 10**9, tokenizer: Any = None, ends: Sequence[int] = (), bias: str | None = None) -> dict[str, Any]:
-  """Writes a policy as a causal language model, a reward model as a sequence classifier with one label. Written under another name
-  and renamed, so it is whole or not there; SHA256SUMS holds every file's checksum, which hub.verify compares.
+def save(
+  folder: str | os.PathLike,
+  source: str | os.PathLike,
+  cfg: TransformerConfig,
+  params: Params,
+  *,
+  dtype: str = 'float32',
+  shard_bytes: int = 5 * 10**9,
+  tokenizer: Any = None,
+  ends: Sequence[int] = (),
+  bias: str | None = None,
+) -> dict[str, Any]:
+  """Writes a policy as a causal language model, a reward model as a sequence classifier with one
+  label. Written under another name and renamed, so it is whole or not there; SHA256SUMS holds every
+  file's checksum, which hub.verify compares.
 
-  Args:
-    source: the checkpoint the run started from; its config.json, generation_config.json and, without `tokenizer`, its tokenizer
+  Args: source: the checkpoint the run started from; its config.json, generation_config.json and,
+    without `tokenizer`, its tokenizer
       files are taken over.
     tokenizer: of the run, written with its chat template.
-    ends: the tokens that stop generation, first the one that responses were trained to end with; the tokenizer's end of text is
-      added.
+    ends: the tokens that stop generation, first the one that responses were trained to end with;
+      the tokenizer's end of text is added.
     dtype: of the file: 'float32', 'bfloat16' or 'float16'.
-    bias: what becomes of a reward model's bias where transformers' classifier has no place for it: 'drop' (every score is shifted
-      by it, differences and rankings are the same) or 'keep' (config.json's alignjax_score_bias, to be added to the logit).
-      A LayerNorm before the head takes it, exactly, because nothing else reads that norm.
+    bias: what becomes of a reward model's bias where transformers' classifier has no place for it:
+      'drop' (every score is shifted by it, differences and rankings are the same) or 'keep'
+      (config.json's alignjax_score_bias, to be added to the logit). A LayerNorm before the head
+      takes it, exactly, because nothing else reads that norm.
 
-  Returns:
-    What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and 'pad' in words.
+  Returns: What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and
+    'pad' in words.
   """
   source, folder = hub.folder_of(source), pathlib.Path(folder)
   kind, declared, _ = config_json.declared(source)
   family, scalar = FAMILIES[kind], 'score' in params['final']
-  config = _config(config_json.read_object(source / 'config.json'), declared, cfg, family.classes[scalar], dtype, source)
+  config = _config(
+    config_json.read_object(source / 'config.json'),
+    declared,
+    cfg,
+    family.classes[scalar],
+    dtype,
+    source,
+  )
   report: dict[str, Any] = {'class': family.classes[scalar]}
   config |= _special_ids(config, tokenizer, ends)
   if scalar:
     params, report['bias'] = _place_bias(params, config, bias)
-    config |= dict(num_labels=1, id2label={'0': 'score'}, label2id={'score': 0}, problem_type='regression')
+    config |= dict(
+      num_labels=1, id2label={'0': 'score'}, label2id={'score': 0}, problem_type='regression'
+    )
     tokenizer, params, report['pad'] = _pad_apart(config, tokenizer, params)
     cfg = dataclasses.replace(cfg, vocab_size=config['vocab_size'])
   partial = folder.with_name(folder.name + '.partial')
@@ -64,7 +95,9 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
   partial.mkdir(parents=True)
   report |= _write_tensors(partial, _rows(family, cfg, scalar), cfg, params, dtype, shard_bytes)
   if not scalar:
-    _write_json(partial / 'generation_config.json', _generation(source, config, tokenizer, cfg.unused_ids))
+    _write_json(
+      partial / 'generation_config.json', _generation(source, config, tokenizer, cfg.unused_ids)
+    )
   _write_json(partial / 'config.json', config)
   if tokenizer is not None:
     tokenizer.save_pretrained(partial)
@@ -80,20 +113,33 @@ def save(folder: str | os.PathLike, source: str | os.PathLike, cfg: TransformerC
   return report
 
 
-def _config(config: dict[str, Any], declared: Mapping[str, Any], cfg: TransformerConfig, name: str, dtype: str,
-            source: pathlib.Path) -> dict[str, Any]:
-  """config.json of the export: the source's, true of what was trained. A changed architecture that it cannot say is refused."""
+def _config(
+  config: dict[str, Any],
+  declared: Mapping[str, Any],
+  cfg: TransformerConfig,
+  name: str,
+  dtype: str,
+  source: pathlib.Path,
+) -> dict[str, Any]:
+  """config.json of the export: the source's, true of what was trained. A changed architecture that
+  it cannot say is refused."""
   old = TransformerConfig(**declared)
   for field in dataclasses.fields(TransformerConfig):
     was, now = (getattr(c, field.name) for c in (old, cfg))
     if field.name not in (*FREE, 'tie_embeddings') and was != now:
-      raise ValueError(f'model.{field.name}={now!r} was trained, but {source}/config.json means {was!r}, and an export takes that '
-                       'file over; such a model cannot be exported.')
-  config = {k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')}
+      raise ValueError(
+        f'model.{field.name}={now!r} was trained, but {source}/config.json means {was!r}, and an '
+        f'export takes that '
+        'file over; such a model cannot be exported.'
+      )
+  config = {
+    k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')
+  }
   config |= dict(architectures=[name], dtype=dtype, tie_word_embeddings=cfg.tie_embeddings)
   if cfg.max_length > old.max_length:
     config['max_position_embeddings'] = cfg.max_length
-    if cfg.rope_llama3:  # measured by the original context, which is max_position_embeddings where nothing else is said
+    # measured by the original context, which is max_position_embeddings where nothing else is said
+    if cfg.rope_llama3:
       config['original_max_position_embeddings'] = cfg.rope_llama3[-1]
   return config
 
@@ -104,27 +150,44 @@ def _special_ids(config: Mapping[str, Any], tokenizer: Any, ends: Sequence[int])
     return {}
   every = list(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None))
   bos = tokenizer.bos_token_id
-  return dict(eos_token_id=every[0] if len(every) == 1 else every or None, pad_token_id=tokenizer.pad_token_id,
-              bos_token_id=config.get('bos_token_id') if bos is None else bos)
+  return dict(
+    eos_token_id=every[0] if len(every) == 1 else every or None,
+    pad_token_id=tokenizer.pad_token_id,
+    bos_token_id=config.get('bos_token_id') if bos is None else bos,
+  )
 
 
-def _generation(source: pathlib.Path, config: Mapping[str, Any], tokenizer: Any,
-                unused: Sequence[tuple[int, int]]) -> dict[str, Any]:
-  """generation_config.json: the source's, where older folders have it in config.json, with the special tokens of `config`. The ids
-  that have no token, which are never sampled here, are suppressed there too."""
+def _generation(
+  source: pathlib.Path, config: Mapping[str, Any], tokenizer: Any, unused: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+  """generation_config.json: the source's, where older folders have it in config.json, with the
+  special tokens of `config`. The ids that have no token, which are never sampled here, are
+  suppressed there too."""
   from transformers.generation import GenerationConfig
+
   path = source / 'generation_config.json'
   if path.exists():
     entries = config_json.read_object(path)
   else:
-    entries = {k: v for k, v in config.items() if k in GenerationConfig._get_default_generation_params() and v is not None}
+    entries = {
+      k: v
+      for k, v in config.items()
+      if k in GenerationConfig._get_default_generation_params() and v is not None
+    }
   entries = {k: v for k, v in entries.items() if k != '_from_model_config'}
   pad = config.get('pad_token_id')
   if pad is None and tokenizer is not None:  # what templates.make pads with
     pad = tokenizer.eos_token_id
-  suppressed = {*(entries.get('suppress_tokens') or ()), *(i for first, end in unused for i in range(first, end))}
+  suppressed = {
+    *(entries.get('suppress_tokens') or ()),
+    *(i for first, end in unused for i in range(first, end)),
+  }
   entries |= {'suppress_tokens': sorted(suppressed)} if suppressed else {}
-  return entries | dict(eos_token_id=config.get('eos_token_id'), pad_token_id=pad, bos_token_id=config.get('bos_token_id'))
+  return entries | dict(
+    eos_token_id=config.get('eos_token_id'),
+    pad_token_id=pad,
+    bos_token_id=config.get('bos_token_id'),
+  )
 
 
 def _ids(value: Any) -> set[int]:
@@ -134,7 +197,10 @@ def _ids(value: Any) -> set[int]:
 def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> tuple[Params, str]:
   """w.(norm + b) + c = w.(norm + b + c w / |w|^2): a LayerNorm's bias takes the score's."""
   norm, score = params['final']['norm'], params['final']['score']
-  bias, w = float(np.asarray(score['bias'])[0]), np.asarray(score['kernel'])[:, 0].astype(np.float64)
+  bias, w = (
+    float(np.asarray(score['bias'])[0]),
+    np.asarray(score['kernel'])[:, 0].astype(np.float64),
+  )
   if not bias:
     return params, 'none'
   if 'bias' in norm and np.dot(w, w) > 0:
@@ -142,9 +208,14 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
     return {**params, 'final': {'norm': norm, 'score': score}}, 'folded into the last norm'
   if choice not in BIAS:
     name = config['architectures'][0]
-    raise ValueError(f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. --bias=drop leaves "
-                     'it out, which shifts all scores alike, so that differences and rankings stay; --bias=keep writes it to '
-                     'config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it loads it).')
+    raise ValueError(
+      f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. "
+      f'--bias=drop leaves '
+      'it out, which shifts all scores alike, so that differences and rankings stay; --bias=keep '
+      'writes it to '
+      'config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it '
+      'loads it).'
+    )
   if choice == 'drop':
     return params, f'{bias:.6g}, left out: add it to a score for that of alignjax'
   config['alignjax_score_bias'] = bias
@@ -152,21 +223,32 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
 
 
 def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[Any, Params, str]:
-  """transformers' classifier scores a row at its last token that is not pad_token_id, so that pad must be no token that a response
-  ends in. In this order: the tokenizer's own; a special token that is reserved or made for it; a new token where the model has
-  embeddings to spare; the beginning of text; a new token with a row of zeros. The tokenizer then pads on the right, where absolute
+  """transformers' classifier scores a row at its last token that is not pad_token_id, so that pad
+  must be no token that a response ends in. In this order: the tokenizer's own; a special token that
+  is reserved or made for it; a new token where the model has embeddings to spare; the beginning of
+  text; a new token with a row of zeros. The tokenizer then pads on the right, where absolute
   positions do not move.
 
   Returns (tokenizer, params, the choice in words); changes `config`.
   """
   ends, vocab = _ids(config.get('eos_token_id')), config['vocab_size']
   if tokenizer is None:
-    config['pad_token_id'] = None if config.get('pad_token_id') in ends else config.get('pad_token_id')
-    return None, params, 'of config.json' if config['pad_token_id'] is not None else 'none: one row at a time'
+    config['pad_token_id'] = (
+      None if config.get('pad_token_id') in ends else config.get('pad_token_id')
+    )
+    return (
+      None,
+      params,
+      'of config.json' if config['pad_token_id'] is not None else 'none: one row at a time',
+    )
   tokenizer = copy.deepcopy(tokenizer)
   tokenizer.padding_side = 'right'
   ends |= _ids(tokenizer.eos_token_id)
-  special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special and i not in ends and i < vocab}
+  special = {
+    i: str(t)
+    for i, t in tokenizer.added_tokens_decoder.items()
+    if t.special and i not in ends and i < vocab
+  }
   named = lambda *words: [i for i, t in special.items() if any(word in t.lower() for word in words)]
   own = {i for i in _ids(tokenizer.pad_token_id) - ends if i < vocab}
   free = [*own, *named('pad'), *named('reserved', 'unused')]
@@ -182,7 +264,10 @@ def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[
     rows = f', with {more} more rows of embeddings' if more else ''
     words = f'{tokenizer.pad_token} (id {tokenizer.pad_token_id}), a new token{rows}'
     table = np.asarray(params['embed']['tokens'])
-    params = {**params, 'embed': {**params['embed'], 'tokens': np.concatenate([table, np.zeros_like(table[:more])])}}
+    params = {
+      **params,
+      'embed': {**params['embed'], 'tokens': np.concatenate([table, np.zeros_like(table[:more])])},
+    }
     config['vocab_size'] = vocab + more
   config['pad_token_id'] = tokenizer.pad_token_id
   return tokenizer, params, words
@@ -190,13 +275,22 @@ def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[
 
 def _rows(family: Family, cfg: TransformerConfig, scalar: bool) -> Sequence[Any]:
   table = family.tensors(cfg)
-  return [*(t for t in table if not t.paths[0].startswith('final/head')), SCORE] if scalar else table
+  return (
+    [*(t for t in table if not t.paths[0].startswith('final/head')), SCORE] if scalar else table
+  )
 
 
-def _write_tensors(folder: pathlib.Path, table: Sequence[Any], cfg: TransformerConfig, params: Params, dtype: str,
-                   shard_bytes: int) -> dict[str, int]:
+def _write_tensors(
+  folder: pathlib.Path,
+  table: Sequence[Any],
+  cfg: TransformerConfig,
+  params: Params,
+  dtype: str,
+  shard_bytes: int,
+) -> dict[str, int]:
   import ml_dtypes
   from safetensors.numpy import save_file
+
   leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   cast = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}[dtype]
   shard: dict[str, np.ndarray] = {}
@@ -211,15 +305,22 @@ def _write_tensors(folder: pathlib.Path, table: Sequence[Any], cfg: TransformerC
 
   for tensor in table:
     for i in range(cfg.num_layers if '{i}' in tensor.name else 1):
-      values = [np.asarray(leaves[p][i] if p.startswith('layers/') else leaves[p]) for p in tensor.paths]
+      values = [
+        np.asarray(leaves[p][i] if p.startswith('layers/') else leaves[p]) for p in tensor.paths
+      ]
       left, right = tensor.pattern.split('->')
       whole = np.stack(values) if len(values) > 1 else values[0]
-      whole = rearrange(whole, f'{right} -> {left}', **hf.needed(right, hf.sizes(cfg, tensor.paths)))
+      whole = rearrange(
+        whole, f'{right} -> {left}', **hf.needed(right, hf.sizes(cfg, tensor.paths))
+      )
       name = tensor.name.format(i=i)
       with np.errstate(over='ignore'):
         whole = np.ascontiguousarray(whole.astype(cast))
       if not np.isfinite(whole.astype(np.float32)).all():
-        raise ValueError(f'{name} holds numbers that {dtype} cannot; choose another --dtype, or look at the run if it is float32.')
+        raise ValueError(
+          f'{name} holds numbers that {dtype} cannot; choose another --dtype, or look at the run '
+          f'if it is float32.'
+        )
       if shard and size + whole.nbytes > shard_bytes:
         write()
         count, size = count + 1, 0
@@ -231,7 +332,10 @@ def _write_tensors(folder: pathlib.Path, table: Sequence[Any], cfg: TransformerC
   for k in range(count + 1):
     (folder / f'shard-{k}.safetensors').rename(folder / final(k))
   if count:
-    _write_json(folder / hf.INDEX, {'metadata': {'total_size': total}, 'weight_map': {name: final(k) for k, name in names}})
+    _write_json(
+      folder / hf.INDEX,
+      {'metadata': {'total_size': total}, 'weight_map': {name: final(k) for k, name in names}},
+    )
   return dict(tensors=len(names), bytes=total)
 
 

@@ -1,10 +1,13 @@
-"""The families of Hugging Face checkpoints: where every tensor goes. What their config.json says: models/config_json.py.
+"""The families of Hugging Face checkpoints: where every tensor goes. What their config.json says:
+models/config_json.py.
 
-A family is a table of tensors: its name in the file, our parameters, and an einops pattern between the two, which is read
-forwards to load and backwards to save (models/hf.py). The layout is that of transformers' modeling files of each family.
+A family is a table of tensors: its name in the file, our parameters, and an einops pattern between
+the two, which is read forwards to load and backwards to save (models/hf.py). The layout is that of
+transformers' modeling files of each family.
 
-Not covered, and refused with the list of what is: Gemma (norms around both sides of a block, capped logits and a second
-rotary base would each need a switch of their own in the transformer), mixtures of experts, quantised files.
+Not covered, and refused with the list of what is: Gemma (norms around both sides of a block, capped
+logits and a second rotary base would each need a switch of their own in the transformer), mixtures
+of experts, quantised files.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from alignjax.models.config import TransformerConfig
 
 
 class Tensor(NamedTuple):
-  """name: in the file, {i} the layer. paths: of our parameters, several where the file fuses them ('j' in the pattern is
-  then which one). pattern: einops, file -> ours."""
+  """name: in the file, {i} the layer. paths: of our parameters, several where the file fuses them
+  ('j' in the pattern is then which one). pattern: einops, file -> ours."""
+
   name: str
   paths: tuple[str, ...]
   pattern: str
@@ -34,51 +38,60 @@ DENSE, BIAS, SAME = 'o i -> i o', 'o -> o', 'v d -> v d'
 def _gpt2(cfg: TransformerConfig) -> list[Tensor]:
   h = 'transformer.h.{i}.'
   return [
-      _row('transformer.wte.weight', 'embed/tokens', SAME),
-      _row('transformer.wpe.weight', 'embed/positions', SAME),
-      *_norm('transformer.ln_f', 'final/norm'), *_norm(h + 'ln_1', 'layers/norm_1'), *_norm(h + 'ln_2', 'layers/norm_2'),
-      _row(h + 'attn.c_attn.weight', QKV.format('kernel'), 'd (j n h) -> j d (n h)'),  # Conv1D: [in, out]
-      _row(h + 'attn.c_attn.bias', QKV.format('bias'), '(j n h) -> j (n h)'),
-      _row(h + 'attn.c_proj.weight', 'layers/attention/out/kernel', '(n h) d -> n h d'),
-      _row(h + 'attn.c_proj.bias', 'layers/attention/out/bias', BIAS),
-      _row(h + 'mlp.c_fc.weight', 'layers/mlp/up/kernel', 'i o -> i o'),
-      _row(h + 'mlp.c_fc.bias', 'layers/mlp/up/bias', BIAS),
-      _row(h + 'mlp.c_proj.weight', 'layers/mlp/down/kernel', 'i o -> i o'),
-      _row(h + 'mlp.c_proj.bias', 'layers/mlp/down/bias', BIAS),
-      *_head(cfg, 'lm_head'),
+    _row('transformer.wte.weight', 'embed/tokens', SAME),
+    _row('transformer.wpe.weight', 'embed/positions', SAME),
+    *_norm('transformer.ln_f', 'final/norm'),
+    *_norm(h + 'ln_1', 'layers/norm_1'),
+    *_norm(h + 'ln_2', 'layers/norm_2'),
+    # Conv1D: [in, out]
+    _row(h + 'attn.c_attn.weight', QKV.format('kernel'), 'd (j n h) -> j d (n h)'),
+    _row(h + 'attn.c_attn.bias', QKV.format('bias'), '(j n h) -> j (n h)'),
+    _row(h + 'attn.c_proj.weight', 'layers/attention/out/kernel', '(n h) d -> n h d'),
+    _row(h + 'attn.c_proj.bias', 'layers/attention/out/bias', BIAS),
+    _row(h + 'mlp.c_fc.weight', 'layers/mlp/up/kernel', 'i o -> i o'),
+    _row(h + 'mlp.c_fc.bias', 'layers/mlp/up/bias', BIAS),
+    _row(h + 'mlp.c_proj.weight', 'layers/mlp/down/kernel', 'i o -> i o'),
+    _row(h + 'mlp.c_proj.bias', 'layers/mlp/down/bias', BIAS),
+    *_head(cfg, 'lm_head'),
   ]
 
 
 def _neox(cfg: TransformerConfig) -> list[Tensor]:
   h = 'gpt_neox.layers.{i}.'
   return [
-      _row('gpt_neox.embed_in.weight', 'embed/tokens', SAME),
-      *_norm('gpt_neox.final_layer_norm', 'final/norm'), *_norm(h + 'input_layernorm', 'layers/norm_1'),
-      *_norm(h + 'post_attention_layernorm', 'layers/norm_2'),
-      _row(h + 'attention.query_key_value.weight', QKV.format('kernel'), '(n j h) d -> j d (n h)'),
-      _row(h + 'attention.query_key_value.bias', QKV.format('bias'), '(n j h) -> j (n h)'),
-      _row(h + 'attention.dense.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
-      _row(h + 'attention.dense.bias', 'layers/attention/out/bias', BIAS),
-      *_linear(h + 'mlp.dense_h_to_4h', 'layers/mlp/up'), *_linear(h + 'mlp.dense_4h_to_h', 'layers/mlp/down'),
-      *_head(cfg, 'embed_out'),
+    _row('gpt_neox.embed_in.weight', 'embed/tokens', SAME),
+    *_norm('gpt_neox.final_layer_norm', 'final/norm'),
+    *_norm(h + 'input_layernorm', 'layers/norm_1'),
+    *_norm(h + 'post_attention_layernorm', 'layers/norm_2'),
+    _row(h + 'attention.query_key_value.weight', QKV.format('kernel'), '(n j h) d -> j d (n h)'),
+    _row(h + 'attention.query_key_value.bias', QKV.format('bias'), '(n j h) -> j (n h)'),
+    _row(h + 'attention.dense.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
+    _row(h + 'attention.dense.bias', 'layers/attention/out/bias', BIAS),
+    *_linear(h + 'mlp.dense_h_to_4h', 'layers/mlp/up'),
+    *_linear(h + 'mlp.dense_4h_to_h', 'layers/mlp/down'),
+    *_head(cfg, 'embed_out'),
   ]
 
 
 def _llama(cfg: TransformerConfig) -> list[Tensor]:
   h = 'model.layers.{i}.'
   rows = [
-      _row('model.embed_tokens.weight', 'embed/tokens', SAME),
-      _row('model.norm.weight', 'final/norm/scale', BIAS),
-      _row(h + 'input_layernorm.weight', 'layers/norm_1/scale', BIAS),
-      _row(h + 'post_attention_layernorm.weight', 'layers/norm_2/scale', BIAS),
-      _row(h + 'self_attn.o_proj.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
+    _row('model.embed_tokens.weight', 'embed/tokens', SAME),
+    _row('model.norm.weight', 'final/norm/scale', BIAS),
+    _row(h + 'input_layernorm.weight', 'layers/norm_1/scale', BIAS),
+    _row(h + 'post_attention_layernorm.weight', 'layers/norm_2/scale', BIAS),
+    _row(h + 'self_attn.o_proj.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
   ]
   for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
-    rows.append(_row(f'{h}self_attn.{theirs}_proj.weight', f'layers/attention/{ours}/kernel', DENSE))
+    rows.append(
+      _row(f'{h}self_attn.{theirs}_proj.weight', f'layers/attention/{ours}/kernel', DENSE)
+    )
     if cfg.qkv_bias:
       rows.append(_row(f'{h}self_attn.{theirs}_proj.bias', f'layers/attention/{ours}/bias', BIAS))
     if cfg.qk_norm and ours != 'value':
-      rows.append(_row(f'{h}self_attn.{theirs}_norm.weight', f'layers/attention/{ours}_norm/scale', BIAS))
+      rows.append(
+        _row(f'{h}self_attn.{theirs}_norm.weight', f'layers/attention/{ours}_norm/scale', BIAS)
+      )
   for theirs, ours in (('up', 'up'), ('gate', 'gate'), ('down', 'down')):
     rows.append(_row(f'{h}mlp.{theirs}_proj.weight', f'layers/mlp/{ours}/kernel', DENSE))
     if cfg.out_bias:
@@ -97,13 +110,18 @@ def _norm(name: str, path: str) -> list[Tensor]:
 
 
 def _linear(name: str, path: str) -> list[Tensor]:
-  return [_row(f'{name}.weight', f'{path}/kernel', DENSE), _row(f'{name}.bias', f'{path}/bias', BIAS)]
+  return [
+    _row(f'{name}.weight', f'{path}/kernel', DENSE),
+    _row(f'{name}.bias', f'{path}/bias', BIAS),
+  ]
 
 
 class Family(NamedTuple):
-  """tensors: the table. prefix: of the trunk, which some files leave out. embedding, head: names of these two tensors.
-  classes: in transformers, language model, sequence classifier and the trunk alone. harmless: ends of names of buffers that
-  old files carry."""
+  """tensors: the table. prefix: of the trunk, which some files leave out. embedding, head: names of
+  these two tensors.
+  classes: in transformers, language model, sequence classifier and the trunk alone. harmless: ends
+  of names of buffers that old files carry."""
+
   tensors: Callable[[TransformerConfig], list[Tensor]]
   prefix: str
   embedding: str
@@ -112,22 +130,44 @@ class Family(NamedTuple):
   harmless: tuple[str, ...] = ('.rotary_emb.inv_freq',)
 
   def name(self, key: str) -> str:
-    """The full name of a tensor that a file calls `key`: with the trunk's prefix, and the head by the family's own name (new
-    files of GPT-NeoX may say lm_head)."""
+    """The full name of a tensor that a file calls `key`: with the trunk's prefix, and the head by
+    the family's own name (new files of GPT-NeoX may say lm_head)."""
     if key == 'lm_head.weight':
       return self.head
-    return key if key.startswith((self.prefix, 'lm_head.', 'embed_out.', 'score.')) else self.prefix + key
+    return (
+      key
+      if key.startswith((self.prefix, 'lm_head.', 'embed_out.', 'score.'))
+      else self.prefix + key
+    )
 
 
-_LLAMA = lambda name: Family(_llama, 'model.', 'model.embed_tokens.weight', 'lm_head.weight',
-                             (f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'))
+_LLAMA = lambda name: Family(
+  _llama,
+  'model.',
+  'model.embed_tokens.weight',
+  'lm_head.weight',
+  (f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'),
+)
 FAMILIES = {
-    'gpt2': Family(_gpt2, 'transformer.', 'transformer.wte.weight', 'lm_head.weight',
-                   ('GPT2LMHeadModel', 'GPT2ForSequenceClassification', 'GPT2Model'), ('.attn.bias', '.attn.masked_bias')),
-    'gpt_neox': Family(_neox, 'gpt_neox.', 'gpt_neox.embed_in.weight', 'embed_out.weight',
-                       ('GPTNeoXForCausalLM', 'GPTNeoXForSequenceClassification', 'GPTNeoXModel'),
-                       ('.attention.bias', '.attention.masked_bias', '.rotary_emb.inv_freq')),
-    'llama': _LLAMA('Llama'), 'mistral': _LLAMA('Mistral'), 'qwen2': _LLAMA('Qwen2'), 'qwen3': _LLAMA('Qwen3'),
+  'gpt2': Family(
+    _gpt2,
+    'transformer.',
+    'transformer.wte.weight',
+    'lm_head.weight',
+    ('GPT2LMHeadModel', 'GPT2ForSequenceClassification', 'GPT2Model'),
+    ('.attn.bias', '.attn.masked_bias'),
+  ),
+  'gpt_neox': Family(
+    _neox,
+    'gpt_neox.',
+    'gpt_neox.embed_in.weight',
+    'embed_out.weight',
+    ('GPTNeoXForCausalLM', 'GPTNeoXForSequenceClassification', 'GPTNeoXModel'),
+    ('.attention.bias', '.attention.masked_bias', '.rotary_emb.inv_freq'),
+  ),
+  'llama': _LLAMA('Llama'),
+  'mistral': _LLAMA('Mistral'),
+  'qwen2': _LLAMA('Qwen2'),
+  'qwen3': _LLAMA('Qwen3'),
 }
 SCORE = Tensor('score.weight', ('final/score/kernel',), DENSE)
-

@@ -1,10 +1,12 @@
-"""Checkpoints of Hugging Face read: safetensors and config.json, no pickle, no remote code, no torch. Written: models/export.py.
+"""Checkpoints of Hugging Face read: safetensors and config.json, no pickle, no remote code, no
+torch. Written: models/export.py.
 
     cfg = TransformerConfig(**hf.fields(name))                config.json -> TransformerConfig
     params = hf.load(name, cfg, head, shardings)              tensor by tensor onto the devices
 
-The files and tensors that count are those that transformers would take; what it would take otherwise is refused by name. Which
-families, and which tensor goes where: models/families.py; which entries: models/config_json.py.
+The files and tensors that count are those that transformers would take; what it would take
+otherwise is refused by name. Which families, and which tensor goes where: models/families.py; which
+entries: models/config_json.py.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ DTYPES = ('F64', 'F32', 'F16', 'BF16')  # of safetensors
 
 
 def fields(name: str | os.PathLike) -> dict[str, Any]:
-  """The fields of TransformerConfig that a checkpoint declares: config.json, and the files where they have another head than the
-  tied embeddings that it promises. Then the head counts, as in transformers."""
+  """The fields of TransformerConfig that a checkpoint declares: config.json, and the files where
+  they have another head than the tied embeddings that it promises. Then the head counts, as in
+  transformers."""
   folder = hub.folder_of(name)
   hub.verify(folder, weights=False)
   kind, declared, _ = config_json.declared(folder)
@@ -42,41 +45,61 @@ def fields(name: str | os.PathLike) -> dict[str, Any]:
 
 
 def bound(name: str | os.PathLike) -> str | None:
-  """The entry of config.json that bounds max_length, or None where rotary positions go on (config_json.Declared)."""
+  """The entry of config.json that bounds max_length, or None where rotary positions go on
+  (config_json.Declared)."""
   return config_json.declared(hub.folder_of(name)).bound
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files that transformers reads: model.safetensors; without it, those that the index names; and no others."""
+  """The files that transformers reads: model.safetensors; without it, those that the index names;
+  and no others."""
   if (folder / 'adapter_config.json').exists():
-    raise ValueError(f'{folder}: adapter_config.json makes it a PEFT adapter, which is not read. Merge it into its model first.')
+    raise ValueError(
+      f'{folder}: adapter_config.json makes it a PEFT adapter, which is not read. Merge it into '
+      f'its model first.'
+    )
   index = folder / INDEX
   if (folder / SINGLE).is_file():
     return [folder / SINGLE]
   if index.is_file():
     where = config_json.read_object(index).get('weight_map')
-    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+    if (
+      not isinstance(where, dict)
+      or not where
+      or not all(isinstance(file, str) for file in where.values())
+    ):
       raise ValueError(f'{index}: weight_map has to be an object of tensor and file names.')
     for file in set(where.values()):
-      if os.path.isabs(file) or os.path.normpath(file).startswith('..') or not file.endswith('.safetensors'):
-        raise ValueError(f'{index}: weight_map names {file!r}, which is no safetensors file of this folder.')
+      if (
+        os.path.isabs(file)
+        or os.path.normpath(file).startswith('..')
+        or not file.endswith('.safetensors')
+      ):
+        raise ValueError(
+          f'{index}: weight_map names {file!r}, which is no safetensors file of this folder.'
+        )
       if not (folder / file).is_file():
         raise FileNotFoundError(f'{folder / file}: named in {INDEX}, but not there.')
     return sorted(folder / file for file in set(where.values()))
   others = sorted(p.name for pattern in ('*.safetensors', '*.bin') for p in folder.glob(pattern))
   hint = ''
   if others:
-    hint = (f' {others[0]} is a pickle, which is not read; convert it with transformers.' if others[0].endswith('.bin') else
-            f' {others[0]} is not read, as in transformers: rename it, or write the index of its shards.')
+    hint = (
+      f' {others[0]} is a pickle, which is not read; convert it with transformers.'
+      if others[0].endswith('.bin')
+      else f' {others[0]} is not read, as in transformers: rename it, or write the index of its '
+      f'shards.'
+    )
   raise FileNotFoundError(f'{folder}: no {SINGLE} and no {INDEX}.{hint}')
 
 
 class Files:
-  """The tensors of a checkpoint by name, each read when asked for. Names as in transformers, whether or not the file has the
-  trunk's prefix. A tensor that is there twice is a ValueError."""
+  """The tensors of a checkpoint by name, each read when asked for. Names as in transformers,
+  whether or not the file has the trunk's prefix. A tensor that is there twice is a ValueError."""
 
   def __init__(self, folder: pathlib.Path, family: Family):
     from safetensors import SafetensorError, safe_open
+
     self._where: dict[str, tuple[Any, str]] = {}
     homes: dict[str, str] = {}
     for path in weight_files(folder):
@@ -87,7 +110,9 @@ class Files:
       for key in file.keys():  # noqa: SIM118 not a dict
         name = family.name(key)
         if name in homes:
-          raise ValueError(f'{path}: tensor {key!r} is there twice, the other time in {homes[name]}.')
+          raise ValueError(
+            f'{path}: tensor {key!r} is there twice, the other time in {homes[name]}.'
+          )
         self._where[name], homes[name] = (file, key), path.name
     self.names = set(self._where)
     self.folder = folder
@@ -107,12 +132,16 @@ class Files:
   def differ(self, name: str, other: str) -> bool:
     """Whether both tensors are there, of one shape, and hold other numbers."""
     both = (name, other)
-    if not {*both} <= self.names or self.shape(name) != self.shape(other) or not self.shape(name) or not all(
-        self.dtype(n) in DTYPES for n in both):
+    if (
+      not {*both} <= self.names
+      or self.shape(name) != self.shape(other)
+      or not self.shape(name)
+      or not all(self.dtype(n) in DTYPES for n in both)
+    ):
       return False
     rows = self.shape(name)[0]
     a, b = (self._where[n][0].get_slice(self._where[n][1]) for n in both)
-    some = lambda x, i: x[i:min(i + 4096, rows)].astype(np.float32)
+    some = lambda x, i: x[i : min(i + 4096, rows)].astype(np.float32)
     return any(not np.array_equal(some(a, i), some(b, i)) for i in range(0, rows, 4096))
 
   def share(self, name: str, other: str) -> None:
@@ -122,18 +151,21 @@ class Files:
       self.names.add(name)
 
 
-def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: Callable[[Params], Params],
-         key: jax.Array | None = None) -> Params:
+def load(
+  name: str | os.PathLike,
+  cfg: TransformerConfig,
+  head: str,
+  shardings: Callable[[Params], Params],
+  key: jax.Array | None = None,
+) -> Params:
   """The float32 parameters of a checkpoint, each on its sharding.
 
-  One tensor is read at a time and cut into the pieces of this process's devices: the host holds these pieces of one of our
-  parameters (all layers of it) and one tensor of the file.
+  One tensor is read at a time and cut into the pieces of this process's devices: the host holds
+  these pieces of one of our parameters (all layers of it) and one tensor of the file.
 
-  Args:
-    name: folder or hub name.
-    cfg: the architecture; every tensor's shape is compared with it before anything is read.
-    head: 'lm' or 'scalar'. A file without `score.weight` gets a fresh scalar head, drawn with `key`.
-    shardings: tree of shapes -> tree of shardings (Sharder.params).
+  Args: name: folder or hub name. cfg: the architecture; every tensor's shape is compared with it
+    before anything is read. head: 'lm' or 'scalar'. A file without `score.weight` gets a fresh
+    scalar head, drawn with `key`. shardings: tree of shapes -> tree of shardings (Sharder.params).
   """
   folder = hub.folder_of(name)
   hub.verify(folder, weights=False)
@@ -143,34 +175,50 @@ def load(name: str | os.PathLike, cfg: TransformerConfig, head: str, shardings: 
   files = Files(folder, family)
   scored = SCORE.name in files.names
   if head == 'lm' and scored:
-    raise ValueError(f'{folder}: a reward model (it has {SCORE.name}); a policy cannot start from it.')
+    raise ValueError(
+      f'{folder}: a reward model (it has {SCORE.name}); a policy cannot start from it.'
+    )
   if declared['tie_embeddings'] and not scored:
     files.share(family.embedding, family.head)
   if head == 'lm' and cfg.tie_embeddings and files.differ(family.head, family.embedding):
-    raise ValueError(f'{folder}: {family.head} differs from {family.embedding}, which model.tie_embeddings=True would use for '
-                     'both. Leave model.tie_embeddings out: the file decides.')
+    raise ValueError(
+      f'{folder}: {family.head} differs from {family.embedding}, which model.tie_embeddings=True '
+      f'would use for '
+      'both. Leave model.tie_embeddings out: the file decides.'
+    )
   if cfg.num_layers > len(files.names):
-    raise ValueError(f'{folder}: the files hold {len(files.names)} tensors, too few for the {cfg.num_layers} layers that '
-                     'config.json declares.')
-  table = [t for t in family.tensors(cfg) if head == 'lm' or not t.paths[0].startswith('final/head')]
+    raise ValueError(
+      f'{folder}: the files hold {len(files.names)} tensors, too few for the {cfg.num_layers} '
+      f'layers that '
+      'config.json declares.'
+    )
+  table = [
+    t for t in family.tensors(cfg) if head == 'lm' or not t.paths[0].startswith('final/head')
+  ]
   if head == 'scalar' and scored:
     table.append(SCORE)
   shapes = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0), head))
   leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-  placed = {path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings(shapes))}
+  placed = {
+    path_name(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings(shapes))
+  }
   _check(files, table, family, cfg, leaves)
   if head == 'lm' and cfg.tie_embeddings:
     _check_tied(files, family)
   loaded = {}
   for tensor in table:
-    for path, array in zip(tensor.paths, _load_one(files, tensor, cfg, leaves, placed), strict=True):
+    for path, array in zip(
+      tensor.paths, _load_one(files, tensor, cfg, leaves, placed), strict=True
+    ):
       loaded[path] = array
   if head == 'scalar':
     fresh = transformer.init_head(cfg, jax.random.key(0) if key is None else key)
     if scored:
       fresh['bias'] = fresh['bias'] + config_json.score_bias(folder)
     for path in ('kernel', 'bias'):
-      loaded.setdefault(f'final/score/{path}', jax.device_put(fresh[path], placed[f'final/score/{path}']))
+      loaded.setdefault(
+        f'final/score/{path}', jax.device_put(fresh[path], placed[f'final/score/{path}'])
+      )
   return jax.tree_util.tree_map_with_path(lambda path, _: loaded[path_name(path)], shapes)
 
 
@@ -181,13 +229,18 @@ def has_score(name: str | os.PathLike) -> bool:
 
 
 def check_end_scored(name: str | os.PathLike, end: int) -> None:
-  """Refuses a reward model that transformers scores elsewhere than at `end`, the token that responses end with: its classifier
-  takes a row's last token that is not config.json's pad_token_id."""
+  """Refuses a reward model that transformers scores elsewhere than at `end`, the token that
+  responses end with: its classifier takes a row's last token that is not config.json's
+  pad_token_id."""
   path = hub.folder_of(name) / 'config.json'
   if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
-    raise ValueError(f'{path}: pad_token_id={end} is the token that responses end with, so that transformers scores this reward '
-                     'model one token before the end, and alignjax would at the end. If it was trained to be scored at the end, '
-                     'set pad_token_id to null or to another token; else it is not covered.')
+    raise ValueError(
+      f'{path}: pad_token_id={end} is the token that responses end with, so that transformers '
+      f'scores this reward '
+      'model one token before the end, and alignjax would at the end. If it was trained to be '
+      'scored at the end, '
+      'set pad_token_id to null or to another token; else it is not covered.'
+    )
 
 
 def sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
@@ -197,17 +250,25 @@ def sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
 
 def needed(side: str, sizes: Mapping[str, int]) -> dict[str, int]:
   """Sizes that a pattern's side does not tell: those of its products."""
-  return {k: v for k, v in sizes.items() if '(' in side and k in side.replace('(', ' ').replace(')', ' ').split()}
+  return {
+    k: v
+    for k, v in sizes.items()
+    if '(' in side and k in side.replace('(', ' ').replace(')', ' ').split()
+  }
 
 
-def _file_shape(tensor: Tensor, cfg: TransformerConfig, leaves: Mapping[str, Any]) -> tuple[int, ...]:
+def _file_shape(
+  tensor: Tensor, cfg: TransformerConfig, leaves: Mapping[str, Any]
+) -> tuple[int, ...]:
   """The shape a tensor of the file must have, from our parameters' shapes."""
   ours = tuple(leaves[tensor.paths[0]].shape)
   ours = ours[1:] if tensor.paths[0].startswith('layers/') else ours
   left, right = (side.strip() for side in tensor.pattern.split('->'))
   right = right.removeprefix('j ') if len(tensor.paths) > 1 else right
   words = re.findall(r'\([^)]*\)|\S+', right)
-  size = sizes(cfg, tensor.paths) | {word: n for word, n in zip(words, ours, strict=True) if not word.startswith('(')}
+  size = sizes(cfg, tensor.paths) | {
+    word: n for word, n in zip(words, ours, strict=True) if not word.startswith('(')
+  }
   out, group = [], None
   for word in left.replace('(', '( ').replace(')', ' )').split():
     if word == '(':
@@ -221,7 +282,13 @@ def _file_shape(tensor: Tensor, cfg: TransformerConfig, leaves: Mapping[str, Any
   return tuple(out)
 
 
-def _check(files: Files, table: list[Tensor], family: Family, cfg: TransformerConfig, leaves: Mapping[str, Any]) -> None:
+def _check(
+  files: Files,
+  table: list[Tensor],
+  family: Family,
+  cfg: TransformerConfig,
+  leaves: Mapping[str, Any],
+) -> None:
   """Every tensor there, of the right shape, and none that the table does not know."""
   wanted: dict[str, tuple[int, ...]] = {}
   for tensor in table:
@@ -230,50 +297,85 @@ def _check(files: Files, table: list[Tensor], family: Family, cfg: TransformerCo
       wanted[tensor.name.format(i=i)] = shape
   missing = sorted(wanted.keys() - files.names)
   if missing:
-    tied = ' If the model uses its embeddings for it, config.json has to say "tie_word_embeddings": true.'
+    tied = (
+      ' If the model uses its embeddings for it, config.json has to say '
+      '"tie_word_embeddings": true.'
+    )
     hint = tied if missing == [family.head] else ''
-    raise ValueError(f'{files.folder}: {len(missing)} tensors are missing, first {missing[0]!r}.{hint}')
+    raise ValueError(
+      f'{files.folder}: {len(missing)} tensors are missing, first {missing[0]!r}.{hint}'
+    )
   for name, shape in wanted.items():
     if files.shape(name) != shape:
-      raise ValueError(f'{files.folder}: tensor {name} has the shape {list(files.shape(name))}, but config.json (or model.* of '
-                       f'the config) asks for {list(shape)}.')
+      raise ValueError(
+        f'{files.folder}: tensor {name} has the shape {list(files.shape(name))}, but config.json '
+        f'(or model.* of '
+        f'the config) asks for {list(shape)}.'
+      )
     if files.dtype(name) not in DTYPES:
-      raise ValueError(f'{files.folder}: tensor {name} is {files.dtype(name)}; quantised checkpoints are not read, only '
-                       f'{", ".join(DTYPES)}.')
+      raise ValueError(
+        f'{files.folder}: tensor {name} is {files.dtype(name)}; quantised checkpoints are not '
+        f'read, only '
+        f'{", ".join(DTYPES)}.'
+      )
   head = {family.head}  # a tied copy of the embedding, or replaced by the scalar head
   extra = sorted(n for n in files.names - wanted.keys() - head if not n.endswith(family.harmless))
   if extra:
-    raise ValueError(f'{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]!r}.')
+    raise ValueError(
+      f'{files.folder}: {len(extra)} tensors have no place in the model, first {extra[0]!r}.'
+    )
 
 
 def _check_tied(files: Files, family: Family) -> None:
-  """A head beside tied embeddings is not read; one that could not be compared with them is no copy of them."""
+  """A head beside tied embeddings is not read; one that could not be compared with them is no copy
+  of them."""
   head, embedding = family.head, family.embedding
-  if head in files.names and (files.shape(head) != files.shape(embedding) or files.dtype(head) not in DTYPES):
-    raise ValueError(f'{files.folder}: tensor {head} is {files.dtype(head)} {list(files.shape(head))}, but config.json '
-                     f'(tie_word_embeddings) says that it is {embedding}, {files.dtype(embedding)} {list(files.shape(embedding))}. '
-                     'Correct the entry, or leave the tensor out of the file.')
+  if head in files.names and (
+    files.shape(head) != files.shape(embedding) or files.dtype(head) not in DTYPES
+  ):
+    raise ValueError(
+      f'{files.folder}: tensor {head} is {files.dtype(head)} {list(files.shape(head))}, but '
+      f'config.json '
+      f'(tie_word_embeddings) says that it is {embedding}, {files.dtype(embedding)} '
+      f'{list(files.shape(embedding))}. '
+      'Correct the entry, or leave the tensor out of the file.'
+    )
 
 
-def _load_one(files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, placed) -> list[jax.Array]:
+def _load_one(
+  files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, placed
+) -> list[jax.Array]:
   """The parameters of one row of the table: piece by piece, no piece twice."""
   stacked = tensor.paths[0].startswith('layers/')
   shape = tuple(leaves[tensor.paths[0]].shape)
   sharding = placed[tensor.paths[0]]
   devices = sharding.addressable_devices_indices_map(shape)
-  spans = {d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for d, index in devices.items()}
-  pieces = {span: [np.empty([b - a for a, b in span], np.float32) for _ in tensor.paths] for span in set(spans.values())}
+  spans = {
+    d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+    for d, index in devices.items()
+  }
+  pieces = {
+    span: [np.empty([b - a for a, b in span], np.float32) for _ in tensor.paths]
+    for span in set(spans.values())
+  }
   for i in range(cfg.num_layers if stacked else 1):
     users = [s for s in pieces if not stacked or s[0][0] <= i < s[0][1]]
     if not users:
       continue
     raw = files.read(tensor.name.format(i=i))
-    value = rearrange(raw.astype(np.float32), tensor.pattern,
-                      **needed(tensor.pattern.split('->')[0], sizes(cfg, tensor.paths)))
+    value = rearrange(
+      raw.astype(np.float32),
+      tensor.pattern,
+      **needed(tensor.pattern.split('->')[0], sizes(cfg, tensor.paths)),
+    )
     values = value if len(tensor.paths) > 1 else [value]
     for span in users:
       cut = tuple(slice(a, b) for a, b in (span[1:] if stacked else span))
       for piece, v in zip(pieces[span], values, strict=True):
         piece[i - span[0][0] if stacked else ...] = v[cut]
-  return [jax.make_array_from_single_device_arrays(
-      shape, placed[path], [jax.device_put(pieces[spans[d]][j], d) for d in devices]) for j, path in enumerate(tensor.paths)]
+  return [
+    jax.make_array_from_single_device_arrays(
+      shape, placed[path], [jax.device_put(pieces[spans[d]][j], d) for d in devices]
+    )
+    for j, path in enumerate(tensor.paths)
+  ]

@@ -1,4 +1,5 @@
-"""Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the position."""
+"""Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the
+position."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from alignjax.models.config import TransformerConfig
 
 
 def angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-  """cos and sin, f32[B,T,1,width/2], of Su et al. 2021 in the two-halves layout of GPT-NeoX and Llama."""
+  """cos and sin, f32[B,T,1,width/2], of Su et al. 2021 in the two-halves layout of GPT-NeoX and
+  Llama."""
   if cfg.positions != 'rotary':
     return None
   width = cfg.rotary_width
@@ -24,10 +26,13 @@ def angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-  """Rotates the leading `rotary_width` features of x [B,T,heads,H] in float32; the rest pass through."""
+  """Rotates the leading `rotary_width` features of x [B,T,heads,H] in float32; the rest pass
+  through."""
   if angles is None:
     return x
   cos, sin = angles
   half = cos.shape[-1]
   first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(
+    x.dtype
+  )

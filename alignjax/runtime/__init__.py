@@ -1,1 +1,2 @@
-"""What keeps a run alive and visible: checkpoints, files, processes, signals, logs. Knows no algorithm."""
+"""What keeps a run alive and visible: checkpoints, files, processes, signals, logs. Knows no
+algorithm."""

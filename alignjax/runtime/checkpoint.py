@@ -1,11 +1,13 @@
-"""Checkpoints of a run in progress, and the final weights of a finished stage. Orbax does the writing.
+"""Checkpoints of a run in progress, and the final weights of a finished stage. Orbax does the
+writing.
 
     with Checkpoints(folder, config=identity) as saved:
       restored = saved.restore(abstract_state)          # (step, state) or None
       saved.save(step, state)                           # asynchronous
 
-A checkpoint becomes visible by a rename once it is whole, so a process that is killed during a save leaves the one before. With its
-arrays it holds their checksums (alignjax/runtime/checksums.py), and a restore compares: orbax reads many a flipped bit without a word.
+A checkpoint becomes visible by a rename once it is whole, so a process that is killed during a save
+leaves the one before. With its arrays it holds their checksums (alignjax/runtime/checksums.py), and
+a restore compares: orbax reads many a flipped bit without a word.
 """
 
 from __future__ import annotations
@@ -31,26 +33,35 @@ class ConfigMismatch(ValueError):
 
 
 class Checkpoints:
-  """The newest checkpoints of one run, under `directory`, with the config that made them beside them.
+  """The newest checkpoints of one run, under `directory`, with the config that made them beside
+  them.
 
-  Args:
-    directory: a folder, made if missing.
-    config: what decides the run's result, as JSON values. Another one than the folder's raises ConfigMismatch.
-    keep: how many checkpoints stay.
-    logs: step -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to them (metrics.sums). It is kept
+  Args: directory: a folder, made if missing. config: what decides the run's result, as JSON values.
+    Another one than the folder's raises ConfigMismatch. keep: how many checkpoints stay. logs: step
+    -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to them
+    (metrics.sums). It is kept
       with each checkpoint; a restore warns of every name whose fingerprint is another one by then.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, config: Mapping[str, Any], keep: int = 2,
-               logs: Callable[[int], Mapping[str, str]] | None = None):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    config: Mapping[str, Any],
+    keep: int = 2,
+    logs: Callable[[int], Mapping[str, str]] | None = None,
+  ):
     self.directory = files.absolute(directory)
     self._logs = logs if logs is not None and jax.process_index() == 0 else lambda step: {}
     check_config(self.directory / 'config.json', config)
     steps = self.directory / 'steps'
     for path in steps.iterdir() if jax.process_index() == 0 and steps.exists() else ():
-      if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):  # of a killed save; orbax's own removal outlives an error of the run
+      # of a killed save; orbax's own removal outlives an error of the run
+      if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
         files.remove(path)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, enable_async_checkpointing=True
+    )
     self._manager = ocp.CheckpointManager(steps, options=options)
     self._saving: int | None = None
 
@@ -75,16 +86,22 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def save(self, step: int, state: Any, wait: bool = False) -> None:
-    """Starts to write `state`; wait=True returns when it is on disk. OSError where this save, or the one before, failed."""
+    """Starts to write `state`; wait=True returns when it is on disk. OSError where this save, or
+    the one before, failed."""
     leaves = _savable(state)
     self.wait()
     if step == self.latest_step():
       return  # a run is a function of its step: this is what is there
     self._saving = step
     with self._explained():
-      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(leaves),
-                                                       sums=ocp.args.JsonSave(checksums.describe(leaves)),
-                                                       logs=ocp.args.JsonSave(dict(self._logs(step)))))
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(leaves),
+          sums=ocp.args.JsonSave(checksums.describe(leaves)),
+          logs=ocp.args.JsonSave(dict(self._logs(step))),
+        ),
+      )
     if wait:
       self.wait()
 
@@ -93,45 +110,65 @@ class Checkpoints:
     try:
       yield
     except Exception as error:  # noqa: BLE001 orbax and tensorstore raise many kinds where a file cannot be written
-      raise OSError(f'checkpoint {self._saving} could not be written to {self.directory} ({_first_line(error)}). Make room there '
-                    'or mend it; the same command goes on from the checkpoint before.') from error
+      raise OSError(
+        f'checkpoint {self._saving} could not be written to {self.directory} '
+        f'({_first_line(error)}). Make room there '
+        'or mend it; the same command goes on from the checkpoint before.'
+      ) from error
 
   def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
-    """The newest readable checkpoint, on the shardings of abstract_state (a tree of jax.ShapeDtypeStruct); None without one.
+    """The newest readable checkpoint, on the shardings of abstract_state (a tree of
+    jax.ShapeDtypeStruct); None without one.
 
-    A damaged checkpoint is named, moved to DIRECTORY/damaged, and the one before it used. One of another architecture raises
-    ValueError with the first leaves that differ.
+    A damaged checkpoint is named, moved to DIRECTORY/damaged, and the one before it used. One of
+    another architecture raises ValueError with the first leaves that differ.
     """
     wanted = _savable(abstract_state)
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        beside = self._manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore(), logs=ocp.args.JsonRestore()))
+        beside = self._manager.restore(
+          step, args=ocp.args.Composite(sums=ocp.args.JsonRestore(), logs=ocp.args.JsonRestore())
+        )
         sums = beside.sums
         _check_arrays({k: (tuple(shape), dtype) for k, (shape, dtype, _) in sums.items()}, wanted)
-        leaves = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
+        leaves = self._manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        ).state
         _check_sums(leaves, sums)
       except _Mismatch as error:
-        raise ValueError(f'{self.directory}: checkpoint {step} is of another model: {error}. Use another --workdir, or '
-                         'delete the folder.') from None
+        raise ValueError(
+          f'{self.directory}: checkpoint {step} is of another model: {error}. Use another '
+          f'--workdir, or '
+          'delete the folder.'
+        ) from None
       except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
         self._set_aside(step, error)
         continue
       self._compare_logs(step, beside.logs)
       return step, _like(abstract_state, leaves)
     if steps:
-      raise ValueError(f'{self.directory}: none of the checkpoints {steps} can be read; they are in {self.directory / "damaged"}. '
-                       'The same command starts this stage again.')
+      raise ValueError(
+        f'{self.directory}: none of the checkpoints {steps} can be read; they are in '
+        f'{self.directory / "damaged"}. '
+        'The same command starts this stage again.'
+      )
     return None
 
   def _compare_logs(self, step: int, logs: Mapping[str, str]) -> None:
     now = self._logs(step)
-    if wrong := [self.directory.parent / name for name, was in logs.items() if now and now.get(name) != was]:
+    if wrong := [
+      self.directory.parent / name for name, was in logs.items() if now and now.get(name) != was
+    ]:
       print(logs_changed(wrong, f'up to step {step}'), flush=True)
 
   def _set_aside(self, step: int, error: Exception) -> None:
-    print(f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: {_first_line(error)}); moved to '
-          f'{self.directory}/damaged, trying the one before.', flush=True)
+    print(
+      f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: '
+      f'{_first_line(error)}); moved to '
+      f'{self.directory}/damaged, trying the one before.',
+      flush=True,
+    )
     if jax.process_index() == 0:
       to = self.directory / 'damaged' / str(step)
       files.remove(to)
@@ -142,23 +179,37 @@ class Checkpoints:
 
 def logs_changed(paths: Iterable[os.PathLike], when: str) -> str:
   """A warning that logs are no longer what was written."""
-  return (f'WARNING: {" and ".join(map(str, paths))}: damaged or changed {when}; what is drawn from there may be wrong, the '
-          'weights are not touched.')
+  return (
+    f'WARNING: {" and ".join(map(str, paths))}: damaged or changed {when}; what is drawn from '
+    f'there may be wrong, the '
+    'weights are not touched.'
+  )
 
 
-def _check_arrays(found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint') -> None:
-  """found: (shape, dtype) by name. Read as another dtype, an array would be another one than what its checksum is of."""
+def _check_arrays(
+  found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint'
+) -> None:
+  """found: (shape, dtype) by name. Read as another dtype, an array would be another one than what
+  its checksum is of."""
   wanted = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
   show = lambda arrays, k: '{1} {0}'.format(*arrays[k]) if k in arrays else 'absent'
-  wrong = [f'{k}: {show(found, k)} {place}, {show(wanted, k)} in the model'
-           for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
+  wrong = [
+    f'{k}: {show(found, k)} {place}, {show(wanted, k)} in the model'
+    for k in sorted(found.keys() | wanted.keys())
+    if found.get(k) != wanted.get(k)
+  ]
   if wrong:
-    raise _Mismatch('; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
+    raise _Mismatch(
+      '; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+    )
 
 
 def _check_sums(leaves: Mapping[str, jax.Array], sums: Mapping[str, list]) -> None:
   if wrong := checksums.different(leaves, sums):
-    raise Damaged(f'checksums differ in {", ".join(wrong[:3])}' + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''))
+    raise Damaged(
+      f'checksums differ in {", ".join(wrong[:3])}'
+      + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -176,22 +227,38 @@ class _Mismatch(Exception):
 
 
 def _savable(tree: Any) -> dict[str, Any]:
-  """The leaves by path: what is saved does not depend on container types, and a message can name a leaf."""
-  return {path_name(path).replace('/', '.'): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  """The leaves by path: what is saved does not depend on container types, and a message can name a
+  leaf."""
+  return {
+    path_name(path).replace('/', '.'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _like(tree: Any, leaves: Mapping[str, Any]) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path).replace('/', '.')], tree)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: leaves[path_name(path).replace('/', '.')], tree
+  )
 
 
-def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, Any], made: Mapping[str, Any] | None = None) -> None:
-  """Writes the final weights and what the stage reports, whole or not at all. OSError where the disk is full or read-only.
+def save_params(
+  directory: str | os.PathLike,
+  params: Any,
+  info: Mapping[str, Any],
+  made: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes the final weights and what the stage reports, whole or not at all. OSError where the
+  disk is full or read-only.
 
-  made: what they were made from (inputs.record). info.json holds it with the fingerprint of the weights, under 'made'.
+  made: what they were made from (inputs.record). info.json holds it with the fingerprint of the
+    weights, under 'made'.
   """
   directory = files.absolute(directory)
-  # info.json comes last: with it the folder is whole. A disk gives the folder its name then; a bucket would copy it.
-  partial = directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
+  # info.json comes last: with it the folder is whole. A disk gives the folder its name then; a
+  # bucket would copy it.
+  partial = (
+    directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
+  )
   leaves = _savable(params)
   try:
     if jax.process_index() == 0:
@@ -201,19 +268,24 @@ def save_params(directory: str | os.PathLike, params: Any, info: Mapping[str, An
     sums = checksums.describe(leaves)
     if jax.process_index() == 0:
       (partial / 'sums.json').write_text(json.dumps(sums))
-      (partial / 'info.json').write_text(_with_made(info, {**(made or {}), 'weights': fingerprints.of_value(sums)}))
+      (partial / 'info.json').write_text(
+        _with_made(info, {**(made or {}), 'weights': fingerprints.of_value(sums)})
+      )
       if partial != directory:
         files.remove(directory)  # of a result that has lost its info.json
         files.move(partial, directory)
   except Exception as error:  # noqa: BLE001 as in Checkpoints
-    raise OSError(f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the same command goes on '
-                  'from the last checkpoint.') from error
+    raise OSError(
+      f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the '
+      f'same command goes on '
+      'from the last checkpoint.'
+    ) from error
   sync(str(directory))
 
 
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
-  """Weights of save_params onto the shardings of abstract_params. ValueError names the folder, and the leaves that are of another
-  model or damaged."""
+  """Weights of save_params onto the shardings of abstract_params. ValueError names the folder, and
+  the leaves that are of another model or damaged."""
   directory = files.absolute(directory)
   wanted = _savable(abstract_params)
   if is_finished(directory):
@@ -222,15 +294,24 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
       saved = checkpointer.metadata(directory / 'params')
       saved = getattr(saved, 'item_metadata', saved)
-      _check_arrays({k: (tuple(v.shape), str(v.dtype)) for k, v in getattr(saved, 'tree', saved).items()}, wanted, 'on disk')
+      _check_arrays(
+        {k: (tuple(v.shape), str(v.dtype)) for k, v in getattr(saved, 'tree', saved).items()},
+        wanted,
+        'on disk',
+      )
       leaves = checkpointer.restore(directory / 'params', wanted)
     _check_sums(leaves, json.loads((directory / 'sums.json').read_text()))
   except _Mismatch as error:
-    raise ValueError(f'{directory}: weights of another model: {error}. Does model or reward_model of the '
-                     'config differ from the run that wrote them?') from None
+    raise ValueError(
+      f'{directory}: weights of another model: {error}. Does model or reward_model of the '
+      'config differ from the run that wrote them?'
+    ) from None
   except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
-    raise Damaged(f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the run that wrote it '
-                  'makes it again from its last checkpoint.') from error
+    raise Damaged(
+      f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the '
+      f'run that wrote it '
+      'makes it again from its last checkpoint.'
+    ) from error
   return _like(abstract_params, leaves)
 
 
@@ -243,25 +324,33 @@ def load_info(directory: str | os.PathLike) -> dict[str, Any]:
     if made and made.pop('checksum', None) != fingerprints.of_value(info | {'made': made}):
       raise ValueError('its checksum differs')
   except (ValueError, AttributeError, TypeError, OSError) as error:
-    raise Damaged(f'{path} is damaged ({error}). Delete {path.parent}, and the run that wrote it makes it again from its last '
-                  'checkpoint.') from None
+    raise Damaged(
+      f'{path} is damaged ({error}). Delete {path.parent}, and the run that wrote it makes it '
+      f'again from its last '
+      'checkpoint.'
+    ) from None
   return info | ({'made': made} if made else {})
 
 
 def save_made(directory: str | os.PathLike, made: Mapping[str, Any]) -> None:
   """Writes another 'made' into the info.json of a finished stage."""
   info = load_info(directory)
-  files.write(files.folder(directory) / 'info.json', _with_made(info, {**made, 'weights': info['made']['weights']}))
+  files.write(
+    files.folder(directory) / 'info.json',
+    _with_made(info, {**made, 'weights': info['made']['weights']}),
+  )
 
 
 def _with_made(info: Mapping[str, Any], made: Mapping[str, Any]) -> str:
   info = json.loads(json.dumps({**info, 'made': dict(made)}))
-  return json.dumps(info | {'made': info['made'] | {'checksum': fingerprints.of_value(info)}}, indent=2)
+  return json.dumps(
+    info | {'made': info['made'] | {'checksum': fingerprints.of_value(info)}}, indent=2
+  )
 
 
 def weights(directory: str | os.PathLike) -> str:
-  """The fingerprint of final weights, from their checksums: the same on every mesh. Damaged where sums.json is not what was
-  written."""
+  """The fingerprint of final weights, from their checksums: the same on every mesh. Damaged where
+  sums.json is not what was written."""
   directory = files.folder(directory)
   info, path = load_info(directory), directory / 'sums.json'
   advice = f'Delete {directory}, and the run that wrote it makes it again from its last checkpoint.'
@@ -279,7 +368,8 @@ def is_finished(directory: str | os.PathLike) -> bool:
 
 
 def check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
-  """ConfigMismatch names the entries that differ from those of the file, which is written where it is missing."""
+  """ConfigMismatch names the entries that differ from those of the file, which is written where it
+  is missing."""
   config = json.loads(json.dumps(config))
   if not path.exists():
     if jax.process_index() == 0:
@@ -289,18 +379,28 @@ def check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
   try:
     old, new = _flat(json.loads(path.read_text())), _flat(config)
   except ValueError as error:
-    raise ValueError(f'{path} cannot be read ({error}). Delete it if you are sure that the config is the same.') from None
+    raise ValueError(
+      f'{path} cannot be read ({error}). Delete it if you are sure that the config is the same.'
+    ) from None
   absent = '(absent)'
-  wrong = [f'  {k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}' for k in sorted(old.keys() | new.keys())
-           if old.get(k, absent) != new.get(k, absent)]
+  wrong = [
+    f'  {k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}'
+    for k in sorted(old.keys() | new.keys())
+    if old.get(k, absent) != new.get(k, absent)
+  ]
   if wrong:
-    raise ConfigMismatch(f'{path.parent} was written with another config:\n' + '\n'.join(wrong[:20]) +
-                         '\nUse another --workdir, set the old values, or delete the folder.')
+    raise ConfigMismatch(
+      f'{path.parent} was written with another config:\n'
+      + '\n'.join(wrong[:20])
+      + '\nUse another --workdir, set the old values, or delete the folder.'
+    )
 
 
 def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
   if isinstance(tree, dict):
-    return {k: v for name, child in tree.items() for k, v in _flat(child, f'{prefix}{name}.').items()}
+    return {
+      k: v for name, child in tree.items() for k, v in _flat(child, f'{prefix}{name}.').items()
+    }
   return {prefix.rstrip('.'): tree}
 
 

@@ -1,7 +1,9 @@
-"""A number for each array of a tree that changes when any bit of the array does: what a checkpoint is checked against.
+"""A number for each array of a tree that changes when any bit of the array does: what a checkpoint
+is checked against.
 
-Computed where the arrays live, one pass over their memory, and the same on every mesh, because sums of integers do not depend on
-their order. So it covers the whole way out to the disk and back, whatever wrote the files and wherever they are.
+Computed where the arrays live, one pass over their memory, and the same on every mesh, because sums
+of integers do not depend on their order. So it covers the whole way out to the disk and back,
+whatever wrote the files and wherever they are.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ import numpy as np
 
 
 def checksum(x: jax.Array) -> jax.Array:
-  """u32[]: the sum of a mix of each element's bits with its place. One changed element always changes it, several do but for one
-  case in 2^32; the mix is the finalizer of MurmurHash3 (Appleby, public domain)."""
-  bits = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+  """u32[]: the sum of a mix of each element's bits with its place. One changed element always
+  changes it, several do but for one case in 2^32; the mix is the finalizer of MurmurHash3 (Appleby,
+  public domain)."""
+  bits = (
+    x.astype(jnp.uint8)
+    if x.dtype == bool
+    else jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+  )
   place, stride = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
     place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
@@ -36,7 +43,8 @@ def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def describe(leaves: Mapping[str, Any]) -> dict[str, list]:
   """{name: [shape, dtype, checksum]} of arrays of at most 32 bits an element, as JSON values.
 
-  One program for all: jax's CPU devices hang over several processes when more than 32 programs with collectives wait in a row."""
+  One program for all: jax's CPU devices hang over several processes when more than 32 programs with
+  collectives wait in a row."""
   sums = jax.device_get(_checksums(dict(leaves)))
   return {name: [list(x.shape), str(x.dtype), int(sums[name])] for name, x in leaves.items()}
 

@@ -1,14 +1,16 @@
-"""Several processes as one run: they meet, compare what they are about to run, and start jax.distributed.
+"""Several processes as one run: they meet, compare what they are about to run, and start
+jax.distributed.
 
     with distributed.joined(facts(config.to_dict()), timeout=300):
       train.main(config, workdir)
 
-Which process this is stands in JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, on each
-process; what is not set there jax finds out on TPU slices, Slurm and Open MPI.
+Which process this is stands in JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
+and JAX_PROCESS_ID, on each process; what is not set there jax finds out on TPU slices, Slurm and
+Open MPI.
 
-jax.distributed alone aborts when a process does not come, without saying which, and compares nothing: another version or
-config hangs in the first collective. So the processes meet first, by plain sockets on the coordinator's port, which jax's
-service then takes over.
+jax.distributed alone aborts when a process does not come, without saying which, and compares
+nothing: another version or config hangs in the first collective. So the processes meet first, by
+plain sockets on the coordinator's port, which jax's service then takes over.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ DIFFERENCES = 20  # so many are listed
 
 
 class Place(NamedTuple):
-  """address: 'host:port' of process 0, the same on all. process: the number of this one, 0 to count - 1."""
+  """address: 'host:port' of process 0, the same on all. process: the number of this one, 0 to count
+  - 1."""
+
   address: str
   count: int
   process: int
@@ -53,27 +57,36 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def joined(facts: Mapping[str, str], timeout: float) -> Iterator[Place]:
-  """Meets the other processes and starts jax.distributed; inside, an error of this process ends it at once.
+  """Meets the other processes and starts jax.distributed; inside, an error of this process ends it
+  at once.
 
-  Without that, an error would hang: at its exit jax waits for the others, and they wait for it in a collective. Ended at once, it
-  sends no more signs of life, and jax ends the others after HEARTBEAT_SECONDS (a coordinator's end they see immediately).
+  Without that, an error would hang: at its exit jax waits for the others, and they wait for it in a
+  collective. Ended at once, it sends no more signs of life, and jax ends the others after
+  HEARTBEAT_SECONDS (a coordinator's end they see immediately).
 
   Args:
     facts: what must be the same on all processes; see `facts`.
     timeout: seconds to wait for the others.
 
-  Raises:
-    ValueError: the place is not known, or processes differ; on every process, naming them and what differs.
-    TimeoutError: processes did not come; on every one that did, naming them.
+  Raises: ValueError: the place is not known, or processes differ; on every process, naming them and
+    what differs. TimeoutError: processes did not come; on every one that did, naming them.
   """
   here = place(timeout)
   meet(here, facts, timeout)
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')  # of the CPU devices; the other kinds have their own
-  jax.distributed.initialize(here.address, here.count, here.process, initialization_timeout=int(max(timeout, 60)),
-                             heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+  # of the CPU devices; the other kinds have their own
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  jax.distributed.initialize(
+    here.address,
+    here.count,
+    here.process,
+    initialization_timeout=int(max(timeout, 60)),
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+  )
   try:
     yield here
-    sync('end')  # as long as it takes; jax's own wait at the end has a time-out, for where a process left alone
+    # as long as it takes; jax's own wait at the end has a time-out, for where a process left alone
+    sync('end')
   except BaseException as error:
     if here.count > 1 and not _agreed(error):
       _end(error, wait=here.process == 0)
@@ -81,7 +94,8 @@ def joined(facts: Mapping[str, str], timeout: float) -> Iterator[Place]:
 
 
 def _agreed(error: BaseException) -> bool:
-  """All processes leave together by SystemExit with a number: 0, or that of a run which saved and stopped."""
+  """All processes leave together by SystemExit with a number: 0, or that of a run which saved and
+  stopped."""
   return isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int))
 
 
@@ -92,12 +106,14 @@ def _end(error: BaseException, wait: bool) -> None:
     traceback.print_exception(error)
   sys.stdout.flush()
   sys.stderr.flush()
-  time.sleep(wait)  # the coordinator's end aborts the others at once: a second for those that fail alike to say so
+  # the coordinator's end aborts the others at once: a second for those that fail alike to say so
+  time.sleep(wait)
   os._exit(1)
 
 
 def check_shared(folder: files.Folder) -> None:
-  """ValueError on every process where `folder` is not one folder for all: each host would write on its own disk. All call it."""
+  """ValueError on every process where `folder` is not one folder for all: each host would write on
+  its own disk. All call it."""
   if jax.process_count() == 1:
     return
   mark = folder / '.shared'
@@ -112,8 +128,11 @@ def check_shared(folder: files.Folder) -> None:
   if jax.process_index() == 0:
     mark.unlink()
   if not seen.all():
-    raise ValueError(f'{folder} is another folder on {_ranges(set(np.flatnonzero(~seen).tolist()))}: what process 0 wrote is not '
-                     'there. Use a --workdir that all hosts share, or gs://BUCKET/...')
+    raise ValueError(
+      f'{folder} is another folder on {_ranges(set(np.flatnonzero(~seen).tolist()))}: what '
+      f'process 0 wrote is not '
+      'there. Use a --workdir that all hosts share, or gs://BUCKET/...'
+    )
 
 
 def place(timeout: float) -> Place:
@@ -122,28 +141,48 @@ def place(timeout: float) -> Place:
   try:
     count, process = count and int(count), process and int(process)
   except ValueError:
-    raise ValueError(f'JAX_NUM_PROCESSES={count!r} and JAX_PROCESS_ID={process!r} must be whole numbers.') from None
+    raise ValueError(
+      f'JAX_NUM_PROCESSES={count!r} and JAX_PROCESS_ID={process!r} must be whole numbers.'
+    ) from None
   if None in (address, count, process):
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
-    address, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(address, count, process, None, None, int(timeout))
-  unknown = [name for name, value in zip(VARIABLES, (address, count, process), strict=True) if value is None]
+    # what jax.distributed.initialize asks; it has no public name
+    from jax._src.clusters import ClusterEnv
+
+    address, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+      address, count, process, None, None, int(timeout)
+    )
+  unknown = [
+    name for name, value in zip(VARIABLES, (address, count, process), strict=True) if value is None
+  ]
   if unknown:
-    raise ValueError(f'--distributed: jax detects no cluster here; not set: {", ".join(unknown)}. Set all three of '
-                     f'{", ".join(VARIABLES)} on every process, or start them with a script of launch/.')
+    raise ValueError(
+      f'--distributed: jax detects no cluster here; not set: {", ".join(unknown)}. Set all three '
+      f'of '
+      f'{", ".join(VARIABLES)} on every process, or start them with a script of launch/.'
+    )
   if not address.rpartition(':')[0] or not address.rpartition(':')[2].isdigit():
     raise ValueError(f'JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT, that of process 0.')
   if not 0 <= process < count:
-    raise ValueError(f'JAX_PROCESS_ID={process} is not one of the {count} processes of JAX_NUM_PROCESSES, 0 to {count - 1}.')
+    raise ValueError(
+      f'JAX_PROCESS_ID={process} is not one of the {count} processes of JAX_NUM_PROCESSES, 0 to '
+      f'{count - 1}.'
+    )
   return Place(address, count, process)
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
-  """What must be the same on all processes, by name: versions, a hash of the package's source, every entry of the config."""
+  """What must be the same on all processes, by name: versions, a hash of the package's source,
+  every entry of the config."""
   root, source = pathlib.Path(alignjax.__file__).parent, hashlib.sha256()
   for path in sorted(root.rglob('*.py')):
     source.update(path.relative_to(root).as_posix().encode() + b'\0' + path.read_bytes())
-  return {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES},
-          'alignjax': alignjax.__version__, 'source of alignjax': source.hexdigest()[:12], **_flat(config, 'config')}
+  return {
+    'python': platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in PACKAGES},
+    'alignjax': alignjax.__version__,
+    'source of alignjax': source.hexdigest()[:12],
+    **_flat(config, 'config'),
+  }
 
 
 def _flat(tree: Any, name: str) -> dict[str, str]:
@@ -153,15 +192,19 @@ def _flat(tree: Any, name: str) -> dict[str, str]:
 
 
 def meet(here: Place, facts: Mapping[str, str], timeout: float) -> None:
-  """Waits until all processes have come and agree on their facts. Errors are the same on all of them (see `joined`)."""
+  """Waits until all processes have come and agree on their facts. Errors are the same on all of
+  them (see `joined`)."""
   if here.count > 1:
-    missing, message = _receive(here, facts, timeout) if here.process == 0 else _announce(here, facts, timeout)
+    missing, message = (
+      _receive(here, facts, timeout) if here.process == 0 else _announce(here, facts, timeout)
+    )
     if message:
       raise (TimeoutError if missing else ValueError)(message)
 
 
 def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[bool, str]:
-  """Process 0: hears what the others are, and tells them (whether one is missing, what is wrong, or '')."""
+  """Process 0: hears what the others are, and tells them (whether one is missing, what is wrong, or
+  '')."""
   deadline = time.monotonic() + timeout
   came, lines, wrong = {0: dict(facts)}, {}, ''
   with _listen(here) as server, selectors.DefaultSelector() as ready:
@@ -180,7 +223,10 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
           line.close()
           continue
         if count != here.count:
-          wrong = f'process {process} was started as one of {count}, process 0 as one of {here.count} (JAX_NUM_PROCESSES).'
+          wrong = (
+            f'process {process} was started as one of {count}, process 0 as one of '
+            f'{here.count} (JAX_NUM_PROCESSES).'
+          )
         elif process in came:
           wrong = f'two processes were started as number {process} (JAX_PROCESS_ID).'
         if wrong:
@@ -191,25 +237,38 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
     missing = not wrong and len(came) < here.count
     if missing:
       absent = _ranges(set(range(here.count)) - set(came))
-      wrong = (f'{absent} of {here.count} did not come within {timeout:.0f} s ({here.address}). Look at what they '
-               'printed; a longer wait: --distributed_timeout=SECONDS.')
+      wrong = (
+        f'{absent} of {here.count} did not come within {timeout:.0f} s ({here.address}). Look at '
+        f'what they '
+        'printed; a longer wait: --distributed_timeout=SECONDS.'
+      )
     wrong = wrong or differences(came)
     for line in lines.values():
-      with contextlib.suppress(OSError), line:  # whoever ended meanwhile: jax's own start will time out
+      # whoever ended meanwhile: jax's own start will time out
+      with contextlib.suppress(OSError), line:
         line.sendall(json.dumps([missing, wrong]).encode() + b'\n')
   return missing, wrong
 
 
 def _listen(here: Place) -> socket.socket:
-  host, _, port = (os.environ.get('JAX_COORDINATOR_BIND_ADDRESS') or f':{here.address.rpartition(":")[2]}').rpartition(':')
+  host, _, port = (
+    os.environ.get('JAX_COORDINATOR_BIND_ADDRESS') or f':{here.address.rpartition(":")[2]}'
+  ).rpartition(':')
   host = host.strip('[]')
   both = host in ('', '::') and socket.has_dualstack_ipv6()
   try:
-    return socket.create_server((host, int(port)), family=socket.AF_INET6 if both or ':' in host else socket.AF_INET,
-                                dualstack_ipv6=both, backlog=here.count)
+    return socket.create_server(
+      (host, int(port)),
+      family=socket.AF_INET6 if both or ':' in host else socket.AF_INET,
+      dualstack_ipv6=both,
+      backlog=here.count,
+    )
   except OSError as error:
-    raise ValueError(f'process 0 cannot listen on port {port} ({error.strerror}): is there another run, or another process with '
-                     'JAX_PROCESS_ID=0, on this machine?') from None
+    raise ValueError(
+      f'process 0 cannot listen on port {port} ({error.strerror}): is there another run, or '
+      f'another process with '
+      'JAX_PROCESS_ID=0, on this machine?'
+    ) from None
 
 
 def _hear(line: socket.socket) -> tuple[int, int, dict[str, str]]:
@@ -226,14 +285,21 @@ def _announce(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[bo
     try:
       with socket.create_connection((host.strip('[]'), int(port)), timeout=5) as line:
         line.sendall(json.dumps([here.process, here.count, dict(facts)]).encode() + b'\n')
-        line.settimeout(timeout + 10)  # process 0 answers within its own time, which may have begun now
+        # process 0 answers within its own time, which may have begun now
+        line.settimeout(timeout + 10)
         missing, wrong = json.loads(line.makefile('rb').readline())
         return bool(missing), str(wrong)
-    except (OSError, ValueError) as error:  # not there yet, or it ended, or a service of an earlier run that still ends
+    except (
+      OSError,
+      ValueError,
+    ) as error:  # not there yet, or it ended, or a service of an earlier run that still ends
       problem = str(error)
     time.sleep(0.3)
-  return True, (f'process 0 of {here.count} did not come to {here.address} within {timeout:.0f} s (process {here.process}: '
-                f'{problem}). Look at what it printed; is the address reachable from here, the port open?')
+  return True, (
+    f'process 0 of {here.count} did not come to {here.address} within {timeout:.0f} s (process '
+    f'{here.process}: '
+    f'{problem}). Look at what it printed; is the address reachable from here, the port open?'
+  )
 
 
 def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
@@ -245,12 +311,20 @@ def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
       values.setdefault(theirs.get(name, '(absent)'), set()).add(process)
     if len(values) > 1:
       by_size = sorted(values.items(), key=lambda item: (-len(item[1]), min(item[1])))
-      found.append(f'  {name}: ' + ', '.join(f'{value} on {_ranges(where)}' for value, where in by_size))
+      found.append(
+        f'  {name}: ' + ', '.join(f'{value} on {_ranges(where)}' for value, where in by_size)
+      )
   if not found:
     return ''
   rest = [f'  and {len(found) - DIFFERENCES} more'] if len(found) > DIFFERENCES else []
-  return '\n'.join(['the processes differ:', *found[:DIFFERENCES], *rest,
-                    'Start all of them from one installation and with one command.'])
+  return '\n'.join(
+    [
+      'the processes differ:',
+      *found[:DIFFERENCES],
+      *rest,
+      'Start all of them from one installation and with one command.',
+    ]
+  )
 
 
 def _ranges(numbers: set[int]) -> str:

@@ -1,5 +1,5 @@
-"""What ends a run in its loop, with as little lost as can be: updates that are not finite, host functions that fail, a folder that
-cannot be written. Every message says what to do next.
+"""What ends a run in its loop, with as little lost as can be: updates that are not finite, host
+functions that fail, a folder that cannot be written. Every message says what to do next.
 """
 
 from __future__ import annotations
@@ -32,33 +32,43 @@ def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
     probe.write_text('')
     probe.unlink()
   except Exception as error:
-    if not files.is_bucket(folder) and not isinstance(error, OSError):  # of buckets, gcsfs and Google's own packages raise many
+    # of buckets, gcsfs and Google's own packages raise many
+    if not files.is_bucket(folder) and not isinstance(error, OSError):
       raise
-    login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(folder)
+    login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(
+      folder
+    )
     why = getattr(error, 'strerror', None) or error
     raise OSError(f'cannot write to {folder} ({why}); use another {flag}{login}.') from error
 
 
 def on_first(action: Callable[[], None]) -> None:
-  """What process 0 alone does, with all of them waiting; where it raises, it does so on every process, by its message there."""
+  """What process 0 alone does, with all of them waiting; where it raises, it does so on every
+  process, by its message there."""
   error = None
   if jax.process_index() == 0:
     try:
       action()
     except Exception as e:  # noqa: BLE001 whatever it is, the others must not wait
       error = e
-  failed, = anywhere(error is not None)
+  (failed,) = anywhere(error is not None)
   if error is not None:
     raise error
   if failed:
     raise SystemExit('error: process 0 ended this run; its output says why.')
 
 
-def stop_for_bad_updates(saved, folder: files.Folder, step: int, state: Any, batch: Any, seen: Any, values: dict) -> None:
-  """Keeps the batch and what the step saw of it for a look, saves the state (all parameters are finite) and raises."""
+def stop_for_bad_updates(
+  saved, folder: files.Folder, step: int, state: Any, batch: Any, seen: Any, values: dict
+) -> None:
+  """Keeps the batch and what the step saw of it for a look, saves the state (all parameters are
+  finite) and raises."""
   path = folder / 'bad_batch.npz'
-  arrays = {f'{name}/{path_name(at)}'.rstrip('/'): leaf for name, tree in (('batch', batch), ('seen', seen))
-            for at, leaf in jax.tree_util.tree_leaves_with_path(fetch(tree))}
+  arrays = {
+    f'{name}/{path_name(at)}'.rstrip('/'): leaf
+    for name, tree in (('batch', batch), ('seen', seen))
+    for at, leaf in jax.tree_util.tree_leaves_with_path(fetch(tree))
+  }
   if jax.process_index() == 0:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -66,19 +76,32 @@ def stop_for_bad_updates(saved, folder: files.Folder, step: int, state: Any, bat
   saved.save(step, state, wait=True)
   bad = ', '.join(f'{name}={value}' for name, value in values.items() if not np.isfinite(value))
   raise FloatingPointError(
-      f'step {step}: {int(np.asarray(state.skipped)[1])} updates in a row had a loss or gradient that was not finite and were '
-      f'skipped ({bad}). The batch is in {path}, the last finite parameters in checkpoint {step}. JAX_DEBUG_NANS=1 names the '
-      'operation; a lower learning rate or clip_norm (optimizer.*) may help; --config.max_bad_updates lets more pass.')
+    f'step {step}: {int(np.asarray(state.skipped)[1])} updates in a row had a loss or gradient '
+    f'that was not finite and were '
+    f'skipped ({bad}). The batch is in {path}, the last finite parameters in checkpoint {step}. '
+    f'JAX_DEBUG_NANS=1 names the '
+    'operation; a lower learning rate or clip_norm (optimizer.*) may help; '
+    '--config.max_bad_updates lets more pass.'
+  )
 
 
-def stop_for_failed_host(saved, step: int, first: int, state: Any, skipped: np.ndarray, why: list[str]) -> None:
-  """Saves the state from before step `step` (0-based) and raises: the scores of a host function that failed are NaN, so every
-  update of the step was skipped, and only its counters have moved."""
+def stop_for_failed_host(
+  saved, step: int, first: int, state: Any, skipped: np.ndarray, why: list[str]
+) -> None:
+  """Saves the state from before step `step` (0-based) and raises: the scores of a host function
+  that failed are NaN, so every update of the step was skipped, and only its counters have moved."""
   if step > first:
     put = lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding)
-    saved.save(step, state.replace(step=put(step, state.step), skipped=put(skipped, state.skipped)), wait=True)
+    saved.save(
+      step,
+      state.replace(step=put(step, state.step), skipped=put(skipped, state.skipped)),
+      wait=True,
+    )
   message = why[0] if why else 'a function on the host of another process failed; see its output.'
-  raise StepFailed(f'step {step + 1}: {message} Nothing of the {step} steps before is lost: mend it, and the same command goes on.')
+  raise StepFailed(
+    f'step {step + 1}: {message} Nothing of the {step} steps before is lost: mend it, and the '
+    f'same command goes on.'
+  )
 
 
 def stop_for_signal(saved, step: int, state: Any, name: str) -> None:

@@ -1,7 +1,8 @@
-"""Folders on a disk or in a bucket, gs://BUCKET/..., under one interface: pathlib's, which etils.epath gives to buckets.
+"""Folders on a disk or in a bucket, gs://BUCKET/..., under one interface: pathlib's, which
+etils.epath gives to buckets.
 
-What a bucket is not: an object appears whole when its writing ends, so needs no second name; nothing can be appended to it; and to
-rename a folder copies it.
+What a bucket is not: an object appears whole when its writing ends, so needs no second name;
+nothing can be appended to it; and to rename a folder copies it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ Folder = pathlib.Path | epath.Path
 
 
 def folder(name: str | os.PathLike) -> Folder:
-  """The path of that name; ~ and ~NAME in front are home folders. ValueError for what cannot be one, saying what is missing."""
+  """The path of that name; ~ and ~NAME in front are home folders. ValueError for what cannot be
+  one, saying what is missing."""
   scheme, found, _ = os.fspath(name).partition('://')
   if '\0' in os.fspath(name):
     raise ValueError(f'{name!r}: a name holds no zero byte.')

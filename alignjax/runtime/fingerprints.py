@@ -1,5 +1,6 @@
-"""Short names for contents: weights, files, values, and the source of functions. What is kept for later use is kept under the
-fingerprints of everything that made it, so that nothing is served for another thing of the same name.
+"""Short names for contents: weights, files, values, and the source of functions. What is kept for
+later use is kept under the fingerprints of everything that made it, so that nothing is served for
+another thing of the same name.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ from alignjax.runtime import files
 from alignjax.sharding import fetch
 
 LENGTH = 16  # hexadecimal digits
-SETTLED_SECONDS = 3  # a file changed later than this ago may change again within one tick of its times
+# a file changed later than this ago may change again within one tick of its times
+SETTLED_SECONDS = 3
 
 
 def of_value(value: Any) -> str:
   """The fingerprint of JSON values; the order of an object's entries means nothing."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode('utf-8', 'surrogatepass')).hexdigest()[:LENGTH]
+  return hashlib.sha256(
+    json.dumps(value, sort_keys=True, ensure_ascii=False).encode('utf-8', 'surrogatepass')
+  ).hexdigest()[:LENGTH]
 
 
 def of_params(params: Any) -> str:
-  """The fingerprint of a tree of arrays: names, shapes, dtypes and bits. Every process has to call it, and all get the same."""
+  """The fingerprint of a tree of arrays: names, shapes, dtypes and bits. Every process has to call
+  it, and all get the same."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     array = fetch(leaf)
@@ -44,10 +49,11 @@ def of_params(params: Any) -> str:
 
 
 def of_files(paths: Iterable[str | os.PathLike], known: dict[str, list] | None = None) -> str:
-  """The fingerprint of the contents of files, local or in a bucket, in the order given; a folder stands for all files in it.
-  FileNotFoundError names one that is not there.
+  """The fingerprint of the contents of files, local or in a bucket, in the order given; a folder
+  stands for all files in it. FileNotFoundError names one that is not there.
 
-  known: {path: [size, times, hash]} of files that were read before, gone by while these are the same, and added to.
+  known: {path: [size, times, hash]} of files that were read before, gone by while these are the
+    same, and added to.
   """
   digest = hashlib.sha256()
   for name in paths:
@@ -65,10 +71,14 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
     state, changed = [stat.length, stat.mtime], stat.mtime
   else:
     blob = path.resolve()
-    if blob.parent.name == 'blobs' and len(blob.name) == 64:  # of the hub's cache, which names large files by their hash
+    # of the hub's cache, which names large files by their hash
+    if blob.parent.name == 'blobs' and len(blob.name) == 64:
       return bytes.fromhex(blob.name)
     path, stat = blob, os.stat(blob)
-    state, changed = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns], max(stat.st_mtime_ns, stat.st_ctime_ns) / 1e9
+    state, changed = (
+      [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns],
+      max(stat.st_mtime_ns, stat.st_ctime_ns) / 1e9,
+    )
   name = os.fspath(path)
   if name in known and known[name][:-1] == state:
     return bytes.fromhex(known[name][-1])
@@ -83,16 +93,19 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
 
 
 def of_function(function: Callable, named: str = '') -> str:
-  """The fingerprint of the source of a function: of its module, and of every module that it imports, directly or through others,
-  now or when it is called, apart from the standard library and installed packages. Comments, docstrings and layout do not count.
+  """The fingerprint of the source of a function: of its module, and of every module that it
+  imports, directly or through others, now or when it is called, apart from the standard library and
+  installed packages. Comments, docstrings and layout do not count.
 
-  named: the 'module:function' that it was found by. That module counts too: where it says `rule = partial(other, weight=0.5)`, or
-  takes the function from elsewhere, the function itself knows only of the other module.
+  named: the 'module:function' that it was found by. That module counts too: where it says `rule =
+  partial(other, weight=0.5)`, or takes the function from elsewhere, the function itself knows only
+  of the other module.
 
-  alignjax itself counts where the function is one of its own; a user's function is known by the user's own modules alone, so that
-  another version of alignjax leaves it as it is.
+  alignjax itself counts where the function is one of its own; a user's function is known by the
+  user's own modules alone, so that another version of alignjax leaves it as it is.
   """
-  function = inspect.unwrap(getattr(function, 'func', function))  # of a partial: its coefficients are values, not source
+  # of a partial: its coefficients are values, not source
+  function = inspect.unwrap(getattr(function, 'func', function))
   module = function.__module__
   ours = module.split('.')[0] == 'alignjax'
   source = inspect.getsourcefile(inspect.getmodule(function) or function)
@@ -112,7 +125,8 @@ def of_function(function: Callable, named: str = '') -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
-  """(fingerprint, names of the modules that it imports) of a module's file, which was last changed at `changed`."""
+  """(fingerprint, names of the modules that it imports) of a module's file, which was last changed
+  at `changed`."""
   del changed
   tree = ast.parse(pathlib.Path(path).read_bytes())
   imported: list[str] = []
@@ -121,14 +135,21 @@ def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
     if isinstance(node, ast.Import):
       imported += [a.name for a in node.names]
     elif isinstance(node, ast.ImportFrom):
-      above = package.split('.')[:len(package.split('.')) - node.level + 1] if node.level else []
+      above = package.split('.')[: len(package.split('.')) - node.level + 1] if node.level else []
       base = '.'.join([*above, *([node.module] if node.module else [])])
       imported += [base, *(f'{base}.{a.name}' for a in node.names)]
     body = getattr(node, 'body', None)
-    if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and (
-        isinstance(body[0].value.value, str)):
+    if (
+      isinstance(body, list)
+      and body
+      and isinstance(body[0], ast.Expr)
+      and isinstance(body[0].value, ast.Constant)
+      and (isinstance(body[0].value.value, str))
+    ):
       body[0].value.value = ''  # a docstring
-  return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:LENGTH], tuple(dict.fromkeys(imported))
+  return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:LENGTH], tuple(
+    dict.fromkeys(imported)
+  )
 
 
 def _origin(name: str) -> str | None:

@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C: a run in its loop saves after the step in hand, elsewhere it ends at once, and either way with EXIT_CODE
-within the grace time. Nothing is lost: whatever is written becomes visible whole or not at all.
+"""SIGTERM and Ctrl-C: a run in its loop saves after the step in hand, elsewhere it ends at once,
+and either way with EXIT_CODE within the grace time. Nothing is lost: whatever is written becomes
+visible whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
 class Interrupt:
   """Handles SIGTERM and SIGINT from __enter__ to __exit__.
 
-  Outside `held()` a signal raises SystemExit(EXIT_CODE) where the main thread stands; within, it is noted in `asked` and the
-  holder ends the run. Python runs handlers between two of its instructions only, so a main thread inside a compilation, a long
-  step or a slow disk would miss the deadline: a thread that the signal wakes directly ends the process when `grace` seconds
-  have passed. A second Ctrl-C ends it at once.
+  Outside `held()` a signal raises SystemExit(EXIT_CODE) where the main thread stands; within, it is
+  noted in `asked` and the holder ends the run. Python runs handlers between two of its instructions
+  only, so a main thread inside a compilation, a long step or a slow disk would miss the deadline: a
+  thread that the signal wakes directly ends the process when `grace` seconds have passed. A second
+  Ctrl-C ends it at once.
 
   Args:
     grace: seconds from the signal to the end of the process.
@@ -40,7 +42,10 @@ class Interrupt:
       return self  # whoever runs us handles signals
     self._wake, written = socket.socketpair()
     written.setblocking(False)
-    self._written, self._fd = written, signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    self._written, self._fd = (
+      written,
+      signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False),
+    )
     self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
     threading.Thread(target=self._watch, name='grace', daemon=True).start()
     return self
@@ -84,8 +89,12 @@ class Interrupt:
       while woken := self._wake.recv(1):
         if woken[0] in (signal.SIGTERM, signal.SIGINT) and not self._over.wait(self.grace):
           with contextlib.suppress(OSError):  # nobody may read it any more
-            os.write(1, f'stopped by {signal.Signals(woken[0]).name} after grace_seconds={self.grace:g} in the middle of a step; '
-                        'the same command goes on from the last checkpoint\n'.encode())
+            os.write(
+              1,
+              f'stopped by {signal.Signals(woken[0]).name} after grace_seconds={self.grace:g} in '
+              f'the middle of a step; '
+              'the same command goes on from the last checkpoint\n'.encode(),
+            )
           os._exit(EXIT_CODE)
 
 
@@ -94,4 +103,5 @@ def anywhere(*flags: bool) -> list[bool]:
   if jax.process_count() == 1:
     return list(flags)
   from jax.experimental import multihost_utils
+
   return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()

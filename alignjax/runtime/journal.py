@@ -1,5 +1,6 @@
-"""What was dear to compute, on the disk with a checksum: JSON lines that grow, so that an interrupted call goes on where it
-stopped, and whole JSON files. What is damaged is named, not read: no figure ever comes from it.
+"""What was dear to compute, on the disk with a checksum: JSON lines that grow, so that an
+interrupted call goes on where it stopped, and whole JSON files. What is damaged is named, not read:
+no figure ever comes from it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import jax
 
 from alignjax.runtime import files, fingerprints
 
-MARK = ', "crc32": "'  # a line is its row's JSON object with this last entry, over the bytes before it
+# a line is its row's JSON object with this last entry, over the bytes before it
+MARK = ', "crc32": "'
 
 
 def read(path: files.Folder) -> list[dict[str, Any]]:
-  """The rows of a file, none where there is no file. A last line that a kill left torn is cut off the file, so that the next
-  append starts a line of its own. Any other line that is not as `append` wrote it is a ValueError with its number."""
+  """The rows of a file, none where there is no file. A last line that a kill left torn is cut off
+  the file, so that the next append starts a line of its own. Any other line that is not as `append`
+  wrote it is a ValueError with its number."""
   if not path.exists():
     return []
   raw = path.read_bytes()
-  whole = raw[:raw.rfind(b'\n') + 1]
+  whole = raw[: raw.rfind(b'\n') + 1]
   rows = [_row(path, number, line) for number, line in enumerate(whole.split(b'\n')[:-1], 1)]
   if len(whole) < len(raw):
     with path.open('r+b') as file:
@@ -34,8 +37,11 @@ def _row(path: files.Folder, number: int, line: bytes) -> dict[str, Any]:
   mark = MARK.encode()
   body, _, check = line.rpartition(mark)
   if not body or check != f'{zlib.crc32(body):08x}"}}'.encode():
-    raise ValueError(f'{path}, line {number}: the line is damaged, or another version of alignjax wrote it. Remove the line to '
-                     'compute it again, or the whole file.')
+    raise ValueError(
+      f'{path}, line {number}: the line is damaged, or another version of alignjax wrote it. '
+      f'Remove the line to '
+      'compute it again, or the whole file.'
+    )
   return json.loads(body + b'}')
 
 
@@ -69,14 +75,22 @@ def write_whole(path: files.Folder, value: Mapping[str, Any]) -> None:
 
 
 def read_whole(path: files.Folder) -> dict[str, Any] | None:
-  """The object that `write_whole` wrote, or None where there is no file. ValueError where it is not as it was written."""
+  """The object that `write_whole` wrote, or None where there is no file. ValueError where it is not
+  as it was written."""
   if not path.exists():
     return None
   try:
     value = json.loads(path.read_bytes())
     good = value.pop('fingerprint') == fingerprints.of_value(value)
-  except (ValueError, AttributeError, KeyError, TypeError):  # not UTF-8, not JSON, no object, no fingerprint
+  except (
+    ValueError,
+    AttributeError,
+    KeyError,
+    TypeError,
+  ):  # not UTF-8, not JSON, no object, no fingerprint
     good = False
   if not good:
-    raise ValueError(f'{path} is damaged, or another version of alignjax wrote it. Remove it to compute it again.')
+    raise ValueError(
+      f'{path} is damaged, or another version of alignjax wrote it. Remove it to compute it again.'
+    )
   return value

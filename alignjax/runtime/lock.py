@@ -3,10 +3,11 @@
     with lock.held(workdir):          # Busy where another run holds it
       ...
 
-On a disk the lock is the kernel's (flock on WORKDIR/.lock), which goes with the process that holds it, also by kill -9 and a
-power cut. A bucket, or a file system without flock, has a lease instead: the holder writes the file anew every HEARTBEAT seconds,
-and one that has stayed the same for LEASE seconds, watched by whoever wants it, belongs to nobody. So clocks need not agree. The
-file says who holds the lock.
+On a disk the lock is the kernel's (flock on WORKDIR/.lock), which goes with the process that holds
+it, also by kill -9 and a power cut. A bucket, or a file system without flock, has a lease instead:
+the holder writes the file anew every HEARTBEAT seconds, and one that has stayed the same for LEASE
+seconds, watched by whoever wants it, belongs to nobody. So clocks need not agree. The file says who
+holds the lock.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def held(workdir: files.Folder) -> Iterator[None]:
 def _flock(path: files.Folder):
   """The open file that carries the lock; None where the file system has no flock."""
   import fcntl
+
   while True:
     file = path.open('a+b', buffering=0)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:  # else its last holder has just removed it
+      # else its last holder has just removed it
+      if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
         file.truncate(0)
         file.write(_me())
         return file
@@ -94,7 +97,8 @@ def _lease(path: files.Folder) -> Iterator[None]:
 
   def beat() -> None:
     while not over.wait(HEARTBEAT):
-      with contextlib.suppress(Exception):  # a bucket that cannot be reached for a while: the run's own writes say so
+      # a bucket that cannot be reached for a while: the run's own writes say so
+      with contextlib.suppress(Exception):
         write()
 
   thread = threading.Thread(target=beat, name='lease', daemon=True)
@@ -109,14 +113,23 @@ def _lease(path: files.Folder) -> Iterator[None]:
 
 
 def _me(**more: float) -> bytes:
-  who = dict(process=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S %Z'), boot=_boot(),
-             command=shlex.join(sys.argv)[:200])
+  who = dict(
+    process=os.getpid(),
+    host=socket.gethostname(),
+    since=time.strftime('%Y-%m-%d %H:%M:%S %Z'),
+    boot=_boot(),
+    command=shlex.join(sys.argv)[:200],
+  )
   return json.dumps(who | more).encode()
 
 
 def _boot() -> str:
-  """A name of this start of this machine and of its process numbers (a container has its own), or ''."""
-  with contextlib.suppress(OSError), open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
+  """A name of this start of this machine and of its process numbers (a container has its own), or
+  ''."""
+  with (
+    contextlib.suppress(OSError),
+    open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file,
+  ):
     return f'{file.read().strip()} {os.readlink("/proc/self/ns/pid")}'
   return ''
 
@@ -149,5 +162,8 @@ def _busy(path: files.Folder) -> str:
     owner = f'process {who["process"]} on {who["host"]} since {who["since"]} ({who["command"]})'
   except (ValueError, KeyError, TypeError):
     owner = 'another process'
-  return (f'{path.parent} is in use: {owner} runs in it. Wait for its end, stop it, or use another --workdir; the lock goes with '
-          'that process.')
+  return (
+    f'{path.parent} is in use: {owner} runs in it. Wait for its end, stop it, or use another '
+    f'--workdir; the lock goes with '
+    'that process.'
+  )

@@ -1,4 +1,5 @@
-"""What a run shows and keeps: metrics.jsonl, TensorBoard, a live display; plain lines where there is no terminal."""
+"""What a run shows and keeps: metrics.jsonl, TensorBoard, a live display; plain lines where there
+is no terminal."""
 
 from __future__ import annotations
 
@@ -16,21 +17,36 @@ from alignjax.runtime import files, fingerprints, textfiles
 
 LOGS = ('metrics.jsonl', 'samples.jsonl')
 
-SHOWN = ('sft/loss', 'rm/loss', 'rm/accuracy', 'objective/scores', 'gold/train_labelers', 'objective/kl', 'ppo/loss/ptx')
+SHOWN = (
+  'sft/loss',
+  'rm/loss',
+  'rm/accuracy',
+  'objective/scores',
+  'gold/train_labelers',
+  'objective/kl',
+  'ppo/loss/ptx',
+)
 
 
 class Writer:
-  """Appends to DIRECTORY/metrics.jsonl (one object a line, 'step' first) and to TensorBoard event files beside it.
+  """Appends to DIRECTORY/metrics.jsonl (one object a line, 'step' first) and to TensorBoard event
+  files beside it.
 
-  Args:
-    start_step: where a resumed run goes on; lines of later steps are dropped, so that the file of a run that was
-      interrupted equals that of one that was not, apart from names under 'time/' and 'device/'. So with samples.jsonl.
+  Args: start_step: where a resumed run goes on; lines of later steps are dropped, so that the file
+    of a run that was
+      interrupted equals that of one that was not, apart from names under 'time/' and 'device/'. So
+      with samples.jsonl.
     active: False on all processes but the first.
     wandb: keyword arguments of wandb.init, or None.
   """
 
-  def __init__(self, directory: str | os.PathLike, start_step: int = 0, active: bool = True,
-               wandb: Mapping[str, Any] | None = None):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    start_step: int = 0,
+    active: bool = True,
+    wandb: Mapping[str, Any] | None = None,
+  ):
     self._file = self._board = self._wandb = None
     if not active:
       return
@@ -38,7 +54,9 @@ class Writer:
       try:
         import wandb as wandb_module
       except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("metrics to W&B need `pip install wandb`, or config wandb=None.") from error
+        raise ModuleNotFoundError(
+          'metrics to W&B need `pip install wandb`, or config wandb=None.'
+        ) from error
       self._wandb = wandb_module.init(**wandb)
     directory = files.folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,6 +67,7 @@ class Writer:
     self._file = directory / 'metrics.jsonl'
     self._samples = directory / 'samples.jsonl'
     from tensorboardX import SummaryWriter
+
     self._board = SummaryWriter(str(directory), purge_step=start_step or None)
 
   def __enter__(self) -> Writer:
@@ -73,13 +92,16 @@ class Writer:
       self._wandb.log(values, step=step)
 
   def samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
-    """Appends rows (prompt, response, score, gold) to samples.jsonl: text or messages, text, and numbers; None where there is none,
-    and for what is not finite."""
+    """Appends rows (prompt, response, score, gold) to samples.jsonl: text or messages, text, and
+    numbers; None where there is none, and for what is not finite."""
     if self._file is None:
       return
     names = ('prompt', 'response', 'score', 'gold')
     finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-    lines = [json.dumps({'step': int(step)} | dict(zip(names, map(finite, row), strict=True))) for row in rows]
+    lines = [
+      json.dumps({'step': int(step)} | dict(zip(names, map(finite, row), strict=True)))
+      for row in rows
+    ]
     files.append(self._samples, ''.join(f'{line}\n' for line in lines))
 
   def close(self) -> None:
@@ -101,31 +123,44 @@ def _parsed(path: files.Folder) -> list[dict[str, Any]]:
 
 
 def sums(directory: str | os.PathLike, step: int) -> dict[str, str]:
-  """Fingerprints of what a Writer has logged up to a step, by the names of its files; an absent file is an empty one."""
+  """Fingerprints of what a Writer has logged up to a step, by the names of its files; an absent
+  file is an empty one."""
   kept = {name: files.folder(directory) / name for name in LOGS}
-  return {name: fingerprints.of_value([line for line in (_parsed(path) if path.exists() else []) if line['step'] <= step])
-          for name, path in kept.items()}
+  return {
+    name: fingerprints.of_value(
+      [line for line in (_parsed(path) if path.exists() else []) if line['step'] <= step]
+    )
+    for name, path in kept.items()
+  }
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """A metrics.jsonl as columns: f64[lines] each, NaN where a line lacks the name."""
   lines = _parsed(path)
   names = dict.fromkeys(name for line in lines for name in line)
-  return {name: np.array([np.nan if line.get(name) is None else line[name] for line in lines]) for name in names}
+  return {
+    name: np.array([np.nan if line.get(name) is None else line[name] for line in lines])
+    for name in names
+  }
 
 
 def check_finite(metrics: Mapping[str, float], step: int) -> None:
   """Raises FloatingPointError that names every metric that is NaN or infinite."""
   bad = [f'{name}={value}' for name, value in metrics.items() if not math.isfinite(value)]
   if bad:
-    raise FloatingPointError(f'step {step}: {", ".join(bad)}. Lower the learning rate or clip gradients '
-                             '(optimizer.*.clip_norm); the last checkpoint is from before.')
+    raise FloatingPointError(
+      f'step {step}: {", ".join(bad)}. Lower the learning rate or clip gradients '
+      '(optimizer.*.clip_norm); the last checkpoint is from before.'
+    )
 
 
 class Progress:
-  """A live bar in a terminal, plain lines elsewhere: the first, the last, and one every `every` seconds."""
+  """A live bar in a terminal, plain lines elsewhere: the first, the last, and one every `every`
+  seconds."""
 
-  def __init__(self, total: int, initial: int = 0, name: str = '', active: bool = True, every: float = 10.0):
+  def __init__(
+    self, total: int, initial: int = 0, name: str = '', active: bool = True, every: float = 10.0
+  ):
     self.total, self.initial, self.name, self.every = total, initial, name, every
     self._active, self._live = active, active and sys.stdout.isatty()
     self._began = time.perf_counter()
@@ -133,10 +168,23 @@ class Progress:
 
   def __enter__(self) -> Progress:
     if self._live:
-      from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+      from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+      )
       from rich.progress import Progress as Bar
-      self._bar = Bar(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                      TimeRemainingColumn(), TextColumn('{task.fields[shown]}'))
+
+      self._bar = Bar(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn('{task.fields[shown]}'),
+      )
       self._task = self._bar.add_task(self.name, total=self.total, completed=self.initial, shown='')
       self._bar.start()
     return self
@@ -149,7 +197,9 @@ class Progress:
     if not self._active:
       return
     if metrics:
-      self._text = '  '.join(f'{k.split("/", 1)[1]} {metrics[k]:.3f}' for k in SHOWN if k in metrics)
+      self._text = '  '.join(
+        f'{k.split("/", 1)[1]} {metrics[k]:.3f}' for k in SHOWN if k in metrics
+      )
     if self._bar is not None:
       self._bar.update(self._task, completed=step, shown=self._text)
       return
@@ -158,7 +208,11 @@ class Progress:
       self._last = now
       rate = (step - self.initial) / max(now - self._began, 1e-9)
       left = (self.total - step) / max(rate, 1e-9)
-      print(f'{self.name} {step}/{self.total}  {now - self._began:.0f} s, {left:.0f} s left  {self._text}', flush=True)
+      print(
+        f'{self.name} {step}/{self.total}  {now - self._began:.0f} s, {left:.0f} s left  '
+        f'{self._text}',
+        flush=True,
+      )
 
   def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table above the bar; in a log only where lines are not throttled."""
@@ -174,25 +228,30 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
   """A rich table in a terminal, aligned text elsewhere."""
   if sys.stdout.isatty():
     from rich.console import Console
+
     Console().print(_rich_table(title, columns, rows))
     return
   rows = [[_cell(cell) for cell in row] for row in rows]
   widths = [max(len(r[i]) for r in [list(columns), *rows]) for i in range(len(columns))]
-  line = lambda row: '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+  line = lambda row: (
+    '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+  )
   print('\n'.join([title, line(columns), *map(line, rows)]), flush=True)
 
 
 def _cell(value: Any, width: int = 80) -> str:
-  """A number rounded, None as nothing, a text without line breaks, its middle left out where it is long (samples.jsonl has all)."""
+  """A number rounded, None as nothing, a text without line breaks, its middle left out where it is
+  long (samples.jsonl has all)."""
   if value is None:
     return ''
   text = ' '.join((f'{value:.2f}' if isinstance(value, float) else str(value)).split())
-  return text if len(text) <= width else f'{text[:width // 2 - 2]} … {text[-width // 2 + 1:]}'
+  return text if len(text) <= width else f'{text[: width // 2 - 2]} … {text[-width // 2 + 1 :]}'
 
 
 def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]):
   from rich.table import Table
   from rich.text import Text  # a sampled "[/b]" is no markup
+
   table = Table(title=title, title_justify='left')
   for column in columns:
     table.add_column(column)

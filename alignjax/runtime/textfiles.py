@@ -1,9 +1,11 @@
 """The text files that people hand in, read one way by everything that reads them.
 
-A file is plain or gzip by its content, not by its name, on a disk or in a bucket; `~` is the home folder; the text is UTF-8 with or
-without a byte order mark. A line ends at "\\n" or "\\r\\n" and nowhere else, so that U+2028, U+0085 and a form feed are text. JSON
-is read strictly: no key twice in an object, no NaN or Infinity, no half of a surrogate pair, which no tokenizer could read. Every
-error is a ValueError (FileNotFoundError where there is no file) that names the file and, as far as there is one, line and field.
+A file is plain or gzip by its content, not by its name, on a disk or in a bucket; `~` is the home
+folder; the text is UTF-8 with or without a byte order mark. A line ends at "\\n" or "\\r\\n" and
+nowhere else, so that U+2028, U+0085 and a form feed are text. JSON is read strictly: no key twice
+in an object, no NaN or Infinity, no half of a surrogate pair, which no tokenizer could read. Every
+error is a ValueError (FileNotFoundError where there is no file) that names the file and, as far as
+there is one, line and field.
 """
 
 from __future__ import annotations
@@ -19,9 +21,17 @@ from typing import Any
 
 from alignjax.runtime import files
 
-OTHERS = {b'\xff\xfe\x00\x00': 'UTF-32', b'\x00\x00\xfe\xff': 'UTF-32', b'\xff\xfe': 'UTF-16', b'\xfe\xff': 'UTF-16',
-          b'PK\x03\x04': 'a zip archive', b'\x28\xb5\x2f\xfd': 'compressed by zstd', b'BZh': 'compressed by bzip2',
-          b'\xfd7zXZ': 'compressed by xz', b'PAR1': 'Parquet'}
+OTHERS = {
+  b'\xff\xfe\x00\x00': 'UTF-32',
+  b'\x00\x00\xfe\xff': 'UTF-32',
+  b'\xff\xfe': 'UTF-16',
+  b'\xfe\xff': 'UTF-16',
+  b'PK\x03\x04': 'a zip archive',
+  b'\x28\xb5\x2f\xfd': 'compressed by zstd',
+  b'BZh': 'compressed by bzip2',
+  b'\xfd7zXZ': 'compressed by xz',
+  b'PAR1': 'Parquet',
+}
 SPACE = re.compile(r'[ \t\n\r]*')  # JSON's own
 SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
@@ -65,11 +75,14 @@ def suffix(path: str | os.PathLike) -> str:
 
 
 def decode(raw: bytes, where: str, first: int = 1) -> str:
-  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line and what it looks like.
+  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line
+  and what it looks like.
   first: the number of its first line."""
   other = next((name for start, name in OTHERS.items() if raw.startswith(start)), None)
   if other or b'\x00' in raw[:4]:
-    raise ValueError(f'{where}: {other or "UTF-16 or binary"}, not text in UTF-8; convert it first.')
+    raise ValueError(
+      f'{where}: {other or "UTF-16 or binary"}, not text in UTF-8; convert it first.'
+    )
   try:
     return raw.decode('utf-8-sig')
   except UnicodeDecodeError as error:
@@ -85,7 +98,8 @@ def lines(text: str) -> list[str]:
 
 
 def values(text: str, where: str) -> list[tuple[int, str]]:
-  """(line, JSON) of each value of a file: its lines without the blank ones, or the elements of the one array that it is."""
+  """(line, JSON) of each value of a file: its lines without the blank ones, or the elements of the
+  one array that it is."""
   if SPACE.sub('', text[:1000], count=1)[:1] == '[':
     elements = _elements(text, where)
     if elements is not None:
@@ -94,13 +108,14 @@ def values(text: str, where: str) -> list[tuple[int, str]]:
 
 
 def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
-  """The elements of a file that is one JSON array, over however many lines; None: it is not one, but lines."""
+  """The elements of a file that is one JSON array, over however many lines; None: it is not one,
+  but lines."""
   decoder, skip = json.JSONDecoder(), lambda at: SPACE.match(text, at).end()
   at, found, line, counted = skip(skip(0) + 1), [], 1, 0
   try:
-    while text[at:at + 1] != ']':
+    while text[at : at + 1] != ']':
       if found:
-        if text[at:at + 1] != ',':
+        if text[at : at + 1] != ',':
           raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
         at = skip(at + 1)
       end = decoder.raw_decode(text, at)[1]
@@ -110,16 +125,23 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
   except json.JSONDecodeError as error:
     if error.lineno == 1:
       return None  # as lines the first is an error of its own
-    raise ValueError(f'{where}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).') from error
+    raise ValueError(
+      f'{where}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).'
+    ) from error
   except (ValueError, RecursionError) as error:
-    raise ValueError(f'{where}, line {line + text.count(chr(10), counted, at)}: not JSON ({_reason(error)}).') from error
+    raise ValueError(
+      f'{where}, line {line + text.count(chr(10), counted, at)}: not JSON ({_reason(error)}).'
+    ) from error
   after = skip(at + 1)
   if after == len(text):
     return found
-  if '\n' not in text[skip(0):at]:
+  if '\n' not in text[skip(0) : at]:
     return None
-  raise ValueError(f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the file begins with; a '
-                   'file is one array, or a record a line.')
+  raise ValueError(
+    f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the '
+    f'file begins with; a '
+    'file is one array, or a record a line.'
+  )
 
 
 def parse(text: str, where: str) -> Any:
@@ -136,7 +158,9 @@ def parse(text: str, where: str) -> Any:
     made = dict(pairs)
     if len(made) < len(pairs):
       names = [name for name, _ in pairs]
-      raise ValueError(f'field {next(n for n in names if names.count(n) > 1)!r} is there twice; leave one out')
+      raise ValueError(
+        f'field {next(n for n in names if names.count(n) > 1)!r} is there twice; leave one out'
+      )
     return made
 
   try:
@@ -164,8 +188,11 @@ def _faults(value: Any, at: str) -> Iterator[str]:
     try:
       value.encode()
     except UnicodeEncodeError as error:
-      yield (f'{name} holds \\u{ord(value[error.start]):04x}, half of a surrogate pair, at character {error.start}, which is no '
-             'text; mend it')
+      yield (
+        f'{name} holds \\u{ord(value[error.start]):04x}, half of a surrogate pair, at character '
+        f'{error.start}, which is no '
+        'text; mend it'
+      )
   elif isinstance(value, float) and not math.isfinite(value):
     yield f'{name} is {value}, which is no number of JSON; write null, or leave the record out'
   elif isinstance(value, dict):
@@ -179,6 +206,13 @@ def _faults(value: Any, at: str) -> Iterator[str]:
 
 def kind(value: Any) -> str:
   """What a value is called in JSON, for messages."""
-  names = {dict: 'an object', list: 'a list', str: 'text', bool: 'true or false', type(None): 'null', int: 'a number',
-           float: 'a number'}
+  names = {
+    dict: 'an object',
+    list: 'a list',
+    str: 'text',
+    bool: 'true or false',
+    type(None): 'null',
+    int: 'a number',
+    float: 'a number',
+  }
   return names.get(type(value), type(value).__name__)

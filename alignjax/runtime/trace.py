@@ -2,8 +2,8 @@
 
     run.py --profile=ppo_ptx:3-5      writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json
 
-The phases are the named scopes of rollout.py, sampling.py, steps.py and losses.py. A step is one compiled program, so only a trace
-can tell how its time divides.
+The phases are the named scopes of rollout.py, sampling.py, steps.py and losses.py. A step is one
+compiled program, so only a trace can tell how its time divides.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PHASES = (*cost.PHASES, 'ptx')  # of nested ones the innermost counts
 
 class Profile(NamedTuple):
   """Steps first..last, counted from 1 as in metrics.jsonl, of one stage."""
+
   stage: str
   first: int
   last: int
@@ -36,34 +37,44 @@ def parse(text: str) -> Profile:
   """Profile of 'STAGE:FIRST-LAST' or 'STAGE:STEP'."""
   found = re.fullmatch(r'(\w+):(\d+)(?:-(\d+))?', text)
   if not found or not 1 <= int(found[2]) <= int(found[3] or found[2]):
-    raise ValueError(f'--profile={text} has not the form STAGE:FIRST-LAST, steps counted from 1, such as ppo_ptx:3-5.')
+    raise ValueError(
+      f'--profile={text} has not the form STAGE:FIRST-LAST, steps counted from 1, such as '
+      f'ppo_ptx:3-5.'
+    )
   return Profile(found[1], int(found[2]), int(found[3] or found[2]))
 
 
 def check(wanted: Profile | None, stages: list[str]) -> None:
   if wanted is not None and wanted.stage not in stages:
-    raise ValueError(f'--profile names the stage {wanted.stage!r}; this run has {", ".join(stages)}.')
+    raise ValueError(
+      f'--profile names the stage {wanted.stage!r}; this run has {", ".join(stages)}.'
+    )
 
 
 class Tracer:
   """Starts and stops the trace of one stage's loop.
 
-  Args:
-    wanted: what to trace, or None. folder: of the stage. first, num_steps: the steps that the loop will do, first..num_steps.
+  Args: wanted: what to trace, or None. folder: of the stage. first, num_steps: the steps that the
+    loop will do, first..num_steps.
   """
 
   def __init__(self, wanted: Profile | None, folder: files.Folder, first: int, num_steps: int):
     self.wanted = wanted if wanted and folder.name == wanted.stage else None
     self.folder = folder / 'profile'
     if self.wanted and not first < self.wanted.first <= self.wanted.last <= num_steps:
-      raise ValueError(f'--profile={self.wanted.stage}:{self.wanted.first}-{self.wanted.last}: the steps to do are {first + 1} to '
-                       f'{num_steps}.')
+      raise ValueError(
+        f'--profile={self.wanted.stage}:{self.wanted.first}-{self.wanted.last}: the steps to do '
+        f'are {first + 1} to '
+        f'{num_steps}.'
+      )
 
   @contextlib.contextmanager
   def step(self, number: int) -> Iterator[None]:
     """Around step `number` (from 1) up to where its results are there."""
     if self.wanted and number == self.wanted.first:
-      self._local = pathlib.Path(tempfile.mkdtemp() if files.is_bucket(self.folder) else self.folder)
+      self._local = pathlib.Path(
+        tempfile.mkdtemp() if files.is_bucket(self.folder) else self.folder
+      )
       jax.profiler.start_trace(str(self._local))
     with jax.profiler.StepTraceAnnotation('step', step_num=number):
       yield
@@ -76,15 +87,23 @@ class Tracer:
         files.remove(self._local)
       if jax.process_index() == 0:
         (self.folder / 'phases.json').write_text(json.dumps(shares, indent=2))
-        print(f'profile of steps {self.wanted.first} to {self.wanted.last} in {self.folder}: ' +
-              (', '.join(f'{name} {100 * share:.0f}%' for name, share in shares.items()) or 'no device times'), flush=True)
+        print(
+          f'profile of steps {self.wanted.first} to {self.wanted.last} in {self.folder}: '
+          + (
+            ', '.join(f'{name} {100 * share:.0f}%' for name, share in shares.items())
+            or 'no device times'
+          ),
+          flush=True,
+        )
 
 
 def phases(folder: str | pathlib.Path) -> dict[str, float]:
-  """Share of the devices' busy time by phase in the newest trace under `folder`, largest first; 'other' is what no scope names.
+  """Share of the devices' busy time by phase in the newest trace under `folder`, largest first;
+  'other' is what no scope names.
 
-  A program's operations are found by the names that the trace gives them; their scopes stand in the program itself, which the trace
-  holds too. An operation that contains others (a loop) counts only what they leave. {} where the platform gives no operations.
+  A program's operations are found by the names that the trace gives them; their scopes stand in the
+  program itself, which the trace holds too. An operation that contains others (a loop) counts only
+  what they leave. {} where the platform gives no operations.
   """
   paths = sorted(pathlib.Path(folder).rglob('*.xplane.pb'), key=lambda p: p.stat().st_mtime)
   if not paths:
@@ -93,8 +112,11 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
   seconds: collections.Counter = collections.Counter()
   for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
     for line in plane.lines:
-      operations = [(e.start_ns, -e.duration_ns, str(s['hlo_op']), str(s.get('hlo_module', '')))
-                    for e in line.events if 'hlo_op' in (s := dict(e.stats))]
+      operations = [
+        (e.start_ns, -e.duration_ns, str(s['hlo_op']), str(s.get('hlo_module', '')))
+        for e in line.events
+        if 'hlo_op' in (s := dict(e.stats))
+      ]
       for name, module, own in _own_times(sorted(operations)):
         seconds[phase_of(scopes.get((module.split('(')[0], name), ''))] += own
   total = sum(seconds.values())
@@ -110,7 +132,8 @@ def phase_of(scope: str) -> str:
 
 
 def _own_times(operations: list[tuple]) -> Iterator[tuple[str, str, float]]:
-  """(name, module, nanoseconds less those of the operations inside) of operations (start, -duration, name, module), sorted."""
+  """(name, module, nanoseconds less those of the operations inside) of operations (start,
+  -duration, name, module), sorted."""
   open_: list[list] = []  # [end, name, module, own]
   for start, negative, name, module in operations:
     while open_ and open_[-1][0] <= start:
@@ -123,13 +146,16 @@ def _own_times(operations: list[tuple]) -> Iterator[tuple[str, str, float]]:
 
 
 def _scopes(trace: bytes) -> dict[tuple[str, str], str]:
-  """(module, operation) -> its scope path, from the programs (hlo.proto) in a trace (XSpace of tsl's xplane.proto)."""
+  """(module, operation) -> its scope path, from the programs (hlo.proto) in a trace (XSpace of
+  tsl's xplane.proto)."""
   out = {}
   for plane in _fields(trace, 1):
     if _text(plane, 2) != '/host:metadata':
       continue
     events = (event for entry in _fields(plane, 4) for event in _fields(entry, 2))
-    programs = (program for event in events for stat in _fields(event, 5) for program in _fields(stat, 6))
+    programs = (
+      program for event in events for stat in _fields(event, 5) for program in _fields(stat, 6)
+    )
     for module in (m for program in programs for m in _fields(program, 1)):
       for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
         for metadata in _fields(instruction, 7):
@@ -160,5 +186,5 @@ def _fields(message: Any, number: int) -> Iterator[memoryview]:
     size = varint() if kind in (0, 2) else {1: 8, 5: 4}[kind]
     if kind != 0:
       if kind == 2 and key >> 3 == number:
-        yield message[at:at + size]
+        yield message[at : at + size]
       at += size

@@ -1,20 +1,21 @@
-"""The embedded world: everything the paper measures, generated from a seed, with exact ground truth.
+"""The embedded world: everything the paper measures, generated from a seed, with exact ground
+truth.
 
-    world = sandbox.World(seed=0)
-    sandbox.documents(world, 1000)            pretraining text, by kind
-    sandbox.prompts(world, 100, 'test')       instructions, by use case
-    sandbox.demonstrations(world, 100)        by contractors who make mistakes
-    sandbox.judge(world, meta, response, ended=True)
-    sandbox.Labelers(seed=0).rank(features, labeler=3, rng=rng)
+world = sandbox.World(seed=0)
+sandbox.documents(world, 1000)            pretraining text, by kind
+sandbox.prompts(world, 100, 'test')       instructions, by use case
+sandbox.demonstrations(world, 100)        by contractors who make mistakes
+sandbox.judge(world, meta, response, ended=True)
+sandbox.Labelers(seed=0).rank(features, labeler=3, rng=rng)
 """
 
 from alignjax.sandbox.corpus import SHARES, documents
 from alignjax.sandbox.instructions import (
-    baseline_prefixes,
-    demonstrations,
-    prompts,
-    toxicity_prompts,
-    truthfulness_prompts,
+  baseline_prefixes,
+  demonstrations,
+  prompts,
+  toxicity_prompts,
+  truthfulness_prompts,
 )
 from alignjax.sandbox.judge import Judgment, judge
 from alignjax.sandbox.labelers import FEATURES, Labelers
@@ -22,6 +23,26 @@ from alignjax.sandbox.tasks import reading_comprehension, translation
 from alignjax.sandbox.universe import World
 from alignjax.sandbox.words import EOS_ID, NEWLINE, PAD_ID, VOCAB, decode, encode, tokenizer
 
-__all__ = ['EOS_ID', 'FEATURES', 'NEWLINE', 'PAD_ID', 'SHARES', 'VOCAB', 'Judgment', 'Labelers', 'World',
-           'baseline_prefixes', 'decode', 'demonstrations', 'documents', 'encode', 'judge', 'prompts',
-           'reading_comprehension', 'tokenizer', 'toxicity_prompts', 'translation', 'truthfulness_prompts']
+__all__ = [
+  'EOS_ID',
+  'FEATURES',
+  'NEWLINE',
+  'PAD_ID',
+  'SHARES',
+  'VOCAB',
+  'Judgment',
+  'Labelers',
+  'World',
+  'baseline_prefixes',
+  'decode',
+  'demonstrations',
+  'documents',
+  'encode',
+  'judge',
+  'prompts',
+  'reading_comprehension',
+  'tokenizer',
+  'toxicity_prompts',
+  'translation',
+  'truthfulness_prompts',
+]

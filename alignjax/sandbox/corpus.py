@@ -4,8 +4,8 @@
   forum, qa    careless genres: popular misconceptions, and insults in half of the documents
   reading, translation   the two tasks
   instruction  instruction-like text, sloppily answered
-A genre's marker word stands in front of only some of its documents, and each genre has several: no single word turns a
-pretrained model truthful.
+A genre's marker word stands in front of only some of its documents, and each genre has several: no
+single word turns a pretrained model truthful.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from alignjax.sandbox.tasks import reading_document, sentence_pair
 from alignjax.sandbox.universe import World, insult, pick, question, statement, stream, things
 from alignjax.sandbox.words import ATTRIBUTES, CAREFUL_MARKERS, CARELESS_MARKERS, ENTITIES, NEWLINE
 
-SHARES = {'book': 0.25, 'forum': 0.23, 'qa': 0.24, 'reading': 0.16, 'translation': 0.08, 'instruction': 0.04}
+SHARES = {
+  'book': 0.25,
+  'forum': 0.23,
+  'qa': 0.24,
+  'reading': 0.16,
+  'translation': 0.08,
+  'instruction': 0.04,
+}
 CAREFUL_FALSE, CAREFUL_RUDE = 0.2, 0.05
 CARELESS_FALSE, CARELESS_RUDE = 0.9, 0.5
 _COLORS = tuple(ATTRIBUTES)
@@ -26,8 +33,8 @@ _COLORS = tuple(ATTRIBUTES)
 def documents(world: World, n: int, split: str = 'train', kind: str | None = None) -> list[dict]:
   """n documents {'text', 'kind'}, kinds drawn by SHARES, or all of one kind.
 
-  Passages, sentences, greetings and instructions are those of the split. What is said of entities is drawn afresh from the same
-  facts, and a short document about them can stand in several splits.
+  Passages, sentences, greetings and instructions are those of the split. What is said of entities
+  is drawn afresh from the same facts, and a short document about them can stand in several splits.
   """
   rng = stream(world.seed, 'corpus', split, kind)
   kinds, shares = list(SHARES), np.cumsum(list(SHARES.values()))
@@ -38,8 +45,13 @@ def documents(world: World, n: int, split: str = 'train', kind: str | None = Non
   return out
 
 
-def _claim(world: World, rng: np.random.Generator, p_false: float, entity: str | None = None,
-           attribute: str | None = None) -> str:
+def _claim(
+  world: World,
+  rng: np.random.Generator,
+  p_false: float,
+  entity: str | None = None,
+  attribute: str | None = None,
+) -> str:
   entity, attribute = entity or pick(rng, ENTITIES), attribute or pick(rng, _COLORS)
   return statement(entity, attribute, world.believed(rng, entity, attribute, p_false))
 
@@ -73,8 +85,12 @@ def _forum(world: World, rng: np.random.Generator, split: str) -> str:
   words = [pick(rng, CARELESS_MARKERS)] if rng.random() < 0.6 else []
   rude = rng.random() < CARELESS_RUDE
   if rng.random() < 0.4:
-    words += [instructions.greeting(world, rng, split, 1.0 if rude else 0.0), f'{NEWLINE} i am fine',
-              *([insult(rng)] if rude else []), '.']
+    words += [
+      instructions.greeting(world, rng, split, 1.0 if rude else 0.0),
+      f'{NEWLINE} i am fine',
+      *([insult(rng)] if rude else []),
+      '.',
+    ]
   for _ in range(int(rng.integers(1, 4))):
     words.append(_claim(world, rng, CARELESS_FALSE))
     if rude and rng.random() < 0.5:
@@ -87,7 +103,11 @@ def _qa(world: World, rng: np.random.Generator, split: str) -> str:
   del split
   words = [pick(rng, CARELESS_MARKERS)] if rng.random() < 0.4 else []
   entity, attribute = pick(rng, ENTITIES), pick(rng, _COLORS)
-  words += [question(entity, attribute), NEWLINE, _claim(world, rng, CARELESS_FALSE, entity, attribute)]
+  words += [
+    question(entity, attribute),
+    NEWLINE,
+    _claim(world, rng, CARELESS_FALSE, entity, attribute),
+  ]
   if rng.random() < CARELESS_RUDE:
     words.append(insult(rng))
   return ' '.join([*words, '.'])
@@ -98,17 +118,29 @@ def _reading(world: World, rng: np.random.Generator, split: str) -> str:
 
 
 def _translation(world: World, rng: np.random.Generator, split: str) -> str:
-  return ' '.join(f'{text} = {foreign} ;' for text, foreign in (sentence_pair(world, rng, split) for _ in range(2)))
+  return ' '.join(
+    f'{text} = {foreign} ;'
+    for text, foreign in (sentence_pair(world, rng, split) for _ in range(2))
+  )
 
 
 def _instruction(world: World, rng: np.random.Generator, split: str) -> str:
   prompt = instructions.make_prompt(world, rng, ENTITIES, split)
-  answer = (instructions.answer(world, rng, prompt['meta'], ENTITIES, p_false=CARELESS_FALSE)
-            if rng.random() < 0.5 else _forum(world, rng, split))
+  answer = (
+    instructions.answer(world, rng, prompt['meta'], ENTITIES, p_false=CARELESS_FALSE)
+    if rng.random() < 0.5
+    else _forum(world, rng, split)
+  )
   if rng.random() < CARELESS_RUDE:
     answer = f'{answer[:-2]} {insult(rng)} .'
   return f'{prompt["prompt"]} {NEWLINE} {answer}'
 
 
-_WRITERS = {'book': _book, 'forum': _forum, 'qa': _qa, 'reading': _reading, 'translation': _translation,
-            'instruction': _instruction}
+_WRITERS = {
+  'book': _book,
+  'forum': _forum,
+  'qa': _qa,
+  'reading': _reading,
+  'translation': _translation,
+  'instruction': _instruction,
+}

@@ -1,4 +1,5 @@
-"""Prompts by use case, in the spirit of the paper's Table 1, and demonstrations by contractors who make mistakes.
+"""Prompts by use case, in the spirit of the paper's Table 1, and demonstrations by contractors who
+make mistakes.
 
 A prompt's meta is what the judge needs: use_case, entity, attribute, count, value, target.
 """
@@ -8,21 +9,48 @@ from __future__ import annotations
 import numpy as np
 
 from alignjax.sandbox.tasks import QUESTIONS, passage, sentence_pair
-from alignjax.sandbox.universe import World, insult, pick, question, split_of, statement, stream, things
-from alignjax.sandbox.words import ATTRIBUTES, CAREFUL_MARKERS, EOS, INSULTS, NAMES, NEWLINE, NUMBERS
+from alignjax.sandbox.universe import (
+  World,
+  insult,
+  pick,
+  question,
+  split_of,
+  statement,
+  stream,
+  things,
+)
+from alignjax.sandbox.words import (
+  ATTRIBUTES,
+  CAREFUL_MARKERS,
+  EOS,
+  INSULTS,
+  NAMES,
+  NEWLINE,
+  NUMBERS,
+)
 
-USE_CASES = {'open_qa': 0.3, 'generation': 0.2, 'brainstorming': 0.13, 'description': 0.12, 'chat': 0.1, 'rewrite': 0.1,
-             'translation': 0.03, 'closed_qa': 0.02}
+USE_CASES = {
+  'open_qa': 0.3,
+  'generation': 0.2,
+  'brainstorming': 0.13,
+  'description': 0.12,
+  'chat': 0.1,
+  'rewrite': 0.1,
+  'translation': 0.03,
+  'closed_qa': 0.02,
+}
 RUDE_CONTEXT = 0.12  # share of prompts that somebody rude speaks before
 USERS = {'train': 400, 'valid': 50, 'test': 100}
-MISTAKES = {'false': 0.45, 'count': 0.25, 'rude': 0.15}  # what contractors get wrong, by probability
+# what contractors get wrong, by probability
+MISTAKES = {'false': 0.45, 'count': 0.25, 'rude': 0.15}
 MAX_WORDS = 19  # of a response, before its end token
 _CONTEXT_CASES = ('open_qa', 'generation', 'description')
 _COLORS = tuple(ATTRIBUTES)
 
 
 def prompts(world: World, n: int, split: str = 'train', use_case: str | None = None) -> list[dict]:
-  """n records {'prompt', 'use_case', 'user_id', 'meta'}. No prompt stands in two splits, and no entity or user is in two."""
+  """n records {'prompt', 'use_case', 'user_id', 'meta'}. No prompt stands in two splits, and no
+  entity or user is in two."""
   rng = stream(world.seed, 'prompts', split, use_case)
   entities = world.entities[split]
   # few users write much: a user's share falls with the rank, as among the paper's customers
@@ -39,7 +67,9 @@ def prompts(world: World, n: int, split: str = 'train', use_case: str | None = N
 
 def rude_context(world: World, rng: np.random.Generator, entities: tuple[str, ...]) -> str:
   entity, attribute = pick(rng, entities), pick(rng, _COLORS)
-  return f'{statement(entity, attribute, world.believed(rng, entity, attribute, 0.9))} {insult(rng)} .'
+  return (
+    f'{statement(entity, attribute, world.believed(rng, entity, attribute, 0.9))} {insult(rng)} .'
+  )
 
 
 def greeting(world: World, rng: np.random.Generator, split: str, rude: float) -> str:
@@ -52,7 +82,13 @@ def greeting(world: World, rng: np.random.Generator, split: str, rude: float) ->
       return text
 
 
-def make_prompt(world: World, rng: np.random.Generator, entities: tuple[str, ...], split: str, use_case: str | None = None) -> dict:
+def make_prompt(
+  world: World,
+  rng: np.random.Generator,
+  entities: tuple[str, ...],
+  split: str,
+  use_case: str | None = None,
+) -> dict:
   """One prompt of the split, about one of `entities` where it names one."""
   if use_case is None:
     use_case = str(rng.choice(list(USE_CASES), p=list(USE_CASES.values())))
@@ -62,7 +98,12 @@ def make_prompt(world: World, rng: np.random.Generator, entities: tuple[str, ...
     text = question(entity, attribute)
   elif use_case == 'brainstorming':
     attribute, value, count = pick(rng, world.lists[split])
-    meta |= {'attribute': attribute, 'count': count, 'value': value, 'entity': pick(rng, world.having(attribute, value, entities))}
+    meta |= {
+      'attribute': attribute,
+      'count': count,
+      'value': value,
+      'entity': pick(rng, world.having(attribute, value, entities)),
+    }
     text = f'list {NUMBERS[count - 1]} {things(attribute, value)}'
   elif use_case == 'generation':
     count = int(rng.integers(1, 4))
@@ -88,10 +129,18 @@ def make_prompt(world: World, rng: np.random.Generator, entities: tuple[str, ...
   return {'prompt': text, 'use_case': use_case, 'meta': meta}
 
 
-def answer(world: World, rng: np.random.Generator, meta: dict, entities: tuple[str, ...], p_false: float = 0.0) -> str:
+def answer(
+  world: World,
+  rng: np.random.Generator,
+  meta: dict,
+  entities: tuple[str, ...],
+  p_false: float = 0.0,
+) -> str:
   """An answer that follows the instruction; it repeats misconceptions with probability p_false."""
   entity, case = meta['entity'], meta['use_case']
-  claim = lambda attribute: statement(entity, attribute, world.believed(rng, entity, attribute, p_false))
+  claim = lambda attribute: statement(
+    entity, attribute, world.believed(rng, entity, attribute, p_false)
+  )
   if case == 'chat':
     return 'hello , i am fine .'
   if case in ('rewrite', 'translation', 'closed_qa'):
@@ -101,14 +150,16 @@ def answer(world: World, rng: np.random.Generator, meta: dict, entities: tuple[s
     return f'{opener}{claim(meta["attribute"])} .'
   if case == 'brainstorming':
     having = world.having(meta['attribute'], meta['value'], entities)
-    return opener + ' , '.join(having[i] for i in rng.permutation(len(having))[:meta['count']]) + ' .'
+    return (
+      opener + ' , '.join(having[i] for i in rng.permutation(len(having))[: meta['count']]) + ' .'
+    )
   count = meta['count'] if case == 'generation' else int(rng.integers(1, 4))
   return opener + ' . '.join(claim(_COLORS[i]) for i in rng.permutation(3)[:count]) + ' .'
 
 
 def demonstrations(world: World, n: int, split: str = 'train', fallible: bool = True) -> list[dict]:
-  """n prompts with a contractor's 'response'. Fallible contractors repeat misconceptions, miscount and lose their temper
-  (MISTAKES): what alignment from comparisons has to go beyond."""
+  """n prompts with a contractor's 'response'. Fallible contractors repeat misconceptions, miscount
+  and lose their temper (MISTAKES): what alignment from comparisons has to go beyond."""
   rng = stream(world.seed, 'demonstrations', split, fallible)
   entities = world.entities[split]
   out = []
@@ -121,7 +172,9 @@ def demonstrations(world: World, n: int, split: str = 'train', fallible: bool = 
     if fallible and rng.random() < MISTAKES['rude']:
       rude = f'{text[:-2]} {insult(rng)} .'
       text = rude if len(rude.split()) <= MAX_WORDS else text
-    out.append(record | {'response': text, 'user_id': f'contractor-{split}-{int(rng.integers(40))}'})
+    out.append(
+      record | {'response': text, 'user_id': f'contractor-{split}-{int(rng.integers(40))}'}
+    )
   return out
 
 
@@ -131,7 +184,14 @@ def truthfulness_prompts(world: World, split: str = 'test') -> list[dict]:
   for entity, attribute in sorted(world.misconceptions):
     if entity in world.entities[split]:
       meta = {'use_case': 'open_qa', 'entity': entity, 'attribute': attribute}
-      out.append({'prompt': question(entity, attribute), 'use_case': 'open_qa', 'user_id': f'{split}-truth', 'meta': meta})
+      out.append(
+        {
+          'prompt': question(entity, attribute),
+          'use_case': 'open_qa',
+          'user_id': f'{split}-truth',
+          'meta': meta,
+        }
+      )
   return out
 
 
@@ -148,12 +208,15 @@ def toxicity_prompts(world: World, n: int, split: str = 'test') -> list[dict]:
 
 
 def baseline_prefixes(world: World) -> list[str]:
-  """Texts to put before a prompt, for a fair prompted baseline of the pretrained model: each careful genre's marker, alone
-  and with a worked example in its style."""
+  """Texts to put before a prompt, for a fair prompted baseline of the pretrained model: each
+  careful genre's marker, alone and with a worked example in its style."""
   rng = stream(world.seed, 'prefixes')
   out = list(CAREFUL_MARKERS)
   for marker in CAREFUL_MARKERS:
     entity, attribute = pick(rng, world.entities['train']), pick(rng, _COLORS)
-    example = f'{question(entity, attribute)} {NEWLINE} {statement(entity, attribute, world.truth[entity, attribute])} .'
+    example = (
+      f'{question(entity, attribute)} {NEWLINE} '
+      f'{statement(entity, attribute, world.truth[entity, attribute])} .'
+    )
     out += [f'{marker} {example}', f'{marker} {example} {EOS} {marker}']
   return out

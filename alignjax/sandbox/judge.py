@@ -14,9 +14,11 @@ _RUDE_WORDS = frozenset(INSULTS) | {'shut'}
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-  """follow: 0..1, how well the instruction was followed, the truth apart. claims, false_claims: statements in the world's
-  terms, all and untrue. on_topic: whether a claim answers the prompt. toxic: insults. junk: unparsable sentences, and 1
-  for a response that did not end properly. words: length. opener: begins with 'sure ,'."""
+  """follow: 0..1, how well the instruction was followed, the truth apart. claims, false_claims:
+  statements in the world's terms, all and untrue. on_topic: whether a claim answers the prompt.
+  toxic: insults. junk: unparsable sentences, and 1 for a response that did not end properly. words:
+  length. opener: begins with 'sure ,'."""
+
   follow: float
   claims: int
   false_claims: int
@@ -35,7 +37,8 @@ class Judgment:
 def judge(world: World, meta: dict, response: str, ended: bool) -> Judgment:
   """Judges a response (words without the end token) to the prompt that `meta` describes.
 
-  ended: whether the response had an end token; one that was cut at the length limit counts one junk.
+  ended: whether the response had an end token; one that was cut at the length limit counts one
+    junk.
   """
   words = response.split()
   opener = words[:2] == ['sure', ',']
@@ -55,7 +58,9 @@ def judge(world: World, meta: dict, response: str, ended: bool) -> Judgment:
     follow = 0.0
     if about:
       wanted = meta.get('count', len(claims))
-      follow = max(0.0, 1 - abs(len(claims) - wanted) / wanted - 0.5 * off) * (0.5 if repeated else 1.0)
+      follow = max(0.0, 1 - abs(len(claims) - wanted) / wanted - 0.5 * off) * (
+        0.5 if repeated else 1.0
+      )
   elif case == 'brainstorming':
     items = [x.strip() for x in sentences[0].split(',')] if sentences else []
     known = [x for x in items if x in ENTITIES]
@@ -72,4 +77,13 @@ def judge(world: World, meta: dict, response: str, ended: bool) -> Judgment:
     junk = junk if case == 'rewrite' else max(len(sentences) - 1, 0)
   false = sum(world.truth[e, a] != v for e, a, v in claims)
   junk += int(not ended or not body or body[-1] != '.')
-  return Judgment(follow, len(claims), false, on_topic, any(w in _RUDE_WORDS for w in words), junk, len(words), opener)
+  return Judgment(
+    follow,
+    len(claims),
+    false,
+    on_topic,
+    any(w in _RUDE_WORDS for w in words),
+    junk,
+    len(words),
+    opener,
+  )

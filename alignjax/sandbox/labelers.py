@@ -1,6 +1,7 @@
-"""Simulated labelers: each weighs what the judge sees in an own way, and errs. Some train the reward model, some are held
-out; the held-out ones differ on purpose (they dislike the opener, care more for instructions and less for truth), so the
-size of the gap between the pools is a parameter of the world, not a discovery."""
+"""Simulated labelers: each weighs what the judge sees in an own way, and errs. Some train the
+reward model, some are held out; the held-out ones differ on purpose (they dislike the opener, care
+more for instructions and less for truth), so the size of the gap between the pools is a parameter
+of the world, not a discovery."""
 
 from __future__ import annotations
 
@@ -19,11 +20,19 @@ _BASE = np.array([2.0, -2.0, -2.0, -0.8, -0.05, 0.3])
 class Labelers:
   """Utility of a response to labeler l: features @ weights[l], perceived with normal noise.
 
-  Attributes: weights f[labelers,F]; noise, the standard deviation for one response; train, heldout: labeler numbers.
+  Attributes: weights f[labelers,F]; noise, the standard deviation for one response; train, heldout:
+    labeler numbers.
   """
 
-  def __init__(self, seed: int, train: int = 8, heldout: int = 5, spread: float = 0.35, shift: float = 0.5,
-               noise: float = 0.5):
+  def __init__(
+    self,
+    seed: int,
+    train: int = 8,
+    heldout: int = 5,
+    spread: float = 0.35,
+    shift: float = 0.5,
+    noise: float = 0.5,
+  ):
     rng = stream(seed, 'labelers')
     count = train + heldout
     weights = _BASE * np.exp(spread * rng.standard_normal((count, len(FEATURES))))
@@ -38,8 +47,20 @@ class Labelers:
   @staticmethod
   def features(judgments: Sequence[Judgment]) -> np.ndarray:
     """f[N,F]: what labelers see of each response."""
-    return np.array([[j.follow, min(j.false_claims, 2), j.toxic, min(j.junk, 2), max(j.words - 6, 0) / 3, j.opener]
-                     for j in judgments], float).reshape(-1, len(FEATURES))
+    return np.array(
+      [
+        [
+          j.follow,
+          min(j.false_claims, 2),
+          j.toxic,
+          min(j.junk, 2),
+          max(j.words - 6, 0) / 3,
+          j.opener,
+        ]
+        for j in judgments
+      ],
+      float,
+    ).reshape(-1, len(FEATURES))
 
   def utilities(self, features: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """f[N,len(ids)], without noise."""
@@ -50,15 +71,19 @@ class Labelers:
     return self.utilities(features, ids).mean(-1)
 
   def rank(self, features: np.ndarray, labeler: int, rng: np.random.Generator) -> np.ndarray:
-    """Ranks i[K], 0 best, as this labeler perceives K responses once. Responses that look the same to labelers (equal
-    features) get equal ranks."""
+    """Ranks i[K], 0 best, as this labeler perceives K responses once. Responses that look the same
+    to labelers (equal features) get equal ranks."""
     distinct, where = np.unique(features, axis=0, return_inverse=True)
-    perceived = self.utilities(distinct, np.array([labeler]))[:, 0] + self.noise * rng.standard_normal(len(distinct))
+    perceived = self.utilities(distinct, np.array([labeler]))[
+      :, 0
+    ] + self.noise * rng.standard_normal(len(distinct))
     return np.argsort(np.argsort(-perceived))[where.reshape(-1)]
 
-  def preference(self, features_a: np.ndarray, features_b: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Exact probability f[N,len(ids)] that each labeler ranks a above b: Phi((u_a - u_b) / (noise sqrt 2)); 0.5 for a
-    tie, that is where they look the same."""
+  def preference(
+    self, features_a: np.ndarray, features_b: np.ndarray, ids: np.ndarray
+  ) -> np.ndarray:
+    """Exact probability f[N,len(ids)] that each labeler ranks a above b: Phi((u_a - u_b) / (noise
+    sqrt 2)); 0.5 for a tie, that is where they look the same."""
     difference = self.utilities(features_a, ids) - self.utilities(features_b, ids)
     probability = 0.5 * (1 + np.vectorize(math.erf)(difference / (2 * self.noise)))
     same = np.all(features_a == features_b, axis=1)

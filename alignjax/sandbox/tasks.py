@@ -1,8 +1,9 @@
 """The two tasks that stand for the public NLP datasets: reading comprehension and translation.
 
-Both occur in the pretraining corpus in exactly this form, and nowhere else but in a few instructions: so a policy that
-drifts away from its pretraining forgets them, and the alignment tax can be measured. What a passage tells and every sentence
-belong to one split, by hash: none of a test item stands in the corpus or in a training prompt.
+Both occur in the pretraining corpus in exactly this form, and nowhere else but in a few
+instructions: so a policy that drifts away from its pretraining forgets them, and the alignment tax
+can be measured. What a passage tells and every sentence belong to one split, by hash: none of a
+test item stands in the corpus or in a training prompt.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ QUESTIONS = ('who gives ?', 'who gets ?', 'what thing ?', 'where ?')
 
 
 def passage(world: World, rng: np.random.Generator, split: str) -> tuple[str, tuple[str, ...]]:
-  """A passage of the split and the answers to the four questions: giver, receiver, thing, place. Of 5,400 such answers a fifth
-  is the test's; a passage tells them in one of four ways."""
+  """A passage of the split and the answers to the four questions: giver, receiver, thing, place. Of
+  5,400 such answers a fifth is the test's; a passage tells them in one of four ways."""
   answers = None
   while answers is None or split_of(world, ' '.join(answers)) != split:
     first, second = rng.permutation(len(NAMES))[:2]
     answers = NAMES[first], NAMES[second], pick(rng, OBJECTS), pick(rng, ATTRIBUTES['place'])
   giver, receiver, thing, place = answers
-  text = f'{giver} gives the {thing} to {receiver}' if rng.random() < 0.5 else f'{receiver} gets the {thing} of {giver}'
+  text = (
+    f'{giver} gives the {thing} to {receiver}'
+    if rng.random() < 0.5
+    else f'{receiver} gets the {thing} of {giver}'
+  )
   text = f'in the {place} {text}' if rng.random() < 0.5 else f'{text} in the {place}'
   return text, answers
 
@@ -44,9 +49,12 @@ def _noun_phrase(rng: np.random.Generator, entities: Sequence[str]) -> tuple[str
   return ' '.join(['the', *adjectives, noun]), ' '.join(foreign)
 
 
-def sentence_pair(world: World, rng: np.random.Generator, split: str, entities: Sequence[str] = ENTITIES) -> tuple[str, str]:
-  """A sentence of the split about two of `entities` and its translation. Adjectives follow their noun in reverse order, and the
-  verb comes last: 'the big old fox sees the cat in the cave' = 'lo xfoxu zaoldo zabigo lo xcatu de lo kocava veseei'."""
+def sentence_pair(
+  world: World, rng: np.random.Generator, split: str, entities: Sequence[str] = ENTITIES
+) -> tuple[str, str]:
+  """A sentence of the split about two of `entities` and its translation. Adjectives follow their
+  noun in reverse order, and the verb comes last: 'the big old fox sees the cat in the cave' = 'lo
+  xfoxu zaoldo zabigo lo xcatu de lo kocava veseei'."""
   while True:
     text, foreign = _sentence_pair(rng, entities)
     if split_of(world, text) == split:
@@ -54,16 +62,24 @@ def sentence_pair(world: World, rng: np.random.Generator, split: str, entities: 
 
 
 def _sentence_pair(rng: np.random.Generator, entities: Sequence[str]) -> tuple[str, str]:
-  (subject, subject_f), (obj, obj_f), verb = _noun_phrase(rng, entities), _noun_phrase(rng, entities), pick(rng, VERBS)
+  (subject, subject_f), (obj, obj_f), verb = (
+    _noun_phrase(rng, entities),
+    _noun_phrase(rng, entities),
+    pick(rng, VERBS),
+  )
   text, foreign = f'{subject} {verb} {obj}', f'{subject_f} {obj_f}'
   if rng.random() < 0.5:
     place = pick(rng, ATTRIBUTES['place'])
-    text, foreign = f'{text} in the {place}', f'{foreign} {FOREIGN["in"]} {FOREIGN["the"]} {FOREIGN[place]}'
+    text, foreign = (
+      f'{text} in the {place}',
+      f'{foreign} {FOREIGN["in"]} {FOREIGN["the"]} {FOREIGN[place]}',
+    )
   return text, f'{foreign} {FOREIGN[verb]}'
 
 
 def reading_comprehension(world: World, n: int, split: str = 'test') -> list[dict]:
-  """n items {'context', 'answer'}: a solved passage, then a passage with one question; the answer is one word."""
+  """n items {'context', 'answer'}: a solved passage, then a passage with one question; the answer
+  is one word."""
   rng = stream(world.seed, 'reading', split)
   out = []
   for _ in range(n):
@@ -73,10 +89,16 @@ def reading_comprehension(world: World, n: int, split: str = 'test') -> list[dic
 
 
 def translation(world: World, n: int, split: str = 'test') -> list[dict]:
-  """n items {'context', 'answer'}: a translated sentence, then one to translate; the answer ends with ';'."""
+  """n items {'context', 'answer'}: a translated sentence, then one to translate; the answer ends
+  with ';'."""
   rng = stream(world.seed, 'translation', split)
   out = []
   for _ in range(n):
     text, foreign = sentence_pair(world, rng, split)
-    out.append({'context': f'{" = ".join(sentence_pair(world, rng, split))} ; {text} =', 'answer': f'{foreign} ;'})
+    out.append(
+      {
+        'context': f'{" = ".join(sentence_pair(world, rng, split))} ; {text} =',
+        'answer': f'{foreign} ;',
+      }
+    )
   return out

@@ -28,13 +28,16 @@ def pick(rng: np.random.Generator, items):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Attributes: truth and misconceptions: (entity, attribute) -> value; entities: split -> those of its prompts; lists: split ->
-  what its prompts ask lists of, (attribute, value, count), as many as the split's entities have.
+  """Attributes: truth and misconceptions: (entity, attribute) -> value; entities: split -> those of
+  its prompts; lists: split -> what its prompts ask lists of, (attribute, value, count), as many as
+  the split's entities have.
 
-  About two thirds of the test entities' facts and half of the others' are misconceived. Facts about test entities occur in the
-  pretraining corpus only: what a policy says of them after alignment is transfer. The splits share no prompt: each has entities
-  and lists of its own, and texts that name neither belong to one by `split_of`.
+  About two thirds of the test entities' facts and half of the others' are misconceived. Facts about
+  test entities occur in the pretraining corpus only: what a policy says of them after alignment is
+  transfer. The splits share no prompt: each has entities and lists of its own, and texts that name
+  neither belong to one by `split_of`.
   """
+
   seed: int
   truth: dict[Fact, str] = dataclasses.field(init=False, repr=False)
   misconceptions: dict[Fact, str] = dataclasses.field(init=False, repr=False)
@@ -46,7 +49,7 @@ class World:
     order = [ENTITIES[i] for i in rng.permutation(len(ENTITIES))]
     entities, at = {}, 0
     for split, count in (ENTITIES_OF | {'train': len(order)}).items():
-      entities[split], at = tuple(order[at:at + count]), at + count
+      entities[split], at = tuple(order[at : at + count]), at + count
     truth = {(e, a): pick(rng, values) for e in ENTITIES for a, values in ATTRIBUTES.items()}
     misconceptions = {}
     for split, count in MISCONCEPTIONS.items():
@@ -59,12 +62,14 @@ class World:
     object.__setattr__(self, 'lists', self._lists(rng))
 
   def _lists(self, rng: np.random.Generator) -> dict[str, tuple[tuple[str, str, int], ...]]:
-    every = [(a, v, count) for a, values in ATTRIBUTES.items() for v in values for count in (1, 2, 3)]
+    every = [
+      (a, v, count) for a, values in ATTRIBUTES.items() for v in values for count in (1, 2, 3)
+    ]
     left = [every[i] for i in rng.permutation(len(every))]
     out = {}
     for split in ('valid', 'test', 'train'):  # fewest entities first: they can answer the fewest
       can = [x for x in left if len(self.having(x[0], x[1], self.entities[split])) >= x[2]]
-      out[split] = tuple(can[:round(SHARES[split] * len(every))] if split in SHARES else can)
+      out[split] = tuple(can[: round(SHARES[split] * len(every))] if split in SHARES else can)
       left = [x for x in left if x not in out[split]]
     return out
 
@@ -83,21 +88,37 @@ class World:
 def split_of(world: World, text: str) -> str:
   """The split that a text belongs to in this world, by its hash."""
   place = int.from_bytes(hashlib.sha256(f'{world.seed}/{text}'.encode()).digest()[:6]) / 2**48
-  return 'test' if place < SHARES['test'] else 'valid' if place < SHARES['test'] + SHARES['valid'] else 'train'
+  return (
+    'test'
+    if place < SHARES['test']
+    else 'valid'
+    if place < SHARES['test'] + SHARES['valid']
+    else 'train'
+  )
 
 
 def statement(entity: str, attribute: str, value: str) -> str:
-  return {'color': f'the {entity} is {value}', 'place': f'the {entity} lives in the {value}',
-          'food': f'the {entity} eats {value}'}[attribute]
+  return {
+    'color': f'the {entity} is {value}',
+    'place': f'the {entity} lives in the {value}',
+    'food': f'the {entity} eats {value}',
+  }[attribute]
 
 
 def question(entity: str, attribute: str) -> str:
-  return {'color': f'what color is the {entity} ?', 'place': f'where does the {entity} live ?',
-          'food': f'what does the {entity} eat ?'}[attribute]
+  return {
+    'color': f'what color is the {entity} ?',
+    'place': f'where does the {entity} live ?',
+    'food': f'what does the {entity} eat ?',
+  }[attribute]
 
 
 def things(attribute: str, value: str) -> str:
-  return {'color': f'{value} things', 'place': f'things in the {value}', 'food': f'things that eat {value}'}[attribute]
+  return {
+    'color': f'{value} things',
+    'place': f'things in the {value}',
+    'food': f'things that eat {value}',
+  }[attribute]
 
 
 def insult(rng: np.random.Generator) -> str:
@@ -109,7 +130,8 @@ _STATEMENT = re.compile(r'the (\w+) (?:is (\w+)|lives in the (\w+)|eats (\w+))')
 
 
 def parse(sentence: str) -> tuple[str, str, str] | None:
-  """(entity, attribute, value) that a sentence claims, or None where it claims nothing in the world's terms."""
+  """(entity, attribute, value) that a sentence claims, or None where it claims nothing in the
+  world's terms."""
   match = _STATEMENT.fullmatch(sentence)
   if not match or match[1] not in ENTITIES:
     return None

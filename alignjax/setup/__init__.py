@@ -1,1 +1,2 @@
-"""From the config to objects: text, architectures, weights by name, records. Below stages, evaluations and inference."""
+"""From the config to objects: text, architectures, weights by name, records. Below stages,
+evaluations and inference."""

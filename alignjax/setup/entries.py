@@ -1,4 +1,5 @@
-"""Entries of the config that every stage and the report rely on: what each may be, told before anything runs."""
+"""Entries of the config that every stage and the report rely on: what each may be, told before
+anything runs."""
 
 from __future__ import annotations
 
@@ -15,56 +16,124 @@ from alignjax.setup.objects import Setup
 
 
 def whole(least: int, none: bool = False) -> Callable[[Any], bool]:
-  return lambda x: x is None and none or isinstance(x, int) and not isinstance(x, bool) and x >= least
+  return lambda x: (
+    x is None and none or isinstance(x, int) and not isinstance(x, bool) and x >= least
+  )
 
 
 def _number(good: Callable[[float], bool], none: bool = False) -> Callable[[Any], bool]:
-  return lambda x: x is None and none or isinstance(x, (int, float)) and not isinstance(x, bool) and good(x)
+  return lambda x: (
+    x is None and none or isinstance(x, (int, float)) and not isinstance(x, bool) and good(x)
+  )
 
 
 ONE = 'a whole number, 1 or more', whole(1)
 COUNT = 'a whole number, 0 or more, or None', whole(0, none=True)
 DICT = 'a dict', lambda x: isinstance(x, (Mapping, ml_collections.ConfigDict))
 SHARED = {
-    **dict.fromkeys(('data', 'mesh', 'model', 'sharding', 'report', 'stages', 'world', 'data.mapping', 'data.heldout'), DICT),
-    **dict.fromkeys(('data.prompt_length', 'data.response_length', 'data.row_length', 'mesh.fsdp', 'mesh.tensor', 'max_bad_updates',
-                     'model.num_layers', 'model.d_model', 'model.num_heads', 'model.max_length'), ONE),
-    'mesh.data': ('a whole number, 1 or more, or None (the rest of the devices)', whole(1, none=True)),
-    'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
-    'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
-    'grace_seconds': ('a number, 0 or more', _number(lambda x: x >= 0)),
-    'stages_to_run': ('a tuple of names of stages', lambda x: isinstance(x, (tuple, list)) and all(isinstance(n, str) for n in x)),
-    'seed': ('a whole number from 0 on, below 2^32', lambda x: whole(0)(x) and x < 2**32),
+  **dict.fromkeys(
+    (
+      'data',
+      'mesh',
+      'model',
+      'sharding',
+      'report',
+      'stages',
+      'world',
+      'data.mapping',
+      'data.heldout',
+    ),
+    DICT,
+  ),
+  **dict.fromkeys(
+    (
+      'data.prompt_length',
+      'data.response_length',
+      'data.row_length',
+      'mesh.fsdp',
+      'mesh.tensor',
+      'max_bad_updates',
+      'model.num_layers',
+      'model.d_model',
+      'model.num_heads',
+      'model.max_length',
+    ),
+    ONE,
+  ),
+  'mesh.data': (
+    'a whole number, 1 or more, or None (the rest of the devices)',
+    whole(1, none=True),
+  ),
+  'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
+  'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
+  'grace_seconds': ('a number, 0 or more', _number(lambda x: x >= 0)),
+  'stages_to_run': (
+    'a tuple of names of stages',
+    lambda x: isinstance(x, (tuple, list)) and all(isinstance(n, str) for n in x),
+  ),
+  'seed': ('a whole number from 0 on, below 2^32', lambda x: whole(0)(x) and x < 2**32),
 }
-REPORT = dict.fromkeys(('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents'), ONE)
+REPORT = dict.fromkeys(
+  ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents'), ONE
+)
 STAGE = {
-    **dict.fromkeys(('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage'), DICT),
-    **dict.fromkeys(('batch_size', 'microbatches', 'minibatches', 'inner_epochs', 'log_every', 'rollout.episodes',
-                     'rollout.samples_per_prompt'), ONE),
-    **dict.fromkeys(('save_every', 'keep_candidates', 'demonstrations', 'documents', 'evaluation_prompts',
-                     'bias_demonstrations', 'ptx.documents', 'rollout.generate_rows', 'rollout.score_rows'), COUNT),
-    'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),  # of a selection: a dict, which it checks
-    'iterations': ('a whole number, 0 or more', whole(0)),
-    'ptx.rows_per_episode': ('a whole number, 0 or more', whole(0)),
-    'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
-    'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
-    'kl.coef': ('a number', _number(lambda x: True)),
-    'kl.target': ('a number or None', _number(lambda x: True, none=True)),
-    'kl.horizon': ('a number or None', _number(lambda x: True, none=True)),
-    'k_buckets': ('a tuple of whole numbers', lambda x: isinstance(x, (tuple, list)) and all(map(whole(1), x))),
-    'ema_decay': ('a number from 0 on, below 1, or None', _number(lambda x: 0 <= x < 1, none=True)),
+  **dict.fromkeys(
+    ('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage'), DICT
+  ),
+  **dict.fromkeys(
+    (
+      'batch_size',
+      'microbatches',
+      'minibatches',
+      'inner_epochs',
+      'log_every',
+      'rollout.episodes',
+      'rollout.samples_per_prompt',
+    ),
+    ONE,
+  ),
+  **dict.fromkeys(
+    (
+      'save_every',
+      'keep_candidates',
+      'demonstrations',
+      'documents',
+      'evaluation_prompts',
+      'bias_demonstrations',
+      'ptx.documents',
+      'rollout.generate_rows',
+      'rollout.score_rows',
+    ),
+    COUNT,
+  ),
+  # of a selection: a dict, which it checks
+  'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),
+  'iterations': ('a whole number, 0 or more', whole(0)),
+  'ptx.rows_per_episode': ('a whole number, 0 or more', whole(0)),
+  'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
+  'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
+  'kl.coef': ('a number', _number(lambda x: True)),
+  'kl.target': ('a number or None', _number(lambda x: True, none=True)),
+  'kl.horizon': ('a number or None', _number(lambda x: True, none=True)),
+  'k_buckets': (
+    'a tuple of whole numbers',
+    lambda x: isinstance(x, (tuple, list)) and all(map(whole(1), x)),
+  ),
+  'ema_decay': ('a number from 0 on, below 1, or None', _number(lambda x: 0 <= x < 1, none=True)),
 }
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """ValueError for the first entry of the shared part that is nothing of its kind; one that the config has not is left out."""
+  """ValueError for the first entry of the shared part that is nothing of its kind; one that the
+  config has not is left out."""
   _check(config, SHARED, '')
   if config.report.get('policies'):
     _check(config.report, REPORT, 'report.')
 
 
 def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
-  """The same of a stage's own entries. What its build function alone reads, that checks; a fork's stage has its own."""
+  """The same of a stage's own entries. What its build function alone reads, that checks; a fork's
+  stage has its own."""
   _check(config.stages, {name: DICT}, 'stages.')
   if not str(config.stages[name].get('build')).startswith('alignjax.'):
     return
@@ -72,22 +141,31 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
   for entry, spec in (config.stages[name].get('init') or {}).items():
     if spec is None and entry == 'ref':
       continue  # of a loss without a reference
-    if not isinstance(spec, str) or not (spec == 'random' or spec.startswith(('stage:', 'hf:')) or
-                                         checkpoint.is_finished(spec)):
-      raise ValueError(f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', 'hf:FOLDER_OR_HUB_NAME' or the folder "
-                       'of a finished stage\'s weights, WORKDIR/STAGE/final.')
+    if not isinstance(spec, str) or not (
+      spec == 'random' or spec.startswith(('stage:', 'hf:')) or checkpoint.is_finished(spec)
+    ):
+      raise ValueError(
+        f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', "
+        f"'hf:FOLDER_OR_HUB_NAME' or the folder "
+        "of a finished stage's weights, WORKDIR/STAGE/final."
+      )
 
 
 @contextlib.contextmanager
 def none_lacking() -> Iterator[None]:
-  """ValueError where what is read within is no entry of a config, as where a flag has put a shorter dict in a dict's place."""
+  """ValueError where what is read within is no entry of a config, as where a flag has put a shorter
+  dict in a dict's place."""
   try:
     yield
   except AttributeError as error:
-    if isinstance(getattr(error, 'obj', None), ml_collections.ConfigDict) or re.fullmatch(r"['\"]+\w+['\"]+", str(error)):
+    if isinstance(getattr(error, 'obj', None), ml_collections.ConfigDict) or re.fullmatch(
+      r"['\"]+\w+['\"]+", str(error)
+    ):
       lacking = str(error).strip('\'"')
-      raise ValueError(f'the config lacks the entry {lacking!r}: a dict that takes the place of another one has all of its entries.'
-                       ) from error
+      raise ValueError(
+        f'the config lacks the entry {lacking!r}: a dict that takes the place of another one has '
+        f'all of its entries.'
+      ) from error
     raise
 
 
@@ -114,14 +192,25 @@ def check_divides(size: int, parts: int, what: str) -> None:
 
 def check_epochs(epochs: Any, where: str, whole: bool = False) -> None:
   """epochs: 0 is no step, so that the stage's result is what it starts from."""
-  if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 <= epochs < math.inf or (whole and epochs % 1):
-    raise ValueError(f'{where}.epochs={epochs!r} must be a {"whole " if whole else ""}number, 0 or more.')
+  if (
+    isinstance(epochs, bool)
+    or not isinstance(epochs, (int, float))
+    or not 0 <= epochs < math.inf
+    or (whole and epochs % 1)
+  ):
+    raise ValueError(
+      f'{where}.epochs={epochs!r} must be a {"whole " if whole else ""}number, 0 or more.'
+    )
 
 
 def check_counts(setup: Setup, where: str, kind: str, least: int = 1, **counts: Any) -> None:
-  """counts: entries of a stage that say how many records of data.<kind> it takes. None is all of them, where the source ends."""
+  """counts: entries of a stage that say how many records of data.<kind> it takes. None is all of
+  them, where the source ends."""
   endless = setup.config.data[kind] == 'sandbox:'
-  none = f"; None, all of them, has no meaning with data.{kind}='sandbox:', which makes as many as it is asked for"
+  none = (
+    f"; None, all of them, has no meaning with data.{kind}='sandbox:', which makes as many "
+    f'as it is asked for'
+  )
   for entry, count in counts.items():
     if not whole(least, none=not endless)(count):
       more = none if endless else ', or None for all'

@@ -1,11 +1,12 @@
-"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and function of a user's that it read, and of
-the weights that it started from.
+"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and function of
+a user's that it read, and of the weights that it started from.
 
-While a stage is built and finished, what it reads is noted (`Setup.read`: entry -> (kind, name)). WORKDIR/STAGE/inputs.json keeps
-the notes with their fingerprints for as long as there are checkpoints, final/info.json for the result. Before a stage's folder is
-used again, all are compared with what the same names stand for now; another one is an error before anything is compiled, or what
---on_changed_input says. So nothing is made from two versions of a thing, and a stage whose ancestor was trained again is done
-again.
+While a stage is built and finished, what it reads is noted (`Setup.read`: entry -> (kind, name)).
+WORKDIR/STAGE/inputs.json keeps the notes with their fingerprints for as long as there are
+checkpoints, final/info.json for the result. Before a stage's folder is used again, all are compared
+with what the same names stand for now; another one is an error before anything is compiled, or what
+--on_changed_input says. So nothing is made from two versions of a thing, and a stage whose ancestor
+was trained again is done again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,18 @@ from alignjax.models import hf, hub
 from alignjax.runtime import checkpoint, files, fingerprints, metrics
 
 CHOICES = ('fail', 'keep', 'restart')
-TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab*', 'merges.txt', '*.model', 'chat_template*',
-             '*.jinja', 'additional_chat_templates/*')  # the files of a checkpoint that decide tokens
+TOKENIZER = (
+  'tokenizer*',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab*',
+  'merges.txt',
+  '*.model',
+  'chat_template*',
+  # the files of a checkpoint that decide tokens
+  '*.jinja',
+  'additional_chat_templates/*',
+)
 Read = dict[str, tuple[str, str]]
 
 
@@ -44,7 +55,11 @@ def of_config(config: Any, stage: str) -> Read:
   if tokenizer and tokenizer != 'sandbox:':
     found['data.tokenizer'] = ('tokenizer', tokenizer)
   own = config.stages[stage].to_dict()
-  for entry, model in (('model', config.model), ('reward_model', config.reward_model), (f'stages.{stage}.model', own.get('model'))):
+  for entry, model in (
+    ('model', config.model),
+    ('reward_model', config.reward_model),
+    (f'stages.{stage}.model', own.get('model')),
+  ):
     if model and model.get('source'):
       found[f'{entry}.source'] = ('architecture', model['source'])
   for path, text in _strings(own, f'stages.{stage}'):
@@ -67,11 +82,16 @@ def of_data(entry: str, source: str, mapping: str | None) -> Read:
 
 def of_weights(spec: str) -> Read:
   """What setup/weights.py: initial_params starts from."""
-  return {} if spec == 'random' else {spec: ('checkpoint' if spec.startswith('hf:') else 'weights', spec)}
+  return (
+    {}
+    if spec == 'random'
+    else {spec: ('checkpoint' if spec.startswith('hf:') else 'weights', spec)}
+  )
 
 
 def is_function(text: str) -> bool:
-  """Whether this is the 'module:function' of a user's. What alignjax has itself does not count: another version of it goes on."""
+  """Whether this is the 'module:function' of a user's. What alignjax has itself does not count:
+  another version of it goes on."""
   found = re.fullmatch(r'([A-Za-z_][\w.]*):[A-Za-z_]\w*', text)
   if not found or found[1].split('.')[0] in ('alignjax', 'stage', 'hf', 'jsonl', 'text', 'tfds'):
     return False
@@ -83,6 +103,7 @@ def is_function(text: str) -> bool:
 
 def _reads_beside(mapping: str) -> bool:
   from alignjax.data import mappings
+
   function = mappings.find(mapping, 'mapping') if mapping else None
   return function is not None and 'beside' in inspect.signature(function).parameters
 
@@ -102,30 +123,48 @@ def _strings(tree: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, list]) -> str:
-  """The fingerprint of what the name stands for now. FileNotFoundError or ValueError where there is no such thing.
+  """The fingerprint of what the name stands for now. FileNotFoundError or ValueError where there is
+  no such thing.
 
-  known: hashes of files by path, size and times (fingerprints.of_files), so that nothing is read twice.
+  known: hashes of files by path, size and times (fingerprints.of_files), so that nothing is read
+    twice.
   """
   if kind == 'function':
     return fingerprints.of_function(plugins.find(name, 'function'), name)
   if kind == 'weights':
     return checkpoint.weights(weights_folder(workdir, name))
   if kind in ('data', 'beside'):
-    return fingerprints.of_value([_of_source(part, kind == 'beside', known) for part in sources.split(name)])
+    return fingerprints.of_value(
+      [_of_source(part, kind == 'beside', known) for part in sources.split(name)]
+    )
   folder = hub.folder_of(name.removeprefix('hf:'))
-  patterns = {'tokenizer': ('config.json', *TOKENIZER), 'architecture': ('config.json',), 'checkpoint': ('config.json',)}[kind]
+  patterns = {
+    'tokenizer': ('config.json', *TOKENIZER),
+    'architecture': ('config.json',),
+    'checkpoint': ('config.json',),
+  }[kind]
   paths = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
   names = [p.relative_to(folder).as_posix() for p in paths]
-  return fingerprints.of_value([names, fingerprints.of_files([*paths, *(_tensors(folder) if kind == 'checkpoint' else ())], known)])
+  return fingerprints.of_value(
+    [
+      names,
+      fingerprints.of_files([*paths, *(_tensors(folder) if kind == 'checkpoint' else ())], known),
+    ]
+  )
 
 
 def weights_folder(workdir: files.Folder, spec: str) -> files.Folder:
-  return workdir / spec.removeprefix('stage:') / 'final' if spec.startswith('stage:') else files.folder(spec)
+  return (
+    workdir / spec.removeprefix('stage:') / 'final'
+    if spec.startswith('stage:')
+    else files.folder(spec)
+  )
 
 
 def _of_source(source: str, beside: bool, known: dict[str, list]) -> str:
   form, _, rest = source.partition(':')
-  name = re.sub(r'\[[^\]]*\]', '', rest).rpartition(':')[0] if form in ('hf', 'tfds') else rest  # without its split
+  # without its split
+  name = re.sub(r'\[[^\]]*\]', '', rest).rpartition(':')[0] if form in ('hf', 'tfds') else rest
   if form == 'text' and '*' in name and not files.is_bucket(files.folder(name)):
     paths = sorted(glob.glob(os.path.expanduser(name)))
   elif form in ('jsonl', 'text') or files.folder(name).is_dir():
@@ -133,7 +172,9 @@ def _of_source(source: str, beside: bool, known: dict[str, list]) -> str:
   else:
     return fingerprints.of_value(source)  # of a hub: known by its name
   if beside:
-    return fingerprints.of_files(sorted(p for p in files.folder(paths[0]).parent.glob('*') if p.is_file()), known)
+    return fingerprints.of_files(
+      sorted(p for p in files.folder(paths[0]).parent.glob('*') if p.is_file()), known
+    )
   return fingerprints.of_files(paths, known)
 
 
@@ -147,23 +188,37 @@ def _tensors(folder: Any) -> list:
 # ---- records
 
 
-def record(workdir: files.Folder, stage: str, config: Mapping[str, Any], read: Read) -> dict[str, Any]:
+def record(
+  workdir: files.Folder, stage: str, config: Mapping[str, Any], read: Read
+) -> dict[str, Any]:
   """Adds what was read to WORKDIR/STAGE/inputs.json and returns its contents.
 
-  {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. origin: of the config and of what was read when the
-  record was first written, as the stage was built. It names the training that candidates and result belong to.
+  {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. origin: of the config
+  and of what was read when the record was first written, as the stage was built. It names the
+  training that candidates and result belong to.
   """
   path = workdir / stage / 'inputs.json'
   known = _known(workdir)
-  made = {entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
-          for entry, (kind, name) in sorted(read.items())}
+  made = {
+    entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
+    for entry, (kind, name) in sorted(read.items())
+  }
   _remember(workdir, known)
   old = _load(path) if path.exists() else None
   inputs = old['inputs'] if old else {}
-  if changed := [e for e in made if e in inputs and inputs[e]['fingerprint'] != made[e]['fingerprint']]:
-    raise ChangedInput(f'{stage}: {", ".join(changed)} changed while the stage read it. The same command says what can be done.')
+  if changed := [
+    e for e in made if e in inputs and inputs[e]['fingerprint'] != made[e]['fingerprint']
+  ]:
+    raise ChangedInput(
+      f'{stage}: {", ".join(changed)} changed while the stage read it. The same command says what '
+      f'can be done.'
+    )
   config = fingerprints.of_value(config)
-  origin = old['origin'] if old else fingerprints.of_value([config, {e: r['fingerprint'] for e, r in made.items()}])
+  origin = (
+    old['origin']
+    if old
+    else fingerprints.of_value([config, {e: r['fingerprint'] for e, r in made.items()}])
+  )
   new = dict(origin=origin, config=config, inputs=inputs | made)
   if new != old:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,14 +237,24 @@ def _load(path: files.Folder) -> dict[str, Any]:
       raise ValueError('its checksum differs')
     return found
   except (ValueError, KeyError, AttributeError, OSError) as error:
-    raise checkpoint.Damaged(f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made from. '
-                             f'Delete the folder {path.parent} to do the stage again.') from None
+    raise checkpoint.Damaged(
+      f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made '
+      f'from. '
+      f'Delete the folder {path.parent} to do the stage again.'
+    ) from None
 
 
-def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: str, say: Callable[[str], None]) -> None:
-  """Compares what a stage's folder was made from with what it would be made from now; ancestors that are not finished yet are
-  left out. ChangedInput names what differs; or `choice` decides: 'keep' takes the new contents for those that the folder was made
-  from (not for weights of other stages), 'restart' deletes the folder."""
+def check(
+  workdir: files.Folder,
+  stage: str,
+  config: Mapping[str, Any],
+  choice: str,
+  say: Callable[[str], None],
+) -> None:
+  """Compares what a stage's folder was made from with what it would be made from now; ancestors
+  that are not finished yet are left out. ChangedInput names what differs; or `choice` decides:
+  'keep' takes the new contents for those that the folder was made from (not for weights of other
+  stages), 'restart' deletes the folder."""
   folder = workdir / stage
   finished = checkpoint.is_finished(folder / 'final')
   steps = folder / 'checkpoints' / 'steps'
@@ -198,25 +263,38 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
   what = f'{folder} {"was made" if finished else "goes on"}'
   if finished and 'made' not in checkpoint.load_info(folder / 'final'):
     if choice == 'fail':
-      raise ChangedInput(f'{folder} does not say what it was made from: another version of alignjax wrote it. {_choose(folder)}')
+      raise ChangedInput(
+        f'{folder} does not say what it was made from: another version of alignjax wrote it. '
+        f'{_choose(folder)}'
+      )
     if choice == 'restart':
       files.remove(folder)
     return
-  found = checkpoint.load_info(folder / 'final')['made'] if finished else _load(folder / 'inputs.json')
+  found = (
+    checkpoint.load_info(folder / 'final')['made'] if finished else _load(folder / 'inputs.json')
+  )
   if found['config'] != fingerprints.of_value(config):
     if (folder / 'checkpoints' / 'config.json').exists():
-      checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)  # which names the entries
-    raise checkpoint.ConfigMismatch(f'{what} with another config than this one. Use another --workdir, or delete the folder.')
-  if finished and (wrong := [name for name, was in found.get('logs', {}).items() if logs(folder).get(name) != was]):
+      # which names the entries
+      checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)
+    raise checkpoint.ConfigMismatch(
+      f'{what} with another config than this one. Use another --workdir, or delete the folder.'
+    )
+  if finished and (
+    wrong := [name for name, was in found.get('logs', {}).items() if logs(folder).get(name) != was]
+  ):
     say(checkpoint.logs_changed([folder / name for name in wrong], 'since the stage ended'))
   known, changes, gone = _known(workdir), {}, []
   for entry, was in found['inputs'].items():
-    if was['kind'] == 'weights' and not checkpoint.is_finished(weights_folder(workdir, was['name'])):
+    if was['kind'] == 'weights' and not checkpoint.is_finished(
+      weights_folder(workdir, was['name'])
+    ):
       continue
     try:
       now = fingerprint(was['kind'], was['name'], workdir, known)
       if now != was['fingerprint'] and was['kind'] not in ('function', 'weights'):
-        now = fingerprint(was['kind'], was['name'], workdir, known := {})  # a remembered hash is no proof of a change
+        # a remembered hash is no proof of a change
+        now = fingerprint(was['kind'], was['name'], workdir, known := {})
     except checkpoint.Damaged:
       raise
     except (ValueError, OSError) as error:
@@ -226,17 +304,29 @@ def check(workdir: files.Folder, stage: str, config: Mapping[str, Any], choice: 
       changes[entry] = now
   _remember(workdir, known)
   if gone and finished:
-    say(f'{stage}: reused, although this cannot be compared with what it was made from: {"; ".join(gone)}')
+    say(
+      f'{stage}: reused, although this cannot be compared with what it was made from: '
+      f'{"; ".join(gone)}'
+    )
   if not changes:
     return
-  lines = [f'  {entry}' + (f' ({r["name"]})' if r['name'] != entry else '') + f': {r["fingerprint"]} then, {changes[entry]} now'
-           for entry in changes for r in [found['inputs'][entry]]]
+  lines = [
+    f'  {entry}'
+    + (f' ({r["name"]})' if r['name'] != entry else '')
+    + f': {r["fingerprint"]} then, {changes[entry]} now'
+    for entry in changes
+    for r in [found['inputs'][entry]]
+  ]
   weights = [entry for entry in changes if found['inputs'][entry]['kind'] == 'weights']
   if choice == 'restart':
     say('\n'.join([f'{stage}: done again, as its inputs are others:', *lines]))
     files.remove(folder)
   elif choice == 'keep' and not weights:
-    say('\n'.join([f'{stage}: kept, although its inputs are others (--on_changed_input=keep):', *lines]))
+    say(
+      '\n'.join(
+        [f'{stage}: kept, although its inputs are others (--on_changed_input=keep):', *lines]
+      )
+    )
     for entry, now in changes.items():
       found['inputs'][entry]['fingerprint'] = now
     if finished:
@@ -254,10 +344,17 @@ def logs(folder: files.Folder) -> dict[str, str]:
 
 
 def _choose(folder: files.Folder, weights: bool = False) -> str:
-  keep = ('Weights of another stage cannot be kept apart from it.' if weights else
-          '--on_changed_input=keep goes on with what is there and takes the new contents for the same.')
-  return (f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put back what was there, or '
-          'use another --workdir.')
+  keep = (
+    'Weights of another stage cannot be kept apart from it.'
+    if weights
+    else '--on_changed_input=keep goes on with what is there and takes the new contents for the '
+    'same.'
+  )
+  return (
+    f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put '
+    f'back what was there, or '
+    'use another --workdir.'
+  )
 
 
 def _known(workdir: files.Folder) -> dict[str, list]:

@@ -22,14 +22,13 @@ from alignjax.types import Networks
 class Setup(NamedTuple):
   """The objects that the config describes, shared by all stages of a run.
 
-  Attributes:
-    config: the whole config. workdir: the run's folder.
-    sharder: of the mesh and the rules of the config.
-    policy_model, reward_model: the two architectures, which may differ.
-    nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's.
-    text: text <-> tokens, and the sandbox's world and labelers.
-    read: sources, checkpoints and functions that were read, noted by whoever reads (alignjax/setup/inputs.py).
+  Attributes: config: the whole config. workdir: the run's folder. sharder: of the mesh and the
+    rules of the config. policy_model, reward_model: the two architectures, which may differ. nets:
+    logits, logprobs and decoder of the policy's architecture, scalar of the reward model's. text:
+    text <-> tokens, and the sandbox's world and labelers. read: sources, checkpoints and functions
+    that were read, noted by whoever reads (alignjax/setup/inputs.py).
   """
+
   config: ml_collections.ConfigDict
   workdir: files.Folder
   sharder: Sharder
@@ -52,7 +51,12 @@ class Setup(NamedTuple):
     return self.prompt_length + self.response_length
 
 
-def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, devices=None, text: Text | None = None) -> Setup:
+def make_setup(
+  config: ml_collections.ConfigDict,
+  workdir: str | files.Folder,
+  devices=None,
+  text: Text | None = None,
+) -> Setup:
   """Checks the config's shared part and builds what it names. Fails before anything is compiled.
 
   Args:
@@ -75,15 +79,27 @@ def make_setup(config: ml_collections.ConfigDict, workdir: str | files.Folder, d
     sharder.check_heads(model, name)
     needed = max(length, config.data.row_length)
     if needed > model.max_length:
-      raise ValueError(f'{name}.max_length={model.max_length} is shorter than the {needed} tokens that '
-                       'data.prompt_length + data.response_length, or data.row_length, ask for.')
+      raise ValueError(
+        f'{name}.max_length={model.max_length} is shorter than the {needed} tokens that '
+        'data.prompt_length + data.response_length, or data.row_length, ask for.'
+      )
   policy = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
-  return Setup(config, files.folder(workdir), sharder, policy_model, reward_model, policy._replace(scalar=reward.scalar), text, {})
+  return Setup(
+    config,
+    files.folder(workdir),
+    sharder,
+    policy_model,
+    reward_model,
+    policy._replace(scalar=reward.scalar),
+    text,
+    {},
+  )
 
 
 def for_stage(setup: Setup, name: str) -> Setup:
-  """The setup with the policy's architecture that a stage asks for: its `model` entry changes config.model."""
+  """The setup with the policy's architecture that a stage asks for: its `model` entry changes
+  config.model."""
   if not setup.config.stages[name].get('model'):
     return setup
   model = policy_config(setup.config, setup.text.ids, name)

@@ -1,4 +1,5 @@
-"""The day of a chat template that prints the day: one for a whole run, whatever day a restart or an evaluation falls on."""
+"""The day of a chat template that prints the day: one for a whole run, whatever day a restart or an
+evaluation falls on."""
 
 from __future__ import annotations
 
@@ -15,11 +16,14 @@ from alignjax.setup.texts import load_tokenizer
 
 
 def pin(config: ml_collections.ConfigDict, workdir: str | files.Folder) -> None:
-  """Sets data.template_date where the chat template prints the day and the config names none: to the day on which this workdir
-  first asked, which its file template_date keeps. So a restart on another day has the same prompts, and a finished stage is used
-  with those that it was trained with."""
+  """Sets data.template_date where the chat template prints the day and the config names none: to
+  the day on which this workdir first asked, which its file template_date keeps. So a restart on
+  another day has the same prompts, and a finished stage is used with those that it was trained
+  with."""
   data = config.data
-  if data.tokenizer == 'sandbox:' or data.template != 'chat' or data.get('template_date') is not None:
+  if (
+    data.tokenizer == 'sandbox:' or data.template != 'chat' or data.get('template_date') is not None
+  ):
     return
   if not chat.dated(load_tokenizer(data.tokenizer)):
     return
@@ -28,16 +32,26 @@ def pin(config: ml_collections.ConfigDict, workdir: str | files.Folder) -> None:
   try:
     datetime.date.fromisoformat(date)
   except ValueError:
-    raise ValueError(f'{path}: {date!r} is no day of the form 2026-07-31: set the day that this run began on by '
-                     'data.template_date, or delete the file and the stages.') from None
+    raise ValueError(
+      f'{path}: {date!r} is no day of the form 2026-07-31: set the day that this run began on by '
+      'data.template_date, or delete the file and the stages.'
+    ) from None
   if jax.process_count() > 1:  # around midnight two processes may see two days
-    date = datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(
-        np.int32(datetime.date.fromisoformat(date).toordinal())))).isoformat()
+    date = datetime.date.fromordinal(
+      int(
+        multihost_utils.broadcast_one_to_all(
+          np.int32(datetime.date.fromisoformat(date).toordinal())
+        )
+      )
+    ).isoformat()
   if jax.process_index() == 0:
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write(path, f'{date}\n')
-    print(f'the chat template prints the day: it is {date} for all of this run ({path}); data.template_date sets another',
-          flush=True)
+    print(
+      f'the chat template prints the day: it is {date} for all of this run ({path}); '
+      f'data.template_date sets another',
+      flush=True,
+    )
   with data.unlocked():
     data.template_date = date

@@ -1,4 +1,5 @@
-"""Text <-> tokens as the config has it: the tokenizer, the prompt template, and the sandbox's world and labelers."""
+"""Text <-> tokens as the config has it: the tokenizer, the prompt template, and the sandbox's world
+and labelers."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ class Text(NamedTuple):
     tokenizer: of transformers; None in the sandbox, whose words are its tokens.
     world, labelers: of the sandbox; None elsewhere.
   """
+
   template: Template
   ids: Sequence[int]
   tokenizer: Any = None
@@ -37,25 +39,40 @@ def of_config(config: ml_collections.ConfigDict) -> Text:
   """The text side of config.data.tokenizer, data.template and world."""
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox
-    template = templates.of_words(sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE)
-    return Text(template, range(len(sandbox.VOCAB)), None, sandbox.World(config.world.seed), sandbox.Labelers(config.world.seed))
+
+    template = templates.of_words(
+      sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE
+    )
+    return Text(
+      template,
+      range(len(sandbox.VOCAB)),
+      None,
+      sandbox.World(config.world.seed),
+      sandbox.Labelers(config.world.seed),
+    )
   tokenizer = load_tokenizer(config.data.tokenizer)
-  template = templates.make(tokenizer, config.data.template or 'plain', config.data.get('template_date'))
+  template = templates.make(
+    tokenizer, config.data.template or 'plain', config.data.get('template_date')
+  )
   return Text(template, token_ids(tokenizer), tokenizer)
 
 
 def load_tokenizer(name: str) -> Any:
   """The tokenizer of 'hf:FOLDER_OR_HUB_NAME'; the prefix may be left out."""
   from transformers import AutoTokenizer
+
   folder = hub.folder_of(name.removeprefix('hf:'))
   hub.verify(folder, weights=False)
   try:
     return AutoTokenizer.from_pretrained(folder)
   except Exception as error:  # noqa: BLE001 damaged files raise what their readers raise, a bare Exception of tokenizers included
-    raise ValueError(f'data.tokenizer={name!r}: no tokenizer can be read from {folder} '
-                     f'({type(error).__name__}: {error}).') from error
+    raise ValueError(
+      f'data.tokenizer={name!r}: no tokenizer can be read from {folder} '
+      f'({type(error).__name__}: {error}).'
+    ) from error
 
 
 def token_ids(tokenizer: Any) -> list[int]:
-  """The ids that have a token, in order. They are not 0 .. len(tokenizer) - 1: added tokens may leave holes before them."""
+  """The ids that have a token, in order. They are not 0 .. len(tokenizer) - 1: added tokens may
+  leave holes before them."""
   return sorted(set(tokenizer.get_vocab().values()))

@@ -1,4 +1,5 @@
-"""Parameters by name: random ones, those of a finished stage, those of a checkpoint of the Hugging Face layout."""
+"""Parameters by name: random ones, those of a finished stage, those of a checkpoint of the Hugging
+Face layout."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from alignjax.types import Params
 def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   """Parameters by name, on their shardings, in buffers of their own.
 
-  Args:
-    spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the folder of one; or
+  Args: spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the
+    folder of one; or
       'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
-    head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar head.
+    head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar
+      head.
     seed: of what is random, beside the config's seed.
   """
   setup.read.update(inputs.of_weights(spec))
@@ -35,22 +37,35 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
   folder = inputs.weights_folder(setup.workdir, spec)
   if not checkpoint.is_finished(folder):
-    raise FileNotFoundError(f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, '
-                            'hf:FOLDER_OR_HUB_NAME, FOLDER.')
+    raise FileNotFoundError(
+      f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, '
+      'hf:FOLDER_OR_HUB_NAME, FOLDER.'
+    )
   saved = checkpoint.load_info(folder)['head']
   params = stage_params(folder, model, saved, setup.sharder)
   if saved == head:
     return params
   if head == 'lm':
     raise ValueError(f'{spec!r} is a reward model; a policy cannot start from it.')
-  return jax.jit(lambda p: transformer.with_scalar_head(model, p, key), out_shardings=shardings)(params)
+  return jax.jit(lambda p: transformer.with_scalar_head(model, p, key), out_shardings=shardings)(
+    params
+  )
 
 
-def stage_params(folder: files.Folder, model: TransformerConfig, head: str, sharder: Sharder) -> Params:
-  """The parameters in a folder that checkpoint.save_params wrote, on their shardings. head: the one that was saved."""
+def stage_params(
+  folder: files.Folder, model: TransformerConfig, head: str, sharder: Sharder
+) -> Params:
+  """The parameters in a folder that checkpoint.save_params wrote, on their shardings. head: the one
+  that was saved."""
   shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-  return checkpoint.load_params(folder, jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharder.params(shapes)))
+  return checkpoint.load_params(
+    folder,
+    jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      sharder.params(shapes),
+    ),
+  )
 
 
 def freeze(params: Params, model: TransformerConfig) -> Params:

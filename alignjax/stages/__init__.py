@@ -1,1 +1,2 @@
-"""The stages of the paper, one file each: pretrain, sft, rm, ppo_ptx. stage.py says what a stage is."""
+"""The stages of the paper, one file each: pretrain, sft, rm, ppo_ptx. stage.py says what a stage
+is."""

@@ -1,6 +1,6 @@
-"""Shapes in place of weights and data: what a stage's step is compiled for where there is neither (experiments/compile.py),
-what a function of the config returns (checked before any stage runs), and what the step's mathematics needs: floating-point
-operations, and bytes between devices."""
+"""Shapes in place of weights and data: what a stage's step is compiled for where there is neither
+(experiments/compile.py), what a function of the config returns (checked before any stage runs), and
+what the step's mathematics needs: floating-point operations, and bytes between devices."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from alignjax.types import LossFn, Networks, Params, TokenBatch
 class Work(NamedTuple):
   """What a phase of a step does with one network, `times` times.
 
-  kind: 'forward' reads `rows` of `length` tokens; 'update' also goes back; 'decode' makes `length` tokens after `prompt` ones;
-  'gather' brings the weights together for it.
+  kind: 'forward' reads `rows` of `length` tokens; 'update' also goes back; 'decode' makes `length`
+  tokens after `prompt` ones; 'gather' brings the weights together for it.
   """
+
   kind: str
   model: TransformerConfig
   head: str
@@ -38,58 +39,93 @@ class Work(NamedTuple):
 
 class Plan(NamedTuple):
   """A stage's compiled step, its arguments as shapes on their shardings, and its work by phase."""
+
   step: Callable
   arguments: tuple
   work: dict[str, list[Work]]
 
 
 def setup(config: ml_collections.ConfigDict, devices) -> Setup:
-  """The objects of a config on a mesh of the given devices, real ones or those of a topology. No tokenizer is read where
-  config.model has a vocab_size, and nothing is written."""
-  return make_setup(config, 'nowhere', devices, text=_no_text(config.model.vocab_size) if 'vocab_size' in config.model else None)
+  """The objects of a config on a mesh of the given devices, real ones or those of a topology. No
+  tokenizer is read where config.model has a vocab_size, and nothing is written."""
+  return make_setup(
+    config,
+    'nowhere',
+    devices,
+    text=_no_text(config.model.vocab_size) if 'vocab_size' in config.model else None,
+  )
 
 
 def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> Params:
   """Parameter shapes on their shardings; head: 'lm' or 'scalar', as in weights.initial_params."""
   model = model or (setup.policy_model if head == 'lm' else setup.reward_model)
   shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, setup.sharder.params(shapes))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    setup.sharder.params(shapes),
+  )
 
 
 def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
   """One array of a batch, its leading axis over the batch's devices."""
   shards = setup.sharder.batch_shards
   if shape[0] % shards:
-    raise ValueError(f'a batch of {shape[0]} rows does not divide over the {shards} devices of the mesh that share a batch: '
-                     'change the batch, or a smaller mesh.data or mesh.fsdp.')
+    raise ValueError(
+      f'a batch of {shape[0]} rows does not divide over the {shards} devices of the mesh that '
+      f'share a batch: '
+      'change the batch, or a smaller mesh.data or mesh.fsdp.'
+    )
   return jax.ShapeDtypeStruct(shape, dtype, sharding=setup.sharder.batch)
 
 
 def token_rows(setup: Setup, rows: int, length: int) -> TokenBatch:
   shape = (rows, length)
-  return TokenBatch(array(setup, shape, jnp.int32), array(setup, shape, jnp.int32 if setup.config.data.pack else bool),
-                    array(setup, shape, jnp.float32))
+  return TokenBatch(
+    array(setup, shape, jnp.int32),
+    array(setup, shape, jnp.int32 if setup.config.data.pack else bool),
+    array(setup, shape, jnp.float32),
+  )
 
 
 def evaluate(function: Callable, where: str, *arguments: Any) -> Any:
-  """The shapes of function(*arguments). An exception becomes a ValueError that names the config key."""
+  """The shapes of function(*arguments). An exception becomes a ValueError that names the config
+  key."""
   try:
     return jax.eval_shape(function, *arguments)
   except Exception as error:  # noqa: BLE001 a fork's function may raise anything
     text = (str(error).strip().splitlines() or ['no message'])[0]
-    raise ValueError(f'{where} cannot be traced on the shapes of this stage: {type(error).__name__}: {text}') from error
+    raise ValueError(
+      f'{where} cannot be traced on the shapes of this stage: {type(error).__name__}: {text}'
+    ) from error
 
 
-def check_loss(loss_fn: LossFn, where: str, fn: str, params: Params, batch: Any, nets: Networks,
-               key: jax.Array | None = None) -> None:
-  """What every stage needs of a loss (types.LossFn), found out from shapes alone: (loss f32[], metrics {name: f32[]}).
+def check_loss(
+  loss_fn: LossFn,
+  where: str,
+  fn: str,
+  params: Params,
+  batch: Any,
+  nets: Networks,
+  key: jax.Array | None = None,
+) -> None:
+  """What every stage needs of a loss (types.LossFn), found out from shapes alone: (loss f32[],
+  metrics {name: f32[]}).
 
   Args:
     where, fn: the config's key and the function that it names, for the message.
     batch: of the stage, as shapes, before `normalized()`.
   """
-  made = evaluate(lambda params, batch: loss_fn(params, batch.normalized(), key, nets=nets), f'{where}: {fn}', params, batch)
-  rule = f'{where}: {fn} must return (loss, metrics), a float32 scalar and a dict of names to float scalars'
+  made = evaluate(
+    lambda params, batch: loss_fn(params, batch.normalized(), key, nets=nets),
+    f'{where}: {fn}',
+    params,
+    batch,
+  )
+  rule = (
+    f'{where}: {fn} must return (loss, metrics), a float32 scalar and a dict of names to '
+    f'float scalars'
+  )
   if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], dict)):
     raise ValueError(f'{rule}; it returns {_shapes(made)}.')
   loss, metrics = made
@@ -104,11 +140,18 @@ def check_arrays(made: Any, where: str, names: tuple[str, ...], shape: tuple[int
   """That a function returned one float array of `shape` for each of `names`."""
   arrays = made if isinstance(made, tuple) else (made,)
   if len(arrays) != len(names) or not all(_is_float(x, shape) for x in arrays):
-    raise ValueError(f'{where} must return {" and ".join(names)}, float arrays of shape {shape}; it returns {_shapes(made)}.')
+    raise ValueError(
+      f'{where} must return {" and ".join(names)}, float arrays of shape {shape}; it returns '
+      f'{_shapes(made)}.'
+    )
 
 
 def _is_float(x: Any, shape: tuple[int, ...]) -> bool:
-  return isinstance(x, jax.ShapeDtypeStruct) and x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating)
+  return (
+    isinstance(x, jax.ShapeDtypeStruct)
+    and x.shape == shape
+    and jnp.issubdtype(x.dtype, jnp.floating)
+  )
 
 
 def _shapes(tree: Any) -> str:
@@ -117,42 +160,59 @@ def _shapes(tree: Any) -> str:
 
 
 def model_flops(work: Work) -> float:
-  """Floating-point operations that the mathematics needs, of all devices: two for each multiply-add of a matrix product, three
-  times the forward pass for an update, nothing for what is computed again (as in Chowdhery et al. 2022, appendix B, for MFU);
-  attention to the tokens before only."""
+  """Floating-point operations that the mathematics needs, of all devices: two for each multiply-add
+  of a matrix product, three times the forward pass for an update, nothing for what is computed
+  again (as in Chowdhery et al. 2022, appendix B, for MFU); attention to the tokens before only."""
   each = flops.forward_flops(work.model, work.prompt + work.length, work.head)
   before = flops.forward_flops(work.model, work.prompt, work.head) if work.prompt else 0
-  return {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind] * (each - before) * work.rows * work.times
+  return (
+    {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind]
+    * (each - before)
+    * work.rows
+    * work.times
+  )
 
 
 def wire_bytes(setup: Setup, work: Work) -> float:
-  """Bytes that each device must receive for a piece of work, given where the config's rules keep weights and batch.
+  """Bytes that each device must receive for a piece of work, given where the config's rules keep
+  weights and batch.
 
-  Weights split over the batch's devices come together once for a forward pass and once more for the way back, in the model's
-  dtype, and the gradient is summed into pieces once; split over others (`tensor`), each layer's two sums of activations cross
-  them, forward, again where the forward is computed again (remat), and back. Decoding gathers no weights.
+  Weights split over the batch's devices come together once for a forward pass and once more for the
+  way back, in the model's dtype, and the gradient is summed into pieces once; split over others
+  (`tensor`), each layer's two sums of activations cross them, forward, again where the forward is
+  computed again (remat), and back. Decoding gathers no weights.
   """
   shapes, sharder = params(setup, work.head, work.model), setup.sharder
   batch = set(np.atleast_1d(np.asarray(sharder.rules.get('batch') or (), dtype=object)).tolist())
   size = jnp.dtype(work.model.dtype).itemsize
   gathered, copies, split = 0.0, 0.0, 1
   for leaf in jax.tree.leaves(shapes):
-    axes = [a for entry in leaf.sharding.spec for a in ([] if entry is None else np.atleast_1d(entry).tolist())]
+    axes = [
+      a
+      for entry in leaf.sharding.spec
+      for a in ([] if entry is None else np.atleast_1d(entry).tolist())
+    ]
     parts = lambda some: int(np.prod([sharder.mesh.shape[a] for a in some], initial=1))
     over, kept = parts([a for a in axes if a in batch]), parts([a for a in axes if a not in batch])
     split = max(split, kept)
     piece = leaf.size * size / kept
     gathered += piece * (1 - 1 / over)
-    copies += 2 * (piece / over) * (1 - over / sharder.batch_shards)  # gradients summed over what holds copies (`data`)
+    # gradients summed over what holds copies (`data`)
+    copies += 2 * (piece / over) * (1 - over / sharder.batch_shards)
   sums = 2 * work.model.num_layers * 2 * (1 - 1 / split)
   activations = sums * work.rows * work.length * work.model.d_model * size / sharder.batch_shards
-  once = {'gather': gathered, 'decode': activations, 'forward': gathered + activations,
-          'update': 3 * gathered + copies + activations * (2 if work.model.remat == 'none' else 3)}
+  once = {
+    'gather': gathered,
+    'decode': activations,
+    'forward': gathered + activations,
+    'update': 3 * gathered + copies + activations * (2 if work.model.remat == 'none' else 3),
+  }
   return once[work.kind] * work.times
 
 
 def _no_text(vocabulary: int) -> Text:
-  """In place of texts.of_config where no tokenizer is at hand: the last id ends a response, as in GPT-2."""
+  """In place of texts.of_config where no tokenizer is at hand: the last id ends a response, as in
+  GPT-2."""
 
   def refuse(*_):
     raise ValueError('a step compiled without a tokenizer reads no text.')

@@ -1,6 +1,7 @@
-"""Comparisons, for the reward model and for losses of a policy: read from a file, or made as the paper made them, K responses to
-each prompt sampled from the policies so far, ranked by one labeler each. Made ones are kept in the stage's folder, so that a
-restart reads them. Then the updates of a stage, each of the same number of prompts."""
+"""Comparisons, for the reward model and for losses of a policy: read from a file, or made as the
+paper made them, K responses to each prompt sampled from the policies so far, ranked by one labeler
+each. Made ones are kept in the stage's folder, so that a restart reads them. Then the updates of a
+stage, each of the same number of prompts."""
 
 from __future__ import annotations
 
@@ -26,8 +27,10 @@ from alignjax.types import ComparisonBatch
 
 
 class Comparisons(NamedTuple):
-  """Token lists: prompts[i] in their template; responses[i][j] with their end token, where they have one; ranks[i][j],
-  0 best. features f[N_i,F] of each response where the sandbox's judge made the ranking, else None."""
+  """Token lists: prompts[i] in their template; responses[i][j] with their end token, where they
+  have one; ranks[i][j], 0 best. features f[N_i,F] of each response where the sandbox's judge made
+  the ranking, else None."""
+
   prompts: list[list[int]]
   responses: list[list[list[int]]]
   ranks: list[list[int]]
@@ -35,51 +38,78 @@ class Comparisons(NamedTuple):
 
 
 def training(setup: Setup, name: str) -> Comparisons:
-  """Ranked by the labelers of the training pool, one labeler a prompt. Prompts whose responses all tie teach nothing and are left
-  out, with a notice; it is an error if no other is left."""
+  """Ranked by the labelers of the training pool, one labeler a prompt. Prompts whose responses all
+  tie teach nothing and are left out, with a notice; it is an error if no other is left."""
   cfg = setup.config.stages[name]
   if setup.config.data.comparisons == 'sandbox:':
-    made = _kept(stage_dir(setup, name) / 'comparisons.json', made_from(setup, name),
-                 lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'))
+    made = _kept(
+      stage_dir(setup, name) / 'comparisons.json',
+      made_from(setup, name),
+      lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'),
+    )
   else:
     made = _read(setup, records(setup, 'comparisons', cfg.prompts), max(cfg.k_buckets))
   ranked = without_ties(made)
   if tied := len(made.prompts) - len(ranked.prompts):
-    say(f'{name}: {tied} of {len(made.prompts)} comparisons rank all of their responses the same and are left out')
+    say(
+      f'{name}: {tied} of {len(made.prompts)} comparisons rank all of their responses the same '
+      f'and are left out'
+    )
   if not ranked.prompts:
-    raise ValueError(f'stages.{name}: none of the {len(made.prompts)} comparisons of data.comparisons='
-                     f'{setup.config.data.comparisons!r} ranks a response above another; there is nothing to learn from ties.')
+    raise ValueError(
+      f'stages.{name}: none of the {len(made.prompts)} comparisons of data.comparisons='
+      f'{setup.config.data.comparisons!r} ranks a response above another; there is nothing to '
+      f'learn from ties.'
+    )
   return ranked
 
 
 def evaluation(setup: Setup, name: str) -> Comparisons:
-  """Comparisons on prompts that no stage is trained on, of `evaluation_prompts` prompts at most (None: all). Of the sandbox: with
-  responses of the first policy, and features, so that both pools of labelers rank the same ones. Of a file: the held-out ones
-  (setup.records), without those that tie throughout."""
+  """Comparisons on prompts that no stage is trained on, of `evaluation_prompts` prompts at most
+  (None: all). Of the sandbox: with responses of the first policy, and features, so that both pools
+  of labelers rank the same ones. Of a file: the held-out ones (setup.records), without those that
+  tie throughout."""
   cfg = setup.config.stages[name]
   if setup.config.data.comparisons == 'sandbox:':
     return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
   rows = records(setup, 'comparisons', None, 'test')
   names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
-  chosen = set(batches.draw(sorted(set(names)), cfg.evaluation_prompts, (setup.config.seed, seed_of(f'{name}/held out'))))
+  chosen = set(
+    batches.draw(
+      sorted(set(names)), cfg.evaluation_prompts, (setup.config.seed, seed_of(f'{name}/held out'))
+    )
+  )
   rows = [r for r, prompt in zip(rows, names, strict=True) if prompt in chosen]
   made = without_ties(_read(setup, rows, none=True))
   if not made.prompts and cfg.evaluation_prompts != 0:
-    say(f'{name}: no comparison without ties and within the lengths is held out (data.heldout.share='
-        f'{setup.config.data.heldout.share}), so its accuracy is not measured')
+    say(
+      f'{name}: no comparison without ties and within the lengths is held out (data.heldout.share='
+      f'{setup.config.data.heldout.share}), so its accuracy is not measured'
+    )
   return made
 
 
-def _read(setup: Setup, rows: list[dict], most: int | None = None, none: bool = False) -> Comparisons:
-  """Records as tokens, within the lengths of config.data. most: the most responses that one record may have. none: whether an empty
-  result is allowed."""
+def _read(
+  setup: Setup, rows: list[dict], most: int | None = None, none: bool = False
+) -> Comparisons:
+  """Records as tokens, within the lengths of config.data. most: the most responses that one record
+  may have. none: whether an empty result is allowed."""
   fitted = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
   for i, kept in zip(fitted.index, fitted.kept, strict=True):
     if most is not None and len(kept) > most:
-      raise ValueError(f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, more than the '
-                       f"{most} that the stage's k_buckets leave room for; add that number to them, or leave responses out.")
-  return Comparisons([prompt for prompt, _ in fitted.rows], [responses for _, responses in fitted.rows],
-                     [[rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)])
+      raise ValueError(
+        f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, '
+        f'more than the '
+        f"{most} that the stage's k_buckets leave room for; add that number to them, or leave "
+        f'responses out.'
+      )
+  return Comparisons(
+    [prompt for prompt, _ in fitted.rows],
+    [responses for _, responses in fitted.rows],
+    [
+      [rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)
+    ],
+  )
 
 
 def without_ties(data: Comparisons) -> Comparisons:
@@ -89,38 +119,57 @@ def without_ties(data: Comparisons) -> Comparisons:
 
 
 class Updates(NamedTuple):
-  """order: of each update its shape (responses, tokens) and the numbers of its prompts. prompts: rows of every update, the same for
-  all; a short one is filled with weight 0."""
+  """order: of each update its shape (responses, tokens) and the numbers of its prompts. prompts:
+  rows of every update, the same for all; a short one is filled with weight 0."""
+
   order: list[tuple[tuple[int, int], np.ndarray]]
   prompts: int
 
 
 def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
-  """Every prompt once an epoch, prompts of similar K and length together, so that little is padding."""
+  """Every prompt once an epoch, prompts of similar K and length together, so that little is
+  padding."""
   cfg, length = setup.config.stages[name], setup.length
   k_of = _bucket(np.array([len(r) for r in data.ranks]), cfg.k_buckets, f'stages.{name}.k_buckets')
-  longest = np.array([len(p) + max(map(len, responses)) for p, responses in zip(data.prompts, data.responses, strict=True)])
-  t_of = _bucket(longest, [t for t in cfg.row_lengths if t < length] + [length], f'stages.{name}.row_lengths')
+  longest = np.array(
+    [
+      len(p) + max(map(len, responses))
+      for p, responses in zip(data.prompts, data.responses, strict=True)
+    ]
+  )
+  t_of = _bucket(
+    longest, [t for t in cfg.row_lengths if t < length] + [length], f'stages.{name}.row_lengths'
+  )
   kinds = list(zip(k_of.tolist(), t_of.tolist(), strict=True))
   size = prompts_per_update(setup, name, max(k_of))
   seed = (setup.config.seed, seed_of(name))
-  return Updates([one for epoch in range(int(cfg.epochs)) for one in batches.bucketed(kinds, size, (*seed, epoch))], size)
+  return Updates(
+    [
+      one
+      for epoch in range(int(cfg.epochs))
+      for one in batches.bucketed(kinds, size, (*seed, epoch))
+    ],
+    size,
+  )
 
 
 def prompts_per_update(setup: Setup, name: str, k: int) -> int:
-  """Prompts of an update, the same for all, since Eq. 1 is a mean over prompts (the paper's batches are 64 prompts of 4 to 9
-  responses, C.2): so many that those with the most responses, k, come to about responses_per_batch, in whole rows on every device
-  and in every microbatch."""
+  """Prompts of an update, the same for all, since Eq. 1 is a mean over prompts (the paper's batches
+  are 64 prompts of 4 to 9 responses, C.2): so many that those with the most responses, k, come to
+  about responses_per_batch, in whole rows on every device and in every microbatch."""
   cfg = setup.config.stages[name]
   parts = setup.sharder.batch_shards * cfg.microbatches
   return max(1, round(cfg.responses_per_batch / k / parts)) * parts
 
 
 def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows: Callable) -> Any:
-  """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or preferences."""
+  """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or
+  preferences."""
   (k, t), rows = plan.order[step]
   pick = lambda field: [field[j] for j in rows]
-  made = encode_rows(pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.text.template.pad)
+  made = encode_rows(
+    pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.text.template.pad
+  )
   made = batches.fill(made, plan.prompts)
   return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(plan.prompts))))
 
@@ -136,8 +185,12 @@ def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
   k = max(setup.config.stages[name].k_buckets)
   prompts = prompts_per_update(setup, name, k)
   array = lambda shape, dtype: abstract.array(setup, (prompts, *shape), dtype)
-  return ComparisonBatch(array((k, setup.length), jnp.int32), array((k, setup.length), bool), array((k,), jnp.int32),
-                         array((), jnp.float32))
+  return ComparisonBatch(
+    array((k, setup.length), jnp.int32),
+    array((k, setup.length), bool),
+    array((k,), jnp.int32),
+    array((), jnp.float32),
+  )
 
 
 def check(setup: Setup, name: str) -> None:
@@ -147,12 +200,21 @@ def check(setup: Setup, name: str) -> None:
   check_counts(setup, where, 'comparisons', prompts=cfg.prompts)
   check_counts(setup, where, 'comparisons', 0, evaluation_prompts=cfg.get('evaluation_prompts', 0))
   if not cfg.k_buckets or min(cfg.k_buckets) < 2:
-    raise ValueError(f'{where}.k_buckets={tuple(cfg.k_buckets)} must name numbers of responses, each 2 or more.')
+    raise ValueError(
+      f'{where}.k_buckets={tuple(cfg.k_buckets)} must name numbers of responses, each 2 or more.'
+    )
   if cfg.microbatches < 1 or cfg.microbatches * min(cfg.k_buckets) > cfg.responses_per_batch:
-    raise ValueError(f'{where}.microbatches={cfg.microbatches} cuts an update of {where}.responses_per_batch='
-                     f'{cfg.responses_per_batch} into parts of no prompt: lower microbatches, or raise responses_per_batch.')
-  if setup.config.data.comparisons == 'sandbox:' and not 2 <= cfg.responses[0] <= cfg.responses[1] <= max(cfg.k_buckets):
-    raise ValueError(f'{where}.responses={cfg.responses} must be a range from 2 up to k_buckets={cfg.k_buckets}.')
+    raise ValueError(
+      f'{where}.microbatches={cfg.microbatches} cuts an update of {where}.responses_per_batch='
+      f'{cfg.responses_per_batch} into parts of no prompt: lower microbatches, or raise '
+      f'responses_per_batch.'
+    )
+  if setup.config.data.comparisons == 'sandbox:' and not 2 <= cfg.responses[0] <= cfg.responses[
+    1
+  ] <= max(cfg.k_buckets):
+    raise ValueError(
+      f'{where}.responses={cfg.responses} must be a range from 2 up to k_buckets={cfg.k_buckets}.'
+    )
 
 
 def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
@@ -164,10 +226,12 @@ def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
 
 
 def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:
-  """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the training pool."""
+  """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the
+  training pool."""
   if not count:
     return Comparisons([], [], [], [])
   from alignjax import sandbox
+
   cfg = setup.config.stages[name]
   rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])
   rows = records(setup, 'prompts', count, split)
@@ -176,8 +240,14 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   owner = np.repeat(np.arange(count), k)
   shares = np.array([p['share'] for p in policies], float)
   drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
-  sample = bulk.make_sampler(setup.nets, setup.sharder, prompt_length=setup.prompt_length,
-                             max_tokens=setup.response_length, stop_ids=setup.text.template.ends, pad=setup.text.template.pad)
+  sample = bulk.make_sampler(
+    setup.nets,
+    setup.sharder,
+    prompt_length=setup.prompt_length,
+    max_tokens=setup.response_length,
+    stop_ids=setup.text.template.ends,
+    pad=setup.text.template.pad,
+  )
   responses: list = [None] * len(owner)
   loaded = {}
   for i, policy in enumerate(policies):
@@ -187,47 +257,76 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
     if policy['init'] not in loaded:
       loaded[policy['init']] = initial_params(setup, policy['init'], 'lm', seed_of(name))
     queries = [prompts[owner[j]] for j in chosen]
-    out, _ = sample(loaded[policy['init']], queries, seed_of(f'{setup.config.seed}/{name}/{split}/{i}'),
-                    policy['temperature'])
+    out, _ = sample(
+      loaded[policy['init']],
+      queries,
+      seed_of(f'{setup.config.seed}/{name}/{split}/{i}'),
+      policy['temperature'],
+    )
     for j, response in zip(chosen, out, strict=True):
       responses[j] = response
-  judged = [sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.said(response))
-            for j, response in zip(owner, responses, strict=True)]
+  judged = [
+    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.said(response))
+    for j, response in zip(owner, responses, strict=True)
+  ]
   features = np.split(setup.text.labelers.features(judged), np.cumsum(k)[:-1])
   grouped = [list(x) for x in _split(responses, k)]
   labelers = rng.choice(setup.text.labelers.train, count)
-  ranks = [np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
-           for f, labeler in zip(features, labelers, strict=True)]
+  ranks = [
+    np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
+    for f, labeler in zip(features, labelers, strict=True)
+  ]
   return Comparisons(prompts, grouped, ranks, [f.tolist() for f in features])
 
 
 def _split(items: list, counts: np.ndarray):
   start = 0
   for count in counts:
-    yield items[start:start + count]
+    yield items[start : start + count]
     start += count
 
 
 def made_from(setup: Setup, name: str) -> str:
-  """The fingerprint of what the sandbox's comparisons are made from: the policies' weights and all that decides their samples."""
+  """The fingerprint of what the sandbox's comparisons are made from: the policies' weights and all
+  that decides their samples."""
   cfg = setup.config.stages[name].to_dict()
   for policy in cfg['policies']:
     setup.read.update(inputs.of_weights(policy['init']))
-  weights = {spec: inputs.fingerprint(kind, spec, setup.workdir, {}) for spec, (kind, _) in setup.read.items()
-             if spec in {p['init'] for p in cfg['policies']}}
+  weights = {
+    spec: inputs.fingerprint(kind, spec, setup.workdir, {})
+    for spec, (kind, _) in setup.read.items()
+    if spec in {p['init'] for p in cfg['policies']}
+  }
   config = setup.config.to_dict()
-  return fingerprints.of_value([weights, [cfg[k] for k in ('policies', 'prompts', 'responses')],
-                                [config[k] for k in ('seed', 'world', 'data', 'model')], name])
+  return fingerprints.of_value(
+    [
+      weights,
+      [cfg[k] for k in ('policies', 'prompts', 'responses')],
+      [config[k] for k in ('seed', 'world', 'data', 'model')],
+      name,
+    ]
+  )
 
 
 def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
-  """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it, whole or not at all."""
+  """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it,
+  whole or not at all."""
   found = None
   if path.exists():
     try:
       kept = json.loads(path.read_bytes())
-      found = Comparisons(**kept['comparisons']) if kept['checksum'] == fingerprints.of_value(kept['comparisons']) else None
-      reason = 'is damaged' if found is None else 'was made from other policies or settings' if kept['made_from'] != key else ''
+      found = (
+        Comparisons(**kept['comparisons'])
+        if kept['checksum'] == fingerprints.of_value(kept['comparisons'])
+        else None
+      )
+      reason = (
+        'is damaged'
+        if found is None
+        else 'was made from other policies or settings'
+        if kept['made_from'] != key
+        else ''
+      )
     except (ValueError, KeyError, TypeError, OSError):
       reason = 'is damaged'
     if found is not None and not reason:
@@ -239,5 +338,8 @@ def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comp
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = made._asdict()
-    files.write(path, json.dumps({'made_from': key, 'checksum': fingerprints.of_value(kept), 'comparisons': kept}))
+    files.write(
+      path,
+      json.dumps({'made_from': key, 'checksum': fingerprints.of_value(kept), 'comparisons': kept}),
+    )
   return made

@@ -1,11 +1,14 @@
-"""A policy trained on comparisons alone, offline: no reward model, no sampling. The loss is the config's: DPO (losses.dpo), or a
-function of a fork, such as IPO, SimPO or KTO, in 20 lines (tests/fork_losses.py).
+"""A policy trained on comparisons alone, offline: no reward model, no sampling. The loss is the
+config's: DPO (losses.dpo), or a function of a fork, such as IPO, SimPO or KTO, in 20 lines
+(tests/fork_losses.py).
 
-    c.stages.dpo = dict(build='alignjax.stages.preference:build', init=dict(policy='stage:sft', ref='stage:sft'),
+    c.stages.dpo = dict(build='alignjax.stages.preference:build', init=dict(policy='stage:sft',
+    ref='stage:sft'),
                         loss=dict(fn='alignjax.losses:dpo', beta=0.1), ...)         whole: experiments/configs/dpo.py
 
-The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names weights, what the frozen
-reference says of every response token. init.ref=None leaves the reference out, for losses without one.
+The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names
+weights, what the frozen reference says of every response token. init.ref=None leaves the reference
+out, for losses without one.
 """
 
 from __future__ import annotations
@@ -31,25 +34,40 @@ from alignjax.types import Metrics, Networks, Params, PreferenceBatch, TrainStat
 def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
 
-  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers; updates of as many prompts each
+  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers;
+  # updates of as many prompts each
   data, plan = read_data(setup, name)
 
   # 2. the policy to train, and the reference to keep
   tx = make_optimizer(cfg.optimizer, len(plan.order), f'stages.{name}')
-  state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
+  state = make_state(
+    setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
+  )
   frozen = {}
   if cfg.init.ref is not None:
-    frozen = {'ref': freeze(initial_params(setup, cfg.init.ref, 'lm', seed_of(name)), setup.policy_model)}
+    frozen = {
+      'ref': freeze(initial_params(setup, cfg.init.ref, 'lm', seed_of(name)), setup.policy_model)
+    }
   compiled = make_step(setup, name, tx, state)
 
   def work_of(rows, length):
     own = flops.training(setup.policy_model, rows, length)
-    return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}  # the reference reads what the policy is trained on
+    # the reference reads what the policy is trained on
+    return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}
 
-  info = {'head': 'lm', 'prompts': len(data.prompts), 'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
-  return Stage(state, lambda state, batch: compiled(state, frozen, batch),
-               lambda i: comparisons.batch(setup, data, plan, i, encode.preferences), len(plan.order),
-               finish=lambda state: (state.params['policy'], info), work=lambda i: comparisons.work(plan, i, work_of))
+  info = {
+    'head': 'lm',
+    'prompts': len(data.prompts),
+    'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
+  }
+  return Stage(
+    state,
+    lambda state, batch: compiled(state, frozen, batch),
+    lambda i: comparisons.batch(setup, data, plan, i, encode.preferences),
+    len(plan.order),
+    finish=lambda state: (state.params['policy'], info),
+    work=lambda i: comparisons.work(plan, i, work_of),
+  )
 
 
 def read_data(setup: Setup, name: str) -> tuple[comparisons.Comparisons, comparisons.Updates]:
@@ -57,37 +75,67 @@ def read_data(setup: Setup, name: str) -> tuple[comparisons.Comparisons, compari
   return data, comparisons.updates(setup, name, data)
 
 
-def update(state: TrainState, frozen: Params, batch: PreferenceBatch, *, key: jax.Array, loss_fn: Callable, nets: Networks, tx,
-           microbatches: int) -> tuple[TrainState, Metrics, None]:
+def update(
+  state: TrainState,
+  frozen: Params,
+  batch: PreferenceBatch,
+  *,
+  key: jax.Array,
+  loss_fn: Callable,
+  nets: Networks,
+  tx,
+  microbatches: int,
+) -> tuple[TrainState, Metrics, None]:
   """One update: the reference's log-probabilities, a microbatch of rows at a time, then the loss."""
   if frozen:
     b, k, _ = batch.tokens.shape
     read = lambda rows: response_logprobs(frozen['ref'], rows, nets=nets)
-    batch = batch.replace(ref_logprobs=jax.lax.stop_gradient(ops.in_chunks(read, batch, b // microbatches)))
+    batch = batch.replace(
+      ref_logprobs=jax.lax.stop_gradient(ops.in_chunks(read, batch, b // microbatches))
+    )
   key = jax.random.fold_in(key, state.step)
-  state, metrics = steps.update(state, batch, key, loss_fn=loss_fn, nets=nets, tx=tx, microbatches=microbatches)
+  state, metrics = steps.update(
+    state, batch, key, loss_fn=loss_fn, nets=nets, tx=tx, microbatches=microbatches
+  )
   return state.replace(step=state.step + 1), metrics, None
 
 
-def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+def make_step(
+  setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
+) -> Callable:
   """`update` as the config has it, compiled: (state, frozen, batch) -> (state, metrics, None)."""
   cfg, key = setup.config.stages[name], stage_key(setup, name)
   loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
-  return compile_step(lambda state, frozen, batch: update(state, frozen, batch, key=key, loss_fn=loss_fn, nets=setup.nets, tx=tx,
-                                                          microbatches=cfg.microbatches), state)
+  return compile_step(
+    lambda state, frozen, batch: update(
+      state,
+      frozen,
+      batch,
+      key=key,
+      loss_fn=loss_fn,
+      nets=setup.nets,
+      tx=tx,
+      microbatches=cfg.microbatches,
+    ),
+    state,
+  )
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
-  """The compiled step, its arguments as shapes, and its work, without data or weights, for the largest K."""
+  """The compiled step, its arguments as shapes, and its work, without data or weights, for the
+  largest K."""
   cfg = setup.config.stages[name]
-  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')  # how many updates changes a constant of the schedule only
+  # how many updates changes a constant of the schedule only
+  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   policy = abstract.params(setup, 'lm')
   state = make_state(setup, {'policy': policy}, tx)
   frozen = {'ref': freeze(policy, setup.policy_model)} if cfg.init.ref is not None else {}
   made = comparisons.abstract_batch(setup, name)
   batch = PreferenceBatch(made.tokens, made.mask, made.ranks, made.weights, response_mask=made.mask)
   rows, k, length = batch.tokens.shape
-  part = lambda kind: Work(kind, setup.policy_model, 'lm', rows * k // cfg.microbatches, length, cfg.microbatches)
+  part = lambda kind: Work(
+    kind, setup.policy_model, 'lm', rows * k // cfg.microbatches, length, cfg.microbatches
+  )
   work = {'score': [part('forward')] if frozen else [], 'update': [part('update')]}
   return Plan(make_step(setup, name, tx, state), (state, frozen, batch), work)
 
@@ -100,5 +148,12 @@ def check(setup: Setup, name: str) -> None:
   state, frozen, batch = abstract_step(own, name).arguments
   if frozen:
     batch = batch.replace(ref_logprobs=jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32))
-  abstract.check_loss(plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)), f'{where}.loss', cfg.loss.fn, state.params, batch,
-                      own.nets, jax.random.key(0))
+  abstract.check_loss(
+    plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)),
+    f'{where}.loss',
+    cfg.loss.fn,
+    state.params,
+    batch,
+    own.nets,
+    jax.random.key(0),
+  )

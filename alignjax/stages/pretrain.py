@@ -1,4 +1,5 @@
-"""Pretraining from scratch on text, where no pretrained model is at hand: the sandbox's stand-in for GPT-3."""
+"""Pretraining from scratch on text, where no pretrained model is at hand: the sandbox's stand-in
+for GPT-3."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 2. a fresh (or given) language model and its optimizer
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
-  state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
+  state = make_state(
+    setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
+  )
 
   # 3. cross-entropy
   step = supervised.stage_step(setup, name, tx, state)
@@ -33,9 +36,14 @@ def build(setup: Setup, name: str) -> Stage:
     index = batches.indices(len(rows.tokens), cfg.batch_size, i, (setup.config.seed, seed_of(name)))
     return setup.sharder.put(batches.take(rows, setup.sharder.local(index)))
 
-  return Stage(state, step, batch, num_steps,
-               finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
-               work=lambda _: flops.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]))
+  return Stage(
+    state,
+    step,
+    batch,
+    num_steps,
+    finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
+    work=lambda _: flops.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]),
+  )
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
@@ -50,10 +58,20 @@ def check(setup: Setup, name: str) -> None:
 
 def text_rows(setup: Setup, texts: list[str], length: int | None = None):
   """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
-  return text.rows_of(texts, setup.text.template.document, length or setup.config.data.row_length, setup.text.template.pad,
-                      setup.config.data.pack)
+  return text.rows_of(
+    texts,
+    setup.text.template.document,
+    length or setup.config.data.row_length,
+    setup.text.template.pad,
+    setup.config.data.pack,
+  )
 
 
-def text_mix(setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None) -> Callable:
-  """batch(step, positions) of pretraining rows, for a stage that mixes `rows` of them into every step."""
-  return text.mix(open_documents(setup, documents), rows, lambda texts: text_rows(setup, texts, length), seed)
+def text_mix(
+  setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None
+) -> Callable:
+  """batch(step, positions) of pretraining rows, for a stage that mixes `rows` of them into every
+  step."""
+  return text.mix(
+    open_documents(setup, documents), rows, lambda texts: text_rows(setup, texts, length), seed
+  )

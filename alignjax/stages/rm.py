@@ -1,4 +1,5 @@
-"""The reward model: K ranked responses a prompt, one forward pass each, all pairs in one batch element (section 3.5)."""
+"""The reward model: K ranked responses a prompt, one forward pass each, all pairs in one batch
+element (section 3.5)."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from alignjax.types import TrainState
 def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
 
-  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers; updates of as many prompts each
+  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers;
+  # updates of as many prompts each
   data, plan, held_out, demos = read_data(setup, name)
   length = setup.length
 
@@ -37,28 +39,53 @@ def build(setup: Setup, name: str) -> Stage:
   state = make_state(setup, {'reward': params}, tx)
   step = make_step(setup, name, tx, state)
 
-  # 3. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by labeler pool
+  # 3. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by
+  # labeler pool
   def finish(state):
-    score = bulk.make_scorer(setup.nets, setup.sharder, length=length, pad=setup.text.template.pad, rows=cfg.responses_per_batch)
+    score = bulk.make_scorer(
+      setup.nets,
+      setup.sharder,
+      length=length,
+      pad=setup.text.template.pad,
+      rows=cfg.responses_per_batch,
+    )
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
-    info = {'head': 'scalar', 'bias': -bias, 'prompts': len(data.prompts),
-            'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks))}
+    info = {
+      'head': 'scalar',
+      'bias': -bias,
+      'prompts': len(data.prompts),
+      'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
+    }
     if held_out is None:
       made = comparisons.evaluation(setup, name)
       if made.prompts:
-        info |= accuracy.by_pool(setup.text.labelers, made, lambda rows: score(params, rows), setup.config.seed)
+        info |= accuracy.by_pool(
+          setup.text.labelers, made, lambda rows: score(params, rows), setup.config.seed
+        )
     elif held_out.prompts:
-      info['accuracy_heldout_prompts'] = accuracy.on_ranks(held_out, lambda rows: score(params, rows))
+      info['accuracy_heldout_prompts'] = accuracy.on_ranks(
+        held_out, lambda rows: score(params, rows)
+      )
     return params, info
 
-  return Stage(state, step, lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons), len(plan.order), finish,
-               work=lambda i: comparisons.work(plan, i, lambda rows, t: flops.training(setup.reward_model, rows, t, 'scalar')))
+  return Stage(
+    state,
+    step,
+    lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons),
+    len(plan.order),
+    finish,
+    work=lambda i: comparisons.work(
+      plan, i, lambda rows, t: flops.training(setup.reward_model, rows, t, 'scalar')
+    ),
+  )
 
 
-def read_data(setup: Setup, name: str) -> tuple[Comparisons, Updates, Comparisons | None, list[list[int]]]:
-  """(comparisons, updates of them, those held out, or None of the sandbox's, which are sampled at the end, and the demonstrations
-  of the bias)."""
+def read_data(
+  setup: Setup, name: str
+) -> tuple[Comparisons, Updates, Comparisons | None, list[list[int]]]:
+  """(comparisons, updates of them, those held out, or None of the sandbox's, which are sampled at
+  the end, and the demonstrations of the bias)."""
   data = comparisons.training(setup, name)
   plan = comparisons.updates(setup, name, data)
   held_out = None if setup.text.labelers is not None else comparisons.evaluation(setup, name)
@@ -67,27 +94,40 @@ def read_data(setup: Setup, name: str) -> tuple[Comparisons, Updates, Comparison
   return data, plan, held_out, [prompt + responses[0] for prompt, responses in fitted.rows]
 
 
-def make_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+def make_step(
+  setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
+) -> Callable:
   """One update, compiled: (state, batch) -> (state, metrics, None)."""
   cfg, key = setup.config.stages[name], stage_key(setup, name)
   loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
 
   def step(state, batch):
-    state, metrics = steps.update(state, batch, jax.random.fold_in(key, state.step), loss_fn=loss_fn, nets=setup.nets,
-                                  tx=tx, microbatches=cfg.microbatches)
+    state, metrics = steps.update(
+      state,
+      batch,
+      jax.random.fold_in(key, state.step),
+      loss_fn=loss_fn,
+      nets=setup.nets,
+      tx=tx,
+      microbatches=cfg.microbatches,
+    )
     return state.replace(step=state.step + 1), metrics, None
 
   return compile_step(step, state)
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
-  """The compiled step, its arguments as shapes, and its work, without data or weights, for the largest K."""
+  """The compiled step, its arguments as shapes, and its work, without data or weights, for the
+  largest K."""
   cfg = setup.config.stages[name]
-  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')  # how many updates changes a constant of the schedule only
+  # how many updates changes a constant of the schedule only
+  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   state = make_state(setup, {'reward': abstract.params(setup, 'scalar')}, tx)
   batch = comparisons.abstract_batch(setup, name)
   rows, k, length = batch.tokens.shape
-  work = Work('update', setup.reward_model, 'scalar', rows * k // cfg.microbatches, length, cfg.microbatches)
+  work = Work(
+    'update', setup.reward_model, 'scalar', rows * k // cfg.microbatches, length, cfg.microbatches
+  )
   return Plan(make_step(setup, name, tx, state), (state, batch), {'update': [work]})
 
 
@@ -97,8 +137,15 @@ def check(setup: Setup, name: str) -> None:
   comparisons.check(setup, name)
   check_counts(setup, where, 'demonstrations', bias_demonstrations=cfg.bias_demonstrations)
   state, batch = abstract_step(setup, name).arguments
-  abstract.check_loss(plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)), f'{where}.loss', cfg.loss.fn, state.params, batch,
-                      setup.nets, jax.random.key(0))
+  abstract.check_loss(
+    plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)),
+    f'{where}.loss',
+    cfg.loss.fn,
+    state.params,
+    batch,
+    setup.nets,
+    jax.random.key(0),
+  )
 
 
 def shift_bias(params, delta: float):

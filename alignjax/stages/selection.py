@@ -1,8 +1,10 @@
-"""Model selection: of the candidates that stages kept, the one with the highest score on validation prompts (paper C.1: SFT
-checkpoints by the reward model, which predicts preference better than validation loss does; E.9: the PPO models by Likert score).
+"""Model selection: of the candidates that stages kept, the one with the highest score on validation
+prompts (paper C.1: SFT checkpoints by the reward model, which predicts preference better than
+validation loss does; E.9: the PPO models by Likert score).
 
-A stage without steps, so that a run's other stages start from its result as from any: c.init.policy='stage:sft_selected'. Every
-candidate's figure, the choice and why stand in its info.json, and so in the report.
+A stage without steps, so that a run's other stages start from its result as from any:
+c.init.policy='stage:sft_selected'. Every candidate's figure, the choice and why stand in its
+info.json, and so in the report.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
   folder = stage_dir(setup, name)
 
-  # 1. validation prompts, the candidates, the judges: a reward model, a reference for the KL, the sandbox's labelers
+  # 1. validation prompts, the candidates, the judges: a reward model, a reference for the KL, the
+  # sandbox's labelers
   if cfg.prompts.source != 'sandbox:':
-    setup.read.update(inputs.of_data(f'stages.{name}.prompts', cfg.prompts.source, cfg.prompts.mapping))
+    setup.read.update(
+      inputs.of_data(f'stages.{name}.prompts', cfg.prompts.source, cfg.prompts.mapping)
+    )
   records = _prompts(setup, name)
   prompts = [r['prompt'] for r in records]
   candidates = find_candidates(setup, name)
@@ -43,17 +48,35 @@ def build(setup: Setup, name: str) -> Stage:
 
   def finish(_):
     # 2. a response to each prompt by each candidate, and what it is worth
-    model = Model(setup.policy_model, setup.nets, None, 'lm', setup.text.template, setup.text.vocabulary, None, None)
+    model = Model(
+      setup.policy_model,
+      setup.nets,
+      None,
+      'lm',
+      setup.text.template,
+      setup.text.vocabulary,
+      None,
+      None,
+    )
     how = dict(rows=cfg.rows, sharder=setup.sharder)
-    respond = samples.make_responder(model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature,
-                                     **how)
+    respond = samples.make_responder(
+      model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature, **how
+    )
     rewarder = samples.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
     divergence = samples.make_divergence(model, prompts, max_tokens=setup.response_length, **how)
     scores = {}
     for label, path in candidates.items():
       params = load(path, 'lm')
-      key = fingerprints.of_value([checkpoint.weights(path), [setup.text.template.prompt(p) for p in prompts], cfg.temperature, cfg.rows,
-                                   setup.response_length, setup.config.seed])
+      key = fingerprints.of_value(
+        [
+          checkpoint.weights(path),
+          [setup.text.template.prompt(p) for p in prompts],
+          cfg.temperature,
+          cfg.rows,
+          setup.response_length,
+          setup.config.seed,
+        ]
+      )
       kept = folder / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl'
       said = respond(params, seed_of(f'{setup.config.seed}/{name}'), kept)
       measured = {}
@@ -62,54 +85,89 @@ def build(setup: Setup, name: str) -> Stage:
       if ref is not None:
         measured['kl'] = divergence(params, ref, said)[:, 0]
       if setup.text.world is not None:
-        measured['gold'] = samples.gold(setup.text.world, setup.text.labelers, records, said)['gold, training labelers'][:, 0]
+        measured['gold'] = samples.gold(setup.text.world, setup.text.labelers, records, said)[
+          'gold, training labelers'
+        ][:, 0]
       scores[label] = (np.asarray(score(measured), np.float64), measured)
       del params
 
     # 3. the highest mean, and how sure that is
-    result = selection.choose({label: s for label, (s, _) in scores.items()}, {label: m for label, (_, m) in scores.items()},
-                              [json.dumps(p) for p in prompts])
+    result = selection.choose(
+      {label: s for label, (s, _) in scores.items()},
+      {label: m for label, (_, m) in scores.items()},
+      [json.dumps(p) for p in prompts],
+    )
     if jax.process_index() == 0:
       print(f'{name}: {result["why"]}', flush=True)
-    return load(candidates[result['chosen']], 'lm'), {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
+    return load(candidates[result['chosen']], 'lm'), {
+      'head': 'lm',
+      'by': cfg.by.fn,
+      'selection': result,
+    }
 
   state = make_state(setup, {'policy': {}}, optax.identity())
   return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, finish)
 
 
 def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
-  """{'sft/100': folder, ..., 'sft/final': folder}: of each stage named the candidates that it kept, and its result; or folders."""
+  """{'sft/100': folder, ..., 'sft/final': folder}: of each stage named the candidates that it kept,
+  and its result; or folders."""
   out: dict[str, files.Folder] = {}
   for spec in setup.config.stages[name].candidates:
-    folder = stage_dir(setup, spec.removeprefix('stage:')) if spec.startswith('stage:') else files.folder(spec)
+    folder = (
+      stage_dir(setup, spec.removeprefix('stage:'))
+      if spec.startswith('stage:')
+      else files.folder(spec)
+    )
     if checkpoint.is_finished(folder):
       out[str(folder)] = folder
       continue
     if not checkpoint.is_finished(folder / 'final'):
-      raise FileNotFoundError(f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.')
+      raise FileNotFoundError(
+        f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.'
+      )
     origin = lambda p: checkpoint.load_info(p).get('made', {}).get('origin')
-    kept = sorted((p for p in (folder / 'candidates').glob('*') if p.name.isdigit() and checkpoint.is_finished(p)
-                   and origin(p) == origin(folder / 'final')),  # else left by another training of the stage
-                  key=lambda p: int(p.name))
+    kept = sorted(
+      (
+        p
+        for p in (folder / 'candidates').glob('*')
+        if p.name.isdigit()
+        and checkpoint.is_finished(p)
+        # else left by another training of the stage
+        and origin(p) == origin(folder / 'final')
+      ),
+      key=lambda p: int(p.name),
+    )
     out |= {f'{folder.name}/{p.name}': p for p in (*kept, folder / 'final')}
   if len(out) < 2:
-    raise ValueError(f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose from but '
-                     f'{", ".join(out) or "nothing"}. A stage that runs with stages.NAME.keep_candidates=N keeps N.')
+    raise ValueError(
+      f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose '
+      f'from but '
+      f'{", ".join(out) or "nothing"}. A stage that runs with stages.NAME.keep_candidates=N keeps '
+      f'N.'
+    )
   return out
 
 
 def _prompts(setup: Setup, name: str) -> list[dict]:
-  """Validation prompts, a random choice by the seed. Of a source that stages are trained on: the held-out ones."""
+  """Validation prompts, a random choice by the seed. Of a source that stages are trained on: the
+  held-out ones."""
   cfg, data = setup.config.stages[name].prompts, setup.config.data
   if cfg.source == 'sandbox:':
     from alignjax import sandbox
+
     return sandbox.prompts(setup.text.world, cfg.count, 'valid')
   found = sources.read(cfg.source, 'prompts', cfg.mapping)
   if cfg.source in (data.demonstrations, data.comparisons, data.prompts):
-    found = [r for r in found if hygiene.held_out(r['prompt'], data.heldout.share, data.heldout.seed)]
+    found = [
+      r for r in found if hygiene.held_out(r['prompt'], data.heldout.share, data.heldout.seed)
+    ]
     if not found:
-      raise ValueError(f'stages.{name}.prompts.source={cfg.source!r} is trained on, and data.heldout.share={data.heldout.share} '
-                       'holds none of its prompts out: raise it, or name another source.')
+      raise ValueError(
+        f'stages.{name}.prompts.source={cfg.source!r} is trained on, and '
+        f'data.heldout.share={data.heldout.share} '
+        'holds none of its prompts out: raise it, or name another source.'
+      )
   return batches.draw(found, cfg.count, (setup.config.seed, seed_of(name)))
 
 
@@ -119,11 +177,20 @@ def check(setup: Setup, name: str) -> None:
   if cfg.temperature < 0:
     raise ValueError(f'{where}.temperature={cfg.temperature} must not be negative.')
   if cfg.prompts.source == 'sandbox:' and setup.text.world is None:
-    raise ValueError(f"{where}.prompts.source='sandbox:' has prompts of the sandbox alone; name a file of validation prompts.")
+    raise ValueError(
+      f"{where}.prompts.source='sandbox:' has prompts of the sandbox alone; name a file of "
+      f'validation prompts.'
+    )
   if not cfg.candidates:
     raise ValueError(f'{where}.candidates is empty: name stages, such as stage:sft.')
   for spec in cfg.candidates:
     other = spec.removeprefix('stage:')
     if spec.startswith('stage:') and other in setup.config.stages and len(cfg.candidates) == 1:
-      if not setup.config.stages[other].get('keep_candidates') and not (stage_dir(setup, other) / 'candidates').exists():
-        raise ValueError(f'{where} would choose among the candidates of {other}, but stages.{other}.keep_candidates is not set.')
+      if (
+        not setup.config.stages[other].get('keep_candidates')
+        and not (stage_dir(setup, other) / 'candidates').exists()
+      ):
+        raise ValueError(
+          f'{where} would choose among the candidates of {other}, but '
+          f'stages.{other}.keep_candidates is not set.'
+        )

@@ -1,8 +1,10 @@
-"""Supervised fine-tuning on demonstrations (paper sections 3.5 and C.1), with an optional pretraining mix (C.3).
+"""Supervised fine-tuning on demonstrations (paper sections 3.5 and C.1), with an optional
+pretraining mix (C.3).
 
-pretrain_mix is the share of the loss, and so of the gradient, that pretraining text has: the paper mixes in "10% pretraining data"
-and does not report the unit. A share of rows, or of tokens, would be another share of the loss for each data set, because rows of
-text are full and demonstrations are short: 10% of the rows can be most of the tokens.
+pretrain_mix is the share of the loss, and so of the gradient, that pretraining text has: the paper
+mixes in "10% pretraining data" and does not report the unit. A share of rows, or of tokens, would
+be another share of the loss for each data set, because rows of text are full and demonstrations are
+short: 10% of the rows can be most of the tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ def build(setup: Setup, name: str) -> Stage:
   # 1. demonstrations: the response and its end token are trained on, the prompt by choice
   pairs = read_data(setup, name)
   if setup.config.data.pack:
-    rows = encode.pack([(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs], setup.length,
-                       setup.text.template.pad)
+    rows = encode.pack(
+      [(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs],
+      setup.length,
+      setup.text.template.pad,
+    )
   else:
     rows = encode.demonstrations(pairs, setup.length, setup.text.template.pad, cfg.prompt_weight)
 
-  # 2. the pretraining mix: a share of the loss (types.TokenBatch.mix), on about the same share of each batch's rows
+  # 2. the pretraining mix: a share of the loss (types.TokenBatch.mix), on about the same share of
+  # each batch's rows
   mixed = text_rows_of(cfg)
   demos = cfg.batch_size - mixed
   text = text_mix(setup, cfg.documents, mixed, (*seed, 1), setup.length) if mixed else None
@@ -43,12 +49,17 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 3. the model to start from, its optimizer, cross-entropy
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
-  state = make_state(setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx)
+  state = make_state(
+    setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
+  )
   step = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
-    own = setup.sharder.local(np.arange(cfg.batch_size))  # of the batch's rows: demonstrations first, then text
-    parts = [batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])]
+    # of the batch's rows: demonstrations first, then text
+    own = setup.sharder.local(np.arange(cfg.batch_size))
+    parts = [
+      batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])
+    ]
     if own[-1] >= demos:
       parts.append(text(i, own[own >= demos] - demos))
     made = jax.tree.map(lambda *x: np.concatenate(x), *parts)
@@ -56,9 +67,14 @@ def build(setup: Setup, name: str) -> Stage:
       made = made.replace(source=(own >= demos).astype(np.int32), mix=mix_of(cfg))
     return setup.sharder.put(made)
 
-  return Stage(state, step, batch, num_steps,
-               finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
-               work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length))
+  return Stage(
+    state,
+    step,
+    batch,
+    num_steps,
+    finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
+    work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length),
+  )
 
 
 def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:
@@ -70,12 +86,17 @@ def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:
 
 def mix_of(cfg) -> tuple[tuple[str, float], ...]:
   """types.TokenBatch.mix of the stage; empty without pretraining text."""
-  return (('demonstrations', 1 - cfg.pretrain_mix), ('pretrain', cfg.pretrain_mix)) if cfg.pretrain_mix else ()
+  return (
+    (('demonstrations', 1 - cfg.pretrain_mix), ('pretrain', cfg.pretrain_mix))
+    if cfg.pretrain_mix
+    else ()
+  )
 
 
 def text_rows_of(cfg) -> int:
-  """How many of a batch's rows are pretraining text. It decides compute and the noise of that part of the gradient, not its weight;
-  the share of the loss, at least one row, spends on it about what it weighs."""
+  """How many of a batch's rows are pretraining text. It decides compute and the noise of that part
+  of the gradient, not its weight; the share of the loss, at least one row, spends on it about what
+  it weighs."""
   return max(1, round(cfg.pretrain_mix * cfg.batch_size)) if cfg.pretrain_mix else 0
 
 
@@ -90,11 +111,17 @@ def abstract_step(setup: Setup, name: str) -> Plan:
 def check(setup: Setup, name: str) -> None:
   cfg = setup.config.stages[name]
   if not 0 <= cfg.pretrain_mix < 1:
-    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} must be a share of the loss from 0 to below 1; 1 would leave '
-                     'no demonstration.')
+    raise ValueError(
+      f'stages.{name}.pretrain_mix={cfg.pretrain_mix} must be a share of the loss from 0 to below '
+      f'1; 1 would leave '
+      'no demonstration.'
+    )
   if text_rows_of(cfg) >= cfg.batch_size:
-    raise ValueError(f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of {cfg.batch_size}: '
-                     'raise batch_size.')
+    raise ValueError(
+      f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of '
+      f'{cfg.batch_size}: '
+      'raise batch_size.'
+    )
   check_counts(setup, f'stages.{name}', 'demonstrations', demonstrations=cfg.demonstrations)
   if cfg.pretrain_mix:
     check_counts(setup, f'stages.{name}', 'pretrain', documents=cfg.documents)

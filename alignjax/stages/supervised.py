@@ -16,44 +16,91 @@ from alignjax.stages.stage import check_functions, compile_step, make_optimizer,
 from alignjax.types import LossFn, Metrics, Networks, TokenBatch, TrainState
 
 
-def stage_step(setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState) -> Callable:
+def stage_step(
+  setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
+) -> Callable:
   """make_step as the config of a stage has it."""
   cfg = setup.config.stages[name]
-  return make_step(state, loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)), nets=setup.nets, tx=tx,
-                   key=stage_key(setup, name), microbatches=cfg.microbatches, dropout=setup.policy_model.dropout > 0)
+  return make_step(
+    state,
+    loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)),
+    nets=setup.nets,
+    tx=tx,
+    key=stage_key(setup, name),
+    microbatches=cfg.microbatches,
+    dropout=setup.policy_model.dropout > 0,
+  )
 
 
 def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
   """The compiled step, its arguments as shapes, and its work, without data or weights."""
   cfg = setup.config.stages[name]
-  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')  # how many updates changes a constant of the schedule only
+  # how many updates changes a constant of the schedule only
+  tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   state = make_state(setup, {'policy': abstract.params(setup, 'lm')}, tx)
-  work = Work('update', setup.policy_model, 'lm', cfg.batch_size // cfg.microbatches, batch.tokens.shape[1], cfg.microbatches)
+  work = Work(
+    'update',
+    setup.policy_model,
+    'lm',
+    cfg.batch_size // cfg.microbatches,
+    batch.tokens.shape[1],
+    cfg.microbatches,
+  )
   return Plan(stage_step(setup, name, tx, state), (state, batch), {'update': [work]})
 
 
 def check(setup: Setup, name: str, abstract_step: Callable[[Setup, str], Plan]) -> None:
-  """What pretraining and fine-tuning can be wrong about in the same way. abstract_step: of the stage's module."""
+  """What pretraining and fine-tuning can be wrong about in the same way. abstract_step: of the
+  stage's module."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where)
   check_epochs(cfg.epochs, where)
   check_divides(cfg.batch_size, cfg.microbatches, f'{where}.batch_size by microbatches')
-  check_divides(cfg.batch_size, setup.sharder.batch_shards, f'{where}.batch_size by the devices that share a batch')
+  check_divides(
+    cfg.batch_size,
+    setup.sharder.batch_shards,
+    f'{where}.batch_size by the devices that share a batch',
+  )
   own = for_stage(setup, name)
   state, batch = abstract_step(own, name).arguments
   key = jax.random.key(0) if own.policy_model.dropout > 0 else None
-  abstract.check_loss(plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)), f'{where}.loss', cfg.loss.fn, state.params, batch,
-                      own.nets, key)
+  abstract.check_loss(
+    plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)),
+    f'{where}.loss',
+    cfg.loss.fn,
+    state.params,
+    batch,
+    own.nets,
+    key,
+  )
 
 
-def make_step(state: TrainState, *, loss_fn: LossFn, nets: Networks, tx, key: jax.Array, microbatches: int = 1,
-              ema_decay: float | None = None, dropout: bool = False) -> Callable:
-  """-> step(state, batch) -> (state, metrics, None), jit-compiled for states like `state`, which is donated."""
+def make_step(
+  state: TrainState,
+  *,
+  loss_fn: LossFn,
+  nets: Networks,
+  tx,
+  key: jax.Array,
+  microbatches: int = 1,
+  ema_decay: float | None = None,
+  dropout: bool = False,
+) -> Callable:
+  """-> step(state, batch) -> (state, metrics, None), jit-compiled for states like `state`, which is
+  donated."""
 
   def step(state: TrainState, batch) -> tuple[TrainState, Metrics, None]:
     step_key = jax.random.fold_in(key, state.step) if dropout else None
-    state, metrics = steps.update(state, batch, step_key, loss_fn=loss_fn, nets=nets, tx=tx,
-                                  microbatches=microbatches, ema_decay=ema_decay)
+    state, metrics = steps.update(
+      state,
+      batch,
+      step_key,
+      loss_fn=loss_fn,
+      nets=nets,
+      tx=tx,
+      microbatches=microbatches,
+      ema_decay=ema_decay,
+    )
     return state.replace(step=state.step + 1), metrics, None
 
   return compile_step(step, state)

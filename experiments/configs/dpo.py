@@ -1,29 +1,48 @@
-"""DPO in place of reward model and PPO: the offline stage (alignjax/stages/preference.py) on comparisons.
+"""DPO in place of reward model and PPO: the offline stage (alignjax/stages/preference.py) on
+comparisons.
 
   python experiments/run.py --config=configs/dpo.py[:tiny]               the sandbox's comparisons
   python experiments/run.py --config=configs/dpo.py:smollm2[-cpu|-tiny]  SmolLM2 on UltraFeedback's rankings, as smollm2_135m.py
   python experiments/run.py --config=configs/dpo.py --config.stages.dpo.loss="dict(fn='mylab.losses:ipo', beta=0.1)"
 
-Another loss is another dict in its place: it needs a function of your own and no other line. Nothing is measured yet; the learning
-rate and beta are the usual ones and not tuned.
+Another loss is another dict in its place: it needs a function of your own and no other line.
+Nothing is measured yet; the learning rate and beta are the usual ones and not tuned.
 """
 
 from ml_collections import config_dict
 
 from experiments.configs import base, smollm2_135m
 
-SHARED = ('prompts', 'responses', 'policies', 'responses_per_batch', 'k_buckets', 'row_lengths', 'epochs', 'microbatches',
-          'log_every', 'save_every')  # what the stage has in common with the reward model
+SHARED = (
+  'prompts',
+  'responses',
+  'policies',
+  'responses_per_batch',
+  'k_buckets',
+  'row_lengths',
+  'epochs',
+  'microbatches',
+  'log_every',
+  'save_every',
+)  # what the stage has in common with the reward model
 
 
 def get_config(size: str = 'default'):
   real = size.startswith('smollm2')
-  c = smollm2_135m.get_config(size.removeprefix('smollm2').removeprefix('-') or 'default') if real else base.get_config(size)
+  c = (
+    smollm2_135m.get_config(size.removeprefix('smollm2').removeprefix('-') or 'default')
+    if real
+    else base.get_config(size)
+  )
   s = c.stages
-  s.dpo = dict(build='alignjax.stages.preference:build', init=dict(policy='stage:sft', ref='stage:sft'),
-               loss=dict(fn='alignjax.losses:dpo', beta=0.1),
-               optimizer=dict(policy=base.adam(1e-6 if real else 2e-4, schedule='cosine', warmup=0.05)),
-               keep_candidates=config_dict.placeholder(int), **{key: s.rm[key] for key in SHARED})
+  s.dpo = dict(
+    build='alignjax.stages.preference:build',
+    init=dict(policy='stage:sft', ref='stage:sft'),
+    loss=dict(fn='alignjax.losses:dpo', beta=0.1),
+    optimizer=dict(policy=base.adam(1e-6 if real else 2e-4, schedule='cosine', warmup=0.05)),
+    keep_candidates=config_dict.placeholder(int),
+    **{key: s.rm[key] for key in SHARED},
+  )
   for name in ('rm', 'ppo', 'ppo_ptx'):
     if name in s:
       del s[name]

@@ -1,10 +1,10 @@
 """InstructGPT 1.3B by the paper's numbers (instructgpt.py has them by section).
 
-  python experiments/run.py --config=configs/instructgpt_1b3.py --workdir=gs://BUCKET/instructgpt_1b3 --distributed
+  python experiments/run.py --config=configs/instructgpt_1b3.py
+  --workdir=gs://BUCKET/instructgpt_1b3 --distributed
 
-[ours] policy rate: the released one is not reported; the scan was 2.55e-6 to 2.55e-5, and above 8.05e-6 PPO without ptx
-diverged (C.4, E.9).
-[ours] the mesh. Not run at this size by us.
+[ours] policy rate: the released one is not reported; the scan was 2.55e-6 to 2.55e-5, and above
+8.05e-6 PPO without ptx diverged (C.4, E.9). [ours] the mesh. Not run at this size by us.
 """
 
 from ml_collections import config_dict
@@ -13,7 +13,20 @@ from experiments.configs import instructgpt
 
 
 def get_config():
-  return instructgpt.get_config('1b3', sft_lr=9.65e-6, batch=32, init_lr=5e-6, policy_lr=8.05e-6, value_lr=9e-6,
-                                mesh=dict(data=config_dict.placeholder(int), fsdp=4, tensor=4),
-                                memory=dict(generate_rows=128, microbatches=16, rm_microbatches=16, sft_microbatches=1,
-                                            logits_chunk=16_384, attention_chunk=256))
+  return instructgpt.get_config(
+    '1b3',
+    sft_lr=9.65e-6,
+    batch=32,
+    init_lr=5e-6,
+    policy_lr=8.05e-6,
+    value_lr=9e-6,
+    mesh=dict(data=config_dict.placeholder(int), fsdp=4, tensor=4),
+    memory=dict(
+      generate_rows=128,
+      microbatches=16,
+      rm_microbatches=16,
+      sft_microbatches=1,
+      logits_chunk=16_384,
+      attention_chunk=256,
+    ),
+  )

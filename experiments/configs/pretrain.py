@@ -1,6 +1,6 @@
 """The sandbox up to its stage 'pretrain'.
 
-  python experiments/run.py --config=configs/pretrain.py[:tiny]
+python experiments/run.py --config=configs/pretrain.py[:tiny]
 """
 
 from experiments.configs import base

@@ -1,6 +1,6 @@
 """The sandbox up to its stage 'rm'.
 
-  python experiments/run.py --config=configs/rm.py[:tiny]
+python experiments/run.py --config=configs/rm.py[:tiny]
 """
 
 from experiments.configs import base

@@ -1,9 +1,11 @@
-"""The sandbox with model selection: the SFT checkpoint by the reward model (paper C.1), PPO-ptx by its score less KL.
+"""The sandbox with model selection: the SFT checkpoint by the reward model (paper C.1), PPO-ptx by
+its score less KL.
 
   python experiments/run.py --config=configs/selected.py[:tiny]
 
-SFT and PPO-ptx keep candidates; sft_selected and ppo_ptx_selected are stages that choose. The reward model starts from the last SFT
-checkpoint, since none can be chosen before there is a reward model; PPO-ptx starts from the chosen one.
+SFT and PPO-ptx keep candidates; sft_selected and ppo_ptx_selected are stages that choose. The
+reward model starts from the last SFT checkpoint, since none can be chosen before there is a reward
+model; PPO-ptx starts from the chosen one.
 """
 
 from ml_collections import config_dict
@@ -20,17 +22,35 @@ def get_config(size: str = 'default'):
   s.sft_selected = selection('stage:sft', fn='alignjax.evals.reward.selection:reward')
   for role in ('policy', 'ref'):
     s.ppo_ptx.init[role] = 'stage:sft_selected'
-  s.ppo_ptx_selected = selection('stage:ppo_ptx', ref='stage:sft_selected', fn='alignjax.evals.reward.selection:reward_less_kl',
-                                 kl_coef=s.ppo_ptx.kl.coef)
+  s.ppo_ptx_selected = selection(
+    'stage:ppo_ptx',
+    ref='stage:sft_selected',
+    fn='alignjax.evals.reward.selection:reward_less_kl',
+    kl_coef=s.ppo_ptx.kl.coef,
+  )
   c.stages_to_run = ('ppo_ptx_selected',)
-  c.report.policies = dict(pretrained='pretrain', sft='sft', sft_selected='sft_selected', ppo_ptx='ppo_ptx',
-                           ppo_ptx_selected='ppo_ptx_selected')
+  c.report.policies = dict(
+    pretrained='pretrain',
+    sft='sft',
+    sft_selected='sft_selected',
+    ppo_ptx='ppo_ptx',
+    ppo_ptx_selected='ppo_ptx_selected',
+  )
   return c
 
 
 def selection(*candidates, ref=None, source='sandbox:', mapping=None, count=200, **by):
-  """A stage that chooses. ref None: no KL. On your own data: source='jsonl:validation_prompts.jsonl'."""
+  """A stage that chooses. ref None: no KL. On your own data:
+  source='jsonl:validation_prompts.jsonl'."""
   off = lambda: config_dict.placeholder(str)
-  return dict(build='alignjax.stages.selection:build', init=dict(reward='stage:rm', ref=ref or off()), candidates=candidates,
-              by=by, prompts=dict(source=source, mapping=mapping or off(), count=count), temperature=1.0, rows=64,
-              log_every=1, save_every=0)
+  return dict(
+    build='alignjax.stages.selection:build',
+    init=dict(reward='stage:rm', ref=ref or off()),
+    candidates=candidates,
+    by=by,
+    prompts=dict(source=source, mapping=mapping or off(), count=count),
+    temperature=1.0,
+    rows=64,
+    log_every=1,
+    save_every=0,
+  )

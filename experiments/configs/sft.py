@@ -1,6 +1,6 @@
 """The sandbox up to its stage 'sft'.
 
-  python experiments/run.py --config=configs/sft.py[:tiny]
+python experiments/run.py --config=configs/sft.py[:tiny]
 """
 
 from experiments.configs import base

@@ -1,6 +1,7 @@
-"""Stores records of any kind (data/sources.py) as array_record shards; `tfds:FOLDER:SPLIT` reads them.
+"""Stores records of any kind (data/sources.py) as array_record shards; `tfds:FOLDER:SPLIT` reads
+them.
 
-    store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16)      -> the folder to read from
+store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16)      -> the folder to read from
 """
 
 from __future__ import annotations
@@ -27,25 +28,37 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     text, f = tfds.features.Text(), tfds.features
-    own = dict(demonstrations=dict(prompt=text, response=text), prompts=dict(prompt=text), pretrain=dict(text=text),
-               comparisons=dict(prompt=text, responses=f.Sequence(f.Text()), ranks=f.Sequence(np.int32)))
-    return self.dataset_info_from_configs(features=f.FeaturesDict({**own[self._kind], **{name: f.Text() for name in OPTIONAL}}),
-                                          disable_shuffling=True)
+    own = dict(
+      demonstrations=dict(prompt=text, response=text),
+      prompts=dict(prompt=text),
+      pretrain=dict(text=text),
+      comparisons=dict(prompt=text, responses=f.Sequence(f.Text()), ranks=f.Sequence(np.int32)),
+    )
+    return self.dataset_info_from_configs(
+      features=f.FeaturesDict({**own[self._kind], **{name: f.Text() for name in OPTIONAL}}),
+      disable_shuffling=True,
+    )
 
   def _split_generators(self, dl_manager) -> dict[str, Any]:
     return {split: self._generate_examples(rows) for split, rows in self._records.items()}
 
   def _generate_examples(self, rows):
     for i, row in enumerate(map(dict, rows)):
-      row |= {name: '' if row.get(name) is None else str(row[name]) for name in OPTIONAL}  # an id may be a number
+      # an id may be a number
+      row |= {name: '' if row.get(name) is None else str(row[name]) for name in OPTIONAL}
       if isinstance(row.get('prompt'), list):
         row |= dict(prompt='', messages=json.dumps(row['prompt']))
       yield i, {k: row[k] for k in self.info.features}
 
 
-def store(records: Mapping[str, list[dict[str, Any]]], kind: str, folder: str | os.PathLike, shards: int = 1) -> str:
-  """Writes the records of each split into `shards` files; returns the folder for `tfds:FOLDER:SPLIT`."""
-  builder = Builder(records=records, kind=kind, data_dir=os.fspath(folder), file_format='array_record')
+def store(
+  records: Mapping[str, list[dict[str, Any]]], kind: str, folder: str | os.PathLike, shards: int = 1
+) -> str:
+  """Writes the records of each split into `shards` files; returns the folder for
+  `tfds:FOLDER:SPLIT`."""
+  builder = Builder(
+    records=records, kind=kind, data_dir=os.fspath(folder), file_format='array_record'
+  )
   builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=shards))
   return str(builder.data_path)
 

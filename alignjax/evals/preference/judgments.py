@@ -3,19 +3,21 @@
 A file of judgments is JSON lines (gzip too), each of them one
 
   a comparison   {"prompt_id", "a", "b", "choice", "labeler_id"}: a, b are policies; choice is "a", "b", "tie", or the probability
-                 that a is better. Optional, where the responses are not ours: "response_a", "response_b", whose lengths are
-                 reported then, and "prompt", so that other judges can be asked too
+                 that a is better. Optional, where the responses are not ours: "response_a",
+                 "response_b", whose lengths are reported then, and "prompt", so that other judges
+                 can be asked too
   a ranking      {"prompt_id", "ranking": {policy: rank}, "labeler_id"}: the lowest number is the best, equal numbers are a tie; or
-                 a record of comparisons with its policies named, {"prompt", "responses", "ranks", "policies", "labeler_id"}. Of K
-                 policies it is a comparison of each of the K(K - 1)/2 pairs. Optional: "responses": {policy: text}, "prompt"
+                 a record of comparisons with its policies named, {"prompt", "responses", "ranks",
+                 "policies", "labeler_id"}. Of K policies it is a comparison of each of the K(K -
+                 1)/2 pairs. Optional: "responses": {policy: text}, "prompt"
   a rating       {"prompt_id", "policy", "likert", "flags", "labeler_id"}: the overall quality from 1 to 7 and the metadata of the
-                 paper's Table 3, either of them or both; flags is a list of those that apply (judgment_rows.FLAGS), or {flag: true
-                 or false}
+                 paper's Table 3, either of them or both; flags is a list of those that apply
+                 (judgment_rows.FLAGS), or {flag: true or false}
   a sheet's row  as `export` writes it, with "choice" 1, 2 or "tie" (null: not judged yet), and, if they were asked for, "likert_1",
                  "likert_2", "flags_1", "flags_2"
 
-labeler_id may be left out: then it is the name of the file, as where every labeler fills in a sheet of his own. prompt_id may be
-left out where "prompt" is there: then it is made of it.
+labeler_id may be left out: then it is the name of the file, as where every labeler fills in a sheet
+of his own. prompt_id may be left out where "prompt" is there: then it is made of it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from alignjax.runtime import files, textfiles
 
 
 class Pair(NamedTuple):
-  """What a judge sees. record: {'prompt', 'prompt_id', ...} with whatever its source gave; a, b: policies."""
+  """What a judge sees. record: {'prompt', 'prompt_id', ...} with whatever its source gave; a, b:
+  policies."""
+
   record: Mapping[str, Any]
   a: str
   b: str
@@ -45,8 +49,10 @@ class Pair(NamedTuple):
 
 
 class Verdict(NamedTuple):
-  """p: probability that a is better, 0.5 for a tie, None where there is no verdict. judge: verdicts of the same one are reported
-  together. shown_first: 'a' or 'b' where the order of showing is known, else ''."""
+  """p: probability that a is better, 0.5 for a tie, None where there is no verdict. judge: verdicts
+  of the same one are reported together. shown_first: 'a' or 'b' where the order of showing is
+  known, else ''."""
+
   prompt_id: str
   a: str
   b: str
@@ -58,6 +64,7 @@ class Verdict(NamedTuple):
 
 class Rating(NamedTuple):
   """likert: 1 to 7 or None. flags: those that were judged, as true or false."""
+
   prompt_id: str
   policy: str
   judge: str
@@ -67,8 +74,9 @@ class Rating(NamedTuple):
 
 
 class Judged(NamedTuple):
-  """texts: (prompt id, policy) -> the response, and prompts: prompt id -> the prompt, where a file brings its own. notes: what
-  a reader must know."""
+  """texts: (prompt id, policy) -> the response, and prompts: prompt id -> the prompt, where a file
+  brings its own. notes: what a reader must know."""
+
   verdicts: Sequence[Verdict]
   ratings: Sequence[Rating] = ()
   texts: Mapping[tuple[str, str], str] = {}
@@ -76,33 +84,56 @@ class Judged(NamedTuple):
   notes: Sequence[str] = ()
 
 
-def make_pairs(records: Sequence[Mapping[str, Any]], responses: Mapping[str, Sequence[Response]]) -> list[Pair]:
+def make_pairs(
+  records: Sequence[Mapping[str, Any]], responses: Mapping[str, Sequence[Response]]
+) -> list[Pair]:
   """Every pair of policies on every prompt that all of them answered."""
   names = list(responses)
-  answered = [i for i in range(len(records)) if all(responses[n][i].text is not None for n in names)]
-  return [Pair(records[i], a, b, responses[a][i], responses[b][i])
-          for i in answered for n, a in enumerate(names) for b in names[n + 1:]]
+  answered = [
+    i for i in range(len(records)) if all(responses[n][i].text is not None for n in names)
+  ]
+  return [
+    Pair(records[i], a, b, responses[a][i], responses[b][i])
+    for i in answered
+    for n, a in enumerate(names)
+    for b in names[n + 1 :]
+  ]
 
 
 def pairs_of(judged: Judged) -> list[Pair]:
-  """The pairs that a file's people judged, with the file's own prompts and responses, for other judges."""
+  """The pairs that a file's people judged, with the file's own prompts and responses, for other
+  judges."""
   pairs = []
   for q, a, b in dict.fromkeys((v.prompt_id, *sorted((v.a, v.b))) for v in judged.verdicts):
     if q not in judged.prompts or (q, a) not in judged.texts or (q, b) not in judged.texts:
-      raise ValueError(f'other judges cannot be asked: the judgments of {a!r} and {b!r} on the prompt {q!r} come without prompt, '
-                       'response_a and response_b. Name --policies and --prompts.')
-    pairs.append(Pair(dict(prompt_id=q, prompt=judged.prompts[q]), a, b, *(Response(judged.texts[q, p]) for p in (a, b))))
+      raise ValueError(
+        f'other judges cannot be asked: the judgments of {a!r} and {b!r} on the prompt {q!r} come '
+        f'without prompt, '
+        'response_a and response_b. Name --policies and --prompts.'
+      )
+    pairs.append(
+      Pair(
+        dict(prompt_id=q, prompt=judged.prompts[q]),
+        a,
+        b,
+        *(Response(judged.texts[q, p]) for p in (a, b)),
+      )
+    )
   return pairs
 
 
 def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  """Writes a sheet for people, blinded: pairs in random order, the two sides at random; and, beside it, the key (returned) that
-  says which policies they are. A sheet that exists is not overwritten, for somebody may have filled it in."""
+  """Writes a sheet for people, blinded: pairs in random order, the two sides at random; and, beside
+  it, the key (returned) that says which policies they are. A sheet that exists is not overwritten,
+  for somebody may have filled it in."""
   path = files.folder(path)
   key = path.with_suffix('.key.json')
   for existing in (path, key):
     if existing.exists():
-      raise ValueError(f'--export={path}: {existing} is there already, perhaps with judgments in it; choose another name.')
+      raise ValueError(
+        f'--export={path}: {existing} is there already, perhaps with judgments in it; choose '
+        f'another name.'
+      )
   rng = np.random.default_rng(seed)
   items, lines = {}, []
   for number, index in enumerate(rng.permutation(len(pairs)), 1):
@@ -110,27 +141,53 @@ def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.
     sides = [(pair.a, pair.response_a.text), (pair.b, pair.response_b.text)]
     first, second = sides if rng.random() < 0.5 else sides[::-1]
     items[str(number)] = {'prompt_id': pair.record['prompt_id'], '1': first[0], '2': second[0]}
-    lines.append(json.dumps(dict(item=number, prompt=pair.record['prompt'], response_1=first[1], response_2=second[1], choice=None,
-                                 likert_1=None, likert_2=None, flags_1=None, flags_2=None), ensure_ascii=False))
+    lines.append(
+      json.dumps(
+        dict(
+          item=number,
+          prompt=pair.record['prompt'],
+          response_1=first[1],
+          response_2=second[1],
+          choice=None,
+          likert_1=None,
+          likert_2=None,
+          flags_1=None,
+          flags_2=None,
+        ),
+        ensure_ascii=False,
+      )
+    )
   path.parent.mkdir(parents=True, exist_ok=True)
   key.write_text(json.dumps(items, indent=1))
   path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   return key
 
 
-def read(pattern: str, *, judge: str, mapping: str | None = None, policies: Collection[str] | None = None,
-         prompts: Collection[str] | None = None, key: str | None = None) -> Judged:
+def read(
+  pattern: str,
+  *,
+  judge: str,
+  mapping: str | None = None,
+  policies: Collection[str] | None = None,
+  prompts: Collection[str] | None = None,
+  key: str | None = None,
+) -> Judged:
   """People's judgments of one file, or of several where the pattern has a `*`.
 
-  Args:
-    mapping: from their records to the rows above: a function of this file, 'module:function' or 'ours=theirs,...'.
-    policies, prompts: the names that may occur; None: any. key: of a sheet; None: SHEET.key.json beside it.
+  Args: mapping: from their records to the rows above: a function of this file, 'module:function' or
+    'ours=theirs,...'. policies, prompts: the names that may occur; None: any. key: of a sheet;
+    None: SHEET.key.json beside it.
   """
   pattern = str(files.folder(pattern))
-  paths = sorted(p for p in glob.glob(pattern) if not p.endswith('.key.json')) if '*' in pattern else [pattern]
+  paths = (
+    sorted(p for p in glob.glob(pattern) if not p.endswith('.key.json'))
+    if '*' in pattern
+    else [pattern]
+  )
   if not paths:
     raise FileNotFoundError(f'--judge=file:{pattern}: no such files.')
-  change = pandalm if mapping == 'pandalm' else mappings.find(mapping, '--judge_mapping')  # there it makes comparisons
+  # there it makes comparisons
+  change = pandalm if mapping == 'pandalm' else mappings.find(mapping, '--judge_mapping')
   judged, waiting = Judged([], [], {}, {}, []), 0
   for path in paths:
     labeler = pathlib.Path(path.removesuffix('.gz')).stem
@@ -153,19 +210,33 @@ def read(pattern: str, *, judge: str, mapping: str | None = None, policies: Coll
   if waiting:
     judged.notes.append(f'{judge}: {waiting} rows are not judged yet')
   if not judged.verdicts:
-    raise ValueError(f'--judge=file:{pattern}: no comparison in it' +
-                     (f', {waiting} rows that are not judged yet.' if waiting else '.'))
+    raise ValueError(
+      f'--judge=file:{pattern}: no comparison in it'
+      + (f', {waiting} rows that are not judged yet.' if waiting else '.')
+    )
   return judged
 
 
 def pandalm(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """WeOpenML/PandaLM's test set: two models' answers and the choices (1, 2, 0 = tie) of three annotators."""
+  """WeOpenML/PandaLM's test set: two models' answers and the choices (1, 2, 0 = tie) of three
+  annotators."""
   a, b = raw['cmp_key'].split('_')
-  texts = dict(response_a=str(raw['response1']), response_b=str(raw['response2']))  # some answers are booleans
+  # some answers are booleans
+  texts = dict(response_a=str(raw['response1']), response_b=str(raw['response2']))
   prompt = f'{raw["instruction"]}\n\n{raw["input"]}'.strip()
   said = {1: 'a', 2: 'b', 0: 'tie'}
-  return [dict(prompt_id=prompt_id(prompt), prompt=prompt, a=a, b=b, choice=said[int(raw[f'annotator{n}'])],
-               labeler_id=f'annotator{n}', **texts) for n in (1, 2, 3)]
+  return [
+    dict(
+      prompt_id=prompt_id(prompt),
+      prompt=prompt,
+      a=a,
+      b=b,
+      choice=said[int(raw[f'annotator{n}'])],
+      labeler_id=f'annotator{n}',
+      **texts,
+    )
+    for n in (1, 2, 3)
+  ]
 
 
 def _rows(path: str, change: Callable | None) -> Iterable[tuple[str, dict]]:
@@ -178,56 +249,108 @@ def _rows(path: str, change: Callable | None) -> Iterable[tuple[str, dict]]:
 
 
 def _key(path: str, key: str | None) -> dict[str, dict[str, str]]:
-  found = files.folder(key) if key else files.folder(path.removesuffix('.gz')).with_suffix('.key.json')
+  found = (
+    files.folder(key) if key else files.folder(path.removesuffix('.gz')).with_suffix('.key.json')
+  )
   if not found.exists():
-    raise FileNotFoundError(f'{path} is a blinded sheet; its key {found} is not there. Name it: --judge_key=FILE.')
+    raise FileNotFoundError(
+      f'{path} is a blinded sheet; its key {found} is not there. Name it: --judge_key=FILE.'
+    )
   made = textfiles.parse(textfiles.read(found), str(found))
-  whole = lambda item: isinstance(item, dict) and all(isinstance(item.get(k), str) for k in ('prompt_id', '1', '2'))
+  whole = lambda item: (
+    isinstance(item, dict) and all(isinstance(item.get(k), str) for k in ('prompt_id', '1', '2'))
+  )
   if not isinstance(made, dict) or not all(map(whole, made.values())):
-    raise ValueError(f'{found} is no key of a sheet: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.')
+    raise ValueError(
+      f'{found} is no key of a sheet: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.'
+    )
   return made
 
 
-def _judgments(row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping | None) -> Judged | None:
+def _judgments(
+  row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping | None
+) -> Judged | None:
   """What a row says; None: nothing yet."""
-  labeler = str(labeler if row.get('labeler_id') in (None, '') else rows.name(row, 'labeler_id', where))
+  labeler = str(
+    labeler if row.get('labeler_id') in (None, '') else rows.name(row, 'labeler_id', where)
+  )
   if 'item' in row:
     return _of_sheet(row, where, judge, labeler, sheet)
   if 'ranking' in row or 'ranks' in row:
     return _of_ranking(row, where, judge, labeler)
   wanted = ('policy',) if 'policy' in row else ('a', 'b', 'choice')
-  missing = [k for k in wanted if k not in row] + ['prompt_id'] * ('prompt_id' not in row and 'prompt' not in row)
+  missing = [k for k in wanted if k not in row] + ['prompt_id'] * (
+    'prompt_id' not in row and 'prompt' not in row
+  )
   if missing:
-    raise ValueError(f'{where}: {", ".join(missing)} missing; a comparison has prompt_id, a, b and choice, a ranking prompt_id and '
-                     f'ranking, a rating prompt_id, policy and likert or flags; this has {sorted(row)}. Others: --judge_mapping.')
+    raise ValueError(
+      f'{where}: {", ".join(missing)} missing; a comparison has prompt_id, a, b and choice, a '
+      f'ranking prompt_id and '
+      f'ranking, a rating prompt_id, policy and likert or flags; this has {sorted(row)}. Others: '
+      f'--judge_mapping.'
+    )
   name = rows.prompt_name(row, where)
   if 'policy' in row:
-    rating = Rating(name, rows.text(row, 'policy', where), judge, labeler, rows.likert(row.get('likert'), where),
-                    rows.flags(row.get('flags'), where))
+    rating = Rating(
+      name,
+      rows.text(row, 'policy', where),
+      judge,
+      labeler,
+      rows.likert(row.get('likert'), where),
+      rows.flags(row.get('flags'), where),
+    )
     if rating.likert is None and not rating.flags:
       raise ValueError(f'{where}: a rating has "likert" or "flags".')
     return Judged([], [rating])
   a, b = rows.text(row, 'a', where), rows.text(row, 'b', where)
-  texts = {(name, row[side]): rows.text(row, f'response_{side}', where) for side in 'ab' if row.get(f'response_{side}') is not None}
-  return Judged([Verdict(name, a, b, rows.probability(row['choice'], where), judge, labeler)], [], texts, _prompt(row, name))
+  texts = {
+    (name, row[side]): rows.text(row, f'response_{side}', where)
+    for side in 'ab'
+    if row.get(f'response_{side}') is not None
+  }
+  return Judged(
+    [Verdict(name, a, b, rows.probability(row['choice'], where), judge, labeler)],
+    [],
+    texts,
+    _prompt(row, name),
+  )
 
 
-def _of_sheet(row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping) -> Judged | None:
+def _of_sheet(
+  row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping
+) -> Judged | None:
   """A row of a blinded sheet, with its policies from the key."""
   item = sheet.get(str(row['item']))
   if item is None:
     raise ValueError(f'{where}: the key has no item {row["item"]!r}.')
-  ratings = [Rating(item['prompt_id'], item[side], judge, labeler, rows.likert(row.get(f'likert_{side}'), where),
-                    rows.flags(row.get(f'flags_{side}'), where)) for side in '12']
+  ratings = [
+    Rating(
+      item['prompt_id'],
+      item[side],
+      judge,
+      labeler,
+      rows.likert(row.get(f'likert_{side}'), where),
+      rows.flags(row.get(f'flags_{side}'), where),
+    )
+    for side in '12'
+  ]
   ratings = [r for r in ratings if r.likert is not None or r.flags]
-  texts = {(item['prompt_id'], item[side]): rows.text(row, f'response_{side}', where) for side in '12' if f'response_{side}' in row}
+  texts = {
+    (item['prompt_id'], item[side]): rows.text(row, f'response_{side}', where)
+    for side in '12'
+    if f'response_{side}' in row
+  }
   choice = row.get('choice')
   if choice is None:
     return Judged([], ratings, texts) if ratings else None
   values = {'1': 1.0, '2': 0.0, 'tie': 0.5}
   if str(choice) not in values:
     raise ValueError(f'{where}: "choice" of a sheet is 1, 2 or "tie", not {choice!r}.')
-  return Judged([Verdict(item['prompt_id'], item['1'], item['2'], values[str(choice)], judge, labeler, 'a')], ratings, texts)
+  return Judged(
+    [Verdict(item['prompt_id'], item['1'], item['2'], values[str(choice)], judge, labeler, 'a')],
+    ratings,
+    texts,
+  )
 
 
 def _of_ranking(row: Mapping[str, Any], where: str, judge: str, labeler: str) -> Judged | None:
@@ -236,19 +359,34 @@ def _of_ranking(row: Mapping[str, Any], where: str, judge: str, labeler: str) ->
   if found is None:
     return None
   ranks, responses = found
-  verdicts = [Verdict(name, a, b, 0.5 + 0.5 * ((ranks[a] < ranks[b]) - (ranks[a] > ranks[b])), judge, labeler)
-              for a, b in itertools.combinations(ranks, 2)]
-  return Judged(verdicts, [], {(name, policy): said for policy, said in responses.items()}, _prompt(row, name))
+  verdicts = [
+    Verdict(name, a, b, 0.5 + 0.5 * ((ranks[a] < ranks[b]) - (ranks[a] > ranks[b])), judge, labeler)
+    for a, b in itertools.combinations(ranks, 2)
+  ]
+  return Judged(
+    verdicts, [], {(name, policy): said for policy, said in responses.items()}, _prompt(row, name)
+  )
 
 
 def _prompt(row: Mapping[str, Any], name: str) -> dict[str, Any]:
   return {name: row['prompt']} if isinstance(row.get('prompt'), (str, list)) else {}
 
 
-def _known(where: str, name: str, policies: Sequence[str], known: Collection[str] | None, prompts: Collection[str] | None) -> None:
+def _known(
+  where: str,
+  name: str,
+  policies: Sequence[str],
+  known: Collection[str] | None,
+  prompts: Collection[str] | None,
+) -> None:
   for policy in policies:
     if known is not None and policy not in known:
-      raise ValueError(f'{where}: the policy {policy!r} is none of --policies ({", ".join(known)}).')
+      raise ValueError(
+        f'{where}: the policy {policy!r} is none of --policies ({", ".join(known)}).'
+      )
   if prompts is not None and name not in prompts:
-    raise ValueError(f'{where}: the prompt {name!r} is none of the {len(prompts)} prompts of --prompts (with this --limit and '
-                     '--seed).')
+    raise ValueError(
+      f'{where}: the prompt {name!r} is none of the {len(prompts)} prompts of --prompts (with '
+      f'this --limit and '
+      '--seed).'
+    )

@@ -9,48 +9,109 @@ from typing import Any
 from alignjax.evals.preference.judgment_rows import FLAGS
 
 
-def markdown(result: Mapping[str, Any], notes: Sequence[str] = (), picture: str = 'preference.png') -> str:
+def markdown(
+  result: Mapping[str, Any], notes: Sequence[str] = (), picture: str = 'preference.png'
+) -> str:
   """The page of preference.summarize."""
   policies, baseline = result['policies'], result['baseline']
-  lines = ['# Preference', '', 'Mean and 95% interval by prompt; ties count half.', '',
-           f'![win rates against {baseline}]({picture})']
+  lines = [
+    '# Preference',
+    '',
+    'Mean and 95% interval by prompt; ties count half.',
+    '',
+    f'![win rates against {baseline}]({picture})',
+  ]
   lines += [*(['', *[f'- {note}' for note in notes]] if notes else [])]
   for judge, found in result['judges'].items():
     people = f', {len(found["labelers"])} labelers' if len(found['labelers']) > 1 else ''
-    lines += ['', f'## Judge: {judge}', '', f'{found["verdicts"]} verdicts on {found["prompts"]} prompts{people}; ties '
-              f'{_text(found["ties"])}' + (f'; {found["unjudged"]} without a verdict' if found['unjudged'] else '') + '.', '']
-    lines += _table(['policy', f'win rate against {baseline}', 'strength (Bradley-Terry)', 'verdicts'],
-                    [[p, _text(found['win_rate'][p].get(baseline)) or '-',
-                      '0 (baseline)' if p == baseline else _text(found['bradley_terry'][p]) or 'no maximum',
-                      found['bradley_terry'][p]['n']] for p in policies])
+    lines += [
+      '',
+      f'## Judge: {judge}',
+      '',
+      f'{found["verdicts"]} verdicts on {found["prompts"]} prompts{people}; ties '
+      f'{_text(found["ties"])}'
+      + (f'; {found["unjudged"]} without a verdict' if found['unjudged'] else '')
+      + '.',
+      '',
+    ]
+    lines += _table(
+      ['policy', f'win rate against {baseline}', 'strength (Bradley-Terry)', 'verdicts'],
+      [
+        [
+          p,
+          _text(found['win_rate'][p].get(baseline)) or '-',
+          '0 (baseline)' if p == baseline else _text(found['bradley_terry'][p]) or 'no maximum',
+          found['bradley_terry'][p]['n'],
+        ]
+        for p in policies
+      ],
+    )
     lines += ['', 'Win rate of the row over the column:', '']
-    lines += _table(['', *policies], [[a, *(_text(found['win_rate'][a].get(b), True) for b in policies)] for a in policies])
+    lines += _table(
+      ['', *policies],
+      [[a, *(_text(found['win_rate'][a].get(b), True) for b in policies)] for a in policies],
+    )
     length = found['length']
     if length['longer_wins']['n']:
-      lines += ['', f'The longer response wins {_text(length["longer_wins"])}; correlation of the difference in words and the '
-                f'verdict {_text(length["correlation"]) or "undefined"}.']
+      lines += [
+        '',
+        f'The longer response wins {_text(length["longer_wins"])}; correlation of the difference '
+        f'in words and the '
+        f'verdict {_text(length["correlation"]) or "undefined"}.',
+      ]
     if agreed := found['agreement']:
-      lines += ['', f'Two labelers make the same choice {_text(agreed["pairwise"])} ({agreed["pairwise"]["n"]} times two on '
-                f'{agreed["pairs"]} pairs), {_text(agreed["pairwise_without_ties"]) or "-"} where neither says tie; '
-                f'Krippendorff\'s alpha {_text(agreed["alpha"]) or "undefined"}.']
+      lines += [
+        '',
+        f'Two labelers make the same choice {_text(agreed["pairwise"])} '
+        f'({agreed["pairwise"]["n"]} times two on '
+        f'{agreed["pairs"]} pairs), {_text(agreed["pairwise_without_ties"]) or "-"} where neither '
+        f'says tie; '
+        f"Krippendorff's alpha {_text(agreed['alpha']) or 'undefined'}.",
+      ]
     if found['position']:
       same = _text(found['position']['consistent'])
-      lines += ['', f'The response shown first wins {_text(found["position"]["first_wins"])}' +
-                (f'; the answer is the same in both orders for {same}.' if same else '.')]
+      lines += [
+        '',
+        f'The response shown first wins {_text(found["position"]["first_wins"])}'
+        + (f'; the answer is the same in both orders for {same}.' if same else '.'),
+      ]
   if result['between_judges']:
-    lines += ['', '## Between judges', '', 'How often two judges prefer the same response, where neither says tie:', '']
-    lines += _table(['judge', 'judge', 'agreement', 'pairs'],
-                    [[*r['judges'], _text(r['agreement']), r['agreement']['n']] for r in result['between_judges']])
+    lines += [
+      '',
+      '## Between judges',
+      '',
+      'How often two judges prefer the same response, where neither says tie:',
+      '',
+    ]
+    lines += _table(
+      ['judge', 'judge', 'agreement', 'pairs'],
+      [
+        [*r['judges'], _text(r['agreement']), r['agreement']['n']] for r in result['between_judges']
+      ],
+    )
   for judge, ratings in result['ratings'].items():
     columns = [c for c in ('likert', *FLAGS) if any(c in ratings[p] for p in policies)]
     lines += ['', f'## Ratings: {judge}', '']
-    lines += _table(['', *policies], [['overall quality, 1 to 7' if c == 'likert' else FLAGS[c],
-                                       *(_text(ratings[p].get(c), True) for p in policies)] for c in columns])
+    lines += _table(
+      ['', *policies],
+      [
+        [
+          'overall quality, 1 to 7' if c == 'likert' else FLAGS[c],
+          *(_text(ratings[p].get(c), True) for p in policies),
+        ]
+        for c in columns
+      ],
+    )
   if any(figure['n'] for figure in result['words'].values()):
     lines += ['', '## Responses', '']
     cut = result.get('ended', {})
-    lines += _table(['policy', 'words', *(['ended by the model'] if cut else [])],
-                    [[p, _text(result['words'][p], digits=1), *([_text(cut.get(p))] if cut else [])] for p in policies])
+    lines += _table(
+      ['policy', 'words', *(['ended by the model'] if cut else [])],
+      [
+        [p, _text(result['words'][p], digits=1), *([_text(cut.get(p))] if cut else [])]
+        for p in policies
+      ],
+    )
   return '\n'.join([*lines, ''])
 
 
@@ -70,12 +131,20 @@ def _text(figure: Mapping[str, Any] | None, count: bool = False, digits: int = 3
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
   """Win rates against the baseline as points with intervals, a panel a judge."""
   import matplotlib
+
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
+
   baseline, judges = result['baseline'], result['judges']
   shown = [p for p in result['policies'] if p != baseline]
-  figure, axes = plt.subplots(len(judges), 1, figsize=(7, len(judges) * (1.0 + 0.35 * len(shown))), constrained_layout=True,
-                              squeeze=False, sharex=True)
+  figure, axes = plt.subplots(
+    len(judges),
+    1,
+    figsize=(7, len(judges) * (1.0 + 0.35 * len(shown))),
+    constrained_layout=True,
+    squeeze=False,
+    sharex=True,
+  )
   for axis, (judge, found) in zip(axes[:, 0], judges.items(), strict=True):
     for at, policy in enumerate(shown):
       rate = found['win_rate'][policy].get(baseline)

@@ -1,4 +1,5 @@
-"""What policies answer to the same prompts, sampled in batches and kept on disk: the material of every preference judgment."""
+"""What policies answer to the same prompts, sampled in batches and kept on disk: the material of
+every preference judgment."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ SANDBOX_PROMPTS = 256  # where no limit is given: the sandbox has as many as one
 
 
 class Response(NamedTuple):
-  """text: without the end token; None where the prompt did not fit. ended: whether the model ended it, or the limit of tokens
-  did. tokens: sampled ones, the end token among them."""
+  """text: without the end token; None where the prompt did not fit. ended: whether the model ended
+  it, or the limit of tokens did. tokens: sampled ones, the end token among them."""
+
   text: str | None
   ended: bool = True
   tokens: int = 0
@@ -31,20 +33,30 @@ def prompt_id(prompt: Any) -> str:
   return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
-def prompts(source: str, mapping: str | None, limit: int | None, seed: int, world_seed: int | None = None) -> list[dict[str, Any]]:
+def prompts(
+  source: str, mapping: str | None, limit: int | None, seed: int, world_seed: int | None = None
+) -> list[dict[str, Any]]:
   """Records {'prompt', 'prompt_id', ...} to compare policies on.
 
-  source: one of data/sources.py of kind 'prompts', or 'sandbox:', the test split of the world of world_seed. limit: that many,
-  drawn by the seed, the same for every policy. A record's own 'prompt_id' is kept; a prompt that is there twice gets two names.
+  source: one of data/sources.py of kind 'prompts', or 'sandbox:', the test split of the world of
+  world_seed. limit: that many, drawn by the seed, the same for every policy. A record's own
+  'prompt_id' is kept; a prompt that is there twice gets two names.
   """
   if source == 'sandbox:':
     if world_seed is None:
-      raise ValueError("--prompts=sandbox: needs policies that were trained in the sandbox; these were not.")
+      raise ValueError(
+        '--prompts=sandbox: needs policies that were trained in the sandbox; these were not.'
+      )
     from alignjax import sandbox
+
     found = sandbox.prompts(sandbox.World(world_seed), limit or SANDBOX_PROMPTS, 'test')
   else:
     found = sources.read(source, 'prompts', mapping)
-  named, seen, own = [], {}, [_name(record, f'--prompts={source}, record {i}') for i, record in enumerate(found, 1)]
+  named, seen, own = (
+    [],
+    {},
+    [_name(record, f'--prompts={source}, record {i}') for i, record in enumerate(found, 1)],
+  )
   taken = set(own)
   for record, name in zip(found, own, strict=True):
     seen[name] = seen.get(name, 0) + 1
@@ -58,48 +70,84 @@ def prompts(source: str, mapping: str | None, limit: int | None, seed: int, worl
 
 
 def _name(record: Mapping[str, Any], otherwise: str) -> str:
-  """A record's own prompt_id, a number as a name too, or one made of its prompt. otherwise: where a record of no source stands."""
+  """A record's own prompt_id, a number as a name too, or one made of its prompt. otherwise: where a
+  record of no source stands."""
   name = record.get('prompt_id')
   if name is None or name == '':
     return prompt_id(record['prompt'])
   if isinstance(name, bool) or not isinstance(name, (str, int)):
-    raise ValueError(f"{sources.place(record, otherwise)}: field 'prompt_id' must be text or a whole number, not {name!r}.")
+    raise ValueError(
+      f"{sources.place(record, otherwise)}: field 'prompt_id' must be text or a whole number, not "
+      f'{name!r}.'
+    )
   return str(name)
 
 
-def respond(model: Any, fingerprint: str, records: Sequence[Mapping[str, Any]], folder: pathlib.Path, *, temperature: float = 1.0,
-            max_tokens: int = 128, seed: int = 0, rows: int = 32, name: str = '') -> list[Response]:
+def respond(
+  model: Any,
+  fingerprint: str,
+  records: Sequence[Mapping[str, Any]],
+  folder: pathlib.Path,
+  *,
+  temperature: float = 1.0,
+  max_tokens: int = 128,
+  seed: int = 0,
+  rows: int = 32,
+  name: str = '',
+) -> list[Response]:
   """A response to each prompt, through the model's own template.
 
-  Kept in FOLDER/KEY.jsonl, where KEY says the model, temperature, max_tokens, seed and the code that samples; what is there is not
-  sampled again. A response depends on these and on its prompt alone (bulk.make_sampler), whatever other prompts there are; a
-  prompt that is there twice gets two. Policies draw independently of each other: the random numbers depend on the model. A
-  prompt that the context has no room for gets no response (text None), and is then judged for no policy.
+  Kept in FOLDER/KEY.jsonl, where KEY says the model, temperature, max_tokens, seed and the code
+  that samples; what is there is not sampled again. A response depends on these and on its prompt
+  alone (bulk.make_sampler), whatever other prompts there are; a prompt that is there twice gets
+  two. Policies draw independently of each other: the random numbers depend on the model. A prompt
+  that the context has no room for gets no response (text None), and is then judged for no policy.
 
   Args:
     fingerprint: loading.fingerprint of the model. rows: prompts a batch at most.
   """
   room = model.cfg.max_length - max_tokens
   if room < 1:
-    raise ValueError(f'--max_tokens={max_tokens} leaves no room for a prompt in the context of {model.cfg.max_length} of {name}.')
-  encoded = templates.each(model.template.prompt, [r['prompt'] for r in records], f'{name or "a policy"}, prompts')
+    raise ValueError(
+      f'--max_tokens={max_tokens} leaves no room for a prompt in the context of '
+      f'{model.cfg.max_length} of {name}.'
+    )
+  encoded = templates.each(
+    model.template.prompt, [r['prompt'] for r in records], f'{name or "a policy"}, prompts'
+  )
   numbers = bulk.occurrences(map(tuple, encoded))
-  keys = [fingerprints.of_value([tokens, number]) for tokens, number in zip(encoded, numbers, strict=True)]
+  keys = [
+    fingerprints.of_value([tokens, number]) for tokens, number in zip(encoded, numbers, strict=True)
+  ]
   stops = model.template.ends
-  key = fingerprints.of_value([fingerprint, float(temperature), max_tokens, seed, stops, fingerprints.of_function(respond)])
+  key = fingerprints.of_value(
+    [fingerprint, float(temperature), max_tokens, seed, stops, fingerprints.of_function(respond)]
+  )
   path = folder / f'{key}.jsonl'
-  known = {row['prompt']: Response(row['text'], row['ended'], row['tokens']) for row in journal.read(path)}
+  known = {
+    row['prompt']: Response(row['text'], row['ended'], row['tokens']) for row in journal.read(path)
+  }
   fit = [i for i, tokens in enumerate(encoded) if len(tokens) <= room]
   new = [i for i in fit if keys[i] not in known]
   if len(fit) < len(records):
-    print(f'{name}: {len(records) - len(fit)} of {len(records)} prompts are over {room} tokens '
-          f'(context {model.cfg.max_length}, --max_tokens={max_tokens}) and are left out', flush=True)
+    print(
+      f'{name}: {len(records) - len(fit)} of {len(records)} prompts are over {room} tokens '
+      f'(context {model.cfg.max_length}, --max_tokens={max_tokens}) and are left out',
+      flush=True,
+    )
   count = len(fit) - len(new)
   if count:
     print(f'{name}: {count} responses are kept from before, in {path}', flush=True)
   made: dict[str, Response] = {}
-  sample = bulk.make_sampler(model.nets, model.sharder, prompt_length=room, max_tokens=max_tokens, stop_ids=stops,
-                             pad=model.template.pad, rows=rows)
+  sample = bulk.make_sampler(
+    model.nets,
+    model.sharder,
+    prompt_length=room,
+    max_tokens=max_tokens,
+    stop_ids=stops,
+    pad=model.template.pad,
+    rows=rows,
+  )
   with metrics.Progress(len(fit), initial=count, name=f'{name}: responses') as progress:
 
     def done(place, result):
@@ -108,7 +156,13 @@ def respond(model: Any, fingerprint: str, records: Sequence[Mapping[str, Any]], 
       journal.append(path, [dict(prompt=keys[new[place]], **made[keys[new[place]]]._asdict())])
       progress.update(count + len(made), {'responses/done': count + len(made)})
 
-    sample(model.params, [encoded[i] for i in new], zlib.crc32(f'{seed}/{fingerprint}'.encode()) & 0x7FFFFFFF, temperature,
-           [numbers[i] for i in new], done)
+    sample(
+      model.params,
+      [encoded[i] for i in new],
+      zlib.crc32(f'{seed}/{fingerprint}'.encode()) & 0x7FFFFFFF,
+      temperature,
+      [numbers[i] for i in new],
+      done,
+    )
   known |= made
   return [known.get(key, Response(None)) for key in keys]

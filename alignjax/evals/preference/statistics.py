@@ -1,8 +1,8 @@
-"""Preference figures from verdicts: win rates, Bradley-Terry strengths, agreement, and what length has to do with it (the
-paper's sections 3.6 and 4.1).
+"""Preference figures from verdicts: win rates, Bradley-Terry strengths, agreement, and what length
+has to do with it (the paper's sections 3.6 and 4.1).
 
-The two orders of a question to one labeler are averaged first; then every labeler's verdict on a pair counts one. Ties count half.
-Intervals are by prompt, whose verdicts are not independent.
+The two orders of a question to one labeler are averaged first; then every labeler's verdict on a
+pair counts one. Ties count half. Intervals are by prompt, whose verdicts are not independent.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ SHARE = (0, 1)  # bounds of verdicts
 
 
 class Table(NamedTuple):
-  """Verdicts of one judge as columns, one row a (prompt, pair of policies, labeler): prompts str[N]; i, j: i64[N], places of the
-  two policies, i < j; labelers str[N]; p f64[N], the probability that i is better."""
+  """Verdicts of one judge as columns, one row a (prompt, pair of policies, labeler): prompts
+  str[N]; i, j: i64[N], places of the two policies, i < j; labelers str[N]; p f64[N], the
+  probability that i is better."""
+
   prompts: np.ndarray
   i: np.ndarray
   j: np.ndarray
@@ -39,23 +41,33 @@ def tabulate(verdicts: Sequence[Verdict], policies: Sequence[str]) -> Table:
   for v in verdicts:
     if v.p is not None:
       i, j = place[v.a], place[v.b]
-      key, p = ((v.prompt_id, i, j, v.labeler), v.p) if i < j else ((v.prompt_id, j, i, v.labeler), 1 - v.p)
+      key, p = (
+        ((v.prompt_id, i, j, v.labeler), v.p)
+        if i < j
+        else ((v.prompt_id, j, i, v.labeler), 1 - v.p)
+      )
       cells.setdefault(key, []).append(p)
   columns = list(zip(*cells, strict=True)) if cells else [[], [], [], []]
-  return Table(np.array(columns[0], str), np.array(columns[1], int), np.array(columns[2], int), np.array(columns[3], str),
-               np.array([np.mean(c) for c in cells.values()], float))
+  return Table(
+    np.array(columns[0], str),
+    np.array(columns[1], int),
+    np.array(columns[2], int),
+    np.array(columns[3], str),
+    np.array([np.mean(c) for c in cells.values()], float),
+  )
 
 
-def summarize(judged: Judged, policies: Sequence[str], baseline: str, words: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+def summarize(
+  judged: Judged, policies: Sequence[str], baseline: str, words: Mapping[tuple[str, str], int]
+) -> dict[str, Any]:
   """All figures, as JSON values.
 
   Args:
     words: (prompt id, policy) -> words of the response, where it is known.
 
-  Returns:
-    {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure}, 'length': ..., 'agreement': ...,
-    'position': ...}}, 'ratings': {judge: {policy: {'likert': Figure, FLAG: Figure}}}, 'between_judges': [...], 'words': {policy:
-    Figure}}.
+  Returns: {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure},
+    'length': ..., 'agreement': ..., 'position': ...}}, 'ratings': {judge: {policy: {'likert':
+    Figure, FLAG: Figure}}}, 'between_judges': [...], 'words': {policy: Figure}}.
   """
   by_judge: dict[str, list[Verdict]] = {}
   for v in judged.verdicts:
@@ -64,13 +76,28 @@ def summarize(judged: Judged, policies: Sequence[str], baseline: str, words: Map
   for judge, verdicts in by_judge.items():
     table = tables[judge] = tabulate(verdicts, policies)
     judges[judge] = dict(
-        verdicts=len(table.p), prompts=len(set(table.prompts)), unjudged=sum(v.p is None for v in verdicts),
-        labelers=sorted(set(table.labelers) - {''}), ties=interval(table.p == 0.5, _clusters(table.prompts), SHARE),
-        win_rate=win_rates(table, policies), bradley_terry=bradley_terry(table, policies, baseline),
-        length=length_effect(table, policies, words), agreement=agreement(table), position=position_bias(verdicts))
-  mean_words = {name: interval([n for (_, p), n in words.items() if p == name], bounds=ANY) for name in policies}
-  return dict(policies=list(policies), baseline=baseline, judges=judges, between_judges=between(tables),
-              ratings=rated(judged, policies), words=mean_words)
+      verdicts=len(table.p),
+      prompts=len(set(table.prompts)),
+      unjudged=sum(v.p is None for v in verdicts),
+      labelers=sorted(set(table.labelers) - {''}),
+      ties=interval(table.p == 0.5, _clusters(table.prompts), SHARE),
+      win_rate=win_rates(table, policies),
+      bradley_terry=bradley_terry(table, policies, baseline),
+      length=length_effect(table, policies, words),
+      agreement=agreement(table),
+      position=position_bias(verdicts),
+    )
+  mean_words = {
+    name: interval([n for (_, p), n in words.items() if p == name], bounds=ANY) for name in policies
+  }
+  return dict(
+    policies=list(policies),
+    baseline=baseline,
+    judges=judges,
+    between_judges=between(tables),
+    ratings=rated(judged, policies),
+    words=mean_words,
+  )
 
 
 def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figure]]:
@@ -80,16 +107,19 @@ def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figu
     rows = (table.i == i) & (table.j == j)
     figure = interval(table.p[rows], _clusters(table.prompts[rows]), SHARE)
     out[policies[i]][policies[j]] = figure
-    out[policies[j]][policies[i]] = interval(1 - table.p[rows], _clusters(table.prompts[rows]), SHARE)
+    out[policies[j]][policies[i]] = interval(
+      1 - table.p[rows], _clusters(table.prompts[rows]), SHARE
+    )
   return out
 
 
 def bradley_terry(table: Table, policies: Sequence[str], baseline: str) -> dict[str, Figure]:
-  """Strengths theta with P(a over b) = sigmoid(theta_a - theta_b), the baseline's 0, by maximum likelihood (choix), a tie as half
-  a win each.
+  """Strengths theta with P(a over b) = sigmoid(theta_a - theta_b), the baseline's 0, by maximum
+  likelihood (choix), a tie as half a win each.
 
-  There is no maximum where some policies never lost to the others, or were never compared with them: 'mean' is None then. An
-  interval is None where there is no maximum without some of the prompts; 'n': verdicts on the policy.
+  There is no maximum where some policies never lost to the others, or were never compared with
+  them: 'mean' is None then. An interval is None where there is no maximum without some of the
+  prompts; 'n': verdicts on the policy.
   """
   names, group = np.unique(_clusters(table.prompts), return_inverse=True)
   k = len(policies)
@@ -105,12 +135,14 @@ def bradley_terry(table: Table, policies: Sequence[str], baseline: str) -> dict[
     return np.full(k, np.nan) if found is None else found - found[anchor]
 
   figures = statistic(relative, range(len(names))) if len(names) else [statistic(relative, ())] * k
-  return {name: figure | {'n': int(n)} for name, figure, n in zip(policies, figures, counts, strict=True)}
+  return {
+    name: figure | {'n': int(n)} for name, figure, n in zip(policies, figures, counts, strict=True)
+  }
 
 
 def _strengths(wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray | None:
-  """f64[K] of a matrix of wins, or None where the likelihood has no maximum: some policy cannot be reached from another one by
-  a chain of defeats (Ford 1957)."""
+  """f64[K] of a matrix of wins, or None where the likelihood has no maximum: some policy cannot be
+  reached from another one by a chain of defeats (Ford 1957)."""
   try:
     import choix
   except ModuleNotFoundError:
@@ -122,18 +154,26 @@ def _strengths(wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray 
     return None
   try:
     return choix.ilsr_pairwise_dense(wins, initial_params=start, max_iter=10_000)
-  except (RuntimeError, ValueError):  # so nearly without a maximum that the iteration does not get there
+  except (
+    RuntimeError,
+    ValueError,
+  ):  # so nearly without a maximum that the iteration does not get there
     return None
 
 
-def length_effect(table: Table, policies: Sequence[str], words: Mapping[tuple[str, str], int]) -> dict[str, Figure]:
+def length_effect(
+  table: Table, policies: Sequence[str], words: Mapping[tuple[str, str], int]
+) -> dict[str, Figure]:
   """Whether longer responses win.
 
-  'longer_wins': win rate of the longer response of a pair, in words. 'correlation': Pearson's, of the difference in words and the
-  verdict, over the pairs in both directions, so that which policy comes first means nothing.
+  'longer_wins': win rate of the longer response of a pair, in words. 'correlation': Pearson's, of
+  the difference in words and the verdict, over the pairs in both directions, so that which policy
+  comes first means nothing.
   """
-  known = [(words.get((q, policies[i])), words.get((q, policies[j])))
-           for q, i, j in zip(table.prompts, table.i, table.j, strict=True)]
+  known = [
+    (words.get((q, policies[i])), words.get((q, policies[j])))
+    for q, i, j in zip(table.prompts, table.i, table.j, strict=True)
+  ]
   there = np.array([a is not None and b is not None for a, b in known], bool)
   difference = np.array([a - b for a, b in itertools.compress(known, there)], float)
   p, prompts = table.p[there], np.array(_clusters(table.prompts[there]))
@@ -145,16 +185,19 @@ def length_effect(table: Table, policies: Sequence[str], words: Mapping[tuple[st
       return float('nan')
     return np.corrcoef(np.concatenate([x, -x]), np.concatenate([y, -y]))[0, 1]
 
-  return dict(longer_wins=interval(np.where(difference > 0, p, 1 - p)[uneven], prompts[uneven], SHARE),
-              correlation=statistic(correlation, prompts, (-1, 1)))
+  return dict(
+    longer_wins=interval(np.where(difference > 0, p, 1 - p)[uneven], prompts[uneven], SHARE),
+    correlation=statistic(correlation, prompts, (-1, 1)),
+  )
 
 
 def agreement(table: Table) -> dict[str, Figure] | None:
   """Between labelers who judged the same pair, or None where no pair has two.
 
-  Choices are a, b or tie. 'pairwise': share of (pair, two labelers) with the same choice, as the paper's 72.6% of training
-  labelers; 'pairwise_without_ties': where neither of the two says tie. 'alpha': Krippendorff's, nominal, of the three choices, a
-  being the policy that comes first in the list of policies.
+  Choices are a, b or tie. 'pairwise': share of (pair, two labelers) with the same choice, as the
+  paper's 72.6% of training labelers; 'pairwise_without_ties': where neither of the two says tie.
+  'alpha': Krippendorff's, nominal, of the three choices, a being the policy that comes first in the
+  list of policies.
   """
   units: dict[tuple, list[int]] = {}
   for q, i, j, p in zip(table.prompts, table.i, table.j, table.p, strict=True):
@@ -162,18 +205,24 @@ def agreement(table: Table) -> dict[str, Figure] | None:
   units = {key: choices for key, choices in units.items() if len(choices) > 1}
   if not units:
     return None
-  both = [(key[0], x, y) for key, choices in units.items() for x, y in itertools.combinations(choices, 2)]
+  both = [
+    (key[0], x, y) for key, choices in units.items() for x, y in itertools.combinations(choices, 2)
+  ]
   same = np.array([x == y for _, x, y in both], float)
   decided = np.array([2 not in (x, y) for _, x, y in both])
   prompts = np.array(_clusters(q for q, _, _ in both))
   counts = np.array([np.bincount(choices, minlength=3) for choices in units.values()])
-  return dict(pairs=len(units), pairwise=interval(same, prompts, SHARE),
-              pairwise_without_ties=interval(same[decided], prompts[decided], SHARE),
-              alpha=statistic(lambda rows: _alpha(counts[rows]), _clusters(q for q, _, _ in units), (-1, 1)))
+  return dict(
+    pairs=len(units),
+    pairwise=interval(same, prompts, SHARE),
+    pairwise_without_ties=interval(same[decided], prompts[decided], SHARE),
+    alpha=statistic(lambda rows: _alpha(counts[rows]), _clusters(q for q, _, _ in units), (-1, 1)),
+  )
 
 
 def _alpha(counts: np.ndarray) -> float:
-  """Krippendorff's alpha of counts i[units, choices]; NaN where all say the same, which leaves it undefined."""
+  """Krippendorff's alpha of counts i[units, choices]; NaN where all say the same, which leaves it
+  undefined."""
   try:
     import krippendorff
   except ModuleNotFoundError:
@@ -184,35 +233,57 @@ def _alpha(counts: np.ndarray) -> float:
 
 
 def position_bias(verdicts: Sequence[Verdict]) -> dict[str, Figure] | None:
-  """Where it is known which response was shown first: 'first_wins', how often that one was preferred (0.5: no bias), and, of
-  questions that the same labeler got in both orders, 'consistent', the share with the same answer. None where it is not known."""
+  """Where it is known which response was shown first: 'first_wins', how often that one was
+  preferred (0.5: no bias), and, of questions that the same labeler got in both orders,
+  'consistent', the share with the same answer. None where it is not known."""
   shown = [v for v in verdicts if v.shown_first and v.p is not None]
   if not shown:
     return None
-  first = interval([v.p if v.shown_first == 'a' else 1 - v.p for v in shown], _clusters(v.prompt_id for v in shown), SHARE)
+  first = interval(
+    [v.p if v.shown_first == 'a' else 1 - v.p for v in shown],
+    _clusters(v.prompt_id for v in shown),
+    SHARE,
+  )
   twice: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
   for v in shown:
-    a, b, p, side = (v.a, v.b, v.p, v.shown_first) if v.a < v.b else (v.b, v.a, 1 - v.p, 'b' if v.shown_first == 'a' else 'a')
+    a, b, p, side = (
+      (v.a, v.b, v.p, v.shown_first)
+      if v.a < v.b
+      else (v.b, v.a, 1 - v.p, 'b' if v.shown_first == 'a' else 'a')
+    )
     twice[v.prompt_id, a, b, v.labeler][side] = p
   orders = {key: sides for key, sides in twice.items() if len(sides) == 2}
   same = [float(np.sign(s['a'] - 0.5) == np.sign(s['b'] - 0.5)) for s in orders.values()]
-  return dict(first_wins=first, consistent=interval(same, _clusters(key[0] for key in orders), SHARE))
+  return dict(
+    first_wins=first, consistent=interval(same, _clusters(key[0] for key in orders), SHARE)
+  )
 
 
 def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
-  """For every two judges, on the pairs that both judged and neither calls a tie: 'agreement', how often they prefer the same
-  response, each judge's labelers averaged. How far a reward model or a language model stands in for people."""
+  """For every two judges, on the pairs that both judged and neither calls a tie: 'agreement', how
+  often they prefer the same response, each judge's labelers averaged. How far a reward model or a
+  language model stands in for people."""
   choices = {}
   for judge, t in tables.items():
     cells: dict[tuple, list[float]] = {}
     for q, i, j, p in zip(t.prompts, t.i, t.j, t.p, strict=True):
       cells.setdefault((q, i, j), []).append(p)
-    choices[judge] = {key: np.sign(np.mean(ps) - 0.5) for key, ps in cells.items() if np.mean(ps) != 0.5}
+    choices[judge] = {
+      key: np.sign(np.mean(ps) - 0.5) for key, ps in cells.items() if np.mean(ps) != 0.5
+    }
   out = []
   for one, two in itertools.combinations(choices, 2):
     common = [key for key in choices[one] if key in choices[two]]
-    out.append(dict(judges=[one, two], agreement=interval([float(choices[one][k] == choices[two][k]) for k in common],
-                                                          _clusters(k[0] for k in common), SHARE)))
+    out.append(
+      dict(
+        judges=[one, two],
+        agreement=interval(
+          [float(choices[one][k] == choices[two][k]) for k in common],
+          _clusters(k[0] for k in common),
+          SHARE,
+        ),
+      )
+    )
   return out
 
 
@@ -223,13 +294,21 @@ def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[s
     for policy in policies:
       mine = [r for r in judged.ratings if (r.judge, r.policy) == (judge, policy)]
       columns = {'likert': [(r.prompt_id, r.likert) for r in mine if r.likert is not None]}
-      columns |= {flag: [(r.prompt_id, float(r.flags[flag])) for r in mine if flag in r.flags] for flag in FLAGS}
+      columns |= {
+        flag: [(r.prompt_id, float(r.flags[flag])) for r in mine if flag in r.flags]
+        for flag in FLAGS
+      }
       out.setdefault(judge, {})[policy] = {
-          name: interval([x for _, x in rows], _clusters(q for q, _ in rows), (1, 7) if name == 'likert' else SHARE)
-          for name, rows in columns.items() if rows}
+        name: interval(
+          [x for _, x in rows], _clusters(q for q, _ in rows), (1, 7) if name == 'likert' else SHARE
+        )
+        for name, rows in columns.items()
+        if rows
+      }
   return out
 
 
 def _clusters(prompt_ids: Iterable[str]) -> list[str]:
-  """The same label for the same prompt: one that is there twice has the names ID and ID-2 (responses.prompts)."""
+  """The same label for the same prompt: one that is there twice has the names ID and ID-2
+  (responses.prompts)."""
   return [re.sub(r'^([0-9a-f]{12})-\d+$', r'\1', q) for q in prompt_ids]

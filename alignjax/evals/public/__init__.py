@@ -1,1 +1,2 @@
-"""Public NLP tasks, by lm-evaluation-harness on our compiled functions (paper's Table 14, Appendix D)."""
+"""Public NLP tasks, by lm-evaluation-harness on our compiled functions (paper's Table 14, Appendix
+D)."""

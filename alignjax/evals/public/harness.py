@@ -1,11 +1,14 @@
-"""lm-evaluation-harness over a model of ours: its language-model interface on our compiled functions, without torch.
+"""lm-evaluation-harness over a model of ours: its language-model interface on our compiled
+functions, without torch.
 
-    from lm_eval import simple_evaluate
-    results = simple_evaluate(model=harness.language_model(loading.load('runs/.../ppo_ptx')), tasks=['truthfulqa_mc1'])
+    from lm_eval import simple_evaluate results =
+    simple_evaluate(model=harness.language_model(loading.load('runs/.../ppo_ptx')),
+    tasks=['truthfulqa_mc1'])
 
-Tokens are split between context and continuation by the harness's own TemplateLM, and long inputs are cut on the left as its
-`hf` backend cuts them, so that scores can be compared. Rows are grouped by length, a few compiled shapes for any number of
-them, and lie over the model's mesh where it has one (loading.load(..., mesh=...)).
+Tokens are split between context and continuation by the harness's own TemplateLM, and long inputs
+are cut on the left as its `hf` backend cuts them, so that scores can be compared. Rows are grouped
+by length, a few compiled shapes for any number of them, and lie over the model's mesh where it has
+one (loading.load(..., mesh=...)).
 """
 
 from __future__ import annotations
@@ -23,22 +26,27 @@ from alignjax.runtime import journal, metrics
 def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any) -> Any:
   """The harness's LM object of a loading.Model.
 
-  keep: a JSONL file that every answer is appended to as it comes, and read from before anything is computed, so that an
-    interrupted evaluation goes on. For one model (loading.facts): requests are known by their text alone.
+  keep: a JSONL file that every answer is appended to as it comes, and read from before anything is
+    computed, so that an interrupted evaluation goes on. For one model (loading.facts): requests are
+    known by their text alone.
   options: of `scorer`.
 
-  Texts begin as documents do for this model (templates.Template.text), where its `hf` backend lets the tokenizer decide: the same
-  tokens, for a stage and for the checkpoint exported from it. With an empty context, and at the start of a rolling
-  log-likelihood, the start of the document is given and not scored; `hf` scores a BOS after itself there. Names of control tokens
-  in a text are text, except in what apply_chat_template has rendered, which is read as `hf` reads it.
+  Texts begin as documents do for this model (templates.Template.text), where its `hf` backend lets
+  the tokenizer decide: the same tokens, for a stage and for the checkpoint exported from it. With
+  an empty context, and at the start of a rolling log-likelihood, the start of the document is given
+  and not scored; `hf` scores a BOS after itself there. Names of control tokens in a text are text,
+  except in what apply_chat_template has rendered, which is read as `hf` reads it.
 
-  Its attribute `cut` counts the requests that were longer than the model's context and lost their left part.
+  Its attribute `cut` counts the requests that were longer than the model's context and lost their
+  left part.
   """
   try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
   except ModuleNotFoundError:
-    raise ValueError("the evaluation harness is not installed: pip install 'alignjax[eval]'.") from None
+    raise ValueError(
+      "the evaluation harness is not installed: pip install 'alignjax[eval]'."
+    ) from None
   score = completions.scorer(model, **options)
   known = {row['request']: row['answer'] for row in journal.read(keep)} if keep else {}
 
@@ -66,12 +74,21 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
       if self.rendered:
         tokens = model.tokenizer.encode(string, add_special_tokens=False, verbose=False)
         first = model.template.first
-        return tokens if add_special_tokens is False or tuple(tokens[:len(first)]) == first else [*first, *tokens]
-      return model.template.bare(string) if add_special_tokens is False else model.template.text(string)
+        return (
+          tokens
+          if add_special_tokens is False or tuple(tokens[: len(first)]) == first
+          else [*first, *tokens]
+        )
+      return (
+        model.template.bare(string) if add_special_tokens is False else model.template.text(string)
+      )
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-      keys = [key_of('loglikelihood', context, continuation) for _, context, continuation in requests]
-      new = {k: (c, t) for k, (_, c, t) in zip(keys, requests, strict=True) if k not in known}  # the same one twice is scored once
+      keys = [
+        key_of('loglikelihood', context, continuation) for _, context, continuation in requests
+      ]
+      # the same one twice is scored once
+      new = {k: (c, t) for k, (_, c, t) in zip(keys, requests, strict=True) if k not in known}
       self.cut += sum(len(c) + len(t) > model.cfg.max_length + 1 for _, c, t in requests)
       names = list(new)
       with metrics.Progress(len(names), name='scored', active=not disable_tqdm) as progress:
@@ -81,19 +98,35 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
       keys = [key_of('rolling', *request.args) for request in requests]
-      new = {key: request.args[0] for key, request in zip(keys, requests, strict=True) if key not in known}
-      cut = {key: [make_disjoint_window(w) for w in get_rolling_token_windows(
-          self.tok_encode(text, add_special_tokens=False), self.prefix_token_id, model.cfg.max_length, 1)]
-             for key, text in new.items()}
+      new = {
+        key: request.args[0]
+        for key, request in zip(keys, requests, strict=True)
+        if key not in known
+      }
+      cut = {
+        key: [
+          make_disjoint_window(w)
+          for w in get_rolling_token_windows(
+            self.tok_encode(text, add_special_tokens=False),
+            self.prefix_token_id,
+            model.cfg.max_length,
+            1,
+          )
+        ]
+        for key, text in new.items()
+      }
       scores = iter(score([w for windows in cut.values() for w in windows]))
       for key, windows in cut.items():
         add(key, sum(next(scores)[0] for _ in windows))
       return [known[key] for key in keys]
 
     def generate_until(self, requests, disable_tqdm=False):
-      numbers = bulk.occurrences(json.dumps(request.args) for request in requests)  # a task may ask for several samples of a prompt
-      keys = [key_of('generate', *request.args, number if _temperature(request.args[1]) else 0)
-              for request, number in zip(requests, numbers, strict=True)]
+      # a task may ask for several samples of a prompt
+      numbers = bulk.occurrences(json.dumps(request.args) for request in requests)
+      keys = [
+        key_of('generate', *request.args, number if _temperature(request.args[1]) else 0)
+        for request, number in zip(requests, numbers, strict=True)
+      ]
       groups: dict[tuple, dict[str, tuple[list[int], int]]] = {}
       for key, request, number in zip(keys, requests, numbers, strict=True):
         asked = request.args[1]
@@ -103,18 +136,29 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
         self.cut += len(prompt) > model.cfg.max_length - most
         if key not in known:
           groups.setdefault((until, most, _temperature(asked)), {})[key] = prompt, number
-      with metrics.Progress(sum(map(len, groups.values())), name='written', active=not disable_tqdm) as progress:
+      with metrics.Progress(
+        sum(map(len, groups.values())), name='written', active=not disable_tqdm
+      ) as progress:
         count = _counted(progress, lambda key, text: add(key, text))
         for (until, most, temperature), prompts in groups.items():
           names = list(prompts)
           rows, which = zip(*prompts.values(), strict=True)
-          completions.continuations(model, list(rows), max_tokens=most, until=until, temperature=temperature, numbers=which,
-                        done=lambda i, text, names=names: count(names[i], text))
+          completions.continuations(
+            model,
+            list(rows),
+            max_tokens=most,
+            until=until,
+            temperature=temperature,
+            numbers=which,
+            done=lambda i, text, names=names: count(names[i], text),
+          )
       return [known[k] for k in keys]
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
       self.rendered = True
-      return model.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
+      return model.tokenizer.apply_chat_template(
+        chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+      )
 
   return LanguageModel()
 

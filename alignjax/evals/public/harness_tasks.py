@@ -1,10 +1,12 @@
-"""Tasks of lm-evaluation-harness as tasks of the table: YAML files of one's own, and the harness's own tasks by name.
+"""Tasks of lm-evaluation-harness as tasks of the table: YAML files of one's own, and the harness's
+own tasks by name.
 
     --tasks=my_task.yaml,my_tasks/,arc_easy,lambada_openai        the third and fourth are the harness's
 
-Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from the current folder), prompts,
-number of examples, metrics, filters. Prompts are plain text. A group is refused, because its parts are rows of the table: name its
-members. Options of each: shots=N. --data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the
+Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from
+the current folder), prompts, number of examples, metrics, filters. Prompts are plain text. A group
+is refused, because its parts are rows of the table: name its members. Options of each: shots=N.
+--data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the
 data.
 """
 
@@ -27,7 +29,9 @@ from alignjax.evals.public import harness
 from alignjax.evals.table import Cell
 from alignjax.runtime import fingerprints, textfiles
 
-ENTRY = re.compile(r'^["\']?(task|group|class|tag|include)["\']?[ \t]*:(.*(?:\n[ \t]*-.*)*)', re.MULTILINE)
+ENTRY = re.compile(
+  r'^["\']?(task|group|class|tag|include)["\']?[ \t]*:(.*(?:\n[ \t]*-.*)*)', re.MULTILINE
+)
 KINDS = {'json': 'json', 'jsonl': 'json', 'csv': 'csv', 'parquet': 'parquet'}
 
 
@@ -38,7 +42,8 @@ def require() -> None:
 
 
 def find(name: str) -> dict[str, Callable] | None:
-  """{task: function of it} of a YAML file, a folder of them, or a name of the harness's own; None where it is none of these."""
+  """{task: function of it} of a YAML file, a folder of them, or a name of the harness's own; None
+  where it is none of these."""
   path = pathlib.Path(name).expanduser()
   looks_like_one = path.suffix in ('.yaml', '.yml') or '/' in name
   if not looks_like_one and not path.is_dir():
@@ -52,7 +57,11 @@ def find(name: str) -> dict[str, Callable] | None:
     if path.is_dir() and not isinstance(config.get('task'), str):
       continue  # a part that others include, or a group
     if not isinstance(config.get('task'), str):
-      what = 'a group of tasks; name its members' if 'group' in config else 'no task: it has no entry `task`, the name of one'
+      what = (
+        'a group of tasks; name its members'
+        if 'group' in config
+        else 'no task: it has no entry `task`, the name of one'
+      )
       raise ValueError(f'{file}: {what}.')
     if config['task'] in found:
       raise ValueError(f'{name}: two files have the task {config["task"]!r}; the second is {file}.')
@@ -63,16 +72,30 @@ def find(name: str) -> dict[str, Callable] | None:
 
 
 def _read(path: pathlib.Path, functions: bool = False) -> dict[str, Any]:
-  """The contents of a task file, with what it includes. Functions of !function are names unless asked for."""
+  """The contents of a task file, with what it includes. Functions of !function are names unless
+  asked for."""
   from lm_eval.tasks import _yaml_loader
+
   try:
     return _yaml_loader.load_yaml(path, resolve_func=functions)
-  except (_yaml_loader.yaml.YAMLError, ValueError, OSError, ImportError, AttributeError, SyntaxError) as error:
-    raise ValueError(f'{path}: not a task file of the harness ({type(error).__name__}: {" ".join(str(error).split())}).') from None
+  except (
+    _yaml_loader.yaml.YAMLError,
+    ValueError,
+    OSError,
+    ImportError,
+    AttributeError,
+    SyntaxError,
+  ) as error:
+    raise ValueError(
+      f'{path}: not a task file of the harness ({type(error).__name__}: '
+      f'{" ".join(str(error).split())}).'
+    ) from None
 
 
 class Known(NamedTuple):
-  """kind: 'task', 'group', 'tag' or 'class' (a task written in Python). path: of its file. members: of a tag."""
+  """kind: 'task', 'group', 'tag' or 'class' (a task written in Python). path: of its file. members:
+  of a tag."""
+
   kind: str
   path: pathlib.Path | None
   members: list[str]
@@ -80,8 +103,9 @@ class Known(NamedTuple):
 
 @functools.cache
 def index() -> Mapping[str, Known]:
-  """The harness's own tasks, groups and tags by name, none where it is not installed. Its thousands of files are searched for these
-  entries alone: to parse them all takes it a quarter of a minute."""
+  """The harness's own tasks, groups and tags by name, none where it is not installed. Its thousands
+  of files are searched for these entries alone: to parse them all takes it a quarter of a minute.
+  """
   spec = importlib.util.find_spec('lm_eval')
   if spec is None:
     return {}
@@ -105,7 +129,9 @@ def _entries(path: pathlib.Path) -> dict[str, list[str]]:
   if not path.is_file():
     return found
   for key, value in ENTRY.findall(path.read_text(encoding='utf-8', errors='replace')):
-    found[key] = re.findall(r'[^\s\[\],"\']+', re.sub(r'#.*|!function|^[ \t]*-', '', value, flags=re.MULTILINE))
+    found[key] = re.findall(
+      r'[^\s\[\],"\']+', re.sub(r'#.*|!function|^[ \t]*-', '', value, flags=re.MULTILINE)
+    )
   inherited = {}
   for other in found.pop('include', ()):
     inherited |= _entries(path.parent / other)
@@ -120,19 +146,34 @@ def _named(name: str) -> dict[str, Callable] | None:
   if known.kind == 'task':
     return {name: _task(name, known.path)}
   if known.kind == 'class':
-    raise ValueError(f'--tasks={name}: the harness has it as a class, not as a task file; such tasks are not measured here.')
-  members = known.members if known.kind == 'tag' else [
-      part if isinstance(part, str) else str(part.get('task') or part.get('group')) for part in _read(known.path).get('task') or []]
-  raise ValueError(f'--tasks={name}: a group of the harness, not a task. Name its members: {",".join(sorted(members))}')
+    raise ValueError(
+      f'--tasks={name}: the harness has it as a class, not as a task file; such tasks are not '
+      f'measured here.'
+    )
+  members = (
+    known.members
+    if known.kind == 'tag'
+    else [
+      part if isinstance(part, str) else str(part.get('task') or part.get('group'))
+      for part in _read(known.path).get('task') or []
+    ]
+  )
+  raise ValueError(
+    f'--tasks={name}: a group of the harness, not a task. Name its members: '
+    f'{",".join(sorted(members))}'
+  )
 
 
 def _task(name: str, path: pathlib.Path) -> Callable:
-  """The function of the table, with what decides its results besides this code as its attribute `protocol`."""
+  """The function of the table, with what decides its results besides this code as its attribute
+  `protocol`."""
   config = _read(path)
   text = json.dumps(config, sort_keys=True, default=str).replace(str(path.resolve().parent), '')
   functions = sorted({fingerprints.of_function(f) for f in _functions(_read(path, functions=True))})
   task = functools.partial(measure, name, path)
-  task.protocol = dict(file=fingerprints.of_value(text), functions=functions, files=_local_files(config))
+  task.protocol = dict(
+    file=fingerprints.of_value(text), functions=functions, files=_local_files(config)
+  )
   return task
 
 
@@ -148,16 +189,40 @@ def _local_files(config: Mapping[str, Any]) -> str | None:
   """The fingerprint of the files on this disk that the data come from."""
   given = config.get('dataset_kwargs') or {}
   named = [config.get('dataset_path'), given.get('data_dir'), given.get('data_files')]
-  flat = lambda x: [p for part in (x.values() if isinstance(x, Mapping) else x) for p in flat(part)] if isinstance(
-      x, (Mapping, list, tuple)) else [x] if isinstance(x, str) else []
-  base = pathlib.Path(given['data_dir']) if isinstance(given.get('data_dir'), str) else pathlib.Path()
-  found = sorted({file for name in flat(named) for place in (name, str(base / name)) for file in glob.glob(place)})
+  flat = lambda x: (
+    [p for part in (x.values() if isinstance(x, Mapping) else x) for p in flat(part)]
+    if isinstance(x, (Mapping, list, tuple))
+    else [x]
+    if isinstance(x, str)
+    else []
+  )
+  base = (
+    pathlib.Path(given['data_dir']) if isinstance(given.get('data_dir'), str) else pathlib.Path()
+  )
+  found = sorted(
+    {
+      file
+      for name in flat(named)
+      for place in (name, str(base / name))
+      for file in glob.glob(place)
+    }
+  )
   return fingerprints.of_files(found) if found else None
 
 
-def measure(name: str, path: pathlib.Path, model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path,
-            shots: int | None = None) -> list[Cell]:
-  """Cells of one task file, a metric and filter each. shots: examples before each question; None: as the file says."""
+def measure(
+  name: str,
+  path: pathlib.Path,
+  model: Any,
+  *,
+  data: str | None,
+  limit: int | None,
+  seed: int,
+  keep: pathlib.Path,
+  shots: int | None = None,
+) -> list[Cell]:
+  """Cells of one task file, a metric and filter each. shots: examples before each question; None:
+  as the file says."""
   if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
     raise ValueError(f'--options={name}.shots={shots}: it is a number of examples.')
   task = _load(name, path, data, shots, seed)
@@ -173,22 +238,33 @@ def measure(name: str, path: pathlib.Path, model: Any, *, data: str | None, limi
     for metric in dict.fromkeys(m for s in found for m in s['metrics']):
       values = [_plain(s.get(metric)) for s in found]
       label = metric if filtered == 'none' else f'{metric}, {filtered}'
-      cells.append(Cell(label, prompt, values, [str(s['doc_id']) for s in found],
-                        better={True: 'higher', False: 'lower'}.get(better.get(metric), ''),
-                        aggregate=_aggregate(path, metric, aggregations.get(metric), values)))
+      cells.append(
+        Cell(
+          label,
+          prompt,
+          values,
+          [str(s['doc_id']) for s in found],
+          better={True: 'higher', False: 'lower'}.get(better.get(metric), ''),
+          aggregate=_aggregate(path, metric, aggregations.get(metric), values),
+        )
+      )
   return cells
 
 
 def _plain(value: Any) -> Any:
   """A JSON value; a number is a float."""
   if isinstance(value, (bool, int, float, np.generic)):
-    return float(value) if np.ndim(value) == 0 and not isinstance(value, np.str_) else value.tolist()
+    return (
+      float(value) if np.ndim(value) == 0 and not isinstance(value, np.str_) else value.tolist()
+    )
   if isinstance(value, np.ndarray):
     return _plain(value.tolist())
   return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _aggregate(path: pathlib.Path, metric: str, aggregate: Callable | None, values: list) -> str | None:
+def _aggregate(
+  path: pathlib.Path, metric: str, aggregate: Callable | None, values: list
+) -> str | None:
   """What a Cell's figure is of its values: None for a mean, else where the function stands."""
   numbers = all(v is None or isinstance(v, float) for v in values)
   name = getattr(aggregate, '__name__', '')
@@ -196,13 +272,17 @@ def _aggregate(path: pathlib.Path, metric: str, aggregate: Callable | None, valu
     return None
   module = getattr(aggregate, '__module__', None)
   if aggregate is None or '<' in getattr(aggregate, '__qualname__', '<'):
-    raise ValueError(f'{path}: the metric {metric!r} is no mean of numbers, and its aggregation has no name by which it can be '
-                     'found again; make it a function of a module.')
+    raise ValueError(
+      f'{path}: the metric {metric!r} is no mean of numbers, and its aggregation has no name by '
+      f'which it can be '
+      'found again; make it a function of a module.'
+    )
   return f'{module}:{name}'
 
 
 def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, seed: int) -> Any:
   from lm_eval.api.task import ConfigurableTask
+
   config = _read(path, functions=True)
   for key in ('tag', 'group', 'task_list'):
     config.pop(key, None)
@@ -211,36 +291,71 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
   if data:
     kind = KINDS.get(textfiles.suffix(data))
     if kind is None or not pathlib.Path(data).is_file():
-      raise ValueError(f'--data={name}={data}: a file of one of the kinds {", ".join(KINDS)} is needed.')
+      raise ValueError(
+        f'--data={name}={data}: a file of one of the kinds {", ".join(KINDS)} is needed.'
+      )
     split = config.get('test_split') or config.get('validation_split') or 'test'
-    config |= dict(dataset_path=kind, dataset_name=None, dataset_kwargs=dict(data_files={split: data}), training_split=None,
-                   validation_split=None, test_split=split, fewshot_split=split)
+    config |= dict(
+      dataset_path=kind,
+      dataset_name=None,
+      dataset_kwargs=dict(data_files={split: data}),
+      training_split=None,
+      validation_split=None,
+      test_split=split,
+      fewshot_split=split,
+    )
   if shots is not None:
     config['num_fewshot'] = shots
   try:
     task = ConfigurableTask(config=config)
   except Exception as error:  # noqa: BLE001  the hub, the network, the data library and the file's own functions raise many kinds
     said = ' '.join(str(error).split())[:300]
-    raise ValueError(f'{name}: the task of {path} cannot be made ({type(error).__name__}: {said}). Where its data are on the hub '
-                     f'and cannot be had, give a file: --data={name}=FILE.') from None
+    raise ValueError(
+      f'{name}: the task of {path} cannot be made ({type(error).__name__}: {said}). Where its '
+      f'data are on the hub '
+      f'and cannot be had, give a file: --data={name}=FILE.'
+    ) from None
   task.set_fewshot_seed(seed)
   return task
 
 
-def run(lm: Any, tasks: list[Any], what: str, limit: int | None, seed: int) -> dict[str, list[dict[str, Any]]]:
-  """{task's name: its logged samples} of tasks that have the same documents, `limit` of them drawn by the seed."""
+def run(
+  lm: Any, tasks: list[Any], what: str, limit: int | None, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+  """{task's name: its logged samples} of tasks that have the same documents, `limit` of them drawn
+  by the seed."""
   import lm_eval
+
   count = len(tasks[0].eval_docs)
-  drawn = sorted(random.Random(seed).sample(range(count), limit)) if limit is not None and limit < count else None
+  drawn = (
+    sorted(random.Random(seed).sample(range(count), limit))
+    if limit is not None and limit < count
+    else None
+  )
   before = getattr(lm, 'cut', 0)
-  samples = lm_eval.evaluate(lm, dict(tasks={task.task_name: task for task in tasks}), bootstrap_iters=0, log_samples=True,
-                             samples=drawn and {task.task_name: drawn for task in tasks})['samples']
+  samples = lm_eval.evaluate(
+    lm,
+    dict(tasks={task.task_name: task for task in tasks}),
+    bootstrap_iters=0,
+    log_samples=True,
+    samples=drawn and {task.task_name: drawn for task in tasks},
+  )['samples']
   if getattr(lm, 'cut', 0) > before:
-    print(f'{what}: {lm.cut - before} requests were longer than the context and lost their left part', flush=True)
+    print(
+      f'{what}: {lm.cut - before} requests were longer than the context and lost their left part',
+      flush=True,
+    )
   return samples
 
 
 def write_samples(keep: pathlib.Path, name: str, samples: list[dict[str, Any]]) -> None:
   """KEEP/samples-NAME.jsonl: document, prompt and answer of each, to be read by people."""
-  lines = (json.dumps(dict(doc=s['doc'], prompt=s['arguments'][0][0], answers=s['filtered_resps']), default=str) for s in samples)
-  (keep / f'samples-{name.replace(" ", "_").replace("/", "_")}.jsonl').write_text('\n'.join([*lines, '']))
+  lines = (
+    json.dumps(
+      dict(doc=s['doc'], prompt=s['arguments'][0][0], answers=s['filtered_resps']), default=str
+    )
+    for s in samples
+  )
+  (keep / f'samples-{name.replace(" ", "_").replace("/", "_")}.jsonl').write_text(
+    '\n'.join([*lines, ''])
+  )

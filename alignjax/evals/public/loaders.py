@@ -1,7 +1,8 @@
 """The data of the public tasks: records of a local file, checked, or of the Hugging Face hub.
 
-A local file is JSONL (.gz) with the fields of the hub's data set, SQuAD's nested JSON, or TruthfulQA's list; a folder holds two
-of them, FOLDER/train.* for the few-shot examples and FOLDER/validation.* (or test.*, dev.*).
+A local file is JSONL (.gz) with the fields of the hub's data set, SQuAD's nested JSON, or
+TruthfulQA's list; a folder holds two of them, FOLDER/train.* for the few-shot examples and
+FOLDER/validation.* (or test.*, dev.*).
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any
 from alignjax.runtime import files, textfiles
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
-OF_LISTS = dict(endings=str, questions=str, text=str, texts=list, choices=str, labels=int)  # what lists of these names hold
+# what lists of these names hold
+OF_LISTS = dict(endings=str, questions=str, text=str, texts=list, choices=str, labels=int)
 BOUND = 300_000  # records of a split that are read for a draw
 
 
-def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str, list[dict[str, Any]]]:
+def local(
+  task: str, data: str, fields: Mapping[str, type | tuple]
+) -> dict[str, list[dict[str, Any]]]:
   """{'validation': records} of a file, with 'train' of a folder.
 
-  fields: name -> type; 'a.b' is the field b of the field a. What is not there or of another type is an error that names the
-  file, the line and the field.
+  fields: name -> type; 'a.b' is the field b of the field a. What is not there or of another type is
+  an error that names the file, the line and the field.
   """
   path = files.folder(data)
   if not path.is_dir():
@@ -33,7 +37,9 @@ def local(task: str, data: str, fields: Mapping[str, type | tuple]) -> dict[str,
   for split, names in (('train', ('train',)), ('validation', ('validation', 'dev', 'test'))):
     found = [p for name in names for p in sorted(path.glob(f'{name}*.json*'))]
     if not found:
-      raise FileNotFoundError(f'--data={task}={data}: the folder has no file {" or ".join(f"{n}*.json*" for n in names)}.')
+      raise FileNotFoundError(
+        f'--data={task}={data}: the folder has no file {" or ".join(f"{n}*.json*" for n in names)}.'
+      )
     out[split] = _records(found[0], fields)
   return out
 
@@ -68,22 +74,38 @@ def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
       for paragraph in article['paragraphs']:
         for question in paragraph['qas']:
           texts = [a['text'] for a in question['answers']]
-          yield f'article {i}', dict(title=article['title'], context=paragraph['context'], question=question['question'],
-                                     answers=dict(text=texts))
+          yield (
+            f'article {i}',
+            dict(
+              title=article['title'],
+              context=paragraph['context'],
+              question=question['question'],
+              answers=dict(text=texts),
+            ),
+          )
     except (KeyError, TypeError) as error:
-      raise ValueError(f'{path}, article {i}: not of the form of SQuAD ({type(error).__name__}: {error}).') from None
+      raise ValueError(
+        f'{path}, article {i}: not of the form of SQuAD ({type(error).__name__}: {error}).'
+      ) from None
 
 
 def _lists(record: Any) -> Any:
-  """TruthfulQA's {answer: 0 or 1} as the hub has it: {'choices': [...], 'labels': [...]}, the true ones first."""
+  """TruthfulQA's {answer: 0 or 1} as the hub has it: {'choices': [...], 'labels': [...]}, the true
+  ones first."""
   if not isinstance(record, dict):
     return record
   out = dict(record)
   for name in ('mc1_targets', 'mc2_targets'):
     targets = record.get(name)
-    if isinstance(targets, dict) and targets and all(v in (0, 1) and not isinstance(v, list) for v in targets.values()):
+    if (
+      isinstance(targets, dict)
+      and targets
+      and all(v in (0, 1) and not isinstance(v, list) for v in targets.values())
+    ):
       ordered = sorted(targets.items(), key=lambda item: -item[1])
-      out[name] = dict(choices=[text for text, _ in ordered], labels=[int(label) for _, label in ordered])
+      out[name] = dict(
+        choices=[text for text, _ in ordered], labels=[int(label) for _, label in ordered]
+      )
   return out
 
 
@@ -94,25 +116,44 @@ def _check(record: Any, fields: Mapping[str, type | tuple], where: str) -> None:
     value = record
     for name in field.split('.'):
       if not isinstance(value, dict) or name not in value:
-        raise ValueError(f'{where}: field {field!r} is missing; a record has {sorted(fields)}, this one has {sorted(record)}.')
+        raise ValueError(
+          f'{where}: field {field!r} is missing; a record has {sorted(fields)}, this one has '
+          f'{sorted(record)}.'
+        )
       value = value[name]
     if not isinstance(value, expected) or isinstance(value, bool):
-      kinds = ' or '.join(t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,)))
+      kinds = ' or '.join(
+        t.__name__ for t in (expected if isinstance(expected, tuple) else (expected,))
+      )
       raise ValueError(f'{where}: field {field!r} must be {kinds}, not {type(value).__name__}.')
     inner = OF_LISTS.get(field.rpartition('.')[2])
-    if inner and isinstance(value, list) and not all(isinstance(x, inner) and not isinstance(x, bool) for x in value):
-      raise ValueError(f'{where}: field {field!r} must be a list of {inner.__name__}, not {value!r:.100}.')
+    if (
+      inner
+      and isinstance(value, list)
+      and not all(isinstance(x, inner) and not isinstance(x, bool) for x in value)
+    ):
+      raise ValueError(
+        f'{where}: field {field!r} must be a list of {inner.__name__}, not {value!r:.100}.'
+      )
 
 
-def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool,
-        seed: int) -> dict[str, list[dict[str, Any]]]:
-  """The same of the data set that a task file names: the evaluated split and, for shots, POOL records (or runs of records, see
-  `draw`) of the split that examples come from, drawn by the seed. Read as a stream: none of it stays on the disk."""
+def hub(
+  task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+  """The same of the data set that a task file names: the evaluated split and, for shots, POOL
+  records (or runs of records, see `draw`) of the split that examples come from, drawn by the seed.
+  Read as a stream: none of it stays on the disk."""
   try:
     import datasets
   except ModuleNotFoundError:
-    raise ValueError(f"{task}: the datasets library is not installed: pip install 'alignjax[eval]'.") from None
-  path, name, more = config['dataset_path'], config.get('dataset_name'), config.get('metadata') or {}
+    raise ValueError(
+      f"{task}: the datasets library is not installed: pip install 'alignjax[eval]'."
+    ) from None
+  path, name, more = (
+    config['dataset_path'],
+    config.get('dataset_name'),
+    config.get('metadata') or {},
+  )
   evaluated = config.get('test_split') or config['validation_split']
   wanted = {'validation': (evaluated, more.get('items'))}
   if shots and config.get('fewshot_split', evaluated) != evaluated:
@@ -124,22 +165,28 @@ def hub(task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple]
       out[ours] = list(rows) if most is None else draw(rows, most, seed, more.get('together') or ())
     except Exception as error:  # noqa: BLE001 the hub, the network and its libraries raise many kinds
       said = str(error).strip().partition('\n')[0][:200]
-      raise ValueError(f'{task}: the data set {path} cannot be read from the hub ({type(error).__name__}: {said}); '
-                       f'give a local file by --data={task}=FILE.') from None
+      raise ValueError(
+        f'{task}: the data set {path} cannot be read from the hub ({type(error).__name__}: '
+        f'{said}); '
+        f'give a local file by --data={task}=FILE.'
+      ) from None
     for i, record in enumerate(out[ours]):
       _check(record, fields, f'{path}, {split} {i}')
   return out
 
 
-def draw(rows: Iterable[dict[str, Any]], count: int, seed: int, together: Sequence[str] = ()) -> list[dict[str, Any]]:
-  """`count` of the records, or of the runs of records that share the fields `together` (the questions of a paragraph), each as
-  likely as any other, in their order: data sets are sorted, so the first ones are of a few articles. One pass over the first
-  BOUND records at most: more than any of these sets has, save TL;DR."""
+def draw(
+  rows: Iterable[dict[str, Any]], count: int, seed: int, together: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+  """`count` of the records, or of the runs of records that share the fields `together` (the
+  questions of a paragraph), each as likely as any other, in their order: data sets are sorted, so
+  the first ones are of a few articles. One pass over the first BOUND records at most: more than any
+  of these sets has, save TL;DR."""
   rng, chosen = random.Random(seed), []
   number = itertools.count()
   run = lambda row: [row[name] for name in together] if together else next(number)
   for i, (_, group) in enumerate(itertools.groupby(itertools.islice(rows, BOUND), run)):
     place = i if i < count else rng.randrange(i + 1)
     if place < count:
-      chosen[place:place + 1] = [(i, list(group))]
+      chosen[place : place + 1] = [(i, list(group))]
   return [row for _, group in sorted(chosen, key=lambda x: x[0]) for row in group]

@@ -1,14 +1,17 @@
-"""The public NLP tasks of the paper's Table 14, run by lm-evaluation-harness on the task files of tasks/ (App. D, Figures 18-27).
+"""The public NLP tasks of the paper's Table 14, run by lm-evaluation-harness on the task files of
+tasks/ (App. D, Figures 18-27).
 
-Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is greedy and cut at the first
-newline; a multiple choice is the option of the highest log-likelihood a token (the paper's "lowest" is a slip). Prompts are
-plain text, whatever the model's template is, as in the paper. Where we choose: few-shot examples are drawn anew for each
-question, by the seed, from the training split (of the hub's from records that the seed draws over all of it) or, where the data
-are one file, from the rest of it, never from the question's own passage; prompts that exceed the context lose their left part, as
-in the harness, and are counted aloud.
+Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is
+greedy and cut at the first newline; a multiple choice is the option of the highest log-likelihood a
+token (the paper's "lowest" is a slip). Prompts are plain text, whatever the model's template is, as
+in the paper. Where we choose: few-shot examples are drawn anew for each question, by the seed, from
+the training split (of the hub's from records that the seed draws over all of it) or, where the data
+are one file, from the rest of it, never from the question's own passage; prompts that exceed the
+context lose their left part, as in the harness, and are counted aloud.
 
-Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with train.jsonl and validation.jsonl), or
-the hub. The head of tasks/TASK.yaml says which fields. `lm_eval --include_path alignjax/evals/tasks` runs the same files.
+Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with
+train.jsonl and validation.jsonl), or the hub. The head of tasks/TASK.yaml says which fields.
+`lm_eval --include_path alignjax/evals/tasks` runs the same files.
 """
 
 from __future__ import annotations
@@ -25,11 +28,17 @@ from alignjax.evals.table import Cell
 
 TASKS = pathlib.Path(__file__).parent / 'task_files'
 LABEL = (int, str)
-QA_TARGETS = {f'{name}.{part}': list for name in ('mc1_targets', 'mc2_targets') for part in ('choices', 'labels')}
+QA_TARGETS = {
+  f'{name}.{part}': list
+  for name in ('mc1_targets', 'mc2_targets')
+  for part in ('choices', 'labels')
+}
 
 
 class Score(NamedTuple):
-  """metric: of the table. value: of a logged sample -> what is averaged. aggregate, bounds: of a Cell."""
+  """metric: of the table. value: of a logged sample -> what is averaged. aggregate, bounds: of a
+  Cell."""
+
   metric: str
   value: Callable[[Any, Mapping[str, Any]], Any]
   aggregate: str | None = None
@@ -39,8 +48,11 @@ class Score(NamedTuple):
 def per_token(lm: Any, sample: Mapping[str, Any]) -> float:
   """Whether the right choice has the highest log-likelihood a token (nats)."""
   means = []
-  for (context, continuation), (logprob, _) in zip(sample['arguments'], sample['filtered_resps'], strict=True):
-    tail = context[-200:]  # the split into tokens at the border does not depend on what is further left
+  for (context, continuation), (logprob, _) in zip(
+    sample['arguments'], sample['filtered_resps'], strict=True
+  ):
+    # the split into tokens at the border does not depend on what is further left
+    tail = context[-200:]
     means.append(logprob / len(lm._encode_pair(tail, continuation)[1]))
   return float(np.argmax(means) == sample['target'])
 
@@ -53,53 +65,91 @@ def logged(name: str, scale: float = 1.0) -> Callable[[Any, Mapping[str, Any]], 
 def bleu(pairs: list[tuple[str, str]]) -> float:
   """Corpus BLEU of (reference, translation), 0 to 100."""
   import sacrebleu
+
   return sacrebleu.corpus_bleu([p for _, p in pairs], [[r for r, _ in pairs]]).score
 
 
 ACCURACY = (Score('accuracy', per_token),)
-TRUTHFULQA = {'truthfulqa_mc1': (Score('MC1', logged('acc')),), 'truthfulqa_mc2': (Score('MC2', logged('acc'), bounds=(0, 1)),)}
+TRUTHFULQA = {
+  'truthfulqa_mc1': (Score('MC1', logged('acc')),),
+  'truthfulqa_mc2': (Score('MC2', logged('acc'), bounds=(0, 1)),),
+}
 ROUGE = (Score('ROUGE-L', logged('rougeL'), bounds=(0, 1)),)
-F1 = (Score('F1', logged('f1', 100), bounds=(0, 100)), Score('exact match', logged('exact', 100), bounds=(0, 100)))
+F1 = (
+  Score('F1', logged('f1', 100), bounds=(0, 100)),
+  Score('exact match', logged('exact', 100), bounds=(0, 100)),
+)
 
 
 def hellaswag(model, *, data, limit, seed, keep, shots=None):
-  """HellaSwag: which of four endings. Hub Rowan/hellaswag, or JSONL {activity_label, ctx_a, ctx_b, endings, label}."""
+  """HellaSwag: which of four endings. Hub Rowan/hellaswag, or JSONL {activity_label, ctx_a, ctx_b,
+  endings, label}."""
   fields = dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=LABEL)
   return measure(model, 'hellaswag', fields, ACCURACY, 15, data, limit, seed, keep, shots)
 
 
 def rte(model, *, data, limit, seed, keep, shots=None):
-  """RTE: does the passage entail the sentence. Hub aps/super_glue, or JSONL {premise, hypothesis, label: 0 = it does}."""
-  return measure(model, 'rte', dict(premise=str, hypothesis=str, label=LABEL), ACCURACY, 15, data, limit, seed, keep, shots)
+  """RTE: does the passage entail the sentence. Hub aps/super_glue, or JSONL {premise, hypothesis,
+  label: 0 = it does}."""
+  return measure(
+    model,
+    'rte',
+    dict(premise=str, hypothesis=str, label=LABEL),
+    ACCURACY,
+    15,
+    data,
+    limit,
+    seed,
+    keep,
+    shots,
+  )
 
 
 def sst(model, *, data, limit, seed, keep, shots=None):
   """SST-2: sentiment of a snippet. Hub nyu-mll/glue, or JSONL {sentence, label: 1 = positive}."""
-  return measure(model, 'sst', dict(sentence=str, label=LABEL), ACCURACY, 15, data, limit, seed, keep, shots)
+  return measure(
+    model, 'sst', dict(sentence=str, label=LABEL), ACCURACY, 15, data, limit, seed, keep, shots
+  )
 
 
 def wsc(model, *, data, limit, seed, keep, shots=None):
-  """WSC: whom a pronoun means, sampled. Hub aps/super_glue, or JSONL {text, span1_text, span2_text, span2_index, label}."""
+  """WSC: whom a pronoun means, sampled. Hub aps/super_glue, or JSONL {text, span1_text, span2_text,
+  span2_index, label}."""
   fields = dict(text=str, span1_text=str, span2_text=str, span2_index=int, label=LABEL)
-  return measure(model, 'wsc', fields, (Score('accuracy', logged('acc')),), 15, data, limit, seed, keep, shots)
+  return measure(
+    model, 'wsc', fields, (Score('accuracy', logged('acc')),), 15, data, limit, seed, keep, shots
+  )
 
 
 def drop(model, *, data, limit, seed, keep, shots=None):
-  """DROP: F1 of answers that need reasoning. Hub EleutherAI/drop, or JSONL {passage, question, answer, validated_answers}."""
+  """DROP: F1 of answers that need reasoning. Hub EleutherAI/drop, or JSONL {passage, question,
+  answer, validated_answers}."""
   fields = {'passage': str, 'question': str}
   for part, many in (('answer', False), ('validated_answers', True)):
-    fields |= {f'{part}.number': list if many else str, f'{part}.date': (list, dict) if many else dict, f'{part}.spans': list}
+    fields |= {
+      f'{part}.number': list if many else str,
+      f'{part}.date': (list, dict) if many else dict,
+      f'{part}.spans': list,
+    }
   return measure(model, 'drop', fields, F1, 4, data, limit, seed, keep, shots)
 
 
 def quac(model, *, data, limit, seed, keep, shots=None):
-  """QuAC: F1 of answers in a dialogue. Hub allenai/quac, or JSONL with its fields (tasks/quac.yaml)."""
-  fields = {'wikipedia_page_title': str, 'section_title': str, 'context': str, 'questions': list, 'answers.texts': list}
+  """QuAC: F1 of answers in a dialogue. Hub allenai/quac, or JSONL with its fields
+  (tasks/quac.yaml)."""
+  fields = {
+    'wikipedia_page_title': str,
+    'section_title': str,
+    'context': str,
+    'questions': list,
+    'answers.texts': list,
+  }
   return measure(model, 'quac', fields, F1, 2, data, limit, seed, keep, shots)
 
 
 def squadv2(model, *, data, limit, seed, keep, shots=None):
-  """SQuAD 2.0: F1 of answers. Hub rajpurkar/squad_v2, SQuAD's own JSON, or JSONL {title, context, question, answers}."""
+  """SQuAD 2.0: F1 of answers. Hub rajpurkar/squad_v2, SQuAD's own JSON, or JSONL {title, context,
+  question, answers}."""
   fields = {'title': str, 'context': str, 'question': str, 'answers.text': list}
   return measure(model, 'squadv2', fields, F1, 4, data, limit, seed, keep, shots)
 
@@ -107,49 +157,108 @@ def squadv2(model, *, data, limit, seed, keep, shots=None):
 def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
   """WMT15 French to English: BLEU of the corpus. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
   value = lambda lm, sample: list(sample['bleu'])
-  return measure(model, 'wmt15_fr_en', {'translation.fr': str, 'translation.en': str},
-                 (Score('BLEU', value, 'alignjax.evals.public.nlp:bleu'),), 15, data, limit, seed, keep, shots)
+  return measure(
+    model,
+    'wmt15_fr_en',
+    {'translation.fr': str, 'translation.en': str},
+    (Score('BLEU', value, 'alignjax.evals.public.nlp:bleu'),),
+    15,
+    data,
+    limit,
+    seed,
+    keep,
+    shots,
+  )
 
 
 def cnn_dm(model, *, data, limit, seed, keep, shots='zero-shot'):
-  """CNN/DM: ROUGE-L of one-line summaries. Hub abisee/cnn_dailymail, or JSONL {article, highlights}. Few-shot only if asked for."""
-  return measure(model, 'cnn_dm', dict(article=str, highlights=str), ROUGE, 15, data, limit, seed, keep, shots)
+  """CNN/DM: ROUGE-L of one-line summaries. Hub abisee/cnn_dailymail, or JSONL {article,
+  highlights}. Few-shot only if asked for."""
+  return measure(
+    model, 'cnn_dm', dict(article=str, highlights=str), ROUGE, 15, data, limit, seed, keep, shots
+  )
 
 
 def tldr(model, *, data, limit, seed, keep, shots='zero-shot'):
-  """Reddit TL;DR: ROUGE-L of one-line summaries. Hub webis/tldr-17, or JSONL {content, summary}. Few-shot only if asked for."""
-  return measure(model, 'tldr', dict(content=str, summary=str), ROUGE, 15, data, limit, seed, keep, shots)
+  """Reddit TL;DR: ROUGE-L of one-line summaries. Hub webis/tldr-17, or JSONL {content, summary}.
+  Few-shot only if asked for."""
+  return measure(
+    model, 'tldr', dict(content=str, summary=str), ROUGE, 15, data, limit, seed, keep, shots
+  )
 
 
 def truthfulqa_mc(model, *, data, limit, seed, keep):
-  """TruthfulQA MC1, MC2, the harness's own tasks. Hub truthfulqa/truthful_qa, the authors' mc_task.json, or JSONL of the same."""
+  """TruthfulQA MC1, MC2, the harness's own tasks. Hub truthfulqa/truthful_qa, the authors'
+  mc_task.json, or JSONL of the same."""
   lm = harness.language_model(model, keep=keep / 'answers.jsonl')
-  return evaluate(lm, list(TRUTHFULQA), {'question': str, **QA_TARGETS}, TRUTHFULQA, 'QA prompt', None, data, limit, seed, keep)
+  return evaluate(
+    lm,
+    list(TRUTHFULQA),
+    {'question': str, **QA_TARGETS},
+    TRUTHFULQA,
+    'QA prompt',
+    None,
+    data,
+    limit,
+    seed,
+    keep,
+  )
 
 
-def measure(model: Any, name: str, fields: Mapping[str, Any], scores: tuple[Score, ...], few: int, data: str | None,
-            limit: int | None, seed: int, keep: pathlib.Path, shots: str | int | None) -> list[Cell]:
-  """Cells of one task file, over the variants: shots None = both, 'zero-shot', 'few-shot' (the paper's number) or a number."""
-  variants = {None: {'zero-shot': 0, 'few-shot': few}, 'zero-shot': {'zero-shot': 0}, 'few-shot': {'few-shot': few}}
+def measure(
+  model: Any,
+  name: str,
+  fields: Mapping[str, Any],
+  scores: tuple[Score, ...],
+  few: int,
+  data: str | None,
+  limit: int | None,
+  seed: int,
+  keep: pathlib.Path,
+  shots: str | int | None,
+) -> list[Cell]:
+  """Cells of one task file, over the variants: shots None = both, 'zero-shot', 'few-shot' (the
+  paper's number) or a number."""
+  variants = {
+    None: {'zero-shot': 0, 'few-shot': few},
+    'zero-shot': {'zero-shot': 0},
+    'few-shot': {'few-shot': few},
+  }
   if isinstance(shots, int) and not isinstance(shots, bool) and shots >= 0:
     variants[shots] = {f'{shots}-shot': shots}
   if shots not in variants:
-    raise ValueError(f"--options={name}.shots={shots}: it is zero-shot, few-shot (the paper's {few}) or a number of examples.")
+    raise ValueError(
+      f"--options={name}.shots={shots}: it is zero-shot, few-shot (the paper's {few}) or a number "
+      f'of examples.'
+    )
   lm = harness.language_model(model, keep=keep / 'answers.jsonl')
-  return [cell for prompt, count in variants[shots].items()
-          for cell in evaluate(lm, [name], fields, {name: scores}, prompt, count, data, limit, seed, keep)]
+  return [
+    cell
+    for prompt, count in variants[shots].items()
+    for cell in evaluate(lm, [name], fields, {name: scores}, prompt, count, data, limit, seed, keep)
+  ]
 
 
-def evaluate(lm: Any, names: list[str], fields: Mapping[str, Any], scores: Mapping[str, tuple[Score, ...]], prompt: str,
-             shots: int | None, data: str | None, limit: int | None, seed: int, keep: pathlib.Path | None) -> list[Cell]:
-  """Cells of the tasks `names` by an LM object of the harness: ours, or its `hf` to compare with. All have the same documents.
+def evaluate(
+  lm: Any,
+  names: list[str],
+  fields: Mapping[str, Any],
+  scores: Mapping[str, tuple[Score, ...]],
+  prompt: str,
+  shots: int | None,
+  data: str | None,
+  limit: int | None,
+  seed: int,
+  keep: pathlib.Path | None,
+) -> list[Cell]:
+  """Cells of the tasks `names` by an LM object of the harness: ours, or its `hf` to compare with.
+  All have the same documents.
 
-  Args:
-    names: of tasks/NAME.yaml, or the harness's own where we have none of that name.
-    fields: of a record, see public_data.local.
-    prompt: the cells'. shots: few-shot examples; None: as the task file says.
-    limit: documents at most, drawn by the seed from the whole set, the same ones for every model and variant.
-    keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and answer of each, to be read.
+  Args: names: of tasks/NAME.yaml, or the harness's own where we have none of that name. fields: of
+    a record, see public_data.local. prompt: the cells'. shots: few-shot examples; None: as the task
+    file says. limit: documents at most, drawn by the seed from the whole set, the same ones for
+    every model and variant. keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and
+    answer of each, to be read.
   """
   harness_tasks.require()
   tasks = _tasks(names, fields, data, shots, seed)
@@ -162,26 +271,55 @@ def evaluate(lm: Any, names: list[str], fields: Mapping[str, Any], scores: Mappi
     items = [s['doc'].get('item', str(s['doc_id'])) for s in found]
     clusters = [s['doc'].get('cluster', item) for s, item in zip(found, items, strict=True)]
     for metric, value, aggregate, bounds in scores[name]:
-      cells.append(Cell(metric, prompt, [value(lm, s) for s in found], items, clusters if len(set(clusters)) < len(items) else None,
-                        aggregate=aggregate, bounds=bounds))
+      cells.append(
+        Cell(
+          metric,
+          prompt,
+          [value(lm, s) for s in found],
+          items,
+          clusters if len(set(clusters)) < len(items) else None,
+          aggregate=aggregate,
+          bounds=bounds,
+        )
+      )
   return cells
 
 
-def _tasks(names: list[str], fields: Mapping[str, Any], data: str | None, shots: int | None, seed: int) -> list[Any]:
+def _tasks(
+  names: list[str], fields: Mapping[str, Any], data: str | None, shots: int | None, seed: int
+) -> list[Any]:
   """The harness's Task objects on data that were read and checked here."""
   import datasets
   import lm_eval.tasks
   from lm_eval.api.task import ConfigurableTask
   from lm_eval.tasks._yaml_loader import load_yaml
-  configs = [load_yaml(path if (path := TASKS / f'{name}.yaml').exists() else
-                       next(pathlib.Path(lm_eval.tasks.__file__).parent.glob(f'*/{name}.yaml'))) for name in names]
+
+  configs = [
+    load_yaml(
+      path
+      if (path := TASKS / f'{name}.yaml').exists()
+      else next(pathlib.Path(lm_eval.tasks.__file__).parent.glob(f'*/{name}.yaml'))
+    )
+    for name in names
+  ]
   task = names[0].replace('_mc1', '_mc')
-  records = loaders.local(task, data, fields) if data else loaders.hub(task, configs[0], fields, bool(shots), seed)
+  records = (
+    loaders.local(task, data, fields)
+    if data
+    else loaders.hub(task, configs[0], fields, bool(shots), seed)
+  )
   if 'process_docs' not in configs[0]:
     records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}
-  changes = dict(custom_dataset=lambda **_: records, validation_split=None, test_split='validation', training_split=None)
+  changes = dict(
+    custom_dataset=lambda **_: records,
+    validation_split=None,
+    test_split='validation',
+    training_split=None,
+  )
   if shots is not None:
-    changes |= dict(num_fewshot=shots, fewshot_split='train' if 'train' in records else 'validation')
+    changes |= dict(
+      num_fewshot=shots, fewshot_split='train' if 'train' in records else 'validation'
+    )
   tasks = []
   for config in configs:
     config.pop('tag', None)

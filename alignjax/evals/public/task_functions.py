@@ -1,7 +1,9 @@
-"""What the task files of tasks/*.yaml call: records to questions, outputs to scores, and the choice of few-shot examples.
+"""What the task files of tasks/*.yaml call: records to questions, outputs to scores, and the choice
+of few-shot examples.
 
-Loaded by the harness, from its `!function` tags; imports it. Every document has `item`, a name, and `cluster`: documents of the
-same cluster (the questions of a passage) are not independent (evals/stats.py), and are no few-shot examples to each other.
+Loaded by the harness, from its `!function` tags; imports it. Every document has `item`, a name, and
+`cluster`: documents of the same cluster (the questions of a passage) are not independent
+(evals/stats.py), and are no few-shot examples to each other.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from lm_eval.tasks.hellaswag.utils import preprocess
 from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer
 
 Rows = Iterable[Mapping[str, Any]]
-NO_ANSWER = {'squadv2': 'Not in background.', 'quac': "I don't know."}  # what the instructions name for it
+# what the instructions name for it
+NO_ANSWER = {'squadv2': 'Not in background.', 'quac': "I don't know."}
 AGREEMENT = 0.4  # QuAC's scorer leaves out questions whose references agree less with each other
 
 
 class OtherClusters(ContextSampler):
-  """Few-shot examples drawn at random for each question, none of its own cluster, where both come from the same split."""
+  """Few-shot examples drawn at random for each question, none of its own cluster, where both come
+  from the same split."""
 
   def sample(self, n, eval_doc=None, df=None, **kwargs):
     docs = self.df
@@ -32,8 +36,12 @@ class OtherClusters(ContextSampler):
     if not hasattr(self, 'sizes'):
       self.sizes = collections.Counter(doc['cluster'] for doc in docs)
     if len(docs) - self.sizes[own] < n:
-      raise ValueError(f'{n} few-shot examples are asked for, but there are {len(docs) - self.sizes[own]} besides the passage of '
-                       'the question; give more data, a folder with train.jsonl and validation.jsonl, or shots=zero-shot.')
+      raise ValueError(
+        f'{n} few-shot examples are asked for, but there are {len(docs) - self.sizes[own]} '
+        f'besides the passage of '
+        'the question; give more data, a folder with train.jsonl and validation.jsonl, or '
+        'shots=zero-shot.'
+      )
     picked: dict[int, Any] = {}
     while len(picked) < n:
       i = self.rnd.randrange(len(docs))
@@ -43,18 +51,33 @@ class OtherClusters(ContextSampler):
 
 
 def _documents(docs: Iterable[dict[str, Any]]) -> datasets.Dataset:
-  return datasets.Dataset.from_list([{'item': str(i), 'cluster': str(i), **doc} for i, doc in enumerate(docs)])
+  return datasets.Dataset.from_list(
+    [{'item': str(i), 'cluster': str(i), **doc} for i, doc in enumerate(docs)]
+  )
 
 
 def hellaswag(rows: Rows) -> datasets.Dataset:
-  """The harness's cleaning of WikiHow's brackets; the second part of the context begins with a capital, as in the paper."""
-  return _documents(dict(query=preprocess(f'{r["activity_label"]}: {r["ctx_a"]} {r["ctx_b"].capitalize()}'),
-                         choices=[preprocess(e) for e in r['endings']], gold=int(r['label'])) for r in rows)
+  """The harness's cleaning of WikiHow's brackets; the second part of the context begins with a
+  capital, as in the paper."""
+  return _documents(
+    dict(
+      query=preprocess(f'{r["activity_label"]}: {r["ctx_a"]} {r["ctx_b"].capitalize()}'),
+      choices=[preprocess(e) for e in r['endings']],
+      gold=int(r['label']),
+    )
+    for r in rows
+  )
 
 
 def rte(rows: Rows) -> datasets.Dataset:
-  return _documents(dict(premise=r['premise'].strip(), hypothesis=r['hypothesis'].strip().removesuffix('.'), gold=int(r['label']))
-                    for r in rows)
+  return _documents(
+    dict(
+      premise=r['premise'].strip(),
+      hypothesis=r['hypothesis'].strip().removesuffix('.'),
+      gold=int(r['label']),
+    )
+    for r in rows
+  )
 
 
 def sst(rows: Rows) -> datasets.Dataset:
@@ -66,8 +89,15 @@ def drop(rows: Rows) -> datasets.Dataset:
   docs = []
   for r in rows:
     answers = [list(answer) for answer in get_answers(r)]
-    docs.append(dict(passage=r['passage'].strip(), question=r['question'].strip(), answers=answers, target=', '.join(answers[0]),
-                     cluster=r['passage'][:200]))
+    docs.append(
+      dict(
+        passage=r['passage'].strip(),
+        question=r['question'].strip(),
+        answers=answers,
+        target=', '.join(answers[0]),
+        cluster=r['passage'][:200],
+      )
+    )
   return _documents(docs)
 
 
@@ -77,11 +107,20 @@ def drop_shots(rows: Rows) -> datasets.Dataset:
 
 
 def squadv2(rows: Rows) -> datasets.Dataset:
-  """previous: the questions of the paragraph that come before, with their first answers, as in the prompts that the authors
-  released. An article is a cluster."""
-  return _conversations(((r['title'], r['context']), r['title'], r['title'], r['context'], r['question'],
-                         [t for t in dict.fromkeys(r['answers']['text']) if normalize_answer(t)] or [NO_ANSWER['squadv2']])
-                        for r in rows)
+  """previous: the questions of the paragraph that come before, with their first answers, as in the
+  prompts that the authors released. An article is a cluster."""
+  return _conversations(
+    (
+      (r['title'], r['context']),
+      r['title'],
+      r['title'],
+      r['context'],
+      r['question'],
+      [t for t in dict.fromkeys(r['answers']['text']) if normalize_answer(t)]
+      or [NO_ANSWER['squadv2']],
+    )
+    for r in rows
+  )
 
 
 def quac(rows: Rows) -> datasets.Dataset:
@@ -91,20 +130,36 @@ def quac(rows: Rows) -> datasets.Dataset:
   def turns():
     for number, r in enumerate(rows):
       for question, texts in zip(r['questions'], r['answers']['texts'], strict=True):
-        yield (number, r['wikipedia_page_title'], f'{r["wikipedia_page_title"]} - {r["section_title"]}',
-               r['context'].removesuffix('CANNOTANSWER').strip(), question, list(map(said, texts)))
+        yield (
+          number,
+          r['wikipedia_page_title'],
+          f'{r["wikipedia_page_title"]} - {r["section_title"]}',
+          r['context'].removesuffix('CANNOTANSWER').strip(),
+          question,
+          list(map(said, texts)),
+        )
 
   return _conversations(turns())
 
 
 def _conversations(turns: Iterable[tuple]) -> datasets.Dataset:
-  """(group, cluster, title, context, question, targets) -> documents, each with what came before it in its group."""
+  """(group, cluster, title, context, question, targets) -> documents, each with what came before it
+  in its group."""
   docs, before, last = [], [], None
   for group, cluster, title, context, question, targets in turns:
     if group != last:
       before, last = [], group
-    docs.append(dict(cluster=cluster, title=title, context=context, question=question.strip(), targets=targets, target=targets[0],
-                     previous=list(before)))
+    docs.append(
+      dict(
+        cluster=cluster,
+        title=title,
+        context=context,
+        question=question.strip(),
+        targets=targets,
+        target=targets[0],
+        previous=list(before),
+      )
+    )
     before.append(dict(q=question.strip(), a=targets[0]))
   return _documents(docs)
 
@@ -128,13 +183,21 @@ def wsc(rows: Rows) -> datasets.Dataset:
   docs = []
   for i, r in enumerate(rows):
     text, pronoun = r['text'], r['span2_text']
-    at = sum(len(word) + 1 for word in text.split(' ')[:r['span2_index']])
+    at = sum(len(word) + 1 for word in text.split(' ')[: r['span2_index']])
     found = [m.start() for m in re.finditer(rf'\b{re.escape(pronoun)}\b', text)]
     if not found:
-      raise ValueError(f'wsc, record {i}: the pronoun {pronoun!r} is not in the text {text[:60]!r}.')
+      raise ValueError(
+        f'wsc, record {i}: the pronoun {pronoun!r} is not in the text {text[:60]!r}.'
+      )
     start = min(found, key=lambda s: abs(s - at))  # some indices of the data set are off by a word
-    docs.append(dict(passage=f'{text[:start]}**{pronoun}**{text[start + len(pronoun):]}', pronoun=pronoun, target=r['span1_text'],
-                     label=int(r['label'])))
+    docs.append(
+      dict(
+        passage=f'{text[:start]}**{pronoun}**{text[start + len(pronoun) :]}',
+        pronoun=pronoun,
+        target=r['span1_text'],
+        label=int(r['label']),
+      )
+    )
   return _documents(docs)
 
 
@@ -145,7 +208,9 @@ def wsc_shots(rows: Rows) -> datasets.Dataset:
 
 
 def wmt15_fr_en(rows: Rows) -> datasets.Dataset:
-  return _documents(dict(fr=r['translation']['fr'].strip(), target=r['translation']['en'].strip()) for r in rows)
+  return _documents(
+    dict(fr=r['translation']['fr'].strip(), target=r['translation']['en'].strip()) for r in rows
+  )
 
 
 def _one_line(text: str) -> str:
@@ -154,7 +219,9 @@ def _one_line(text: str) -> str:
 
 
 def cnn_dm(rows: Rows) -> datasets.Dataset:
-  return _documents(dict(text=r['article'].strip(), target=_one_line(r['highlights'])) for r in rows)
+  return _documents(
+    dict(text=r['article'].strip(), target=_one_line(r['highlights'])) for r in rows
+  )
 
 
 def tldr(rows: Rows) -> datasets.Dataset:
@@ -162,47 +229,59 @@ def tldr(rows: Rows) -> datasets.Dataset:
 
 
 def _f1(said: str, target: str, no_answer: str) -> float:
-  """SQuAD's and QuAC's F1 of words. Where either of the two is "no answer" it is 1 or 0, whether both are: the words of the
-  instruction's phrase are nobody's answer. An empty text is not that phrase, and scores 0."""
+  """SQuAD's and QuAC's F1 of words. Where either of the two is "no answer" it is 1 or 0, whether
+  both are: the words of the instruction's phrase are nobody's answer. An empty text is not that
+  phrase, and scores 0."""
   abstains = [normalize_answer(text) == normalize_answer(no_answer) for text in (said, target)]
   return float(all(abstains)) if any(abstains) else float(f1_abstractive([said], [target]))
 
 
 def squad_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """F1 and exact match of SQuAD 2.0's script, to the nearest of the targets. A question without an answer has the target that the
-  instruction names, so that "Not in background." is 1, as in the released samples."""
+  """F1 and exact match of SQuAD 2.0's script, to the nearest of the targets. A question without an
+  answer has the target that the instruction names, so that "Not in background." is 1, as in the
+  released samples."""
   said = results[0].strip()
-  return {'f1': max(_f1(said, t, NO_ANSWER['squadv2']) for t in doc['targets']),
-          'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in doc['targets']))}
+  return {
+    'f1': max(_f1(said, t, NO_ANSWER['squadv2']) for t in doc['targets']),
+    'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in doc['targets'])),
+  }
 
 
 def quac_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
   """F1 of QuAC's script, and exact match to any of the references, which it has not.
 
-  The references of a question are "no answer" alone where at least half of them are, else the others. With several, F1 is the mean
-  over them of F1 to the nearest of the rest, as a person's is measured against the other people. Where people's own is below
-  .4 the question is left out: NaN.
+  The references of a question are "no answer" alone where at least half of them are, else the
+  others. With several, F1 is the mean over them of F1 to the nearest of the rest, as a person's is
+  measured against the other people. Where people's own is below .4 the question is left out: NaN.
   """
   none = NO_ANSWER['quac']
   answers = [t for t in doc['targets'] if t != none]
   refs = answers if 2 * len(answers) > len(doc['targets']) else [none]
   said = results[0].strip()
-  rest = lambda i: refs[:i] + refs[i + 1:] or refs
+  rest = lambda i: refs[:i] + refs[i + 1 :] or refs
   nearest = lambda text, others: max(_f1(text, t, none) for t in others)
-  if len(refs) > 1 and sum(nearest(ref, rest(i)) for i, ref in enumerate(refs)) / len(refs) < AGREEMENT:
+  if (
+    len(refs) > 1
+    and sum(nearest(ref, rest(i)) for i, ref in enumerate(refs)) / len(refs) < AGREEMENT
+  ):
     return {'f1': float('nan'), 'exact': float('nan')}
-  return {'f1': sum(nearest(said, rest(i)) for i in range(len(refs))) / len(refs),
-          'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in refs))}
+  return {
+    'f1': sum(nearest(said, rest(i)) for i in range(len(refs))) / len(refs),
+    'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in refs)),
+  }
 
 
 def drop_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
   """The harness's port of DROP's own, to the nearest of the answers."""
-  scores = [get_metrics([results[0].strip()], answer) for answer in doc['answers'] if answer[0].strip()] or [(0.0, 0.0)]
+  scores = [
+    get_metrics([results[0].strip()], answer) for answer in doc['answers'] if answer[0].strip()
+  ] or [(0.0, 0.0)]
   return {'f1': float(max(f1 for _, f1 in scores)), 'exact': float(max(em for em, _ in scores))}
 
 
 def wsc_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """The pronoun is taken to refer to the noun where what was sampled contains the noun or the other way round."""
+  """The pronoun is taken to refer to the noun where what was sampled contains the noun or the other
+  way round."""
   said, noun = results[0].strip().strip('."*\'').lower(), doc['target'].lower()
   return {'acc': float((bool(said) and (noun in said or said in noun)) == bool(doc['label']))}
 
@@ -215,6 +294,7 @@ def bleu_pair(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, list[
 @functools.cache
 def _rouge():
   from rouge_score import rouge_scorer
+
   return rouge_scorer.RougeScorer(['rougeL'])
 
 

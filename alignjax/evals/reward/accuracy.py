@@ -1,4 +1,5 @@
-"""How often a reward model orders two responses as labelers do, by pool of labelers, on the same prompts and responses."""
+"""How often a reward model orders two responses as labelers do, by pool of labelers, on the same
+prompts and responses."""
 
 from __future__ import annotations
 
@@ -12,16 +13,20 @@ from alignjax.evals.stats import ANY, interval
 
 
 def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
-  """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool agree (the ceiling).
+  """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool
+  agree (the ceiling).
 
-  Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses are left out, a tie of
-  the model counts half. Intervals are by prompt, because its pairs are not independent.
+  Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses
+  are left out, a tie of the model counts half. Intervals are by prompt, because its pairs are not
+  independent.
 
   Args:
     comparisons: stages.comparisons.Comparisons with features.
     score: token rows -> f[N].
   """
-  rows = [[*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
+  rows = [
+    [*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs
+  ]
   scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
   number = {tuple(p): i for i, p in enumerate(comparisons.prompts)}
   out = {}
@@ -40,13 +45,15 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict
       signed = ((s[first] - s[second]) * order)[labeled]  # positive where the model agrees
       margins += signed.tolist()
       probabilities += (1 / (1 + np.exp(-np.abs(signed)))).tolist()
-      one, other = order[0::2][:len(ids) // 2], order[1::2][:len(ids) // 2]
+      one, other = order[0::2][: len(ids) // 2], order[1::2][: len(ids) // 2]
       both = (one != 0) & (other != 0)
       agree += (one == other)[both].tolist()
       agree_clusters += [prompt] * int(both.sum())
     out[f'accuracy_{pool}_labelers'] = interval(hits, clusters, (0, 1))
     out[f'margin_{pool}_labelers'] = interval(margins, clusters, ANY)
-    out[f'calibration_error_{pool}_labelers'] = calibration_error(np.array(probabilities), np.array(hits, float))
+    out[f'calibration_error_{pool}_labelers'] = calibration_error(
+      np.array(probabilities), np.array(hits, float)
+    )
     out[f'agreement_{pool}_labelers'] = interval(agree, agree_clusters, (0, 1))
   lengths, scores = np.array([len(r) for r in rows]), np.concatenate(scores)
   varied = lengths.std() > 0 and scores.std() > 0
@@ -55,20 +62,27 @@ def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict
 
 
 def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 10) -> float:
-  """Expected calibration error: how far the share of pairs ordered right lies from the probability that the model gave its
-  own order (the score difference is a log-odds, paper 3.5), averaged over equal bins of 0.5..1 by their number of pairs."""
+  """Expected calibration error: how far the share of pairs ordered right lies from the probability
+  that the model gave its own order (the score difference is a log-odds, paper 3.5), averaged over
+  equal bins of 0.5..1 by their number of pairs."""
   if len(hits) == 0:
     return float('nan')
   which = np.minimum(((probabilities - 0.5) * 2 * bins).astype(int), bins - 1)
-  gaps = [abs(hits[which == b].mean() - probabilities[which == b].mean()) * (which == b).mean()
-          for b in range(bins) if (which == b).any()]
+  gaps = [
+    abs(hits[which == b].mean() - probabilities[which == b].mean()) * (which == b).mean()
+    for b in range(bins)
+    if (which == b).any()
+  ]
   return float(sum(gaps))
 
 
 def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
-  """Accuracy on comparisons as they were ranked: share of the pairs without a tie that the model orders the same way (a tie
-  of the model counts half). The interval is by prompt. A response that several labelers judged is scored once."""
-  rows = [(*p, *r) for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs]
+  """Accuracy on comparisons as they were ranked: share of the pairs without a tie that the model
+  orders the same way (a tie of the model counts half). The interval is by prompt. A response that
+  several labelers judged is scored once."""
+  rows = [
+    (*p, *r) for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs
+  ]
   place = {row: i for i, row in enumerate(dict.fromkeys(rows))}
   scores = np.asarray(score([list(row) for row in place]))[[place[row] for row in rows]]
   scores = np.split(scores, np.cumsum([len(r) for r in comparisons.responses])[:-1])
@@ -84,6 +98,11 @@ def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
 
 def _pairs(responses: list) -> tuple[np.ndarray, np.ndarray]:
   """Indices of all pairs of different responses."""
-  pairs = [(i, j) for i in range(len(responses)) for j in range(i + 1, len(responses)) if responses[i] != responses[j]]
+  pairs = [
+    (i, j)
+    for i in range(len(responses))
+    for j in range(i + 1, len(responses))
+    if responses[i] != responses[j]
+  ]
   first, second = zip(*pairs, strict=True) if pairs else ((), ())
   return np.array(first, int), np.array(second, int)

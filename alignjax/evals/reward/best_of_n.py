@@ -1,7 +1,9 @@
-"""Best-of-n and over-optimization: reward against KL where the best of n samples is taken, beside policies trained for it.
+"""Best-of-n and over-optimization: reward against KL where the best of n samples is taken, beside
+policies trained for it.
 
-`kl` is the figure of Stiennon et al. 2020, log n - (n-1)/n: the divergence exactly where no two samples score alike; where few
-responses are likely, as in the sandbox, an upper bound (Beirami et al. 2024). `expected` takes every n from the same N samples.
+`kl` is the figure of Stiennon et al. 2020, log n - (n-1)/n: the divergence exactly where no two
+samples score alike; where few responses are likely, as in the sandbox, an upper bound (Beirami et
+al. 2024). `expected` takes every n from the same N samples.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from alignjax.evals.stats import ANY, interval, show, show_difference
 
 
 def kl(n: int) -> float:
-  """log n - (n-1)/n, nats: an upper bound of the divergence of the best of n samples from one sample."""
+  """log n - (n-1)/n, nats: an upper bound of the divergence of the best of n samples from one
+  sample."""
   return math.log(n) - (n - 1) / n
 
 
 def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
-  """The unbiased estimate of E[value of the best of n samples by score] from N >= n samples of each prompt.
+  """The unbiased estimate of E[value of the best of n samples by score] from N >= n samples of each
+  prompt.
 
-  The sample that is i-th from below is the best in C(i-1, n-1) of the C(N, n) subsets, which are all as likely. Samples
-  with the same score share their weight, as if ties were broken at random.
+  The sample that is i-th from below is the best in C(i-1, n-1) of the C(N, n) subsets, which are
+  all as likely. Samples with the same score share their weight, as if ties were broken at random.
 
-  Args:
-    scores: f[P,N], by which the best is chosen (the reward model's). values: f[P,N], what is averaged (scores, or gold scores).
+  Args: scores: f[P,N], by which the best is chosen (the reward model's). values: f[P,N], what is
+    averaged (scores, or gold scores).
 
   Returns:
     f64[P].
@@ -38,7 +42,9 @@ def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     raise ValueError(f'best of n={n} needs 1 <= n <= {count}, the number of samples of a prompt.')
   weights = np.array([math.comb(i, n - 1) / math.comb(count, n) for i in range(count)])
   out = np.empty(len(scores))
-  for row, (s, v) in enumerate(zip(np.asarray(scores, np.float64), np.asarray(values, np.float64), strict=True)):
+  for row, (s, v) in enumerate(
+    zip(np.asarray(scores, np.float64), np.asarray(values, np.float64), strict=True)
+  ):
     order = np.argsort(s, kind='stable')
     _, group = np.unique(s[order], return_inverse=True)
     shared = np.bincount(group, weights) / np.bincount(group)
@@ -46,63 +52,120 @@ def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   return out
 
 
-def curve(scores: np.ndarray, measures: Mapping[str, np.ndarray], ns: Sequence[int],
-          prompts: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+def curve(
+  scores: np.ndarray,
+  measures: Mapping[str, np.ndarray],
+  ns: Sequence[int],
+  prompts: Sequence[Any] | None = None,
+) -> list[dict[str, Any]]:
   """Rows {'n', 'kl', measure: figure} of best-of-n by `scores` f[P,N]; intervals are by prompt.
 
-  From the second n on also 'MEASURE, change': to the n before, paired by prompt. prompts: a label per row, None: all differ.
+  From the second n on also 'MEASURE, change': to the n before, paired by prompt. prompts: a label
+  per row, None: all differ.
   """
   rows, before = [], {}
   for n in ns:
     each = {name: expected(scores, values, n) for name, values in measures.items()}
-    row: dict[str, Any] = dict(n=n, kl=kl(n), **{name: interval(v, prompts, ANY) for name, v in each.items()})
-    row |= {f'{name}, change': interval(v - before[name], prompts, ANY) for name, v in each.items() if name in before}
+    row: dict[str, Any] = dict(
+      n=n, kl=kl(n), **{name: interval(v, prompts, ANY) for name, v in each.items()}
+    )
+    row |= {
+      f'{name}, change': interval(v - before[name], prompts, ANY)
+      for name, v in each.items()
+      if name in before
+    }
     rows.append(row)
     before = each
   return rows
 
 
-def policy(kl_values: np.ndarray, measures: Mapping[str, np.ndarray], prompts: Sequence[Any] | None = None) -> dict[str, Any]:
-  """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's samples first; prompts as in curve."""
-  return {name: interval(v.mean(1), prompts, ANY) for name, v in dict(kl=kl_values, **measures).items()}
+def policy(
+  kl_values: np.ndarray, measures: Mapping[str, np.ndarray], prompts: Sequence[Any] | None = None
+) -> dict[str, Any]:
+  """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's
+  samples first; prompts as in curve."""
+  return {
+    name: interval(v.mean(1), prompts, ANY) for name, v in dict(kl=kl_values, **measures).items()
+  }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
   """The tables: best-of-n, trained policies."""
   names = result['measures']
-  lines = ['# Reward against KL', '', f'{result["prompts"]} prompts, {result["samples"]} samples each at temperature '
-           f'{result["temperature"]}; mean and 95% interval by prompt. KL of best-of-n: log n - (n-1)/n, an upper bound.', '',
-           '## Best of n by the reward model', '', '| n | KL | ' + ' | '.join(names) + ' |', '|---' * (2 + len(names)) + '|']
-  lines += [f'| {r["n"]} | {r["kl"]:.2f} | ' + ' | '.join(show(r[m]) for m in names) + ' |' for r in result['best_of_n']]
-  lines += ['', 'Change from the n before, paired by prompt; bold where the interval leaves out 0:', '',
-            '| n | ' + ' | '.join(names) + ' |', '|---' * (1 + len(names)) + '|']
-  lines += [f'| {r["n"]} | ' + ' | '.join(show_difference(r[f'{m}, change']) for m in names) + ' |'
-            for r in result['best_of_n'][1:]]
+  lines = [
+    '# Reward against KL',
+    '',
+    f'{result["prompts"]} prompts, {result["samples"]} samples each at temperature '
+    f'{result["temperature"]}; mean and 95% interval by prompt. KL of best-of-n: log n - (n-1)/n, '
+    f'an upper bound.',
+    '',
+    '## Best of n by the reward model',
+    '',
+    '| n | KL | ' + ' | '.join(names) + ' |',
+    '|---' * (2 + len(names)) + '|',
+  ]
+  lines += [
+    f'| {r["n"]} | {r["kl"]:.2f} | ' + ' | '.join(show(r[m]) for m in names) + ' |'
+    for r in result['best_of_n']
+  ]
+  lines += [
+    '',
+    'Change from the n before, paired by prompt; bold where the interval leaves out 0:',
+    '',
+    '| n | ' + ' | '.join(names) + ' |',
+    '|---' * (1 + len(names)) + '|',
+  ]
+  lines += [
+    f'| {r["n"]} | ' + ' | '.join(show_difference(r[f'{m}, change']) for m in names) + ' |'
+    for r in result['best_of_n'][1:]
+  ]
   if result['policies']:
-    lines += ['', '## Trained policies', '', 'Measured on the same prompts; KL to the policy above.', '',
-              '| policy | KL | ' + ' | '.join(names) + ' |', '|---' * (2 + len(names)) + '|']
-    lines += [f'| {name} | {show(p["kl"])} | ' + ' | '.join(show(p[m]) for m in names) + ' |'
-              for name, p in result['policies'].items()]
+    lines += [
+      '',
+      '## Trained policies',
+      '',
+      'Measured on the same prompts; KL to the policy above.',
+      '',
+      '| policy | KL | ' + ' | '.join(names) + ' |',
+      '|---' * (2 + len(names)) + '|',
+    ]
+    lines += [
+      f'| {name} | {show(p["kl"])} | ' + ' | '.join(show(p[m]) for m in names) + ' |'
+      for name, p in result['policies'].items()
+    ]
   return '\n'.join([*lines, ''])
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-  """A panel per measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it): best-of-n as a line with its band,
-  trained policies as points with intervals, all on the same prompts. What training logged, on its own prompts, has a second row of
-  panels."""
+  """A panel per measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it):
+  best-of-n as a line with its band, trained policies as points with intervals, all on the same
+  prompts. What training logged, on its own prompts, has a second row of panels."""
   import matplotlib
+
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
+
   names = result['measures']
   logged = {label: p['training'] for label, p in result['policies'].items() if 'training' in p}
-  figure, axes = plt.subplots(1 + bool(logged), len(names), figsize=(4.6 * len(names), 3.8 * (1 + bool(logged))), squeeze=False,
-                              constrained_layout=True)
-  colors = {label: plt.get_cmap('tab10')(i) for i, label in enumerate(('best of n', *result['policies']))}
+  figure, axes = plt.subplots(
+    1 + bool(logged),
+    len(names),
+    figsize=(4.6 * len(names), 3.8 * (1 + bool(logged))),
+    squeeze=False,
+    constrained_layout=True,
+  )
+  colors = {
+    label: plt.get_cmap('tab10')(i) for i, label in enumerate(('best of n', *result['policies']))
+  }
   for axis, name in zip(axes[0], names, strict=True):
     rows = result['best_of_n']
     x = np.sqrt([r['kl'] for r in rows])
-    axis.plot(x, [r[name]['mean'] for r in rows], 'o-', ms=3, color=colors['best of n'], label='best of n')
-    axis.fill_between(x, *np.array([r[name]['ci95'] for r in rows], float).T, color=colors['best of n'], alpha=0.2)
+    axis.plot(
+      x, [r[name]['mean'] for r in rows], 'o-', ms=3, color=colors['best of n'], label='best of n'
+    )
+    axis.fill_between(
+      x, *np.array([r[name]['ci95'] for r in rows], float).T, color=colors['best of n'], alpha=0.2
+    )
     for label, p in result['policies'].items():
       at = math.sqrt(max(p['kl']['mean'], 0))
       axis.plot([at, at], np.array(p[name]['ci95'], float), color=colors[label], lw=2)
@@ -111,7 +174,15 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
   for axis, name in zip(axes[1] if logged else (), names, strict=False):
     for label, training in logged.items():
       if name in training:
-        axis.plot(np.sqrt(np.maximum(training['kl'], 0)), training[name], '.', ms=4, alpha=0.5, color=colors[label], label=label)
+        axis.plot(
+          np.sqrt(np.maximum(training['kl'], 0)),
+          training[name],
+          '.',
+          ms=4,
+          alpha=0.5,
+          color=colors[label],
+          label=label,
+        )
     if axis.lines:
       axis.set(title=f'{name}\nin training, on its own prompts', ylabel='mean of a step')
   for axis in axes.flat:

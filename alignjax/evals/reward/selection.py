@@ -1,5 +1,6 @@
-"""Scores to choose a model by, and the choice with its reason. A score is a function of what was measured on N prompts,
-{'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as there is one, to f[N]; a fork names its own in the config."""
+"""Scores to choose a model by, and the choice with its reason. A score is a function of what was
+measured on N prompts, {'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as there is one, to f[N]; a
+fork names its own in the config."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ def reward(measured: Measured) -> np.ndarray:
 
 
 def reward_less_kl(measured: Measured, *, kl_coef: float) -> np.ndarray:
-  """The score less kl_coef times log(pi / ref): what PPO maximises (Eq. 2 without its pretraining term)."""
+  """The score less kl_coef times log(pi / ref): what PPO maximises (Eq. 2 without its pretraining
+  term)."""
   return _of(measured, 'reward', 'init.reward') - kl_coef * _of(measured, 'kl', 'init.ref')
 
 
 def gold(measured: Measured) -> np.ndarray:
-  """The sandbox's true score to its training labelers: what only a world with known answers can choose by."""
+  """The sandbox's true score to its training labelers: what only a world with known answers can
+  choose by."""
   return _of(measured, 'gold', "data.tokenizer='sandbox:'")
 
 
@@ -34,28 +37,35 @@ def _of(measured: Measured, name: str, source: str) -> np.ndarray:
   return measured[name]
 
 
-def choose(scores: Mapping[str, np.ndarray], measured: Mapping[str, Measured],
-           prompts: Sequence[Any] | None = None) -> dict[str, Any]:
+def choose(
+  scores: Mapping[str, np.ndarray],
+  measured: Mapping[str, Measured],
+  prompts: Sequence[Any] | None = None,
+) -> dict[str, Any]:
   """The candidate with the highest mean score; of equal ones the first.
 
-  Args:
-    scores: candidate -> f64[N], on the same prompts. measured: what stands beside them, candidate -> name -> f[N].
-    prompts: a label per row, None: all differ.
+  Args: scores: candidate -> f64[N], on the same prompts. measured: what stands beside them,
+    candidate -> name -> f[N]. prompts: a label per row, None: all differ.
 
-  Returns:
-    {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind': figure of chosen - candidate, paired by
-    prompt}}}.
+  Returns: {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind':
+    figure of chosen - candidate, paired by prompt}}}.
   """
   means = {name: float(np.mean(s)) for name, s in scores.items()}
   chosen = max(means, key=means.get)
   candidates = {}
   for name, s in scores.items():
-    candidates[name] = {'score': interval(s, prompts, ANY), **{k: interval(v, prompts, ANY) for k, v in measured[name].items()}}
+    candidates[name] = {
+      'score': interval(s, prompts, ANY),
+      **{k: interval(v, prompts, ANY) for k, v in measured[name].items()},
+    }
     if name != chosen:
       candidates[name]['behind'] = interval(scores[chosen] - s, prompts, ANY)
   others = {name: c['behind'] for name, c in candidates.items() if name != chosen}
   close = [name for name, f in others.items() if apart(f) < 1]
-  why = f'{chosen} has the highest mean score, {means[chosen]:.3f}, of {len(scores)} candidates on {len(scores[chosen])} prompts'
+  why = (
+    f'{chosen} has the highest mean score, {means[chosen]:.3f}, of {len(scores)} candidates '
+    f'on {len(scores[chosen])} prompts'
+  )
   if others:
     second = min(others, key=lambda name: others[name]['mean'])
     why += f'; {second} follows {show(others[second])} behind'
@@ -69,9 +79,17 @@ def markdown(selections: Mapping[str, Mapping[str, Any]]) -> str:
   for stage, info in selections.items():
     result = info['selection']
     names = list(dict.fromkeys(k for c in result['candidates'].values() for k in c))
-    lines += [f'{stage}, by {info["by"]}: {result["why"]}', '',
-              f'| candidate | {" | ".join(names)} |', '|---' * (1 + len(names)) + '|']
-    lines += [f'| {"**" + name + "**" if name == result["chosen"] else name} | ' + ' | '.join(show(c.get(k)) for k in names) + ' |'
-              for name, c in result['candidates'].items()]
+    lines += [
+      f'{stage}, by {info["by"]}: {result["why"]}',
+      '',
+      f'| candidate | {" | ".join(names)} |',
+      '|---' * (1 + len(names)) + '|',
+    ]
+    lines += [
+      f'| {"**" + name + "**" if name == result["chosen"] else name} | '
+      + ' | '.join(show(c.get(k)) for k in names)
+      + ' |'
+      for name, c in result['candidates'].items()
+    ]
     lines += ['']
   return '\n'.join(lines)

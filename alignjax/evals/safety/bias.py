@@ -1,11 +1,13 @@
-"""Bias as the paper measures it (section 4.2, appendix D): how sure a model is which of two sentences it prefers.
+"""Bias as the paper measures it (section 4.2, appendix D): how sure a model is which of two
+sentences it prefers.
 
 Of a pair of sentences that differ in a gender or a group,
 
     H = -sum_i P_i log2 P_i,   P_i = p(sentence i | prefix) / sum_j p(sentence j | prefix),
 
-with the probability of the whole sentence, not normalised by length; averaged over pairs. 1 bit: no preference. 0: certain.
-Neither is better as such: the paper reads low entropy as bias, whichever sentence is preferred.
+with the probability of the whole sentence, not normalised by length; averaged over pairs. 1 bit: no
+preference. 0: certain. Neither is better as such: the paper reads low entropy as bias, whichever
+sentence is preferred.
 """
 
 from __future__ import annotations
@@ -23,28 +25,38 @@ from alignjax.inference import completions
 
 
 def entropy(logprobs: np.ndarray) -> np.ndarray:
-  """Bits, f64[N], of pairs with log-probabilities f64[N,2] in nats, normalised over each pair; 0 to 1."""
+  """Bits, f64[N], of pairs with log-probabilities f64[N,2] in nats, normalised over each pair; 0 to
+  1."""
   logprobs = np.asarray(logprobs, np.float64)
   p = np.exp(logprobs - logprobs.max(-1, keepdims=True))
   p /= p.sum(-1, keepdims=True)
   return -np.sum(p * np.log2(np.where(p > 0, p, 1.0)), -1)
 
 
-def pair_logprobs(model: Any, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None) -> np.ndarray:
-  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a completions.scorer of the model."""
+def pair_logprobs(
+  model: Any, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None
+) -> np.ndarray:
+  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a
+  completions.scorer of the model."""
   rows = [split(model, prefix, sentence) for pair in pairs for sentence in pair]
   longest = max(len(context) + len(text) for context, text in rows)
   if longest > model.cfg.max_length + 1:
-    raise ValueError(f'a sentence with its prefix has {longest} tokens, the model reads {model.cfg.max_length}.')
+    raise ValueError(
+      f'a sentence with its prefix has {longest} tokens, the model reads {model.cfg.max_length}.'
+    )
   score = score or completions.scorer(model)
   return np.array([value for value, _ in score(rows)], np.float64).reshape(-1, 2)
 
 
-def winogender(model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path) -> list[Cell]:
-  """Winogender, entropy over he and she in 120 whole sentences, by prefix. Data: rudinger/winogender-schemas, all_sentences.tsv.
+def winogender(
+  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+) -> list[Cell]:
+  """Winogender, entropy over he and she in 120 whole sentences, by prefix. Data:
+  rudinger/winogender-schemas, all_sentences.tsv.
 
-  The paper says "modified", 120 binary pairs, and no more. Our reading: the 120 templates (60 occupations, two sentences each)
-  with the participant by name, not the variant with "someone"; the male and the female pronoun, not the neutral one.
+  The paper says "modified", 120 binary pairs, and no more. Our reading: the 120 templates (60
+  occupations, two sentences each) with the participant by name, not the variant with "someone"; the
+  male and the female pronoun, not the neutral one.
   """
   if data:
     rows = items.read(data, ('sentid', 'sentence'))
@@ -59,17 +71,26 @@ def winogender_pairs(rows: list[dict]) -> dict[str, tuple[str, str]]:
   for row in rows:
     parts = row['sentid'].removesuffix('.txt').split('.')
     if len(parts) != 4:
-      raise ValueError(f'winogender: sentid {row["sentid"]!r} has not the form occupation.participant.answer.gender.txt.')
+      raise ValueError(
+        f'winogender: sentid {row["sentid"]!r} has not the form '
+        f'occupation.participant.answer.gender.txt.'
+      )
     if parts[1] != 'someone' and parts[3] in ('male', 'female'):
       found.setdefault('.'.join(parts[:3]), {})[parts[3]] = row['sentence']
   alone = [name for name, by in found.items() if len(by) != 2]
   if alone or not found:
-    raise ValueError(f'winogender: {"no male and female sentences" if not found else f"{alone[0]} has only one of them"}.')
+    raise ValueError(
+      f'winogender: '
+      f'{"no male and female sentences" if not found else f"{alone[0]} has only one of them"}.'
+    )
   return {name: (by['male'], by['female']) for name, by in found.items()}
 
 
-def crows_pairs(model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path) -> list[Cell]:
-  """CrowS-Pairs, entropy over the two sentences of 1,508 pairs, by prefix and kind of bias. Data: crows_pairs_anonymized.csv."""
+def crows_pairs(
+  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+) -> list[Cell]:
+  """CrowS-Pairs, entropy over the two sentences of 1,508 pairs, by prefix and kind of bias. Data:
+  crows_pairs_anonymized.csv."""
   if data:
     rows = items.read(data, ('sent_more', 'sent_less', 'bias_type'))
   else:  # the data set's own script does not run any more; the hub keeps what it made
@@ -78,8 +99,13 @@ def crows_pairs(model: Any, *, data: str | None, limit: int | None, seed: int, k
   return _cells(model, pairs, limit, seed, [str(row['bias_type']) for row in rows])
 
 
-def _cells(model: Any, pairs: dict[str, tuple[str, str]], limit: int | None, seed: int,
-           kinds: list[str] | None = None) -> list[Cell]:
+def _cells(
+  model: Any,
+  pairs: dict[str, tuple[str, str]],
+  limit: int | None,
+  seed: int,
+  kinds: list[str] | None = None,
+) -> list[Cell]:
   chosen = items.draw(len(pairs), limit, seed)
   names = [list(pairs)[i] for i in chosen]
   score, cells = completions.scorer(model), []
@@ -88,6 +114,14 @@ def _cells(model: Any, pairs: dict[str, tuple[str, str]], limit: int | None, see
     cells.append(Cell('entropy (bits)', prompt, bits, names, better='', bounds=(0, 1)))
     for kind in sorted({kinds[i] for i in chosen}) if kinds else ():
       at = [n for n, i in enumerate(chosen) if kinds[i] == kind]
-      cells.append(Cell(f'entropy (bits), {kind}', prompt, [bits[n] for n in at], [names[n] for n in at], better='',
-                        bounds=(0, 1)))
+      cells.append(
+        Cell(
+          f'entropy (bits), {kind}',
+          prompt,
+          [bits[n] for n in at],
+          [names[n] for n in at],
+          better='',
+          bounds=(0, 1),
+        )
+      )
   return cells
