@@ -31,16 +31,25 @@ MOVED = {
 
 
 def current_names(value: Any) -> Any:
-  """A config, or any part of one, with the functions of alignjax that it names under their present
-  names."""
+  """A config, or any part of one, in which the functions of alignjax have their present names."""
+  return _renamed(value, MOVED, MOVED_MODULES)
+
+
+def earlier_names(value: Any) -> Any:
+  """The same with the names that the functions had in version 0.1.0."""
+  inverse = [{now: then for then, now in moved.items()} for moved in (MOVED, MOVED_MODULES)]
+  return _renamed(value, *inverse)
+
+
+def _renamed(value: Any, functions: Mapping[str, str], modules: Mapping[str, str]) -> Any:
   if isinstance(value, Mapping):
-    return {key: current_names(child) for key, child in value.items()}
+    return {key: _renamed(child, functions, modules) for key, child in value.items()}
   if isinstance(value, (list, tuple)):
-    return type(value)(current_names(child) for child in value)
+    return type(value)(_renamed(child, functions, modules) for child in value)
   if not isinstance(value, str) or not value.startswith('alignjax.'):
     return value
   module, colon, function = value.partition(':')
-  return MOVED.get(value) or f'{MOVED_MODULES.get(module, module)}{colon}{function}'
+  return functions.get(value) or f'{modules.get(module, module)}{colon}{function}'
 
 
 def find(name: str, where: str) -> Callable:

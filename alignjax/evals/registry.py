@@ -30,6 +30,7 @@ from typing import Any
 import jax
 
 from alignjax import plugins
+from alignjax.evals import earlier
 from alignjax.evals.public import harness_tasks
 from alignjax.evals.table import Cell
 from alignjax.inference.loading import Model
@@ -53,9 +54,6 @@ TASKS: dict[str, str] = {
   'truthfulqa': 'alignjax.evals.safety.truthfulness:truthfulqa',
   'judge_agreement': 'alignjax.evals.safety.truthfulness:judge_agreement',
 }
-
-
-TASK_FILES = pathlib.Path(__file__).parent / 'public' / 'task_files'
 
 
 # that compute scores
@@ -104,15 +102,15 @@ def protocol(
   if data and not pathlib.Path(data).expanduser().exists():
     raise FileNotFoundError(f'--data: {name}={data}: no such file or folder.')
   takes = inspect.signature(task).parameters
-  options = {
-    k: p.default for k, p in takes.items() if k not in GIVEN and p.default is not p.empty
-  } | dict(options)
-  file = TASK_FILES / f'{name}.yaml'
+  defaults = {k: p.default for k, p in takes.items() if k not in GIVEN and p.default is not p.empty}
+  options = plugins.current_names(defaults | dict(options))
+  function = getattr(task, 'func', task)  # of a partial
   return dict(
-    task=f'{getattr(task, "func", task).__module__}:{getattr(getattr(task, "func", task), "__name__", task)}',
+    task=name
+    if name in TASKS
+    else f'{function.__module__}:{getattr(function, "__name__", function)}',
     name=name,
     code=fingerprints.of_function(task, TASKS.get(name, name)),
-    file=fingerprints.of_files([file]) if TASKS.get(name) and file.exists() else None,
     of_task=getattr(task, 'protocol', None),
     packages=_versions(),
     data=data and fingerprints.of_files([data]),
@@ -180,6 +178,10 @@ def run_task(
       )
   described = protocol(name, task, data, limit, seed, options)
   file = f'{re.sub("[^A-Za-z0-9_.-]", ".", name)}-{fingerprints.of_value([described, facts])}'
+  if (before := earlier.name_of(name, described, facts)) and (
+    (out / 'cells' / f'{before}.json').exists() or (out / 'kept' / before).exists()
+  ):
+    file = before
   path, keep = out / 'cells' / f'{file}.json', out / 'kept' / file
   found = journal.read_whole(path)
   if found is not None:

@@ -3,12 +3,12 @@ item. Layout: the paper's Table 14."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignjax import plugins
 from alignjax.evals import stats
 from alignjax.runtime import files
 
@@ -70,8 +70,7 @@ def difference(cell: Cell, base: Cell) -> dict[str, Any]:
 
 
 def _aggregate(cell: Cell) -> Callable[[list], float]:
-  module, name = cell.aggregate.split(':')
-  return getattr(importlib.import_module(module), name)
+  return plugins.find(cell.aggregate, f'the aggregate of {cell.metric}')
 
 
 def _numbers(values: Sequence) -> np.ndarray:

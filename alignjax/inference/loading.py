@@ -221,7 +221,7 @@ def trained_with(name: str) -> dict[str, Any] | None:
   made = checkpoint.load_info(weights).get('made')
   try:
     config = json.loads(path.read_bytes())
-    if made and made.get('config', fingerprints.of_value(config)) != fingerprints.of_value(config):
+    if made and 'config' in made and not fingerprints.is_of_config(made['config'], config):
       raise ValueError('it is not the config that the weights were trained with')
   except (ValueError, OSError) as error:
     raise checkpoint.Damaged(

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from alignjax import plugins
 from alignjax.models.axes import path_name
 from alignjax.runtime import checksums, files, fingerprints
 from alignjax.sharding import sync
@@ -380,12 +381,12 @@ def check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
       files.write(path, json.dumps(config, indent=2))
     return
   try:
-    old, new = _flat(json.loads(path.read_text())), _flat(config)
+    old = _flat(plugins.current_names(json.loads(path.read_text())))
   except ValueError as error:
     raise ValueError(
       f'{path} cannot be read ({error}). Delete it if you are sure that the config is the same.'
     ) from None
-  absent = '(absent)'
+  new, absent = _flat(plugins.current_names(config)), '(absent)'
   wrong = [
     f'  {k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}'
     for k in sorted(old.keys() | new.keys())

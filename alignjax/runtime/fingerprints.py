@@ -22,7 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from alignjax import plugins
 from alignjax.runtime import files
+from alignjax.runtime.versions import VERSIONS
 from alignjax.sharding import fetch
 
 LENGTH = 16  # hexadecimal digits
@@ -35,6 +37,13 @@ def of_value(value: Any) -> str:
   return hashlib.sha256(
     json.dumps(value, sort_keys=True, ensure_ascii=False).encode('utf-8', 'surrogatepass')
   ).hexdigest()[:LENGTH]
+
+
+def is_of_config(fingerprint: str, config: Any) -> bool:
+  """Whether it is the fingerprint of this config, under the present names of alignjax's functions
+  or under those of version 0.1.0."""
+  forms = config, plugins.current_names(config), plugins.earlier_names(config)
+  return fingerprint in map(of_value, forms)
 
 
 def of_params(params: Any) -> str:
@@ -101,12 +110,15 @@ def of_function(function: Callable, named: str = '') -> str:
   partial(other, weight=0.5)`, or takes the function from elsewhere, the function itself knows only
   of the other module.
 
-  alignjax itself counts where the function is one of its own; a user's function is known by the
-  user's own modules alone, so that another version of alignjax leaves it as it is.
+  A user's function is known by the user's own modules alone, so that another version of alignjax
+  leaves it as it is. A function of alignjax whose results are kept is known by its version
+  (versions.py), so that it can be moved; another one by its modules of alignjax.
   """
   # of a partial: its coefficients are values, not source
   function = inspect.unwrap(getattr(function, 'func', function))
   module = function.__module__
+  if version := VERSIONS.get(f'{module}:{getattr(function, "__qualname__", "")}'):
+    return version
   ours = module.split('.')[0] == 'alignjax'
   source = inspect.getsourcefile(inspect.getmodule(function) or function)
   found: dict[str, str] = {}

@@ -273,7 +273,7 @@ def check(
   found = (
     checkpoint.load_info(folder / 'final')['made'] if finished else _load(folder / 'inputs.json')
   )
-  if found['config'] != fingerprints.of_value(config):
+  if not fingerprints.is_of_config(found['config'], config):
     if (folder / 'checkpoints' / 'config.json').exists():
       # which names the entries
       checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)

@@ -1,0 +1,100 @@
+"""What earlier versions wrote is still read; what alignjax measures has a new version where its numbers are others."""
+
+import json
+import pathlib
+import tarfile
+
+import ml_collections
+import numpy as np
+import pytest
+
+from alignjax import plugins, train
+from alignjax.evals import registry, table
+from alignjax.inference import loading
+from alignjax.runtime import fingerprints, metrics
+from alignjax.runtime.versions import VERSIONS
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+
+@pytest.fixture(scope='module')
+def earlier(tmp_path_factory):
+  """What alignjax 0.1.0 wrote: the workdir of a run that was stopped in its last stage, its config,
+  and an evaluation."""
+  folder = tmp_path_factory.mktemp('earlier')
+  with tarfile.open(GOLDEN / 'version-0.1.0.tar.xz') as archive:
+    archive.extractall(folder, filter='data')
+  return folder
+
+
+def test_an_earlier_run_goes_on_and_ends_with_the_same_numbers(earlier, capsys):
+  config = ml_collections.ConfigDict(json.loads((earlier / 'config.json').read_text()))
+  workdir = earlier / 'workdir'
+  before = metrics.read(workdir / 'ppo_ptx' / 'metrics.jsonl')
+  report = json.loads((workdir / 'report.json').read_text())
+  train.main(config, workdir)
+  said = capsys.readouterr().out
+  assert 'sft: finished before, reused' in said and 'rm: finished before, reused' in said
+  assert 'ppo_ptx: goes on from step 1 of 2' in said
+  after = metrics.read(workdir / 'ppo_ptx' / 'metrics.jsonl')
+  for name in ('objective/scores', 'objective/kl', 'ppo/loss/ptx', 'ppo/loss/total'):
+    np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-5, err_msg=name)
+  again = json.loads((workdir / 'report.json').read_text())
+  for policy, found in report['policies'].items():
+    figure, name = found['gold_train_labelers']['mean'], 'gold_train_labelers'
+    assert again['policies'][policy][name]['mean'] == pytest.approx(figure, abs=1e-4)
+
+
+def test_an_earlier_stage_is_a_model_to_use(earlier):
+  spec = str(earlier / 'workdir' / 'rm')
+  assert loading.load(spec).head == 'scalar'
+  assert loading.trained_with(spec)['seed'] == 0
+
+
+def test_earlier_results_of_tasks_are_served(earlier, monkeypatch):
+  """Under the versions of the packages that scored them then: another version of these is another
+  result."""
+  monkeypatch.chdir(earlier / 'evaluation')
+  cells = sorted(pathlib.Path('out/cells').glob('*.json'))
+  assert len(cells) == 4
+  for path in cells:
+    kept = json.loads(path.read_text())
+    name, options = kept['protocol']['name'], kept['protocol']['options']
+    monkeypatch.setattr(registry, '_versions', lambda kept=kept: kept['protocol']['packages'])
+    data = {'crows_pairs': 'data/crows.csv', 'realtoxicityprompts': 'data/toxicity.jsonl'}
+    data |= {'sst': 'data/sst', 'wmt15_fr_en': 'data/wmt'}
+    task = registry.find_tasks([name])[name]
+    run = lambda **more: registry.run_task(
+      name, task, None, kept['model'], pathlib.Path('out'), data=data[name], **more
+    )
+    found, before = run(options=options)
+    assert before and [c.metric for c in found] == [c['metric'] for c in kept['cells']]
+    assert table.figure(found[0])['n'] == len(found[0].values)  # BLEU is found by its name then
+    assert table.figure(found[0])['mean'] is not None
+    if name != 'crows_pairs':  # which has no options
+      monkeypatch.setitem(VERSIONS, registry.TASKS[name], '2')
+      with pytest.raises((AttributeError, TypeError)):  # measured anew, and there is no model
+        run(options=options)
+      monkeypatch.undo()
+      monkeypatch.chdir(earlier / 'evaluation')
+
+
+def test_earlier_names_of_functions_are_found():
+  for then, now in plugins.MOVED.items():
+    assert plugins.find(then, 'reward.fn') is plugins.find(now, 'reward.fn')
+  old = dict(reward=dict(fn='alignjax.rollout:model_reward'), tasks=('alignjax.evals.public:sst',))
+  new = plugins.current_names(old)
+  assert new['reward']['fn'] == 'alignjax.rewards:model_reward'
+  assert new['tasks'] == ('alignjax.evals.public.nlp:sst',)
+  assert plugins.earlier_names(new) == old
+  for text in ('mylab.rewards:rule', 'hf:alignjax.x', 7, None):
+    assert plugins.current_names(text) == text
+  for module in plugins.MOVED_MODULES.values():
+    __import__(module)
+
+
+def test_every_version_is_of_a_function_and_every_task_has_one():
+  for name in VERSIONS:
+    function = plugins.find(name, 'a version')
+    assert fingerprints.of_function(function, name) == VERSIONS[name]
+  assert set(registry.TASKS.values()) <= set(VERSIONS)
