@@ -13,6 +13,7 @@ from alignjax.evals import registry, table
 from alignjax.inference import loading
 from alignjax.runtime import fingerprints, metrics
 from alignjax.runtime.versions import VERSIONS
+from tests import versions
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
@@ -27,6 +28,7 @@ def earlier(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_an_earlier_run_goes_on_and_ends_with_the_same_numbers(earlier, capsys):
   config = ml_collections.ConfigDict(json.loads((earlier / 'config.json').read_text()))
   workdir = earlier / 'workdir'
@@ -91,6 +93,29 @@ def test_earlier_names_of_functions_are_found():
     assert plugins.current_names(text) == text
   for module in plugins.MOVED_MODULES.values():
     __import__(module)
+
+
+def assert_alike(now, then, where):
+  """JSON values, numbers to the tolerance of float32 on another machine."""
+  if isinstance(then, list):
+    assert isinstance(now, list) and len(now) == len(then), where
+    for i, (a, b) in enumerate(zip(now, then, strict=True)):
+      assert_alike(a, b, f'{where}[{i}]')
+  elif isinstance(then, float):
+    assert now == pytest.approx(then, rel=1e-3, abs=1e-4), where
+  else:
+    assert now == then, where
+
+
+@pytest.mark.slow
+def test_other_numbers_have_another_version(tmp_path):
+  """`python tests/versions.py --write` follows a new version in alignjax/runtime/versions.py."""
+  golden = json.loads((GOLDEN / 'versions.json').read_text())
+  assert set(golden) == set(VERSIONS) - set(versions.NOT_HERE)
+  found = versions.measure(tmp_path)
+  for name, then in golden.items():
+    assert then['version'] == VERSIONS[name], f'{name}: write the results of its new version'
+    assert_alike(found[name], then['measured'], f'{name} needs a new version')
 
 
 def test_every_version_is_of_a_function_and_every_task_has_one():
