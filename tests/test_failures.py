@@ -301,12 +301,12 @@ def test_a_wrong_host_function_fails_before_anything_runs():
 def test_a_run_whose_host_function_fails_loses_nothing(tmp_path):
   """Step 6 of 8 fails; checkpoints are every 4 steps; what is kept is the state after step 5, and
   the end is that of no failure."""
-  failures: list = []
+  said: list = []
   broken = [True]
 
   def step(state, batch):
     if broken and int(state.step) == 5:
-      failures.append('the reward function mylab:rule failed 3 times, at last with OSError: gone.')
+      said.append('the reward function mylab:rule failed 3 times, at last with OSError: gone.')
       batch = batch.replace(x=batch.x * np.nan)
     return one_step(state, batch)
 
@@ -314,13 +314,13 @@ def test_a_run_whose_host_function_fails_loses_nothing(tmp_path):
     failures.StepFailed,
     match=r'step 6: the reward function mylab:rule failed 3 times.*5 steps before',
   ):
-    run(tmp_path / 'a', step=step, failures=failures, **{'stages.s.save_every': 4})
+    run(tmp_path / 'a', step=step, failures=said, **{'stages.s.save_every': 4})
   assert sorted(
     p.name for p in (tmp_path / 'a/s/checkpoints/steps').iterdir() if p.name.isdigit()
   ) == ['4', '5']
   broken.clear()
-  failures.clear()
-  again = run(tmp_path / 'a', step=step, failures=failures, **{'stages.s.save_every': 4})
+  said.clear()
+  again = run(tmp_path / 'a', step=step, failures=said, **{'stages.s.save_every': 4})
   assert checkpoint.same(again, run(tmp_path / 'b')) and lines(tmp_path / 'a') == lines(
     tmp_path / 'b'
   )

@@ -406,7 +406,7 @@ def test_a_conversation_that_the_template_refuses_is_named(bad, words):
   tokenizer = load_tokenizer(str(CHAT))
   tokenizer.chat_template = ALTERNATE
   fake = types.SimpleNamespace(
-    template=templates.make(tokenizer, 'chat'),
+    text=types.SimpleNamespace(template=templates.make(tokenizer, 'chat')),
     prompt_length=99,
     response_length=99,
     config=ConfigDict(
@@ -598,5 +598,5 @@ def test_a_run_pins_the_day_before_anything_reads_text(recipe, tmp_path, monkeyp
   assert seen == ['2026-02-03']
   c.data.template_date = '2026-02-03'
   assert 'Today: 3 February' in load_tokenizer(c.data.tokenizer).decode(
-    make_setup(c, 'x', jax.devices()[:1]).template.prompt('a')
+    make_setup(c, 'x', jax.devices()[:1]).text.template.prompt('a')
   )

@@ -121,7 +121,7 @@ def test_flops_by_hand():
   assert flops.mean([flops.training(SMALL, 4, 10), short]) == {
     'tokens': 30,
     'tokens_trained': 30,
-    'flops': (flops + short['flops']) / 2,
+    'flops': (expected + short['flops']) / 2,
   }
 
 

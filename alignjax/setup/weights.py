@@ -28,13 +28,13 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   setup.read.update(inputs.of_weights(spec))
   model = setup.policy_model if head == 'lm' else setup.reward_model
   key = jax.random.fold_in(jax.random.key(setup.config.seed), seed)
-  shardings = setup.sharder.params(jax.eval_shape(lambda: transformer.init(model, key, head)))
-  if spec == 'random':
-    return jax.jit(lambda: transformer.init(model, key, head), out_shardings=shardings)()
   if spec.startswith('hf:'):
     if head == 'scalar':
       hf.check_end_scored(spec.removeprefix('hf:'), setup.text.template.end)
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
+  shardings = setup.sharder.params(jax.eval_shape(lambda: transformer.init(model, key, head)))
+  if spec == 'random':
+    return jax.jit(lambda: transformer.init(model, key, head), out_shardings=shardings)()
   folder = inputs.weights_folder(setup.workdir, spec)
   if not checkpoint.is_finished(folder):
     raise FileNotFoundError(
