@@ -3,8 +3,8 @@ losses receive.
 
 Axis letters, used in every shape comment of the package:
   B batch   Q prompt length (left-padded)   R response length (right-padded)   T whole sequence
-  K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads   H head width
-  D model width   F MLP width
+  K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads
+  H head width   D model width   F MLP width
 
 Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because
 the two ids are often the same (docs/pitfalls.md, 3).
@@ -137,7 +137,8 @@ class Rollout:
     prompts: i32[B,Q], left-padded.  prompt_mask: bool[B,Q].
     responses: i32[B,R], right-padded, the end-of-text token included where one was sampled.
     mask: bool[B,R], True on sampled tokens; [1, 1, 1, 0] for a response of three tokens.
-    logprobs, ref_logprobs: f32[B,R] under the policy that sampled and under the reference, 0 where not mask.
+    logprobs, ref_logprobs: f32[B,R] under the policy that sampled and under the reference, 0 where
+      not mask.
     values: f32[B,R], 0 where not mask.
     scores: f32[B], the reward of the whole response, added to the reward of its last live token.
   """

@@ -153,7 +153,7 @@ def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _origin(name: str) -> str | None:
-  """The file of a module, or None for what is no module, as a function that is imported from one."""
+  """The file of a module, or None for a name that is no module, as that of a function."""
   if name.split('.')[0] in sys.stdlib_module_names:
     return None
   try:

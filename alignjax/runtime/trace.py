@@ -1,6 +1,8 @@
 """Traces of chosen steps, and what they say of the phases of a step.
 
-    run.py --profile=ppo_ptx:3-5      writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json
+    run.py --profile=ppo_ptx:3-5
+
+writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json.
 
 The phases are the named scopes of rollout.py, sampling.py, steps.py and losses.py. A step is one
 compiled program, so only a trace can tell how its time divides.
