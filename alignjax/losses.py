@@ -62,6 +62,8 @@ def reward_ranking(
   prompts of the batch.
   """
   del key  # no dropout: the paper reports none for the reward model
+  assert batch.mean_weights is not None, 'normalized() makes them'
+  mean_weights = batch.mean_weights
   b, k, t = batch.tokens.shape
   values = nets.scalar(
     params['reward'], batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t)
@@ -74,11 +76,9 @@ def reward_ranking(
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  mean = lambda x: jnp.sum(
-    batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
-  )
+  mean = lambda x: jnp.sum(mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
   return loss, {
-    'rm/loss': jnp.sum(batch.mean_weights * per_prompt),
+    'rm/loss': jnp.sum(mean_weights * per_prompt),
     'rm/accuracy': mean(margins > 0),
     'rm/margin': mean(margins),
   }

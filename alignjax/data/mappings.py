@@ -36,8 +36,8 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
     return None
   renames = [part.strip() for part in name.split(',')]
   head = renames.pop(0) if '=' not in renames[0] else None
-  names = dict(part.partition('=')[::2] for part in renames)
-  names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
+  pairs = [part.partition('=') for part in renames]
+  names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
   if (
     not all('=' in part for part in renames)
     or not all([*names, *names.values()])
@@ -131,7 +131,9 @@ def summarize_from_feedback(raw: dict) -> Records:
   info is of a Reddit post, or of a CNN/DM article."""
   texts = [s['text'] for s in raw['summaries']]
   best = int(raw['choice'])
-  labeler = {} if raw.get('worker') is None else dict(labeler_id=str(raw['worker']))
+  labeler: dict[str, Any] = {}
+  if raw.get('worker') is not None:
+    labeler = dict(labeler_id=str(raw['worker']))
   return [_pair(_post(raw['info']), texts[best], texts[1 - best], **labeler)]
 
 

@@ -37,7 +37,7 @@ import inspect
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Source(NamedTuple):
   asked for: of an array_record file that one alone, so that a process reads its share."""
 
   count: int
-  records: Callable[[int], list[dict[str, Any]]]
+  records: Callable[[int], Sequence[dict[str, Any]]]
 
 
 def read(
@@ -127,9 +127,7 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
   return Source(count, records)
 
 
-def convert(
-  raw: Any, kind: str, where: str, change: Callable | None = None
-) -> list[dict[str, Any]]:
+def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[Record]:
   """Our records of a raw one, checked."""
   if not isinstance(raw, dict):
     raise ValueError(
@@ -242,10 +240,10 @@ def _tfds(name: str, kind: str) -> Raw:
     else:
       builder = tfds.builder(name, file_format='array_record')
       builder.download_and_prepare()
-    rows = builder.as_data_source(splits)
-    change = (
-      records_dataset_builder.restore if 'messages' in builder.info.features else lambda row: row
-    )
+    rows = builder.as_data_source(splits)  # pyright: ignore[reportCallIssue] a decorator hides `split`
+    features = builder.info.features
+    stored = isinstance(features, tfds.features.FeaturesDict) and 'messages' in features
+    change = records_dataset_builder.restore if stored else lambda row: row
   except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
     raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
 

@@ -110,7 +110,12 @@ def values(text: str, where: str) -> list[tuple[int, str]]:
 def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
   """The elements of a file that is one JSON array, over however many lines; None: it is not one,
   but lines."""
-  decoder, skip = json.JSONDecoder(), lambda at: SPACE.match(text, at).end()
+  decoder = json.JSONDecoder()
+
+  def skip(at: int) -> int:
+    space = SPACE.match(text, at)
+    return space.end() if space else at
+
   at, found, line, counted = skip(skip(0) + 1), [], 1, 0
   try:
     while text[at : at + 1] != ']':

@@ -111,7 +111,7 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
   if not paths:
     raise FileNotFoundError(f'{folder} holds no trace.')
   scopes = _scopes(paths[-1].read_bytes())
-  seconds: collections.Counter = collections.Counter()
+  seconds: dict[str, float] = collections.defaultdict(float)
   for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
     for line in plane.lines:
       operations = [
@@ -122,14 +122,15 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
       for name, module, own in _own_times(sorted(operations)):
         seconds[phase_of(scopes.get((module.split('(')[0], name), ''))] += own
   total = sum(seconds.values())
-  return {name: t / total for name, t in seconds.most_common()} if total else {}
+  largest = sorted(seconds.items(), key=lambda item: -item[1])
+  return {name: t / total for name, t in largest} if total else {}
 
 
 def phase_of(scope: str) -> str:
   """'jit(step)/update/transpose(jvp(ptx))/dot_general' -> 'ptx': the phase that stands last."""
   path = '/' + re.sub(r'[()/]+', '/', scope) + '/'
   at = {name: path.rfind(f'/{name}/') for name in PHASES}
-  best = max(at, key=at.get)
+  best = max(at, key=at.__getitem__)
   return best if at[best] >= 0 else 'other'
 
 
