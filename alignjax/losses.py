@@ -62,6 +62,8 @@ def reward_ranking(
   prompts of the batch.
   """
   del key  # no dropout: the paper reports none for the reward model
+  assert batch.mean_weights is not None, 'normalized() makes them'
+  mean_weights = batch.mean_weights
   b, k, t = batch.tokens.shape
   values = nets.scalar(
     params['reward'], batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t)
@@ -74,11 +76,9 @@ def reward_ranking(
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  mean = lambda x: jnp.sum(
-    batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
-  )
+  mean = lambda x: jnp.sum(mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
   return loss, {
-    'rm/loss': jnp.sum(batch.mean_weights * per_prompt),
+    'rm/loss': jnp.sum(mean_weights * per_prompt),
     'rm/accuracy': mean(margins > 0),
     'rm/margin': mean(margins),
   }
@@ -140,12 +140,15 @@ def ppo(
 ) -> tuple[jax.Array, Metrics]:
   """The clipped surrogate and the value loss, summed over response tokens with the batch's weights.
 
-  policy: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)), ratio = pi(y_t|.) /
-    pi_old(y_t|.)
-  value:  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2); value_clip None: 0.5 (V - G)^2
-  Schulman et al. 2017 Eq. 7; the value clip as in lm-human-preferences `train_policy.py: loss`. clip_eps 0.2 is the
-  paper's (C.4); it does not report value_clip and vf_coef. Policy and value share no parameters, so vf_coef only matters
-  with gradient clipping over both. No dropout, whatever the key (docs/pitfalls.md, 8). No entropy bonus.
+  policy: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)),
+          where ratio = pi(y_t|.) / pi_old(y_t|.)
+  value:  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2);
+          0.5 (V - G)^2 where value_clip is None
+
+  Schulman et al. 2017 Eq. 7; the value clip as in lm-human-preferences `train_policy.py: loss`.
+  clip_eps 0.2 is the paper's (C.4); it does not report value_clip and vf_coef. Policy and value
+  share no parameters, so vf_coef only matters with gradient clipping over both. There is no
+  dropout, whatever the key (docs/pitfalls.md, 8), and no entropy bonus.
   """
   del key
   rollout = batch.rollout

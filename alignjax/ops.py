@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def positions(mask: jax.Array) -> jax.Array:
@@ -44,7 +45,7 @@ def visible(mask: jax.Array) -> jax.Array:
   return causal & (mask[:, :, None] == mask[:, None, :]) & (mask > 0)[:, None, :]
 
 
-def last_live(x: jax.Array, mask: jax.Array) -> jax.Array:
+def last_live(x: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
   """x[..., T] at the last True of mask[..., T], for any side of padding; position 0 where nothing
   is live."""
   chex.assert_equal_shape([x, mask])

@@ -95,7 +95,7 @@ def build(setup: Setup) -> None:
       measured['prefixes'] = np.array(json.dumps({'best': prefix, 'gold': scores}))
     elif own.policy_model == setup.policy_model:
       measured = evaluation.measure(ev, params, ref)
-    else:  # another architecture: its own compiled functions, and no KL to a reference of another size
+    else:  # another architecture has its own compiled functions, and no KL to this reference
       measured = evaluation.measure(prepare(own), params, None)
     sync(f'{kept} measured')
     if main_process:

@@ -117,5 +117,5 @@ def split(batch: Any, parts: int, permutation: jax.Array | None = None) -> Any:
 
 
 def is_maximum(name: str) -> bool:
-  """Whether a metric combines over microbatches and minibatches by maximum: 'max' in its last part."""
+  """Whether a metric's parts are combined by maximum: 'max' stands in the last part of its name."""
   return 'max' in name.rsplit('/', 1)[-1].split('_')

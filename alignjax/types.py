@@ -3,8 +3,8 @@ losses receive.
 
 Axis letters, used in every shape comment of the package:
   B batch   Q prompt length (left-padded)   R response length (right-padded)   T whole sequence
-  K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads   H head width
-  D model width   F MLP width
+  K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads
+  H head width   D model width   F MLP width
 
 Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because
 the two ids are often the same (docs/pitfalls.md, 3).
@@ -12,14 +12,17 @@ the two ids are often the same (docs/pitfalls.md, 3).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = Any  # nested dict of arrays
+Array = jax.Array | np.ndarray  # a batch is built on the host and used in a compiled program
 Metrics = dict[str, jax.Array]
 
 
@@ -63,17 +66,17 @@ class TokenBatch:
       and not of rows.
   """
 
-  tokens: jax.Array
-  mask: jax.Array
-  weights: jax.Array
-  source: jax.Array | None = None
+  tokens: Array
+  mask: Array
+  weights: Array
+  source: Array | None = None
   mix: tuple[tuple[str, float], ...] = flax.struct.field(pytree_node=False, default=())
 
   def normalized(self) -> TokenBatch:
     if self.source is None:
-      return self.replace(weights=normalize(self.weights))
+      return dataclasses.replace(self, weights=normalize(self.weights))
     parts = [share * normalize(self.of_source(i)) for i, (_, share) in enumerate(self.mix)]
-    return self.replace(weights=sum(parts))
+    return dataclasses.replace(self, weights=sum(parts))
 
   def of_source(self, index: int) -> jax.Array:
     """f32[B,T]: the weights of the rows of source `index`, 0 elsewhere."""
@@ -98,13 +101,13 @@ class ComparisonBatch:
       batch are logged as means. None before.
   """
 
-  tokens: jax.Array
-  mask: jax.Array
-  ranks: jax.Array
-  weights: jax.Array
-  mean_weights: jax.Array | None = None
+  tokens: Array
+  mask: Array
+  ranks: Array
+  weights: Array
+  mean_weights: Array | None = None
 
-  def pairs(self) -> jax.Array:
+  def pairs(self) -> Array:
     """bool[B,K,K]: [b, i, j] is True where response i was ranked above response j; ties and absent
     ones never are."""
     better = self.ranks[:, :, None] < self.ranks[:, None, :]
@@ -113,12 +116,12 @@ class ComparisonBatch:
 
   def normalized(self) -> ComparisonBatch:
     informative = jnp.where(self.pairs().any((1, 2)), self.weights, 0.0)
-    return self.replace(
-      weights=self.weights / len(self.weights), mean_weights=normalize(informative)
+    return dataclasses.replace(
+      self, weights=self.weights / len(self.weights), mean_weights=normalize(informative)
     )
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(kw_only=True)
 class PreferenceBatch(ComparisonBatch):
   """A ComparisonBatch for losses of a policy, without a reward model (stages/preference.py).
 
@@ -128,8 +131,8 @@ class PreferenceBatch(ComparisonBatch):
       has no reference.
   """
 
-  response_mask: jax.Array | None = None
-  ref_logprobs: jax.Array | None = None
+  response_mask: Array
+  ref_logprobs: Array | None = None
 
 
 @flax.struct.dataclass
@@ -144,7 +147,8 @@ class Rollout:
     prompts: i32[B,Q], left-padded.  prompt_mask: bool[B,Q].
     responses: i32[B,R], right-padded, the end-of-text token included where one was sampled.
     mask: bool[B,R], True on sampled tokens; [1, 1, 1, 0] for a response of three tokens.
-    logprobs, ref_logprobs: f32[B,R] under the policy that sampled and under the reference, 0 where not mask.
+    logprobs, ref_logprobs: f32[B,R] under the policy that sampled and under the reference, 0 where
+      not mask.
     values: f32[B,R], 0 where not mask.
     scores: f32[B], the reward of the whole response, added to the reward of its last live token.
   """
@@ -185,7 +189,7 @@ class PPOBatch:
 
   def normalized(self) -> PPOBatch:
     ptx = None if self.ptx is None else self.ptx.normalized()
-    return self.replace(weights=normalize(self.weights), ptx=ptx)
+    return dataclasses.replace(self, weights=normalize(self.weights), ptx=ptx)
 
 
 @flax.struct.dataclass
@@ -263,7 +267,7 @@ class LossFn(Protocol):
   ) -> tuple[jax.Array, Metrics]: ...
 
 
-def normalize(weights: jax.Array) -> jax.Array:
+def normalize(weights: Array) -> Array:
   """Scales weights to add up to 1 over the whole (global) batch; all zeros stay zeros."""
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1.0)

@@ -1,8 +1,9 @@
 """Does it fit, and how fast could it be? Compiles the step of a stage for devices that need not be
 there, and reads the program.
 
-    python experiments/compile.py --config=configs/instructgpt_175b.py --topology=v5p:8x8x8 --stage=ppo_ptx
-    python experiments/compile.py --config=configs/ppo_ptx.py:tiny               for the devices at hand
+    python experiments/compile.py --config=configs/instructgpt_175b.py --stage=ppo_ptx \\
+      --topology=v5p:8x8x8
+    python experiments/compile.py --config=configs/ppo_ptx.py:tiny      for the devices at hand
 
 No weights, data or tokenizer are read. A TPU topology needs the TPU compiler, no TPU: libtpu, in a
 folder of its own (the command says how). Prints memory, operations, communication and time by

@@ -1,15 +1,16 @@
 """Evaluates models as the paper does: one table of tasks and models, with intervals, and the
 differences to the first.
 
-    python experiments/evaluate.py
+    python experiments/evaluate.py \\
       --models=pretrained=hf:FOLDER,sft=runs/mine/sft,ppo_ptx=runs/mine/ppo_ptx \\
-      --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc
+      --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc \\
       --data=winogender=FILE,crows_pairs=FILE
-    python experiments/evaluate.py --models=... --tasks=my_task.yaml,my_tasks/,arc_easy      of lm-evaluation-harness: task files
-                                                                  of one's own, folders of them, and
-                                                                  its own tasks by name
-    python experiments/evaluate.py --tasks=help                  the tasks, and where their data come from; help:arc, the harness's
-                                                                  whose names hold "arc"
+    python experiments/evaluate.py --models=... --tasks=my_task.yaml,my_tasks/,arc_easy
+    python experiments/evaluate.py --tasks=help
+
+The second command names tasks of lm-evaluation-harness: task files of one's own, folders of them,
+and the harness's own tasks by name. The third lists the tasks, and where their data come from;
+--tasks=help:arc lists those of the harness whose names hold "arc".
 
 A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes
 OUT/table.md, table.json and, of several models, table.png. All models compute in one dtype

@@ -1,9 +1,11 @@
 """Talks to a model: a stage of a run, or a Hugging Face checkpoint.
 
-    python experiments/generate.py --model=hf:FOLDER_OR_HUB_NAME --chat --prompt='What is the capital of France?'
-    python experiments/generate.py --model=runs/smollm2_135m-s0/ppo_ptx                     a session
+    python experiments/generate.py --model=runs/smollm2_135m-s0/ppo_ptx        a session
     python experiments/generate.py --model=runs/ppo_ptx-s0/ppo_ptx --prompts_file=prompts.txt
-    python experiments/generate.py --model=runs/ppo_ptx-s0/sft --best_of=8 --reward_model=runs/ppo_ptx-s0/rm
+    python experiments/generate.py --model=hf:FOLDER_OR_HUB_NAME --chat \\
+      --prompt='What is the capital of France?'
+    python experiments/generate.py --model=runs/ppo_ptx-s0/sft --best_of=8 \\
+      --reward_model=runs/ppo_ptx-s0/rm
 
 Without --prompt and --prompts_file it reads prompts from the terminal until an empty line or
 Ctrl-D; with --chat it remembers the conversation ('/new' forgets it), and Ctrl-C stops an answer.

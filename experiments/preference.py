@@ -1,14 +1,18 @@
 """Which policy do judges prefer? Win rates, Bradley-Terry strengths, agreement: the paper's section
 4.1.
 
-    python experiments/preference.py --policies=sft=runs/x/sft,ppo=runs/x/ppo,ppo_ptx=runs/x/ppo_ptx
-      \\ --prompts=sandbox: --judge=sandbox --judge=rm:runs/x/rm --out=runs/x/preference
-    python experiments/preference.py --policies=... --prompts=jsonl:FILE
-      --mapping=fastchat_questions \\ --judge=openai:MODEL --judge_url=http://localhost:8000/v1
-    python experiments/preference.py --policies=... --prompts=jsonl:FILE --export=sheet.jsonl       for people to fill in
+    python experiments/preference.py \\
+      --policies=sft=runs/x/sft,ppo=runs/x/ppo,ppo_ptx=runs/x/ppo_ptx --prompts=sandbox: \\
+      --judge=sandbox --judge=rm:runs/x/rm --out=runs/x/preference
+    python experiments/preference.py --policies=... --prompts=jsonl:FILE \\
+      --mapping=fastchat_questions --judge=openai:MODEL --judge_url=http://localhost:8000/v1
+    python experiments/preference.py --policies=... --prompts=jsonl:FILE --export=sheet.jsonl
     python experiments/preference.py --policies=... --prompts=jsonl:FILE --judge=file:sheet.jsonl
-    python experiments/preference.py --judge=file:testset.jsonl.gz --judge_mapping=pandalm          judgments of others,
-      --judge=rm:runs/x/rm                                                  and how far a reward model agrees with them
+    python experiments/preference.py --judge=file:testset.jsonl.gz --judge_mapping=pandalm \\
+      --judge=rm:runs/x/rm
+
+The third command writes a sheet that people fill in, and the fourth reads it. The last one takes
+judgments of others and says how far a reward model agrees with them.
 
 A policy is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Prompts:
 alignjax/data/sources.py; judges: alignjax/evals/preference/judges.py; files of judgments:
@@ -63,7 +67,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     action='append',
     default=[],
     metavar='JUDGE',
-    help='rm:MODEL, sandbox, openai:MODEL, file:PATH or module:function; may be given several times',
+    help='rm:MODEL, sandbox, openai:MODEL, file:PATH or module:function; may be repeated',
   )
   parser.add_argument('--judge_template', help='of rm:, as --template')
   parser.add_argument(

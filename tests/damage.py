@@ -1,8 +1,10 @@
 """Damages one file at a time of what the commands write, and uses it again: the damage must be
 named or have no effect on a number.
 
-  python tests/damage.py --count=500 --folder=/tmp/damage --workers=2       called again, it goes on
-  python tests/damage.py --count=20 --subjects=finished --only=report      files whose path holds a word
+  python tests/damage.py --count=500 --folder=/tmp/damage --workers=2    called again, it goes on
+  python tests/damage.py --count=20 --subjects=finished --only=report
+
+--only takes the files whose path holds the word.
 
 What is damaged: a finished workdir of the `:tiny` main job; one that was stopped in its middle;
 data that prepare.py wrote, as JSON lines and as array_record shards; an exported model; the folder
@@ -10,10 +12,13 @@ of an evaluation. A file is drawn with a kind of damage: a byte flipped, cut to 
 removed, or a folder in its place. What follows when the command is called again is one of
 
   named     the command ends with an error, or says a warning, that names the file or its folder
-  no effect it ends with the numbers of the undamaged one (of a workdir those of tests/kills.py: fingerprint). Weights that the
-            command did not need are then read as every reader does, so that a damage there is named
-            too
-  SILENT    it ends with other numbers and no word; BARE: with a traceback that is no message. Both are faults: the status is 1.
+  no effect it ends with the numbers of the undamaged one (of a workdir those of tests/kills.py:
+            fingerprint). Weights that the command did not need are then read as every reader does,
+            so that a damage there is named too
+  SILENT    it ends with other numbers and no word
+  BARE      it ends with a traceback that is no message
+
+The last two are faults: the status is 1.
 
 Every command runs in a child of a process that has imported everything, which saves the seconds of
 the imports.

@@ -1,7 +1,9 @@
 """A bucket on this machine: the parts of the JSON API of Google Cloud Storage that gcsfs,
 tensorstore and tensorboardX call.
 
-  python tests/fake_gcs.py PORT          serves the bucket gs://bucket from memory; environment(PORT) points those packages at it
+  python tests/fake_gcs.py PORT
+
+serves the bucket gs://bucket from memory, and environment(PORT) points those packages at it.
 
 Not there: other buckets, permissions, versions of objects, pages of lists.
 """

@@ -127,7 +127,7 @@ def assert_additive(loss_fn, params, batch, nets, parts: int = 2, rtol: float = 
 
 
 def assert_float32_logits(nets, params, tokens, mask) -> None:
-  """The logits are float32 and were not rounded to bfloat16 on the way. For a fork's networks too."""
+  """The logits are float32 and were never rounded to bfloat16; for a fork's networks too."""
   logits = nets.logits(params, tokens, mask)
   assert logits.dtype == jnp.float32
   assert_not_rounded(logits)

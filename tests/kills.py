@@ -1,8 +1,10 @@
 """Kills a run with -9 at random moments, starts it again each time, and compares its end with that
 of an uninterrupted run.
 
-  python tests/kills.py --kills=100 --folder=/tmp/kills           of the `:tiny` main job; called again, it goes on
+  python tests/kills.py --kills=100 --folder=/tmp/kills           of the `:tiny` main job
   python tests/kills.py --kills=5 --seed=3 -- --config.seed=2     what follows `--` goes to run.py
+
+Called again with the same folder, it goes on.
 
 The kills go in turn to every stage and to the report, and in each to five moments: while it is
 built, during its steps, while a checkpoint is written, while its result is written, and just

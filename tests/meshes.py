@@ -1,9 +1,10 @@
 """Every mesh of eight devices against one device: all stages of the main job in miniature, by
 metrics and sampled responses.
 
-  python tests/meshes.py OUT [DATAxFSDPxTENSOR ...]     all ten take some minutes; prints a table, ends with 1 where one disagrees
+  python tests/meshes.py OUT [DATAxFSDPxTENSOR ...]
 
-The tests run one iteration on 2x2x2; this is the whole table.
+prints a table and ends with status 1 where a mesh disagrees. All ten meshes take some minutes. The
+tests run one iteration on 2x2x2; this is the whole table.
 """
 
 from __future__ import annotations

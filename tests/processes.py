@@ -1,7 +1,9 @@
 """The main job in miniature over several real processes on this machine; test_processes.py starts
 it.
 
-python tests/processes.py WORKDIR PROCESSES DEVICES_EACH [stages.sft.epochs=2 ...]     all of them, until the last has ended
+python tests/processes.py WORKDIR PROCESSES DEVICES_EACH [stages.sft.epochs=2 ...]
+
+starts all of them and waits until the last has ended.
 """
 
 from __future__ import annotations

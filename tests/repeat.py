@@ -1,8 +1,8 @@
 """Runs the suite again and again in random orders, some of the runs beside a process that keeps a
 core busy, and says which tests ever failed.
 
-  python tests/repeat.py --times=20 --folder=/tmp/repeat                   called again, it goes on
-  python tests/repeat.py --times=5 -- tests/test_failures.py                what follows `--` goes to pytest
+  python tests/repeat.py --times=20 --folder=/tmp/repeat      called again, it goes on
+  python tests/repeat.py --times=5 -- tests/test_failures.py   what follows `--` goes to pytest
 
 Every run gets a seed, which `pytest --random-order --random-order-seed=SEED` takes to repeat its
 order. The runs share the programs that jax compiled. The status is 1 where any run was not green.

@@ -10,8 +10,9 @@ and one way to stop after a random time in that stage:
   one    kill -9 of one process; the others have to end by themselves
   all    kill -9 of all
   term   SIGTERM to all; they save and end with status 75
-  disk   the disk is full but for a random rest at that moment, and has room again at the next start; only with --full_disks, and
-         on a file system of its own in memory, for which the script needs to be root
+  disk   the disk is full but for a random rest then, and has room again at the next start; only
+         with --full_disks, and on a file system of its own in memory, for which the script
+         needs to be root
 
 When a run has got to its end, its metrics, weights and report are compared with those of one
 process that nothing stopped, to the tolerance of test_processes.py: sums over devices add up in

@@ -36,7 +36,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
   %x = f32[16,4]{1,0} get-tuple-element(%p), index=1
-  %r = f32[16,4]{1,0} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add, metadata={op_name="jit(s)/decode/while/sum"}
+  %r = f32[16,4]{1,0} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add, \
+metadata={op_name="jit(s)/decode/while/sum"}
   ROOT %t = (s32[], f32[16,4]{1,0}) tuple(%next, %r)
 }
 
@@ -86,18 +87,22 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
   %z = s32[] constant(0)
   %s = bf16[1,8,4]{2,1,0} dynamic-slice(%m, %z, %z, %z), dynamic_slice_sizes={1,8,4}
   %k = bf16[8,4]{1,0} bitcast(%s)
-  ROOT %dot = f32[16,4]{1,0} dot(%l, %k), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(s)/update/dot"}
+  ROOT %dot = f32[16,4]{1,0} dot(%l, %k), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+metadata={op_name="jit(s)/update/dot"}
 }
 
 ENTRY %main (a.1: bf16[2,8], b.1: bf16[5,8,4]) -> f32[16,4] {
   %a.1 = bf16[2,8]{1,0} parameter(0)
   %b.1 = bf16[5,8,4]{2,1,0:T(8,128)S(0)} parameter(1)
-  %g.1 = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%a.1), replica_groups=[1,8]<=[8], metadata={op_name="jit(s)/update/g"}
+  %g.1 = (bf16[2,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%a.1), replica_groups=[1,8]<=[8], \
+metadata={op_name="jit(s)/update/g"}
   %g.2 = bf16[16,8]{1,0} all-gather-done(%g.1)
-  %c = f32[16,4]{1,0} fusion(%g.2, %b.1), kind=kOutput, calls=%product, metadata={op_name="jit(s)/update/dot"}
+  %c = f32[16,4]{1,0} fusion(%g.2, %b.1), kind=kOutput, calls=%product, \
+metadata={op_name="jit(s)/update/dot"}
   %zero.1 = s32[] constant(0)
   %start.1 = (s32[], f32[16,4]{1,0}) tuple(%zero.1, %c)
-  %w.1 = (s32[], f32[16,4]) while(%start.1), condition=%outer_condition, body=%outer_body, metadata={op_name="jit(s)/decode/while"}
+  %w.1 = (s32[], f32[16,4]) while(%start.1), condition=%outer_condition, body=%outer_body, \
+metadata={op_name="jit(s)/decode/while"}
   ROOT %out = f32[16,4]{1,0} get-tuple-element(%w.1), index=1
 }
 """

@@ -478,7 +478,7 @@ def test_names_are_read_or_refused_in_words(tmp_path, monkeypatch):
     ('some/model/config.json', 'is a file; name the folder'),
     (
       'org/model',
-      f"no folder {tmp_path}/org/model, and no model 'org/model' is to be had from the hub .*no way",
+      f"no folder {tmp_path}/org/model, and no model 'org/model' is to be had from .*no way",
     ),
     ('org/model/', "no model 'org/model' is to be had"),
     ('model', "no model 'model' is to be had"),

@@ -186,7 +186,7 @@ def test_generation_stops_where_ours_does(pad, bos, tmp_path):
 
 
 def test_ids_without_a_token_are_not_generated(tmp_path):
-  """The vocabulary is larger than the tokenizer's, and what lies beyond it is by far the likeliest."""
+  """The vocabulary is larger than the tokenizer's, and ids beyond it are by far the likeliest."""
   source = source_of(tmp_path / 'in', vocab_size=TEXT + 256 + 3)
   model = loading.load(f'hf:{source}')
   params = jax.tree.map(np.array, model.params)

@@ -457,14 +457,16 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.
 try:
   if sys.argv[2] == 'save':
     with checkpoint.Checkpoints(folder / 'checkpoints', config={}) as saved:
-      saved.save(2, big)  # in the background: the error comes when the folder is closed, or with the next save
+      # In the background: the error comes when the folder is closed, or with the next save.
+      saved.save(2, big)
   else:
     checkpoint.save_params(folder / 'final', big, {})
 except OSError as error:
   print('error:', error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
 with checkpoint.Checkpoints(folder / 'checkpoints', config={}) as saved:
-  step, back = saved.restore({'w': jax.ShapeDtypeStruct((1_000_000,), jnp.float32, sharding=big['w'].sharding)})
+  shape = jax.ShapeDtypeStruct((1_000_000,), jnp.float32, sharding=big['w'].sharding)
+  step, back = saved.restore({'w': shape})
   assert step == 1 and checkpoint.same(back, big)
 """
 

@@ -323,7 +323,7 @@ def test_a_classifier_of_two_labels_is_no_reward_model(tmp_path):
 
 
 def test_the_head_of_a_file_is_not_given_up_for_a_flag(tmp_path):
-  """model.tie_embeddings=True over a checkpoint with a head of its own is an error; it was ignored."""
+  """model.tie_embeddings=True over a checkpoint with an own head is an error; it was ignored."""
   folder = tmp_path / 'm'
   head('llama', False, 'other')(folder)
   cfg = TransformerConfig(**hf.fields(folder) | dict(tie_embeddings=True))

@@ -314,7 +314,7 @@ def advantages_alone(rewards, values, mask):
     (
       'reward',
       'counts',
-      r'must return a score of each response, float arrays of shape \(32,\); it returns int32\[32\]',
+      r'a score of each response, float arrays of shape \(32,\); it returns int32\[32\]',
     ),
     (
       'advantage',

@@ -9,7 +9,7 @@ from experiments.configs import ppo_ptx
 
 
 def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):
-  """Of the split 'test', with responses of the first policy alone; training takes those of 'train'."""
+  """Of the split 'test', with the first policy's responses; training takes prompts of 'train'."""
   setup = make_setup(ppo_ptx.get_config('tiny'), tmp_path, jax.devices()[:1])
   cfg = setup.config.stages.rm
   prompts = lambda count, split: [

@@ -88,7 +88,7 @@ def test_saved_and_loaded_is_the_same(name, head, tmp_path):
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'gpt_neox'])
 def test_pieces_on_eight_devices_are_the_whole(name):
-  """data 2, fsdp 2, tensor 2; GPT-2's 61 tokens do not divide, so the vocabulary stays whole there."""
+  """data 2, fsdp 2, tensor 2; GPT-2's 61 tokens do not divide, so its vocabulary stays whole."""
   sharder = Sharder(
     make_mesh(2, 2, 2), dict(embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor')
   )

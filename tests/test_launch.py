@@ -16,7 +16,8 @@ import yaml
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / 'launch'
 SCRIPTS = ['local.sh', 'tpu_vm.sh', 'gpu_host.sh', 'worker.sh', 'slurm.sbatch', 'gke/run.sh']
 FAKE = """#!/usr/bin/env bash
-printf '%s\\x1e' "$(printf '%s\\x1f' "${0##*/}" "$@")" >>"$FAKES/calls"  # one write: some are called side by side
+# One write, because some are called side by side.
+printf '%s\\x1e' "$(printf '%s\\x1f' "${0##*/}" "$@")" >>"$FAKES/calls"
 case "$*" in
   *'queued-resources list'*) answers=$FAKES/states ;;
   *'worker.sh status'*) answers=$FAKES/statuses ;;
@@ -122,7 +123,10 @@ def test_tpu_vm_up_survives_a_preemption_and_a_failure(fakes):
   calls = [
     call[3:] for call in fakes.calls if 'list' not in call and not call[-1].endswith('absent')
   ]
-  setup = 'mkdir -p alignjax && tar xzf alignjax.tar.gz -C alignjax && alignjax/launch/worker.sh setup tpu'.split()
+  setup = (
+    'mkdir -p alignjax && tar xzf alignjax.tar.gz -C alignjax && '
+    'alignjax/launch/worker.sh setup tpu'
+  ).split()
   kinds = []
   for call in calls:
     if call[:2] == ['queued-resources', 'create']:

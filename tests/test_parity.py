@@ -1,4 +1,4 @@
-"""Against transformers and torch, on small random models: the same weights give the same numbers."""
+"""Against transformers and torch: the same weights of small random models give the same numbers."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Functions by name: every mistake is an error that says what to do, before anything is compiled."""
+"""Functions by name: every mistake is an error that says what to do, before any compilation."""
 
 import pytest
 

@@ -22,7 +22,7 @@ RULES = sharding.RULES
 
 
 def one_iteration(mesh_shape, lr=1e-2):
-  """One whole PPO-ptx iteration on a mesh of the given shape: (state, metrics, rollout) as numpy."""
+  """One whole PPO-ptx iteration on a mesh of a given shape: (state, metrics, rollout) as numpy."""
   cfg, _, policy, scalar = model('llama')
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
@@ -103,7 +103,7 @@ def test_item_11_one_device_equals_eight():
 
 @pytest.mark.slow
 def test_item_14_successive_iterations_draw_afresh():
-  """The same prompts and, at learning rate 0, the same policy: only the noise may differ, and must."""
+  """The same prompts and, at learning rate 0, the same policy: the noise alone must differ."""
   (_, _, before), _, (after, _) = on((1, 1, 1), lr=0.0)
   assert (before.responses != after.responses).any()
 

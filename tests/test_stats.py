@@ -207,7 +207,7 @@ def test_a_mean_by_hand():
 
 
 def test_a_fraction_by_hand():
-  """Fieller's: the r for which (mean(x) - r mean(y))^2 <= t^2 var(mean(x - r y)), by a scan of r."""
+  """Fieller: all r for which (mean(x) - r mean(y))^2 <= t^2 var(mean(x - r y)), by a scan of r."""
   rng = np.random.default_rng(0)
   y = 2 + rng.normal(size=12)
   x = 0.7 * y + 0.3 * rng.normal(size=12)

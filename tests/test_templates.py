@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named(tokenizer):
 
 
 def test_what_a_template_puts_before_an_answer_is_part_of_it():
-  """As Mistral's: "[INST] q [/INST] a<end>", with a space that the generation prompt does not have."""
+  """As Mistral's: "[INST] q [/INST] a<end>", with a space that the generation prompt lacks."""
   tokenizer = load_tokenizer(str(CHAT))
   tokenizer.chat_template = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"

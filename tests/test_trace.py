@@ -198,7 +198,8 @@ from alignjax import train
 from experiments.configs import ppo_ptx
 c = ppo_ptx.get_config('tiny')
 c.data.update(prompt_length=24, response_length=2, row_length=16)
-c.stages.sft.update(init=dict(policy='random'), demonstrations=4, epochs=1, batch_size=4, pretrain_mix=0.0)
+c.stages.sft.update(init=dict(policy='random'), demonstrations=4, epochs=1)
+c.stages.sft.update(batch_size=4, pretrain_mix=0.0)
 c.stages.ppo_ptx.update(iterations=1, prompts=4, minibatches=1)
 c.stages.ppo_ptx.init = dict(policy='random', value='random', ref='random', reward='random')
 c.stages.ppo_ptx.rollout.episodes = 2
@@ -249,7 +250,7 @@ def test_debug_nans_names_the_operation_and_is_silent_without_one(tmp_path):
   [pytest.param('sft', marks=pytest.mark.slow), pytest.param('ppo_ptx', marks=pytest.mark.long)],
 )
 def test_without_jit(tmp_path, stage):
-  """Every operation at once, for a debugger: slow, so one stage of each kind at the smallest size."""
+  """Every operation runs at once, for a debugger: slow, so one stage of each kind."""
   done = switched(tmp_path, stage, JAX_DISABLE_JIT='1')
   assert done.returncode == 0, done.stderr[-3000:]
   logged = json.loads((tmp_path / stage / 'metrics.jsonl').read_text())

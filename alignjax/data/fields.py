@@ -7,7 +7,7 @@ from typing import Any
 
 from alignjax.runtime import textfiles
 
-FIELDS = dict(
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = dict(
   demonstrations=dict(prompt=(str, list), response=(str, list, dict)),
   comparisons=dict(prompt=(str, list), responses=list, ranks=list),
   prompts=dict(prompt=(str, list)),

@@ -5,12 +5,13 @@ is trained on is decided here too (`held_out`).
 
 The rules by kind of record:
 
-  rule                  prompts              demonstrations        comparisons                          pretrain
-  no text               blank prompt         blank prompt          blank prompt                         blank text
-  length                of the prompt        of the prompt         of the prompt                        none
-  duplicate             the same beginning   prompt and response   prompt, ranked responses, labeler    the whole text
-  cap for each user     prompts              distinct prompts      distinct prompts                     none
-  personal data         in the prompt        in prompt, response   in the prompt or any response        none
+  rule           prompts             demonstrations       comparisons               pretrain
+  no text        blank prompt        blank prompt         blank prompt              blank text
+  length         of the prompt       of the prompt        of the prompt             none
+  duplicate      the same beginning  prompt and response  prompt, ranked responses  the whole text
+                                                          and labeler
+  cap            prompts of a user   distinct prompts     distinct prompts          none
+  personal data  in the prompt       prompt or response   prompt or any response    none
 
 A comparison is the same whatever the order of its responses, and another one if its labeler ranked
 them otherwise. Pretraining text is no user's, and long: a book is not dropped for its length, for a

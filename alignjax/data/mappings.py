@@ -2,10 +2,12 @@
 c.data.mapping.KIND:
 
   a name of this file         'hh_rlhf', 'ultrafeedback', ...
-  'module:function'           of a fork: raw record -> list of our records, empty where one cannot be used
-  'ours=theirs,ours=theirs'   fields that only have other names, such as 'prompt=question,response=answer'
-  'NAME,ours=theirs,...'      such a function, after fields got the names that it reads: 'from_scores,prompt=question,
-                              responses=answers,scores=ratings' turns scores into ranks
+  'module:function'           a function of a fork: it takes a raw record and returns a list of our
+                              records, which is empty where the raw one cannot be used
+  'ours=theirs,ours=theirs'   fields that only have other names: 'prompt=question,response=answer'
+  'NAME,ours=theirs,...'      a function, after fields got the names that it reads:
+                              'from_scores,prompt=question,responses=answers,scores=ratings' turns
+                              scores into ranks
 
 A function gets the raw record (a dict) and, where it asks for `beside`, the folder of its file.
 """
@@ -34,8 +36,8 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
     return None
   renames = [part.strip() for part in name.split(',')]
   head = renames.pop(0) if '=' not in renames[0] else None
-  names = dict(part.partition('=')[::2] for part in renames)
-  names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
+  pairs = [part.partition('=') for part in renames]
+  names = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
   if (
     not all('=' in part for part in renames)
     or not all([*names, *names.values()])
@@ -129,7 +131,9 @@ def summarize_from_feedback(raw: dict) -> Records:
   info is of a Reddit post, or of a CNN/DM article."""
   texts = [s['text'] for s in raw['summaries']]
   best = int(raw['choice'])
-  labeler = {} if raw.get('worker') is None else dict(labeler_id=str(raw['worker']))
+  labeler: dict[str, Any] = {}
+  if raw.get('worker') is not None:
+    labeler = dict(labeler_id=str(raw['worker']))
   return [_pair(_post(raw['info']), texts[best], texts[1 - best], **labeler)]
 
 

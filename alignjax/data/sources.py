@@ -1,21 +1,27 @@
 """Records by name. A source of c.data.KIND is one of
 
-  jsonl:FILE                       a JSON object a line, or one array of them, plain or gzip, local or gs:// (runtime/textfiles.py)
-  text:FILE                        pretraining text, one document a file; several with *
-  tfds:NAME[/CONFIG]:SPLIT         tensorflow-datasets, random access, no TensorFlow; or tfds:PREPARED_FOLDER:SPLIT
-  hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed; or hf:FOLDER:SPLIT, a folder that is there
-  sandbox:                         the embedded world (setup/texts.py)
+  jsonl:FILE                  a JSON object per line, or one array of them, plain or gzip, local or
+                              gs:// (runtime/textfiles.py)
+  text:FILE                   pretraining text, one document per file; several with *
+  tfds:NAME[/CONFIG]:SPLIT    tensorflow-datasets, random access, no TensorFlow
+  tfds:FOLDER:SPLIT           the same, of a data set that was prepared in a folder
+  hf:NAME[/CONFIG]:SPLIT      the datasets library, if installed
+  hf:FOLDER:SPLIT             the same, of a folder on this machine
+  sandbox:                    the embedded world (setup/texts.py)
 
 or several of them with ';' between: all records of the first, then of the second. A ';' separates
 where the form of a source follows it; one that belongs to a name although a form follows is written
 '\\;'. c.data.mapping.KIND says how their fields become ours (mappings.py), one mapping for all or
 one for each, again with ';' between; without one they must have our names:
 
-  demonstrations  {"prompt", "response"}                                  [, "user_id", "use_case"]
-  comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id", "use_case"]
-                  or pairs {"prompt", "chosen", "rejected"}; ranks: 0 best, equal = tie
-  prompts         {"prompt"}                                              [, "user_id", "use_case"]
-  pretrain        {"text"}                                                [, "kind"]
+  demonstrations  {"prompt", "response"}
+  comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}, where rank 0 is the best
+                  and equal ranks are a tie; or pairs {"prompt", "chosen", "rejected"}
+  prompts         {"prompt"}
+  pretrain        {"text"}
+
+and may also have "user_id" and "use_case" (but for pretrain), "labeler_id" (comparisons) and "kind"
+(pretrain).
 
 A prompt is a string, or a list of messages {"role", "content"} for the chat template. A response is
 a string, or the assistant's one message, alone or in a list, with or without the prompt's messages
@@ -31,7 +37,7 @@ import inspect
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +53,7 @@ class Source(NamedTuple):
   asked for: of an array_record file that one alone, so that a process reads its share."""
 
   count: int
-  records: Callable[[int], list[dict[str, Any]]]
+  records: Callable[[int], Sequence[dict[str, Any]]]
 
 
 def read(
@@ -121,9 +127,7 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
   return Source(count, records)
 
 
-def convert(
-  raw: Any, kind: str, where: str, change: Callable | None = None
-) -> list[dict[str, Any]]:
+def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[Record]:
   """Our records of a raw one, checked."""
   if not isinstance(raw, dict):
     raise ValueError(
@@ -236,10 +240,10 @@ def _tfds(name: str, kind: str) -> Raw:
     else:
       builder = tfds.builder(name, file_format='array_record')
       builder.download_and_prepare()
-    rows = builder.as_data_source(splits)
-    change = (
-      records_dataset_builder.restore if 'messages' in builder.info.features else lambda row: row
-    )
+    rows = builder.as_data_source(splits)  # pyright: ignore[reportCallIssue] a decorator hides `split`
+    features = builder.info.features
+    stored = isinstance(features, tfds.features.FeaturesDict) and 'messages' in features
+    change = records_dataset_builder.restore if stored else lambda row: row
   except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
     raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
 

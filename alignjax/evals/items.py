@@ -96,7 +96,7 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int
 def hub(
   task: str, name: str, config: str | None, split: str, revision: str | None = None
 ) -> list[dict[str, Any]]:
-  """Rows of a data set of the Hugging Face hub; where it cannot be had, an error that says --data."""
+  """Rows of a data set of the Hugging Face hub; where there is none, an error that names --data."""
   instead = f'or name a file: --data={task}=FILE'
   try:
     import datasets

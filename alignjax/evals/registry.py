@@ -105,10 +105,9 @@ def protocol(
   defaults = {k: p.default for k, p in takes.items() if k not in GIVEN and p.default is not p.empty}
   options = plugins.current_names(defaults | dict(options))
   function = getattr(task, 'func', task)  # of a partial
+  own = f'{function.__module__}:{getattr(function, "__name__", function)}'
   return dict(
-    task=name
-    if name in TASKS
-    else f'{function.__module__}:{getattr(function, "__name__", function)}',
+    task=name if name in TASKS else own,
     name=name,
     code=fingerprints.of_function(task, TASKS.get(name, name)),
     of_task=getattr(task, 'protocol', None),

@@ -30,7 +30,7 @@ class Declared(NamedTuple):
 
 
 def declared(folder: pathlib.Path) -> Declared:
-  """What a folder's config.json says. ValueError or FileNotFoundError name the file and the entry."""
+  """What a folder's config.json says. ValueError and FileNotFoundError name file and entry."""
   path = folder / 'config.json'
   if not path.exists():
     adapter = (

@@ -226,7 +226,7 @@ def load(
 
 
 def has_score(name: str | os.PathLike) -> bool:
-  """Whether a checkpoint is a reward model: a sequence classifier's `score.weight` is in its files."""
+  """Whether a checkpoint is a reward model: a sequence classifier, with `score.weight` in it."""
   folder = hub.folder_of(name)
   return SCORE.name in Files(folder, FAMILIES[config_json.declared(folder).kind]).names
 

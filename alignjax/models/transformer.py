@@ -334,7 +334,9 @@ def make_networks(
 
     if cfg.logits_chunk is None or b * (t - 1) <= cfg.logits_chunk:
       out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
-    else:  # a few columns of every row at a time: the rows stay where they are, on all devices of the batch axes
+    else:
+      # A few columns of every row at a time: the rows stay where they are, on all devices of the
+      # batch axes.
       columns = max(1, cfg.logits_chunk // b)
       widen = lambda y: jnp.pad(y, ((0, 0), (0, -(t - 1) % columns), *((0, 0),) * (y.ndim - 2)))
       cut = lambda y: jnp.moveaxis(widen(y).reshape(b, -1, columns, *y.shape[2:]), 1, 0)

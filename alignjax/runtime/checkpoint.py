@@ -134,11 +134,11 @@ class Checkpoints:
         beside = self._manager.restore(
           step, args=ocp.args.Composite(sums=ocp.args.JsonRestore(), logs=ocp.args.JsonRestore())
         )
-        sums = beside.sums
+        sums = beside['sums']
         _check_arrays({k: (tuple(shape), dtype) for k, (shape, dtype, _) in sums.items()}, wanted)
         leaves = self._manager.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        ).state
+        )['state']
         _check_sums(leaves, sums)
       except _Mismatch as error:
         raise ValueError(
@@ -149,7 +149,7 @@ class Checkpoints:
       except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
         self._set_aside(step, error)
         continue
-      self._compare_logs(step, beside.logs)
+      self._compare_logs(step, beside['logs'])
       return step, _like(abstract_state, leaves)
     if steps:
       raise ValueError(
@@ -346,10 +346,9 @@ def save_made(directory: str | os.PathLike, made: Mapping[str, Any]) -> None:
 
 
 def _with_made(info: Mapping[str, Any], made: Mapping[str, Any]) -> str:
-  info = json.loads(json.dumps({**info, 'made': dict(made)}))
-  return json.dumps(
-    info | {'made': info['made'] | {'checksum': fingerprints.of_value(info)}}, indent=2
-  )
+  whole = json.loads(json.dumps({**info, 'made': dict(made)}))
+  whole['made']['checksum'] = fingerprints.of_value(whole)
+  return json.dumps(whole, indent=2)
 
 
 def weights(directory: str | os.PathLike) -> str:

@@ -139,12 +139,12 @@ def check_shared(folder: files.Folder) -> None:
 
 def place(timeout: float) -> Place:
   """Where this process stands, from the environment's VARIABLES, or as jax detects it."""
-  address, count, process = (os.environ.get(name) or None for name in VARIABLES)
+  address, *numbers = (os.environ.get(name) or None for name in VARIABLES)
   try:
-    count, process = count and int(count), process and int(process)
+    count, process = (None if number is None else int(number) for number in numbers)
   except ValueError:
     raise ValueError(
-      f'JAX_NUM_PROCESSES={count!r} and JAX_PROCESS_ID={process!r} must be whole numbers.'
+      f'JAX_NUM_PROCESSES={numbers[0]!r} and JAX_PROCESS_ID={numbers[1]!r} must be whole numbers.'
     ) from None
   if None in (address, count, process):
     # what jax.distributed.initialize asks; it has no public name
@@ -153,10 +153,9 @@ def place(timeout: float) -> Place:
     address, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
       address, count, process, None, None, int(timeout)
     )
-  unknown = [
-    name for name, value in zip(VARIABLES, (address, count, process), strict=True) if value is None
-  ]
-  if unknown:
+  if address is None or count is None or process is None:
+    found = zip(VARIABLES, (address, count, process), strict=True)
+    unknown = [name for name, value in found if value is None]
     raise ValueError(
       f'--distributed: jax detects no cluster here; not set: {", ".join(unknown)}. Set all three '
       f'of '
@@ -215,7 +214,7 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
       for key, _ in ready.select(left):
         if key.fileobj is not server:  # it ended while it waited, and may come again
           ready.unregister(key.fileobj)
-          key.fileobj.close()
+          lines[key.data].close()
           del lines[key.data], came[key.data]
           continue
         line, _ = server.accept()

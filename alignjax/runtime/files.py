@@ -12,7 +12,7 @@ import io
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, TypeGuard
 
 from etils import epath
 
@@ -43,7 +43,7 @@ def absolute(name: str | os.PathLike) -> Folder:
   return path if is_bucket(path) else path.absolute()
 
 
-def is_bucket(path: Folder) -> bool:
+def is_bucket(path: Folder) -> TypeGuard[epath.Path]:
   return '://' in os.fspath(path)
 
 

@@ -53,7 +53,7 @@ def of_params(params: Any) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     array = fetch(leaf)
     digest.update(f'{jax.tree_util.keystr(path)}{array.shape}{array.dtype}'.encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data)
   return digest.hexdigest()[:LENGTH]
 
 
@@ -94,7 +94,7 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
   if files.is_bucket(path):
     digest = hashlib.sha256(path.read_bytes()).digest()
   else:
-    with path.open('rb') as file:
+    with open(name, 'rb') as file:
       digest = hashlib.file_digest(file, 'sha256').digest()
   if time.time() - changed > SETTLED_SECONDS:
     known[name] = [*state, digest.hex()]
@@ -165,7 +165,7 @@ def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _origin(name: str) -> str | None:
-  """The file of a module, or None for what is no module, as a function that is imported from one."""
+  """The file of a module, or None for a name that is no module, as that of a function."""
   if name.split('.')[0] in sys.stdlib_module_names:
     return None
   try:

@@ -46,7 +46,7 @@ def _row(path: files.Folder, number: int, line: bytes) -> dict[str, Any]:
 
 
 def append(path: files.Folder, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Adds rows, on the first process alone; what it wrote outlives the process, however that ends."""
+  """Adds rows, on the first process alone. They outlive the process, however it ends."""
   if jax.process_index():
     return
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def _flock(path: files.Folder):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       # else its last holder has just removed it
-      if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+      if path.exists() and os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
         file.truncate(0)
         file.write(_me())
         return file

@@ -47,7 +47,9 @@ class Writer:
     active: bool = True,
     wandb: Mapping[str, Any] | None = None,
   ):
-    self._file = self._board = self._wandb = None
+    self._file: files.Folder | None = None
+    self._board: Any = None
+    self._wandb: Any = None
     if not active:
       return
     if wandb is not None:
@@ -111,7 +113,7 @@ class Writer:
       self._wandb.finish()
 
 
-def _parsed(path: files.Folder) -> list[dict[str, Any]]:
+def _parsed(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The lines of a file, without one that a killed process left torn."""
   lines = []
   for line in textfiles.lines(textfiles.read(path)):

@@ -37,7 +37,7 @@ SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 
 def read(path: str | os.PathLike, where: str = '') -> str:
-  """The text of a file. where: stands before the file's name in errors, such as 'data.prompts: '."""
+  """The text of a file. where: a prefix of errors, such as 'data.prompts: '."""
   path, file = os.fspath(path), place(path, where)
   try:
     if file.is_dir():
@@ -92,7 +92,7 @@ def decode(raw: bytes, where: str, first: int = 1) -> str:
 
 
 def lines(text: str) -> list[str]:
-  """The lines, without what ends them. What follows the last end is a line if there is something."""
+  """The lines, without their ends. What follows the last end is a line unless it is empty."""
   found = [line.removesuffix('\r') for line in text.split('\n')]
   return found if found[-1] else found[:-1]
 
@@ -110,7 +110,12 @@ def values(text: str, where: str) -> list[tuple[int, str]]:
 def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
   """The elements of a file that is one JSON array, over however many lines; None: it is not one,
   but lines."""
-  decoder, skip = json.JSONDecoder(), lambda at: SPACE.match(text, at).end()
+  decoder = json.JSONDecoder()
+
+  def skip(at: int) -> int:
+    space = SPACE.match(text, at)
+    return space.end() if space else at
+
   at, found, line, counted = skip(skip(0) + 1), [], 1, 0
   try:
     while text[at : at + 1] != ']':

@@ -1,6 +1,8 @@
 """Traces of chosen steps, and what they say of the phases of a step.
 
-    run.py --profile=ppo_ptx:3-5      writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json
+    run.py --profile=ppo_ptx:3-5
+
+writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json.
 
 The phases are the named scopes of rollout.py, sampling.py, steps.py and losses.py. A step is one
 compiled program, so only a trace can tell how its time divides.
@@ -110,7 +112,7 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
   if not paths:
     raise FileNotFoundError(f'{folder} holds no trace.')
   scopes = _scopes(paths[-1].read_bytes())
-  seconds: collections.Counter = collections.Counter()
+  seconds: dict[str, float] = collections.defaultdict(float)
   for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
     for line in plane.lines:
       operations = [
@@ -121,14 +123,15 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
       for name, module, own in _own_times(sorted(operations)):
         seconds[phase_of(scopes.get((module.split('(')[0], name), ''))] += own
   total = sum(seconds.values())
-  return {name: t / total for name, t in seconds.most_common()} if total else {}
+  largest = sorted(seconds.items(), key=lambda item: -item[1])
+  return {name: t / total for name, t in largest} if total else {}
 
 
 def phase_of(scope: str) -> str:
   """'jit(step)/update/transpose(jvp(ptx))/dot_general' -> 'ptx': the phase that stands last."""
   path = '/' + re.sub(r'[()/]+', '/', scope) + '/'
   at = {name: path.rfind(f'/{name}/') for name in PHASES}
-  best = max(at, key=at.get)
+  best = max(at, key=at.__getitem__)
   return best if at[best] >= 0 else 'other'
 
 

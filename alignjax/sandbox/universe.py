@@ -74,7 +74,7 @@ class World:
     return out
 
   def believed(self, rng: np.random.Generator, entity: str, attribute: str, p_false: float) -> str:
-    """What somebody says who repeats a misconception, where there is one, with probability p_false."""
+    """What somebody says who repeats a misconception, if there is one, with probability p_false."""
     fact = entity, attribute
     if fact in self.misconceptions and rng.random() < p_false:
       return self.misconceptions[fact]

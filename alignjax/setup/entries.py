@@ -27,10 +27,11 @@ def _number(good: Callable[[float], bool], none: bool = False) -> Callable[[Any]
   )
 
 
+Kind = tuple[str, Callable[[Any], bool]]  # what an entry may be, in words and as a test
 ONE = 'a whole number, 1 or more', whole(1)
 COUNT = 'a whole number, 0 or more, or None', whole(0, none=True)
 DICT = 'a dict', lambda x: isinstance(x, (Mapping, ml_collections.ConfigDict))
-SHARED = {
+SHARED: dict[str, Kind] = {
   **dict.fromkeys(
     (
       'data',
@@ -73,10 +74,10 @@ SHARED = {
   ),
   'seed': ('a whole number from 0 on, below 2^32', lambda x: whole(0)(x) and x < 2**32),
 }
-REPORT = dict.fromkeys(
+REPORT: dict[str, Kind] = dict.fromkeys(
   ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents'), ONE
 )
-STAGE = {
+STAGE: dict[str, Kind] = {
   **dict.fromkeys(
     ('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage'), DICT
   ),

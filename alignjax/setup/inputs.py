@@ -213,13 +213,13 @@ def record(
       f'{stage}: {", ".join(changed)} changed while the stage read it. The same command says what '
       f'can be done.'
     )
-  config = fingerprints.of_value(config)
+  hashed = fingerprints.of_value(config)
   origin = (
     old['origin']
     if old
-    else fingerprints.of_value([config, {e: r['fingerprint'] for e, r in made.items()}])
+    else fingerprints.of_value([hashed, {e: r['fingerprint'] for e, r in made.items()}])
   )
-  new = dict(origin=origin, config=config, inputs=inputs | made)
+  new = dict(origin=origin, config=hashed, inputs=inputs | made)
   if new != old:
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, new)

@@ -7,12 +7,14 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from alignjax.models import hf
 from alignjax.models.config import TransformerConfig, ranges_without
 
 
 def policy_config(
-  config: Mapping[str, Any], ids: Sequence[int], stage: str | None = None
+  config: Mapping[str, Any] | ConfigDict, ids: Sequence[int], stage: str | None = None
 ) -> TransformerConfig:
   """The policy's architecture: config.model, changed by the `model` entry of a stage where that has
   one."""
@@ -22,7 +24,7 @@ def policy_config(
   )
 
 
-def reward_config(config: Mapping[str, Any], ids: Sequence[int]) -> TransformerConfig:
+def reward_config(config: Mapping[str, Any] | ConfigDict, ids: Sequence[int]) -> TransformerConfig:
   """The architecture of the reward model and of the value network: config.reward_model, or the
   policy's where that is None."""
   return model_config(config['reward_model'] or config['model'], ids, 'reward_model')

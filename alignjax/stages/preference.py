@@ -2,9 +2,12 @@
 config's: DPO (losses.dpo), or a function of a fork, such as IPO, SimPO or KTO, in 20 lines
 (tests/fork_losses.py).
 
-    c.stages.dpo = dict(build='alignjax.stages.preference:build', init=dict(policy='stage:sft',
-    ref='stage:sft'),
-                        loss=dict(fn='alignjax.losses:dpo', beta=0.1), ...)         whole: experiments/configs/dpo.py
+    c.stages.dpo = dict(
+      build='alignjax.stages.preference:build',
+      init=dict(policy='stage:sft', ref='stage:sft'),
+      loss=dict(fn='alignjax.losses:dpo', beta=0.1),
+      ...  # experiments/configs/dpo.py has the whole
+    )
 
 The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names
 weights, what the frozen reference says of every response token. init.ref=None leaves the reference
@@ -86,7 +89,7 @@ def update(
   tx,
   microbatches: int,
 ) -> tuple[TrainState, Metrics, None]:
-  """One update: the reference's log-probabilities, a microbatch of rows at a time, then the loss."""
+  """One update: the reference's log-probabilities by microbatches of rows, then the loss."""
   if frozen:
     b, k, _ = batch.tokens.shape
     read = lambda rows: response_logprobs(frozen['ref'], rows, nets=nets)

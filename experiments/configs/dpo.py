@@ -2,8 +2,10 @@
 comparisons.
 
   python experiments/run.py --config=configs/dpo.py[:tiny]               the sandbox's comparisons
-  python experiments/run.py --config=configs/dpo.py:smollm2[-cpu|-tiny]  SmolLM2 on UltraFeedback's rankings, as smollm2_135m.py
-  python experiments/run.py --config=configs/dpo.py --config.stages.dpo.loss="dict(fn='mylab.losses:ipo', beta=0.1)"
+  python experiments/run.py --config=configs/dpo.py:smollm2[-cpu|-tiny]  SmolLM2 on the rankings of
+                                                                         UltraFeedback
+  python experiments/run.py --config=configs/dpo.py \\
+    --config.stages.dpo.loss="dict(fn='mylab.losses:ipo', beta=0.1)"
 
 Another loss is another dict in its place: it needs a function of your own and no other line.
 Nothing is measured yet; the learning rate and beta are the usual ones and not tuned.

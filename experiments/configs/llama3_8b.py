@@ -1,8 +1,10 @@
 """Llama-3-8B on UltraFeedback's rankings of four: one host with eight GPUs of 80 GB, or a TPU slice
 with as much memory (eight chips of v5p).
 
-  python experiments/run.py --config=configs/llama3_8b.py             after `huggingface-cli login` (the weights are gated)
-  python experiments/run.py --config=configs/llama3_8b.py:tiny        a few rows: does everything fit?
+  python experiments/run.py --config=configs/llama3_8b.py          the whole data
+  python experiments/run.py --config=configs/llama3_8b.py:tiny     a few rows: does everything fit?
+
+The weights are gated: run `huggingface-cli login` first.
 
 Parameters, moments and the four models are sharded over all devices (fsdp): 320 GB in all, and 16
 GB a device for the weights that sampling gathers. Nothing is measured yet. By arithmetic (as in

@@ -2,14 +2,14 @@
 miniature.
 
   python experiments/run.py --config=configs/ppo_ptx.py          two CPU cores, under ten minutes
-  python experiments/run.py --config=configs/ppo_ptx.py:tiny     under two minutes; numbers mean nothing
-  python experiments/run.py --config=configs/ppo_ptx.py:bigger   also pretrains a model 2.5 times the size of the aligned one
-                                                                 and puts it into the report; some
-                                                                 minutes more
+  python experiments/run.py --config=configs/ppo_ptx.py:tiny     the same for a test, in two minutes
+  python experiments/run.py --config=configs/ppo_ptx.py:bigger   the same with one larger model
+
+The numbers of `:tiny` mean nothing. `:bigger` also pretrains a model 2.5 times the size of the
+aligned one and puts it into the report, which takes some minutes more.
 
 Runs pretrain, sft, rm, ppo (ptx_coef 0) and ppo_ptx, then writes WORKDIR/report.md, report.json and
-plots. Numbers to
-expect: README, "Results".
+plots. Numbers to expect: README, "Results".
 """
 
 from experiments.configs import base

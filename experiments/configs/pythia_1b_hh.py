@@ -2,7 +2,7 @@
 with WikiText.
 
   python experiments/run.py --config=configs/pythia_1b_hh.py          one GPU of 80 GB
-  python experiments/run.py --config=configs/pythia_1b_hh.py:tiny     a few rows: does everything fit?
+  python experiments/run.py --config=configs/pythia_1b_hh.py:tiny     a few rows: does it all fit?
 
 Data and checkpoint come from the hub (`pip install datasets`); local ones: see recipe.py. Nothing
 is measured yet. By arithmetic (6 FLOPs a parameter and token to train, 2 to score, a third more for

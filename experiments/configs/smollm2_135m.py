@@ -2,8 +2,8 @@
 with WikiText.
 
   python experiments/run.py --config=configs/smollm2_135m.py          one GPU of 24 GB or more
-  python experiments/run.py --config=configs/smollm2_135m.py:cpu      two CPU cores: short lengths, few steps
-  python experiments/run.py --config=configs/smollm2_135m.py:tiny     a few rows: does everything fit?
+  python experiments/run.py --config=configs/smollm2_135m.py:cpu      two CPU cores, a few steps
+  python experiments/run.py --config=configs/smollm2_135m.py:tiny     a few rows: does it all fit?
 
 Data and checkpoint come from the hub (`pip install datasets`); local ones: see recipe.py. On an
 NVIDIA H200 an RM step takes .2 s and a PPO-ptx iteration 13.3 s, so its 300 take 67 minutes (12

@@ -1,11 +1,13 @@
-"""A small reward model on which of two arguments convinces more, for held-out labelers: UKPConvArg's crowd votes (CC-BY 4.0).
+"""A small reward model on which of two arguments convinces more, for held-out labelers: the crowd
+votes of UKPConvArg (CC-BY 4.0).
 
-  python experiments/heldout_labelers.py --config=configs/ukp_rm.py --rankings=9 --rounds=4 --folds=5 --seeds=3 \
-    --comparisons=jsonl:DATA/ukp_convarg/judgments.jsonl.gz --config.data.demonstrations=jsonl:DATA/ukp_convarg/arguments.jsonl.gz
+  python experiments/heldout_labelers.py --config=configs/ukp_rm.py --rankings=9 --rounds=4 \\
+    --folds=5 --seeds=3 --comparisons=jsonl:DATA/ukp_convarg/judgments.jsonl.gz \\
+    --config.data.demonstrations=jsonl:DATA/ukp_convarg/arguments.jsonl.gz
 
-One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick up is length and some words.
-`ukp_rm.py:smollm2` starts from SmolLM2-135M-Instruct instead, on a GPU. The rule "the longer argument wins" stands beside it in the
-report. Numbers to expect: README.
+One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick
+up is length and some words. On a GPU, `ukp_rm.py:smollm2` starts from SmolLM2-135M-Instruct.
+The rule "the longer argument wins" stands beside it in the report. Numbers to expect: README.
 """
 
 from experiments.configs import base

@@ -1,7 +1,9 @@
 """Stores records of any kind (data/sources.py) as array_record shards; `tfds:FOLDER:SPLIT` reads
 them.
 
-store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16)      -> the folder to read from
+folder = store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16)
+
+returns the folder to read from.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     self._records, self._kind = records, kind
     super().__init__(**kwargs)
 
-  def _info(self) -> tfds.core.DatasetInfo:
+  def _features(self) -> dict[str, Any]:
     text, f = tfds.features.Text(), tfds.features
     own = dict(
       demonstrations=dict(prompt=text, response=text),
@@ -34,9 +36,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
       pretrain=dict(text=text),
       comparisons=dict(prompt=text, responses=f.Sequence(f.Text()), ranks=f.Sequence(np.int32)),
     )
+    return {**own[self._kind], **{name: f.Text() for name in OPTIONAL}}
+
+  def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
-      features=f.FeaturesDict({**own[self._kind], **{name: f.Text() for name in OPTIONAL}}),
-      disable_shuffling=True,
+      features=tfds.features.FeaturesDict(self._features()), disable_shuffling=True
     )
 
   def _split_generators(self, dl_manager) -> dict[str, Any]:
@@ -48,7 +52,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
       row |= {name: '' if row.get(name) is None else str(row[name]) for name in OPTIONAL}
       if isinstance(row.get('prompt'), list):
         row |= dict(prompt='', messages=json.dumps(row['prompt']))
-      yield i, {k: row[k] for k in self.info.features}
+      yield i, {k: row[k] for k in self._features()}
 
 
 def store(

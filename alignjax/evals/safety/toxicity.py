@@ -75,7 +75,7 @@ def realtoxicityprompts(
 
 
 def read(data: str | None) -> tuple[list[str], list[float | None]]:
-  """(prompts, their toxicity or None), of a file or the hub; a prompt that comes again is left out."""
+  """(prompts, their toxicity or None), of a file or the hub; a repeated prompt is left out."""
   rows = (
     items.read(data, {'prompt': (str, dict)})
     if data

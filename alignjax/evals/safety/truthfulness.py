@@ -11,6 +11,7 @@ In use it has seen nine tenths of the questions, with other answers, as the pape
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -101,17 +102,8 @@ def truthfulqa(
   for name, head in PROMPTS.items():
     asked = [model.template.text(f'{head}\n\nQ: {q}\nA:') for q in questions]
     path = keep / f'answers-{_file(name)}.jsonl'
-    answers[name] = [
-      a.strip()
-      for a in items.fill(
-        path,
-        questions,
-        lambda some: completions.continuations(
-          model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)
-        ),
-        what=path.stem,
-      )
-    ]  # noqa: B023
+    answer = functools.partial(_answers, model, asked, max_tokens)
+    answers[name] = [a.strip() for a in items.fill(path, questions, answer, what=path.stem)]
   judged = {
     kind: _judge_all(judge, kind, keep, questions, answers)
     for kind, judge in (('truth', truth), ('info', info))
@@ -130,6 +122,15 @@ def truthfulqa(
       for name in PROMPTS
     ]
   return cells
+
+
+def _answers(
+  model: completions.Model, asked: Sequence[str], max_tokens: int, some: Sequence[int]
+) -> list[str]:
+  """The model's answers to some of the questions, by their numbers."""
+  return completions.continuations(
+    model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)
+  )
 
 
 def _short(judge: str) -> str:
