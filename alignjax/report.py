@@ -80,11 +80,11 @@ def build(setup: Setup) -> None:
   for name, stage in policies.items():
     own = for_stage(setup, stage)
     prompted = name == 'pretrained_prompted'
-    kept = folder / f'{name}-{measured_from(own, name, stage)}.npz'
-    arrays[name] = _read(kept)
+    path = folder / f'{name}-{measured_from(own, name, stage)}.npz'
+    arrays[name] = _read(path)
     if arrays[name] is not None:
       if main_process:
-        print(f'report: {name} was measured before, reused ({kept})', flush=True)
+        print(f'report: {name} was measured before, reused ({path})', flush=True)
       continue
     params = initial_params(own, f'stage:{stage}', 'lm', 0)
     if prompted:
@@ -97,9 +97,9 @@ def build(setup: Setup) -> None:
       measured = evaluation.measure(ev, params, ref)
     else:  # another architecture: its own compiled functions, and no KL to a reference of another size
       measured = evaluation.measure(prepare(own), params, None)
-    sync(f'{kept} measured')
+    sync(f'{path} measured')
     if main_process:
-      _write(kept, measured)
+      _write(path, measured)
     arrays[name] = {k: np.asarray(v) for k, v in measured.items()}
   if main_process:
     _remove_others(folder, policies, setup)

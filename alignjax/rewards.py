@@ -59,8 +59,8 @@ def host_reward(
   nets: Networks,
   frozen: Params,
   function: str,
-  asked: Mapping[tuple[int, ...], Any],
-  said: Callable[[Sequence[int]], tuple[str, bool]],
+  prompts_by_tokens: Mapping[tuple[int, ...], Any],
+  decode_response: Callable[[Sequence[int]], tuple[str, bool]],
   failures: list[str],
   attempts: int = 3,
   timeout: float = 60.0,
@@ -76,7 +76,7 @@ def host_reward(
   Args: function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that
     ran out of time is left behind in
       its thread, so another may run beside it.
-    asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and
+    prompts_by_tokens: token ids of a prompt -> the record's prompt. decode_response: of a response -> its text, and
       whether it ended (templates.Template).
     failures: of the stage (stages/stage.py: Stage). The stage gives these three.
     attempts: calls at most. timeout, pause: seconds.
@@ -89,8 +89,8 @@ def host_reward(
       row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)
     ]
     texts = (
-      [asked[tuple(row)] for row in rows(prompts, prompt_mask)],
-      [said(row)[0] for row in rows(responses, mask)],
+      [prompts_by_tokens[tuple(row)] for row in rows(prompts, prompt_mask)],
+      [decode_response(row)[0] for row in rows(responses, mask)],
     )
     problem = ''
     for attempt in range(attempts):

@@ -203,7 +203,7 @@ class Sharder:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
 
-  def spread(self, tree: Any) -> Any:
+  def put_full(self, tree: Any) -> Any:
     """The same of rows that every process has all of."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)

@@ -25,7 +25,7 @@ import numpy as np
 from alignjax import plugins
 from alignjax.compiler import flops
 from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace
-from alignjax.runtime.interrupt import Interrupt, anywhere
+from alignjax.runtime.interrupt import Interrupt, on_any_process
 from alignjax.setup import entries, inputs, template_date
 from alignjax.setup.objects import Setup, for_stage, make_setup
 from alignjax.setup.records import say
@@ -114,7 +114,7 @@ def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
   except (inputs.ChangedInput, checkpoint.ConfigMismatch) as error:
     say(f'no report, as its policies do not belong together: {error}')
     mixed = True
-  return not anywhere(mixed)[0]
+  return not on_any_process(mixed)[0]
 
 
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
@@ -275,7 +275,7 @@ def loop(
       state, measured, seen = stage.step(state, batch)
       following = stage.batch(done) if done < stage.num_steps else None  # while the device works
       before, skipped = skipped, np.asarray(state.skipped)  # waits for it
-    asked, failed = anywhere(interrupt.asked is not None, bool(stage.failures))
+    asked, failed = on_any_process(interrupt.asked is not None, bool(stage.failures))
     if failed:
       failures.stop_for_failed_host(saved, i, first, state, before, stage.failures)
     if skipped[0] and not before[0]:
@@ -336,7 +336,7 @@ def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) ->
     and checkpoint.is_finished(path)
     and (checkpoint.load_info(path).get('made', {}).get('origin') == made['origin'])
   )
-  if anywhere(there)[0]:
+  if on_any_process(there)[0]:
     return  # where a run that was stopped repeats steps
   params, info = stage.finish(state)
   checkpoint.save_params(path, params, info | {'steps': step}, made)

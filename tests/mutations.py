@@ -270,8 +270,8 @@ MUTATIONS = {
   35: (
     'a query that sees nothing sees all',
     'models/transformer.py',
-    'NEVER), axis=-1), 0.0)',
-    'NEVER), axis=-1), 1.0 / visible.shape[-1])',
+    'MASKED_LOGIT), axis=-1), 0.0)',
+    'MASKED_LOGIT), axis=-1), 1.0 / visible.shape[-1])',
     'test_transformer',
   ),
   36: (

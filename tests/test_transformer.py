@@ -309,7 +309,9 @@ def test_ids_without_a_token_have_no_probability(family):
   np.testing.assert_array_equal(logits, without)
   close(decoded[:, known], without[:, -1, known], rtol=1e-4, atol=1e-4)
   for out in (decoded, after):
-    assert (np.delete(out, known, -1) == transformer.NEVER).all() and (out[:, known] > -1e3).all()
+    assert (np.delete(out, known, -1) == transformer.MASKED_LOGIT).all() and (
+      out[:, known] > -1e3
+    ).all()
   exact = np.exp(without[..., known].astype(np.float64))
   exact /= exact.sum(-1, keepdims=True)
   place = np.searchsorted(known, np.asarray(tokens))

@@ -77,7 +77,7 @@ class Template(NamedTuple):
     asked, tokens = self.pair(prompt, said)
     return asked, tokens if ended else tokens[:-1]
 
-  def said(self, tokens: Sequence[int]) -> tuple[str, bool]:
+  def decode_response(self, tokens: Sequence[int]) -> tuple[str, bool]:
     """(text, ended) of the tokens of a sampled response: the end token is no part of the text.
     Everything that reads responses as text (rewards on the host, judges, scorers, samples.jsonl, a
     person) reads this."""

@@ -129,7 +129,7 @@ def respond(
   the end token)."""
   queries = [ev.template.prompt(f'{prefix} {r["prompt"]}'.lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
-  said = [ev.template.said(tokens) for tokens in responses]
+  said = [ev.template.decode_response(tokens) for tokens in responses]
   judged = [
     sandbox.judge(ev.world, record['meta'], *what)
     for record, what in zip(records, said, strict=True)

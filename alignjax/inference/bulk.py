@@ -161,7 +161,7 @@ def each(
     lengths, most, rows, shards=sharder.batch_shards if sharder else 1, more=more, **costs
   ):
     arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
-    made = fetch(run(params, *(sharder.spread(arrays) if sharder else arrays)))
+    made = fetch(run(params, *(sharder.put_full(arrays) if sharder else arrays)))
     for place, i in enumerate(batch.rows):
       out[i] = jax.tree.map(lambda x: x[place], made)  # noqa: B023  used at once
       if done:

@@ -101,7 +101,7 @@ def continuations(
   out: list[str] = [''] * len(prompts)
 
   def finish(i, made):
-    text, _ = model.template.said(made[0])
+    text, _ = model.template.decode_response(made[0])
     for stop in until:
       text = text.split(stop)[0] if stop else text
     out[i] = text

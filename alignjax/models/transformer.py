@@ -30,9 +30,9 @@ from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
 from alignjax.types import Decoder, KVCache, Networks, Params
 
-# replaces a masked logit: finite, so that 0 * NEVER in an entropy, or a query that sees nothing,
+# replaces a masked logit: finite, so that 0 * MASKED_LOGIT in an entropy, or a query that sees nothing,
 # gives no NaN
-NEVER = -1e30
+MASKED_LOGIT = -1e30
 
 # Products of cfg.dtype that come out as they were accumulated: rounded to bfloat16, a logit of 20
 # would move by steps of 0.125.
@@ -46,7 +46,7 @@ def _norm(cfg: TransformerConfig, name: str, dtype: Any = None) -> nn.Module:
   return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def _anywhere(x, *axes):
+def unconstrained(x, *axes):
   """The `constrain` that leaves an activation's sharding to the compiler."""
   del axes
   return x
@@ -56,14 +56,16 @@ def _attend(q, k, v, visible):
   """q [B,T,G,N/G,H]; k, v [B,G,S,H]; visible bool[B,T,S] -> [B,T,G,N/G,H]. Scale and softmax in
   float32.
 
-  A query that sees nothing attends to nothing, its output is 0: the softmax of a row of NEVER alone
+  A query that sees nothing attends to nothing, its output is 0: the softmax of a row of MASKED_LOGIT alone
   would be uniform over all columns, those of the future too.
   """
   logits = (
     jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   )
   visible = visible[:, None, None]
-  weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, NEVER), axis=-1), 0.0)
+  weights = jnp.where(
+    visible, jax.nn.softmax(jnp.where(visible, logits, MASKED_LOGIT), axis=-1), 0.0
+  )
   return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
 
 
@@ -72,7 +74,7 @@ class Attention(nn.Module):
   attends to all slots."""
 
   cfg: TransformerConfig
-  constrain: Callable = _anywhere
+  constrain: Callable = unconstrained
 
   @nn.compact
   def __call__(self, x, angles, visible, cache=None, index=None):
@@ -128,7 +130,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
   cfg: TransformerConfig
-  constrain: Callable = _anywhere
+  constrain: Callable = unconstrained
 
   @nn.compact
   def __call__(self, x):
@@ -148,7 +150,7 @@ class Block(nn.Module):
   """One layer: attention and MLP on the residual stream, in sequence or in parallel."""
 
   cfg: TransformerConfig
-  constrain: Callable = _anywhere
+  constrain: Callable = unconstrained
 
   @nn.compact
   def __call__(self, x, angles, visible, cache=None, index=None, dropout=False):
@@ -246,7 +248,7 @@ def init_head(cfg: TransformerConfig, key: jax.Array) -> Params:
 
 def make_networks(
   cfg: TransformerConfig,
-  constrain: Callable[..., Any] = _anywhere,
+  constrain: Callable[..., Any] = unconstrained,
   constrain_weights: Callable[[Any], Any] = lambda weights: weights,
 ) -> Networks:
   """The pure functions of an architecture (types.Networks).
@@ -306,14 +308,14 @@ def make_networks(
     return x
 
   def next_token(params, x):
-    """The logits of the distribution that is sampled, scored and trained: unembed, NEVER at ids
+    """The logits of the distribution that is sampled, scored and trained: unembed, MASKED_LOGIT at ids
     that no token has."""
     x = unembed(params, x)
     if cfg.unused_ids:
       unused = np.isin(
         np.arange(cfg.vocab_size), np.r_[tuple(slice(*ids) for ids in cfg.unused_ids)]
       )
-      x = jnp.where(unused.reshape((1,) * (x.ndim - 1) + (-1,)), NEVER, x)
+      x = jnp.where(unused.reshape((1,) * (x.ndim - 1) + (-1,)), MASKED_LOGIT, x)
     return x
 
   def logits(params, tokens, mask, key=None):

@@ -13,7 +13,7 @@ import numpy as np
 
 from alignjax.models.axes import path_name
 from alignjax.runtime import files
-from alignjax.runtime.interrupt import EXIT_CODE, anywhere
+from alignjax.runtime.interrupt import EXIT_CODE, on_any_process
 from alignjax.sharding import fetch
 
 TRACEBACK = 'traceback.txt'  # in the workdir: of the error that ended the last run
@@ -51,7 +51,7 @@ def on_first(action: Callable[[], None]) -> None:
       action()
     except Exception as e:  # noqa: BLE001 whatever it is, the others must not wait
       error = e
-  (failed,) = anywhere(error is not None)
+  (failed,) = on_any_process(error is not None)
   if error is not None:
     raise error
   if failed:

@@ -74,7 +74,7 @@ def encoded(
   found: Sequence[Mapping[str, Any]],
   responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: (),
   none: bool = False,
-) -> encode.Fitted:
+) -> encode.LimitedRows:
   """Records of data.<kind> as token rows in the template, those within data.prompt_length and
   data.response_length: data.too_long drops the others, cuts them, or is an error.
 
@@ -91,7 +91,7 @@ def encoded(
     sources.place(record, f'{entry}={setup.config.data[kind]!r}, record {i}')
     for i, record in enumerate(found, 1)
   ]
-  fitted = encode.fit(
+  limited = encode.limit_lengths(
     templates.each(one, found, places),
     setup.prompt_length,
     setup.response_length,
@@ -100,9 +100,9 @@ def encoded(
     places,
     none,
   )
-  if fitted.note:
-    say(fitted.note)
-  return fitted
+  if limited.note:
+    say(limited.note)
+  return limited
 
 
 def say(text: str) -> None:

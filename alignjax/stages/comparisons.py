@@ -42,7 +42,7 @@ def training(setup: Setup, name: str) -> Comparisons:
   tie teach nothing and are left out, with a notice; it is an error if no other is left."""
   cfg = setup.config.stages[name]
   if setup.config.data.comparisons == 'sandbox:':
-    made = _kept(
+    made = _read_or_make(
       stage_dir(setup, name) / 'comparisons.json',
       made_from(setup, name),
       lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'),
@@ -94,8 +94,8 @@ def _read(
 ) -> Comparisons:
   """Records as tokens, within the lengths of config.data. most: the most responses that one record
   may have. none: whether an empty result is allowed."""
-  fitted = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
-  for i, kept in zip(fitted.index, fitted.kept, strict=True):
+  limited = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
+  for i, kept in zip(limited.index, limited.kept, strict=True):
     if most is not None and len(kept) > most:
       raise ValueError(
         f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, '
@@ -104,10 +104,11 @@ def _read(
         f'responses out.'
       )
   return Comparisons(
-    [prompt for prompt, _ in fitted.rows],
-    [responses for _, responses in fitted.rows],
+    [prompt for prompt, _ in limited.rows],
+    [responses for _, responses in limited.rows],
     [
-      [rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)
+      [rows[i]['ranks'][j] for j in kept]
+      for i, kept in zip(limited.index, limited.kept, strict=True)
     ],
   )
 
@@ -266,7 +267,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
     for j, response in zip(chosen, out, strict=True):
       responses[j] = response
   judged = [
-    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.said(response))
+    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.decode_response(response))
     for j, response in zip(owner, responses, strict=True)
   ]
   features = np.split(setup.text.labelers.features(judged), np.cumsum(k)[:-1])
@@ -308,23 +309,23 @@ def made_from(setup: Setup, name: str) -> str:
   )
 
 
-def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
+def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
   """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it,
   whole or not at all."""
   found = None
   if path.exists():
     try:
-      kept = json.loads(path.read_bytes())
+      saved = json.loads(path.read_bytes())
       found = (
-        Comparisons(**kept['comparisons'])
-        if kept['checksum'] == fingerprints.of_value(kept['comparisons'])
+        Comparisons(**saved['comparisons'])
+        if saved['checksum'] == fingerprints.of_value(saved['comparisons'])
         else None
       )
       reason = (
         'is damaged'
         if found is None
         else 'was made from other policies or settings'
-        if kept['made_from'] != key
+        if saved['made_from'] != key
         else ''
       )
     except (ValueError, KeyError, TypeError, OSError):
@@ -337,9 +338,11 @@ def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comp
   made = make()._replace(features=None)
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = made._asdict()
+    content = made._asdict()
     files.write(
       path,
-      json.dumps({'made_from': key, 'checksum': fingerprints.of_value(kept), 'comparisons': kept}),
+      json.dumps(
+        {'made_from': key, 'checksum': fingerprints.of_value(content), 'comparisons': content}
+      ),
     )
   return made

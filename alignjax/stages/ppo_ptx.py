@@ -147,7 +147,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   # prompts, encoded once; pretraining rows
   prompt_records, rows = read_data(setup, name)
-  asked = {
+  prompts_by_tokens = {
     tuple(row): r['prompt'] for row, r in zip(reversed(rows), reversed(prompt_records), strict=True)
   }
   prompts = encode.left_pad(rows, setup.prompt_length, setup.text.template.pad)
@@ -165,7 +165,7 @@ def build(setup: Setup, name: str) -> Stage:
     'reward': freeze(load('reward', 'scalar'), setup.reward_model),
   }
   failures: list[str] = []
-  compiled = make_step(setup, name, tx, state, failures, asked)
+  compiled = make_step(setup, name, tx, state, failures, prompts_by_tokens)
   prompts_per_step = cfg.rollout.episodes // cfg.rollout.samples_per_prompt
 
   def batch(i):
@@ -180,14 +180,14 @@ def build(setup: Setup, name: str) -> Stage:
       batches.indices(len(prompt_records), prompts_per_step, i, seed),
       cfg.rollout.samples_per_prompt,
     )
-    return look(setup, [prompt_records[j] for j in index], rollout)
+    return samples_and_gold(setup, [prompt_records[j] for j in index], rollout)
 
   return Stage(
     state,
     lambda state, batch: compiled(state, frozen, batch),
     batch,
     cfg.iterations,
-    finish=lambda state: (kept(state, cfg.keep), {'head': 'lm'}),
+    finish=lambda state: (final_params(state, cfg.keep), {'head': 'lm'}),
     observe=observe,
     failures=failures,
     work=lambda _: flops.ppo(
@@ -208,11 +208,11 @@ def build(setup: Setup, name: str) -> Stage:
 def read_data(setup: Setup, name: str) -> tuple[list[dict], list[list[int]]]:
   """The records of prompts that are within the lengths, and their tokens."""
   found = records(setup, 'prompts', setup.config.stages[name].prompts)
-  fitted = encoded(setup, 'prompts', found)
-  return [found[i] for i in fitted.index], [prompt for prompt, _ in fitted.rows]
+  limited = encoded(setup, 'prompts', found)
+  return [found[i] for i in limited.index], [prompt for prompt, _ in limited.rows]
 
 
-def kept(state: TrainState, keep: str) -> Params:
+def final_params(state: TrainState, keep: str) -> Params:
   """What the stage ends with. keep: 'policy', the parameters after the last update, or 'ema', their
   moving average."""
   return {'policy': state.params['policy'], 'ema': state.ema}[keep]
@@ -240,13 +240,13 @@ def make_step(
   tx: optax.GradientTransformation,
   state: TrainState,
   failures: list[str],
-  asked: Mapping[tuple[int, ...], Any],
+  prompts_by_tokens: Mapping[tuple[int, ...], Any],
 ) -> Callable:
   """`iteration` as the config has it, compiled: (state, frozen, batch) -> (state, metrics,
   rollout). failures: Stage.failures.
-  asked: tokens of a prompt -> the prompt as its record has it."""
+  prompts_by_tokens: tokens of a prompt -> the prompt as its record has it."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
-  known = facts(setup, name, failures, asked)
+  known = facts(setup, name, failures, prompts_by_tokens)
   reward_fn = plugins.bind(
     cfg.reward, f'{where}.reward', given=('nets', 'frozen'), facts=known['reward']
   )
@@ -286,7 +286,7 @@ def facts(
   setup: Setup,
   name: str,
   failures: Sequence[str] = (),
-  asked: Mapping[tuple[int, ...], Any] = MappingProxyType({}),
+  prompts_by_tokens: Mapping[tuple[int, ...], Any] = MappingProxyType({}),
 ) -> dict[str, dict]:
   """What the stage tells each of its functions that has a keyword argument of the name
   (plugins.bind)."""
@@ -296,7 +296,12 @@ def facts(
     loss=dict(samples, temperature=rollout.temperature),
     advantage=samples,
     # for alignjax.rewards:host_reward
-    reward=dict(samples, asked=asked, said=setup.text.template.said, failures=failures),
+    reward=dict(
+      samples,
+      prompts_by_tokens=prompts_by_tokens,
+      decode_response=setup.text.template.decode_response,
+      failures=failures,
+    ),
   )
 
 
@@ -472,12 +477,17 @@ def check_returns(setup: Setup, name: str) -> None:
   )
 
 
-def look(setup: Setup, prompt_records: list[dict], rollout: Rollout) -> tuple[dict, list]:
+def samples_and_gold(
+  setup: Setup, prompt_records: list[dict], rollout: Rollout
+) -> tuple[dict, list]:
   """What a person wants to see of a rollout: sample rows (prompt, response, score, gold or None),
   gold scores where known."""
   responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
   texts, ended = zip(
-    *(setup.text.template.said(row[live]) for row, live in zip(responses, mask, strict=True)),
+    *(
+      setup.text.template.decode_response(row[live])
+      for row, live in zip(responses, mask, strict=True)
+    ),
     strict=True,
   )
   metrics, gold = {}, [None] * len(texts)

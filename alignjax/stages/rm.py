@@ -90,8 +90,8 @@ def read_data(
   plan = comparisons.updates(setup, name, data)
   held_out = None if setup.text.labelers is not None else comparisons.evaluation(setup, name)
   demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
-  fitted = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
-  return data, plan, held_out, [prompt + responses[0] for prompt, responses in fitted.rows]
+  limited = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
+  return data, plan, held_out, [prompt + responses[0] for prompt, responses in limited.rows]
 
 
 def make_step(

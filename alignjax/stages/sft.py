@@ -80,8 +80,8 @@ def build(setup: Setup, name: str) -> Stage:
 def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:
   """(prompt, response) of each demonstration, as tokens."""
   demonstrations = records(setup, 'demonstrations', setup.config.stages[name].demonstrations)
-  fitted = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
-  return [(prompt, responses[0]) for prompt, responses in fitted.rows]
+  limited = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
+  return [(prompt, responses[0]) for prompt, responses in limited.rows]
 
 
 def mix_of(cfg) -> tuple[tuple[str, float], ...]:
