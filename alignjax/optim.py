@@ -36,11 +36,14 @@ def adam(
   b1 0.9 and b2 0.95 are the paper's (appendix C); it does not report eps, weight_decay and
   clip_norm.
 
-  Args: steps: optimizer updates of the whole run. lr: peak learning rate. schedule: 'constant', or
-    'cosine' from lr to final * lr. warmup: updates of linear warmup, or a fraction of `steps` where
-    below 1; from warmup_from * lr. eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t));
-    'tensorflow', the form of the original code, to sqrt(v)
-      without that correction, which is the larger epsilon early on (docs/pitfalls.md, 17).
+  Args:
+    steps: optimizer updates of the whole run.
+    lr: peak learning rate.
+    schedule: 'constant', or 'cosine' from lr to final * lr.
+    warmup: updates of linear warmup, or a fraction of `steps` where below 1; from warmup_from * lr.
+    eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)); 'tensorflow', the form of the original
+      code, to sqrt(v) without that correction, which is the larger epsilon early on
+      (docs/pitfalls.md, 17).
     weight_decay: decoupled (AdamW), of the parameters that `decays` names.
     clip_norm: global gradient norm of this entry of params.
   """

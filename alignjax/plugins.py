@@ -74,10 +74,11 @@ def bind(
   An entry that the function does not take is an error here, before anything is compiled: a
   coefficient that does nothing cannot exist.
 
-  Args: given: names of the keyword arguments that the caller will pass itself. facts: what the
-    caller knows, such as the stage's samples_per_prompt. A function that takes a keyword argument
-    of such a name
-      gets the value. In the spec it is an error, since two entries could disagree.
+  Args:
+    given: names of the keyword arguments that the caller will pass itself.
+    facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a
+      keyword argument of such a name gets the value. In the spec it is an error, since two entries
+      could disagree.
   """
   if spec is None or 'fn' not in spec:
     raise ValueError(

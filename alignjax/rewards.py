@@ -73,10 +73,10 @@ def host_reward(
   goes to `failures` and the scores are NaN: no update of such a step is applied (steps.update), and
   the loop saves the state from before it and ends the run.
 
-  Args: function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that
-    ran out of time is left behind in
-      its thread, so another may run beside it.
-    prompts_by_tokens: token ids of a prompt -> the record's prompt. decode_response: of a response -> its text, and
+  Args:
+    function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that ran
+      out of time is left behind in its thread, so another may run beside it.
+    prompts_by_tokens: token ids of a prompt -> the record's prompt. decode_response: response -> its text, and
       whether it ended (templates.Template).
     failures: of the stage (stages/stage.py: Stage). The stage gives these three.
     attempts: calls at most. timeout, pause: seconds.

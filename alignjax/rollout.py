@@ -42,10 +42,14 @@ def collect(
   cache was rounded to, and the distance between sampler and scorer is measured
   ('rollout/sampler_gap_max', nats) instead of entering the gradient (docs/pitfalls.md, 8).
 
-  Args: params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their
-    own. prompts, prompt_mask: [B,Q], left-padded. missing_end_penalty: subtracted from the score of
-    a response without a stop token. The paper reports none. generate_rows, score_rows: rows
-    generated and scored at a time; None = all. Change memory, not results.
+  Args:
+    params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their
+      own.
+    prompts, prompt_mask: [B,Q], left-padded.
+    missing_end_penalty: subtracted from the score of a response without a stop token. The paper
+      reports none.
+    generate_rows, score_rows: rows generated and scored at a time; None = all. Change memory, not
+      results.
   """
   sampled = generate(
     nets.decoder,

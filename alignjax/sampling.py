@@ -45,12 +45,13 @@ def generate(
 ) -> Generation:
   """Samples one response of at most max_tokens tokens to each prompt.
 
-  Args: decoder: prepare, prefill and step of the policy (types.Decoder). prompts, prompt_mask:
-    [B,Q], left-padded: the last column is live in every row. key: one, or one for each row that
-    comes back, which then draws the same numbers in any batch. stop_ids: token ids that end a
-    response; () never ends one early. The only definition of "ended" there is: the mask,
-      the penalty for a missing end and the report all use what comes from here (docs/pitfalls.md,
-      2).
+  Args:
+    decoder: prepare, prefill and step of the policy (types.Decoder).
+    prompts, prompt_mask: [B,Q], left-padded: the last column is live in every row.
+    key: one, or one for each row that comes back, which then draws the same numbers in any batch.
+    stop_ids: token ids that end a response; () never ends one early. The only definition of "ended"
+      there is: the mask, the penalty for a missing end and the report all use what comes from here
+      (docs/pitfalls.md, 2).
     temperature: 0 is greedy; may be a traced scalar above 0.
     top_k, top_p: cut the distribution. For generation only: scoring does not know about the cut
       (docs/pitfalls.md, 9).
@@ -61,8 +62,9 @@ def generate(
     prompts_at_once: prompts answered together, one group after the other; None = all. The cache is
       as large as one group's. Changes memory, not what is drawn.
 
-  Returns: Generation of B * samples_per_prompt rows. Sampled tokens are never edited
-    (docs/pitfalls.md, 7).
+  Returns:
+    Generation of B * samples_per_prompt rows. Sampled tokens are never edited (docs/pitfalls.md,
+    7).
   """
   chex.assert_rank([prompts, prompt_mask], 2)
   if chunk is None:

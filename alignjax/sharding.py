@@ -73,8 +73,10 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
 class Sharder:
   """Turns logical axes into shardings of one mesh.
 
-  Args: mesh: of make_mesh. rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table',
-    the embedding's D, is as 'embed' where no rule names it.
+  Args:
+    mesh: of make_mesh.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as
+      'embed' where no rule names it.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):

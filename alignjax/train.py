@@ -39,10 +39,10 @@ def main(
 ) -> None:
   """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
 
-  Args: traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/runtime/trace.py). on_changed_input:
-    what happens where a stage's folder was made from other data, weights or functions than there
-    are now
-      (alignjax/setup/inputs.py): 'fail', 'keep' or 'restart'.
+  Args:
+    traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/runtime/trace.py).
+    on_changed_input: what happens where a stage's folder was made from other data, weights or
+      functions than there are now (alignjax/setup/inputs.py): 'fail', 'keep' or 'restart'.
 
   Raises:
     lock.Busy: another run holds the workdir.

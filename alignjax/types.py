@@ -28,11 +28,14 @@ class TrainState:
   """Everything an update changes. No random state: keys are fold_in(key(seed), step), so a resumed
   run needs none.
 
-  Attributes: step: i32[], number of finished steps (of PPO: finished iterations). params:
-    {'policy'} | {'reward'} | {'policy', 'value'} -> parameter tree, float32. opt_state: optax state
-    of the whole params dict. ema: float32 moving average of params['policy'], or None. extra: a
-    stage's carried scalars, for example {'kl_coef': f32[]}. skipped: i32[2], updates that were
-    skipped because loss or gradients were not finite: all of them, and those just now in a row.
+  Attributes:
+    step: i32[], number of finished steps (of PPO: finished iterations).
+    params: {'policy'} | {'reward'} | {'policy', 'value'} -> parameter tree, float32.
+    opt_state: optax state of the whole params dict.
+    ema: float32 moving average of params['policy'], or None.
+    extra: a stage's carried scalars, for example {'kl_coef': f32[]}.
+    skipped: i32[2], updates that were skipped because loss or gradients were not finite: all of
+      them, and those just now in a row.
   """
 
   step: jax.Array
@@ -47,10 +50,11 @@ class TrainState:
 class TokenBatch:
   """Rows of text for SFT, pretraining and the ptx term.
 
-  Attributes: tokens: i32[B,T]. mask: bool[B,T], True where a token is real; pads never attend and
-    are never attended to. Of packed rows i32[B,T], the
-      number of each token's document in its row from 1 on, 0 on pads: nothing is attended to across
-      documents.
+  Attributes:
+    tokens: i32[B,T].
+    mask: bool[B,T], True where a token is real; pads never attend and are never attended to. Of
+      packed rows i32[B,T], the number of each token's document in its row from 1 on, 0 on pads:
+      nothing is attended to across documents.
     weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained
       on. After `normalized()` they add up to 1, and the loss is their weighted sum.
     source: i32[B], which entry of `mix` each row comes from; None where all rows are of one source.
@@ -81,12 +85,14 @@ class ComparisonBatch:
   """K ranked responses to each prompt. All pairs of one prompt stay in one batch element (paper
   section 3.5).
 
-  Attributes: tokens: i32[B,K,T], prompt and response. mask: bool[B,K,T]. ranks: i32[B,K], 0 is
-    best, equal numbers are ties, -1 marks an absent response. weights: f32[B], weight of each
-    prompt in the loss: 1, and 0 for a row that only fills the batch. `normalized()` divides
-      them by B, which is the same for every update of a run. So each prompt weighs the same over an
-      epoch (the expectation of Eq. 1), and a short last batch makes a smaller gradient instead of
-      heavier prompts.
+  Attributes:
+    tokens: i32[B,K,T], prompt and response.
+    mask: bool[B,K,T].
+    ranks: i32[B,K], 0 is best, equal numbers are ties, -1 marks an absent response.
+    weights: f32[B], weight of each prompt in the loss: 1, and 0 for a row that only fills the
+      batch. `normalized()` divides them by B, which is the same for every update of a run. So each
+      prompt weighs the same over an epoch (the expectation of Eq. 1), and a short last batch makes
+      a smaller gradient instead of heavier prompts.
     mean_weights: f32[B], the same for figures: after `normalized()` they add up to 1 over the
       prompts of this batch that have a pair without a tie, so that accuracy and loss of a short
       batch are logged as means. None before.
@@ -116,9 +122,10 @@ class ComparisonBatch:
 class PreferenceBatch(ComparisonBatch):
   """A ComparisonBatch for losses of a policy, without a reward model (stages/preference.py).
 
-  Attributes: response_mask: bool[B,K,T], True on the tokens of the responses, their end token
-    included. ref_logprobs: f32[B,K,T], log pi_ref of each response token, 0 elsewhere; None where
-    the stage has no reference.
+  Attributes:
+    response_mask: bool[B,K,T], True on the tokens of the responses, their end token included.
+    ref_logprobs: f32[B,K,T], log pi_ref of each response token, 0 elsewhere; None where the stage
+      has no reference.
   """
 
   response_mask: jax.Array | None = None
@@ -186,9 +193,9 @@ class KVCache:
   """Keys and values of the tokens so far. One write index for all rows; the mask says which slots
   are real.
 
-  Attributes: k, v: L arrays [B,G,S,H]. A tuple and not one [L,...] array, so that a decode step
-    that visits the layers one by
-      one updates each in place and slices nothing.
+  Attributes:
+    k, v: L arrays [B,G,S,H]. A tuple and not one [L,...] array, so that a decode step that visits
+      the layers one by one updates each in place and slices nothing.
     mask: bool[B,S].
     index: i32[], the next slot to write.
   """

@@ -37,9 +37,10 @@ def bucketed(
   Args:
     kinds: the shape that each row needs, such as (responses, tokens).
 
-  Returns: (shape, row numbers) of each batch, in shuffled order; every row is in one batch. What
-    does not fill a batch of its shape moves to the next larger one that occurs, so a batch is short
-    only where there is none: fill it with weight 0 (`fill`).
+  Returns:
+    (shape, row numbers) of each batch, in shuffled order; every row is in one batch. What does not
+    fill a batch of its shape moves to the next larger one that occurs, so a batch is short only
+    where there is none: fill it with weight 0 (`fill`).
   """
   rng = np.random.default_rng(list(seed))
   rows = {kind: [] for kind in sorted(set(kinds))}

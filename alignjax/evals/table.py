@@ -16,14 +16,19 @@ from alignjax.runtime import files
 class Cell(NamedTuple):
   """What a task measured, one value an item, before it is averaged.
 
-  Attributes: metric: 'accuracy', 'F1', 'entropy (bits)', ... prompt: the variant: 'zero-shot',
-    'respectful', ...; '' where there is one only. values: a JSON value an item; numbers where they
-    are averaged. None = not measured (a judge refused). items: a name an item, the same for every
-    model, so that differences are paired. clusters: items of the same label are not independent
-    (questions of a passage); None: each on its own. better: 'higher', 'lower' or '' (neither: an
-    entropy). aggregate: None: the mean; 'module:function' of a list of values -> float for what is
-    no mean (BLEU). bounds: [low, high] of a value, where it has both; None: [0, 1] where all values
-    are 0, 0.5 or 1 (stats.interval).
+  Attributes:
+    metric: 'accuracy', 'F1', 'entropy (bits)', ...
+    prompt: the variant: 'zero-shot', 'respectful', ...; '' where there is one only.
+    values: a JSON value an item; numbers where they are averaged. None = not measured (a judge
+      refused).
+    items: a name an item, the same for every model, so that differences are paired.
+    clusters: items of the same label are not independent (questions of a passage); None: each on
+      its own.
+    better: 'higher', 'lower' or '' (neither: an entropy).
+    aggregate: None: the mean; 'module:function' of a list of values -> float for what is no mean
+      (BLEU).
+    bounds: [low, high] of a value, where it has both; None: [0, 1] where all values are 0, 0.5 or 1
+      (stats.interval).
   """
 
   metric: str

@@ -11,12 +11,13 @@ from collections.abc import Iterable
 class TransformerConfig:
   """The declaration of an architecture.
 
-  Attributes: vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the
-    context in tokens. unused_ids: half-open ranges of ids of the vocabulary that no token of the
-    tokenizer has (a vocabulary padded for the
-      hardware, or holes between added tokens). They have probability 0 in sampling, in
-      log-probabilities and so in training; only Networks.logits are the checkpoint's own. Set from
-      the tokenizer; see `ranges_without`.
+  Attributes:
+    vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the context in
+      tokens.
+    unused_ids: half-open ranges of ids of the vocabulary that no token of the tokenizer has (a
+      vocabulary padded for the hardware, or holes between added tokens). They have probability 0 in
+      sampling, in log-probabilities and so in training; only Networks.logits are the checkpoint's
+      own. Set from the tokenizer; see `ranges_without`.
     num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None =
       num_heads.
     head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.

@@ -55,9 +55,9 @@ def save(
   label. Written under another name and renamed, so it is whole or not there; SHA256SUMS holds every
   file's checksum, which hub.verify compares.
 
-  Args: source: the checkpoint the run started from; its config.json, generation_config.json and,
-    without `tokenizer`, its tokenizer
-      files are taken over.
+  Args:
+    source: the checkpoint the run started from; its config.json, generation_config.json and,
+      without `tokenizer`, its tokenizer files are taken over.
     tokenizer: of the run, written with its chat template.
     ends: the tokens that stop generation, first the one that responses were trained to end with;
       the tokenizer's end of text is added.
@@ -67,8 +67,9 @@ def save(
       (config.json's alignjax_score_bias, to be added to the logit). A LayerNorm before the head
       takes it, exactly, because nothing else reads that norm.
 
-  Returns: What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and
-    'pad' in words.
+  Returns:
+    What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and 'pad'
+    in words.
   """
   source, folder = hub.folder_of(source), pathlib.Path(folder)
   kind, declared, _ = config_json.declared(source)

@@ -163,9 +163,12 @@ def load(
   One tensor is read at a time and cut into the pieces of this process's devices: the host holds
   these pieces of one of our parameters (all layers of it) and one tensor of the file.
 
-  Args: name: folder or hub name. cfg: the architecture; every tensor's shape is compared with it
-    before anything is read. head: 'lm' or 'scalar'. A file without `score.weight` gets a fresh
-    scalar head, drawn with `key`. shardings: tree of shapes -> tree of shardings (Sharder.params).
+  Args:
+    name: folder or hub name.
+    cfg: the architecture; every tensor's shape is compared with it before anything is read.
+    head: 'lm' or 'scalar'. A file without `score.weight` gets a fresh scalar head, drawn with
+      `key`.
+    shardings: tree of shapes -> tree of shardings (Sharder.params).
   """
   folder = hub.folder_of(name)
   hub.verify(folder, weights=False)

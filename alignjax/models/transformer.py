@@ -253,9 +253,12 @@ def make_networks(
 ) -> Networks:
   """The pure functions of an architecture (types.Networks).
 
-  Args: cfg: the declaration. constrain: (x, *logical axis names) -> x, pins the sharding of an
-    activation (sharding.Sharder.constrain). constrain_weights: params -> params, the sharding of
-    weights in the sampling loop (sharding.Sharder.for_decoding).
+  Args:
+    cfg: the declaration.
+    constrain: (x, *logical axis names) -> x, pins the sharding of an activation
+      (sharding.Sharder.constrain).
+    constrain_weights: params -> params, the sharding of weights in the sampling loop
+      (sharding.Sharder.for_decoding).
   """
   dtype = jnp.dtype(cfg.dtype)
 

@@ -36,11 +36,14 @@ class Checkpoints:
   """The newest checkpoints of one run, under `directory`, with the config that made them beside
   them.
 
-  Args: directory: a folder, made if missing. config: what decides the run's result, as JSON values.
-    Another one than the folder's raises ConfigMismatch. keep: how many checkpoints stay. logs: step
-    -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to them
-    (metrics.sums). It is kept
-      with each checkpoint; a restore warns of every name whose fingerprint is another one by then.
+  Args:
+    directory: a folder, made if missing.
+    config: what decides the run's result, as JSON values. Another one than the folder's raises
+      ConfigMismatch.
+    keep: how many checkpoints stay.
+    logs: step -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to
+      them (metrics.sums). It is kept with each checkpoint; a restore warns of every name whose
+      fingerprint is another one by then.
   """
 
   def __init__(

@@ -68,8 +68,10 @@ def joined(facts: Mapping[str, str], timeout: float) -> Iterator[Place]:
     facts: what must be the same on all processes; see `facts`.
     timeout: seconds to wait for the others.
 
-  Raises: ValueError: the place is not known, or processes differ; on every process, naming them and
-    what differs. TimeoutError: processes did not come; on every one that did, naming them.
+  Raises:
+    ValueError: the place is not known, or processes differ; on every process, naming them and what
+      differs.
+    TimeoutError: processes did not come; on every one that did, naming them.
   """
   here = place(timeout)
   meet(here, facts, timeout)

@@ -32,10 +32,10 @@ class Writer:
   """Appends to DIRECTORY/metrics.jsonl (one object a line, 'step' first) and to TensorBoard event
   files beside it.
 
-  Args: start_step: where a resumed run goes on; lines of later steps are dropped, so that the file
-    of a run that was
-      interrupted equals that of one that was not, apart from names under 'time/' and 'device/'. So
-      with samples.jsonl.
+  Args:
+    start_step: where a resumed run goes on; lines of later steps are dropped, so that the file of a
+      run that was interrupted equals that of one that was not, apart from names under 'time/' and
+      'device/'. So with samples.jsonl.
     active: False on all processes but the first.
     wandb: keyword arguments of wandb.init, or None.
   """

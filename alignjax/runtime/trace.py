@@ -54,8 +54,9 @@ def check(wanted: Profile | None, stages: list[str]) -> None:
 class Tracer:
   """Starts and stops the trace of one stage's loop.
 
-  Args: wanted: what to trace, or None. folder: of the stage. first, num_steps: the steps that the
-    loop will do, first..num_steps.
+  Args:
+    wanted: what to trace, or None. folder: of the stage. first, num_steps: the steps that the loop
+      will do, first..num_steps.
   """
 
   def __init__(self, wanted: Profile | None, folder: files.Folder, first: int, num_steps: int):

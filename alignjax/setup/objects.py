@@ -22,11 +22,14 @@ from alignjax.types import Networks
 class Setup(NamedTuple):
   """The objects that the config describes, shared by all stages of a run.
 
-  Attributes: config: the whole config. workdir: the run's folder. sharder: of the mesh and the
-    rules of the config. policy_model, reward_model: the two architectures, which may differ. nets:
-    logits, logprobs and decoder of the policy's architecture, scalar of the reward model's. text:
-    text <-> tokens, and the sandbox's world and labelers. read: sources, checkpoints and functions
-    that were read, noted by whoever reads (alignjax/setup/inputs.py).
+  Attributes:
+    config: the whole config. workdir: the run's folder.
+    sharder: of the mesh and the rules of the config.
+    policy_model, reward_model: the two architectures, which may differ.
+    nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's.
+    text: text <-> tokens, and the sandbox's world and labelers.
+    read: sources, checkpoints and functions that were read, noted by whoever reads
+      (alignjax/setup/inputs.py).
   """
 
   config: ml_collections.ConfigDict

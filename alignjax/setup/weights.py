@@ -18,9 +18,9 @@ from alignjax.types import Params
 def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   """Parameters by name, on their shardings, in buffers of their own.
 
-  Args: spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the
-    folder of one; or
-      'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
+  Args:
+    spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the folder
+      of one; or 'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
     head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar
       head.
     seed: of what is random, beside the config's seed.

@@ -26,13 +26,18 @@ def no_work(step: int) -> Mapping[str, float]:
 class Stage(NamedTuple):
   """What train.run_stage needs of a stage. It knows no algorithm.
 
-  Attributes: state: the first TrainState, on its shardings; a checkpoint replaces it. step: (state,
-    batch) -> (state, metrics, seen), compiled; donates the state. batch: step number -> global
-    batch; a pure function. num_steps: of the loop. finish: state -> (parameters to keep, info as
-    JSON values). observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged
-    steps; or None. work: step number -> what that step does, for flops.metrics: tokens, tokens by
-    phase, episodes, FLOPs. Batches may differ. failures: where a function on the host that the step
-    calls says why it gave up (alignjax/rewards.py); one ends the run.
+  Attributes:
+    state: the first TrainState, on its shardings; a checkpoint replaces it.
+    step: (state, batch) -> (state, metrics, seen), compiled; donates the state.
+    batch: step number -> global batch; a pure function.
+    num_steps: of the loop.
+    finish: state -> (parameters to keep, info as JSON values).
+    observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged steps; or
+      None.
+    work: step number -> what that step does, for flops.metrics: tokens, tokens by phase, episodes,
+      FLOPs. Batches may differ.
+    failures: where a function on the host that the step calls says why it gave up
+      (alignjax/rewards.py); one ends the run.
   """
 
   state: TrainState

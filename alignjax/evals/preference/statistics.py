@@ -65,9 +65,10 @@ def summarize(
   Args:
     words: (prompt id, policy) -> words of the response, where it is known.
 
-  Returns: {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure},
-    'length': ..., 'agreement': ..., 'position': ...}}, 'ratings': {judge: {policy: {'likert':
-    Figure, FLAG: Figure}}}, 'between_judges': [...], 'words': {policy: Figure}}.
+  Returns:
+    {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure}, 'length':
+    ..., 'agreement': ..., 'position': ...}}, 'ratings': {judge: {policy: {'likert': Figure, FLAG:
+    Figure}}}, 'between_judges': [...], 'words': {policy: Figure}}.
   """
   by_judge: dict[str, list[Verdict]] = {}
   for v in judged.verdicts:

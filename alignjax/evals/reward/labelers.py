@@ -215,10 +215,11 @@ def over_models(
   Args:
     values: [fold][seed] of f64[votes of the fold]; prompts: [fold] of the votes' prompts.
 
-  Returns: The figure of the votes, each averaged over the seeds, with an interval by prompt;
-    'models': how many reward models, and 'mean_over_models', 'sd_over_models': of their accuracies,
-    each model counted once (the paper's "72.4 +- 0.4%"; whether that is a deviation or an error it
-    does not say).
+  Returns:
+    The figure of the votes, each averaged over the seeds, with an interval by prompt; 'models': how
+    many reward models, and 'mean_over_models', 'sd_over_models': of their accuracies, each model
+    counted once (the paper's "72.4 +- 0.4%"; whether that is a deviation or an error it does not
+    say).
   """
   each = np.array([v.mean() for fold in values for v in fold if len(v)])
   figure = interval(
