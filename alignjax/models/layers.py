@@ -58,9 +58,8 @@ def _attend(q, k, v, visible):
     jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
   )
   visible = visible[:, None, None]
-  weights = jnp.where(
-    visible, jax.nn.softmax(jnp.where(visible, logits, MASKED_LOGIT), axis=-1), 0.0
-  )
+  weights = jax.nn.softmax(jnp.where(visible, logits, MASKED_LOGIT), axis=-1)
+  weights = jnp.where(visible, weights, 0.0)
   return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
 
 
