@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.compiler import hlo, liveness
+from alignjax.compiler import hlo, liveness, operations
 from alignjax.compiler.chips import Chip
 
 PHASES = ('prepare', 'prefill', 'decode', 'score', 'reward', 'update')
@@ -76,9 +76,14 @@ def analyse(
   for site in hlo.walk(module):
     if not site.fused:
       close()
-      flops, moved, times, name = 0.0, hlo.traffic(module, site), site.times, phase_of(site.op_name)
-    flops += hlo.flops(site)
-    found = hlo.collective(site)
+      flops, moved, times, name = (
+        0.0,
+        operations.traffic(module, site),
+        site.times,
+        phase_of(site.op_name),
+      )
+    flops += operations.flops(site)
+    found = operations.collective(site)
     if found and site.fused and 'chain_id=' in site.instruction.attributes:
       # A TPU program hides it behind several fusions, which all name it: its start, steps (also in
       # a loop further in), its end.
