@@ -120,7 +120,7 @@ def generate(
       _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(
         unfinished, one_chunk, state
       )
-    return Generation(responses, mask, logprobs, done)
+    return Generation(responses=responses, mask=mask, logprobs=logprobs, ended=done)
 
   if prompts_at_once is None or prompts_at_once >= prompts.shape[0]:
     return respond((0, prompts, prompt_mask))

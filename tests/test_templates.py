@@ -559,7 +559,7 @@ def test_records_are_read_before_any_stage_runs(recipe, tmp_path, monkeypatch, k
     if 'prompts' in c.stages[spec]:
       c.stages[spec].prompts = None
   ran = []
-  monkeypatch.setattr(train, 'run_stage', lambda setup, name, *_: ran.append(name))
+  monkeypatch.setattr(train, 'run_stage', lambda setup, name, *_, **__: ran.append(name))
   # SFT comes first and reads its own at once; without it the reward model is the first
   if kind == 'demonstrations':
     with pytest.raises(ValueError, match=f'bad.jsonl, line 4.*{words}'):

@@ -113,17 +113,17 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
     made = chat.make(tokenizer, special, date, opened, without_end)
     response = lambda said: made.pair([chat.QUESTION], said)[1]
     return Template(
-      made.prompt,
-      made.pair,
-      response,
-      made.control.encode,
-      decode,
-      made.end,
-      ends(made.end),
-      pad,
-      first,
-      start,
-      close,
+      prompt=made.prompt,
+      pair=made.pair,
+      response=response,
+      bare=made.control.encode,
+      decode=decode,
+      end=made.end,
+      ends=ends(made.end),
+      pad=pad,
+      first=first,
+      start=start,
+      close=close,
     )
   template = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
   if '{prompt}' not in template:
@@ -151,7 +151,19 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
     ]
 
   pair = lambda asked, said: (prompt(asked), response(said))
-  return Template(prompt, pair, response, bare, decode, eos, ends(eos), pad, first, start, close)
+  return Template(
+    prompt=prompt,
+    pair=pair,
+    response=response,
+    bare=bare,
+    decode=decode,
+    end=eos,
+    ends=ends(eos),
+    pad=pad,
+    first=first,
+    start=start,
+    close=close,
+  )
 
 
 def of_words(
@@ -166,17 +178,17 @@ def of_words(
   prompt = lambda said: [end, *encode(said), *encode(newline)]
   response = lambda said: [*encode(without_end(said, [decode([end])])), end]
   return Template(
-    prompt,
-    lambda asked, said: (prompt(asked), response(said)),
-    response,
-    encode,
-    decode,
-    end,
-    (end,),
-    pad,
-    (end,),
-    (end,),
-    (),
+    prompt=prompt,
+    pair=lambda asked, said: (prompt(asked), response(said)),
+    response=response,
+    bare=encode,
+    decode=decode,
+    end=end,
+    ends=(end,),
+    pad=pad,
+    first=(end,),
+    start=(end,),
+    close=(),
   )
 
 

@@ -91,19 +91,21 @@ def prepare(
     ]
     documents[kind] = _rows(rows, longest, template.pad)
   return Evaluation(
-    world,
-    labelers,
-    template,
-    sample,
-    likelihood,
-    bulk.make_response_logprobs(nets, sharder, length=room + response_length, pad=template.pad),
-    sandbox.prompts(world, win_prompts, 'test'),
-    truth,
-    truth_train,
-    sandbox.toxicity_prompts(world, toxicity_prompts),
-    tasks[0],
-    tasks[1],
-    documents,
+    world=world,
+    labelers=labelers,
+    template=template,
+    sample=sample,
+    likelihood=likelihood,
+    logprobs=bulk.make_response_logprobs(
+      nets, sharder, length=room + response_length, pad=template.pad
+    ),
+    prompts=sandbox.prompts(world, win_prompts, 'test'),
+    truth=truth,
+    truth_train=truth_train,
+    toxicity=sandbox.toxicity_prompts(world, toxicity_prompts),
+    reading=tasks[0],
+    translation=tasks[1],
+    documents=documents,
   )
 
 

@@ -187,10 +187,10 @@ def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
   prompts = prompts_per_update(setup, name, k)
   array = lambda shape, dtype: abstract.array(setup, (prompts, *shape), dtype)
   return ComparisonBatch(
-    array((k, setup.length), jnp.int32),
-    array((k, setup.length), bool),
-    array((k,), jnp.int32),
-    array((), jnp.float32),
+    tokens=array((k, setup.length), jnp.int32),
+    mask=array((k, setup.length), bool),
+    ranks=array((k,), jnp.int32),
+    weights=array((), jnp.float32),
   )
 
 
@@ -230,7 +230,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the
   training pool."""
   if not count:
-    return Comparisons([], [], [], [])
+    return Comparisons(prompts=[], responses=[], ranks=[], features=[])
   from alignjax import sandbox
 
   cfg = setup.config.stages[name]
@@ -277,7 +277,9 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
     np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
     for f, labeler in zip(features, labelers, strict=True)
   ]
-  return Comparisons(prompts, grouped, ranks, [f.tolist() for f in features])
+  return Comparisons(
+    prompts=prompts, responses=grouped, ranks=ranks, features=[f.tolist() for f in features]
+  )
 
 
 def _split(items: list, counts: np.ndarray):

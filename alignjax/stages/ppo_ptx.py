@@ -199,7 +199,7 @@ def build(setup: Setup, name: str) -> Stage:
   }
 
   # 3. The step is `iteration` with the functions and coefficients of the config bound to it. What a
-  # reward function on the host reports as its failure ends the run (train.loop).
+  # reward function on the host reports as its failure ends the run (stages/loop.py).
   failures: list[str] = []
   prompts_by_tokens = {
     tuple(row): record['prompt']

@@ -70,11 +70,11 @@ def build(setup: Setup, name: str) -> Stage:
     return params, info
 
   return Stage(
-    state,
-    step,
-    lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons),
-    len(plan.order),
-    finish,
+    state=state,
+    step=step,
+    batch=lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons),
+    num_steps=len(plan.order),
+    finish=finish,
     work=lambda i: comparisons.work(
       plan, i, lambda rows, t: flops.training(setup.reward_model, rows, t, 'scalar')
     ),
@@ -126,7 +126,12 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   batch = comparisons.abstract_batch(setup, name)
   rows, k, length = batch.tokens.shape
   work = Work(
-    'update', setup.reward_model, 'scalar', rows * k // cfg.microbatches, length, cfg.microbatches
+    kind='update',
+    model=setup.reward_model,
+    head='scalar',
+    rows=rows * k // cfg.microbatches,
+    length=length,
+    times=cfg.microbatches,
   )
   return Plan(make_step(setup, name, tx, state), (state, batch), {'update': [work]})
 

@@ -49,14 +49,14 @@ def build(setup: Setup, name: str) -> Stage:
   def finish(_):
     # 2. a response to each prompt by each candidate, and what it is worth
     model = Model(
-      setup.policy_model,
-      setup.nets,
-      None,
-      'lm',
-      setup.text.template,
-      setup.text.vocabulary,
-      None,
-      None,
+      cfg=setup.policy_model,
+      nets=setup.nets,
+      params=None,
+      head='lm',
+      template=setup.text.template,
+      vocabulary=setup.text.vocabulary,
+      tokenizer=None,
+      source=None,
     )
     how = dict(rows=cfg.rows, sharder=setup.sharder)
     respond = samples.make_responder(
@@ -106,7 +106,13 @@ def build(setup: Setup, name: str) -> Stage:
     }
 
   state = make_state(setup, {'policy': {}}, optax.identity())
-  return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, finish)
+  return Stage(
+    state=state,
+    step=lambda state, batch: (state, {}, None),
+    batch=lambda i: jnp.int32(i),
+    num_steps=0,
+    finish=finish,
+  )
 
 
 def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:

@@ -68,10 +68,10 @@ def build(setup: Setup, name: str) -> Stage:
     return setup.sharder.put(made)
 
   return Stage(
-    state,
-    step,
-    batch,
-    num_steps,
+    state=state,
+    step=step,
+    batch=batch,
+    num_steps=num_steps,
     finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
     work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length),
   )
