@@ -74,9 +74,10 @@ def reward_ranking(
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  mean = lambda x: jnp.sum(
-    batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
-  )
+
+  def mean(x):
+    return jnp.sum(batch.mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
+
   return loss, {
     'rm/loss': jnp.sum(batch.mean_weights * per_prompt),
     'rm/accuracy': mean(margins > 0),
@@ -117,9 +118,15 @@ def dpo(
   wins = batch.pairs()
   margins = jnp.where(wins, implicit[:, :, None] - implicit[:, None, :], 0.0)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  per_prompt = lambda x: jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+
+  def per_prompt(x):
+    return jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+
   losses = -per_prompt(jax.nn.log_sigmoid(margins))
-  mean = lambda x: jnp.sum(batch.mean_weights * x)
+
+  def mean(x):
+    return jnp.sum(batch.mean_weights * x)
+
   return jnp.sum(batch.weights * losses), {
     'dpo/loss': mean(losses),
     'dpo/accuracy': mean(per_prompt(margins > 0)),
@@ -153,7 +160,9 @@ def ppo(
   advantages, returns = jax.lax.stop_gradient((batch.advantages, batch.returns))
   tokens, mask = rollout.sequences()
   first = rollout.prompts.shape[1]
-  total = lambda x: jnp.sum(batch.weights * jnp.where(rollout.mask, x, 0.0))
+
+  def total(x):
+    return jnp.sum(batch.weights * jnp.where(rollout.mask, x, 0.0))
 
   logprobs, entropy = nets.logprobs(params['policy'], tokens, mask, temperature=temperature)
   log_ratio = jnp.where(rollout.mask, logprobs[:, first:] - old_logprobs, 0.0)

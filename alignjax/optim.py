@@ -115,5 +115,8 @@ def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransfor
 def make(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
   """One transformation of params = {name: tree}: each entry by its own, with its own clipping and
   schedule."""
-  label = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: B023
+
+  def label(params):
+    return {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: B023
+
   return optax.partition(dict(transforms), label)

@@ -127,7 +127,10 @@ def build(setup: Setup) -> None:
 def measured_from(setup: Setup, name: str, stage: str) -> str:
   """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what
   they are measured on, the code."""
-  folder = lambda stage: setup.workdir / stage / 'final'
+
+  def folder(stage):
+    return setup.workdir / stage / 'final'
+
   c = setup.config
   return fingerprints.of_value(
     [
@@ -166,7 +169,10 @@ def tasks(setup: Setup) -> None:
 
   r = setup.config.report
   if r.tasks:
-    place = lambda spec: str(setup.workdir / spec) if spec in setup.config.stages else spec
+
+    def place(spec):
+      return str(setup.workdir / spec) if spec in setup.config.stages else spec
+
     order = sorted(in_order(r.policies), key=lambda name: name != r.baseline)
     evaluate(
       {name: place(r.policies[name]) for name in order},
@@ -281,7 +287,10 @@ def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
 def samples(prompts: list[dict], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
   """The first test prompt of every use case with every policy's response."""
   first = {r['use_case']: i for i, r in reversed(list(enumerate(prompts)))}
-  said = lambda i: {name: str(a['responses'][i]) for name, a in arrays.items()}
+
+  def said(i):
+    return {name: str(a['responses'][i]) for name, a in arrays.items()}
+
   return [
     {'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': said(i)}
     for case, i in sorted(first.items())
@@ -292,9 +301,12 @@ def made_by(setup: Setup) -> dict:
   """The command, the commit of this source where it is a git checkout ('+' behind it: with
   changes), and the whole config."""
   root = pathlib.Path(__file__).resolve().parent.parent
-  git = lambda *words: subprocess.run(
-    ['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20, check=True
-  ).stdout.strip()
+
+  def git(*words):
+    return subprocess.run(
+      ['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20, check=True
+    ).stdout.strip()
+
   commit = None
   try:
     # else the repository that an environment lies in
@@ -315,7 +327,10 @@ def made_by(setup: Setup) -> dict:
 def markdown(result: dict, pictures: list[str]) -> str:
   """report.md."""
   policies, made = result['policies'], result['made_by']
-  name_of = lambda name: NAMES.get(name, name)
+
+  def name_of(name):
+    return NAMES.get(name, name)
+
   lines = [
     '# Report',
     '',

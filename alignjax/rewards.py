@@ -46,7 +46,10 @@ def model_reward(
     jnp.concatenate([prompts, responses], 1),
     jnp.concatenate([prompt_mask, mask], 1),
   )
-  read = lambda rows: ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+
+  def read(rows):
+    return ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+
   return ops.in_chunks(read, (tokens, token_mask), rows)
 
 
@@ -85,9 +88,9 @@ def host_reward(
   judge = plugins.find(function, 'reward.function')
 
   def call(prompts, prompt_mask, responses, mask):
-    rows = lambda tokens, live: [
-      row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)
-    ]
+    def rows(tokens, live):
+      return [row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)]
+
     texts = (
       [prompts_by_tokens[tuple(row)] for row in rows(prompts, prompt_mask)],
       [decode_response(row)[0] for row in rows(responses, mask)],

@@ -76,7 +76,10 @@ def generate(
   if key.ndim:
     draw = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (1,)), (0, None))
   else:
-    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (total, 1))
+
+    def draw(key, t):
+      return jax.random.uniform(jax.random.fold_in(key, t), (total, 1))
+
   with jax.named_scope('prepare'):
     weights = decoder.prepare(params)
 
@@ -87,7 +90,10 @@ def generate(
     with jax.named_scope('prefill'):
       logits, cache = decoder.prefill(weights, prompts, prompt_mask, prompts.shape[1] + max_tokens)
     if n > 1:
-      repeat = lambda x: jnp.repeat(x, n, axis=0)
+
+      def repeat(x):
+        return jnp.repeat(x, n, axis=0)
+
       logits = repeat(logits)
       cache = cache.replace(
         k=tuple(map(repeat, cache.k)), v=tuple(map(repeat, cache.v)), mask=repeat(cache.mask)
@@ -115,7 +121,10 @@ def generate(
 
     empty = tuple(jnp.zeros((rows, max_tokens), d) for d in (jnp.int32, bool, jnp.float32))
     state = (jnp.int32(0), (logits, cache, jnp.zeros(rows, bool)), empty)
-    unfinished = lambda state: (state[0] < max_tokens) & ~jnp.all(state[1][2])
+
+    def unfinished(state):
+      return (state[0] < max_tokens) & ~jnp.all(state[1][2])
+
     with jax.named_scope('decode'):
       _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(
         unfinished, one_chunk, state
@@ -126,7 +135,10 @@ def generate(
     return respond((0, prompts, prompt_mask))
   if prompts.shape[0] % prompts_at_once:
     raise ValueError(f'{prompts.shape[0]} prompts do not divide into groups of {prompts_at_once}.')
-  cut = lambda x: x.reshape(-1, prompts_at_once, *x.shape[1:])
+
+  def cut(x):
+    return x.reshape(-1, prompts_at_once, *x.shape[1:])
+
   groups = jax.lax.map(
     respond, (jnp.arange(0, total, prompts_at_once * n), cut(prompts), cut(prompt_mask))
   )

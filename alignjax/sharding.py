@@ -176,7 +176,9 @@ class Sharder:
     loop, and kept split over the others. Otherwise sharded weights are gathered again for every
     token (docs/pitfalls.md, 24)."""
     gathered = set(_as_tuple(self.rules.get('batch')))
-    keep = lambda entry: tuple(a for a in _as_tuple(entry) if a not in gathered) or None
+
+    def keep(entry):
+      return tuple(a for a in _as_tuple(entry) if a not in gathered) or None
 
     def one(leaf, sharding):
       spec = PartitionSpec(*(keep(entry) for entry in sharding.spec))

@@ -162,7 +162,9 @@ def describe(name: str, r: dict) -> str:
   """The report of one step in Markdown."""
   from alignjax.compiler import chips, cost
 
-  gib = lambda x: f'{x / 2**30:.2f} GiB'
+  def gib(x):
+    return f'{x / 2**30:.2f} GiB'
+
   head = (
     f'## {name}\n\n{r["devices"]} x {r["kind"]}, mesh '
     + ' x '.join(f'{a} {n}' for a, n in r['mesh'].items())
@@ -272,7 +274,10 @@ def summary(results: dict[str, dict]) -> str:
     if 'memory' not in r:
       rows.append((name, '', '', 'no', '', '', '', '', f'{r["minutes"]:.1f}'))
       continue
-    gib = lambda x: f'{x / 2**30:.1f}'
+
+    def gib(x):
+      return f'{x / 2**30:.1f}'
+
     wire, least = (
       sum(p['wire'] for p in r['phases'].values()),
       sum(w for _, w in r['needed'].values()),

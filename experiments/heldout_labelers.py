@@ -118,7 +118,10 @@ def cross_validate(
         flush=True,
       )
   prompts = {pool: [[v.prompt for v in votes] for votes in pools[pool]] for pool in pools}
-  flat = lambda lists: [x for one in lists for x in one]
+
+  def flat(lists):
+    return [x for one in lists for x in one]
+
   mean = {pool: [sum(fold) / len(fold) for fold in hits[pool]] for pool in hits}
   result = {f'accuracy_{pool}': labelers.over_models(hits[pool], prompts[pool]) for pool in pools}
   result['gap'] = stats.gap(

@@ -182,7 +182,10 @@ def run(options: argparse.Namespace) -> None:
   page.plot(result, out / 'preference.png')
   for note in judged.notes:
     print(note, flush=True)
-  short = lambda f: '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
+  def short(f):
+    return '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
   rows = [
     (
       p,

@@ -94,12 +94,18 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f'--shares={options.shares}: a share is a number from 0 on, and one at least is above 0.'
       )
-    length = lambda text: len(text.split())
+
+    def length(text):
+      return len(text.split())
+
     if options.tokenizer:
       from alignjax.setup.texts import load_tokenizer
 
       tokenizer = load_tokenizer(options.tokenizer)
-      length = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+      def length(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
     records = sources.read(options.source, options.kind, options.mapping)
     splits, log = hygiene.clean(
       records,

@@ -105,8 +105,17 @@ def analyse(
   close()
   order = [p for p in (*PHASES, 'other') if p in phases]
   made = [
-    Sent(phase, kind, axes, shape, *counts, in_loop, op_name)
-    for (phase, kind, axes, shape, in_loop, op_name), counts in sent.items()
+    Sent(
+      phase=phase,
+      kind=kind,
+      axes=axes,
+      shape=shape,
+      times=times,
+      bytes=size,
+      in_loop=in_loop,
+      op_name=op_name,
+    )
+    for (phase, kind, axes, shape, in_loop, op_name), (times, size) in sent.items()
   ]
   return {p: phases[p] for p in order}, sorted(made, key=lambda s: -s.bytes)
 
@@ -156,7 +165,10 @@ def short(op_name: str) -> str:
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
   """A Markdown table."""
-  line = lambda cells: '| ' + ' | '.join(str(c) for c in cells) + ' |'
+
+  def line(cells):
+    return '| ' + ' | '.join(str(c) for c in cells) + ' |'
+
   return '\n'.join([line(head), line('---' for _ in head), *map(line, rows)])
 
 

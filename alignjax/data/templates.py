@@ -97,7 +97,10 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
   first = _first(tokenizer)
   start, close = (first, (eos,)) if first else ((eos,), ())
-  decode = lambda tokens: tokenizer.decode([int(token) for token in tokens])
+
+  def decode(tokens):
+    return tokenizer.decode([int(token) for token in tokens])
+
   named = _named_ends(tokenizer)
   special = control.special(tokenizer, named)
   if text := sorted(named & {*tokenizer.get_vocab().values()} - special.keys()):
@@ -108,10 +111,16 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
       file=sys.stderr,
       flush=True,
     )
-  ends = lambda end: tuple(sorted({end, eos, *named & special.keys()}))
+
+  def ends(end):
+    return tuple(sorted({end, eos, *named & special.keys()}))
+
   if form == 'chat':
     made = chat.make(tokenizer, special, date, opened, without_end)
-    response = lambda said: made.pair([chat.QUESTION], said)[1]
+
+    def response(said):
+      return made.pair([chat.QUESTION], said)[1]
+
     return Template(
       prompt=made.prompt,
       pair=made.pair,
@@ -150,7 +159,9 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
       eos,
     ]
 
-  pair = lambda asked, said: (prompt(asked), response(said))
+  def pair(asked, said):
+    return prompt(asked), response(said)
+
   return Template(
     prompt=prompt,
     pair=pair,
@@ -175,8 +186,13 @@ def of_words(
 ) -> Template:
   """The sandbox's form: every text begins with the end of the one before, and a line break ends a
   prompt."""
-  prompt = lambda said: [end, *encode(said), *encode(newline)]
-  response = lambda said: [*encode(without_end(said, [decode([end])])), end]
+
+  def prompt(said):
+    return [end, *encode(said), *encode(newline)]
+
+  def response(said):
+    return [*encode(without_end(said, [decode([end])])), end]
+
   return Template(
     prompt=prompt,
     pair=lambda asked, said: (prompt(asked), response(said)),

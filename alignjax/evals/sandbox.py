@@ -188,7 +188,10 @@ def best_prefix(
 def clusters(ev: Evaluation) -> dict[str, list[str]]:
   """What the units of measured arrays belong to: 'prompts' and 'toxicity' the prompt, 'truth' and
   'truth_train' the fact. Units of one cluster are not independent."""
-  fact = lambda records: [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
+
+  def fact(records):
+    return [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
+
   return {
     'prompts': [r['prompt'] for r in ev.prompts],
     'toxicity': [r['prompt'] for r in ev.toxicity],

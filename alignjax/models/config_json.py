@@ -112,7 +112,9 @@ class Entries(NamedTuple):
     )
 
   def number(self, name: str, default: Any = REQUIRED) -> float:
-    right = lambda v: type(v) in (int, float) and 0 < v < 1e30 and math.isfinite(v)
+    def right(v):
+      return type(v) in (int, float) and 0 < v < 1e30 and math.isfinite(v)
+
     return float(self._take(name, default, False, right, 'a number above 0'))
 
   def flag(self, name: str, default: bool) -> bool:

@@ -250,7 +250,10 @@ def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[
     for i, t in tokenizer.added_tokens_decoder.items()
     if t.special and i not in ends and i < vocab
   }
-  named = lambda *words: [i for i, t in special.items() if any(word in t.lower() for word in words)]
+
+  def named(*words):
+    return [i for i, t in special.items() if any(word in t.lower() for word in words)]
+
   own = {i for i in _ids(tokenizer.pad_token_id) - ends if i < vocab}
   free = [*own, *named('pad'), *named('reserved', 'unused')]
   if not free and len(tokenizer) >= vocab and tokenizer.bos_token_id in special:
@@ -329,7 +332,10 @@ def _write_tensors(
       names.append((count, name))
       size, total = size + whole.nbytes, total + whole.nbytes
   write()
-  final = lambda k: f'model-{k + 1:05d}-of-{count + 1:05d}.safetensors' if count else hf.SINGLE
+
+  def final(k):
+    return f'model-{k + 1:05d}-of-{count + 1:05d}.safetensors' if count else hf.SINGLE
+
   for k in range(count + 1):
     (folder / f'shard-{k}.safetensors').rename(folder / final(k))
   if count:

@@ -141,13 +141,17 @@ class Family(NamedTuple):
     )
 
 
-_LLAMA = lambda name: Family(
-  tensors=_llama,
-  prefix='model.',
-  embedding='model.embed_tokens.weight',
-  head='lm_head.weight',
-  classes=(f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'),
-)
+def _llama_family(name: str) -> Family:
+  """The family of transformers' classes that begin with `name` and are laid out as Llama is."""
+  return Family(
+    tensors=_llama,
+    prefix='model.',
+    embedding='model.embed_tokens.weight',
+    head='lm_head.weight',
+    classes=(f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'),
+  )
+
+
 FAMILIES = {
   'gpt2': Family(
     tensors=_gpt2,
@@ -165,9 +169,9 @@ FAMILIES = {
     classes=('GPTNeoXForCausalLM', 'GPTNeoXForSequenceClassification', 'GPTNeoXModel'),
     harmless=('.attention.bias', '.attention.masked_bias', '.rotary_emb.inv_freq'),
   ),
-  'llama': _LLAMA('Llama'),
-  'mistral': _LLAMA('Mistral'),
-  'qwen2': _LLAMA('Qwen2'),
-  'qwen3': _LLAMA('Qwen3'),
+  'llama': _llama_family('Llama'),
+  'mistral': _llama_family('Mistral'),
+  'qwen2': _llama_family('Qwen2'),
+  'qwen3': _llama_family('Qwen3'),
 }
 SCORE = Tensor('score.weight', ('final/score/kernel',), DENSE)

@@ -141,7 +141,10 @@ class Files:
       return False
     rows = self.shape(name)[0]
     a, b = (self._where[n][0].get_slice(self._where[n][1]) for n in both)
-    some = lambda x, i: x[i : min(i + 4096, rows)].astype(np.float32)
+
+    def some(x, i):
+      return x[i : min(i + 4096, rows)].astype(np.float32)
+
     return any(not np.array_equal(some(a, i), some(b, i)) for i in range(0, rows, 4096))
 
   def share(self, name: str, other: str) -> None:

@@ -195,7 +195,10 @@ def _check_arrays(
   """found: (shape, dtype) by name. Read as another dtype, an array would be another one than what
   its checksum is of."""
   wanted = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
-  show = lambda arrays, k: '{1} {0}'.format(*arrays[k]) if k in arrays else 'absent'
+
+  def show(arrays, k):
+    return '{1} {0}'.format(*arrays[k]) if k in arrays else 'absent'
+
   wrong = [
     f'{k}: {show(found, k)} {place}, {show(wanted, k)} in the model'
     for k in sorted(found.keys() | wanted.keys())

@@ -91,7 +91,10 @@ def stop_for_failed_host(
   """Saves the state from before step `step` (0-based) and raises: the scores of a host function
   that failed are NaN, so every update of the step was skipped, and only its counters have moved."""
   if step > first:
-    put = lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
+    def put(value, like):
+      return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
     saved.save(
       step,
       state.replace(step=put(step, state.step), skipped=put(skipped, state.skipped)),

@@ -167,7 +167,10 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
   """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or
   preferences."""
   (k, t), rows = plan.order[step]
-  pick = lambda field: [field[j] for j in rows]
+
+  def pick(field):
+    return [field[j] for j in rows]
+
   made = encode_rows(
     pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.text.template.pad
   )
@@ -185,7 +188,10 @@ def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
   """A batch of the largest K as shapes."""
   k = max(setup.config.stages[name].k_buckets)
   prompts = prompts_per_update(setup, name, k)
-  array = lambda shape, dtype: abstract.array(setup, (prompts, *shape), dtype)
+
+  def array(shape, dtype):
+    return abstract.array(setup, (prompts, *shape), dtype)
+
   return ComparisonBatch(
     tokens=array((k, setup.length), jnp.int32),
     mask=array((k, setup.length), bool),

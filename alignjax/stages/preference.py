@@ -89,7 +89,10 @@ def update(
   """One update: the reference's log-probabilities, a microbatch of rows at a time, then the loss."""
   if frozen:
     b, k, _ = batch.tokens.shape
-    read = lambda rows: response_logprobs(frozen['ref'], rows, nets=nets)
+
+    def read(rows):
+      return response_logprobs(frozen['ref'], rows, nets=nets)
+
     batch = batch.replace(
       ref_logprobs=jax.lax.stop_gradient(ops.in_chunks(read, batch, b // microbatches))
     )
@@ -139,14 +142,17 @@ def abstract_step(setup: Setup, name: str) -> Plan:
     response_mask=made.mask,
   )
   rows, k, length = batch.tokens.shape
-  part = lambda kind: Work(
-    kind=kind,
-    model=setup.policy_model,
-    head='lm',
-    rows=rows * k // cfg.microbatches,
-    length=length,
-    times=cfg.microbatches,
-  )
+
+  def part(kind):
+    return Work(
+      kind=kind,
+      model=setup.policy_model,
+      head='lm',
+      rows=rows * k // cfg.microbatches,
+      length=length,
+      times=cfg.microbatches,
+    )
+
   work = {'score': [part('forward')] if frozen else [], 'update': [part('update')]}
   return Plan(make_step(setup, name, tx, state), (state, frozen, batch), work)
 

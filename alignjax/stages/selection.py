@@ -41,7 +41,10 @@ def build(setup: Setup, name: str) -> Stage:
   records = _prompts(setup, name)
   prompts = [r['prompt'] for r in records]
   candidates = find_candidates(setup, name)
-  load = lambda spec, head: initial_params(setup, str(spec), head, seed_of(name))
+
+  def load(spec, head):
+    return initial_params(setup, str(spec), head, seed_of(name))
+
   reward = load(cfg.init.reward, 'scalar') if cfg.init.reward else None
   ref = load(cfg.init.ref, 'lm') if cfg.init.ref else None
   score = plugins.bind(cfg.by, f'stages.{name}.by')
@@ -132,7 +135,10 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
       raise FileNotFoundError(
         f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.'
       )
-    origin = lambda p: checkpoint.load_info(p).get('made', {}).get('origin')
+
+    def origin(p):
+      return checkpoint.load_info(p).get('made', {}).get('origin')
+
     kept = sorted(
       (
         p

@@ -126,9 +126,10 @@ def judge(
       pool.shutdown(cancel_futures=True)
   verdicts, unread = [], 0
   for i, pair in enumerate(pairs):
-    make = lambda p, first='': Verdict(
-      pair.record['prompt_id'], pair.a, pair.b, p, name, endpoint.model, first
-    )  # noqa: B023
+
+    def make(p, first=''):
+      return Verdict(pair.record['prompt_id'], pair.a, pair.b, p, name, endpoint.model, first)  # noqa: B023
+
     if (i, 'a') not in asked:
       verdicts.append(make(0.5))
       continue
