@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from alignjax import plugins
-from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace
+from alignjax.runtime import checkpoint, failures, files, lock, metrics, saved_config, trace
 from alignjax.runtime.interrupt import Interrupt, on_any_process
 from alignjax.setup import entries, inputs, template_date
 from alignjax.setup.objects import Setup, for_stage, make_setup
@@ -123,7 +123,7 @@ def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
     for name in resolve(setup.config, policies) if jax.process_index() == 0 else ():
       if name not in done and finished(setup, name):
         inputs.check(setup.workdir, name, identity(setup.config, name), 'fail', say)
-  except (inputs.ChangedInput, checkpoint.ConfigMismatch) as error:
+  except (inputs.ChangedInput, saved_config.Mismatch) as error:
     say(f'no report, as its policies do not belong together: {error}')
     mixed = True
   return not on_any_process(mixed)[0]

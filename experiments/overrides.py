@@ -196,13 +196,9 @@ def _items_fit(made: Sequence, current: Sequence) -> bool:
   both kinds are one."""
 
   def group(x):
-    return (
-      float
-      if isinstance(x, (int, float)) and not isinstance(x, bool)
-      else tuple
-      if isinstance(x, list)
-      else type(x)
-    )
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+      return float
+    return tuple if isinstance(x, list) else type(x)
 
   return not current or {group(x) for x in made} <= {group(x) for x in current}
 

@@ -15,7 +15,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from alignjax.report import COLUMNS, NAMES  # noqa: E402  after the path
+from alignjax.report_page import COLUMNS, NAMES  # noqa: E402  after the path
 from experiments import command  # noqa: E402  after the path
 
 

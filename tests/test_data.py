@@ -189,8 +189,10 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, p
     part = make()
     for step in (0, 1, 29):
       jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, b[own]), part(step, own), expected[step]
-      )  # noqa: B023
+        lambda a, b: np.testing.assert_array_equal(a, b[own]),  # noqa: B023
+        part(step, own),
+        expected[step],
+      )
     seen += read
   assert sorted(seen) == list(range(count))
 

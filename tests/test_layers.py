@@ -46,6 +46,7 @@ ROOMS = (
   ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings'),
   ('stages',),
   ('plots',),
+  ('report_page',),
   ('report',),
   ('train',),
 )

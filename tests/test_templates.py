@@ -409,7 +409,7 @@ def test_a_conversation_that_the_template_refuses_is_named(bad, words):
   tokenizer = load_tokenizer(str(CHAT))
   tokenizer.chat_template = ALTERNATE
   fake = types.SimpleNamespace(
-    template=templates.make(tokenizer, 'chat'),
+    text=types.SimpleNamespace(template=templates.make(tokenizer, 'chat')),
     prompt_length=99,
     response_length=99,
     config=ConfigDict(

@@ -276,11 +276,10 @@ def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
   one, if it holds anything."""
   name = 'rope_scaling' if e.values.get('rope_scaling') else 'rope_parameters'
   table = e.values.get(name)
-  if (
-    table is not None
-    and not isinstance(table, dict)
-    or any(isinstance(v, dict) for v in (table or {}).values())
-  ):
+  is_flat = table is None or (
+    isinstance(table, dict) and not any(isinstance(v, dict) for v in table.values())
+  )
+  if not is_flat:
     raise ValueError(
       f'{e.path}: {name}={reprlib.repr(table)} is not covered; one flat object for all layers is.'
     )

@@ -24,12 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alignjax.models.axes import path_name
-from alignjax.runtime import checksums, files, fingerprints
+from alignjax.runtime import checksums, files, fingerprints, saved_config
 from alignjax.sharding import sync
-
-
-class ConfigMismatch(ValueError):
-  """The folder was written with another config."""
 
 
 class Checkpoints:
@@ -38,8 +34,8 @@ class Checkpoints:
 
   Args:
     directory: a folder, made if missing.
-    config: what decides the run's result, as JSON values. Another one than the folder's raises
-      ConfigMismatch.
+    config: the entries that decide the run's result, as JSON values. If they differ from those of
+      the folder, saved_config.Mismatch is raised.
     keep: how many checkpoints stay.
     logs: step -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to
       them (metrics.sums). It is kept with each checkpoint; a restore warns of every name whose
@@ -56,7 +52,7 @@ class Checkpoints:
   ):
     self.directory = files.absolute(directory)
     self._logs = logs if logs is not None and jax.process_index() == 0 else lambda step: {}
-    check_config(self.directory / 'config.json', config)
+    saved_config.check(self.directory / 'config.json', config)
     steps = self.directory / 'steps'
     for path in steps.iterdir() if jax.process_index() == 0 and steps.exists() else ():
       # of a killed save; orbax's own removal outlives an error of the run
@@ -371,43 +367,6 @@ def weights(directory: str | os.PathLike) -> str:
 
 def is_finished(directory: str | os.PathLike) -> bool:
   return (files.folder(directory) / 'info.json').exists()
-
-
-def check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
-  """ConfigMismatch names the entries that differ from those of the file, which is written where it
-  is missing."""
-  config = json.loads(json.dumps(config))
-  if not path.exists():
-    if jax.process_index() == 0:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      files.write(path, json.dumps(config, indent=2))
-    return
-  try:
-    old, new = _flat(json.loads(path.read_text())), _flat(config)
-  except ValueError as error:
-    raise ValueError(
-      f'{path} cannot be read ({error}). Delete it if you are sure that the config is the same.'
-    ) from None
-  absent = '(absent)'
-  wrong = [
-    f'  {k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}'
-    for k in sorted(old.keys() | new.keys())
-    if old.get(k, absent) != new.get(k, absent)
-  ]
-  if wrong:
-    raise ConfigMismatch(
-      f'{path.parent} was written with another config:\n'
-      + '\n'.join(wrong[:20])
-      + '\nUse another --workdir, set the old values, or delete the folder.'
-    )
-
-
-def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
-  if isinstance(tree, dict):
-    return {
-      k: v for name, child in tree.items() for k, v in _flat(child, f'{prefix}{name}.').items()
-    }
-  return {prefix.rstrip('.'): tree}
 
 
 def same(a: Any, b: Any) -> bool:

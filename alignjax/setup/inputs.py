@@ -23,7 +23,7 @@ from typing import Any
 from alignjax import plugins
 from alignjax.data import sources
 from alignjax.models import hf, hub
-from alignjax.runtime import checkpoint, files, fingerprints, metrics
+from alignjax.runtime import checkpoint, files, fingerprints, metrics, saved_config
 
 CHOICES = ('fail', 'keep', 'restart')
 TOKENIZER = (
@@ -276,8 +276,8 @@ def check(
   if found['config'] != fingerprints.of_value(config):
     if (folder / 'checkpoints' / 'config.json').exists():
       # which names the entries
-      checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)
-    raise checkpoint.ConfigMismatch(
+      saved_config.check(folder / 'checkpoints' / 'config.json', config)
+    raise saved_config.Mismatch(
       f'{what} with another config than this one. Use another --workdir, or delete the folder.'
     )
   if finished and (

@@ -320,25 +320,18 @@ def made_from(setup: Setup, name: str) -> str:
 def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
   """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it,
   whole or not at all."""
-  found = None
   if path.exists():
     try:
       saved = json.loads(path.read_bytes())
-      found = (
-        Comparisons(**saved['comparisons'])
-        if saved['checksum'] == fingerprints.of_value(saved['comparisons'])
-        else None
-      )
-      reason = (
-        'is damaged'
-        if found is None
-        else 'was made from other policies or settings'
-        if saved['made_from'] != key
-        else ''
-      )
+      reason = ''
+      if saved['checksum'] != fingerprints.of_value(saved['comparisons']):
+        reason = 'is damaged'
+      elif saved['made_from'] != key:
+        reason = 'was made from other policies or settings'
+      found = Comparisons(**saved['comparisons'])
     except (ValueError, KeyError, TypeError, OSError):
       reason = 'is damaged'
-    if found is not None and not reason:
+    if not reason:
       return found
     if jax.process_index() == 0:
       print(f'{path} {reason}: the comparisons are made again', flush=True)

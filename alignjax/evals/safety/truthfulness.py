@@ -107,11 +107,14 @@ def truthfulqa(
         path,
         questions,
         lambda some: completions.continuations(
-          model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)
+          model,
+          [asked[i] for i in some],  # noqa: B023
+          max_tokens=max_tokens,
+          until=('\n',),
         ),
         what=path.stem,
       )
-    ]  # noqa: B023
+    ]
   judged = {
     kind: _judge_all(judge, kind, keep, questions, answers)
     for kind, judge in (('truth', truth), ('info', info))
