@@ -68,7 +68,7 @@ def build(setup: Setup) -> None:
       measured['prefixes'] = np.array(json.dumps({'best': prefix, 'gold': scores}))
     elif own.policy_model == setup.policy_model:
       measured = evaluation.measure(ev, params, ref)
-    else:  # another architecture: its own compiled functions, and no KL to a reference of another size
+    else:  # Another architecture has compiled functions of its own and no KL to the reference.
       measured = evaluation.measure(prepare(own), params, None)
     sync(f'{path} measured')
     if main_process:

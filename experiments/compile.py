@@ -243,8 +243,7 @@ def describe(name: str, r: dict) -> str:
   if chip:
     lines.append(
       f'Estimated step: {r["seconds"][0]:.3g} s with communication behind computation, '
-      f'{r["seconds"][1]:.3g} s with '
-      f'none of it hidden; MFU {r["mfu"][0]:.0%} to {r["mfu"][1]:.0%}.'
+      f'{r["seconds"][1]:.3g} s with none of it hidden; MFU {r["mfu"][0]:.0%} to {r["mfu"][1]:.0%}.'
     )
   return '\n\n'.join(lines) + '\n'
 
@@ -260,8 +259,7 @@ def decode_words(r: dict) -> str:
   largest = max((s['bytes'] / s['times'] for s in gathers), default=0)
   return (
     f'Decode loop: {cost.si(each, "B")} a generated position and device, {cost.si(least, "B")} at '
-    f'least for the sharding; '
-    f'largest gather inside it {cost.si(largest, "B")}.'
+    f'least for the sharding; largest gather inside it {cost.si(largest, "B")}.'
   )
 
 

@@ -218,10 +218,9 @@ def markdown(result: dict) -> str:
       '# Held-out labelers',
       '',
       f'{result["labelers"]} labelers with {p["min_votes"]} votes or more in {p["folds"]} groups, '
-      f'{models} reward models. Share of '
-      'votes ordered as the labeler did, on prompts that no model saw; mean and 95% interval by '
-      'prompt (votes). Paper: 72.4 ± 0.4% '
-      'seen, 69.6 ± 0.9% held out.',
+      f'{models} reward models. Share of votes ordered as the labeler did, on prompts that no '
+      'model saw; mean and 95% interval by prompt (votes). Paper: 72.4 ± 0.4% seen, 69.6 ± 0.9% '
+      'held out.',
       '',
       '| | labelers of the training groups | labelers of the held-out group |',
       '|---|---|---|',

@@ -127,9 +127,8 @@ def main(argv: list[str]) -> None:
       )
     for name in (name for name, rows in splits.items() if not rows):
       print(
-        f'WARNING: the split {name} is empty: of {log[-1][2]} records that are left none came '
-        f'into its share of '
-        f'{shares[name]:g}. Give more records, other --shares, or another --seed.'
+        f'WARNING: the split {name} is empty: of {log[-1][2]} records that are left none came into '
+        f'its share of {shares[name]:g}. Give more records, other --shares, or another --seed.'
       )
     out.mkdir(parents=True, exist_ok=True)
     if options.format == 'tfds':

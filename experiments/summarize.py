@@ -75,9 +75,8 @@ def check(reports: dict[str, dict]) -> None:
   for folder, report in reports.items():
     if 'config' not in report:
       raise SystemExit(
-        f'error: {folder}/report.json does not say by which config it was made; another version '
-        f'of alignjax '
-        'wrote it.'
+        f'error: {folder}/report.json does not say by which config it was made; another version of '
+        'alignjax wrote it.'
       )
     flat[folder] = flatten(report['config'])
   seeds: dict[tuple, str] = {}

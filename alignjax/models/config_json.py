@@ -249,8 +249,7 @@ def _window(kind: str, e: Entries, layers: int) -> int | None:
   ):
     raise ValueError(
       f'{e.path}: layer_types={reprlib.repr(types)} is not covered for {kind}; covered: '
-      f'{" and ".join(covered)}, '
-      f'one for each of num_hidden_layers={layers}.'
+      f'{" and ".join(covered)}, one for each of num_hidden_layers={layers}.'
     )
   if kind == 'llama':
     return None

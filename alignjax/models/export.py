@@ -130,8 +130,7 @@ def _config(
     if field.name not in (*FREE, 'tie_embeddings') and was != now:
       raise ValueError(
         f'model.{field.name}={now!r} was trained, but {source}/config.json means {was!r}, and an '
-        f'export takes that '
-        'file over; such a model cannot be exported.'
+        'export takes that file over; such a model cannot be exported.'
       )
   config = {
     k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')
@@ -211,11 +210,9 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
     name = config['architectures'][0]
     raise ValueError(
       f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. "
-      f'--bias=drop leaves '
-      'it out, which shifts all scores alike, so that differences and rankings stay; --bias=keep '
-      'writes it to '
-      'config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it '
-      'loads it).'
+      '--bias=drop leaves it out, which shifts all scores alike, so that differences and rankings '
+      'stay; --bias=keep writes it to config.json as alignjax_score_bias, to be added to every '
+      'logit (alignjax does so when it loads it).'
     )
   if choice == 'drop':
     return params, f'{bias:.6g}, left out: add it to a score for that of alignjax'

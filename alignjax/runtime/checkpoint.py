@@ -138,8 +138,7 @@ class Checkpoints:
       except _Mismatch as error:
         raise ValueError(
           f'{self.directory}: checkpoint {step} is of another model: {error}. Use another '
-          f'--workdir, or '
-          'delete the folder.'
+          '--workdir, or delete the folder.'
         ) from None
       except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
         self._set_aside(step, error)
@@ -149,8 +148,7 @@ class Checkpoints:
     if steps:
       raise ValueError(
         f'{self.directory}: none of the checkpoints {steps} can be read; they are in '
-        f'{self.directory / "damaged"}. '
-        'The same command starts this stage again.'
+        f'{self.directory / "damaged"}. The same command starts this stage again.'
       )
     return None
 
@@ -164,8 +162,7 @@ class Checkpoints:
   def _set_aside(self, step: int, error: Exception) -> None:
     print(
       f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: '
-      f'{_first_line(error)}); moved to '
-      f'{self.directory}/damaged, trying the one before.',
+      f'{_first_line(error)}); moved to {self.directory}/damaged, trying the one before.',
       flush=True,
     )
     if jax.process_index() == 0:
@@ -180,8 +177,7 @@ def logs_changed(paths: Iterable[os.PathLike], when: str) -> str:
   """A warning that logs are no longer what was written."""
   return (
     f'WARNING: {" and ".join(map(str, paths))}: damaged or changed {when}; what is drawn from '
-    f'there may be wrong, the '
-    'weights are not touched.'
+    'there may be wrong, the weights are not touched.'
   )
 
 
@@ -279,8 +275,7 @@ def save_params(
   except Exception as error:  # noqa: BLE001 as in Checkpoints
     raise OSError(
       f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the '
-      f'same command goes on '
-      'from the last checkpoint.'
+      'same command goes on from the last checkpoint.'
     ) from error
   sync(str(directory))
 
@@ -311,8 +306,7 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
   except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
     raise Damaged(
       f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the '
-      f'run that wrote it '
-      'makes it again from its last checkpoint.'
+      'run that wrote it makes it again from its last checkpoint.'
     ) from error
   return _like(abstract_params, leaves)
 
@@ -328,8 +322,7 @@ def load_info(directory: str | os.PathLike) -> dict[str, Any]:
   except (ValueError, AttributeError, TypeError, OSError) as error:
     raise Damaged(
       f'{path} is damaged ({error}). Delete {path.parent}, and the run that wrote it makes it '
-      f'again from its last '
-      'checkpoint.'
+      'again from its last checkpoint.'
     ) from None
   return info | ({'made': made} if made else {})
 

@@ -77,11 +77,9 @@ def stop_for_bad_updates(
   bad = ', '.join(f'{name}={value}' for name, value in values.items() if not np.isfinite(value))
   raise FloatingPointError(
     f'step {step}: {int(np.asarray(state.skipped)[1])} updates in a row had a loss or gradient '
-    f'that was not finite and were '
-    f'skipped ({bad}). The batch is in {path}, the last finite parameters in checkpoint {step}. '
-    f'JAX_DEBUG_NANS=1 names the '
-    'operation; a lower learning rate or clip_norm (optimizer.*) may help; '
-    '--config.max_bad_updates lets more pass.'
+    f'that was not finite and were skipped ({bad}). The batch is in {path}, the last finite '
+    f'parameters in checkpoint {step}. JAX_DEBUG_NANS=1 names the operation; a lower learning rate '
+    'or clip_norm (optimizer.*) may help; --config.max_bad_updates lets more pass.'
   )
 
 

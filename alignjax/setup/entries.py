@@ -154,8 +154,7 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
     ):
       raise ValueError(
         f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', "
-        f"'hf:FOLDER_OR_HUB_NAME' or the folder "
-        "of a finished stage's weights, WORKDIR/STAGE/final."
+        "'hf:FOLDER_OR_HUB_NAME' or the folder of a finished stage's weights, WORKDIR/STAGE/final."
       )
 
 

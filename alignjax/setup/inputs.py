@@ -239,8 +239,7 @@ def _load(path: files.Folder) -> dict[str, Any]:
   except (ValueError, KeyError, AttributeError, OSError) as error:
     raise checkpoint.Damaged(
       f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made '
-      f'from. '
-      f'Delete the folder {path.parent} to do the stage again.'
+      f'from. Delete the folder {path.parent} to do the stage again.'
     ) from None
 
 
@@ -352,8 +351,7 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
   )
   return (
     f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put '
-    f'back what was there, or '
-    'use another --workdir.'
+    'back what was there, or use another --workdir.'
   )
 
 

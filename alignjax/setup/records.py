@@ -47,8 +47,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   if not made and split == 'train':
     raise ValueError(
       f'data.heldout.share={share} holds out every prompt of the {len(found)} records of '
-      f'data.{kind}; '
-      'lower it.'
+      f'data.{kind}; lower it.'
     )
   return batches.draw(made, count, (setup.config.seed, seed_of(kind)))
 

@@ -73,8 +73,7 @@ def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
   if shape[0] % shards:
     raise ValueError(
       f'a batch of {shape[0]} rows does not divide over the {shards} devices of the mesh that '
-      f'share a batch: '
-      'change the batch, or a smaller mesh.data or mesh.fsdp.'
+      'share a batch: change the batch, or a smaller mesh.data or mesh.fsdp.'
     )
   return jax.ShapeDtypeStruct(shape, dtype, sharding=setup.sharder.batch)
 

@@ -99,9 +99,8 @@ def _read(
     if most is not None and len(kept) > most:
       raise ValueError(
         f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, '
-        f'more than the '
-        f"{most} that the stage's k_buckets leave room for; add that number to them, or leave "
-        f'responses out.'
+        f"more than the {most} that the stage's k_buckets leave room for; add that number to them, "
+        'or leave responses out.'
       )
   return Comparisons(
     [prompt for prompt, _ in limited.rows],

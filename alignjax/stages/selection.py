@@ -154,9 +154,8 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
   if len(out) < 2:
     raise ValueError(
       f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose '
-      f'from but '
-      f'{", ".join(out) or "nothing"}. A stage that runs with stages.NAME.keep_candidates=N keeps '
-      f'N.'
+      f'from but {", ".join(out) or "nothing"}. A stage that runs with '
+      'stages.NAME.keep_candidates=N keeps N.'
     )
   return out
 

@@ -113,14 +113,12 @@ def check(setup: Setup, name: str) -> None:
   if not 0 <= cfg.pretrain_mix < 1:
     raise ValueError(
       f'stages.{name}.pretrain_mix={cfg.pretrain_mix} must be a share of the loss from 0 to below '
-      f'1; 1 would leave '
-      'no demonstration.'
+      '1; 1 would leave no demonstration.'
     )
   if text_rows_of(cfg) >= cfg.batch_size:
     raise ValueError(
       f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of '
-      f'{cfg.batch_size}: '
-      'raise batch_size.'
+      f'{cfg.batch_size}: raise batch_size.'
     )
   check_counts(setup, f'stages.{name}', 'demonstrations', demonstrations=cfg.demonstrations)
   if cfg.pretrain_mix:
