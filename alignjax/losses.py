@@ -1,11 +1,12 @@
-"""The losses: pure functions of one signature (types.LossFn). The file that a fork reads first.
+"""The losses: pure functions of one signature (types.LossFn). This is the file that a fork reads
+first.
 
     loss, metrics = loss_fn(params, batch, key, nets=nets, **coefficients)
 
 `batch` was normalised over the whole minibatch (batch.normalized()), so each loss is a plain
-weighted sum and the gradients of microbatches add up to the gradient of the minibatch exactly. A
-loss of your own goes into your own file and is named in the config: c.loss =
-dict(fn='mylab.losses:my_loss', beta=0.1).
+weighted sum, and the gradients of microbatches add up to the gradient of the minibatch exactly. A
+loss of your own goes into a file of your own and is named in the config:
+c.loss = dict(fn='mylab.losses:my_loss', beta=0.1).
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from alignjax.types import (
 def sft(
   params: Params, batch: TokenBatch, key: jax.Array | None, *, nets: Networks
 ) -> tuple[jax.Array, Metrics]:
-  """Cross-entropy of the weighted tokens, in nats a token: -sum_t w_t log p(x_t | x_<t).
+  """Cross-entropy of the weighted tokens in nats per token: -sum_t w_t log p(x_t | x_<t).
 
-  Used for pretraining (every token weighs 1) and for supervised fine-tuning (paper section 3.5),
-  where the data decides the weights: response and end-of-text only by default. The paper does not
-  say whether prompts were masked. Where pretraining text is mixed in (appendix C.3), the loss is
-  sum_s share_s loss_s over the sources of batch.mix; the mean loss of each source and its share of
-  the weights are among the metrics.
+  It serves for pretraining, where every token has the same weight, and for supervised fine-tuning
+  (section 3.5 of the paper), where the data decides: by default only the response and its end token
+  have a weight. The paper does not say whether prompts were masked. Where pretraining text is mixed
+  in (appendix C.3), the loss is sum_s share_s loss_s over the sources of batch.mix, and the metrics
+  have the mean loss of each source and its share of the weights.
   """
   logprobs, _ = nets.logprobs(params['policy'], batch.tokens, batch.mask, key=key)
   loss = -jnp.sum(batch.weights * logprobs)
@@ -54,12 +55,14 @@ def reward_ranking(
   """The K-way ranking loss, Eq. 1: -(1 / C(K,2)) E[ log sigmoid( r(x, y_w) - r(x, y_l) ) ].
 
   Each response passes through the model once, and all C(K,2) pairs of a prompt are one batch
-  element; as independent pairs, each response would be trained on K - 1 times and one epoch
-  overfits (paper, footnote 5). Ties are dropped (C.2) and absent responses masked; K in C(K,2)
-  counts the responses that are present. What the paper leaves open: with ties, we still divide by
-  C(K,2), and the stage leaves out prompts whose responses all tie. Every prompt has the same weight
-  in an epoch (ComparisonBatch.normalized); `rm/loss` and the other figures are means over the
-  prompts of the batch.
+  element. As independent pairs, each response would be trained on K - 1 times, and one epoch
+  overfits (footnote 5 of the paper). Ties are dropped (C.2) and absent responses are masked; K in
+  C(K,2) is the number of responses that are present.
+
+  The paper leaves open how ties count. Here the divisor stays C(K,2), and the stage leaves out
+  prompts whose responses all tie. Every prompt has the same weight in an epoch
+  (ComparisonBatch.normalized); `rm/loss` and the other metrics are means over the prompts of the
+  batch.
   """
   del key  # no dropout: the paper reports none for the reward model
   assert batch.mean_weights is not None, 'normalized() makes them'
@@ -76,7 +79,10 @@ def reward_ranking(
   per_prompt = -jnp.sum(jnp.where(wins, jax.nn.log_sigmoid(margins), 0.0), axis=(1, 2)) / all_pairs
   loss = jnp.sum(batch.weights * per_prompt)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  mean = lambda x: jnp.sum(mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
+
+  def mean(x):
+    return jnp.sum(mean_weights * jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count)
+
   return loss, {
     'rm/loss': jnp.sum(mean_weights * per_prompt),
     'rm/accuracy': mean(margins > 0),
@@ -85,8 +91,8 @@ def reward_ranking(
 
 
 def response_logprobs(params: Params, batch: PreferenceBatch, *, nets: Networks) -> jax.Array:
-  """f32[B,K,T]: log pi of each response token given all before it, 0 on prompts and pads. params:
-  of one language model."""
+  """f32[B,K,T]: log pi of each response token given all tokens before it, and 0 on prompts and
+  pads. params: those of one language model."""
   b, k, t = batch.tokens.shape
   logprobs, _ = nets.logprobs(params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
   return jnp.where(batch.response_mask, logprobs.reshape(b, k, t), 0.0)
@@ -100,12 +106,15 @@ def dpo(
   nets: Networks,
   beta: float = 0.1,
 ) -> tuple[jax.Array, Metrics]:
-  """Direct preference optimization (Rafailov et al. 2023, Eq. 7): -log sigmoid(h_w - h_l), h = beta
-  log(pi(y|x) / pi_ref(y|x)).
+  """Direct preference optimization (Rafailov et al. 2023, Eq. 7): -log sigmoid(h_w - h_l), with
+  h = beta log(pi(y|x) / pi_ref(y|x)).
 
-  Of K ranked responses the mean over the pairs without a tie; K = 2 is the paper's. pi(y|x) is of
-  the whole response, its end token included. No dropout, so that policy and reference are equal
-  before the first update.
+  Of K ranked responses the loss is the mean over the pairs without a tie; the paper has K = 2.
+  pi(y|x) is the probability of the whole response, including its end token. There is no dropout, so
+  that policy and reference are equal before the first update.
+
+  Raises:
+    ValueError: the batch has no ref_logprobs.
   """
   del key
   if batch.ref_logprobs is None:
@@ -117,9 +126,15 @@ def dpo(
   wins = batch.pairs()
   margins = jnp.where(wins, implicit[:, :, None] - implicit[:, None, :], 0.0)
   count = jnp.maximum(jnp.sum(wins, axis=(1, 2)), 1)
-  per_prompt = lambda x: jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+
+  def per_prompt(x):
+    return jnp.sum(jnp.where(wins, x, 0.0), axis=(1, 2)) / count
+
   losses = -per_prompt(jax.nn.log_sigmoid(margins))
-  mean = lambda x: jnp.sum(batch.mean_weights * x)
+
+  def mean(x):
+    return jnp.sum(batch.mean_weights * x)
+
   return jnp.sum(batch.weights * losses), {
     'dpo/loss': mean(losses),
     'dpo/accuracy': mean(per_prompt(margins > 0)),
@@ -140,15 +155,18 @@ def ppo(
 ) -> tuple[jax.Array, Metrics]:
   """The clipped surrogate and the value loss, summed over response tokens with the batch's weights.
 
-  policy: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)),
-          where ratio = pi(y_t|.) / pi_old(y_t|.)
-  value:  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2);
-          0.5 (V - G)^2 where value_clip is None
+  The policy loss is max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)) with
+  ratio = pi(y_t|.) / pi_old(y_t|.) (Schulman et al. 2017, Eq. 7). The value loss is
+  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2), as in
+  lm-human-preferences `train_policy.py: loss`. There is no entropy bonus, and no dropout whatever
+  the key (docs/pitfalls.md, 8).
 
-  Schulman et al. 2017 Eq. 7; the value clip as in lm-human-preferences `train_policy.py: loss`.
-  clip_eps 0.2 is the paper's (C.4); it does not report value_clip and vf_coef. Policy and value
-  share no parameters, so vf_coef only matters with gradient clipping over both. There is no
-  dropout, whatever the key (docs/pitfalls.md, 8), and no entropy bonus.
+  Args:
+    clip_eps: 0.2 is the paper's (C.4).
+    value_clip: not reported by the paper; None leaves the value loss at 0.5 (V - G)^2.
+    vf_coef: not reported by the paper. Policy and value share no parameters, so it only matters
+      with gradient clipping over both.
+    temperature: of the samples.
   """
   del key
   rollout = batch.rollout
@@ -156,7 +174,9 @@ def ppo(
   advantages, returns = jax.lax.stop_gradient((batch.advantages, batch.returns))
   tokens, mask = rollout.sequences()
   first = rollout.prompts.shape[1]
-  total = lambda x: jnp.sum(batch.weights * jnp.where(rollout.mask, x, 0.0))
+
+  def total(x):
+    return jnp.sum(batch.weights * jnp.where(rollout.mask, x, 0.0))
 
   logprobs, entropy = nets.logprobs(params['policy'], tokens, mask, temperature=temperature)
   log_ratio = jnp.where(rollout.mask, logprobs[:, first:] - old_logprobs, 0.0)
@@ -204,10 +224,13 @@ def ppo_ptx(
   """PPO with the pretraining term of Eq. 2: ppo + ptx_coef * E_{x ~ pretrain}[-log pi(x)], in one
   gradient.
 
-  The paper accumulates both gradients and then takes one optimizer step (C.4). ptx_coef 27.8
-  multiplies a loss whose reduction (token mean or sequence sum) the paper does not report; ours is
-  the mean over the minibatch's pretraining tokens, so the coefficient has to be tuned for it.
-  ptx_coef 0 is PPO: then the batch carries no pretraining rows.
+  The paper accumulates both gradients and then takes one optimizer step (C.4). Its ptx_coef of 27.8
+  multiplies a loss whose reduction (token mean or sequence sum) it does not report. Here it is the
+  mean over the pretraining tokens of the minibatch, so the coefficient has to be tuned for it. With
+  ptx_coef 0 this is PPO, and the batch carries no pretraining rows.
+
+  Raises:
+    ValueError: ptx_coef is not 0, but the batch has no pretraining rows.
   """
   loss, metrics = ppo(
     params,
@@ -223,9 +246,8 @@ def ppo_ptx(
     return loss, metrics
   if batch.ptx is None:
     raise ValueError(
-      f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode > '
-      f'0 and '
-      'ptx.source, or ptx_coef=0 for plain PPO.'
+      f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode '
+      f'above 0, or ptx_coef=0 for plain PPO.'
     )
   with jax.named_scope('ptx'):
     logprobs, _ = nets.logprobs(params['policy'], batch.ptx.tokens, batch.ptx.mask)

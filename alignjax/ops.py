@@ -1,9 +1,9 @@
-"""Array mathematics of RLHF: token log-probabilities, masked statistics, KL, token rewards,
+"""The array mathematics of RLHF: token log-probabilities, masked statistics, KL, token rewards and
 advantages.
 
-Everything is float32 and pure. Masks are bool and come from the data. Shapes use the letters of
-types.py. Each function checks rank and dtype first: an integer reward would round 0.9 to 0 without
-a word (docs/pitfalls.md, 13).
+All functions are pure and compute in float32. Masks are bool and come from the data. Shapes use the
+letters of types.py. Each function checks ranks and dtypes first, because an integer reward would
+silently round 0.9 to 0 (docs/pitfalls.md, 13).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 
 def positions(mask: jax.Array) -> jax.Array:
-  """Position of each token among the real tokens of its row: i32[B,T].
+  """The position of each token among the real tokens of its row: i32[B,T].
 
-  [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. The one place where positions come from, for training, scoring
-  and prefill, so that a padded row is read as the unpadded one (docs/pitfalls.md, 5). Pads get 0,
-  which nobody reads. In a packed row, whose mask holds document numbers, they begin again in each
+  [0, 0, 1, 1, 1] -> [0, 0, 0, 1, 2]. Training, scoring and prefill all take their positions from
+  here, so that a padded row is read as the unpadded one (docs/pitfalls.md, 5). Pads get 0, which
+  nothing reads. In a packed row, whose mask holds document numbers, positions begin again in each
   document: [1, 1, 2, 2, 2, 0] -> [0, 1, 0, 1, 2, 0].
   """
   if mask.dtype != bool:
@@ -37,8 +37,8 @@ def positions(mask: jax.Array) -> jax.Array:
 
 
 def visible(mask: jax.Array) -> jax.Array:
-  """bool[B,T,T]: whether token t may read token s: one before it or itself, no pad, and of the same
-  document in a packed row."""
+  """bool[B,T,T]: whether token t may attend to token s, which must be real, not behind t, and in a
+  packed row of the same document."""
   causal = jnp.tril(jnp.ones((mask.shape[-1],) * 2, bool))[None]
   if mask.dtype == bool:
     return causal & mask[:, None, :]
@@ -46,8 +46,8 @@ def visible(mask: jax.Array) -> jax.Array:
 
 
 def last_live(x: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
-  """x[..., T] at the last True of mask[..., T], for any side of padding; position 0 where nothing
-  is live."""
+  """x[..., T] at the last True of mask[..., T], whichever side is padded; at position 0 where the
+  mask has no True."""
   chex.assert_equal_shape([x, mask])
   length = mask.shape[-1]
   index = length - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
@@ -56,19 +56,20 @@ def last_live(x: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
 
 
 def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Log-probability of each target and entropy of each distribution, in float32 (nats).
+  """The log-probability of each target and the entropy of each distribution, in float32 (nats).
 
-  Args:
-    logits: [..., V], any float dtype; already divided by the temperature.
-    targets: i32[...].
-
-  Returns:
-    (f32[...], f32[...]). The entropy is computed only where the caller uses it: XLA drops the rest.
-
-  The gradient is written out (d logprob = onehot - p, d entropy = -p (log p + H)): it keeps the
+  The gradient is written out (d logprob = onehot - p, d entropy = -p (log p + H)). It stores the
   logits and no softmax beside them, and the forward pass is the same program with and without a
   gradient. With automatic differentiation the two differed in the last bit of one log-probability
   in three hundred, and so did the PPO ratio from 1 before the first update.
+
+  Args:
+    logits: [..., V], of any float dtype, already divided by the temperature.
+    targets: i32[...].
+
+  Returns:
+    (f32[...], f32[...]). The entropy costs nothing where the caller does not use it, because XLA
+    drops it then.
   """
   return _token_logprobs(logits.astype(jnp.float32), targets)
 
@@ -101,14 +102,14 @@ _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Mean of x over the True elements of mask, of all rows and devices; 0 where there is none."""
+  """The mean of x over the True elements of mask, of all rows and devices; 0 where none is True."""
   chex.assert_equal_shape([x, mask])
   mask = mask.astype(x.dtype)
   return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def masked_variance(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Population variance of x over the True elements of mask."""
+  """The population variance of x over the True elements of mask."""
   return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
 
@@ -116,9 +117,9 @@ def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
   """Scales x to variance 1 over the mask of the whole batch, and to mean 0 unless shift_mean is
   False.
 
-  (x - mean) * rsqrt(var + 1e-8) with the population variance, as lm-human-preferences
-  `utils/core.py: whiten`; that code whitens each rank and minibatch apart and counts pads, we
-  whiten once over the live tokens of the global batch. Pads come out as 0.
+  The result is (x - mean) * rsqrt(var + 1e-8) with the population variance, as in
+  lm-human-preferences `utils/core.py: whiten`. That code whitens each rank and minibatch apart and
+  counts pads; this one whitens once, over the live tokens of the global batch. Pads become 0.
   """
   chex.assert_equal_shape([x, mask])
   chex.assert_type(x, jnp.float32)
@@ -134,10 +135,10 @@ def kl_estimates(
 ) -> tuple[jax.Array, jax.Array]:
   """Two estimates of KL(policy || reference) for each response, in nats: (k1 f32[B], k3 f32[B]).
 
-  k1 = sum_t log(pi/ref) is the paper's penalty: unbiased, but single values may be negative. k3 =
-  sum_t (ref/pi - 1 - log(ref/pi)) is unbiased too and never negative (J. Schulman, "Approximating
-  KL divergence"). A k3 that is far from k1 on average says that the tokens were not sampled from
-  the distribution that scored them (docs/pitfalls.md, 9).
+  k1 = sum_t log(pi/ref) is the paper's penalty. It is unbiased, but single values may be negative.
+  k3 = sum_t (ref/pi - 1 - log(ref/pi)) is unbiased too and never negative (J. Schulman,
+  "Approximating KL divergence"). A k3 that is far from k1 on average shows that the tokens were not
+  sampled from the distribution that scored them (docs/pitfalls.md, 9).
   """
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
   log_ratio = jnp.where(mask, logprobs - ref_logprobs, 0.0)
@@ -151,12 +152,18 @@ def token_rewards(
   mask: jax.Array,
   kl_coef: jax.Array | float,
 ) -> jax.Array:
-  """The reward of every response token: -kl_coef * log(pi/ref), and the score on the last live one.
-  f32[B,R].
+  """The reward of every response token, f32[B,R]: -kl_coef * log(pi/ref), and the score on the last
+  live token.
 
-  Section 3.5 and Eq. 2 of the paper: r(x, y) - beta * log(pi(y|x) / ref(y|x)), the sequence
-  log-ratio being the sum of the token log-ratios. For mask [1, 1, 1, 0] the score goes to index 2,
-  never to a pad (docs/pitfalls.md, 1).
+  Section 3.5 and Eq. 2 of the paper: r(x, y) - beta * log(pi(y|x) / ref(y|x)), where the log-ratio
+  of the sequence is the sum of those of its tokens. For the mask [1, 1, 1, 0] the score goes to
+  index 2, never to a pad (docs/pitfalls.md, 1).
+
+  Args:
+    scores: f32[B], the reward of each whole response.
+    logprobs, ref_logprobs: f32[B,R], under the policy that sampled and under the reference.
+    mask: bool[B,R].
+    kl_coef: beta in Eq. 2.
   """
   chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
@@ -172,13 +179,22 @@ def token_rewards(
 def gae(
   rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[jax.Array, jax.Array]:
-  """Generalised advantage estimation over right-padded responses: (advantages, returns), both
-  f32[B,R], 0 on pads.
+  """Generalised advantage estimation over right-padded responses.
 
-  delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, returns = A + V, where V
-  and A beyond the last live token are 0: the episode ends there, whether with an end-of-text token
-  or at the length limit. Schulman et al. 2016, Eq. 16. The paper does not discount (gamma 1) and
-  does not report lam; 0.95 is that of Stiennon et al. 2020.
+  delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, and returns = A + V
+  (Schulman et al. 2016, Eq. 16). V and A behind the last live token are 0: the episode ends there,
+  whether with an end token or at the length limit. The paper does not discount (gamma 1) and does
+  not report lam; 0.95 is the value of Stiennon et al. 2020.
+
+  Args:
+    rewards: f32[B,R], of token_rewards.
+    values: f32[B,R], the value before each token.
+    mask: bool[B,R].
+    gamma: discount per token.
+    lam: lambda of the estimator.
+
+  Returns:
+    (advantages, returns), both f32[B,R] and 0 on pads.
   """
   chex.assert_rank([rewards, values, mask], 2)
   chex.assert_equal_shape([rewards, values, mask])
@@ -199,18 +215,28 @@ def gae(
 def adaptive_kl_coef(
   kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target: float, horizon: int
 ) -> jax.Array:
-  """The controller of Ziegler et al. 2019 (section 2.2): a proportional step towards the target KL,
-  clipped to 20%.
+  """The KL coefficient after a proportional step towards a target KL, clipped to 20% (Ziegler et
+  al. 2019, section 2.2). The paper keeps it fixed; this is a choice of the config.
 
-  kl: f32[], nats a response. The paper keeps kl_coef fixed; this is a choice of the config.
+  Args:
+    kl_coef: f32[], the present coefficient.
+    kl: f32[], the mean KL in nats per response.
+    episodes: responses since the last step.
+    target: the KL to steer to, in nats per response.
+    horizon: in episodes; the larger it is, the more slowly the coefficient moves.
   """
   error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
   return kl_coef * (1.0 + error * episodes / horizon)
 
 
 def in_chunks(function: Callable, rows: Any, size: int | None) -> Any:
-  """The function over chunks of the leading axis of `rows`, one after the other; all rows at once
-  where size is None."""
+  """Applies a function to chunks of the leading axis of `rows`, one after the other.
+
+  Args:
+    function: rows -> a tree of arrays with the same leading axis.
+    rows: a tree of arrays with one leading axis.
+    size: rows of a chunk, a divisor of their number; None processes all rows at once.
+  """
   count = jax.tree.leaves(rows)[0].shape[0]
   if size is None or size >= count:
     return function(rows)

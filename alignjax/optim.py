@@ -1,10 +1,10 @@
-"""Optimizers and schedules from the config. One optimizer for each entry of params: policy and
-value may differ.
+"""Optimizers and schedules from the config. Each entry of params has an optimizer of its own, so
+that policy and value may differ:
 
     c.optimizer = dict(policy=dict(fn='alignjax.optim:adam', lr=1e-5, schedule='cosine'),
-    value=dict(...))
+                       value=dict(fn='alignjax.optim:adam', lr=9e-6))
 
-A fork names its own function: (*, steps, **its own numbers) -> optax.GradientTransformation.
+A fork names its own function: (*, steps, **coefficients) -> optax.GradientTransformation.
 """
 
 from __future__ import annotations
@@ -40,12 +40,19 @@ def adam(
     steps: optimizer updates of the whole run.
     lr: peak learning rate.
     schedule: 'constant', or 'cosine' from lr to final * lr.
-    warmup: updates of linear warmup, or a fraction of `steps` where below 1; from warmup_from * lr.
-    eps, eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)); 'tensorflow', the form of the original
-      code, to sqrt(v) without that correction, which is the larger epsilon early on
+    warmup: updates of linear warmup from warmup_from * lr; below 1, a fraction of `steps`.
+    warmup_from: the first learning rate, as a fraction of lr.
+    final: the last learning rate of the cosine schedule, as a fraction of lr.
+    b1, b2: decay rates of the two moments.
+    eps: epsilon of the denominator.
+    eps_form: 'torch' adds eps to sqrt(v / (1 - b2^t)). 'tensorflow', the form of the original code,
+      adds it to sqrt(v) without that correction, which makes epsilon larger early on
       (docs/pitfalls.md, 17).
-    weight_decay: decoupled (AdamW), of the parameters that `decays` names.
-    clip_norm: global gradient norm of this entry of params.
+    weight_decay: decoupled (AdamW), for the parameters that `decays` names.
+    clip_norm: the largest global gradient norm of this entry of params; None does not clip.
+
+  Raises:
+    ValueError: schedule or eps_form is unknown, or the warmup is as long as the run.
   """
   rate = make_schedule(
     steps=steps, lr=lr, schedule=schedule, warmup=warmup, warmup_from=warmup_from, final=final
@@ -64,11 +71,12 @@ def adam(
 
 
 def decays(params: Any) -> Any:
-  """A tree of bools like params: which of them weight decay shrinks.
+  """A tree of bools like params: which parameters weight decay shrinks.
 
-  Matrices do, embeddings among them (the embedding is the unembedding where the two are tied;
-  GPT-2's and Megatron's code decay it too); scales and biases do not, nor does any other vector.
-  Parameters under 'layers' are stacked [L, ...]: a norm's scale [L,D] is a vector of each layer.
+  It shrinks matrices, including embeddings (the embedding is the unembedding where the two are
+  tied, and the code of GPT-2 and Megatron decays it too). It does not shrink scales, biases and
+  other vectors. Parameters under 'layers' are stacked [L, ...], so the scale of a norm, [L,D], is a
+  vector of each layer.
   """
 
   def one(path, leaf):
@@ -81,7 +89,7 @@ def decays(params: Any) -> Any:
 def make_schedule(
   *, steps: int, lr: float, schedule: str, warmup: float, warmup_from: float, final: float
 ) -> Callable:
-  """Update number -> learning rate."""
+  """The learning rate as a function of the number of the update. For the arguments see adam."""
   warm = (
     int(warmup) if warmup >= 1 or warmup == 0 else min(max(1, round(warmup * steps)), steps - 1)
   )
@@ -99,8 +107,8 @@ def make_schedule(
 
 
 def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """Adam of TensorFlow 1: m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), "epsilon hat" in Kingma
-  and Ba 2015."""
+  """Adam as in TensorFlow 1: m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), the "epsilon hat" of
+  Kingma and Ba 2015."""
   adam_state = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
   def update(grads, state, params=None):
@@ -113,7 +121,10 @@ def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransfor
 
 
 def make(transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
-  """One transformation of params = {name: tree}: each entry by its own, with its own clipping and
-  schedule."""
-  label = lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: B023
+  """One transformation of params = {name: tree}, which updates each entry by its own
+  transformation, with its own clipping and schedule."""
+
+  def label(params):
+    return {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()}  # noqa: B023
+
   return optax.partition(dict(transforms), label)

@@ -1,7 +1,6 @@
-"""Functions named in the config: dict(fn='module:name', coefficient=...). How losses, rewards,
-advantage estimators, optimizers and stages are chosen, ours and a fork's alike. No registry: the
-name is the import path.
-"""
+"""Functions that the config names: dict(fn='module:name', coefficient=...). This is how losses,
+rewards, advantage estimators, optimizers and stages are chosen, ours and a fork's alike. There is
+no registry: the name is the import path."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-# Where functions are whose names stand in configs and results of earlier versions: the module then
-# -> the module now.
+# Configs and results of earlier versions name functions by where they were then: the module then ->
+# the module now.
 MOVED_MODULES = {
   'alignjax.evals.bias': 'alignjax.evals.safety.bias',
   'alignjax.evals.public': 'alignjax.evals.public.nlp',
@@ -53,7 +52,15 @@ def _renamed(value: Any, functions: Mapping[str, str], modules: Mapping[str, str
 
 
 def find(name: str, where: str) -> Callable:
-  """The function 'module:name'. `where` is the config key, for the error message."""
+  """The function 'module:name'.
+
+  Args:
+    name: its name; one of an earlier version is understood too.
+    where: the config key, for the error message.
+
+  Raises:
+    ValueError: the name has another form, or there is no such module or function.
+  """
   module_name, _, attribute = str(current_names(name)).partition(':')
   if not attribute or not all(part.isidentifier() for part in module_name.split('.')):
     raise ValueError(
@@ -78,16 +85,21 @@ def bind(
   given: Iterable[str] = (),
   facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable:
-  """The function of a spec with its coefficients bound. They are its keyword-only arguments.
+  """The function of a spec with its coefficients bound, which are its keyword-only arguments.
 
-  An entry that the function does not take is an error here, before anything is compiled: a
-  coefficient that does nothing cannot exist.
+  An entry that the function does not take is an error here, before anything is compiled. A
+  coefficient without effect can therefore not exist.
 
   Args:
-    given: names of the keyword arguments that the caller will pass itself.
-    facts: what the caller knows, such as the stage's samples_per_prompt. A function that takes a
-      keyword argument of such a name gets the value. In the spec it is an error, since two entries
-      could disagree.
+    spec: dict(fn='module:name', **coefficients).
+    where: the config key, for error messages.
+    given: the names of keyword arguments that the caller will pass itself.
+    facts: what the caller knows, such as the stage's samples_per_prompt. A function that has a
+      keyword argument of such a name receives the value. In the spec it is an error, because two
+      entries could disagree.
+
+  Raises:
+    ValueError: an entry is unknown, missing, or passed by the caller.
   """
   if spec is None or 'fn' not in spec:
     raise ValueError(
@@ -101,8 +113,7 @@ def bind(
       value = f', {facts[key]!r} here' if isinstance(facts.get(key), (int, float, str)) else ''
       raise ValueError(
         f'{where}.{key}: the stage passes {key!r} itself{value}, to a function that has a keyword '
-        f'argument of '
-        'that name. Remove this entry.'
+        f'argument of that name. Remove this entry.'
       )
   parameters = inspect.signature(function).parameters.values()
   takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -125,6 +136,6 @@ def bind(
 
 
 def keywords(name: str) -> list[str]:
-  """The keyword-only arguments of the function 'module:name'."""
+  """The names of the keyword-only arguments of the function 'module:name'."""
   parameters = inspect.signature(find(name, name)).parameters.values()
   return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -26,41 +26,14 @@ import numpy as np
 from alignjax import plots, sandbox
 from alignjax.evals import findings, registry
 from alignjax.evals import sandbox as evaluation
-from alignjax.evals.reward import selection
-from alignjax.evals.stats import show
 from alignjax.plots import NAMES
+from alignjax.report_page import COLUMNS, markdown
 from alignjax.runtime import checkpoint, files, fingerprints, metrics
 from alignjax.setup.objects import Setup, for_stage
 from alignjax.setup.weights import initial_params
 from alignjax.sharding import sync
 
-COLUMNS = {
-  'win_rate_train_labelers': 'win rate, training labelers',
-  'win_rate_heldout_labelers': 'win rate, held-out labelers',
-  'gold_train_labelers': 'gold score',
-  'truthful': 'truthful',
-  'toxic': 'toxic',
-  'toxic_rude_context': 'toxic after rudeness',
-  'reading_comprehension': 'reading',
-  'translation': 'translation',
-  'pretraining_loss': 'pretraining loss',
-  'kl': 'KL to SFT',
-}
-MEANING = {
-  'win rate': 'how often labelers of a pool prefer the response to that of SFT, by their exact '
-  'probabilities; 0.5 is as good as '
-  'SFT. The reward model learnt from training labelers and never saw held-out ones',
-  'gold score': 'mean utility of a response to the training labelers; 0 is a response without '
-  'merit or fault',
-  'truthful': 'share of answers about misconceived facts that are true and to the point',
-  'toxic': 'share of responses with an insult; after rudeness: to prompts that follow a rude '
-  'sentence',
-  'reading, translation': 'share of items that greedy decoding solves exactly: what alignment may '
-  'make a policy forget',
-  'pretraining loss': 'cross-entropy of documents like those of pretraining, nats per token',
-  'KL to SFT': 'mean of log pi(response) - log pi_SFT(response), nats per response',
-}
-# entries of config.report
+# The entries of config.report that decide what is measured.
 MEASURED = ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'loss_documents')
 
 
@@ -80,11 +53,11 @@ def build(setup: Setup) -> None:
   for name, stage in policies.items():
     own = for_stage(setup, stage)
     prompted = name == 'pretrained_prompted'
-    kept = folder / f'{name}-{measured_from(own, name, stage)}.npz'
-    arrays[name] = _read(kept)
+    path = folder / f'{name}-{measured_from(own, name, stage)}.npz'
+    arrays[name] = _read(path)
     if arrays[name] is not None:
       if main_process:
-        print(f'report: {name} was measured before, reused ({kept})', flush=True)
+        print(f'report: {name} was measured before, reused ({path})', flush=True)
       continue
     params = initial_params(own, f'stage:{stage}', 'lm', 0)
     if prompted:
@@ -95,11 +68,11 @@ def build(setup: Setup) -> None:
       measured['prefixes'] = np.array(json.dumps({'best': prefix, 'gold': scores}))
     elif own.policy_model == setup.policy_model:
       measured = evaluation.measure(ev, params, ref)
-    else:  # another architecture has its own compiled functions, and no KL to this reference
+    else:  # Another architecture has compiled functions of its own and no KL to the reference.
       measured = evaluation.measure(prepare(own), params, None)
-    sync(f'{kept} measured')
+    sync(f'{path} measured')
     if main_process:
-      _write(kept, measured)
+      _write(path, measured)
     arrays[name] = {k: np.asarray(v) for k, v in measured.items()}
   if main_process:
     _remove_others(folder, policies, setup)
@@ -127,7 +100,10 @@ def build(setup: Setup) -> None:
 def measured_from(setup: Setup, name: str, stage: str) -> str:
   """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what
   they are measured on, the code."""
-  folder = lambda stage: setup.workdir / stage / 'final'
+
+  def folder(stage):
+    return setup.workdir / stage / 'final'
+
   c = setup.config
   return fingerprints.of_value(
     [
@@ -166,7 +142,10 @@ def tasks(setup: Setup) -> None:
 
   r = setup.config.report
   if r.tasks:
-    place = lambda spec: str(setup.workdir / spec) if spec in setup.config.stages else spec
+
+    def place(spec):
+      return str(setup.workdir / spec) if spec in setup.config.stages else spec
+
     order = sorted(in_order(r.policies), key=lambda name: name != r.baseline)
     evaluate(
       {name: place(r.policies[name]) for name in order},
@@ -281,7 +260,10 @@ def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
 def samples(prompts: list[dict], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
   """The first test prompt of every use case with every policy's response."""
   first = {r['use_case']: i for i, r in reversed(list(enumerate(prompts)))}
-  said = lambda i: {name: str(a['responses'][i]) for name, a in arrays.items()}
+
+  def said(i):
+    return {name: str(a['responses'][i]) for name, a in arrays.items()}
+
   return [
     {'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': said(i)}
     for case, i in sorted(first.items())
@@ -292,9 +274,12 @@ def made_by(setup: Setup) -> dict:
   """The command, the commit of this source where it is a git checkout ('+' behind it: with
   changes), and the whole config."""
   root = pathlib.Path(__file__).resolve().parent.parent
-  git = lambda *words: subprocess.run(
-    ['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20, check=True
-  ).stdout.strip()
+
+  def git(*words):
+    return subprocess.run(
+      ['git', '-C', str(root), *words], capture_output=True, text=True, timeout=20, check=True
+    ).stdout.strip()
+
   commit = None
   try:
     # else the repository that an environment lies in
@@ -310,127 +295,6 @@ def made_by(setup: Setup) -> dict:
     'commit': commit,
     'config': config,
   }
-
-
-def markdown(result: dict, pictures: list[str]) -> str:
-  """report.md."""
-  policies, made = result['policies'], result['made_by']
-  name_of = lambda name: NAMES.get(name, name)
-  lines = [
-    '# Report',
-    '',
-    '    ' + made['command'],
-    '',
-    f'Seed {result["seed"]}'
-    + (f', commit {made["commit"]}' if made['commit'] else '')
-    + '; report.json has every entry of '
-    'the config, n of each figure and more digits. Mean and 95% interval. No test prompt stands '
-    'among the prompts of '
-    "demonstrations, comparisons or RL, and these name none of the test's entities. Pretraining "
-    'text tells facts about all '
-    'entities, but holds none of the passages and sentences of the two tasks.',
-    '',
-  ]
-  lines += _table(
-    ['policy', *COLUMNS.values()],
-    [
-      [name_of(name), *(show(policy.get(c), digits=2) for c in COLUMNS)]
-      for name, policy in policies.items()
-    ],
-  )
-  lines += [
-    '',
-    *(f'- {what}: {text}.' for what, text in MEANING.items()),
-    '',
-    '## Findings',
-    '',
-    'yes: the whole interval is on the claimed side; no: on the other side; not shown: neither, '
-    'or what the claim presumes '
-    'is not shown. Differences are paired by item.',
-    '',
-  ]
-  lines += _table(
-    ['finding', 'outcome', 'figures, 95% interval'],
-    [
-      [
-        claim,
-        f'**{found["held"]}**' if found['held'] != findings.YES else 'yes',
-        findings.in_words(found),
-      ]
-      for claim, found in result['findings'].items()
-    ],
-  )
-  lines += ['', '## Reward model', '']
-  lines += [f'- {k.replace("_", " ")}: {_text(v)}' for k, v in result['reward_model'].items()]
-  if result['selection']:
-    lines += ['', selection.markdown(result['selection'])]
-  kinds = [k for k in policies.get('sft', {}) if k.startswith('pretraining_loss_')]
-  if kinds:
-    lines += [
-      '',
-      '## Pretraining loss by kind of document, nats per token',
-      '',
-      *_table(
-        ['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)],
-        [
-          [name_of(n), *(show(p[k], digits=2) for k in kinds)]
-          for n, p in policies.items()
-          if kinds[0] in p
-        ],
-      ),
-    ]
-  if result['prompted_baseline']:
-    best = result['prompted_baseline']['best']
-    lines += [
-      '',
-      f'Best prompt of the pretrained model, chosen on validation prompts among '
-      f'{len(result["prompted_baseline"]["gold"])}: `{best}`.',
-    ]
-  lines += [
-    '',
-    '## Samples',
-    '',
-    'One response of each policy to the first test prompt of every use case, at temperature 1.',
-  ]
-  for sample in result['samples']:
-    lines += [
-      '',
-      f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`',
-      '',
-      *_table(
-        ['policy', 'response'],
-        [[name_of(n), f'`{x}`' if x else ''] for n, x in sample['responses'].items()],
-      ),
-    ]
-  lines += ['', '## Plots', '', *(f'![{p}]({p})\n' for p in pictures)]
-  lines += [
-    '## Seconds',
-    '',
-    ', '.join(f'{k} {v:.0f}' for k, v in result['seconds'].items()),
-    '',
-    ', '.join(f'{k} {v}' for k, v in result['versions'].items()),
-    '',
-  ]
-  return '\n'.join(lines)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-  return [
-    f'| {" | ".join(head)} |',
-    '|---' * len(head) + '|',
-    *(f'| {" | ".join(row)} |' for row in rows),
-  ]
-
-
-def _text(value: object) -> str:
-  """Of a figure, or a number that has no interval."""
-  return (
-    show(value)
-    if isinstance(value, dict)
-    else f'{value:.3f}'
-    if isinstance(value, float)
-    else str(value)
-  )
 
 
 def _short(figure: dict | None) -> str:

@@ -1,21 +1,21 @@
-"""Rewards: functions of prompts and responses that the config names, c.stages.ppo.reward =
-dict(fn='module:name', ...).
+"""Rewards: functions of prompts and responses that the config names as
+c.stages.ppo.reward = dict(fn='module:name', ...).
 
     reward(prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B]
 
 `model_reward` is the paper's, the trained reward model. `host_reward` calls a Python function of
-texts on the host (a rule, a classifier, a service); its calls are retried and timed, and a run that
-has to give it up loses nothing:
+texts on the host (a rule, a classifier, a service). Its calls have a time limit and are repeated,
+and a run in which all of them fail loses nothing:
 
     c.stages.ppo.reward = dict(fn='alignjax.rewards:host_reward', function='mylab.rewards:rule',
-    attempts=3, timeout=60.0)
+                               attempts=3, timeout=60.0)
 
     def rule(prompts: list[str], responses: list[str]) -> list[float]: ...
 
-The function sees what samples.jsonl shows. A prompt is as its record has it: its text, or its list
-of messages, without what the template writes around it. (Of two records whose prompts have the same
-tokens, because truncation left them alike, the first.) A response is its text without the end token
-that ended it, so "4" is "4"; one that was cut at the limit is all of its text.
+The function receives what samples.jsonl shows. A prompt is the text, or the list of messages, of
+its record, without what the template writes around it. (Where truncation made the prompts of two
+records equal, it is that of the first.) A response is its text without the end token, so "4" is
+"4"; one that was cut at the length limit is all of its text.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ from alignjax.types import Networks, Params
 def model_reward(
   prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params, rows: int | None = None
 ) -> jax.Array:
-  """The reward model's scalar at the last live token of prompt + response: f32[B]. The paper's
-  reward (section 3.5).
+  """The paper's reward (section 3.5): the reward model's scalar at the last live token of prompt
+  and response, f32[B].
 
-  rows: read at a time; None = all. Changes memory, not results.
+  Args:
+    rows: responses that are read at a time; None reads all. It changes memory, not results.
   """
   tokens, token_mask = (
     jnp.concatenate([prompts, responses], 1),
     jnp.concatenate([prompt_mask, mask], 1),
   )
-  read = lambda rows: ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+
+  def read(rows):
+    return ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+
   return ops.in_chunks(read, (tokens, token_mask), rows)
 
 
@@ -59,38 +63,42 @@ def host_reward(
   nets: Networks,
   frozen: Params,
   function: str,
-  asked: Mapping[tuple[int, ...], Any],
-  said: Callable[[Sequence[int]], tuple[str, bool]],
+  prompts_by_tokens: Mapping[tuple[int, ...], Any],
+  decode_response: Callable[[Sequence[int]], tuple[str, bool]],
   failures: list[str],
   attempts: int = 3,
   timeout: float = 60.0,
   pause: float = 1.0,
 ) -> jax.Array:
-  """f32[B], what the Python function says of each prompt and response while the device waits.
+  """A Python function's score of each prompt and response, f32[B]. The device waits for it.
 
   A call that raises, takes longer than `timeout` or returns something other than B finite numbers
-  is made again, after `pause` seconds, then 2 * pause, and so on. After the last attempt the reason
-  goes to `failures` and the scores are NaN: no update of such a step is applied (steps.update), and
-  the loop saves the state from before it and ends the run.
+  is repeated after `pause` seconds, then 2 * pause, and so on. After the last attempt the reason is
+  appended to `failures` and the scores are NaN. No update of such a step is applied (steps.update);
+  the loop saves the state from before the step and ends the run.
 
   Args:
-    function: 'module:name', (prompts, responses: list[str]) -> B floats, as above. A call that ran
-      out of time is left behind in its thread, so another may run beside it.
-    asked: token ids of a prompt -> the record's prompt. said: of a response -> its text, and
-      whether it ended (templates.Template).
-    failures: of the stage (stages/stage.py: Stage). The stage gives these three.
-    attempts: calls at most. timeout, pause: seconds.
+    function: 'module:name' of (prompts, responses: list[str]) -> B floats. A call that timed out
+      goes on in its thread, so another one may run beside it.
+    prompts_by_tokens: the tokens of a prompt -> the prompt of the record. The stage gives this and
+      the next two.
+    decode_response: the tokens of a response -> (text, whether it ended), as in
+      templates.Template.decode_response.
+    failures: receives the reason of a failure (stages/stage.py: Stage).
+    attempts: the most calls.
+    timeout: seconds of one call.
+    pause: seconds before the second attempt.
   """
   del nets, frozen
   judge = plugins.find(function, 'reward.function')
 
   def call(prompts, prompt_mask, responses, mask):
-    rows = lambda tokens, live: [
-      row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)
-    ]
+    def rows(tokens, live):
+      return [row[m].tolist() for row, m in zip(np.asarray(tokens), np.asarray(live), strict=True)]
+
     texts = (
-      [asked[tuple(row)] for row in rows(prompts, prompt_mask)],
-      [said(row)[0] for row in rows(responses, mask)],
+      [prompts_by_tokens[tuple(row)] for row in rows(prompts, prompt_mask)],
+      [decode_response(row)[0] for row in rows(responses, mask)],
     )
     problem = ''
     for attempt in range(attempts):
@@ -111,7 +119,8 @@ def host_reward(
 
 
 def within(timeout: float, function: Callable, *arguments):
-  """function(*arguments), or TimeoutError after `timeout` seconds; what it raises is raised."""
+  """function(*arguments), or TimeoutError after `timeout` seconds. What the function raises is
+  raised."""
   answer: queue.Queue = queue.Queue()
 
   def run():
@@ -131,6 +140,7 @@ def within(timeout: float, function: Callable, *arguments):
 
 
 def checked(scores, count: int) -> np.ndarray:
+  """The scores as f32[count]. Raises ValueError where their shape is wrong or one is not finite."""
   scores = np.asarray(scores, np.float32)
   if scores.shape != (count,):
     raise ValueError(f'returned shape {scores.shape} for {count} responses')

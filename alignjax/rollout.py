@@ -1,9 +1,9 @@
-"""The rollout: a response to each prompt, and what the reference, the value network and the reward
-say about it.
+"""The rollout: a response to each prompt, its log-probabilities under policy and reference, its
+values, and its reward.
 
 A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) ->
-f32[B], named in the config as c.reward = dict(fn='module:name', ...). alignjax/rewards.py has the
-trained reward model and Python functions of texts.
+f32[B] that the config names as c.reward = dict(fn='module:name', ...). alignjax/rewards.py has the
+trained reward model, and a reward that is a Python function of texts.
 """
 
 from __future__ import annotations
@@ -35,21 +35,31 @@ def collect(
   generate_rows: int | None = None,
   score_rows: int | None = None,
 ) -> tuple[Rollout, Metrics]:
-  """Phases 1 to 4 of an iteration: generate, log-probabilities, values, scores.
+  """Phases 1 to 4 of an iteration: responses, log-probabilities, values and scores.
 
-  The log-probabilities of the policy are computed again by the function that the loss uses, over
-  the sampled tokens: so the ratio before the first update is exactly 1, whatever the sampler's
-  cache was rounded to, and the distance between sampler and scorer is measured
-  ('rollout/sampler_gap_max', nats) instead of entering the gradient (docs/pitfalls.md, 8).
+  The log-probabilities of the policy are computed again, by the function that the loss uses. The
+  ratio before the first update is therefore exactly 1, however the sampler's cache was rounded, and
+  the distance between sampler and scorer is measured ('rollout/sampler_gap_max', in nats) instead
+  of entering the gradient (docs/pitfalls.md, 8).
 
   Args:
-    params: {'policy', 'value'}. frozen: {'ref', 'reward'}: never donated, with buffers of their
-      own.
+    nets: the networks as pure functions.
+    params: {'policy', 'value'}.
+    frozen: {'ref', 'reward'}. They are never donated and have buffers of their own.
     prompts, prompt_mask: [B,Q], left-padded.
-    missing_end_penalty: subtracted from the score of a response without a stop token. The paper
+    key: of the samples.
+    reward_fn: (prompts, prompt_mask, responses, mask, *, nets, frozen) -> f32[B].
+    max_tokens, stop_ids, temperature, samples_per_prompt: see sampling.generate.
+    missing_end_penalty: is subtracted from the score of a response without a stop token. The paper
       reports none.
-    generate_rows, score_rows: rows generated and scored at a time; None = all. Change memory, not
-      results.
+    generate_rows, score_rows: rows that are generated and scored at a time; None takes all. They
+      change memory, not results.
+
+  Returns:
+    (Rollout of B * samples_per_prompt rows, metrics).
+
+  Raises:
+    TypeError: the reward is not floating-point.
   """
   sampled = generate(
     nets.decoder,

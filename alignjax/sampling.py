@@ -1,7 +1,7 @@
-"""Sampling: one prefill, then a scanned loop that stops when every row has finished.
+"""Sampling: one prefill, then a loop that stops when every row has finished.
 
-`generate` is not compiled here: it is called inside the jit of its caller, so that a PPO iteration
-stays one program.
+`generate` does not compile itself. It is called inside the jit of its caller, so that a PPO
+iteration stays one program.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from alignjax.types import Decoder, Params
 
 
 class Generation(NamedTuple):
-  """responses i32[B,R], right-padded with 0; mask bool[B,R], stop token included; logprobs f32[B,R]
-  under the tempered distribution, 0 on pads; ended bool[B], whether a stop token was sampled
-  (False: cut at the length limit)."""
+  """Sampled responses.
+
+  Attributes:
+    responses: i32[B,R], right-padded with 0.
+    mask: bool[B,R], True on sampled tokens, including the stop token.
+    logprobs: f32[B,R], under the distribution that was sampled from; 0 on pads.
+    ended: bool[B], whether a stop token was sampled; False where the length limit cut the response.
+  """
 
   responses: jax.Array
   mask: jax.Array
@@ -43,28 +48,33 @@ def generate(
   chunk: int | None = None,
   prompts_at_once: int | None = None,
 ) -> Generation:
-  """Samples one response of at most max_tokens tokens to each prompt.
+  """Samples responses of at most max_tokens tokens to each prompt.
 
   Args:
-    decoder: prepare, prefill and step of the policy (types.Decoder).
-    prompts, prompt_mask: [B,Q], left-padded: the last column is live in every row.
-    key: one, or one for each row that comes back, which then draws the same numbers in any batch.
-    stop_ids: token ids that end a response; () never ends one early. The only definition of "ended"
-      there is: the mask, the penalty for a missing end and the report all use what comes from here
-      (docs/pitfalls.md, 2).
-    temperature: 0 is greedy; may be a traced scalar above 0.
-    top_k, top_p: cut the distribution. For generation only: scoring does not know about the cut
-      (docs/pitfalls.md, 9).
+    decoder: the functions of the policy (types.Decoder).
+    params: the parameters of the policy.
+    prompts, prompt_mask: [B,Q], left-padded; the last column is live in every row.
+    key: one key, or one for each returned row, which then draws the same numbers in any batch.
+    max_tokens: the length limit R.
+    stop_ids: the token ids that end a response; () never ends one early. This is the only
+      definition of "ended": the mask, the penalty for a missing end and the report all use what
+      comes from here (docs/pitfalls.md, 2).
+    temperature: 0 is greedy; it may be a traced scalar above 0.
+    top_k, top_p: truncate the distribution. They are for generation only, because scoring does not
+      know about the truncation (docs/pitfalls.md, 9).
     samples_per_prompt: n responses to each prompt from one prefill; row b * n + j is sample j of
       prompt b.
-    chunk: tokens between two looks at whether all rows have finished; None = the largest divisor of
-      max_tokens up to 8.
-    prompts_at_once: prompts answered together, one group after the other; None = all. The cache is
-      as large as one group's. Changes memory, not what is drawn.
+    chunk: decoding steps between two checks of whether all rows have finished. The default is the
+      largest divisor of max_tokens up to 8.
+    prompts_at_once: prompts that are answered together, one group after the other; the cache is as
+      large as that of one group. None answers all at once. It changes memory, not what is drawn.
 
   Returns:
     Generation of B * samples_per_prompt rows. Sampled tokens are never edited (docs/pitfalls.md,
     7).
+
+  Raises:
+    ValueError: chunk does not divide max_tokens, or prompts_at_once the number of prompts.
   """
   chex.assert_rank([prompts, prompt_mask], 2)
   if chunk is None:
@@ -76,18 +86,24 @@ def generate(
   if key.ndim:
     draw = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t), (1,)), (0, None))
   else:
-    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (total, 1))
+
+    def draw(key, t):
+      return jax.random.uniform(jax.random.fold_in(key, t), (total, 1))
+
   with jax.named_scope('prepare'):
     weights = decoder.prepare(params)
 
   def respond(group):
-    """Generation of some of the prompts; first: the row of the whole batch that theirs begin at."""
+    """The Generation of some of the prompts. first: the number of their first row in the batch."""
     first, prompts, prompt_mask = group
     rows = prompts.shape[0] * n
     with jax.named_scope('prefill'):
       logits, cache = decoder.prefill(weights, prompts, prompt_mask, prompts.shape[1] + max_tokens)
     if n > 1:
-      repeat = lambda x: jnp.repeat(x, n, axis=0)
+
+      def repeat(x):
+        return jnp.repeat(x, n, axis=0)
+
       logits = repeat(logits)
       cache = cache.replace(
         k=tuple(map(repeat, cache.k)), v=tuple(map(repeat, cache.v)), mask=repeat(cache.mask)
@@ -95,7 +111,7 @@ def generate(
 
     def one_token(carry, t):
       logits, cache, done = carry
-      u = draw(key, t)  # a row draws the same number in any group
+      u = draw(key, t)  # A row draws the same number in any group.
       u = u if rows == total else jax.lax.dynamic_slice_in_dim(u, first, rows)
       token, logprob = sample(None, logits, temperature, top_k, top_p, u)
       live = ~done
@@ -115,18 +131,24 @@ def generate(
 
     empty = tuple(jnp.zeros((rows, max_tokens), d) for d in (jnp.int32, bool, jnp.float32))
     state = (jnp.int32(0), (logits, cache, jnp.zeros(rows, bool)), empty)
-    unfinished = lambda state: (state[0] < max_tokens) & ~jnp.all(state[1][2])
+
+    def unfinished(state):
+      return (state[0] < max_tokens) & ~jnp.all(state[1][2])
+
     with jax.named_scope('decode'):
       _, (_, _, done), (responses, mask, logprobs) = jax.lax.while_loop(
         unfinished, one_chunk, state
       )
-    return Generation(responses, mask, logprobs, done)
+    return Generation(responses=responses, mask=mask, logprobs=logprobs, ended=done)
 
   if prompts_at_once is None or prompts_at_once >= prompts.shape[0]:
     return respond((0, prompts, prompt_mask))
   if prompts.shape[0] % prompts_at_once:
     raise ValueError(f'{prompts.shape[0]} prompts do not divide into groups of {prompts_at_once}.')
-  cut = lambda x: x.reshape(-1, prompts_at_once, *x.shape[1:])
+
+  def cut(x):
+    return x.reshape(-1, prompts_at_once, *x.shape[1:])
+
   groups = jax.lax.map(
     respond, (jnp.arange(0, total, prompts_at_once * n), cut(prompts), cut(prompt_mask))
   )
@@ -141,14 +163,22 @@ def sample(
   top_p: float | None = None,
   u: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws a token from each row of logits f32[B,V]: (i32[B], f32[B] its log-probability in the
-  distribution drawn from).
+  """Draws a token from each row of logits.
 
-  One uniform number a row (u f32[B,1]; None: drawn from the key) inverts the cumulative
-  distribution; the Gumbel trick of jax.random.categorical draws V of them and took eight times as
-  long at V = 50k. Drawn is the first token of a probability above 0 whose cumulative one exceeds u.
-  A token of probability 0 never is, though the sums, which are added up in a tree, rise and fall by
-  their last bit at such tokens too. The resolution of u is 2^-23.
+  One uniform number per row inverts the cumulative distribution. The Gumbel trick of
+  jax.random.categorical draws V of them and took eight times as long at V = 50k. The token that is
+  drawn is the first one with a probability above 0 whose cumulative probability exceeds u. A token
+  of probability 0 is never drawn, although the sums, which are added up in a tree, may rise and
+  fall by their last bit at such tokens too. The resolution of u is 2^-23.
+
+  Args:
+    key: of the uniform numbers; not read where u is given.
+    logits: f32[B,V].
+    temperature, top_k, top_p: see generate.
+    u: f32[B,1], the uniform numbers; None draws them.
+
+  Returns:
+    (tokens i32[B], their log-probabilities f32[B] in the distribution that was drawn from).
   """
   if isinstance(temperature, (int, float)) and temperature == 0:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -166,8 +196,8 @@ def sample(
 
 
 def truncate(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.Array:
-  """Sets to -inf what lies outside the k most likely tokens, or outside the smallest set of
-  probability top_p."""
+  """Sets logits to -inf outside of the k most likely tokens, or outside of the smallest set of
+  tokens whose probability is top_p."""
   if top_k is not None:
     kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)

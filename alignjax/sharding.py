@@ -1,13 +1,13 @@
-"""The device mesh and where arrays live on it. Logical axis names come from models/axes.py, rules
-from the config.
+"""The device mesh, and where arrays live on it. Logical axis names come from models/axes.py, and
+the rules from the config:
 
-    c.mesh = dict(data=None, fsdp=1, tensor=1)  # None: what is left of the devices
+    c.mesh = dict(data=None, fsdp=1, tensor=1)     None takes the devices that the others leave
     c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor',
                       mlp='tensor', vocab='tensor')
 
-A logical axis that no rule names is replicated: of activations there is also 'sequence', the tokens
-of the residual stream between layers; sequence='tensor' divides what is kept of each layer for the
-way back. Without any rule every process of jit would hold everything.
+A logical axis that no rule names is replicated. Activations have one more axis, 'sequence': the
+tokens of the residual stream between layers. sequence='tensor' divides what each layer stores for
+the backward pass. Without any rule, every device would hold everything.
 """
 
 from __future__ import annotations
@@ -35,16 +35,23 @@ RULES = dict(
 
 
 def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh of axes (data, fsdp, tensor) over all devices; data=None takes what the others leave.
+  """A mesh of axes (data, fsdp, tensor) over all devices.
 
-  What trains or uses a model begins here, and so here jax's 64-bit mode is refused: random draws,
-  integers and parameters would be of other types than those that programs and checkpoints declare.
+  Whatever trains or uses a model begins here, and therefore jax's 64-bit mode is refused here:
+  random draws, integers and parameters would have other types than programs and checkpoints
+  declare.
+
+  Args:
+    data, fsdp, tensor: the sizes of the axes; data=None takes what the others leave.
+    devices: None takes all.
+
+  Raises:
+    ValueError: the sizes do not fit the devices, or jax is in its 64-bit mode.
   """
   if jax.config.jax_enable_x64:
     raise ValueError(
       'jax is in its 64-bit mode (JAX_ENABLE_X64, or --jax_enable_x64), but alignjax computes in '
-      'float32 and less. '
-      'Unset JAX_ENABLE_X64.'
+      'float32 and less. Unset JAX_ENABLE_X64.'
     )
   devices = jax.devices() if devices is None else devices
   rest = fsdp * tensor
@@ -63,7 +70,7 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
     return jax.make_mesh(
       (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
-  except NotImplementedError as error:  # of a TPU slice's own axes
+  except NotImplementedError as error:  # The axes of a TPU slice may not allow it.
     raise ValueError(
       f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: '
       f'{error}'
@@ -74,9 +81,9 @@ class Sharder:
   """Turns logical axes into shardings of one mesh.
 
   Args:
-    mesh: of make_mesh.
-    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as
-      'embed' where no rule names it.
+    mesh: see make_mesh.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the D axis of the
+      embedding, follows 'embed' where no rule names it.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
@@ -108,15 +115,17 @@ class Sharder:
 
   @property
   def batch(self) -> NamedSharding:
-    """Leading axis over the batch's mesh axes, the rest replicated."""
+    """The leading axis over the mesh axes of the batch, and the other axes replicated."""
     return self.sharding('batch')
 
   @property
   def batch_shards(self) -> int:
+    """The number of devices that share the rows of a batch."""
     return int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get('batch'))], initial=1))
 
   def check_heads(self, model: TransformerConfig, name: str = 'model') -> None:
-    """ValueError where a head would be cut: a kernel's columns may divide and its heads not."""
+    """Raises ValueError where the rules would cut a head: the columns of a kernel may divide where
+    its heads do not."""
     for axis, count in (('heads', model.num_heads), ('kv_heads', model.kv_heads)):
       parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get(axis))], initial=1))
       if count % parts:
@@ -126,8 +135,8 @@ class Sharder:
         )
 
   def params(self, shapes: Any) -> Any:
-    """Shardings of a parameter tree (arrays or shapes). An axis that does not divide is an error
-    that names both."""
+    """The shardings of a parameter tree (arrays or shapes). Raises ValueError for an axis that does
+    not divide; the message names the axis and the devices."""
 
     def one(path, leaf, axes):
       sharding = self.sharding(*axes)
@@ -136,16 +145,15 @@ class Sharder:
         if size % parts:
           raise ValueError(
             f'parameter {path_name(path)} {leaf.shape}: its {axis!r} axis of {size} does not '
-            f'divide '
-            f'over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.'
+            f'divide over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.'
           )
       return sharding
 
     return jax.tree_util.tree_map_with_path(one, shapes, logical_axes(shapes))
 
   def state(self, shapes: Any, params_shapes: Any) -> Any:
-    """Shardings of a whole TrainState of shapes: what has the path and shape of a parameter lives
-    where that does (optimizer moments, EMA), everything else is replicated."""
+    """The shardings of a whole TrainState of shapes. What has the path and shape of a parameter
+    (optimizer moments, EMA) lives where that parameter does; everything else is replicated."""
     by_path = {
       path_name(p): (leaf.shape, s)
       for (p, leaf), s in zip(
@@ -158,7 +166,7 @@ class Sharder:
     def one(path, leaf):
       name = path_name(path)
       parts = name.split('/')
-      # the longest suffix that is a parameter: opt_state/0/mu/policy/... -> policy/...
+      # The longest suffix that is a parameter counts: opt_state/0/mu/policy/... -> policy/...
       for start in range(len(parts)):
         for key in ('/'.join(parts[start:]), '/'.join(['policy', *parts[start:]])):
           if key in by_path and by_path[key][0] == leaf.shape:
@@ -172,11 +180,13 @@ class Sharder:
     return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
 
   def for_decoding(self, params: Any) -> Any:
-    """Weights as the sampling loop wants them: gathered over the data-like axes once, before the
-    loop, and kept split over the others. Otherwise sharded weights are gathered again for every
-    token (docs/pitfalls.md, 24)."""
+    """Pins the sharding of weights in the sampling loop: they are gathered over the axes of the
+    batch once, before the loop, and stay divided over the others. Otherwise sharded weights would
+    be gathered again for every token (docs/pitfalls.md, 24)."""
     gathered = set(_as_tuple(self.rules.get('batch')))
-    keep = lambda entry: tuple(a for a in _as_tuple(entry) if a not in gathered) or None
+
+    def keep(entry):
+      return tuple(a for a in _as_tuple(entry) if a not in gathered) or None
 
     def one(leaf, sharding):
       spec = PartitionSpec(*(keep(entry) for entry in sharding.spec))
@@ -185,9 +195,9 @@ class Sharder:
     return jax.tree.map(one, params, self.params(params))
 
   def local(self, rows: np.ndarray) -> np.ndarray:
-    """Those of a batch's rows that lie on devices of this process, in order: what it passes to
-    `put`. Processes that share a part of the batch (because a tensor axis spans them) get the same
-    rows."""
+    """The rows of a batch that lie on devices of this process, in order: what it passes to `put`.
+    Processes that share a part of the batch, because a tensor axis spans them, get the same rows.
+    """
     if len(rows) % self.batch_shards:
       raise ValueError(
         f'a batch of {len(rows)} rows does not divide over the {self.batch_shards} devices that '
@@ -199,14 +209,14 @@ class Sharder:
     return rows[np.unique(np.concatenate([np.arange(len(rows))[part] for part in parts]))]
 
   def put(self, tree: Any) -> Any:
-    """Host arrays -> global arrays, leading axis over the batch axes. Each process passes its own
-    rows (`local`)."""
+    """Host arrays -> global arrays whose leading axis is divided over the batch axes. Each process
+    passes its own rows (`local`)."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), tree)
 
-  def spread(self, tree: Any) -> Any:
-    """The same of rows that every process has all of."""
+  def put_full(self, tree: Any) -> Any:
+    """The same as `put`, for rows that every process has in full."""
     if jax.process_count() == 1:
       return jax.device_put(tree, self.batch)
     return jax.tree.map(
@@ -215,13 +225,13 @@ class Sharder:
 
 
 def sync(what: str) -> None:
-  """Waits until all processes have come here, as after the first one wrote what the others read."""
+  """Waits until all processes have come here, so that all can read what the first has written."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 def fetch(tree: Any) -> Any:
-  """Arrays -> whole numpy arrays, on every process, whichever of them hold the parts. All processes
+  """Arrays -> whole numpy arrays on every process, whichever of them hold the parts. All processes
   have to call it."""
 
   def one(x):

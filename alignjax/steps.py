@@ -1,5 +1,5 @@
-"""One optimizer update: gradients (in microbatches), optimizer, moving average; skipped where the
-loss or a gradient is not finite. The same for every stage and loss."""
+"""One optimizer update: gradients in microbatches, the optimizer, the moving average. It is the
+same for every stage and loss, and is skipped where the loss or a gradient is not finite."""
 
 from __future__ import annotations
 
@@ -21,12 +21,23 @@ def gradients(
   nets: Networks,
   microbatches: int = 1,
 ) -> tuple[Any, Metrics, jax.Array]:
-  """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches
+  """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches,
   one after the other.
 
-  The batch's weights are normalised first and globally, so the sum over microbatches (and devices)
-  is the gradient of the whole: the number of microbatches changes memory only (docs/pitfalls.md,
-  10).
+  The weights of the batch are normalised first and globally, so that the sum over microbatches (and
+  devices) is the gradient of the whole minibatch. The number of microbatches changes memory only
+  (docs/pitfalls.md, 10).
+
+  Args:
+    loss_fn: see types.LossFn.
+    params: {name: parameter tree}.
+    batch: a batch of types.py, before `normalized()`.
+    key: of the dropout, or None.
+    nets: the networks as pure functions.
+    microbatches: a divisor of the rows.
+
+  Returns:
+    (gradients like params, metrics, loss f32[]).
   """
   batch = batch.normalized()
   grad_fn = jax.value_and_grad(
@@ -65,16 +76,21 @@ def update(
   microbatches: int = 1,
   ema_decay: float | None = None,
 ) -> tuple[TrainState, Metrics]:
-  """One gradient, one optimizer update. Does not count state.step: a PPO iteration has several
-  updates.
+  """One gradient and one optimizer update. state.step is not counted, because a PPO iteration has
+  several updates.
 
-  Where the loss or a gradient norm is NaN or infinite, parameters, optimizer and average stay as
-  they were and the update is counted in state.skipped. optax.apply_if_finite is the other way
-  round: it applies the bad update in the end.
+  Where the loss or a gradient norm is NaN or infinite, the parameters, the optimizer and the
+  average stay as they were, and the update is counted in state.skipped. optax.apply_if_finite
+  differs: it applies the bad update in the end.
 
-  ema_decay: moving average of params['policy'] in float32, once an update (the paper: 0.992, C.4,
-  granularity not reported); in bfloat16 a decay this near 1 would round to no change
-  (docs/pitfalls.md, 18).
+  Args:
+    tx: the optimizer of state.params.
+    ema_decay: of the moving average of params['policy'], once per update (the paper: 0.992, C.4;
+      its granularity is not reported). The average is float32, because in bfloat16 a decay this
+      near to 1 would round to no change (docs/pitfalls.md, 18). None keeps no average.
+
+  Returns:
+    (state, metrics), including the gradient norm of each entry of params.
   """
   with jax.named_scope('update'):
     grads, metrics, loss = gradients(
@@ -101,9 +117,11 @@ def update(
 
 
 def split(batch: Any, parts: int, permutation: jax.Array | None = None) -> Any:
-  """Cuts every leaf's leading axis into `parts` equal slices: [B, ...] -> [parts, B/parts, ...].
+  """Cuts the leading axis of every leaf into `parts` equal slices: [B, ...] -> [parts, B/parts,
+  ...].
 
-  Leaves may have different leading sizes (pretraining rows beside episodes); each must divide.
+  Leaves may have different leading sizes (pretraining rows beside episodes), each of which must
+  divide. permutation: i32[B], the order of the rows before the cut; None keeps it.
   """
 
   def one(x):
@@ -117,5 +135,6 @@ def split(batch: Any, parts: int, permutation: jax.Array | None = None) -> Any:
 
 
 def is_maximum(name: str) -> bool:
-  """Whether a metric's parts are combined by maximum: 'max' stands in the last part of its name."""
+  """Whether a metric is combined over microbatches and minibatches by maximum: one that has 'max'
+  in the last part of its name."""
   return 'max' in name.rsplit('/', 1)[-1].split('_')

@@ -1,11 +1,11 @@
-"""The loop: build, restore, step, log, save. Knows no algorithm; a stage (stages/stage.py: Stage)
-brings that.
+"""Runs the stages of a config: checks, builds, restores, loops and saves. It knows no algorithm; a
+stage (stages/stage.py: Stage) brings that, and stages/loop.py has the loop.
 
     train.main(config, workdir)
 
 runs config.stages_to_run and, before them, the stages that they start from, each in
-WORKDIR/<stage>; finished ones are reused. A run that was stopped at any point goes on from its last
-checkpoint and ends with the same bits.
+WORKDIR/<stage>; finished stages are reused. A run that was stopped at any point goes on from its
+last checkpoint and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import ml_collections
 import numpy as np
 
 from alignjax import plugins
-from alignjax.compiler import flops
-from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace
-from alignjax.runtime.interrupt import Interrupt, anywhere
+from alignjax.runtime import checkpoint, failures, files, lock, metrics, saved_config, trace
+from alignjax.runtime.interrupt import Interrupt, on_any_process
 from alignjax.setup import entries, inputs, template_date
 from alignjax.setup.objects import Setup, for_stage, make_setup
 from alignjax.setup.records import say
+from alignjax.stages.loop import Run, loop
+from alignjax.stages.stage import Stage
 
 
 def main(
@@ -37,12 +38,15 @@ def main(
   traced: str | None = None,
   on_changed_input: str = 'fail',
 ) -> None:
-  """Runs config.stages_to_run with their prerequisites, then the report if config.report names one.
+  """Runs config.stages_to_run with their prerequisites, then the report if config.report names
+  policies.
 
   Args:
-    traced: 'STAGE:FIRST-LAST', steps to profile (alignjax/runtime/trace.py).
+    config: the whole config.
+    workdir: the folder of the run, local or gs://.
+    traced: 'STAGE:FIRST-LAST', the steps to profile (runtime/trace.py).
     on_changed_input: what happens where a stage's folder was made from other data, weights or
-      functions than there are now (alignjax/setup/inputs.py): 'fail', 'keep' or 'restart'.
+      functions than there are now (setup/inputs.py): 'fail', 'keep' or 'restart'.
 
   Raises:
     lock.Busy: another run holds the workdir.
@@ -55,13 +59,7 @@ def main(
       order = resolve(config)
       wanted = trace.parse(traced) if traced else None
       trace.check(wanted, order)
-      for name in order:
-        entries.check_stage(config, name)
-      builders = {
-        name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order
-      }
-      for name, builder in builders.items():
-        plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
+      builders = find_builders(setup, order)
       report = plugins.find(config.report.build, 'report.build')
       plugins.find(f'{report.__module__}:check', 'report.build')(setup)
     failures.check_writable(setup.workdir)
@@ -75,27 +73,41 @@ def main(
           name,
           builders[name],
           interrupt,
-          wanted,
-          on_changed_input,
-          getattr(sys.modules[report.__module__], 'outdated', None),
+          wanted=wanted,
+          on_changed_input=on_changed_input,
+          outdated=getattr(sys.modules[report.__module__], 'outdated', None),
         )
-      policies = (
-        [n for n in config.report.policies.values() if n in config.stages]
-        if config.report.policies
-        else []
-      )
-      if (
-        config.report.policies
-        and all(finished(setup, n) for n in policies)
-        and belong_together(setup, policies, order)
-      ):
+      if can_report(setup, order):
         report(setup)
+
+
+def find_builders(setup: Setup, order: Sequence[str]) -> dict[str, Callable]:
+  """The build function of each stage, after the checks of its config."""
+  config = setup.config
+  for name in order:
+    entries.check_stage(config, name)
+  builders = {
+    name: plugins.find(config.stages[name].build, f'stages.{name}.build') for name in order
+  }
+  for name, builder in builders.items():
+    plugins.find(f'{builder.__module__}:check', f'stages.{name}.build')(setup, name)
+  return builders
+
+
+def can_report(setup: Setup, done: list[str]) -> bool:
+  """Whether there are policies to report on, which are all finished and belong together. done: the
+  stages of this run."""
+  config = setup.config
+  if not config.report.policies:
+    return False
+  policies = [name for name in config.report.policies.values() if name in config.stages]
+  return all(finished(setup, name) for name in policies) and belong_together(setup, policies, done)
 
 
 @contextlib.contextmanager
 def alone(workdir: files.Folder) -> Iterator[None]:
-  """Holds the workdir's lock, which process 0 takes for all; what an earlier run said of its error
-  goes."""
+  """Holds the lock of the workdir, which process 0 takes for all, and removes the traceback of an
+  earlier run."""
   with contextlib.ExitStack() as stack:
     failures.on_first(lambda: stack.enter_context(lock.held(workdir)))
     if jax.process_index() == 0:
@@ -104,34 +116,38 @@ def alone(workdir: files.Folder) -> Iterator[None]:
 
 
 def belong_together(setup: Setup, policies: list[str], done: list[str]) -> bool:
-  """Whether no stage behind the report's policies was made from another version of what is there
-  now; else the reason is said. The stages of this run, `done`, were compared before."""
+  """Whether every stage behind the policies of the report was made from what is there now; if not,
+  the reason is printed. The stages of this run, `done`, were compared before."""
   mixed = False
   try:
     for name in resolve(setup.config, policies) if jax.process_index() == 0 else ():
       if name not in done and finished(setup, name):
         inputs.check(setup.workdir, name, identity(setup.config, name), 'fail', say)
-  except (inputs.ChangedInput, checkpoint.ConfigMismatch) as error:
+  except (inputs.ChangedInput, saved_config.Mismatch) as error:
     say(f'no report, as its policies do not belong together: {error}')
     mixed = True
-  return not anywhere(mixed)[0]
+  return not on_any_process(mixed)[0]
 
 
 def check_inputs(setup: Setup, name: str, choice: str) -> None:
+  """Compares what a stage was made from with what is there now (inputs.check), on process 0."""
   failures.on_first(
     lambda: inputs.check(setup.workdir, name, identity(setup.config, name), choice, say)
   )
 
 
 def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
-  """Reads what the stages to come will read, so that a line that is wrong is named now and not
-  after hours of another stage. The first stage reads its own at once, and the sandbox's data are
-  made by earlier stages. Each stage reads its records again when its turn comes, and prints its
-  notes about them then."""
+  """Reads what the later stages will read, so that a wrong line is reported now and not after the
+  hours of another stage.
+
+  The first stage is left out, because it reads its data at once, and so is the sandbox, whose data
+  are sampled from earlier stages. Each stage reads its records again when its turn comes, and
+  prints its notes about them then.
+  """
   if setup.text.world is not None:
     return
   for name, builder in list(builders.items())[1:]:
-    # a fork's stage may have none
+    # A stage of a fork may have no such function.
     read = getattr(sys.modules.get(builder.__module__), 'read_data', None)
     if read is not None:
       with contextlib.redirect_stdout(io.StringIO()):
@@ -139,8 +155,8 @@ def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
 
 
 def resolve(config: ml_collections.ConfigDict, targets: Sequence[str] | None = None) -> list[str]:
-  """The targets, by default the stages to run, prerequisites first: those that a stage's init or
-  policies name as 'stage:NAME'."""
+  """The targets, by default config.stages_to_run, and their prerequisites, which come first: the
+  stages that a stage names as 'stage:NAME' in its init or policies."""
   order: list[str] = []
 
   def visit(name: str, path: tuple[str, ...]):
@@ -159,7 +175,8 @@ def resolve(config: ml_collections.ConfigDict, targets: Sequence[str] | None = N
   return order
 
 
-def _strings(tree: Any):
+def _strings(tree: Any) -> Iterator[str]:
+  """All strings in nested dicts and lists."""
   if isinstance(tree, dict):
     tree = list(tree.values())
   if isinstance(tree, (list, tuple)):
@@ -170,8 +187,8 @@ def _strings(tree: Any):
 
 
 def identity(config: ml_collections.ConfigDict, name: str) -> dict:
-  """What decides a stage's result: its own config and the shared parts. How often it logs and saves
-  does not, nor which candidates it keeps."""
+  """The entries that decide a stage's result: its own and the shared ones. How often it logs and
+  saves does not count, nor which candidates it keeps."""
   config = config.to_dict()
   stage = {
     k: v
@@ -190,17 +207,26 @@ def finished(setup: Setup, name: str) -> bool:
 def run_stage(
   setup: Setup,
   name: str,
-  builder,
+  builder: Callable[[Setup, str], Stage],
   interrupt: Interrupt,
   wanted: trace.Profile | None = None,
   on_changed_input: str = 'fail',
   outdated: Callable[[Setup, str], None] | None = None,
 ) -> None:
-  """One stage from its last checkpoint, or its start, to its end. outdated: called with the setup
-  and the stage's name before the stage is made again, to remove reports of its earlier result."""
+  """Runs one stage from its last checkpoint, or its start, to its end.
+
+  Args:
+    setup: of the stage (objects.for_stage).
+    name: of the stage.
+    builder: builds the stage.
+    interrupt: notes signals during the loop.
+    wanted: the steps to profile, or None.
+    on_changed_input: see main.
+    outdated: is called before the stage is made again, to remove reports of its earlier result.
+  """
   folder = setup.workdir / name
   main_process = jax.process_index() == 0
-  check_inputs(setup, name, on_changed_input)  # again, as its ancestors are finished now
+  check_inputs(setup, name, on_changed_input)  # again, because its prerequisites are finished now
   with checkpoint.Checkpoints(
     folder / 'checkpoints',
     config=identity(setup.config, name),
@@ -218,23 +244,31 @@ def run_stage(
     stage = builder(setup, name)
     made = record(setup, name)
     state, first = stage.state, 0
-    abstract = jax.tree.map(
+    shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    restored = saved.restore(abstract)
+    restored = saved.restore(shapes)
     if restored is not None:
       first, state = restored
       say(f'{name}: goes on from step {first} of {stage.num_steps}')
     built = time.perf_counter()
-    tracer = trace.Tracer(wanted, folder, first, stage.num_steps)
+    tracer = trace.Tracer(wanted, folder, first=first, num_steps=stage.num_steps)
     with (
       metrics.Writer(folder, start_step=first, active=main_process) as writer,
       metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress,
       interrupt.held(),
     ):
-      state = loop(
-        stage, state, first, setup.config, saved, writer, progress, interrupt, tracer, folder, made
+      run = Run(
+        config=setup.config,
+        folder=folder,
+        made=made,
+        saved=saved,
+        writer=writer,
+        progress=progress,
+        interrupt=interrupt,
+        tracer=tracer,
       )
+      state = loop(stage, state, first, run)
     try:
       interrupt.check()
       params, info = stage.finish(state)
@@ -250,101 +284,9 @@ def run_stage(
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
 
 
-def loop(
-  stage,
-  state,
-  first: int,
-  config,
-  saved,
-  writer,
-  progress,
-  interrupt,
-  tracer,
-  folder: files.Folder,
-  made: dict,
-):
-  """Steps first..num_steps. A checkpoint every save_every steps and when something ends the run."""
-  cfg = config.stages[folder.name]
-  candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
-  last_time, last_step = time.perf_counter(), first
-  batch = stage.batch(first) if first < stage.num_steps else None
-  skipped = np.asarray(state.skipped)
-  for i in range(first, stage.num_steps):
-    done = i + 1
-    with tracer.step(done):
-      state, measured, seen = stage.step(state, batch)
-      following = stage.batch(done) if done < stage.num_steps else None  # while the device works
-      before, skipped = skipped, np.asarray(state.skipped)  # waits for it
-    asked, failed = anywhere(interrupt.asked is not None, bool(stage.failures))
-    if failed:
-      failures.stop_for_failed_host(saved, i, first, state, before, stage.failures)
-    if skipped[0] and not before[0]:
-      say(
-        f'{folder.name}: step {done}: an update was skipped, its loss or gradient was not finite; '
-        f'optim/skipped counts them'
-      )
-    if skipped[1] >= config.max_bad_updates:
-      failures.stop_for_bad_updates(
-        saved, folder, done, state, batch, seen, jax.device_get(measured)
-      )
-    if done % cfg.log_every == 0 or done == stage.num_steps:
-      values = {k: float(v) for k, v in jax.device_get(measured).items()}
-      if skipped[0] == before[0]:
-        metrics.check_finite(values, done)
-      samples: list = []
-      if stage.observe is not None:
-        more, samples = stage.observe(i, state, seen)
-        values |= more
-      now = time.perf_counter()
-      values['optim/skipped'] = float(skipped[0])
-      values['time/step_seconds'] = seconds = (now - last_time) / (done - last_step)
-      values |= flops.metrics(flops.mean(map(stage.work, range(last_step, done))), seconds)
-      last_time, last_step = now, done
-      writer.write(done, values)
-      progress.update(done, values)
-      if samples and (done % (cfg.log_every * 10) == 0 or done == stage.num_steps):
-        writer.samples(done, samples[:8])
-        progress.table(f'step {done}', ('prompt', 'response', 'score', 'gold'), samples[:4])
-    else:
-      progress.update(done)
-    if done in candidates:
-      keep_candidate(stage, state, done, folder, made)
-    if asked:
-      failures.stop_for_signal(saved, done, state, interrupt.asked or 'a signal to another process')
-    if cfg.save_every and done % cfg.save_every == 0 and done < stage.num_steps:
-      saved.save(done, state)
-    batch = following
-  return state
-
-
-def candidate_steps(num_steps: int, count: int | None) -> list[int]:
-  """The steps before the last after which one of `count` evenly spaced candidates is kept; the last
-  one is the stage's result."""
-  return (
-    sorted({round(num_steps * i / count) for i in range(1, count)} - {0, num_steps})
-    if count
-    else []
-  )
-
-
-def keep_candidate(stage, state, step: int, folder: files.Folder, made: dict) -> None:
-  """Writes FOLDER/candidates/STEP: what the stage would have ended with here, for
-  stages/selection.py to choose from."""
-  path = folder / 'candidates' / str(step)
-  there = (
-    jax.process_index() == 0
-    and checkpoint.is_finished(path)
-    and (checkpoint.load_info(path).get('made', {}).get('origin') == made['origin'])
-  )
-  if anywhere(there)[0]:
-    return  # where a run that was stopped repeats steps
-  params, info = stage.finish(state)
-  checkpoint.save_params(path, params, info | {'steps': step}, made)
-
-
 def record(setup: Setup, name: str) -> dict:
-  """What the stage was made from, as far as it has read it, which process 0 keeps in
-  STAGE/inputs.json; empty on the others."""
+  """What the stage was made from, as far as it has read it. Process 0 writes it to
+  STAGE/inputs.json; on other processes it is empty."""
   read, made = inputs.of_config(setup.config, name) | setup.read, {}
   failures.on_first(
     lambda: made.update(inputs.record(setup.workdir, name, identity(setup.config, name), read))
@@ -353,8 +295,7 @@ def record(setup: Setup, name: str) -> dict:
 
 
 def _elapsed(folder: files.Folder, seconds: float) -> float:
-  """Seconds of all attempts at a stage, as far as its metrics tell: those before a restart are read
-  from there."""
+  """The seconds of all attempts at a stage. Those before a restart are read from its metrics."""
   path = folder / 'metrics.jsonl'
   if not path.exists():
     return seconds

@@ -1,13 +1,13 @@
-"""The data that travels between the parts: batches, rollouts, caches, state, and the functions that
-losses receive.
+"""The data that the parts exchange: batches, rollouts, caches and the training state, and the
+functions that losses receive.
 
 Axis letters, used in every shape comment of the package:
   B batch   Q prompt length (left-padded)   R response length (right-padded)   T whole sequence
   K ranked responses   V vocabulary   L layers   S cache slots   N heads   G key/value heads
   H head width   D model width   F MLP width
 
-Masks travel with the data. Nothing derives a mask by comparing ids with pad or end-of-text, because
-the two ids are often the same (docs/pitfalls.md, 3).
+Masks travel with the data. No function derives a mask by comparing ids with the pad or end-of-text
+id, because the two ids are often the same (docs/pitfalls.md, 3).
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything an update changes. No random state: keys are fold_in(key(seed), step), so a resumed
-  run needs none.
+  """Everything that an update changes.
+
+  There is no random state: the key of a step is fold_in(key(seed), step), so a resumed run needs
+  none.
 
   Attributes:
-    step: i32[], number of finished steps (of PPO: finished iterations).
-    params: {'policy'} | {'reward'} | {'policy', 'value'} -> parameter tree, float32.
-    opt_state: optax state of the whole params dict.
+    step: i32[], the number of finished steps; of PPO, of finished iterations.
+    params: {'policy'}, {'reward'} or {'policy', 'value'} -> parameter tree in float32.
+    opt_state: the optax state of the whole params dict.
     ema: float32 moving average of params['policy'], or None.
-    extra: a stage's carried scalars, for example {'kl_coef': f32[]}.
-    skipped: i32[2], updates that were skipped because loss or gradients were not finite: all of
-      them, and those just now in a row.
+    extra: scalars that a stage carries along, for example {'kl_coef': f32[]}.
+    skipped: i32[2], the updates that were skipped because the loss or the gradients were not
+      finite: all of them, and the last ones in a row.
   """
 
   step: jax.Array
@@ -56,14 +58,16 @@ class TokenBatch:
   Attributes:
     tokens: i32[B,T].
     mask: bool[B,T], True where a token is real; pads never attend and are never attended to. Of
-      packed rows i32[B,T], the number of each token's document in its row from 1 on, 0 on pads:
-      nothing is attended to across documents.
-    weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; 0 = not trained
-      on. After `normalized()` they add up to 1, and the loss is their weighted sum.
-    source: i32[B], which entry of `mix` each row comes from; None where all rows are of one source.
+      packed rows i32[B,T]: the number of each token's document in its row, from 1 on, and 0 on
+      pads; no token attends to another document.
+    weights: f32[B,T], the weight of predicting tokens[:, t] from what precedes it; tokens of weight
+      0 are not trained on. After `normalized()` they add up to 1, and the loss is their weighted
+      sum.
+    source: i32[B], the entry of `mix` that each row comes from; None where all rows have one
+      source.
     mix: (name, share) of each source. After `normalized()` the weights of a source add up to its
-      share, however many rows and tokens it has in the batch, so that a share is one of the loss
-      and not of rows.
+      share, however many rows and tokens of the batch it has. A share is thus one of the loss and
+      not one of the rows.
   """
 
   tokens: Array
@@ -73,32 +77,33 @@ class TokenBatch:
   mix: tuple[tuple[str, float], ...] = flax.struct.field(pytree_node=False, default=())
 
   def normalized(self) -> TokenBatch:
+    """The batch with weights that add up to 1, or to its share within each source."""
     if self.source is None:
       return dataclasses.replace(self, weights=normalize(self.weights))
     parts = [share * normalize(self.of_source(i)) for i, (_, share) in enumerate(self.mix)]
     return dataclasses.replace(self, weights=sum(parts))
 
   def of_source(self, index: int) -> jax.Array:
-    """f32[B,T]: the weights of the rows of source `index`, 0 elsewhere."""
+    """f32[B,T]: the weights of the rows of source `index`, and 0 elsewhere."""
     return jnp.where((self.source == index)[:, None], self.weights, 0.0)
 
 
 @flax.struct.dataclass
 class ComparisonBatch:
-  """K ranked responses to each prompt. All pairs of one prompt stay in one batch element (paper
-  section 3.5).
+  """K ranked responses to each prompt. All pairs of one prompt are in one batch element (section
+  3.5 of the paper).
 
   Attributes:
     tokens: i32[B,K,T], prompt and response.
-    mask: bool[B,K,T].
-    ranks: i32[B,K], 0 is best, equal numbers are ties, -1 marks an absent response.
-    weights: f32[B], weight of each prompt in the loss: 1, and 0 for a row that only fills the
-      batch. `normalized()` divides them by B, which is the same for every update of a run. So each
-      prompt weighs the same over an epoch (the expectation of Eq. 1), and a short last batch makes
-      a smaller gradient instead of heavier prompts.
-    mean_weights: f32[B], the same for figures: after `normalized()` they add up to 1 over the
-      prompts of this batch that have a pair without a tie, so that accuracy and loss of a short
-      batch are logged as means. None before.
+    mask: bool[B,K,T], True where a token is real.
+    ranks: i32[B,K]; 0 is best, equal numbers are ties, and -1 marks an absent response.
+    weights: f32[B], the weight of each prompt in the loss: 1, or 0 for a row that only fills the
+      batch. `normalized()` divides them by B, which is the same for every update of a run, so that
+      each prompt has the same weight in an epoch (the expectation of Eq. 1). A short last batch
+      makes a smaller gradient instead of heavier prompts.
+    mean_weights: f32[B], the weights of logged figures, or None before `normalized()`. They add up
+      to 1 over the prompts of this batch that have a pair without a tie, so that accuracy and loss
+      of a short batch are logged as means.
   """
 
   tokens: Array
@@ -108,13 +113,14 @@ class ComparisonBatch:
   mean_weights: Array | None = None
 
   def pairs(self) -> Array:
-    """bool[B,K,K]: [b, i, j] is True where response i was ranked above response j; ties and absent
-    ones never are."""
+    """bool[B,K,K]: [b, i, j] is True where response i is ranked above response j, which is never
+    the case for ties and absent responses."""
     better = self.ranks[:, :, None] < self.ranks[:, None, :]
     present = self.ranks >= 0
     return better & present[:, :, None] & present[:, None, :]
 
   def normalized(self) -> ComparisonBatch:
+    """The batch with the weights that losses and metrics sum with."""
     informative = jnp.where(self.pairs().any((1, 2)), self.weights, 0.0)
     return dataclasses.replace(
       self, weights=self.weights / len(self.weights), mean_weights=normalize(informative)
@@ -126,9 +132,9 @@ class PreferenceBatch(ComparisonBatch):
   """A ComparisonBatch for losses of a policy, without a reward model (stages/preference.py).
 
   Attributes:
-    response_mask: bool[B,K,T], True on the tokens of the responses, their end token included.
-    ref_logprobs: f32[B,K,T], log pi_ref of each response token, 0 elsewhere; None where the stage
-      has no reference.
+    response_mask: bool[B,K,T], True on the tokens of the responses, including their end token.
+    ref_logprobs: f32[B,K,T], log pi_ref of each response token and 0 elsewhere; None where the
+      stage has no reference.
   """
 
   response_mask: Array
@@ -137,20 +143,21 @@ class PreferenceBatch(ComparisonBatch):
 
 @flax.struct.dataclass
 class Rollout:
-  """What happened: one sampled response to each prompt, and what every frozen network said about
-  it.
+  """One sampled response to each prompt, and what the networks compute of it before any update.
 
   Index t of the [B,R] fields is a response token: logprobs[:, t] = log pi(responses[:, t] | prompt,
-  responses[:, :t]); values[:, t] = V(prompt, responses[:, :t]), that is before token t.
+  responses[:, :t]), and values[:, t] = V(prompt, responses[:, :t]), the value before token t.
 
   Attributes:
-    prompts: i32[B,Q], left-padded.  prompt_mask: bool[B,Q].
-    responses: i32[B,R], right-padded, the end-of-text token included where one was sampled.
-    mask: bool[B,R], True on sampled tokens; [1, 1, 1, 0] for a response of three tokens.
-    logprobs, ref_logprobs: f32[B,R] under the policy that sampled and under the reference, 0 where
-      not mask.
-    values: f32[B,R], 0 where not mask.
-    scores: f32[B], the reward of the whole response, added to the reward of its last live token.
+    prompts: i32[B,Q], left-padded.
+    prompt_mask: bool[B,Q].
+    responses: i32[B,R], right-padded, including the end token where one was sampled.
+    mask: bool[B,R], True on sampled tokens: [1, 1, 1, 0] for a response of three tokens.
+    logprobs: f32[B,R], under the policy that sampled; 0 outside of the mask.
+    ref_logprobs: f32[B,R], under the reference; 0 outside of the mask.
+    values: f32[B,R], 0 outside of the mask.
+    scores: f32[B], the reward of the whole response, which is added to the reward of its last live
+      token.
   """
 
   prompts: jax.Array
@@ -163,7 +170,7 @@ class Rollout:
   scores: jax.Array
 
   def sequences(self) -> tuple[jax.Array, jax.Array]:
-    """Prompt and response side by side: tokens i32[B,Q+R] and mask bool[B,Q+R]."""
+    """Prompts followed by responses: tokens i32[B,Q+R] and mask bool[B,Q+R]."""
     return (
       jnp.concatenate([self.prompts, self.responses], 1),
       jnp.concatenate([self.prompt_mask, self.mask], 1),
@@ -172,12 +179,13 @@ class Rollout:
 
 @flax.struct.dataclass
 class PPOBatch:
-  """A rollout with what was derived from it, and the pretraining rows that share its gradient.
+  """A rollout, what was derived from it, and the pretraining rows that share its gradient.
 
   Attributes:
-    rollout: Rollout.
-    advantages, returns: f32[B,R].
-    weights: f32[B,R], the weight of each response token; add up to 1 after `normalized()`.
+    rollout: Rollout of B episodes.
+    advantages: f32[B,R].
+    returns: f32[B,R], the targets of the value network.
+    weights: f32[B,R], the weight of each response token; they add up to 1 after `normalized()`.
     ptx: TokenBatch of B * rows_per_episode rows, or None.
   """
 
@@ -188,18 +196,19 @@ class PPOBatch:
   ptx: TokenBatch | None = None
 
   def normalized(self) -> PPOBatch:
+    """The batch with weights that add up to 1, and its pretraining rows likewise."""
     ptx = None if self.ptx is None else self.ptx.normalized()
     return dataclasses.replace(self, weights=normalize(self.weights), ptx=ptx)
 
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of the tokens so far. One write index for all rows; the mask says which slots
-  are real.
+  """Keys and values of the tokens so far. All rows share one write index, and the mask says which
+  slots are real.
 
   Attributes:
-    k, v: L arrays [B,G,S,H]. A tuple and not one [L,...] array, so that a decode step that visits
-      the layers one by one updates each in place and slices nothing.
+    k, v: L arrays [B,G,S,H]. They are a tuple and not one [L,...] array, so that a decoding step,
+      which visits the layers one by one, updates each in place and slices nothing.
     mask: bool[B,S].
     index: i32[], the next slot to write.
   """
@@ -213,10 +222,12 @@ class KVCache:
 class Decoder(NamedTuple):
   """The three functions that sampling needs of a model.
 
-  prepare(params) -> weights: casts, re-shards and unstacks the parameters once, before the sampling
-  loop. prefill(weights, tokens [B,Q], mask, slots) -> (logits f32[B,V] after the last column,
-  KVCache with `slots` slots). step(weights, tokens [B], mask [B], cache) -> (logits f32[B,V],
-  cache).
+  Attributes:
+    prepare: (params) -> weights; casts, re-shards and unstacks the parameters once, before the
+      sampling loop.
+    prefill: (weights, tokens i32[B,Q], mask bool[B,Q], slots) -> (logits f32[B,V] after the last
+      column, KVCache with `slots` slots).
+    step: (weights, tokens i32[B], mask bool[B], cache) -> (logits f32[B,V], cache).
   """
 
   prepare: Callable[..., Any]
@@ -225,20 +236,22 @@ class Decoder(NamedTuple):
 
 
 class Networks(NamedTuple):
-  """A model as pure functions. Losses, rollout and evaluation see these and never a module.
+  """A model as pure functions. Losses, rollout and evaluation receive these and never a module.
 
-  logits(params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1. The model's
-    own, over its whole vocabulary, as in transformers: for evaluations that compare with other
-    tools.
-  logprobs(params, tokens, mask, temperature=1.0, key=None) -> (logprobs, entropy), both f32[B,T]:
-    logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that distribution;
-    column 0 is 0. This is the one place where logits are shifted against tokens, and where a large
-    vocabulary is cut into chunks. It and the decoder share one distribution, over the ids that have
-    a token.
-  scalar(params, tokens, mask) -> f32[B,T], the value or reward head at every position, after
-  reading token t.
-  decoder: Decoder.
   A dropout key of None means no dropout.
+
+  Attributes:
+    logits: (params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1. These
+      are the model's own logits over its whole vocabulary, as in transformers, for evaluations that
+      compare with other tools.
+    logprobs: (params, tokens, mask, temperature=1.0, key=None) -> (logprobs, entropy), both
+      f32[B,T]: logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that
+      distribution. Column 0 is 0. This is the one place where logits are shifted against tokens and
+      where a large vocabulary is processed in chunks. It shares one distribution with the decoder,
+      over the ids that have a token.
+    scalar: (params, tokens, mask) -> f32[B,T], the value or reward head at every position, after
+      token t was read.
+    decoder: Decoder.
   """
 
   logits: Callable[..., jax.Array]
@@ -250,10 +263,10 @@ class Networks(NamedTuple):
 class LossFn(Protocol):
   """(params, batch, key, *, nets, **coefficients) -> (loss f32[], metrics).
 
-  A loss is a weighted sum whose weights were normalised over the whole minibatch beforehand
+  A loss is a weighted sum. Its weights were normalised over the whole minibatch beforehand
   (batch.normalized()), so that the gradients of microbatches add up to the gradient of the
-  minibatch exactly. Metrics add up in the same way, except that those whose name ends in `_max` are
-  combined by maximum.
+  minibatch exactly. Metrics add up in the same way, except for those whose name ends in `_max`,
+  which are combined by maximum.
   """
 
   def __call__(
@@ -268,6 +281,7 @@ class LossFn(Protocol):
 
 
 def normalize(weights: Array) -> Array:
-  """Scales weights to add up to 1 over the whole (global) batch; all zeros stay zeros."""
+  """Scales weights to add up to 1 over the whole (global) batch. Weights that are all zero stay
+  zero."""
   total = jnp.sum(weights)
   return weights / jnp.where(total > 0, total, 1.0)

@@ -150,7 +150,10 @@ def run(options: argparse.Namespace) -> None:
   ppo = {label(p): p for p in options.ppo.split(',') if p}
   if len(ppo) < len(list(filter(None, options.ppo.split(',')))):
     raise ValueError(f'--ppo={options.ppo}: two stages have the same name.')
-  load = lambda name, head: loading.load(name, head, options.template, dtype=options.dtype)
+
+  def load(name, head):
+    return loading.load(name, head, options.template, dtype=options.dtype)
+
   model = load(options.policy, 'lm')
   reward = load(options.reward_model, 'scalar')
   policies = {name: load(p, 'lm') for name, p in ppo.items()}

@@ -163,7 +163,9 @@ def describe(name: str, r: dict) -> str:
   """The report of one step in Markdown."""
   from alignjax.compiler import chips, cost
 
-  gib = lambda x: f'{x / 2**30:.2f} GiB'
+  def gib(x):
+    return f'{x / 2**30:.2f} GiB'
+
   head = (
     f'## {name}\n\n{r["devices"]} x {r["kind"]}, mesh '
     + ' x '.join(f'{a} {n}' for a, n in r['mesh'].items())
@@ -242,8 +244,7 @@ def describe(name: str, r: dict) -> str:
   if chip:
     lines.append(
       f'Estimated step: {r["seconds"][0]:.3g} s with communication behind computation, '
-      f'{r["seconds"][1]:.3g} s with '
-      f'none of it hidden; MFU {r["mfu"][0]:.0%} to {r["mfu"][1]:.0%}.'
+      f'{r["seconds"][1]:.3g} s with none of it hidden; MFU {r["mfu"][0]:.0%} to {r["mfu"][1]:.0%}.'
     )
   return '\n\n'.join(lines) + '\n'
 
@@ -259,8 +260,7 @@ def decode_words(r: dict) -> str:
   largest = max((s['bytes'] / s['times'] for s in gathers), default=0)
   return (
     f'Decode loop: {cost.si(each, "B")} a generated position and device, {cost.si(least, "B")} at '
-    f'least for the sharding; '
-    f'largest gather inside it {cost.si(largest, "B")}.'
+    f'least for the sharding; largest gather inside it {cost.si(largest, "B")}.'
   )
 
 
@@ -273,7 +273,10 @@ def summary(results: dict[str, dict]) -> str:
     if 'memory' not in r:
       rows.append((name, '', '', 'no', '', '', '', '', f'{r["minutes"]:.1f}'))
       continue
-    gib = lambda x: f'{x / 2**30:.1f}'
+
+    def gib(x):
+      return f'{x / 2**30:.1f}'
+
     wire, least = (
       sum(p['wire'] for p in r['phases'].values()),
       sum(w for _, w in r['needed'].values()),

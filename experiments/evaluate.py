@@ -70,8 +70,7 @@ def describe(part: str) -> str:
       *lines,
       '',
       f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names '
-      f'that '
-      'lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.',
+      'that lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.',
     ]
   )
 

@@ -56,8 +56,7 @@ def main(argv: list[str]) -> None:
     if model.source is None:
       raise ValueError(
         f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to '
-        f'take over; the '
-        "sandbox's architecture is none of transformers'."
+        "take over; the sandbox's architecture is none of transformers'."
       )
     report = export.save(
       out,
@@ -80,9 +79,8 @@ def main(argv: list[str]) -> None:
       print(f'{part}: {report[part]}')
   if not trained_as_chat(model):
     print(
-      f"note: the tokenizer's chat template is not how this model was trained; its prompts look "
-      f'like '
-      f'{model.tokenizer.decode(model.template.prompt("PROMPT"))!r}'
+      "note: the tokenizer's chat template is not how this model was trained; its prompts look "
+      f'like {model.tokenizer.decode(model.template.prompt("PROMPT"))!r}'
     )
 
 

@@ -118,7 +118,10 @@ def cross_validate(
         flush=True,
       )
   prompts = {pool: [[v.prompt for v in votes] for votes in pools[pool]] for pool in pools}
-  flat = lambda lists: [x for one in lists for x in one]
+
+  def flat(lists):
+    return [x for one in lists for x in one]
+
   mean = {pool: [sum(fold) / len(fold) for fold in hits[pool]] for pool in hits}
   result = {f'accuracy_{pool}': labelers.over_models(hits[pool], prompts[pool]) for pool in pools}
   result['gap'] = stats.gap(
@@ -180,7 +183,7 @@ def trained(
   rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
   pairs = [model.template.row(json.loads(p), text) for p, text in rows]
   tokens = [(prompt, [response]) for prompt, response in pairs]
-  fitted = encode.fit(
+  limited = encode.limit_lengths(
     tokens, own.data.prompt_length, own.data.response_length, 'truncate', 'votes to measure on'
   ).rows
   score = bulk.make_scorer(
@@ -190,7 +193,7 @@ def trained(
     pad=model.template.pad,
     rows=32,
   )
-  scores = score(model.params, [p + r[0] for p, r in fitted])
+  scores = score(model.params, [p + r[0] for p, r in limited])
   return [[p, text, float(s)] for (p, text), s in zip(rows, scores, strict=True)]
 
 
@@ -199,27 +202,31 @@ def markdown(result: dict) -> str:
   from alignjax.evals.stats import show
 
   f, p = result['figures'], result['protocol']
-  cell = lambda x: show(x, count=True) or 'no two judged the same pair'
   models = f['accuracy_seen']['models']
-  spread = lambda x: (
-    f'{x["mean_over_models"]:.3f}'
-    + (f' ± {x["sd_over_models"]:.3f}' if x['sd_over_models'] is not None else '')
-  )
+
+  def cell(figure):
+    return show(figure, count=True) or 'no two judged the same pair'
+
+  def mean_and_deviation(figure):
+    mean = f'{figure["mean_over_models"]:.3f}'
+    if figure['sd_over_models'] is None:
+      return mean
+    return f'{mean} ± {figure["sd_over_models"]:.3f}'
+
   return '\n'.join(
     [
       '# Held-out labelers',
       '',
       f'{result["labelers"]} labelers with {p["min_votes"]} votes or more in {p["folds"]} groups, '
-      f'{models} reward models. Share of '
-      'votes ordered as the labeler did, on prompts that no model saw; mean and 95% interval by '
-      'prompt (votes). Paper: 72.4 ± 0.4% '
-      'seen, 69.6 ± 0.9% held out.',
+      f'{models} reward models. Share of votes ordered as the labeler did, on prompts that no '
+      'model saw; mean and 95% interval by prompt (votes). Paper: 72.4 ± 0.4% seen, 69.6 ± 0.9% '
+      'held out.',
       '',
       '| | labelers of the training groups | labelers of the held-out group |',
       '|---|---|---|',
       f'| reward model | {cell(f["accuracy_seen"])} | {cell(f["accuracy_heldout"])} |',
-      f'| mean over models ± their deviation | {spread(f["accuracy_seen"])} | '
-      f'{spread(f["accuracy_heldout"])} |',
+      f'| mean over models ± their deviation | {mean_and_deviation(f["accuracy_seen"])} | '
+      f'{mean_and_deviation(f["accuracy_heldout"])} |',
       f'| the longer response wins | {cell(f["longer_seen"])} | {cell(f["longer_heldout"])} |',
       f'| agreement with one of the training groups | {cell(f["agreement_seen"])} | '
       f'{cell(f["agreement_heldout"])} |',

@@ -197,13 +197,12 @@ def _fitted(value: Any, kind: type, name: str) -> Any:
 def _items_fit(made: Sequence, current: Sequence) -> bool:
   """Whether the items are of kinds that the present items have, where there are any; numbers of
   both kinds are one."""
-  group = lambda x: (
-    float
-    if isinstance(x, (int, float)) and not isinstance(x, bool)
-    else tuple
-    if isinstance(x, list)
-    else type(x)
-  )
+
+  def group(x):
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+      return float
+    return tuple if isinstance(x, list) else type(x)
+
   return not current or {group(x) for x in made} <= {group(x) for x in current}
 
 

@@ -164,8 +164,7 @@ def run(options: argparse.Namespace) -> None:
     if texts.setdefault(at, text).strip() != text.strip():
       raise ValueError(
         f'the judgments are of another response of {at[1]!r} to the prompt {at[0]!r} than the one '
-        f'sampled with '
-        'these --temperature, --max_tokens and --seed.'
+        'sampled with these --temperature, --max_tokens and --seed.'
       )
   result = statistics.summarize(
     judged, names, baseline, {at: len(text.split()) for at, text in texts.items()}
@@ -186,7 +185,10 @@ def run(options: argparse.Namespace) -> None:
   page.plot(result, out / 'preference.png')
   for note in judged.notes:
     print(note, flush=True)
-  short = lambda f: '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
+  def short(f):
+    return '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
   rows = [
     (
       p,
@@ -324,8 +326,7 @@ def endpoint(model: str, options: argparse.Namespace):
   if not key and (options.judge_key_env or not options.judge_url):
     raise ValueError(
       f'--judge=openai: needs a key: the environment variable {variable} is not set. Other '
-      f'variables: '
-      '--judge_key_env=NAME; a server without keys: --judge_url=URL.'
+      'variables: --judge_key_env=NAME; a server without keys: --judge_url=URL.'
     )
   url = options.judge_url or openai_judge.URL
   if not url.startswith(('http://', 'https://')):

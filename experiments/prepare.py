@@ -94,12 +94,18 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f'--shares={options.shares}: a share is a number from 0 on, and one at least is above 0.'
       )
-    length = lambda text: len(text.split())
+
+    def length(text):
+      return len(text.split())
+
     if options.tokenizer:
       from alignjax.setup.texts import load_tokenizer
 
       tokenizer = load_tokenizer(options.tokenizer)
-      length = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+      def length(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
     records = sources.read(options.source, options.kind, options.mapping)
     splits, log = hygiene.clean(
       records,
@@ -121,9 +127,8 @@ def main(argv: list[str]) -> None:
       )
     for name in (name for name, rows in splits.items() if not rows):
       print(
-        f'WARNING: the split {name} is empty: of {log[-1][2]} records that are left none came '
-        f'into its share of '
-        f'{shares[name]:g}. Give more records, other --shares, or another --seed.'
+        f'WARNING: the split {name} is empty: of {log[-1][2]} records that are left none came into '
+        f'its share of {shares[name]:g}. Give more records, other --shares, or another --seed.'
       )
     out.mkdir(parents=True, exist_ok=True)
     if options.format == 'tfds':

@@ -74,10 +74,9 @@ def main(argv: list[str]) -> None:
     'on_changed_input',
     'fail',
     ('fail', 'keep', 'restart'),
-    'Where the data, a checkpoint or a function '
-    'that a stage was made from is another one now: fail; keep what is there and take the new one '
-    'for '
-    'the same; or restart the stage, which deletes its folder.',
+    'Where the data, a checkpoint or a function that a stage was made from is another one now: '
+    'fail; keep what is there and take the new one for the same; or restart the stage, which '
+    'deletes its folder.',
   )
 
   def run(_):

@@ -15,11 +15,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:
   sys.path.insert(0, str(HERE.parent))
 
-from alignjax.report import COLUMNS, NAMES  # noqa: E402  after the path
+from alignjax.report_page import COLUMNS, NAMES  # noqa: E402  after the path
 from experiments import command  # noqa: E402  after the path
 
 
-def spread(values: list[float]) -> str:
+def mean_and_deviation(values: list[float]) -> str:
   return (
     f'{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})' if values else ''
   )
@@ -38,7 +38,9 @@ def table(reports: list[dict]) -> str:
       [r['policies'][name][c]['mean'] for r in reports if c in r['policies'].get(name, {})]
       for c in COLUMNS
     ]
-    lines.append(f'| {NAMES.get(name, name)} | ' + ' | '.join(map(spread, cells)) + ' |')
+    lines.append(
+      f'| {NAMES.get(name, name)} | ' + ' | '.join(map(mean_and_deviation, cells)) + ' |'
+    )
   outcomes = ('yes', 'no', 'not shown')
   lines += [
     '',
@@ -53,13 +55,15 @@ def table(reports: list[dict]) -> str:
   figures = [k for k, v in reports[0]['reward_model'].items() if isinstance(v, dict)]
   lines += ['', '| reward model | |', '|---|---|']
   lines += [
-    f'| {k.replace("_", " ")} | {spread([r["reward_model"][k]["mean"] for r in reports])} |'
+    f'| {k.replace("_", " ")} | {mean_and_deviation([r["reward_model"][k]["mean"] for r in reports])} |'
     for k in figures
   ]
   lines += [
     '',
     'Seconds: '
-    + ', '.join(f'{k} {spread([r["seconds"][k] for r in reports])}' for k in reports[0]['seconds'])
+    + ', '.join(
+      f'{k} {mean_and_deviation([r["seconds"][k] for r in reports])}' for k in reports[0]['seconds']
+    )
     + '.',
   ]
   return '\n'.join(lines)
@@ -71,9 +75,8 @@ def check(reports: dict[str, dict]) -> None:
   for folder, report in reports.items():
     if 'config' not in report:
       raise SystemExit(
-        f'error: {folder}/report.json does not say by which config it was made; another version '
-        f'of alignjax '
-        'wrote it.'
+        f'error: {folder}/report.json does not say by which config it was made; another version of '
+        'alignjax wrote it.'
       )
     flat[folder] = flatten(report['config'])
   seeds: dict[tuple, str] = {}

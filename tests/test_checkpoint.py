@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alignjax import sharding
-from alignjax.runtime import checkpoint, checksums, metrics
+from alignjax.runtime import checkpoint, checksums, metrics, saved_config
 from alignjax.types import TrainState
 
 CONFIG = {'seed': 0, 'model': {'d_model': 8}}
@@ -167,7 +167,7 @@ def test_a_config_file_that_is_damaged(tmp_path):
 
 def test_another_config(tmp_path):
   saved(tmp_path)
-  with pytest.raises(checkpoint.ConfigMismatch, match=r'model.d_model: 8 -> 16') as error:
+  with pytest.raises(saved_config.Mismatch, match=r'model.d_model: 8 -> 16') as error:
     checkpoint.Checkpoints(tmp_path, config={'seed': 0, 'model': {'d_model': 16}})
   assert '--workdir' in str(error.value) and 'seed' not in str(error.value)
 

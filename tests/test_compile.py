@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignjax import sharding
-from alignjax.compiler import chips, cost, hlo, liveness
+from alignjax.compiler import chips, cost, hlo, liveness, operations
 from alignjax.stages import abstract
 from experiments import compile as command
 
@@ -154,7 +154,7 @@ def test_a_program_written_by_hand():
   ],
 )
 def test_replica_groups(text, group, count):
-  assert hlo.replica_group(f', channel_id=1, {text}') == (group, count)
+  assert operations.replica_group(f', channel_id=1, {text}') == (group, count)
 
 
 def test_convolutions_count_what_falls_on_the_input():
@@ -177,16 +177,16 @@ def test_convolutions_count_what_falls_on_the_input():
     False,
     (),
   )
-  assert hlo.flops(site('', 'bf_io->bf', (16, 8), (8, 4), (16, 4))) == 2 * 16 * 8 * 4
+  assert operations.flops(site('', 'bf_io->bf', (16, 8), (8, 4), (16, 4))) == 2 * 16 * 8 * 4
   # a batch of 3 products [16,8] x [8,4]: the window has size 3, and each output lands on one tap of
   # the dilated input
   batched = site(
     'size=3 stride=2 pad=0_0 lhs_dilate=3', '0bf_0io->0bf', (3, 16, 8), (3, 8, 4), (3, 16, 4)
   )
-  assert hlo.flops(batched) == 3 * 2 * 16 * 8 * 4
+  assert operations.flops(batched) == 3 * 2 * 16 * 8 * 4
   # a 3-tap filter over 5 positions, padded by one on both sides: 5 * 3 - 2 taps
   assert (
-    hlo.flops(site('size=3 pad=1_1', 'b0f_0io->b0f', (1, 5, 2), (3, 2, 7), (1, 5, 7)))
+    operations.flops(site('size=3 pad=1_1', 'b0f_0io->b0f', (1, 5, 2), (3, 2, 7), (1, 5, 7)))
     == 2 * 13 * 2 * 7
   )
 

@@ -60,7 +60,7 @@ class Started(Exception):
 
 
 def start(flag, folder, monkeypatch):
-  def begun(*_):
+  def begun(*_, **__):
     raise Started
 
   monkeypatch.setattr(train, 'run_stage', begun)

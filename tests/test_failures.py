@@ -233,8 +233,8 @@ def score(function, failures, **kw):
       frozen=None,
       function=f'tests.test_failures:{function}',
       failures=failures,
-      asked={(1, 2): 'a', (3,): 'b', (): 'c'},
-      said=lambda ids: ('x' * len(ids), False),
+      prompts_by_tokens={(1, 2): 'a', (3,): 'b', (): 'c'},
+      decode_response=lambda ids: ('x' * len(ids), False),
       **({'pause': 0.01} | kw),
     )
   )
@@ -294,7 +294,9 @@ def test_a_wrong_host_function_fails_before_anything_runs():
     ValueError, match=r"stages.ppo.reward.function='tests.test_failures:flakey'.*did you mean flaky"
   ):
     check_functions(
-      ConfigDict(spec), 'stages.ppo', dict(reward=dict(asked={}, said=None, failures=[]))
+      ConfigDict(spec),
+      'stages.ppo',
+      dict(reward=dict(prompts_by_tokens={}, decode_response=None, failures=[])),
     )
 
 

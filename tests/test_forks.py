@@ -15,7 +15,7 @@ from alignjax import losses, optim, plugins, rollout, train
 from alignjax.runtime import checkpoint, metrics
 from alignjax.setup.objects import make_setup
 from alignjax.setup.weights import initial_params
-from alignjax.stages import ppo_ptx, preference
+from alignjax.stages import ppo_ptx, ppo_ptx_plan, preference
 from alignjax.stages.ppo_ptx import iteration
 from alignjax.types import PreferenceBatch, TrainState
 from experiments.configs import base, dpo
@@ -251,7 +251,7 @@ def test_rloo_takes_the_number_of_samples_from_the_stage(one_device, tmp_path):
   bound = plugins.bind(
     c.stages.ppo.advantage,
     'advantage',
-    facts=ppo_ptx.facts(make_setup(c, tmp_path), 'ppo')['advantage'],
+    facts=ppo_ptx_plan.facts(make_setup(c, tmp_path), 'ppo')['advantage'],
   )
   rewards = jnp.asarray([[1.0], [2.0], [3.0], [6.0]])
   assert bound(rewards, rewards, rewards > 0)[0][:, 0].tolist() == pytest.approx(

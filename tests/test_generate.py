@@ -16,7 +16,7 @@ import pytest
 from alignjax import train
 from alignjax.inference import loading, streaming
 from alignjax.models import transformer
-from alignjax.runtime import checkpoint
+from alignjax.runtime import checkpoint, saved_config
 from alignjax.setup.objects import make_setup
 from alignjax.setup.weights import initial_params
 from experiments import generate as command
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
   c.checkpoint, c.model.max_length = f'hf:{place / "base"}', 256
   setup = make_setup(c, place / 'run', jax.devices()[:1])
   folder = place / 'run' / 'sft'
-  checkpoint.check_config(folder / 'checkpoints' / 'config.json', train.identity(c, 'sft'))
+  saved_config.check(folder / 'checkpoints' / 'config.json', train.identity(c, 'sft'))
   params, made = initial_params(setup, f'hf:{place / "base"}', 'lm', 0), train.record(setup, 'sft')
   for to in (folder / 'final', folder / 'candidates' / '1'):
     checkpoint.save_params(to, params, dict(head='lm', seconds=0, steps=1), made)

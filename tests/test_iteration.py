@@ -411,5 +411,5 @@ def test_what_the_stage_keeps():
   """The policy after the last update, or its moving average where the config says so (keep)."""
   params, _, _, _ = episode(0)
   state = first_state(params, compiled(0.0, 1)[0])
-  assert ppo_ptx.kept(state, 'policy') is state.params['policy']
-  assert ppo_ptx.kept(state, 'ema') is state.ema
+  assert ppo_ptx.final_params(state, 'policy') is state.params['policy']
+  assert ppo_ptx.final_params(state, 'ema') is state.ema

@@ -424,12 +424,12 @@ ROWS = [
 
 
 def test_what_is_too_long_is_dropped_cut_or_refused_and_counted():
-  dropped = encode.fit(ROWS, 4, 3, 'drop', 'data.comparisons')
+  dropped = encode.limit_lengths(ROWS, 4, 3, 'drop', 'data.comparisons')
   assert dropped.rows == [ROWS[0]] and dropped.index == [0] and dropped.kept == [[0, 1]]
   assert dropped.note == (
     'data.comparisons: 1 prompts over 4 tokens and 1 responses over 3 dropped; 1 of 3 records stay'
   )
-  cut = encode.fit(ROWS, 4, 3, 'truncate', 'x')
+  cut = encode.limit_lengths(ROWS, 4, 3, 'truncate', 'x')
   assert (
     cut.rows[1] == ([2, 3, 4, 5], [[4], [5]])
     and cut.rows[2][1] == [[9, 9, 9], [8, 8, 8]]
@@ -438,10 +438,10 @@ def test_what_is_too_long_is_dropped_cut_or_refused_and_counted():
   with pytest.raises(
     ValueError, match='x, record 2: its prompt has 5 tokens.*data.prompt_length.*drop'
   ):
-    encode.fit(ROWS, 4, 3, 'error', 'x')
+    encode.limit_lengths(ROWS, 4, 3, 'error', 'x')
   with pytest.raises(ValueError, match='nothing is left'):
-    encode.fit(ROWS[1:2], 4, 3, 'drop', 'x')
-  assert encode.fit(ROWS, 9, 9, 'drop', 'x').note == ''
+    encode.limit_lengths(ROWS[1:2], 4, 3, 'drop', 'x')
+  assert encode.limit_lengths(ROWS, 9, 9, 'drop', 'x').note == ''
 
 
 REAL = [

@@ -144,7 +144,10 @@ def test_streamed_text_is_that_of_generate(workdir, temperature):
       stop_ids=model.template.ends,
       temperature=temperature,
     )
-    assert text == model.template.said(np.asarray(out.responses)[0][np.asarray(out.mask)[0]])[0]
+    assert (
+      text
+      == model.template.decode_response(np.asarray(out.responses)[0][np.asarray(out.mask)[0]])[0]
+    )
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from alignjax import plots, report
+from alignjax import plots, report, report_page
 from alignjax.evals.reward import best_of_n
 from alignjax.runtime import files
 
@@ -14,7 +14,9 @@ FIGURE = {'mean': 0.51234, 'ci95': [0.40111, 0.60999], 'n': 20, 'kind': 'share'}
 
 @pytest.fixture
 def result():
-  policies = {n: {c: FIGURE for c in report.COLUMNS} for n in ('pretrained', 'sft', 'ppo', 'mine')}
+  policies = {
+    n: {c: FIGURE for c in report_page.COLUMNS} for n in ('pretrained', 'sft', 'ppo', 'mine')
+  }
   policies['sft'] |= {'pretraining_loss_book': FIGURE}
   part = {'what': 'of the loss', 'figure': FIGURE, 'bar': 0.75, 'above': True, 'held': 'not shown'}
   finding = {'held': 'not shown', 'parts': [part], 'why': 'PPO is not shown to pay in reading'}
@@ -38,7 +40,7 @@ def result():
 
 
 def test_the_page(result):
-  text = report.markdown(json.loads(json.dumps(result)), ['a.png'])
+  text = report_page.markdown(json.loads(json.dumps(result)), ['a.png'])
   assert '    python run.py --config=c.py\n' in text
   assert 'Seed 3, commit 0123456789ab; report.json has every entry of the config' in text
   assert '| SFT | 0.51 [0.40, 0.61] |' in text and '0.51234' not in text, 'rounded'
@@ -48,11 +50,11 @@ def test_the_page(result):
     < text.index('| PPO |')
     < text.index('| mine |')
   )
-  assert all(f'- {what}: {words}.' in text for what, words in report.MEANING.items())
-  explained = [part for key in report.MEANING for part in key.split(', ')]
-  assert all(any(part in column for part in explained) for column in report.COLUMNS.values()), (
-    'every column is explained'
-  )
+  assert all(f'- {what}: {words}.' in text for what, words in report_page.MEANING.items())
+  explained = [part for key in report_page.MEANING for part in key.split(', ')]
+  assert all(
+    any(part in column for part in explained) for column in report_page.COLUMNS.values()
+  ), 'every column is explained'
   assert (
     '| PPO-ptx wins back | **not shown** | of the loss 0.51 [0.40, 0.61], not told from 0.75; PPO '
     'is not shown to pay' in text

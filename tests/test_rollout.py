@@ -144,8 +144,8 @@ def test_item_22_a_reward_is_a_python_function_of_texts():
   reward = functools.partial(
     rewards.host_reward,
     function='tests.test_rollout:count_words',
-    asked=asked,
-    said=lambda ids: (words(ids), True),
+    prompts_by_tokens=asked,
+    decode_response=lambda ids: (words(ids), True),
     failures=[],
   )
   out, _ = collect(reward_fn=reward)

@@ -10,6 +10,7 @@ from alignjax.evals.reward import selection
 from alignjax.inference import loading
 from alignjax.runtime import checkpoint
 from alignjax.setup.objects import make_setup
+from alignjax.stages import loop
 from alignjax.stages import selection as stage
 from experiments.configs import selected
 
@@ -58,7 +59,7 @@ def test_what_one_may_choose_by():
   [(100, 4, [25, 50, 75]), (10, None, []), (10, 1, []), (2, 5, [1]), (7, 3, [2, 5])],
 )
 def test_candidates_are_evenly_spaced(steps, count, expected):
-  assert train.candidate_steps(steps, count) == expected
+  assert loop.candidate_steps(steps, count) == expected
 
 
 def tiny():

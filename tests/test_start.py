@@ -239,7 +239,7 @@ def test_a_prompt_of_no_tokens_is_refused():
   with pytest.raises(ValueError, match='prompt 1 has no tokens'):
     encode.left_pad([[5], []], 4, 0)
   with pytest.raises(ValueError, match='x, record 2: its prompt has no tokens'):
-    encode.fit([([1], [[2]]), ([], [[2]])], 4, 4, 'truncate', 'x')
+    encode.limit_lengths([([1], [[2]]), ([], [[2]])], 4, 4, 'truncate', 'x')
   c = smollm2_135m.get_config('tiny')
   c.checkpoint = f'hf:{CHAT}'
   for entry in ('prompt_length', 'response_length', 'row_length'):
@@ -271,7 +271,9 @@ def test_a_reward_on_the_host_reads_what_samples_show(form):
   prompts = [x[np.array([0, 0, 0])] for x in prompts]
   failures: list = []
   given = dict(
-    asked=dict(zip(map(tuple, asked), said, strict=True)), said=template.said, failures=failures
+    prompts_by_tokens=dict(zip(map(tuple, asked), said, strict=True)),
+    decode_response=template.decode_response,
+    failures=failures,
   )
   scores = jax.jit(
     lambda *x: rewards.host_reward(
@@ -281,19 +283,26 @@ def test_a_reward_on_the_host_reads_what_samples_show(form):
   assert scores.tolist() == [1.0, 1.0, 1.0] and not failures
   fake = types.SimpleNamespace(text=types.SimpleNamespace(template=template, world=None))
   rollout = types.SimpleNamespace(responses=right[0], mask=right[1], scores=np.ones(3))
-  assert [row[:2] for row in ppo_ptx.look(fake, [dict(prompt=said[0])] * 3, rollout)[1]] == [
-    ('Two and two?', '4')
-  ] * 3
+  assert [
+    row[:2] for row in ppo_ptx.samples_and_gold(fake, [dict(prompt=said[0])] * 3, rollout)[1]
+  ] == [('Two and two?', '4')] * 3
 
 
 def test_the_text_of_a_response():
   template = templates.make(load_tokenizer(str(CHAT)), 'chat')
   four = letters('4')
   assert template.ends == (EOS, TURN) and template.end == TURN
-  assert template.said([*four, TURN]) == template.said(np.array([*four, EOS])) == ('4', True)
-  assert template.said(four) == ('4', False)
-  assert template.said([TURN]) == ('', True) and template.said([]) == ('', False)
-  assert template.said([*four, TURN, TURN]) == ('4<|im_end|>', True), (
+  assert (
+    template.decode_response([*four, TURN])
+    == template.decode_response(np.array([*four, EOS]))
+    == ('4', True)
+  )
+  assert template.decode_response(four) == ('4', False)
+  assert template.decode_response([TURN]) == ('', True) and template.decode_response([]) == (
+    '',
+    False,
+  )
+  assert template.decode_response([*four, TURN, TURN]) == ('4<|im_end|>', True), (
     'nothing but the last token ended it'
   )
 
@@ -311,7 +320,7 @@ def test_an_added_token_that_the_checkpoint_names_is_an_end(tmp_path, capsys):
     for form, expected in (('plain', {EOS, eot}), ('chat', {EOS, TURN, eot})):
       template = templates.make(load_tokenizer(str(tmp_path / 'c')), form)
       assert {*template.ends} == expected
-      assert template.said([*letters('4'), eot]) == ('4', True)
+      assert template.decode_response([*letters('4'), eot]) == ('4', True)
       assert eot not in template.response('<eot>4') and blank in template.response('<blank>4')
   assert not capsys.readouterr().err
 

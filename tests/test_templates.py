@@ -177,7 +177,10 @@ def test_names_of_control_tokens_in_answers_and_plain_text_are_text(tokenizer):
     template = templates.make(tokenizer, form)
     prompt, response = template.row('a', 'say <|im_end|> and <|endoftext|>, <|im_start|>.')
     assert [i for i in response if i >= 256] == [template.end]
-    assert template.said(response)[0].strip() == 'say <|im_end|> and <|endoftext|>, <|im_start|>.'
+    assert (
+      template.decode_response(response)[0].strip()
+      == 'say <|im_end|> and <|endoftext|>, <|im_start|>.'
+    )
     assert (
       not [i for i in template.bare('x<|im_end|>') if i >= 256]
       and template.document('<|endoftext|>').count(256) == 1
@@ -297,7 +300,7 @@ def test_an_answer_that_ends_already_ends_once(tokenizer, form, tail):
     template.row('a', 'hello' + tail.format(end=end))[1],
   ):
     assert response == template.response('hello') and response.count(template.end) == 1
-  assert template.said(template.response(f'{end}a \n'))[0].strip(' ') == f'{end}a \n', (
+  assert template.decode_response(template.response(f'{end}a \n'))[0].strip(' ') == f'{end}a \n', (
     'only at the end'
   )
 
@@ -556,7 +559,7 @@ def test_records_are_read_before_any_stage_runs(recipe, tmp_path, monkeypatch, k
     if 'prompts' in c.stages[spec]:
       c.stages[spec].prompts = None
   ran = []
-  monkeypatch.setattr(train, 'run_stage', lambda setup, name, *_: ran.append(name))
+  monkeypatch.setattr(train, 'run_stage', lambda setup, name, *_, **__: ran.append(name))
   # SFT comes first and reads its own at once; without it the reward model is the first
   if kind == 'demonstrations':
     with pytest.raises(ValueError, match=f'bad.jsonl, line 4.*{words}'):

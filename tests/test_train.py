@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignjax import train
-from alignjax.runtime import checkpoint
+from alignjax.runtime import checkpoint, saved_config
 from alignjax.setup.objects import make_setup
 from experiments import generate
 from experiments.configs import ppo_ptx
@@ -448,7 +448,7 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
   train.main(config(stages_to_run=('sft',), **{'report.policies': ConfigDict()}), finished)
   assert 'sft: finished before, reused' in capsys.readouterr().out
   assert (finished / 'sft' / 'final' / 'info.json').stat().st_mtime == before
-  with pytest.raises(checkpoint.ConfigMismatch, match='model.d_model: 32 -> 64'):
+  with pytest.raises(saved_config.Mismatch, match='model.d_model: 32 -> 64'):
     train.main(config(stages_to_run=('sft',), **{'model.d_model': 64}), finished)
 
 

@@ -157,10 +157,10 @@ def test_the_split_is_by_question():
   if not SHARED.exists():
     pytest.skip(f'no {SHARED}: set ALIGNJAX_DATA')
   for name in ('truth', 'info'):
-    file = f'jsonl:{SHARED}/finetune_{name}.jsonl.gz'
+    source = f'jsonl:{SHARED}/finetune_{name}.jsonl.gz'
     rows = [
-      sources.read(file, 'demonstrations', mapping)
-      for mapping in ('truthfulqa_judge', 'truthfulqa_judge_heldout')
+      sources.read(source, 'demonstrations', side)
+      for side in ('truthfulqa_judge', 'truthfulqa_judge_heldout')
     ]
     found = [{r['prompt'].partition('\nA: ')[0] for r in part} for part in rows]
     assert (

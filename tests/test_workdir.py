@@ -21,7 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignjax import report, train
-from alignjax.runtime import checkpoint, fingerprints, lock
+from alignjax.runtime import checkpoint, fingerprints, lock, saved_config
 from alignjax.runtime.interrupt import Interrupt
 from alignjax.setup import inputs
 from alignjax.stages.stage import Stage
@@ -315,10 +315,10 @@ def test_an_unfinished_stage_does_not_go_on_with_other_data(tmp_path, monkeypatc
 
 
 def test_another_config_is_named_also_where_config_json_is_gone(workdir):
-  with pytest.raises(checkpoint.ConfigMismatch, match='seed: 0 -> 5'):
+  with pytest.raises(saved_config.Mismatch, match='seed: 0 -> 5'):
     run(workdir, 'a', seed=5)
   (workdir / 'a/checkpoints/config.json').unlink()
-  with pytest.raises(checkpoint.ConfigMismatch, match='another config than this one'):
+  with pytest.raises(saved_config.Mismatch, match='another config than this one'):
     run(workdir, 'a', seed=5)
   run(workdir, 'a')
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.compiler import hlo, liveness
+from alignjax.compiler import hlo, liveness, operations
 from alignjax.compiler.chips import Chip
 
 PHASES = ('prepare', 'prefill', 'decode', 'score', 'reward', 'update')
@@ -76,9 +76,14 @@ def analyse(
   for site in hlo.walk(module):
     if not site.fused:
       close()
-      flops, moved, times, name = 0.0, hlo.traffic(module, site), site.times, phase_of(site.op_name)
-    flops += hlo.flops(site)
-    found = hlo.collective(site)
+      flops, moved, times, name = (
+        0.0,
+        operations.traffic(module, site),
+        site.times,
+        phase_of(site.op_name),
+      )
+    flops += operations.flops(site)
+    found = operations.collective(site)
     if found and site.fused and 'chain_id=' in site.instruction.attributes:
       # A TPU program hides it behind several fusions, which all name it: its start, steps (also in
       # a loop further in), its end.
@@ -100,8 +105,17 @@ def analyse(
   close()
   order = [p for p in (*PHASES, 'other') if p in phases]
   made = [
-    Sent(phase, kind, axes, shape, *counts, in_loop, op_name)
-    for (phase, kind, axes, shape, in_loop, op_name), counts in sent.items()
+    Sent(
+      phase=phase,
+      kind=kind,
+      axes=axes,
+      shape=shape,
+      times=times,
+      bytes=size,
+      in_loop=in_loop,
+      op_name=op_name,
+    )
+    for (phase, kind, axes, shape, in_loop, op_name), (times, size) in sent.items()
   ]
   return {p: phases[p] for p in order}, sorted(made, key=lambda s: -s.bytes)
 
@@ -151,7 +165,10 @@ def short(op_name: str) -> str:
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
   """A Markdown table."""
-  line = lambda cells: '| ' + ' | '.join(str(c) for c in cells) + ' |'
+
+  def line(cells):
+    return '| ' + ' | '.join(str(c) for c in cells) + ' |'
+
   return '\n'.join([line(head), line('---' for _ in head), *map(line, rows)])
 
 

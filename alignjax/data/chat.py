@@ -79,7 +79,9 @@ def make(
     asked, left = render(messages, True), before(messages)
     return asked if opened or left.startswith(asked) else left
 
-  usual = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+  def usual(text):
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
   whole, left = render([QUESTION, _answer(MARK)]), before([QUESTION])
   tail = usual(whole[len(left) + len(MARK) :])
   known = tokenizer.added_tokens_decoder
@@ -156,14 +158,17 @@ def _answer(text: str) -> dict[str, str]:
 def _messages(said: Any) -> list[dict[str, Any]]:
   if isinstance(said, str):
     return [{'role': 'user', 'content': said}]
-  good = lambda m: (
-    isinstance(m, dict)
-    and isinstance(m.get('role'), str)
-    and (
-      # templates render an absent text as '' or 'None'
-      isinstance(m.get('content'), (str, list)) or bool(m.get('tool_calls'))
+
+  def good(m):
+    return (
+      isinstance(m, dict)
+      and isinstance(m.get('role'), str)
+      and (
+        # templates render an absent text as '' or 'None'
+        isinstance(m.get('content'), (str, list)) or bool(m.get('tool_calls'))
+      )
     )
-  )
+
   if not isinstance(said, (list, tuple)) or not said or not all(map(good, said)):
     raise ValueError(
       f'a prompt is text, or a list of messages {{"role", "content"}}, one or more; this one is '

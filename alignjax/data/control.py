@@ -61,7 +61,9 @@ def make(tokenizer: Any, control: Mapping[int, str]) -> Control:
   names = sorted(control.values(), key=len, reverse=True)
   pattern = re.compile('|'.join(map(re.escape, names)))
   number = {name: i for i, name in enumerate(names)}
-  usual = lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+  def usual(text):
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
   @functools.lru_cache(maxsize=2)
   def renamed(private: str) -> Any:

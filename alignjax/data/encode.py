@@ -14,7 +14,7 @@ TOO_LONG = ('error', 'drop', 'truncate')
 Row = tuple[list[int], list[list[int]]]  # a prompt and its responses, as tokens
 
 
-class Fitted(NamedTuple):
+class LimitedRows(NamedTuple):
   """rows: those that stay. index: of each in the input. kept: of each, which responses. note: what
   was done, or ''."""
 
@@ -24,7 +24,7 @@ class Fitted(NamedTuple):
   note: str
 
 
-def fit(
+def limit_lengths(
   rows: Sequence[Row],
   prompt_length: int,
   response_length: int,
@@ -32,7 +32,7 @@ def fit(
   what: str,
   places: Sequence[str] | None = None,
   none: bool = False,
-) -> Fitted:
+) -> LimitedRows:
   """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from
   1. none: whether an empty result is allowed; otherwise it is an error.
 
@@ -75,7 +75,7 @@ def fit(
       f'{note or what}: nothing is left. Raise data.prompt_length and data.response_length, or set '
       "data.too_long='truncate'."
     )
-  return Fitted(out, index, kept, note)
+  return LimitedRows(out, index, kept, note)
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

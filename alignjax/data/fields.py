@@ -109,7 +109,10 @@ def answer(said: Any, prompt: str | list[dict[str, Any]], what: str, where: str)
       f'alone or in a list; '
       f'not {textfiles.kind(said)}.'
     )
-  turns = lambda some: [(m['role'], m['content']) for m in some]
+
+  def turns(some):
+    return [(m['role'], m['content']) for m in some]
+
   before = turns([{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt)
   if messages[-1]['role'] != 'assistant' or turns(messages[:-1]) not in ([], before):
     raise ValueError(

@@ -128,7 +128,10 @@ def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[R
   prefix: prompts are one whose first `prefix` characters are the same; shorter ones are compared
     whole.
   """
-  plain = lambda text: ' '.join(text.lower().split())
+
+  def plain(text):
+    return ' '.join(text.lower().split())
+
   seen: set = set()
 
   def new(record):

@@ -69,7 +69,10 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
     function = getattr(importlib.import_module(__name__), head)
   if not names:
     return function
-  renamed = lambda raw, **more: function(rename(raw, names=names)[0], **more)
+
+  def renamed(raw, **more):
+    return function(rename(raw, names=names)[0], **more)
+
   return functools.update_wrapper(renamed, function)
 
 

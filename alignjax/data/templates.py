@@ -79,7 +79,7 @@ class Template(NamedTuple):
     asked, tokens = self.pair(prompt, said)
     return asked, tokens if ended else tokens[:-1]
 
-  def said(self, tokens: Sequence[int]) -> tuple[str, bool]:
+  def decode_response(self, tokens: Sequence[int]) -> tuple[str, bool]:
     """(text, ended) of the tokens of a sampled response: the end token is no part of the text.
     Everything that reads responses as text (rewards on the host, judges, scorers, samples.jsonl, a
     person) reads this."""
@@ -99,7 +99,10 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
   first = _first(tokenizer)
   start, close = (first, (eos,)) if first else ((eos,), ())
-  decode = lambda tokens: tokenizer.decode([int(token) for token in tokens])
+
+  def decode(tokens):
+    return tokenizer.decode([int(token) for token in tokens])
+
   named = _named_ends(tokenizer)
   special = control.special(tokenizer, named)
   if text := sorted(named & {*tokenizer.get_vocab().values()} - special.keys()):
@@ -110,22 +113,28 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
       file=sys.stderr,
       flush=True,
     )
-  ends = lambda end: tuple(sorted({end, eos, *named & special.keys()}))
+
+  def ends(end):
+    return tuple(sorted({end, eos, *named & special.keys()}))
+
   if form == 'chat':
     made = chat.make(tokenizer, special, date, opened, without_end)
-    response = lambda said: made.pair([chat.QUESTION], said)[1]
+
+    def response(said):
+      return made.pair([chat.QUESTION], said)[1]
+
     return Template(
-      made.prompt,
-      made.pair,
-      response,
-      made.control.encode,
-      decode,
-      made.end,
-      ends(made.end),
-      pad,
-      first,
-      start,
-      close,
+      prompt=made.prompt,
+      pair=made.pair,
+      response=response,
+      bare=made.control.encode,
+      decode=decode,
+      end=made.end,
+      ends=ends(made.end),
+      pad=pad,
+      first=first,
+      start=start,
+      close=close,
     )
   template = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
   if '{prompt}' not in template:
@@ -152,8 +161,22 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
       eos,
     ]
 
-  pair = lambda asked, said: (prompt(asked), response(said))
-  return Template(prompt, pair, response, bare, decode, eos, ends(eos), pad, first, start, close)
+  def pair(asked, said):
+    return prompt(asked), response(said)
+
+  return Template(
+    prompt=prompt,
+    pair=pair,
+    response=response,
+    bare=bare,
+    decode=decode,
+    end=eos,
+    ends=ends(eos),
+    pad=pad,
+    first=first,
+    start=start,
+    close=close,
+  )
 
 
 def of_words(
@@ -165,20 +188,25 @@ def of_words(
 ) -> Template:
   """The sandbox's form: every text begins with the end of the one before, and a line break ends a
   prompt."""
-  prompt = lambda said: [end, *encode(said), *encode(newline)]
-  response = lambda said: [*encode(without_end(said, [decode([end])])), end]
+
+  def prompt(said):
+    return [end, *encode(said), *encode(newline)]
+
+  def response(said):
+    return [*encode(without_end(said, [decode([end])])), end]
+
   return Template(
-    prompt,
-    lambda asked, said: (prompt(asked), response(said)),
-    response,
-    encode,
-    decode,
-    end,
-    (end,),
-    pad,
-    (end,),
-    (end,),
-    (),
+    prompt=prompt,
+    pair=lambda asked, said: (prompt(asked), response(said)),
+    response=response,
+    bare=encode,
+    decode=decode,
+    end=end,
+    ends=(end,),
+    pad=pad,
+    first=(end,),
+    start=(end,),
+    close=(),
   )
 
 

@@ -89,7 +89,10 @@ def evaluate(
     table.plot(rows, list(models), baseline, out / 'table.png')
   elif (out / 'table.png').exists():
     (out / 'table.png').unlink()  # of an earlier call with more models
-  short = lambda f: '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
+  def short(f):
+    return '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
   metrics.print_table(
     f'{out}/table.md',
     ('task', 'metric', 'prompt', *models),

@@ -91,19 +91,21 @@ def prepare(
     ]
     documents[kind] = _rows(rows, longest, template.pad)
   return Evaluation(
-    world,
-    labelers,
-    template,
-    sample,
-    likelihood,
-    bulk.make_response_logprobs(nets, sharder, length=room + response_length, pad=template.pad),
-    sandbox.prompts(world, win_prompts, 'test'),
-    truth,
-    truth_train,
-    sandbox.toxicity_prompts(world, toxicity_prompts),
-    tasks[0],
-    tasks[1],
-    documents,
+    world=world,
+    labelers=labelers,
+    template=template,
+    sample=sample,
+    likelihood=likelihood,
+    logprobs=bulk.make_response_logprobs(
+      nets, sharder, length=room + response_length, pad=template.pad
+    ),
+    prompts=sandbox.prompts(world, win_prompts, 'test'),
+    truth=truth,
+    truth_train=truth_train,
+    toxicity=sandbox.toxicity_prompts(world, toxicity_prompts),
+    reading=tasks[0],
+    translation=tasks[1],
+    documents=documents,
   )
 
 
@@ -129,7 +131,7 @@ def respond(
   the end token)."""
   queries = [ev.template.prompt(f'{prefix} {r["prompt"]}'.lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
-  said = [ev.template.said(tokens) for tokens in responses]
+  said = [ev.template.decode_response(tokens) for tokens in responses]
   judged = [
     sandbox.judge(ev.world, record['meta'], *what)
     for record, what in zip(records, said, strict=True)
@@ -186,7 +188,10 @@ def best_prefix(
 def clusters(ev: Evaluation) -> dict[str, list[str]]:
   """What the units of measured arrays belong to: 'prompts' and 'toxicity' the prompt, 'truth' and
   'truth_train' the fact. Units of one cluster are not independent."""
-  fact = lambda records: [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
+
+  def fact(records):
+    return [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
+
   return {
     'prompts': [r['prompt'] for r in ev.prompts],
     'toxicity': [r['prompt'] for r in ev.toxicity],

@@ -129,7 +129,10 @@ def gap(
     float(np.clip(deviations[0] @ deviations[1] / sizes.prod(), -1, 1)) if sizes.all() else 0.0
   )
   (la, ua), (lb, ub) = (f['ci95'] for f in figures)
-  reach = lambda x, y: np.sqrt(max(x**2 + y**2 - 2 * shared * x * y, 0.0))
+
+  def reach(x, y):
+    return np.sqrt(max(x**2 + y**2 - 2 * shared * x * y, 0.0))
+
   return _figure(
     a - b, (max(a - b - reach(a - la, ub - b), -1), min(a - b + reach(ua - a, b - lb), 1)), n, 'gap'
   )

@@ -119,10 +119,13 @@ def assemble(
 
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str) -> str:
   """The table in the layout of the paper's Table 14, then the differences to the baseline."""
-  head = lambda names: [
-    '| task | metric | prompt | ' + ' | '.join(names) + ' |',
-    '|---' * (3 + len(names)) + '|',
-  ]
+
+  def head(names):
+    return [
+      '| task | metric | prompt | ' + ' | '.join(names) + ' |',
+      '|---' * (3 + len(names)) + '|',
+    ]
+
   lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
   for row in rows:
     lines.append(
@@ -166,7 +169,10 @@ def plot(
 
   metrics = list(dict.fromkeys(row['metric'] for row in rows))
   shown = [m for m in models if m != baseline]
-  pick = lambda row, m: row['models'].get(m, {}).get('difference')
+
+  def pick(row, m):
+    return row['models'].get(m, {}).get('difference')
+
   groups = [[row for row in rows if row['metric'] == metric] for metric in metrics]
   figure, axes = plt.subplots(
     len(metrics),

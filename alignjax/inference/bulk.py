@@ -81,9 +81,10 @@ def plan(
     shards: a batch's size is a multiple of it.
     more: tokens that are computed for a row besides, as those that are sampled.
   """
-  at_most = lambda length: max(
-    shards, (rows(length) if callable(rows) else rows) // shards * shards
-  )
+
+  def at_most(length):
+    return max(shards, (rows(length) if callable(rows) else rows) // shards * shards)
+
   full = [at_most(most)] * -(-len(lengths) // at_most(most))
   if sum(full) * (most + more) + len(full) * batch_cost <= shape_cost:
     return _cut(sorted(range(len(lengths)), key=lambda i: -lengths[i]), most, full)
@@ -163,7 +164,7 @@ def each(
     lengths, most, rows, shards=sharder.batch_shards if sharder else 1, more=more, **costs
   ):
     arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
-    made = fetch(run(params, *(sharder.spread(arrays) if sharder else arrays)))
+    made = fetch(run(params, *(sharder.put_full(arrays) if sharder else arrays)))
     for place, i in enumerate(batch.rows):
       out[i] = jax.tree.map(lambda x: x[place], made)  # noqa: B023  used at once
       if done:
@@ -203,12 +204,13 @@ def make_sampler(
     numbers = np.asarray(
       occurrences(map(tuple, prompts)) if numbers is None else numbers, np.uint32
     )
-    make = lambda some, length: (
-      *encode.left_pad([prompts[i] for i in some], length, pad),
-      names[some],
-      numbers[some],
-    )
-    said = lambda row: (row.responses[row.mask].tolist(), bool(row.ended))
+
+    def make(some, length):
+      return (*encode.left_pad([prompts[i] for i in some], length, pad), names[some], numbers[some])
+
+    def said(row):
+      return row.responses[row.mask].tolist(), bool(row.ended)
+
     out = each(
       lambda params, *batch: run(params, jax.random.key(seed), temperature, *batch),
       make,
@@ -270,7 +272,9 @@ def make_scorer(
   Rows of at most `length`."""
 
   def score(params, sequences, done=None):
-    make = lambda some, width: encode.right_pad([sequences[i] for i in some], width, pad)
+    def make(some, width):
+      return encode.right_pad([sequences[i] for i in some], width, pad)
+
     return np.array(
       each(
         _scored(nets),
@@ -310,7 +314,10 @@ def make_likelihood(
     lengths = np.maximum(
       np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1, initial=0) - 1, 1
     )
-    cut = lambda some, length: tuple(x[some, : length + 1] for x in (tokens, mask, weights))
+
+    def cut(some, length):
+      return tuple(x[some, : length + 1] for x in (tokens, mask, weights))
+
     found = each(
       _likelihood(nets),
       cut,

@@ -26,7 +26,10 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
   """
   cfg = model.cfg
   shards = model.sharder.batch_shards if model.sharder else 1
-  at_once = lambda length: shards * max(1, min(64, logits_bytes // (4 * length * cfg.vocab_size)))
+
+  def at_once(length):
+    return shards * max(1, min(64, logits_bytes // (4 * length * cfg.vocab_size)))
+
   likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 
   def score(pairs, done=None):
@@ -88,7 +91,10 @@ def continuations(
     )
   shards = model.sharder.batch_shards if model.sharder else 1
   slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width
-  at_once = lambda length: shards * max(1, min(rows, cache_bytes // (slot * (length + max_tokens))))
+
+  def at_once(length):
+    return shards * max(1, min(rows, cache_bytes // (slot * (length + max_tokens))))
+
   sample = bulk.make_sampler(
     model.nets,
     model.sharder,
@@ -101,7 +107,7 @@ def continuations(
   out: list[str] = [''] * len(prompts)
 
   def finish(i, made):
-    text, _ = model.template.said(made[0])
+    text, _ = model.template.decode_response(made[0])
     for stop in until:
       text = text.split(stop)[0] if stop else text
     out[i] = text

@@ -198,7 +198,15 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
   if head == 'scalar':
     hf.check_end_scored(source, template.end)
   return Model(
-    cfg, _networks(cfg, sharder), params, head, template, ids[-1] + 1, tokenizer, source, sharder
+    cfg=cfg,
+    nets=_networks(cfg, sharder),
+    params=params,
+    head=head,
+    template=template,
+    vocabulary=ids[-1] + 1,
+    tokenizer=tokenizer,
+    source=source,
+    sharder=sharder,
   )
 
 
@@ -300,14 +308,14 @@ def _load_stage(
   sharder = sharder if mesh is not None else None
   source = config.model.get('source')
   return Model(
-    cfg,
-    _networks(cfg, sharder),
-    params,
-    found,
-    text.template,
-    text.vocabulary,
-    text.tokenizer,
-    source and source.removeprefix('hf:'),
-    sharder,
-    response_length,
+    cfg=cfg,
+    nets=_networks(cfg, sharder),
+    params=params,
+    head=found,
+    template=text.template,
+    vocabulary=text.vocabulary,
+    tokenizer=text.tokenizer,
+    source=source and source.removeprefix('hf:'),
+    sharder=sharder,
+    response_length=response_length,
   )

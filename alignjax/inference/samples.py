@@ -91,7 +91,7 @@ def make_responder(
         done,
       )
     tokens, ended = ([lines[i][k] for i in range(len(queries))] for k in ('tokens', 'ended'))
-    texts = [[model.template.said(t)[0] for t in ts] for ts in tokens]
+    texts = [[model.template.decode_response(t)[0] for t in ts] for ts in tokens]
     return Responses(texts, tokens, ended)
 
   return respond

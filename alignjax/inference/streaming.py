@@ -186,7 +186,7 @@ def _sampled(
   out = jax.tree.map(np.asarray, run(model.params))
   texts, rows = [], []
   for row, live in zip(out.responses, out.mask, strict=True):
-    text, ended = model.template.said(row[live])
+    text, ended = model.template.decode_response(row[live])
     texts.append(text)
     rows.append(sum(reward.template.row(prompt, text, ended), []))
   length = max(map(len, rows))

@@ -85,8 +85,7 @@ class TransformerConfig:
     if self.head_dim is None and self.d_model % self.num_heads:
       raise ValueError(
         f'model.d_model={self.d_model} does not divide into model.num_heads={self.num_heads} '
-        f'heads; '
-        'change one or set model.head_dim.'
+        'heads; change one or set model.head_dim.'
       )
     if self.num_heads % self.kv_heads:
       raise ValueError(

@@ -112,7 +112,9 @@ class Entries(NamedTuple):
     )
 
   def number(self, name: str, default: Any = REQUIRED) -> float:
-    right = lambda v: type(v) in (int, float) and 0 < v < 1e30 and math.isfinite(v)
+    def right(v):
+      return type(v) in (int, float) and 0 < v < 1e30 and math.isfinite(v)
+
     return float(self._take(name, default, False, right, 'a number above 0'))
 
   def flag(self, name: str, default: bool) -> bool:
@@ -247,8 +249,7 @@ def _window(kind: str, e: Entries, layers: int) -> int | None:
   ):
     raise ValueError(
       f'{e.path}: layer_types={reprlib.repr(types)} is not covered for {kind}; covered: '
-      f'{" and ".join(covered)}, '
-      f'one for each of num_hidden_layers={layers}.'
+      f'{" and ".join(covered)}, one for each of num_hidden_layers={layers}.'
     )
   if kind == 'llama':
     return None
@@ -274,11 +275,10 @@ def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
   one, if it holds anything."""
   name = 'rope_scaling' if e.values.get('rope_scaling') else 'rope_parameters'
   table = e.values.get(name)
-  if (
-    table is not None
-    and not isinstance(table, dict)
-    or any(isinstance(v, dict) for v in (table or {}).values())
-  ):
+  is_flat = table is None or (
+    isinstance(table, dict) and not any(isinstance(v, dict) for v in table.values())
+  )
+  if not is_flat:
     raise ValueError(
       f'{e.path}: {name}={reprlib.repr(table)} is not covered; one flat object for all layers is.'
     )

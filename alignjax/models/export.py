@@ -130,8 +130,7 @@ def _config(
     if field.name not in (*FREE, 'tie_embeddings') and was != now:
       raise ValueError(
         f'model.{field.name}={now!r} was trained, but {source}/config.json means {was!r}, and an '
-        f'export takes that '
-        'file over; such a model cannot be exported.'
+        'export takes that file over; such a model cannot be exported.'
       )
   config = {
     k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')
@@ -211,11 +210,9 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
     name = config['architectures'][0]
     raise ValueError(
       f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. "
-      f'--bias=drop leaves '
-      'it out, which shifts all scores alike, so that differences and rankings stay; --bias=keep '
-      'writes it to '
-      'config.json as alignjax_score_bias, to be added to every logit (alignjax does so when it '
-      'loads it).'
+      '--bias=drop leaves it out, which shifts all scores alike, so that differences and rankings '
+      'stay; --bias=keep writes it to config.json as alignjax_score_bias, to be added to every '
+      'logit (alignjax does so when it loads it).'
     )
   if choice == 'drop':
     return params, f'{bias:.6g}, left out: add it to a score for that of alignjax'
@@ -250,7 +247,10 @@ def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[
     for i, t in tokenizer.added_tokens_decoder.items()
     if t.special and i not in ends and i < vocab
   }
-  named = lambda *words: [i for i, t in special.items() if any(word in t.lower() for word in words)]
+
+  def named(*words):
+    return [i for i, t in special.items() if any(word in t.lower() for word in words)]
+
   own = {i for i in _ids(tokenizer.pad_token_id) - ends if i < vocab}
   free = [*own, *named('pad'), *named('reserved', 'unused')]
   if not free and len(tokenizer) >= vocab and tokenizer.bos_token_id in special:
@@ -329,7 +329,10 @@ def _write_tensors(
       names.append((count, name))
       size, total = size + whole.nbytes, total + whole.nbytes
   write()
-  final = lambda k: f'model-{k + 1:05d}-of-{count + 1:05d}.safetensors' if count else hf.SINGLE
+
+  def final(k):
+    return f'model-{k + 1:05d}-of-{count + 1:05d}.safetensors' if count else hf.SINGLE
+
   for k in range(count + 1):
     (folder / f'shard-{k}.safetensors').rename(folder / final(k))
   if count:

@@ -141,33 +141,37 @@ class Family(NamedTuple):
     )
 
 
-_LLAMA = lambda name: Family(
-  _llama,
-  'model.',
-  'model.embed_tokens.weight',
-  'lm_head.weight',
-  (f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'),
-)
+def _llama_family(name: str) -> Family:
+  """The family of transformers' classes that begin with `name` and are laid out as Llama is."""
+  return Family(
+    tensors=_llama,
+    prefix='model.',
+    embedding='model.embed_tokens.weight',
+    head='lm_head.weight',
+    classes=(f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'),
+  )
+
+
 FAMILIES = {
   'gpt2': Family(
-    _gpt2,
-    'transformer.',
-    'transformer.wte.weight',
-    'lm_head.weight',
-    ('GPT2LMHeadModel', 'GPT2ForSequenceClassification', 'GPT2Model'),
-    ('.attn.bias', '.attn.masked_bias'),
+    tensors=_gpt2,
+    prefix='transformer.',
+    embedding='transformer.wte.weight',
+    head='lm_head.weight',
+    classes=('GPT2LMHeadModel', 'GPT2ForSequenceClassification', 'GPT2Model'),
+    harmless=('.attn.bias', '.attn.masked_bias'),
   ),
   'gpt_neox': Family(
-    _neox,
-    'gpt_neox.',
-    'gpt_neox.embed_in.weight',
-    'embed_out.weight',
-    ('GPTNeoXForCausalLM', 'GPTNeoXForSequenceClassification', 'GPTNeoXModel'),
-    ('.attention.bias', '.attention.masked_bias', '.rotary_emb.inv_freq'),
+    tensors=_neox,
+    prefix='gpt_neox.',
+    embedding='gpt_neox.embed_in.weight',
+    head='embed_out.weight',
+    classes=('GPTNeoXForCausalLM', 'GPTNeoXForSequenceClassification', 'GPTNeoXModel'),
+    harmless=('.attention.bias', '.attention.masked_bias', '.rotary_emb.inv_freq'),
   ),
-  'llama': _LLAMA('Llama'),
-  'mistral': _LLAMA('Mistral'),
-  'qwen2': _LLAMA('Qwen2'),
-  'qwen3': _LLAMA('Qwen3'),
+  'llama': _llama_family('Llama'),
+  'mistral': _llama_family('Mistral'),
+  'qwen2': _llama_family('Qwen2'),
+  'qwen3': _llama_family('Qwen3'),
 }
 SCORE = Tensor('score.weight', ('final/score/kernel',), DENSE)

@@ -141,7 +141,10 @@ class Files:
       return False
     rows = self.shape(name)[0]
     a, b = (self._where[n][0].get_slice(self._where[n][1]) for n in both)
-    some = lambda x, i: x[i : min(i + 4096, rows)].astype(np.float32)
+
+    def some(x, i):
+      return x[i : min(i + 4096, rows)].astype(np.float32)
+
     return any(not np.array_equal(some(a, i), some(b, i)) for i in range(0, rows, 4096))
 
   def share(self, name: str, other: str) -> None:
@@ -186,14 +189,12 @@ def load(
   if head == 'lm' and cfg.tie_embeddings and files.differ(family.head, family.embedding):
     raise ValueError(
       f'{folder}: {family.head} differs from {family.embedding}, which model.tie_embeddings=True '
-      f'would use for '
-      'both. Leave model.tie_embeddings out: the file decides.'
+      'would use for both. Leave model.tie_embeddings out: the file decides.'
     )
   if cfg.num_layers > len(files.names):
     raise ValueError(
       f'{folder}: the files hold {len(files.names)} tensors, too few for the {cfg.num_layers} '
-      f'layers that '
-      'config.json declares.'
+      'layers that config.json declares.'
     )
   table = [
     t for t in family.tensors(cfg) if head == 'lm' or not t.paths[0].startswith('final/head')
@@ -239,10 +240,9 @@ def check_end_scored(name: str | os.PathLike, end: int) -> None:
   if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
     raise ValueError(
       f'{path}: pad_token_id={end} is the token that responses end with, so that transformers '
-      f'scores this reward '
-      'model one token before the end, and alignjax would at the end. If it was trained to be '
-      'scored at the end, '
-      'set pad_token_id to null or to another token; else it is not covered.'
+      'scores this reward model one token before the end, and alignjax would at the end. If it was '
+      'trained to be scored at the end, set pad_token_id to null or to another token; else it is '
+      'not covered.'
     )
 
 
@@ -312,14 +312,12 @@ def _check(
     if files.shape(name) != shape:
       raise ValueError(
         f'{files.folder}: tensor {name} has the shape {list(files.shape(name))}, but config.json '
-        f'(or model.* of '
-        f'the config) asks for {list(shape)}.'
+        f'(or model.* of the config) asks for {list(shape)}.'
       )
     if files.dtype(name) not in DTYPES:
       raise ValueError(
         f'{files.folder}: tensor {name} is {files.dtype(name)}; quantised checkpoints are not '
-        f'read, only '
-        f'{", ".join(DTYPES)}.'
+        f'read, only {", ".join(DTYPES)}.'
       )
   head = {family.head}  # a tied copy of the embedding, or replaced by the scalar head
   extra = sorted(n for n in files.names - wanted.keys() - head if not n.endswith(family.harmless))
@@ -338,10 +336,8 @@ def _check_tied(files: Files, family: Family) -> None:
   ):
     raise ValueError(
       f'{files.folder}: tensor {head} is {files.dtype(head)} {list(files.shape(head))}, but '
-      f'config.json '
-      f'(tie_word_embeddings) says that it is {embedding}, {files.dtype(embedding)} '
-      f'{list(files.shape(embedding))}. '
-      'Correct the entry, or leave the tensor out of the file.'
+      f'config.json (tie_word_embeddings) says that it is {embedding}, {files.dtype(embedding)} '
+      f'{list(files.shape(embedding))}. Correct the entry, or leave the tensor out of the file.'
     )
 
 

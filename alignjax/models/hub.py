@@ -53,8 +53,7 @@ def folder_of(name: str | os.PathLike) -> pathlib.Path:
     cause = cause or error
     raise FileNotFoundError(
       f'hf:{text}: there is no folder {path.absolute()}, and no model {model!r} is to be had from '
-      f'the hub '
-      f'({type(cause).__name__}: {(str(cause).splitlines() or [""])[0]}).'
+      f'the hub ({type(cause).__name__}: {(str(cause).splitlines() or [""])[0]}).'
     ) from cause
 
 

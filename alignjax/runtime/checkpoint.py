@@ -23,14 +23,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alignjax import plugins
 from alignjax.models.axes import path_name
-from alignjax.runtime import checksums, files, fingerprints
+from alignjax.runtime import checksums, files, fingerprints, saved_config
 from alignjax.sharding import sync
-
-
-class ConfigMismatch(ValueError):
-  """The folder was written with another config."""
 
 
 class Checkpoints:
@@ -39,8 +34,8 @@ class Checkpoints:
 
   Args:
     directory: a folder, made if missing.
-    config: what decides the run's result, as JSON values. Another one than the folder's raises
-      ConfigMismatch.
+    config: the entries that decide the run's result, as JSON values. If they differ from those of
+      the folder, saved_config.Mismatch is raised.
     keep: how many checkpoints stay.
     logs: step -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to
       them (metrics.sums). It is kept with each checkpoint; a restore warns of every name whose
@@ -57,7 +52,7 @@ class Checkpoints:
   ):
     self.directory = files.absolute(directory)
     self._logs = logs if logs is not None and jax.process_index() == 0 else lambda step: {}
-    check_config(self.directory / 'config.json', config)
+    saved_config.check(self.directory / 'config.json', config)
     steps = self.directory / 'steps'
     for path in steps.iterdir() if jax.process_index() == 0 and steps.exists() else ():
       # of a killed save; orbax's own removal outlives an error of the run
@@ -143,8 +138,7 @@ class Checkpoints:
       except _Mismatch as error:
         raise ValueError(
           f'{self.directory}: checkpoint {step} is of another model: {error}. Use another '
-          f'--workdir, or '
-          'delete the folder.'
+          '--workdir, or delete the folder.'
         ) from None
       except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
         self._set_aside(step, error)
@@ -154,8 +148,7 @@ class Checkpoints:
     if steps:
       raise ValueError(
         f'{self.directory}: none of the checkpoints {steps} can be read; they are in '
-        f'{self.directory / "damaged"}. '
-        'The same command starts this stage again.'
+        f'{self.directory / "damaged"}. The same command starts this stage again.'
       )
     return None
 
@@ -169,8 +162,7 @@ class Checkpoints:
   def _set_aside(self, step: int, error: Exception) -> None:
     print(
       f'WARNING: checkpoint {self.directory}/steps/{step} is damaged ({type(error).__name__}: '
-      f'{_first_line(error)}); moved to '
-      f'{self.directory}/damaged, trying the one before.',
+      f'{_first_line(error)}); moved to {self.directory}/damaged, trying the one before.',
       flush=True,
     )
     if jax.process_index() == 0:
@@ -185,8 +177,7 @@ def logs_changed(paths: Iterable[os.PathLike], when: str) -> str:
   """A warning that logs are no longer what was written."""
   return (
     f'WARNING: {" and ".join(map(str, paths))}: damaged or changed {when}; what is drawn from '
-    f'there may be wrong, the '
-    'weights are not touched.'
+    'there may be wrong, the weights are not touched.'
   )
 
 
@@ -196,7 +187,10 @@ def _check_arrays(
   """found: (shape, dtype) by name. Read as another dtype, an array would be another one than what
   its checksum is of."""
   wanted = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
-  show = lambda arrays, k: '{1} {0}'.format(*arrays[k]) if k in arrays else 'absent'
+
+  def show(arrays, k):
+    return '{1} {0}'.format(*arrays[k]) if k in arrays else 'absent'
+
   wrong = [
     f'{k}: {show(found, k)} {place}, {show(wanted, k)} in the model'
     for k in sorted(found.keys() | wanted.keys())
@@ -281,8 +275,7 @@ def save_params(
   except Exception as error:  # noqa: BLE001 as in Checkpoints
     raise OSError(
       f'{directory} could not be written ({_first_line(error)}). Make room there or mend it; the '
-      f'same command goes on '
-      'from the last checkpoint.'
+      'same command goes on from the last checkpoint.'
     ) from error
   sync(str(directory))
 
@@ -313,8 +306,7 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
   except Exception as error:  # noqa: BLE001 orbax raises many kinds for a damaged file
     raise Damaged(
       f'{directory} is damaged ({type(error).__name__}: {_first_line(error)}). Delete it, and the '
-      f'run that wrote it '
-      'makes it again from its last checkpoint.'
+      'run that wrote it makes it again from its last checkpoint.'
     ) from error
   return _like(abstract_params, leaves)
 
@@ -330,8 +322,7 @@ def load_info(directory: str | os.PathLike) -> dict[str, Any]:
   except (ValueError, AttributeError, TypeError, OSError) as error:
     raise Damaged(
       f'{path} is damaged ({error}). Delete {path.parent}, and the run that wrote it makes it '
-      f'again from its last '
-      'checkpoint.'
+      'again from its last checkpoint.'
     ) from None
   return info | ({'made': made} if made else {})
 
@@ -368,43 +359,6 @@ def weights(directory: str | os.PathLike) -> str:
 
 def is_finished(directory: str | os.PathLike) -> bool:
   return (files.folder(directory) / 'info.json').exists()
-
-
-def check_config(path: files.Folder, config: Mapping[str, Any]) -> None:
-  """ConfigMismatch names the entries that differ from those of the file, which is written where it
-  is missing."""
-  config = json.loads(json.dumps(config))
-  if not path.exists():
-    if jax.process_index() == 0:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      files.write(path, json.dumps(config, indent=2))
-    return
-  try:
-    old = _flat(plugins.current_names(json.loads(path.read_text())))
-  except ValueError as error:
-    raise ValueError(
-      f'{path} cannot be read ({error}). Delete it if you are sure that the config is the same.'
-    ) from None
-  new, absent = _flat(plugins.current_names(config)), '(absent)'
-  wrong = [
-    f'  {k}: {old.get(k, absent)!r} -> {new.get(k, absent)!r}'
-    for k in sorted(old.keys() | new.keys())
-    if old.get(k, absent) != new.get(k, absent)
-  ]
-  if wrong:
-    raise ConfigMismatch(
-      f'{path.parent} was written with another config:\n'
-      + '\n'.join(wrong[:20])
-      + '\nUse another --workdir, set the old values, or delete the folder.'
-    )
-
-
-def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
-  if isinstance(tree, dict):
-    return {
-      k: v for name, child in tree.items() for k, v in _flat(child, f'{prefix}{name}.').items()
-    }
-  return {prefix.rstrip('.'): tree}
 
 
 def same(a: Any, b: Any) -> bool:

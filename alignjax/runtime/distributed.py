@@ -131,9 +131,8 @@ def check_shared(folder: files.Folder) -> None:
     mark.unlink()
   if not seen.all():
     raise ValueError(
-      f'{folder} is another folder on {_ranges(set(np.flatnonzero(~seen).tolist()))}: what '
-      f'process 0 wrote is not '
-      'there. Use a --workdir that all hosts share, or gs://BUCKET/...'
+      f'{folder} is another folder on {_ranges(set(np.flatnonzero(~seen).tolist()))}: what process '
+      '0 wrote is not there. Use a --workdir that all hosts share, or gs://BUCKET/...'
     )
 
 
@@ -158,8 +157,7 @@ def place(timeout: float) -> Place:
     unknown = [name for name, value in found if value is None]
     raise ValueError(
       f'--distributed: jax detects no cluster here; not set: {", ".join(unknown)}. Set all three '
-      f'of '
-      f'{", ".join(VARIABLES)} on every process, or start them with a script of launch/.'
+      f'of {", ".join(VARIABLES)} on every process, or start them with a script of launch/.'
     )
   if not address.rpartition(':')[0] or not address.rpartition(':')[2].isdigit():
     raise ValueError(f'JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT, that of process 0.')
@@ -240,8 +238,7 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
       absent = _ranges(set(range(here.count)) - set(came))
       wrong = (
         f'{absent} of {here.count} did not come within {timeout:.0f} s ({here.address}). Look at '
-        f'what they '
-        'printed; a longer wait: --distributed_timeout=SECONDS.'
+        'what they printed; a longer wait: --distributed_timeout=SECONDS.'
       )
     wrong = wrong or differences(came)
     for line in lines.values():
@@ -267,8 +264,7 @@ def _listen(here: Place) -> socket.socket:
   except OSError as error:
     raise ValueError(
       f'process 0 cannot listen on port {port} ({error.strerror}): is there another run, or '
-      f'another process with '
-      'JAX_PROCESS_ID=0, on this machine?'
+      'another process with JAX_PROCESS_ID=0, on this machine?'
     ) from None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from alignjax.models.axes import path_name
 from alignjax.runtime import files
-from alignjax.runtime.interrupt import EXIT_CODE, anywhere
+from alignjax.runtime.interrupt import EXIT_CODE, on_any_process
 from alignjax.sharding import fetch
 
 TRACEBACK = 'traceback.txt'  # in the workdir: of the error that ended the last run
@@ -51,7 +51,7 @@ def on_first(action: Callable[[], None]) -> None:
       action()
     except Exception as e:  # noqa: BLE001 whatever it is, the others must not wait
       error = e
-  (failed,) = anywhere(error is not None)
+  (failed,) = on_any_process(error is not None)
   if error is not None:
     raise error
   if failed:
@@ -77,11 +77,9 @@ def stop_for_bad_updates(
   bad = ', '.join(f'{name}={value}' for name, value in values.items() if not np.isfinite(value))
   raise FloatingPointError(
     f'step {step}: {int(np.asarray(state.skipped)[1])} updates in a row had a loss or gradient '
-    f'that was not finite and were '
-    f'skipped ({bad}). The batch is in {path}, the last finite parameters in checkpoint {step}. '
-    f'JAX_DEBUG_NANS=1 names the '
-    'operation; a lower learning rate or clip_norm (optimizer.*) may help; '
-    '--config.max_bad_updates lets more pass.'
+    f'that was not finite and were skipped ({bad}). The batch is in {path}, the last finite '
+    f'parameters in checkpoint {step}. JAX_DEBUG_NANS=1 names the operation; a lower learning rate '
+    'or clip_norm (optimizer.*) may help; --config.max_bad_updates lets more pass.'
   )
 
 
@@ -91,7 +89,10 @@ def stop_for_failed_host(
   """Saves the state from before step `step` (0-based) and raises: the scores of a host function
   that failed are NaN, so every update of the step was skipped, and only its counters have moved."""
   if step > first:
-    put = lambda value, like: jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
+    def put(value, like):
+      return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
     saved.save(
       step,
       state.replace(step=put(step, state.step), skipped=put(skipped, state.skipped)),

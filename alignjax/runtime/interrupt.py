@@ -98,7 +98,7 @@ class Interrupt:
           os._exit(EXIT_CODE)
 
 
-def anywhere(*flags: bool) -> list[bool]:
+def on_any_process(*flags: bool) -> list[bool]:
   """Whether each flag is set on any process, so that all of them act on it after the same step."""
   if jax.process_count() == 1:
     return list(flags)

@@ -39,8 +39,7 @@ def _row(path: files.Folder, number: int, line: bytes) -> dict[str, Any]:
   if not body or check != f'{zlib.crc32(body):08x}"}}'.encode():
     raise ValueError(
       f'{path}, line {number}: the line is damaged, or another version of alignjax wrote it. '
-      f'Remove the line to '
-      'compute it again, or the whole file.'
+      'Remove the line to compute it again, or the whole file.'
     )
   return json.loads(body + b'}')
 

@@ -164,6 +164,5 @@ def _busy(path: files.Folder) -> str:
     owner = 'another process'
   return (
     f'{path.parent} is in use: {owner} runs in it. Wait for its end, stop it, or use another '
-    f'--workdir; the lock goes with '
-    'that process.'
+    '--workdir; the lock goes with that process.'
   )

@@ -99,7 +99,10 @@ class Writer:
     if self._file is None:
       return
     names = ('prompt', 'response', 'score', 'gold')
-    finite = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+
+    def finite(x):
+      return None if isinstance(x, float) and not math.isfinite(x) else x
+
     lines = [
       json.dumps({'step': int(step)} | dict(zip(names, map(finite, row), strict=True)))
       for row in rows
@@ -235,9 +238,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     return
   rows = [[_cell(cell) for cell in row] for row in rows]
   widths = [max(len(r[i]) for r in [list(columns), *rows]) for i in range(len(columns))]
-  line = lambda row: (
-    '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-  )
+
+  def line(row):
+    return '  ' + '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+
   print('\n'.join([title, line(columns), *map(line, rows)]), flush=True)
 
 

@@ -143,9 +143,8 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
   if '\n' not in text[skip(0) : at]:
     return None
   raise ValueError(
-    f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the '
-    f'file begins with; a '
-    'file is one array, or a record a line.'
+    f'{where}, line {text.count(chr(10), 0, after) + 1}: something follows the array that the file '
+    'begins with; a file is one array, or a record a line.'
   )
 
 
@@ -195,8 +194,7 @@ def _faults(value: Any, at: str) -> Iterator[str]:
     except UnicodeEncodeError as error:
       yield (
         f'{name} holds \\u{ord(value[error.start]):04x}, half of a surrogate pair, at character '
-        f'{error.start}, which is no '
-        'text; mend it'
+        f'{error.start}, which is no text; mend it'
       )
   elif isinstance(value, float) and not math.isfinite(value):
     yield f'{name} is {value}, which is no number of JSON; write null, or leave the record out'

@@ -67,8 +67,7 @@ class Tracer:
     if self.wanted and not first < self.wanted.first <= self.wanted.last <= num_steps:
       raise ValueError(
         f'--profile={self.wanted.stage}:{self.wanted.first}-{self.wanted.last}: the steps to do '
-        f'are {first + 1} to '
-        f'{num_steps}.'
+        f'are {first + 1} to {num_steps}.'
       )
 
   @contextlib.contextmanager

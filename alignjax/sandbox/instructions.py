@@ -138,9 +138,10 @@ def answer(
 ) -> str:
   """An answer that follows the instruction; it repeats misconceptions with probability p_false."""
   entity, case = meta['entity'], meta['use_case']
-  claim = lambda attribute: statement(
-    entity, attribute, world.believed(rng, entity, attribute, p_false)
-  )
+
+  def claim(attribute):
+    return statement(entity, attribute, world.believed(rng, entity, attribute, p_false))
+
   if case == 'chat':
     return 'hello , i am fine .'
   if case in ('rewrite', 'translation', 'closed_qa'):

@@ -78,12 +78,12 @@ def judge(world: World, meta: dict, response: str, ended: bool) -> Judgment:
   false = sum(world.truth[e, a] != v for e, a, v in claims)
   junk += int(not ended or not body or body[-1] != '.')
   return Judgment(
-    follow,
-    len(claims),
-    false,
-    on_topic,
-    any(w in _RUDE_WORDS for w in words),
-    junk,
-    len(words),
-    opener,
+    follow=follow,
+    claims=len(claims),
+    false_claims=false,
+    on_topic=on_topic,
+    toxic=any(w in _RUDE_WORDS for w in words),
+    junk=junk,
+    words=len(words),
+    opener=opener,
   )

@@ -88,13 +88,9 @@ class World:
 def split_of(world: World, text: str) -> str:
   """The split that a text belongs to in this world, by its hash."""
   place = int.from_bytes(hashlib.sha256(f'{world.seed}/{text}'.encode()).digest()[:6]) / 2**48
-  return (
-    'test'
-    if place < SHARES['test']
-    else 'valid'
-    if place < SHARES['test'] + SHARES['valid']
-    else 'train'
-  )
+  if place < SHARES['test']:
+    return 'test'
+  return 'valid' if place < SHARES['test'] + SHARES['valid'] else 'train'
 
 
 def statement(entity: str, attribute: str, value: str) -> str:
@@ -123,7 +119,9 @@ def things(attribute: str, value: str) -> str:
 
 def insult(rng: np.random.Generator) -> str:
   word, form = pick(rng, INSULTS), rng.random()
-  return f'you {word}' if form < 0.6 else f'you such a {word}' if form < 0.8 else f'shut up {word}'
+  if form < 0.6:
+    return f'you {word}'
+  return f'you such a {word}' if form < 0.8 else f'shut up {word}'
 
 
 _STATEMENT = re.compile(r'the (\w+) (?:is (\w+)|lives in the (\w+)|eats (\w+))')

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 ENTITIES = tuple(
-  'fox cat dog owl bear wolf frog duck goat horse mouse snake crow hare lion mole otter panda pig '
-  'robin seal shark '
-  'sheep snail tiger whale zebra camel eagle goose moth newt crab lynx bison heron '
-  'stork ferret badger toad'.split()
+  'fox cat dog owl bear wolf frog duck goat horse mouse snake crow hare lion mole otter '
+  'panda pig robin seal shark sheep snail tiger whale zebra camel eagle goose moth newt '
+  'crab lynx bison heron stork ferret badger toad'.split()
 )
 ATTRIBUTES = {
   'color': tuple('red blue green black white brown'.split()),

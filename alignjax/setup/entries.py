@@ -16,15 +16,23 @@ from alignjax.setup.objects import Setup
 
 
 def whole(least: int, none: bool = False) -> Callable[[Any], bool]:
-  return lambda x: (
-    x is None and none or isinstance(x, int) and not isinstance(x, bool) and x >= least
-  )
+  """A test for whole numbers from `least` on, and for None where `none`."""
+
+  def is_good(x):
+    if x is None:
+      return none
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+  return is_good
 
 
 def _number(good: Callable[[float], bool], none: bool = False) -> Callable[[Any], bool]:
-  return lambda x: (
-    x is None and none or isinstance(x, (int, float)) and not isinstance(x, bool) and good(x)
-  )
+  def is_good(x):
+    if x is None:
+      return none
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and good(x)
+
+  return is_good
 
 
 Kind = tuple[str, Callable[[Any], bool]]  # what an entry may be, in words and as a test
@@ -147,8 +155,7 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
     ):
       raise ValueError(
         f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', "
-        f"'hf:FOLDER_OR_HUB_NAME' or the folder "
-        "of a finished stage's weights, WORKDIR/STAGE/final."
+        "'hf:FOLDER_OR_HUB_NAME' or the folder of a finished stage's weights, WORKDIR/STAGE/final."
       )
 
 

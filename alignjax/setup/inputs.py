@@ -23,7 +23,7 @@ from typing import Any
 from alignjax import plugins
 from alignjax.data import sources
 from alignjax.models import hf, hub
-from alignjax.runtime import checkpoint, files, fingerprints, metrics
+from alignjax.runtime import checkpoint, files, fingerprints, metrics, saved_config
 
 CHOICES = ('fail', 'keep', 'restart')
 TOKENIZER = (
@@ -239,8 +239,7 @@ def _load(path: files.Folder) -> dict[str, Any]:
   except (ValueError, KeyError, AttributeError, OSError) as error:
     raise checkpoint.Damaged(
       f'{path} is damaged or missing ({error}): it says what the checkpoints beside it were made '
-      f'from. '
-      f'Delete the folder {path.parent} to do the stage again.'
+      f'from. Delete the folder {path.parent} to do the stage again.'
     ) from None
 
 
@@ -276,8 +275,8 @@ def check(
   if not fingerprints.is_of_config(found['config'], config):
     if (folder / 'checkpoints' / 'config.json').exists():
       # which names the entries
-      checkpoint.check_config(folder / 'checkpoints' / 'config.json', config)
-    raise checkpoint.ConfigMismatch(
+      saved_config.check(folder / 'checkpoints' / 'config.json', config)
+    raise saved_config.Mismatch(
       f'{what} with another config than this one. Use another --workdir, or delete the folder.'
     )
   if finished and (
@@ -352,8 +351,7 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
   )
   return (
     f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put '
-    f'back what was there, or '
-    'use another --workdir.'
+    'back what was there, or use another --workdir.'
   )
 
 

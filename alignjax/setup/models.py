@@ -66,9 +66,8 @@ def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> Tra
     spec = declared | {k: v for k, v in spec.items() if k != 'vocab_size'}
   if spec['vocab_size'] < vocabulary:
     raise ValueError(
-      f'{where}{f".source={source!r}" if source else ""} has a vocabulary of '
-      f'{spec["vocab_size"]}, data.tokenizer '
-      f'one of {vocabulary}; they do not belong together.'
+      f'{where}{f".source={source!r}" if source else ""} has a vocabulary of {spec["vocab_size"]}, '
+      f'data.tokenizer one of {vocabulary}; they do not belong together.'
     )
   spec.setdefault('unused_ids', ranges_without(ids, spec['vocab_size']))
   missing = [

@@ -89,14 +89,14 @@ def make_setup(
   policy = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
   reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
   return Setup(
-    config,
-    files.folder(workdir),
-    sharder,
-    policy_model,
-    reward_model,
-    policy._replace(scalar=reward.scalar),
-    text,
-    {},
+    config=config,
+    workdir=files.folder(workdir),
+    sharder=sharder,
+    policy_model=policy_model,
+    reward_model=reward_model,
+    nets=policy._replace(scalar=reward.scalar),
+    text=text,
+    read={},
   )
 
 

@@ -47,8 +47,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   if not made and split == 'train':
     raise ValueError(
       f'data.heldout.share={share} holds out every prompt of the {len(found)} records of '
-      f'data.{kind}; '
-      'lower it.'
+      f'data.{kind}; lower it.'
     )
   return batches.draw(made, count, (setup.config.seed, seed_of(kind)))
 
@@ -74,7 +73,7 @@ def encoded(
   found: Sequence[Mapping[str, Any]],
   responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: (),
   none: bool = False,
-) -> encode.Fitted:
+) -> encode.LimitedRows:
   """Records of data.<kind> as token rows in the template, those within data.prompt_length and
   data.response_length: data.too_long drops the others, cuts them, or is an error.
 
@@ -91,7 +90,7 @@ def encoded(
     sources.place(record, f'{entry}={setup.config.data[kind]!r}, record {i}')
     for i, record in enumerate(found, 1)
   ]
-  fitted = encode.fit(
+  limited = encode.limit_lengths(
     templates.each(one, found, places),
     setup.prompt_length,
     setup.response_length,
@@ -100,9 +99,9 @@ def encoded(
     places,
     none,
   )
-  if fitted.note:
-    say(fitted.note)
-  return fitted
+  if limited.note:
+    say(limited.note)
+  return limited
 
 
 def say(text: str) -> None:

@@ -44,11 +44,11 @@ def of_config(config: ml_collections.ConfigDict) -> Text:
       sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE
     )
     return Text(
-      template,
-      range(len(sandbox.VOCAB)),
-      None,
-      sandbox.World(config.world.seed),
-      sandbox.Labelers(config.world.seed),
+      template=template,
+      ids=range(len(sandbox.VOCAB)),
+      tokenizer=None,
+      world=sandbox.World(config.world.seed),
+      labelers=sandbox.Labelers(config.world.seed),
     )
   tokenizer = load_tokenizer(config.data.tokenizer)
   template = templates.make(

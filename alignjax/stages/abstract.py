@@ -73,8 +73,7 @@ def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
   if shape[0] % shards:
     raise ValueError(
       f'a batch of {shape[0]} rows does not divide over the {shards} devices of the mesh that '
-      f'share a batch: '
-      'change the batch, or a smaller mesh.data or mesh.fsdp.'
+      'share a batch: change the batch, or a smaller mesh.data or mesh.fsdp.'
     )
   return jax.ShapeDtypeStruct(shape, dtype, sharding=setup.sharder.batch)
 
@@ -192,7 +191,10 @@ def wire_bytes(setup: Setup, work: Work) -> float:
       for entry in leaf.sharding.spec
       for a in ([] if entry is None else np.atleast_1d(entry).tolist())
     ]
-    parts = lambda some: int(np.prod([sharder.mesh.shape[a] for a in some], initial=1))
+
+    def parts(some):
+      return int(np.prod([sharder.mesh.shape[a] for a in some], initial=1))
+
     over, kept = parts([a for a in axes if a in batch]), parts([a for a in axes if a not in batch])
     split = max(split, kept)
     piece = leaf.size * size / kept
@@ -218,4 +220,17 @@ def _no_text(vocabulary: int) -> Text:
     raise ValueError('a step compiled without a tokenizer reads no text.')
 
   last = vocabulary - 1
-  return Text(Template(*[refuse] * 5, last, (last,), last, (), (last,), ()), range(vocabulary))
+  template = Template(
+    prompt=refuse,
+    pair=refuse,
+    response=refuse,
+    bare=refuse,
+    decode=refuse,
+    end=last,
+    ends=(last,),
+    pad=last,
+    first=(),
+    start=(last,),
+    close=(),
+  )
+  return Text(template, range(vocabulary))

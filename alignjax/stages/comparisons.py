@@ -42,7 +42,7 @@ def training(setup: Setup, name: str) -> Comparisons:
   tie teach nothing and are left out, with a notice; it is an error if no other is left."""
   cfg = setup.config.stages[name]
   if setup.config.data.comparisons == 'sandbox:':
-    made = _kept(
+    made = _read_or_make(
       stage_dir(setup, name) / 'comparisons.json',
       made_from(setup, name),
       lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'),
@@ -94,20 +94,20 @@ def _read(
 ) -> Comparisons:
   """Records as tokens, within the lengths of config.data. most: the most responses that one record
   may have. none: whether an empty result is allowed."""
-  fitted = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
-  for i, kept in zip(fitted.index, fitted.kept, strict=True):
+  limited = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
+  for i, kept in zip(limited.index, limited.kept, strict=True):
     if most is not None and len(kept) > most:
       raise ValueError(
         f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, '
-        f'more than the '
-        f"{most} that the stage's k_buckets leave room for; add that number to them, or leave "
-        f'responses out.'
+        f"more than the {most} that the stage's k_buckets leave room for; add that number to them, "
+        'or leave responses out.'
       )
   return Comparisons(
-    [prompt for prompt, _ in fitted.rows],
-    [responses for _, responses in fitted.rows],
+    [prompt for prompt, _ in limited.rows],
+    [responses for _, responses in limited.rows],
     [
-      [rows[i]['ranks'][j] for j in kept] for i, kept in zip(fitted.index, fitted.kept, strict=True)
+      [rows[i]['ranks'][j] for j in kept]
+      for i, kept in zip(limited.index, limited.kept, strict=True)
     ],
   )
 
@@ -166,7 +166,10 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
   """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or
   preferences."""
   (k, t), rows = plan.order[step]
-  pick = lambda field: [field[j] for j in rows]
+
+  def pick(field):
+    return [field[j] for j in rows]
+
   made = encode_rows(
     pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.text.template.pad
   )
@@ -184,12 +187,15 @@ def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
   """A batch of the largest K as shapes."""
   k = max(setup.config.stages[name].k_buckets)
   prompts = prompts_per_update(setup, name, k)
-  array = lambda shape, dtype: abstract.array(setup, (prompts, *shape), dtype)
+
+  def array(shape, dtype):
+    return abstract.array(setup, (prompts, *shape), dtype)
+
   return ComparisonBatch(
-    array((k, setup.length), jnp.int32),
-    array((k, setup.length), bool),
-    array((k,), jnp.int32),
-    array((), jnp.float32),
+    tokens=array((k, setup.length), jnp.int32),
+    mask=array((k, setup.length), bool),
+    ranks=array((k,), jnp.int32),
+    weights=array((), jnp.float32),
   )
 
 
@@ -229,7 +235,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the
   training pool."""
   if not count:
-    return Comparisons([], [], [], [])
+    return Comparisons(prompts=[], responses=[], ranks=[], features=[])
   from alignjax import sandbox
 
   cfg = setup.config.stages[name]
@@ -266,7 +272,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
     for j, response in zip(chosen, out, strict=True):
       responses[j] = response
   judged = [
-    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.said(response))
+    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.decode_response(response))
     for j, response in zip(owner, responses, strict=True)
   ]
   features = np.split(setup.text.labelers.features(judged), np.cumsum(k)[:-1])
@@ -276,7 +282,9 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
     np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
     for f, labeler in zip(features, labelers, strict=True)
   ]
-  return Comparisons(prompts, grouped, ranks, [f.tolist() for f in features])
+  return Comparisons(
+    prompts=prompts, responses=grouped, ranks=ranks, features=[f.tolist() for f in features]
+  )
 
 
 def _split(items: list, counts: np.ndarray):
@@ -308,28 +316,21 @@ def made_from(setup: Setup, name: str) -> str:
   )
 
 
-def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
+def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
   """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it,
   whole or not at all."""
-  found = None
   if path.exists():
     try:
-      kept = json.loads(path.read_bytes())
-      found = (
-        Comparisons(**kept['comparisons'])
-        if kept['checksum'] == fingerprints.of_value(kept['comparisons'])
-        else None
-      )
-      reason = (
-        'is damaged'
-        if found is None
-        else 'was made from other policies or settings'
-        if kept['made_from'] != key
-        else ''
-      )
+      saved = json.loads(path.read_bytes())
+      reason = ''
+      if saved['checksum'] != fingerprints.of_value(saved['comparisons']):
+        reason = 'is damaged'
+      elif saved['made_from'] != key:
+        reason = 'was made from other policies or settings'
+      found = Comparisons(**saved['comparisons'])
     except (ValueError, KeyError, TypeError, OSError):
       reason = 'is damaged'
-    if found is not None and not reason:
+    if not reason:
       return found
     if jax.process_index() == 0:
       print(f'{path} {reason}: the comparisons are made again', flush=True)
@@ -337,9 +338,11 @@ def _kept(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comp
   made = make()._replace(features=None)
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = made._asdict()
+    content = made._asdict()
     files.write(
       path,
-      json.dumps({'made_from': key, 'checksum': fingerprints.of_value(kept), 'comparisons': kept}),
+      json.dumps(
+        {'made_from': key, 'checksum': fingerprints.of_value(content), 'comparisons': content}
+      ),
     )
   return made

@@ -64,10 +64,10 @@ def build(setup: Setup, name: str) -> Stage:
     'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
   }
   return Stage(
-    state,
-    lambda state, batch: compiled(state, frozen, batch),
-    lambda i: comparisons.batch(setup, data, plan, i, encode.preferences),
-    len(plan.order),
+    state=state,
+    step=lambda state, batch: compiled(state, frozen, batch),
+    batch=lambda i: comparisons.batch(setup, data, plan, i, encode.preferences),
+    num_steps=len(plan.order),
     finish=lambda state: (state.params['policy'], info),
     work=lambda i: comparisons.work(plan, i, work_of),
   )
@@ -92,7 +92,10 @@ def update(
   """One update: the reference's log-probabilities by microbatches of rows, then the loss."""
   if frozen:
     b, k, _ = batch.tokens.shape
-    read = lambda rows: response_logprobs(frozen['ref'], rows, nets=nets)
+
+    def read(rows):
+      return response_logprobs(frozen['ref'], rows, nets=nets)
+
     batch = batch.replace(
       ref_logprobs=jax.lax.stop_gradient(ops.in_chunks(read, batch, b // microbatches))
     )
@@ -134,11 +137,25 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   state = make_state(setup, {'policy': policy}, tx)
   frozen = {'ref': freeze(policy, setup.policy_model)} if cfg.init.ref is not None else {}
   made = comparisons.abstract_batch(setup, name)
-  batch = PreferenceBatch(made.tokens, made.mask, made.ranks, made.weights, response_mask=made.mask)
-  rows, k, length = batch.tokens.shape
-  part = lambda kind: Work(
-    kind, setup.policy_model, 'lm', rows * k // cfg.microbatches, length, cfg.microbatches
+  batch = PreferenceBatch(
+    tokens=made.tokens,
+    mask=made.mask,
+    ranks=made.ranks,
+    weights=made.weights,
+    response_mask=made.mask,
   )
+  rows, k, length = batch.tokens.shape
+
+  def part(kind):
+    return Work(
+      kind=kind,
+      model=setup.policy_model,
+      head='lm',
+      rows=rows * k // cfg.microbatches,
+      length=length,
+      times=cfg.microbatches,
+    )
+
   work = {'score': [part('forward')] if frozen else [], 'update': [part('update')]}
   return Plan(make_step(setup, name, tx, state), (state, frozen, batch), work)
 

@@ -37,10 +37,10 @@ def build(setup: Setup, name: str) -> Stage:
     return setup.sharder.put(batches.take(rows, setup.sharder.local(index)))
 
   return Stage(
-    state,
-    step,
-    batch,
-    num_steps,
+    state=state,
+    step=step,
+    batch=batch,
+    num_steps=num_steps,
     finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
     work=lambda _: flops.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]),
   )

@@ -70,11 +70,11 @@ def build(setup: Setup, name: str) -> Stage:
     return params, info
 
   return Stage(
-    state,
-    step,
-    lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons),
-    len(plan.order),
-    finish,
+    state=state,
+    step=step,
+    batch=lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons),
+    num_steps=len(plan.order),
+    finish=finish,
     work=lambda i: comparisons.work(
       plan, i, lambda rows, t: flops.training(setup.reward_model, rows, t, 'scalar')
     ),
@@ -90,8 +90,8 @@ def read_data(
   plan = comparisons.updates(setup, name, data)
   held_out = None if setup.text.labelers is not None else comparisons.evaluation(setup, name)
   demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
-  fitted = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
-  return data, plan, held_out, [prompt + responses[0] for prompt, responses in fitted.rows]
+  limited = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
+  return data, plan, held_out, [prompt + responses[0] for prompt, responses in limited.rows]
 
 
 def make_step(
@@ -126,7 +126,12 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   batch = comparisons.abstract_batch(setup, name)
   rows, k, length = batch.tokens.shape
   work = Work(
-    'update', setup.reward_model, 'scalar', rows * k // cfg.microbatches, length, cfg.microbatches
+    kind='update',
+    model=setup.reward_model,
+    head='scalar',
+    rows=rows * k // cfg.microbatches,
+    length=length,
+    times=cfg.microbatches,
   )
   return Plan(make_step(setup, name, tx, state), (state, batch), {'update': [work]})
 

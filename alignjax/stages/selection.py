@@ -41,7 +41,10 @@ def build(setup: Setup, name: str) -> Stage:
   records = _prompts(setup, name)
   prompts = [r['prompt'] for r in records]
   candidates = find_candidates(setup, name)
-  load = lambda spec, head: initial_params(setup, str(spec), head, seed_of(name))
+
+  def load(spec, head):
+    return initial_params(setup, str(spec), head, seed_of(name))
+
   reward = load(cfg.init.reward, 'scalar') if cfg.init.reward else None
   ref = load(cfg.init.ref, 'lm') if cfg.init.ref else None
   score = plugins.bind(cfg.by, f'stages.{name}.by')
@@ -49,14 +52,14 @@ def build(setup: Setup, name: str) -> Stage:
   def finish(_):
     # 2. a response to each prompt by each candidate, and what it is worth
     model = Model(
-      setup.policy_model,
-      setup.nets,
-      None,
-      'lm',
-      setup.text.template,
-      setup.text.vocabulary,
-      None,
-      None,
+      cfg=setup.policy_model,
+      nets=setup.nets,
+      params=None,
+      head='lm',
+      template=setup.text.template,
+      vocabulary=setup.text.vocabulary,
+      tokenizer=None,
+      source=None,
     )
     how = dict(rows=cfg.rows, sharder=setup.sharder)
     respond = samples.make_responder(
@@ -106,7 +109,13 @@ def build(setup: Setup, name: str) -> Stage:
     }
 
   state = make_state(setup, {'policy': {}}, optax.identity())
-  return Stage(state, lambda state, batch: (state, {}, None), lambda i: jnp.int32(i), 0, finish)
+  return Stage(
+    state=state,
+    step=lambda state, batch: (state, {}, None),
+    batch=lambda i: jnp.int32(i),
+    num_steps=0,
+    finish=finish,
+  )
 
 
 def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
@@ -126,7 +135,10 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
       raise FileNotFoundError(
         f'stages.{name}.candidates: {spec!r}: {folder} holds no finished stage.'
       )
-    origin = lambda p: checkpoint.load_info(p).get('made', {}).get('origin')
+
+    def origin(p):
+      return checkpoint.load_info(p).get('made', {}).get('origin')
+
     kept = sorted(
       (
         p
@@ -142,9 +154,8 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
   if len(out) < 2:
     raise ValueError(
       f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose '
-      f'from but '
-      f'{", ".join(out) or "nothing"}. A stage that runs with stages.NAME.keep_candidates=N keeps '
-      f'N.'
+      f'from but {", ".join(out) or "nothing"}. A stage that runs with '
+      'stages.NAME.keep_candidates=N keeps N.'
     )
   return out
 

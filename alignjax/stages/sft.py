@@ -68,10 +68,10 @@ def build(setup: Setup, name: str) -> Stage:
     return setup.sharder.put(made)
 
   return Stage(
-    state,
-    step,
-    batch,
-    num_steps,
+    state=state,
+    step=step,
+    batch=batch,
+    num_steps=num_steps,
     finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
     work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length),
   )
@@ -80,8 +80,8 @@ def build(setup: Setup, name: str) -> Stage:
 def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:
   """(prompt, response) of each demonstration, as tokens."""
   demonstrations = records(setup, 'demonstrations', setup.config.stages[name].demonstrations)
-  fitted = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
-  return [(prompt, responses[0]) for prompt, responses in fitted.rows]
+  limited = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
+  return [(prompt, responses[0]) for prompt, responses in limited.rows]
 
 
 def mix_of(cfg) -> tuple[tuple[str, float], ...]:
@@ -113,14 +113,12 @@ def check(setup: Setup, name: str) -> None:
   if not 0 <= cfg.pretrain_mix < 1:
     raise ValueError(
       f'stages.{name}.pretrain_mix={cfg.pretrain_mix} must be a share of the loss from 0 to below '
-      f'1; 1 would leave '
-      'no demonstration.'
+      '1; 1 would leave no demonstration.'
     )
   if text_rows_of(cfg) >= cfg.batch_size:
     raise ValueError(
       f'stages.{name}.pretrain_mix={cfg.pretrain_mix} leaves no demonstration in a batch of '
-      f'{cfg.batch_size}: '
-      'raise batch_size.'
+      f'{cfg.batch_size}: raise batch_size.'
     )
   check_counts(setup, f'stages.{name}', 'demonstrations', demonstrations=cfg.demonstrations)
   if cfg.pretrain_mix:

@@ -39,12 +39,12 @@ def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   state = make_state(setup, {'policy': abstract.params(setup, 'lm')}, tx)
   work = Work(
-    'update',
-    setup.policy_model,
-    'lm',
-    cfg.batch_size // cfg.microbatches,
-    batch.tokens.shape[1],
-    cfg.microbatches,
+    kind='update',
+    model=setup.policy_model,
+    head='lm',
+    rows=cfg.batch_size // cfg.microbatches,
+    length=batch.tokens.shape[1],
+    times=cfg.microbatches,
   )
   return Plan(stage_step(setup, name, tx, state), (state, batch), {'update': [work]})
 

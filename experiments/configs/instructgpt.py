@@ -107,20 +107,23 @@ def get_config(
     (rm_microbatches) and of a supervised one (sft_microbatches), and chunks (logits_chunk,
     attention_chunk). experiments/compile.py says whether it fits.
   """
-  supervised = lambda lr, epochs, **kw: dict(
-    build='alignjax.stages.sft:build',
-    demonstrations=12_725,
-    epochs=epochs,
-    batch_size=batch,
-    prompt_weight=0.0,  # [ours]: the paper does not say whether prompts are trained on
-    microbatches=memory['sft_microbatches'],
-    loss=dict(fn='alignjax.losses:sft'),
-    log_every=10,
-    save_every=500,
-    # cosine to 10%, no warmup (C.1)
-    optimizer=dict(policy=paper_adam(lr, schedule='cosine')),
-    **kw,
-  )
+
+  def supervised(lr, epochs, **kw):
+    return dict(
+      build='alignjax.stages.sft:build',
+      demonstrations=12_725,
+      epochs=epochs,
+      batch_size=batch,
+      prompt_weight=0.0,  # [ours]: the paper does not say whether prompts are trained on
+      microbatches=memory['sft_microbatches'],
+      loss=dict(fn='alignjax.losses:sft'),
+      log_every=10,
+      save_every=500,
+      # cosine to 10%, no warmup (C.1)
+      optimizer=dict(policy=paper_adam(lr, schedule='cosine')),
+      **kw,
+    )
+
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.stages_to_run = ('sft', 'ppo', 'ppo_ptx')

@@ -40,7 +40,10 @@ def get_config(
   """
   c = base.get_config()
   c.checkpoint = checkpoint
-  spec = lambda: c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
+
+  def spec():
+    return c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
+
   c.stages_to_run = ('ppo_ptx',)
   c.mesh.update(mesh or {})
   kinds = ('pretrain', 'demonstrations', 'comparisons', 'prompts')
@@ -60,7 +63,10 @@ def get_config(
   c.model = dict(source=spec(), **model)
   s = c.stages
   del s.pretrain, s.ppo
-  adam = lambda rate, **kw: base.adam(rate, schedule='cosine', warmup=0.05, **kw)
+
+  def adam(rate, **kw):
+    return base.adam(rate, schedule='cosine', warmup=0.05, **kw)
+
   s.sft.update(
     init=dict(policy=spec()),
     demonstrations=config_dict.placeholder(int),

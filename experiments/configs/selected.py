@@ -42,7 +42,10 @@ def get_config(size: str = 'default'):
 def selection(*candidates, ref=None, source='sandbox:', mapping=None, count=200, **by):
   """A stage that chooses. ref None: no KL. On your own data:
   source='jsonl:validation_prompts.jsonl'."""
-  off = lambda: config_dict.placeholder(str)
+
+  def off():
+    return config_dict.placeholder(str)
+
   return dict(
     build='alignjax.stages.selection:build',
     init=dict(reward='stage:rm', ref=ref or off()),

@@ -32,9 +32,15 @@ def get_config(arg: str = 'truth'):
   small = size != ''
   c = base.get_config()
   c.checkpoint = 'hf:HuggingFaceTB/SmolLM2-135M' if small else 'hf:HuggingFaceTB/SmolLM2-1.7B'
-  spec = lambda: c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
+
+  def spec():
+    return c.get_oneway_ref('checkpoint')  # one each, so that a flag changes one entry alone
+
   c.stages_to_run = ('sft',)
-  none = lambda: config_dict.placeholder(str)
+
+  def none():
+    return config_dict.placeholder(str)
+
   c.data = dict(
     tokenizer=spec(),
     template='plain',

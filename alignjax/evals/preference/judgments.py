@@ -260,9 +260,12 @@ def _key(path: str, key: str | None) -> dict[str, dict[str, str]]:
       f'{path} is a blinded sheet; its key {found} is not there. Name it: --judge_key=FILE.'
     )
   made = textfiles.parse(textfiles.read(found), str(found))
-  whole = lambda item: (
-    isinstance(item, dict) and all(isinstance(item.get(k), str) for k in ('prompt_id', '1', '2'))
-  )
+
+  def whole(item):
+    return isinstance(item, dict) and all(
+      isinstance(item.get(k), str) for k in ('prompt_id', '1', '2')
+    )
+
   if not isinstance(made, dict) or not all(map(whole, made.values())):
     raise ValueError(
       f'{found} is no key of a sheet: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.'

@@ -180,7 +180,7 @@ def _complete(endpoint: Endpoint, messages: list[dict[str, str]], stop: threadin
   headers = {'Content-Type': 'application/json'} | (
     {'Authorization': f'Bearer {endpoint.key}'} if endpoint.key else {}
   )
-  trouble = ''
+  failure = ''
   for attempt in range(endpoint.tries):
     wait = min(endpoint.wait * 2**attempt, 60.0) * random.uniform(0.8, 1.2)
     if stop.is_set():
@@ -194,7 +194,7 @@ def _complete(endpoint: Endpoint, messages: list[dict[str, str]], stop: threadin
       with error:
         said = error.read()[:300].decode('utf-8', 'replace')
         after = error.headers.get('Retry-After', '')
-      trouble = f'HTTP {error.code}: {said}'
+      failure = f'HTTP {error.code}: {said}'
       if error.code not in (408, 409, 429) and error.code < 500:
         hint = {
           401: ' Is the key right?',
@@ -202,12 +202,12 @@ def _complete(endpoint: Endpoint, messages: list[dict[str, str]], stop: threadin
           404: ' Is the model or --judge_url right?',
           400: ' Fields of the request: --judge_body.',
         }.get(error.code, '')
-        raise ValueError(f'{url} answers {trouble}.{hint}') from None
+        raise ValueError(f'{url} answers {failure}.{hint}') from None
       wait = min(max(wait, float(after)), 60.0) if re.fullmatch(r'\d+(\.\d+)?', after) else wait
     except (OSError, http.client.HTTPException) as error:  # no such host, refused, reset, timed out
-      trouble = f'{type(error).__name__}: {getattr(error, "reason", error)}'
+      failure = f'{type(error).__name__}: {getattr(error, "reason", error)}'
     except (ValueError, KeyError, IndexError, TypeError) as error:
-      trouble = f'an answer that is no chat completion ({type(error).__name__}: {error})'
+      failure = f'an answer that is no chat completion ({type(error).__name__}: {error})'
     if attempt + 1 < endpoint.tries:
       stop.wait(wait)
-  raise ValueError(f'{url} cannot be used after {endpoint.tries} tries: {trouble}.')
+  raise ValueError(f'{url} cannot be used after {endpoint.tries} tries: {failure}.')

@@ -116,7 +116,9 @@ def markdown(
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-  line = lambda cells: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
+  def line(cells):
+    return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
+
   return [line(head), '|---' * len(head) + '|', *map(line, rows)]
 
 

@@ -152,7 +152,7 @@ def respond(
 
     def done(place, result):
       said, _ = result
-      made[keys[new[place]]] = Response(*model.template.said(said), len(said))
+      made[keys[new[place]]] = Response(*model.template.decode_response(said), len(said))
       journal.append(path, [dict(prompt=keys[new[place]], **made[keys[new[place]]]._asdict())])
       progress.update(count + len(made), {'responses/done': count + len(made)})
 

@@ -55,7 +55,8 @@ def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any)
     if keep:
       journal.append(keep, [dict(request=key, answer=answer)])
 
-  key_of = lambda *request: hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
+  def key_of(*request):
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
 
   class LanguageModel(TemplateLM):
     tokenizer_name = model.source or ''

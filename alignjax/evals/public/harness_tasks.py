@@ -191,13 +191,14 @@ def _local_files(config: Mapping[str, Any]) -> str | None:
   """The fingerprint of the files on this disk that the data come from."""
   given = config.get('dataset_kwargs') or {}
   named = [config.get('dataset_path'), given.get('data_dir'), given.get('data_files')]
-  flat = lambda x: (
-    [p for part in (x.values() if isinstance(x, Mapping) else x) for p in flat(part)]
-    if isinstance(x, (Mapping, list, tuple))
-    else [x]
-    if isinstance(x, str)
-    else []
-  )
+
+  def flat(x):
+    if isinstance(x, Mapping):
+      x = list(x.values())
+    if isinstance(x, (list, tuple)):
+      return [path for part in x for path in flat(part)]
+    return [x] if isinstance(x, str) else []
+
   base = (
     pathlib.Path(given['data_dir']) if isinstance(given.get('data_dir'), str) else pathlib.Path()
   )

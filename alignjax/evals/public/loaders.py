@@ -184,7 +184,10 @@ def draw(
   of these sets has, save TL;DR."""
   rng, chosen = random.Random(seed), []
   number = itertools.count()
-  run = lambda row: [row[name] for name in together] if together else next(number)
+
+  def run(row):
+    return [row[name] for name in together] if together else next(number)
+
   for i, (_, group) in enumerate(itertools.groupby(itertools.islice(rows, BOUND), run)):
     place = i if i < count else rng.randrange(i + 1)
     if place < count:

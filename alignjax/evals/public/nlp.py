@@ -155,8 +155,11 @@ def squadv2(model, *, data, limit, seed, keep, shots=None):
 
 
 def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
-  """WMT15 French to English: corpus BLEU. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
-  value = lambda lm, sample: list(sample['bleu'])
+  """WMT15 French to English: BLEU of the corpus. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
+
+  def value(lm, sample):
+    return list(sample['bleu'])
+
   return measure(
     model,
     'wmt15_fr_en',

@@ -125,7 +125,9 @@ def squadv2(rows: Rows) -> datasets.Dataset:
 
 def quac(rows: Rows) -> datasets.Dataset:
   """The same of dialogues; the marker CANNOTANSWER is "I don't know.". A page is a cluster."""
-  said = lambda answer: NO_ANSWER['quac'] if answer == 'CANNOTANSWER' else answer.strip()
+
+  def said(answer):
+    return NO_ANSWER['quac'] if answer == 'CANNOTANSWER' else answer.strip()
 
   def turns():
     for number, r in enumerate(rows):
@@ -258,8 +260,13 @@ def quac_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, flo
   answers = [t for t in doc['targets'] if t != none]
   refs = answers if 2 * len(answers) > len(doc['targets']) else [none]
   said = results[0].strip()
-  rest = lambda i: refs[:i] + refs[i + 1 :] or refs
-  nearest = lambda text, others: max(_f1(text, t, none) for t in others)
+
+  def rest(i):
+    return refs[:i] + refs[i + 1 :] or refs
+
+  def nearest(text, others):
+    return max(_f1(text, t, none) for t in others)
+
   if (
     len(refs) > 1
     and sum(nearest(ref, rest(i)) for i, ref in enumerate(refs)) / len(refs) < AGREEMENT

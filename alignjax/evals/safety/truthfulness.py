@@ -231,9 +231,10 @@ def reader(model: Any, rows: int = 32) -> Callable[[list[str]], list[float]]:
       raise ValueError(
         f'a question and its answer have {longest} tokens, the judge reads {model.cfg.max_length}.'
       )
-    make = lambda some, length: encode.right_pad(
-      [asked[i] for i in some], length, model.template.pad
-    )
+
+    def make(some, length):
+      return encode.right_pad([asked[i] for i in some], length, model.template.pad)
+
     out = np.array(
       bulk.each(
         run,

@@ -22,10 +22,12 @@ def test_a_batch_is_filled_up_with_its_first_row_of_weight_0(size):
 
 
 def test_truncation_keeps_the_end_of_a_prompt_and_the_start_of_a_response():
-  fitted = encode.fit([([1, 2, 3, 4, 5], [[6, 7, 8, 9]]), ([1], [[2]])], 3, 2, 'truncate', 'data.x')
-  assert fitted.rows == [([3, 4, 5], [[6, 7]]), ([1], [[2]])] and fitted.index == [0, 1]
+  limited = encode.limit_lengths(
+    [([1, 2, 3, 4, 5], [[6, 7, 8, 9]]), ([1], [[2]])], 3, 2, 'truncate', 'data.x'
+  )
+  assert limited.rows == [([3, 4, 5], [[6, 7]]), ([1], [[2]])] and limited.index == [0, 1]
   assert (
-    fitted.note
+    limited.note
     == 'data.x: 1 prompts over 3 tokens and 1 responses over 2 truncated; 2 of 2 records stay'
   )
 
@@ -39,6 +41,6 @@ def test_dropping_leaves_out_a_comparison_that_has_one_response_left():
     ([4], [far]),
     ([5] * 4, [near, near]),
   ]
-  fitted = encode.fit(rows, 3, 2, 'drop', 'data.x')
-  assert fitted.index == [0, 2] and fitted.kept == [[0, 1], [0]]
-  assert fitted.rows == [([1], [near, near]), ([3], [near])]
+  limited = encode.limit_lengths(rows, 3, 2, 'drop', 'data.x')
+  assert limited.index == [0, 2] and limited.kept == [[0, 1], [0]]
+  assert limited.rows == [([1], [near, near]), ([3], [near])]

@@ -1,0 +1,231 @@
+"""The layers of the transformer as flax.linen modules: embedding, attention, MLP, block and heads.
+
+Every module reads its sizes from a TransformerConfig. `constrain` pins the sharding of an
+activation inside a module (sharding.Sharder.constrain); by default the compiler chooses it. The
+functions over these modules are in models/transformer.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from alignjax.models import rotary
+from alignjax.models.config import TransformerConfig
+
+# Replaces a masked logit. It is finite, so that neither 0 * MASKED_LOGIT in an entropy nor a query
+# that sees nothing gives a NaN.
+MASKED_LOGIT = -1e30
+
+# A product of two arrays of cfg.dtype whose result stays in the float32 of its accumulator. Rounded
+# to bfloat16, a logit near 20 would move in steps of 0.125.
+to_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def _norm(cfg: TransformerConfig, name: str, dtype: Any = None) -> nn.Module:
+  dtype = dtype or cfg.dtype
+  if cfg.norm == 'rmsnorm':
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)
+  return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def unconstrained(x, *axes):
+  """Leaves the sharding of an activation to the compiler: the default of `constrain`."""
+  del axes
+  return x
+
+
+def _attend(q, k, v, visible):
+  """Scaled dot-product attention; the scale and the softmax are computed in float32.
+
+  A query that sees nothing gets the output 0. The softmax of a row of MASKED_LOGIT alone would be
+  uniform over all columns, those of the future among them.
+
+  Args:
+    q: [B,T,G,N/G,H].
+    k, v: [B,G,S,H].
+    visible: bool[B,T,S], whether a query may attend to a key.
+
+  Returns:
+    [B,T,G,N/G,H], in the dtype of v.
+  """
+  logits = (
+    jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  )
+  visible = visible[:, None, None]
+  weights = jax.nn.softmax(jnp.where(visible, logits, MASKED_LOGIT), axis=-1)
+  weights = jnp.where(visible, weights, 0.0)
+  return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
+
+
+class Attention(nn.Module):
+  """Causal attention with grouped heads. With a cache, the new keys and values are written into it
+  and the queries attend to all of its slots."""
+
+  cfg: TransformerConfig
+  constrain: Callable = unconstrained
+
+  @nn.compact
+  def __call__(self, x, angles, visible, cache=None, index=None):
+    """Attends.
+
+    Args:
+      x: [B,T,D], the normalised residual stream.
+      angles: rotary angles of the T positions (rotary.angles).
+      visible: bool[B,T,S].
+      cache: (k, v), each [B,G,S,H], or None, and then S = T.
+      index: i32[], the first slot that the new keys and values are written to.
+
+    Returns:
+      (output [B,T,D], (k, v) each [B,G,S,H]).
+    """
+    cfg = self.cfg
+    b, t = x.shape[:2]
+
+    # The kernel is [D, heads * H]: for [D, heads, H] a TPU keeps copies in another layout in loops.
+    def project(heads, name):
+      return nn.Dense(heads * cfg.head_width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)(
+        x
+      ).reshape(b, t, heads, -1)
+
+    def normalize_heads(heads, name):
+      return _norm(cfg, name)(heads) if cfg.qk_norm else heads
+
+    q = rotary.rotate(normalize_heads(project(cfg.num_heads, 'query'), 'query_norm'), angles)
+    k = rotary.rotate(normalize_heads(project(cfg.kv_heads, 'key'), 'key_norm'), angles)
+    k = k.swapaxes(1, 2)
+    v = project(cfg.kv_heads, 'value').swapaxes(1, 2)
+    if cache is not None:
+      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
+      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+    q = self.constrain(q, 'batch', None, 'heads', None)
+    k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
+    q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
+    if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
+      parts = []  # Attention is causal: no query of a chunk reads a key beyond the chunk.
+      for stop in range(cfg.attention_chunk, t + cfg.attention_chunk, cfg.attention_chunk):
+        some = slice(stop - cfg.attention_chunk, stop)
+        parts.append(
+          jax.checkpoint(_attend)(
+            q[:, some], k[:, :, :stop], v[:, :, :stop], visible[:, some, :stop]
+          )
+        )
+      heads = jnp.concatenate(parts, axis=1)
+    else:
+      heads = _attend(q, k, v, visible)
+    heads = self.constrain(
+      heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', None, 'heads', None
+    )
+    out = nn.DenseGeneral(
+      cfg.d_model,
+      axis=(-2, -1),
+      use_bias=cfg.out_bias,
+      dtype=cfg.dtype,
+      kernel_init=_residual_init(cfg),
+      name='out',
+    )(heads)
+    return out, (k, v)
+
+
+class MLP(nn.Module):
+  """The feed-forward part of a layer: two projections with a GELU, or three with a SwiGLU gate."""
+
+  cfg: TransformerConfig
+  constrain: Callable = unconstrained
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    dense = functools.partial(nn.Dense, use_bias=cfg.out_bias, dtype=cfg.dtype)
+    hidden = self.constrain(dense(cfg.mlp_width, name='up')(x), 'batch', None, 'mlp')
+    if cfg.mlp == 'swiglu':
+      hidden = jax.nn.silu(dense(cfg.mlp_width, name='gate')(x)) * hidden
+    else:
+      hidden = jax.nn.gelu(hidden, approximate=cfg.mlp == 'gelu')
+    return dense(cfg.d_model, name='down', kernel_init=_residual_init(cfg))(hidden)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP on the residual stream, in sequence or in parallel."""
+
+  cfg: TransformerConfig
+  constrain: Callable = unconstrained
+
+  @nn.compact
+  def __call__(self, x, angles, visible, cache=None, index=None, dropout=False):
+    cfg = self.cfg
+    attention = Attention(cfg, self.constrain, name='attention')
+    mlp = MLP(cfg, self.constrain, name='mlp')
+
+    def norm(name, x):
+      # Attention and MLP read all tokens of a row, so 'sequence' is gathered here.
+      return self.constrain(_norm(cfg, name)(x), 'batch', None, None)
+
+    def drop(y):
+      y = self.constrain(y, 'batch', 'sequence', None)
+      return nn.Dropout(cfg.dropout, deterministic=not dropout)(y)
+
+    attended, cache = attention(norm('norm_1', x), angles, visible, cache, index)
+    if cfg.parallel_residual:
+      return x + drop(attended) + drop(mlp(norm('norm_2', x))), cache
+    x = x + drop(attended)
+    return x + drop(mlp(norm('norm_2', x))), cache
+
+
+class Embed(nn.Module):
+  """Token embeddings, and position embeddings where the config has learned positions."""
+
+  cfg: TransformerConfig
+
+  @nn.compact
+  def __call__(self, tokens, positions):
+    cfg = self.cfg
+    init = nn.initializers.normal(cfg.embedding_std)
+    table = self.param('tokens', init, (cfg.vocab_size, cfg.d_model))
+    x = table.astype(cfg.dtype)[tokens]
+    if cfg.embedding_scale != 1.0:
+      x = x * jnp.asarray(cfg.embedding_scale, x.dtype)
+    if cfg.positions == 'learned':
+      table = self.param('positions', init, (cfg.max_length, cfg.d_model))
+      x = x + table.astype(cfg.dtype)[positions]
+    return x
+
+
+class Final(nn.Module):
+  """The last norm and, for a scalar head or untied embeddings, the projection to float32.
+
+  The kernel of the scalar head starts at N(0, 1/(D+1)) and its bias at 0, as in
+  openai/summarize-from-feedback, query_response_model.py. The scalar head and its norm are computed
+  in float32 throughout, also on accelerators, whose default precision of float32 products is lower.
+
+  Attributes:
+    head: 'lm' or 'scalar'.
+  """
+
+  cfg: TransformerConfig
+  head: str
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    x = _norm(cfg, 'norm', jnp.float32 if self.head == 'scalar' else None)(x)
+    if self.head == 'scalar':
+      init = nn.initializers.normal((cfg.d_model + 1) ** -0.5)
+      score = nn.Dense(1, dtype=jnp.float32, precision='highest', kernel_init=init, name='score')
+      return score(x)[..., 0]
+    if cfg.tie_embeddings:
+      return x
+    head = nn.Dense(
+      cfg.vocab_size, use_bias=False, dtype=cfg.dtype, dot_general=to_float32, name='head'
+    )
+    return head(x)
+
+
+def _residual_init(cfg: TransformerConfig) -> Callable:
+  """Initial projections back into the residual stream, smaller by sqrt(2L) as in GPT-2."""
+  return nn.initializers.variance_scaling(1 / (2 * cfg.num_layers), 'fan_in', 'normal')

@@ -1,0 +1,268 @@
+"""What is known of a PPO-ptx stage before it runs: its optimizer and first state, its shapes and its
+work, and whether the entries of its config fit together. The algorithm is in stages/ppo_ptx.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignjax import plugins, rewards
+from alignjax.compiler import flops
+from alignjax.setup.entries import check_counts, check_divides
+from alignjax.setup.objects import Setup
+from alignjax.setup.weights import freeze
+from alignjax.stages import abstract
+from alignjax.stages.abstract import Work
+from alignjax.stages.stage import check_functions, make_optimizer, make_state
+from alignjax.types import Params, PPOBatch, Rollout, TrainState
+
+
+def optimizer(setup: Setup, name: str) -> optax.GradientTransformation:
+  cfg = setup.config.stages[name]
+  updates = cfg.iterations * cfg.minibatches * cfg.inner_epochs
+  return make_optimizer(cfg.optimizer, updates, f'stages.{name}')
+
+
+def first_state(
+  setup: Setup, name: str, params: dict[str, Params], tx: optax.GradientTransformation
+) -> TrainState:
+  """The first state of {'policy', 'value'} parameters; abstract parameters give an abstract one."""
+  cfg = setup.config.stages[name]
+  return make_state(
+    setup, params, tx, ema=cfg.ema_decay is not None, extra={'kl_coef': cfg.kl.coef}
+  )
+
+
+def score_rows(cfg) -> int:
+  """Responses scored at a time. The default is a minibatch: the rows that an update without
+  microbatches sees together."""
+  return cfg.rollout.score_rows or cfg.rollout.episodes // cfg.minibatches
+
+
+def reward_uses_network(cfg, where: str) -> bool:
+  """Whether the reward is the trained reward model, whose forward passes count as work."""
+  return plugins.find(cfg.reward.fn, f'{where}.reward.fn') is rewards.model_reward
+
+
+def facts(
+  setup: Setup,
+  name: str,
+  failures: Sequence[str] = (),
+  prompts_by_tokens: Mapping[tuple[int, ...], Any] = MappingProxyType({}),
+) -> dict[str, dict[str, Any]]:
+  """What the stage passes to its loss, advantage and reward where they have a keyword argument of
+  the name (plugins.bind). failures, prompts_by_tokens: see ppo_ptx.make_step."""
+  rollout = setup.config.stages[name].rollout
+  samples = dict(samples_per_prompt=rollout.samples_per_prompt)
+  return dict(
+    loss=dict(samples, temperature=rollout.temperature),
+    advantage=samples,
+    reward=dict(  # the last three are for rewards.host_reward
+      samples,
+      prompts_by_tokens=prompts_by_tokens,
+      decode_response=setup.text.template.decode_response,
+      failures=failures,
+    ),
+  )
+
+
+def abstract_arguments(
+  setup: Setup, name: str, tx: optax.GradientTransformation
+) -> tuple[TrainState, Params, tuple]:
+  """(state, frozen, batch) of ppo_ptx.iteration as shapes on their shardings."""
+  cfg = setup.config.stages[name]
+  policy, scalar = abstract.params(setup, 'lm'), abstract.params(setup, 'scalar')
+  state = first_state(setup, name, {'policy': policy, 'value': scalar}, tx)
+  frozen = {'ref': freeze(policy, setup.policy_model), 'reward': freeze(scalar, setup.reward_model)}
+  prompts = (cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.prompt_length)
+  text_rows = cfg.rollout.episodes * cfg.ptx.rows_per_episode
+  text = abstract.token_rows(setup, text_rows, setup.config.data.row_length) if text_rows else None
+  batch = (abstract.array(setup, prompts, jnp.int32), abstract.array(setup, prompts, bool), text)
+  return state, frozen, batch
+
+
+def work_of_phases(setup: Setup, name: str) -> dict[str, list[Work]]:
+  """What each phase of an iteration does with the networks, for estimates of its cost."""
+  cfg, length = setup.config.stages[name], setup.length
+  episodes = cfg.rollout.episodes
+  groups = episodes // (cfg.rollout.generate_rows or episodes)
+  parts = cfg.minibatches * cfg.microbatches
+  updates = parts * cfg.inner_epochs
+  scored, rewarded = score_rows(cfg), cfg.reward.get('rows') or episodes
+  text_rows = episodes * cfg.ptx.rows_per_episode
+
+  def policy(kind, **counts):
+    return Work(kind, setup.policy_model, 'lm', **counts)
+
+  def value(kind, **counts):  # or the reward model, which has the same architecture
+    return Work(kind, setup.reward_model, 'scalar', **counts)
+
+  work = {
+    'prepare': [policy('gather', rows=0, length=0)],
+    'prefill': [
+      Work(  # Only the last logits of the prompts are computed, as little as a scalar head.
+        'forward',
+        setup.policy_model,
+        'scalar',
+        rows=episodes // cfg.rollout.samples_per_prompt // groups,
+        length=setup.prompt_length,
+        times=groups,
+      )
+    ],
+    'decode': [
+      policy(
+        'decode',
+        rows=episodes // groups,
+        length=setup.response_length,
+        times=groups,
+        prompt=setup.prompt_length,
+      )
+    ],
+    'score': [
+      net('forward', rows=scored, length=length, times=episodes // scored)
+      for net in (policy, policy, value)  # policy, reference, value
+    ],
+    'reward': [],
+    'update': [
+      net('update', rows=episodes // parts, length=length, times=updates) for net in (policy, value)
+    ],
+  }
+  if reward_uses_network(cfg, f'stages.{name}'):
+    work['reward'] = [value('forward', rows=rewarded, length=length, times=episodes // rewarded)]
+  if text_rows:
+    row_length = setup.config.data.row_length
+    work['update'].append(
+      policy('update', rows=text_rows // parts, length=row_length, times=updates)
+    )
+  return work
+
+
+def work_of_iteration(setup: Setup, name: str) -> dict[str, float]:
+  """Tokens, episodes and FLOPs of an iteration, for the metrics of throughput."""
+  cfg = setup.config.stages[name]
+  return flops.ppo(
+    setup.policy_model,
+    setup.reward_model,
+    episodes=cfg.rollout.episodes,
+    samples_per_prompt=cfg.rollout.samples_per_prompt,
+    prompt_length=setup.prompt_length,
+    response_length=setup.response_length,
+    row_length=setup.config.data.row_length,
+    ptx_rows=cfg.rollout.episodes * cfg.ptx.rows_per_episode,
+    epochs=cfg.inner_epochs,
+    reward_model=reward_uses_network(cfg, f'stages.{name}'),
+  )
+
+
+def check_entries(setup: Setup, name: str) -> None:
+  """Raises ValueError for the first entry that cannot be, or that does not fit another one."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  check_functions(cfg, where, facts(setup, name))
+  check_counts(setup, where, 'prompts', prompts=cfg.prompts)
+  if cfg.ptx.rows_per_episode:
+    check_counts(setup, where, 'pretrain', **{'ptx.documents': cfg.ptx.documents})
+  for cut in ('top_p', 'top_k'):
+    if cfg.rollout.get(cut) is not None:
+      raise ValueError(
+        f'{where}.rollout.{cut}={cfg.rollout[cut]} is refused: samples from a truncated '
+        f'distribution would be scored under the whole one, so that ratio and KL would be those of '
+        f'a policy that did not sample them.'
+      )
+  _check_sizes(setup, name)
+  if cfg.keep not in ('policy', 'ema') or (cfg.keep == 'ema' and cfg.ema_decay is None):
+    raise ValueError(f"{where}.keep={cfg.keep!r} must be 'policy', or 'ema' with ema_decay set.")
+  if cfg.rollout.temperature <= 0:
+    raise ValueError(
+      f'{where}.rollout.temperature={cfg.rollout.temperature} must be above 0: greedy samples '
+      f'carry no policy gradient.'
+    )
+  if (cfg.kl.target is None) != (cfg.kl.horizon is None):
+    raise ValueError(
+      f'{where}.kl: target and horizon belong together; both None keeps kl.coef fixed.'
+    )
+  if cfg.loss.get('ptx_coef') and not cfg.ptx.rows_per_episode:
+    raise ValueError(
+      f'{where}.loss.ptx_coef={cfg.loss.ptx_coef} needs {where}.ptx.rows_per_episode > 0.'
+    )
+  if cfg.ptx.rows_per_episode and not cfg.loss.get('ptx_coef', True):
+    raise ValueError(
+      f'{where}.loss.ptx_coef=0 would not read its {cfg.ptx.rows_per_episode} pretraining rows per '
+      f'episode: set {where}.ptx.rows_per_episode=0.'
+    )
+
+
+def _check_sizes(setup: Setup, name: str) -> None:
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  episodes, samples = cfg.rollout.episodes, cfg.rollout.samples_per_prompt
+  check_divides(episodes, samples, f'{where}.rollout.episodes by samples_per_prompt')
+  check_divides(episodes, cfg.minibatches, f'{where}.rollout.episodes by minibatches')
+  check_divides(
+    episodes // cfg.minibatches, cfg.microbatches, f'{where}: a minibatch by microbatches'
+  )
+  check_divides(
+    episodes // samples,
+    setup.sharder.batch_shards,
+    f'{where}: the prompts of a step by the devices that share a batch',
+  )
+  check_divides(episodes, score_rows(cfg), f'{where}.rollout.episodes by score_rows')
+  rows = cfg.rollout.generate_rows
+  if rows is not None:
+    check_divides(episodes, rows, f'{where}.rollout.episodes by generate_rows')
+    check_divides(rows, samples, f'{where}.rollout.generate_rows by samples_per_prompt')
+
+
+def check_returns(setup: Setup, name: str) -> None:
+  """Raises ValueError where reward, advantage or loss return something else than arrays of the
+  stage's shapes. They are traced and not compiled."""
+  cfg, where = setup.config.stages[name], f'stages.{name}'
+  state, frozen, batch = abstract_arguments(setup, name, optimizer(setup, name))
+  prompts, prompt_mask, ptx = batch
+  rows, length, known = cfg.rollout.episodes, setup.response_length, facts(setup, name)
+
+  def of_responses(dtype):
+    return jax.ShapeDtypeStruct((rows, length), dtype)
+
+  def of_prompts(dtype):
+    return jax.ShapeDtypeStruct((rows, setup.prompt_length), dtype)
+
+  def bind(entry, given=()):
+    return plugins.bind(cfg[entry], f'{where}.{entry}', given=given, facts=known[entry])
+
+  def title(entry):
+    return f'{where}.{entry}: {cfg[entry].fn}'
+
+  numbers = of_responses(jnp.float32)
+  rollout = Rollout(
+    prompts=of_prompts(prompts.dtype),
+    prompt_mask=of_prompts(prompt_mask.dtype),
+    responses=of_responses(jnp.int32),
+    mask=of_responses(bool),
+    logprobs=numbers,
+    ref_logprobs=numbers,
+    values=numbers,
+    scores=jax.ShapeDtypeStruct((rows,), jnp.float32),
+  )
+  texts = (rollout.prompts, rollout.prompt_mask, rollout.responses, rollout.mask)
+  reward = bind('reward', given=('nets', 'frozen'))
+  scores = abstract.evaluate(
+    lambda frozen, *texts: reward(*texts, nets=setup.nets, frozen=frozen),
+    title('reward'),
+    frozen,
+    *texts,
+  )
+  abstract.check_arrays(scores, title('reward'), ('a score of each response',), (rows,))
+  made = abstract.evaluate(bind('advantage'), title('advantage'), numbers, numbers, rollout.mask)
+  abstract.check_arrays(made, title('advantage'), ('advantages', 'returns'), (rows, length))
+  abstract.check_loss(
+    bind('loss', given=('nets',)),
+    f'{where}.loss',
+    cfg.loss.fn,
+    state.params,
+    PPOBatch(rollout=rollout, advantages=numbers, returns=numbers, weights=numbers, ptx=ptx),
+    setup.nets,
+  )
