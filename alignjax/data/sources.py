@@ -154,13 +154,8 @@ Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # how many, and the i-th wit
 
 
 def _jsonl(path: str, kind: str) -> Raw:
-  texts = textfiles.values(textfiles.read(path, f'data.{kind}: '), path)
-
-  def get(i):
-    where = f'{path}, line {texts[i][0]}'
-    return where, textfiles.parse(texts[i][1], where)
-
-  return len(texts), get
+  records = textfiles.Records(textfiles.read(path, f'data.{kind}: '), path)
+  return len(records), records.__getitem__
 
 
 def _text(pattern: str, kind: str) -> Raw:

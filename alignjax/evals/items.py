@@ -27,10 +27,7 @@ def read(
   text = textfiles.read(path)
   kind = textfiles.suffix(path)
   if kind in ('jsonl', 'json'):
-    rows = [
-      (n, textfiles.parse(value, f'{path}, line {n}'))
-      for n, value in textfiles.values(text, str(path))
-    ]
+    rows = [*textfiles.Records(text, path)]
   else:
     rows = _table(
       text,
@@ -39,26 +36,23 @@ def read(
       csv.QUOTE_NONE if kind == 'tsv' else csv.QUOTE_MINIMAL,
     )
   types = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, str)
-  for number, row in rows:
+  for where, row in rows:
     missing = [c for c in types if not isinstance(row, dict) or row.get(c) is None]
     if missing:
       has = sorted(row) if isinstance(row, dict) else textfiles.kind(row)
-      raise ValueError(
-        f'{path}, line {number}: no {", ".join(map(repr, missing))}; the row has {has}.'
-      )
+      raise ValueError(f'{where}: no {", ".join(map(repr, missing))}; the row has {has}.')
     for name, expected in types.items():
       if not isinstance(row[name], expected):
-        raise ValueError(
-          f'{path}, line {number}: {name!r} must be text, not {textfiles.kind(row[name])}.'
-        )
+        raise ValueError(f'{where}: {name!r} must be text, not {textfiles.kind(row[name])}.')
   if not rows:
     raise ValueError(f'{path}: no rows.')
   return [row for _, row in rows]
 
 
-def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int, dict[str, str]]]:
-  """(line of its end, row) of separated values whose first row is their names."""
-  # of the process; by default a cell of 131,073 characters is an error
+def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[str, dict[str, str]]]:
+  """('FILE, line N', row) of separated values whose first row is their names; the row ends in line
+  N."""
+  # This is a setting of the process; by default a cell of 131,073 characters is an error.
   csv.field_size_limit(2**31 - 1)
   reader = csv.reader(
     (f'{line}\n' for line in textfiles.lines(text)),
@@ -69,23 +63,20 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int
   names, rows = None, []
   try:
     for cells in reader:
+      where = f'{path}, line {reader.line_num}'
       if not cells:
         continue
       if names is None:
         names = cells
         if len(set(names)) < len(names):
-          raise ValueError(
-            f'{path}, line {reader.line_num}: two columns have one name, of '
-            f'{", ".join(map(repr, names))}.'
-          )
+          raise ValueError(f'{where}: two columns have one name, of {", ".join(map(repr, names))}.')
       elif len(cells) > len(names):
         raise ValueError(
-          f'{path}, line {reader.line_num}: {len(cells)} cells under {len(names)} names; text '
-          f'with {delimiter!r} in '
-          'it stands in quotes.'
+          f'{where}: {len(cells)} cells under {len(names)} names; text with {delimiter!r} in it '
+          'stands in quotes.'
         )
       else:
-        rows.append((reader.line_num, dict(zip(names, cells, strict=False))))
+        rows.append((where, dict(zip(names, cells, strict=False))))
   except csv.Error as error:
     raise ValueError(f'{path}, line {reader.line_num}: not separated values ({error}).') from error
   return rows

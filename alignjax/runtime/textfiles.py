@@ -16,7 +16,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from alignjax.runtime import files
@@ -97,14 +97,31 @@ def lines(text: str) -> list[str]:
   return found if found[-1] else found[:-1]
 
 
-def values(text: str, where: str) -> list[tuple[int, str]]:
-  """(line, JSON) of each value of a file: its lines without the blank ones, or the elements of the
-  one array that it is."""
-  if SPACE.sub('', text[:1000], count=1)[:1] == '[':
-    elements = _elements(text, where)
-    if elements is not None:
-      return elements
-  return [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
+class Records(Sequence):
+  """The records of a file of JSON: one a line, blank lines left out, or the elements of the one array
+  that the file is. records[i] is ('FILE, line N', value); a record is parsed when it is asked for,
+  and one that is not JSON is a ValueError then.
+
+  Args:
+    text: of the whole file.
+    path: its name, for the places and for errors.
+  """
+
+  def __init__(self, text: str, path: str | os.PathLike):
+    self._path, found = os.fspath(path), None
+    if SPACE.sub('', text[:1000], count=1)[:1] == '[':
+      found = _elements(text, self._path)
+    if found is None:
+      found = [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
+    self._found = found  # (number of the line, JSON)
+
+  def __len__(self) -> int:
+    return len(self._found)
+
+  def __getitem__(self, i: int) -> tuple[str, Any]:
+    number, text = self._found[i]
+    where = f'{self._path}, line {number}'
+    return where, parse(text, where)
 
 
 def _elements(text: str, where: str) -> list[tuple[int, str]] | None:

@@ -47,7 +47,7 @@ def local(
 def _records(path: pathlib.Path, fields: Mapping[str, type | tuple]) -> list[dict[str, Any]]:
   records = []
   for where, record in _rows(path, textfiles.read(path)):
-    _check(record, fields, f'{path}, {where}')
+    _check(record, fields, where)
     records.append({name: record[name] for name in dict.fromkeys(f.split('.')[0] for f in fields)})
   if not records:
     raise ValueError(f'{path}: no records.')
@@ -63,8 +63,8 @@ def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
   if isinstance(whole, dict) and isinstance(whole.get('data'), list):
     yield from _squad(path, textfiles.parse(text, str(path))['data'])
     return
-  for number, value in textfiles.values(text, str(path)):
-    yield f'line {number}', _lists(textfiles.parse(value, f'{path}, line {number}'))
+  for where, record in textfiles.Records(text, path):
+    yield where, _lists(record)
 
 
 def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
@@ -75,7 +75,7 @@ def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
         for question in paragraph['qas']:
           texts = [a['text'] for a in question['answers']]
           yield (
-            f'article {i}',
+            f'{path}, article {i}',
             dict(
               title=article['title'],
               context=paragraph['context'],
