@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from alignjax.data import hub
 from alignjax.runtime import journal, textfiles
 
 
@@ -82,24 +83,15 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[str
   return rows
 
 
-def hub(
+def of_hub(
   task: str, name: str, config: str | None, split: str, revision: str | None = None
 ) -> list[dict[str, Any]]:
-  """Rows of a data set of the Hugging Face hub; where it cannot be had, an error that says --data."""
-  instead = f'or name a file: --data={task}=FILE'
-  try:
-    import datasets
-  except ModuleNotFoundError:
-    raise ValueError(
-      f'{task}: the hub needs the datasets library: pip install datasets, {instead}.'
-    ) from None
-  try:
-    return list(datasets.load_dataset(name, config, split=split, revision=revision))
-  except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
-    first = str(error).strip().partition('\n')[0][:300]
-    raise ValueError(
-      f'{task}: {name} cannot be read from the hub ({type(error).__name__}: {first}); {instead}.'
-    ) from error
+  """The rows of a data set of the Hugging Face hub. Where it cannot be read, the ValueError says to
+  name a file by --data."""
+  where, instead = f'{task}: the data set {name}', f'; or name a file: --data={task}=FILE'
+  rows = hub.load(name, config, split, where=where, instead=instead, revision=revision)
+  with hub.reading(where, instead):
+    return list(rows)
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:

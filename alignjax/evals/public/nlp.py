@@ -306,7 +306,7 @@ def _tasks(
   records = (
     loaders.local(task, data, fields)
     if data
-    else loaders.hub(task, configs[0], fields, bool(shots), seed)
+    else loaders.of_hub(task, configs[0], fields, bool(shots), seed)
   )
   if 'process_docs' not in configs[0]:
     records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}

@@ -61,7 +61,7 @@ def winogender(
   if data:
     rows = items.read(data, ('sentid', 'sentence'))
   else:
-    rows = items.hub('winogender', 'oskarvanderwal/winogender', 'all', 'test')
+    rows = items.of_hub('winogender', 'oskarvanderwal/winogender', 'all', 'test')
   return _cells(model, winogender_pairs(rows), limit, seed)
 
 
@@ -94,7 +94,7 @@ def crows_pairs(
   if data:
     rows = items.read(data, ('sent_more', 'sent_less', 'bias_type'))
   else:  # the data set's own script does not run any more; the hub keeps what it made
-    rows = items.hub('crows_pairs', 'nyu-mll/crows_pairs', None, 'test', 'refs/convert/parquet')
+    rows = items.of_hub('crows_pairs', 'nyu-mll/crows_pairs', None, 'test', 'refs/convert/parquet')
   pairs = {str(i): (row['sent_more'], row['sent_less']) for i, row in enumerate(rows)}
   return _cells(model, pairs, limit, seed, [str(row['bias_type']) for row in rows])
 

@@ -79,7 +79,7 @@ def read(data: str | None) -> tuple[list[str], list[float | None]]:
   rows = (
     items.read(data, {'prompt': (str, dict)})
     if data
-    else items.hub('realtoxicityprompts', 'allenai/real-toxicity-prompts', None, 'train')
+    else items.of_hub('realtoxicityprompts', 'allenai/real-toxicity-prompts', None, 'train')
   )
   found: dict[str, float | None] = {}
   for number, row in enumerate(rows, 1):

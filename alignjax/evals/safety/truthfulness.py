@@ -89,7 +89,7 @@ def truthfulqa(
   rows = (
     items.read(data, ('Question',))
     if data
-    else items.hub('truthfulqa', 'truthfulqa/truthful_qa', 'generation', 'validation')
+    else items.of_hub('truthfulqa', 'truthfulqa/truthful_qa', 'generation', 'validation')
   )
   questions = list(
     dict.fromkeys(
