@@ -12,6 +12,7 @@ way back. Without any rule every process of jit would hold everything.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alignjax.models.axes import logical_axes, path_name
+from alignjax.models.axes import logical_axes, logical_names, path_name
 from alignjax.models.config import TransformerConfig
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -73,8 +74,14 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
 class Sharder:
   """Turns logical axes into shardings of one mesh.
 
-  Args: mesh: of make_mesh. rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table',
-    the embedding's D, is as 'embed' where no rule names it.
+  Args:
+    mesh: of make_mesh.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as
+      'embed' where no rule names it.
+
+  Raises:
+    ValueError: A rule names a logical axis that no array has, or a mesh axis that the mesh does not
+      have.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
@@ -84,7 +91,15 @@ class Sharder:
       for name, value in rules.items()
     }
     self.rules.setdefault('table', self.rules.get('embed'))
+    known = logical_names()
     for name, value in self.rules.items():
+      if name not in known:
+        near = difflib.get_close_matches(name, known, 1, cutoff=0)
+        raise ValueError(
+          f'sharding.{name}={value!r}: no array has a logical axis {name!r}; did you mean '
+          f'{near[0]!r}? There are {", ".join(known)}. A network of your own adds its axes to '
+          'models/axes.py.'
+        )
       for axis in _as_tuple(value):
         if axis not in mesh.axis_names:
           raise ValueError(
