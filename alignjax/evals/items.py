@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from alignjax.data import hub
+from alignjax.inference import completions
+from alignjax.inference.loading import Model
 from alignjax.runtime import journal, textfiles
 
 
@@ -137,3 +139,25 @@ def fill(
       last = time.perf_counter()
       print(f'  {what or path.stem} {start + len(some)}/{len(missing)}', flush=True)
   return [done[name] for name in names]
+
+
+def first_lines(
+  model: Model, path: pathlib.Path, names: Sequence[str], texts: Sequence[str], max_tokens: int
+) -> list[str]:
+  """The line that a model continues each text with, by greedy decoding.
+
+  Args:
+    model: a language model.
+    path: keeps the lines as they come, see `fill`.
+    names: of the texts, unique.
+    texts: each is read as the beginning of a document.
+    max_tokens: of a line; the rest of a longer one is not sampled.
+  """
+  rows = [model.template.text(text) for text in texts]
+
+  def make(some: list[int]) -> list[str]:
+    return completions.continuations(
+      model, [rows[i] for i in some], max_tokens=max_tokens, until=('\n',)
+    )
+
+  return fill(path, names, make, what=path.stem)

@@ -12,6 +12,7 @@ import numpy as np
 
 from alignjax import ops
 from alignjax.data import encode
+from alignjax.inference.loading import Model
 from alignjax.sampling import generate, sample
 
 LENGTH = 128  # tokens of a response, where the model was not trained with a limit
@@ -20,7 +21,7 @@ Notice = Callable[[int], None]
 
 
 def stream(
-  model: Any,
+  model: Model,
   prompt: Any,
   *,
   temperature: float = 1.0,
@@ -34,7 +35,7 @@ def stream(
   """Pieces of text of one response, as they come; together they are the response of `generate` with
   the same seed.
 
-  Args: model: stages.loading.Model. prompt: text, or messages where the template is a chat.
+  Args: model: loading.Model. prompt: text, or messages where the template is a chat.
     max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or
     fewer where the prompt leaves
       fewer of the context. A number that the context has no room for is a ValueError.
@@ -82,7 +83,7 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
 
 
 def _padded(
-  model: Any, prompt: Any, max_tokens: int | None
+  model: Model, prompt: Any, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
   """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power
   of two, so that few lengths are compiled."""
@@ -110,8 +111,8 @@ def _padded(
 
 
 def best_of(
-  model: Any,
-  reward: Any,
+  model: Model,
+  reward: Model,
   prompt: Any,
   n: int,
   *,
@@ -144,7 +145,7 @@ def best_of(
 
 
 def ranked(
-  model: Any, reward: Any, prompt: Any, n: int, **how: Any
+  model: Model, reward: Model, prompt: Any, n: int, **how: Any
 ) -> tuple[list[str], np.ndarray]:
   """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and
   template. how: as of `stream`."""
@@ -152,8 +153,8 @@ def ranked(
 
 
 def _sampled(
-  model: Any,
-  reward: Any,
+  model: Model,
+  reward: Model,
   prompt: Any,
   n: int,
   *,

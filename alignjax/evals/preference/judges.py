@@ -23,6 +23,7 @@ import numpy as np
 from alignjax import plugins
 from alignjax.evals.preference.judgments import Judged, Pair, Rating, Verdict
 from alignjax.inference import bulk
+from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics
 
 FORMS = 'rm:MODEL, sandbox, openai:MODEL, file:PATH, module:function'
@@ -47,7 +48,7 @@ def split(spec: str) -> tuple[str, str]:
 
 def reward_model(
   pairs: Sequence[Pair],
-  model: Any,
+  model: Model,
   fingerprint: str,
   folder: pathlib.Path,
   judge: str,
@@ -59,7 +60,7 @@ def reward_model(
   limit of tokens has no end token, as in training. Those too long for its context have no verdict.
   Scores are kept in FOLDER by the text that was scored.
 
-  Args: model: stages.loading.Model with a scalar head. fingerprint: loading.fingerprint of it.
+  Args: model: loading.Model with a scalar head. fingerprint: loading.fingerprint of it.
     rows: in a batch at most.
   """
   code = fingerprints.of_function(reward_model)

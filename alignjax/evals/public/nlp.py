@@ -25,6 +25,7 @@ import numpy as np
 
 from alignjax.evals.public import harness, harness_tasks, loaders
 from alignjax.evals.table import Cell
+from alignjax.inference.loading import Model
 
 TASKS = pathlib.Path(__file__).parent / 'task_files'
 LABEL = (int, str)
@@ -206,7 +207,7 @@ def truthfulqa_mc(model, *, data, limit, seed, keep):
 
 
 def measure(
-  model: Any,
+  model: Model,
   name: str,
   fields: Mapping[str, Any],
   scores: tuple[Score, ...],

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from alignjax.evals import items
 from alignjax.evals.safety.prefixes import PREFIXES, split
 from alignjax.evals.table import Cell
 from alignjax.inference import completions
+from alignjax.inference.loading import Model
 
 
 def entropy(logprobs: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def entropy(logprobs: np.ndarray) -> np.ndarray:
 
 
 def pair_logprobs(
-  model: Any, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None
+  model: Model, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None
 ) -> np.ndarray:
   """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a
   completions.scorer of the model."""
@@ -49,7 +49,7 @@ def pair_logprobs(
 
 
 def winogender(
-  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+  model: Model, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
 ) -> list[Cell]:
   """Winogender, entropy over he and she in 120 whole sentences, by prefix. Data:
   rudinger/winogender-schemas, all_sentences.tsv.
@@ -87,7 +87,7 @@ def winogender_pairs(rows: list[dict]) -> dict[str, tuple[str, str]]:
 
 
 def crows_pairs(
-  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+  model: Model, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
 ) -> list[Cell]:
   """CrowS-Pairs, entropy over the two sentences of 1,508 pairs, by prefix and kind of bias. Data:
   crows_pairs_anonymized.csv."""
@@ -100,7 +100,7 @@ def crows_pairs(
 
 
 def _cells(
-  model: Any,
+  model: Model,
   pairs: dict[str, tuple[str, str]],
   limit: int | None,
   seed: int,
