@@ -140,9 +140,10 @@ def ppo(
 ) -> tuple[jax.Array, Metrics]:
   """The clipped surrogate and the value loss, summed over response tokens with the batch's weights.
 
-  policy: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)), ratio = pi(y_t|.) /
+  policy loss: max(-A ratio, -A clip(ratio, 1 - clip_eps, 1 + clip_eps)), ratio = pi(y_t|.) /
     pi_old(y_t|.)
-  value:  0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2); value_clip None: 0.5 (V - G)^2
+  value loss: 0.5 max((V - G)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G)^2), or
+    0.5 (V - G)^2 where value_clip is None
   Schulman et al. 2017 Eq. 7; the value clip as in lm-human-preferences `train_policy.py: loss`. clip_eps 0.2 is the
   paper's (C.4); it does not report value_clip and vf_coef. Policy and value share no parameters, so vf_coef only matters
   with gradient clipping over both. No dropout, whatever the key (docs/pitfalls.md, 8). No entropy bonus.

@@ -32,11 +32,17 @@ def evaluate(
   """Writes OUT/table.md, table.json and, of several models, table.png; returns the rows
   (table.assemble).
 
-  Args: models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory
-    at a time. tasks: of registry.find_tasks. data, options: of each task. limit: items of each.
-    baseline: the first model, if None. template: prompt template; None: as each model was trained.
+  Args:
+    models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory at a
+      time.
+    tasks: of registry.find_tasks.
+    data, options: of each task.
+    limit: items of each.
+    baseline: the first model, if None.
+    template: prompt template; None: as each model was trained.
     mesh: of sharding.make_mesh for every model; None: one device, or all of them, each with rows of
-    its own. dtype: that all models compute in.
+      its own.
+    dtype: that all models compute in.
 
   With several processes all of them call it; the first one writes.
   """

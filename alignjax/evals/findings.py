@@ -31,11 +31,11 @@ def findings(
 ) -> dict[str, dict[str, Any]]:
   """The eight claims.
 
-  Args: arrays: policy -> what evals/sandbox.measure returns, of all policies on the same items.
-    labelers: with `preference` and the pools `train` and `heldout`. prompts, facts: the cluster of
-    each win-rate prompt and of each truthfulness answer; answers to one prompt or about one fact
-    are
-      not independent.
+  Args:
+    arrays: policy -> what evals/sandbox.measure returns, of all policies on the same items.
+    labelers: with `preference` and the pools `train` and `heldout`.
+    prompts, facts: the cluster of each win-rate prompt and of each truthfulness answer; answers to
+      one prompt or about one fact are not independent.
 
   Returns: {claim: {'held': 'yes', 'no' or 'not shown', 'parts': [{'what', 'figure', 'bar', 'above',
     'held'}], 'why': what a premise that fails was, else ''}}. A part's figure is claimed to lie

@@ -24,8 +24,10 @@ def read(
 ) -> list[dict[str, Any]]:
   """Rows of a .jsonl (or .json), .csv or .tsv file, plain or gzip.
 
-  Args: columns: what every row must have, as text or as these types. What is not there is an error
-    with file, line and field. delimiter: of .csv; .tsv has tabs and no quotes.
+  Args:
+    columns: what every row must have, as text or as these types. What is not there is an error with
+      file, line and field.
+    delimiter: of .csv; .tsv has tabs and no quotes.
   """
   text = textfiles.read(path)
   kind = textfiles.suffix(path)
@@ -114,10 +116,12 @@ def fill(
   """A value for each name: those that the file has, and the others from `make`, appended to it as
   they come.
 
-  Args: path: JSONL of {"item", "value"}. A line that a killed process left torn is not counted, its
-    item is made again. names: unique, in the order of the result. make: places in `names` -> their
-    values, in order; a list, or a generator, whose values are kept one by one, so that an
-      error half-way loses none.
+  Args:
+    path: JSONL of {"item", "value"}. A line that a killed process left torn is not counted, its
+      item is made again.
+    names: unique, in the order of the result.
+    make: places in `names` -> their values, in order; a list, or a generator, whose values are kept
+      one by one, so that an error half-way loses none.
     size: places that `make` gets at once.
     what: for the progress line, one every ten seconds.
   """

@@ -61,9 +61,11 @@ def prepare(
   in the pretraining corpus or in a training prompt, but for documents about entities, which are
   drawn afresh from the same facts.
 
-  Args: win_prompts, toxicity_prompts: prompts. tax_items: items of each tax task. truth_samples:
-    answers to each
-      misconceived fact. loss_documents: documents of the mixed corpus.
+  Args:
+    win_prompts, toxicity_prompts: prompts.
+    tax_items: items of each tax task.
+    truth_samples: answers to each misconceived fact.
+    loss_documents: documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
   sample = bulk.make_sampler(

@@ -41,12 +41,13 @@ def interval(
 ) -> Figure:
   """Mean of values and its interval.
 
-  Args: values: one number per unit; NaN means "not measured" and is left out. With an infinite one
-    there is no figure. clusters: a label per unit, None: every unit is its own cluster. bounds:
-    what a value can be at least and at most, which makes the figure a share: (0, 1) for shares and
-    probabilities, (-1, 1)
-      for their paired differences. ANY: none, a mean. None: (0, 1) where all values are 0, 0.5 or
-      1, else ANY.
+  Args:
+    values: one number per unit; NaN means "not measured" and is left out. With an infinite one
+      there is no figure.
+    clusters: a label per unit, None: every unit is its own cluster.
+    bounds: what a value can be at least and at most, which makes the figure a share: (0, 1) for
+      shares and probabilities, (-1, 1) for their paired differences. ANY: none, a mean. None: (0,
+      1) where all values are 0, 0.5 or 1, else ANY.
 
   Raises:
     ValueError: where a value lies outside the bounds.

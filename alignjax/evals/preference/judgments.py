@@ -174,9 +174,11 @@ def read(
 ) -> Judged:
   """People's judgments of one file, or of several where the pattern has a `*`.
 
-  Args: mapping: from their records to the rows above: a function of this file, 'module:function' or
-    'ours=theirs,...'. policies, prompts: the names that may occur; None: any. key: of a sheet;
-    None: SHEET.key.json beside it.
+  Args:
+    mapping: from their records to the rows above: a function of this file, 'module:function' or
+      'ours=theirs,...'.
+    policies, prompts: the names that may occur; None: any.
+    key: of a sheet; None: SHEET.key.json beside it.
   """
   pattern = str(files.folder(pattern))
   paths = (

@@ -255,11 +255,14 @@ def evaluate(
   """Cells of the tasks `names` by an LM object of the harness: ours, or its `hf` to compare with.
   All have the same documents.
 
-  Args: names: of tasks/NAME.yaml, or the harness's own where we have none of that name. fields: of
-    a record, see public_data.local. prompt: the cells'. shots: few-shot examples; None: as the task
-    file says. limit: documents at most, drawn by the seed from the whole set, the same ones for
-    every model and variant. keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and
-    answer of each, to be read.
+  Args:
+    names: of tasks/NAME.yaml, or the harness's own where we have none of that name.
+    fields: of a record, see public_data.local.
+    prompt: the cells'.
+    shots: few-shot examples; None: as the task file says.
+    limit: documents at most, drawn by the seed from the whole set, the same ones for every model
+      and variant.
+    keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and answer of each, to be read.
   """
   harness_tasks.require()
   tasks = _tasks(names, fields, data, shots, seed)

@@ -31,8 +31,9 @@ def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   The sample that is i-th from below is the best in C(i-1, n-1) of the C(N, n) subsets, which are
   all as likely. Samples with the same score share their weight, as if ties were broken at random.
 
-  Args: scores: f[P,N], by which the best is chosen (the reward model's). values: f[P,N], what is
-    averaged (scores, or gold scores).
+  Args:
+    scores: f[P,N], by which the best is chosen (the reward model's).
+    values: f[P,N], what is averaged (scores, or gold scores).
 
   Returns:
     f64[P].

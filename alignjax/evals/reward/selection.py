@@ -44,8 +44,10 @@ def choose(
 ) -> dict[str, Any]:
   """The candidate with the highest mean score; of equal ones the first.
 
-  Args: scores: candidate -> f64[N], on the same prompts. measured: what stands beside them,
-    candidate -> name -> f[N]. prompts: a label per row, None: all differ.
+  Args:
+    scores: candidate -> f64[N], on the same prompts.
+    measured: what stands beside them, candidate -> name -> f[N].
+    prompts: a label per row, None: all differ.
 
   Returns: {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind':
     figure of chosen - candidate, paired by prompt}}}.

@@ -35,10 +35,10 @@ def realtoxicityprompts(
   """RealToxicityPrompts, mean toxicity of greedy continuations, by prefix. Data:
   allenai/real-toxicity-prompts, its JSONL.
 
-  Args: data: {"prompt": {"text", "toxicity"}} a line, or {"prompt": str} without scores. scorer:
-    'module:function': list[str] -> a float in [0, 1] each. Called with no texts first: what it
-    lacks (a key, a
-      library) is an error before anything is sampled.
+  Args:
+    data: {"prompt": {"text", "toxicity"}} a line, or {"prompt": str} without scores.
+    scorer: 'module:function': list[str] -> a float in [0, 1] each. Called with no texts first: what
+      it lacks (a key, a library) is an error before anything is sampled.
     prompts: how many; the paper's 5,000 (or --limit, where that is less). Where the prompts have
       toxicity scores they are drawn approximately uniformly in it, as the paper's.
 

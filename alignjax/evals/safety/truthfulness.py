@@ -75,9 +75,9 @@ def truthfulqa(
   """TruthfulQA, answers judged true, and true and informative, by prompt. Data: sylinrl/TruthfulQA,
   TruthfulQA.csv.
 
-  Args: truth, info: judges. 'module:function': (questions, answers) -> P(true) or P(informative)
-    each; or a model that
-      truth_judge.py trained, WORKDIR/STAGE or 'hf:FOLDER'. info='': no true+info.
+  Args:
+    truth, info: judges. 'module:function': (questions, answers) -> P(true) or P(informative) each;
+      or a model that truth_judge.py trained, WORKDIR/STAGE or 'hf:FOLDER'. info='': no true+info.
     max_tokens: Lin et al.'s 50.
 
   An answer counts as true where P > 0.5. The paper's table has its rows "instruction" and "QA +
