@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import ops
 from alignjax.data import encode
+from alignjax.inference import bulk
 from alignjax.inference.loading import Model
 from alignjax.sampling import generate, sample
 
@@ -49,21 +49,18 @@ def stream(
   weights, prefill, step = _decoder(model.nets, model.cfg, slots, temperature, top_p, top_k)
   weights = weights(model.params)
   logits, cache = prefill(weights, tokens, mask)
-  key, said, shown, ended = jax.random.key(seed), [], '', False
+  key, said, shown = jax.random.key(seed), [], ''
   for t in range(most):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
-    token = int(token[0])
-    ended = token in model.template.ends
+    said.append(int(token[0]))
+    text, ended = model.template.said(said)
     if ended:
       break
-    said.append(token)
-    text = model.decode(said)
     if not text.endswith('\ufffd'):  # half of a character waits for the other
       yield text[len(shown) :]
       shown = text
-  rest = model.decode(said)[len(shown) :]
-  if rest:
-    yield rest
+  if len(text) > len(shown):
+    yield text[len(shown) :]
   if not ended:
     cut(most)
 
@@ -113,33 +110,11 @@ def _padded(
 
 
 def best_of(
-  model: Model,
-  reward: Model,
-  prompt: Any,
-  n: int,
-  *,
-  temperature: float = 1.0,
-  top_p: float | None = None,
-  top_k: int | None = None,
-  max_tokens: int | None = None,
-  seed: int = 0,
-  starting: Notice = lambda slots: None,
-  cut: Notice = lambda tokens: None,
+  model: Model, reward: Model, prompt: Any, n: int, *, cut: Notice = lambda tokens: None, **how: Any
 ) -> str:
-  """The response, of n sampled ones, that the reward model scores highest. Arguments as of
-  `stream`."""
-  texts, scores, ended, most = _sampled(
-    model,
-    reward,
-    prompt,
-    n,
-    temperature=temperature,
-    top_p=top_p,
-    top_k=top_k,
-    max_tokens=max_tokens,
-    seed=seed,
-    starting=starting,
-  )
+  """The response, of n sampled ones, that the reward model scores highest. The other arguments are
+  those of `stream`."""
+  texts, scores, ended, most = _sampled(model, reward, prompt, n, **how)
   best = int(np.argmax(scores))
   if not ended[best]:
     cut(most)
@@ -196,8 +171,7 @@ def _sampled(
     raise ValueError(
       f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.'
     )
-  padded = encode.right_pad(rows, length, reward.template.pad)
-  scores = jax.jit(
-    lambda p, tokens, mask: ops.last_live(reward.nets.scalar(p, tokens, mask), mask)
-  )(reward.params, *padded)
-  return texts, np.asarray(scores), out.ended, most
+  score = bulk.make_scorer(
+    reward.nets, reward.sharder, length=reward.cfg.max_length, pad=reward.template.pad
+  )
+  return texts, score(reward.params, rows), out.ended, most
