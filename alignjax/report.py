@@ -26,6 +26,7 @@ import numpy as np
 from alignjax import plots, sandbox
 from alignjax.evals import findings, registry
 from alignjax.evals import sandbox as evaluation
+from alignjax.evals.markdown import table
 from alignjax.evals.reward import selection
 from alignjax.evals.stats import show
 from alignjax.plots import NAMES
@@ -331,7 +332,7 @@ def markdown(result: dict, pictures: list[str]) -> str:
     'entities, but holds none of the passages and sentences of the two tasks.',
     '',
   ]
-  lines += _table(
+  lines += table(
     ['policy', *COLUMNS.values()],
     [
       [name_of(name), *(show(policy.get(c), digits=2) for c in COLUMNS)]
@@ -349,7 +350,7 @@ def markdown(result: dict, pictures: list[str]) -> str:
     'is not shown. Differences are paired by item.',
     '',
   ]
-  lines += _table(
+  lines += table(
     ['finding', 'outcome', 'figures, 95% interval'],
     [
       [
@@ -370,7 +371,7 @@ def markdown(result: dict, pictures: list[str]) -> str:
       '',
       '## Pretraining loss by kind of document, nats per token',
       '',
-      *_table(
+      *table(
         ['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)],
         [
           [name_of(n), *(show(p[k], digits=2) for k in kinds)]
@@ -397,7 +398,7 @@ def markdown(result: dict, pictures: list[str]) -> str:
       '',
       f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`',
       '',
-      *_table(
+      *table(
         ['policy', 'response'],
         [[name_of(n), f'`{x}`' if x else ''] for n, x in sample['responses'].items()],
       ),
@@ -412,14 +413,6 @@ def markdown(result: dict, pictures: list[str]) -> str:
     '',
   ]
   return '\n'.join(lines)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-  return [
-    f'| {" | ".join(head)} |',
-    '|---' * len(head) + '|',
-    *(f'| {" | ".join(row)} |' for row in rows),
-  ]
 
 
 def _text(value: object) -> str:
