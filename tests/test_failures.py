@@ -83,8 +83,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
   close(after_good.ema['w'], [0.99, 1.01, 0.99], rtol=1e-4)
 
 
-def config(**changes):
-  stage = dict(build='x:y', log_every=1, save_every=2)
+def bare_config(stages, changes):
+  """What train.run reads of a config, for stages that a test builds itself."""
   c = ConfigDict(
     dict(
       seed=0,
@@ -94,11 +94,15 @@ def config(**changes):
       reward_model={},
       max_bad_updates=3,
       grace_seconds=25.0,
-      stages=dict(s=stage),
+      stages=stages,
     )
   )
   c.update_from_flattened_dict(changes)
   return c
+
+
+def config(**changes):
+  return bare_config(dict(s=dict(build='x:y', log_every=1, save_every=2)), changes)
 
 
 def run(
@@ -301,12 +305,12 @@ def test_a_wrong_host_function_fails_before_anything_runs():
 def test_a_run_whose_host_function_fails_loses_nothing(tmp_path):
   """Step 6 of 8 fails; checkpoints are every 4 steps; what is kept is the state after step 5, and
   the end is that of no failure."""
-  failures: list = []
+  said: list = []
   broken = [True]
 
   def step(state, batch):
     if broken and int(state.step) == 5:
-      failures.append('the reward function mylab:rule failed 3 times, at last with OSError: gone.')
+      said.append('the reward function mylab:rule failed 3 times, at last with OSError: gone.')
       batch = batch.replace(x=batch.x * np.nan)
     return one_step(state, batch)
 
@@ -314,13 +318,13 @@ def test_a_run_whose_host_function_fails_loses_nothing(tmp_path):
     failures.StepFailed,
     match=r'step 6: the reward function mylab:rule failed 3 times.*5 steps before',
   ):
-    run(tmp_path / 'a', step=step, failures=failures, **{'stages.s.save_every': 4})
+    run(tmp_path / 'a', step=step, failures=said, **{'stages.s.save_every': 4})
   assert sorted(
     p.name for p in (tmp_path / 'a/s/checkpoints/steps').iterdir() if p.name.isdigit()
   ) == ['4', '5']
   broken.clear()
-  failures.clear()
-  again = run(tmp_path / 'a', step=step, failures=failures, **{'stages.s.save_every': 4})
+  said.clear()
+  again = run(tmp_path / 'a', step=step, failures=said, **{'stages.s.save_every': 4})
   assert checkpoint.same(again, run(tmp_path / 'b')) and lines(tmp_path / 'a') == lines(
     tmp_path / 'b'
   )
@@ -382,7 +386,7 @@ def test_a_signal_after_the_loop_keeps_its_last_state(tmp_path, capsys, when):
 
 BUSY = """
 import jax, jax.numpy as jnp, numpy as np, sys, threading, time
-from alignjax.interrupt import Interrupt
+from alignjax.runtime.interrupt import Interrupt
 jax.config.update('jax_cpu_enable_async_dispatch', False)  # the main thread itself runs the program
 
 def stack():
