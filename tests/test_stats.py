@@ -284,7 +284,7 @@ def test_intervals_are_those_of_the_bootstrap():
       rng=np.random.default_rng(1),
     ).confidence_interval
     assert found['mean'] == pytest.approx(of(np.arange(300)))
-    assert found['ci95'] == pytest.approx([*other], abs=0.1 * (other.high - other.low)), found
+    assert found['ci95'] == pytest.approx([*other], abs=0.06 * (other.high - other.low)), found
 
 
 def test_nothing_measured_and_one_unit():
