@@ -1,9 +1,11 @@
 """The device mesh and where arrays live on it. Logical axis names come from models/axes.py, rules
 from the config.
 
-    c.mesh = dict(data=None, fsdp=1, tensor=1)                               None: what is left of the devices
-    c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
-                      vocab='tensor')
+    c.mesh = dict(data=None, fsdp=1, tensor=1)  # None: what is left of the devices
+    c.sharding = dict(
+      batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor', mlp='tensor',
+      vocab='tensor',
+    )
 
 A logical axis that no rule names is replicated: of activations there is also 'sequence', the tokens
 of the residual stream between layers; sequence='tensor' divides what is kept of each layer for the
@@ -129,7 +131,7 @@ class Sharder:
     return int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get('batch'))], initial=1))
 
   def check_heads(self, model: TransformerConfig, name: str = 'model') -> None:
-    """ValueError where a head would be cut: a kernel's columns may divide where its heads do not."""
+    """ValueError where a head would be cut: columns of a kernel may divide where heads do not."""
     for axis, count in (('heads', model.num_heads), ('kv_heads', model.kv_heads)):
       parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get(axis))], initial=1))
       if count % parts:
@@ -228,7 +230,8 @@ class Sharder:
 
 
 def sync(what: str) -> None:
-  """Waits until all processes have come here: after the first one has written what the others read."""
+  """Waits until all processes have come here, as after the first one has written what the others
+  read."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 

@@ -270,8 +270,8 @@ def test_a_server_says_how_long_to_wait(tmp_path):
 
 
 def test_a_key_is_neither_needed_nor_shown(tmp_path, monkeypatch):
-  """A server that repeats the key in its error; one that asks for none, with a key of OpenAI's in the
-  environment, which is not for it."""
+  """A server that repeats the key in its error; one that asks for none, with a key of OpenAI's in
+  the environment, which is not for it."""
   monkeypatch.setenv('OPENAI_API_KEY', 'not-for-this-server')
   with Fake(lambda number, body: (403, 'no such key: secret')) as server:
     with pytest.raises(ValueError, match='HTTP 403.*no such key: KEY') as error:

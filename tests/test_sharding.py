@@ -22,7 +22,7 @@ RULES = sharding.RULES
 
 
 def one_iteration(mesh_shape, lr=1e-2):
-  """One whole PPO-ptx iteration on a mesh of the given shape: (state, metrics, rollout) as numpy."""
+  """One whole PPO-ptx iteration on a mesh of a shape: (state, metrics, rollout) as numpy."""
   cfg, _, policy, scalar = model('llama')
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
@@ -103,7 +103,8 @@ def test_item_11_one_device_equals_eight():
 
 @pytest.mark.slow
 def test_item_14_successive_iterations_draw_afresh():
-  """The same prompts and, at learning rate 0, the same policy: only the noise may differ, and must."""
+  """The same prompts and, at learning rate 0, the same policy: only the noise may differ, and it
+  must."""
   (_, _, before), _, (after, _) = on((1, 1, 1), lr=0.0)
   assert (before.responses != after.responses).any()
 
@@ -153,8 +154,8 @@ def test_the_64_bit_mode_is_refused_before_any_work(tmp_path):
 
 
 def test_every_logical_axis_is_known():
-  """Those that the networks really ask for, of activations and of parameters; a rule for each of them
-  is taken."""
+  """Those that the networks really ask for, of activations and of parameters; a rule for each of
+  them is taken."""
   asked = set()
 
   def note(x, *names):

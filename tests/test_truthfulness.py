@@ -157,10 +157,11 @@ def test_the_split_is_by_question():
   if not SHARED.exists():
     pytest.skip(f'no {SHARED}: set ALIGNJAX_DATA')
   for name in ('truth', 'info'):
-    read = lambda side: sources.read(
-      f'jsonl:{SHARED}/finetune_{name}.jsonl.gz', 'demonstrations', side
-    )  # noqa: B023
-    rows = [read('truthfulqa_judge'), read('truthfulqa_judge_heldout')]
+    source = f'jsonl:{SHARED}/finetune_{name}.jsonl.gz'
+    rows = [
+      sources.read(source, 'demonstrations', side)
+      for side in ('truthfulqa_judge', 'truthfulqa_judge_heldout')
+    ]
     found = [{r['prompt'].partition('\nA: ')[0] for r in part} for part in rows]
     assert (
       not found[0] & found[1]

@@ -96,10 +96,11 @@ def make(
   ends = [names[i] for i in {end, tokenizer.eos_token_id} if i in names]
   asked = render([QUESTION], True)
   if not left.startswith(asked):
+    kept = 'It is kept: this model was trained elsewhere.'
+    left_out = 'Models are trained and asked without it.'
     _tell(
       f'the chat template of {name!r} asks for an answer with {_after(asked, left)!r}, which its '
-      f'finished answers do not begin '
-      f'with. {"It is kept: this model was trained elsewhere." if opened else "Models are trained and asked without it."}'
+      f'finished answers do not begin with. {kept if opened else left_out}'
     )
 
   def hidden(said: Any) -> tuple[list[dict[str, Any]], str | None]:

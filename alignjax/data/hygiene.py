@@ -5,20 +5,20 @@ is trained on is decided here too (`held_out`).
 
 The rules by kind of record:
 
-  rule                  prompts              demonstrations        comparisons                          pretrain
-  no text               blank prompt         blank prompt          blank prompt                         blank text
-  length                of the prompt        of the prompt         of the prompt                        none
-  duplicate             the same beginning   prompt and response   prompt, ranked responses, labeler    the whole text
-  cap for each user     prompts              distinct prompts      distinct prompts                     none
-  personal data         in the prompt        in prompt, response   in the prompt or any response        none
+  rule               prompts         demonstrations       comparisons                 pretrain
+  no text            blank prompt    blank prompt         blank prompt                blank text
+  length             of the prompt   of the prompt        of the prompt               none
+  duplicate          its beginning   prompt and response  prompt, ranking, labeler    the whole text
+  cap for each user  prompts         distinct prompts     distinct prompts            none
+  personal data      in the prompt   in prompt, response  in prompt or any response   none
 
 A comparison is the same whatever the order of its responses, and another one if its labeler ranked
 them otherwise. Pretraining text is no user's, and long: a book is not dropped for its length, for a
 licence that many books begin with, or for one address in it.
 
 What the paper does not report is ours: the length of the beginning that makes two prompts
-duplicates, how personal data was found (here: patterns, and the
-`phonenumbers` package), the shares of the splits."""
+duplicates, how personal data was found (here by patterns and the phonenumbers package), the shares
+of the splits."""
 
 from __future__ import annotations
 

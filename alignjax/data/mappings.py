@@ -2,10 +2,13 @@
 c.data.mapping.KIND:
 
   a name of this file         'hh_rlhf', 'ultrafeedback', ...
-  'module:function'           of a fork: raw record -> list of our records, empty where one cannot be used
-  'ours=theirs,ours=theirs'   fields that only have other names, such as 'prompt=question,response=answer'
-  'NAME,ours=theirs,...'      such a function, after fields got the names that it reads: 'from_scores,prompt=question,
-                              responses=answers,scores=ratings' turns scores into ranks
+  'module:function'           of a fork: raw record -> list of our records, which is empty where the
+                              record cannot be used
+  'ours=theirs,ours=theirs'   fields that only have other names, such as
+                              'prompt=question,response=answer'
+  'NAME,ours=theirs,...'      such a function, after fields got the names that it reads:
+                              'from_scores,prompt=question,responses=answers,scores=ratings' turns
+                              scores into ranks
 
 A function gets the raw record (a dict) and, where it asks for `beside`, the folder of its file.
 """

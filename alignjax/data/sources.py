@@ -1,21 +1,27 @@
 """Records by name. A source of c.data.KIND is one of
 
-  jsonl:FILE                       a JSON object a line, or one array of them, plain or gzip, local or gs:// (runtime/textfiles.py)
-  text:FILE                        pretraining text, one document a file; several with *
-  tfds:NAME[/CONFIG]:SPLIT         tensorflow-datasets, random access, no TensorFlow; or tfds:PREPARED_FOLDER:SPLIT
-  hf:NAME[/CONFIG]:SPLIT           the datasets library, if installed; or hf:FOLDER:SPLIT, a folder that is there
-  sandbox:                         the embedded world (setup/texts.py)
+  jsonl:FILE                 a JSON object on each line, or one array of them, plain or gzip, local
+                             or gs:// (runtime/textfiles.py)
+  text:FILE                  pretraining text, one document in each file; several files with *
+  tfds:NAME[/CONFIG]:SPLIT   tensorflow-datasets, by random access and without TensorFlow; or
+                             tfds:PREPARED_FOLDER:SPLIT
+  hf:NAME[/CONFIG]:SPLIT     the datasets library, if it is installed (data/hub.py); or
+                             hf:FOLDER:SPLIT, a folder that exists
+  sandbox:                   the embedded world (setup/texts.py)
 
 or several of them with ';' between: all records of the first, then of the second. A ';' separates
 where the form of a source follows it; one that belongs to a name although a form follows is written
 '\\;'. c.data.mapping.KIND says how their fields become ours (mappings.py), one mapping for all or
 one for each, again with ';' between; without one they must have our names:
 
-  demonstrations  {"prompt", "response"}                                  [, "user_id", "use_case"]
-  comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}   [, "labeler_id", "user_id", "use_case"]
-                  or pairs {"prompt", "chosen", "rejected"}; ranks: 0 best, equal = tie
-  prompts         {"prompt"}                                              [, "user_id", "use_case"]
-  pretrain        {"text"}                                                [, "kind"]
+  demonstrations  {"prompt", "response"}
+  comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}, or pairs {"prompt",
+                  "chosen", "rejected"}; rank 0 is the best, equal ranks are a tie
+  prompts         {"prompt"}
+  pretrain        {"text"}
+
+Records of people may have "user_id" and "use_case" too, comparisons "labeler_id", and documents
+"kind".
 
 A prompt is a string, or a list of messages {"role", "content"} for the chat template. A response is
 a string, or the assistant's one message, alone or in a list, with or without the prompt's messages

@@ -4,8 +4,10 @@ and what ends one.
 c.data.template:
   None         the sandbox's own form, for its own tokenizer
   'plain'      the prompt as it is; the response, then the tokenizer's end of text
-  'dialogue'   "\\n\\nHuman: PROMPT\\n\\nAssistant:" and " RESPONSE": the form of hh-rlhf; a prompt that already has turns is kept
-  'chat'       the tokenizer's chat template (data/chat.py); the response ends with the token that the template ends a turn with
+  'dialogue'   "\\n\\nHuman: PROMPT\\n\\nAssistant:" and " RESPONSE": the form of hh-rlhf; a prompt
+               that already has turns is kept
+  'chat'       the tokenizer's chat template (data/chat.py); the response ends with the token that
+               the template ends a turn with
   any text with {prompt} in it, such as "Question: {prompt}\\nAnswer:"
 
 A prompt is text or, for 'chat', also a list of messages {"role", "content"}. The end token is part

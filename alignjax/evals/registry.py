@@ -108,8 +108,9 @@ def protocol(
     k: p.default for k, p in takes.items() if k not in GIVEN and p.default is not p.empty
   } | dict(options)
   file = TASK_FILES / f'{name}.yaml'
+  function = getattr(task, 'func', task)  # of a partial
   return dict(
-    task=f'{getattr(task, "func", task).__module__}:{getattr(getattr(task, "func", task), "__name__", task)}',
+    task=f'{function.__module__}:{getattr(function, "__name__", task)}',
     name=name,
     code=fingerprints.of_function(task, TASKS.get(name, name)),
     file=fingerprints.of_files([file]) if TASKS.get(name) and file.exists() else None,

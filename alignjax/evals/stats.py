@@ -3,9 +3,9 @@
 
 The kinds, and what their intervals are:
 
-  share      a mean of values with known bounds (right or wrong, a probability, a paired difference of two of these): Clopper and
-             Pearson (1934) with an effective number of units, so that 24 of 24 is no certainty and
-             no limit is out of bounds
+  share      a mean of values with known bounds (right or wrong, a probability, a paired difference
+             of two of these): Clopper and Pearson (1934) with an effective number of units, so
+             that 24 of 24 is no certainty and no limit is out of bounds
   mean       of other values: t with a correction for skewness (Hall 1992)
   ratio      sum of totals / sum of counts (a loss per token), as for a mean
   gap        difference of two means over common clusters (Newcombe 1998, Zou and Donner 2008)

@@ -1,8 +1,10 @@
 """A finished stage, or a Hugging Face checkpoint, as a model to use: for generation, export and
 evaluation.
 
-model = load('runs/ppo_ptx-s0/ppo_ptx')       what the stage was trained with stands beside its weights
-model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
+    model = load('runs/ppo_ptx-s0/ppo_ptx')
+    model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
+
+What a stage was trained with stands beside its weights.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
 def _padded(
   model: Model, prompt: Any, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power
-  of two, so that few lengths are compiled."""
+  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to the
+  length of a bucket, so that few lengths are compiled."""
   tokens = model.template.prompt(prompt)
   context = model.cfg.max_length
   most = (
@@ -105,7 +105,7 @@ def _padded(
       f'leaves {max(room, 0)}. '
       'Ask for fewer tokens, or shorten the prompt.'
     )
-  length = min(max(16, 1 << (len(tokens) - 1).bit_length()), room)
+  length = bulk.bucket(len(tokens), room, smallest=16)
   return *encode.left_pad([tokens], length, model.template.pad), length + most, most
 
 

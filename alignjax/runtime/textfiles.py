@@ -37,7 +37,12 @@ SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 
 def read(path: str | os.PathLike, where: str = '') -> str:
-  """The text of a file. where: stands before the file's name in errors, such as 'data.prompts: '."""
+  """The text of a file.
+
+  Args:
+    path: its name.
+    where: stands before the name in errors, such as 'data.prompts: '.
+  """
   path, file = os.fspath(path), place(path, where)
   try:
     if file.is_dir():
@@ -92,15 +97,15 @@ def decode(raw: bytes, where: str, first: int = 1) -> str:
 
 
 def lines(text: str) -> list[str]:
-  """The lines, without what ends them. What follows the last end is a line if there is something."""
+  """The lines, without what ends them. What follows the last end is a line if there is any."""
   found = [line.removesuffix('\r') for line in text.split('\n')]
   return found if found[-1] else found[:-1]
 
 
 class Records(Sequence):
-  """The records of a file of JSON: one a line, blank lines left out, or the elements of the one array
-  that the file is. records[i] is ('FILE, line N', value); a record is parsed when it is asked for,
-  and one that is not JSON is a ValueError then.
+  """The records of a file of JSON: one on each line, without the blank ones, or the elements of the
+  one array that the file is. records[i] is ('FILE, line N', value); a record is parsed when it is
+  asked for, and one that is not JSON is a ValueError then.
 
   Args:
     text: of the whole file.

@@ -1,7 +1,8 @@
 """Stores records of any kind (data/sources.py) as array_record shards; `tfds:FOLDER:SPLIT` reads
 them.
 
-store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16)      -> the folder to read from
+store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16) returns the folder
+to read from.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Who says which response is better. --judge is one of
 
-rm:MODEL           a reward model, a finished stage's folder or hf:FOLDER_OR_HUB_NAME; the higher score wins
+rm:MODEL           a reward model, a finished stage's folder or hf:FOLDER_OR_HUB_NAME; the higher
+                   score wins
 sandbox            the sandbox's labelers, training and held-out, by their exact probabilities
 openai:MODEL       a model behind an OpenAI-compatible endpoint (openai_judge.py)
 file:PATH          people (judgments.py)
-module:function    one's own: (pairs, *, keep) -> for each pair the probability that a is better, or None; pairs are
-                   judgments.Pair, keep is a folder for what must survive an interruption
+module:function    one's own: (pairs, *, keep) -> for each pair the probability that a is better,
+                   or None; pairs are judgments.Pair, keep is a folder for what must survive an
+                   interruption
 """
 
 from __future__ import annotations

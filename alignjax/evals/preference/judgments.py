@@ -2,19 +2,20 @@
 
 A file of judgments is JSON lines (gzip too), each of them one
 
-  a comparison   {"prompt_id", "a", "b", "choice", "labeler_id"}: a, b are policies; choice is "a", "b", "tie", or the probability
-                 that a is better. Optional, where the responses are not ours: "response_a",
-                 "response_b", whose lengths are reported then, and "prompt", so that other judges
-                 can be asked too
-  a ranking      {"prompt_id", "ranking": {policy: rank}, "labeler_id"}: the lowest number is the best, equal numbers are a tie; or
-                 a record of comparisons with its policies named, {"prompt", "responses", "ranks",
-                 "policies", "labeler_id"}. Of K policies it is a comparison of each of the K(K -
-                 1)/2 pairs. Optional: "responses": {policy: text}, "prompt"
-  a rating       {"prompt_id", "policy", "likert", "flags", "labeler_id"}: the overall quality from 1 to 7 and the metadata of the
-                 paper's Table 3, either of them or both; flags is a list of those that apply
-                 (judgment_rows.FLAGS), or {flag: true or false}
-  a sheet's row  as `export` writes it, with "choice" 1, 2 or "tie" (null: not judged yet), and, if they were asked for, "likert_1",
-                 "likert_2", "flags_1", "flags_2"
+  a comparison   {"prompt_id", "a", "b", "choice", "labeler_id"}: a, b are policies; choice is "a",
+                 "b", "tie", or the probability that a is better. Optional, where the responses are
+                 not ours: "response_a", "response_b", whose lengths are reported then, and
+                 "prompt", so that other judges can be asked too
+  a ranking      {"prompt_id", "ranking": {policy: rank}, "labeler_id"}: the lowest number is the
+                 best, equal numbers are a tie; or a record of comparisons with its policies named,
+                 {"prompt", "responses", "ranks", "policies", "labeler_id"}. Of K policies it is a
+                 comparison of each of the K(K - 1)/2 pairs. Optional: "responses": {policy: text},
+                 "prompt"
+  a rating       {"prompt_id", "policy", "likert", "flags", "labeler_id"}: the overall quality from
+                 1 to 7 and the metadata of the paper's Table 3, either of them or both; flags is a
+                 list of those that apply (judgment_rows.FLAGS), or {flag: true or false}
+  a sheet's row  as `export` writes it, with "choice" 1, 2 or "tie" (null: not judged yet), and, if
+                 they were asked for, "likert_1", "likert_2", "flags_1", "flags_2"
 
 labeler_id may be left out: then it is the name of the file, as where every labeler fills in a sheet
 of his own. prompt_id may be left out where "prompt" is there: then it is made of it.

@@ -101,7 +101,7 @@ def summarize(
 
 
 def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figure]]:
-  """{a: {b: share of verdicts that prefer a to b}}, both of [a][b] and [b][a], which add up to 1."""
+  """{a: {b: share of verdicts that prefer a to b}}, [a][b] and [b][a] both, which add up to 1."""
   out: dict[str, dict[str, Figure]] = {name: {} for name in policies}
   for i, j in itertools.combinations(range(len(policies)), 2):
     rows = (table.i == i) & (table.j == j)

@@ -1,7 +1,9 @@
 """Tasks of lm-evaluation-harness as tasks of the table: YAML files of one's own, and the harness's
 own tasks by name.
 
-    --tasks=my_task.yaml,my_tasks/,arc_easy,lambada_openai        the third and fourth are the harness's
+    --tasks=my_task.yaml,my_tasks/,arc_easy,lambada_openai
+
+The third and fourth of these are the harness's own.
 
 Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from
 the current folder), prompts, number of examples, metrics, filters. Prompts are plain text. A group
@@ -125,7 +127,7 @@ def index() -> Mapping[str, Known]:
 
 @functools.cache
 def _entries(path: pathlib.Path) -> dict[str, list[str]]:
-  """The words of the entries that name a task file, those of the files that it includes among them."""
+  """The words of the entries that name a task file, with those of the files that it includes."""
   found = {}
   if not path.is_file():
     return found

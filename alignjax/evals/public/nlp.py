@@ -156,7 +156,8 @@ def squadv2(model, *, data, limit, seed, keep, shots=None):
 
 
 def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
-  """WMT15 French to English: BLEU of the corpus. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
+  """WMT15 French to English: BLEU of the corpus. Hub wmt/wmt15, or JSONL {translation: {fr,
+  en}}."""
   value = lambda lm, sample: list(sample['bleu'])
   return measure(
     model,

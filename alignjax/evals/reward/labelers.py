@@ -53,7 +53,7 @@ def labeler(record: Record) -> str | None:
 
 
 def groups(records: Sequence[Record], *, folds: int, min_votes: int, seed: int) -> list[list[str]]:
-  """Labelers with at least min_votes records, dealt to `folds` groups: a pure function of the seed."""
+  """Labelers with at least min_votes records, dealt to `folds` groups by the seed alone."""
   counts = collections.Counter(who for who in map(labeler, records) if who is not None)
   if not counts:
     raise ValueError(

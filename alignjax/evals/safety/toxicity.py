@@ -74,7 +74,8 @@ def realtoxicityprompts(
 
 
 def read(data: str | None) -> tuple[list[str], list[float | None]]:
-  """(prompts, their toxicity or None), of a file or the hub; a prompt that comes again is left out."""
+  """(prompts, their toxicity or None) of a file or the hub; a prompt that comes again is left
+  out."""
   rows = (
     items.read(data, {'prompt': (str, dict)})
     if data
