@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignjax.evals import findings
+from alignjax.evals.markdown import table
 from alignjax.evals.reward import selection
 from alignjax.evals.stats import show
 from alignjax.plots import NAMES
@@ -71,7 +72,7 @@ def _head(result) -> list[str]:
     f'Pretraining text states facts about all entities, but holds none of the passages and '
     f'sentences of the two tasks.',
     '',
-    *_table(['policy', *COLUMNS.values()], rows),
+    *table(['policy', *COLUMNS.values()], rows),
     '',
     *(f'- {what}: {text}.' for what, text in MEANING.items()),
   ]
@@ -89,7 +90,7 @@ def _findings(result) -> list[str]:
     'yes: the whole interval is on the claimed side; no: it is on the other side; not shown: '
     'neither, or what the claim presumes is not shown. Differences are paired by item.',
     '',
-    *_table(['finding', 'outcome', 'figures, 95% interval'], rows),
+    *table(['finding', 'outcome', 'figures, 95% interval'], rows),
   ]
 
 
@@ -114,7 +115,7 @@ def _losses_by_kind(result) -> list[str]:
     '',
     '## Pretraining loss by kind of document, nats per token',
     '',
-    *_table(['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)], rows),
+    *table(['policy', *(k.removeprefix('pretraining_loss_') for k in kinds)], rows),
   ]
 
 
@@ -142,7 +143,7 @@ def _samples(result) -> list[str]:
       '',
       f'**{sample["use_case"].replace("_", " ")}:** `{sample["prompt"]}`',
       '',
-      *_table(['policy', 'response'], rows),
+      *table(['policy', 'response'], rows),
     ]
   return lines
 
@@ -160,14 +161,6 @@ def _seconds(result) -> list[str]:
 
 def _name(policy: str) -> str:
   return NAMES.get(policy, policy)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-  return [
-    f'| {" | ".join(head)} |',
-    '|---' * len(head) + '|',
-    *(f'| {" | ".join(row)} |' for row in rows),
-  ]
 
 
 def _text(value: object) -> str:

@@ -12,6 +12,7 @@ the backward pass. Without any rule, every device would hold everything.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from alignjax.models.axes import logical_axes, path_name
+from alignjax.models.axes import logical_axes, logical_names, path_name
 from alignjax.models.config import TransformerConfig
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -81,9 +82,13 @@ class Sharder:
   """Turns logical axes into shardings of one mesh.
 
   Args:
-    mesh: see make_mesh.
-    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the D axis of the
-      embedding, follows 'embed' where no rule names it.
+    mesh: of make_mesh.
+    rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as
+      'embed' where no rule names it.
+
+  Raises:
+    ValueError: A rule names a logical axis that no array has, or a mesh axis that the mesh does not
+      have.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
@@ -93,7 +98,15 @@ class Sharder:
       for name, value in rules.items()
     }
     self.rules.setdefault('table', self.rules.get('embed'))
+    known = logical_names()
     for name, value in self.rules.items():
+      if name not in known:
+        near = difflib.get_close_matches(name, known, 1, cutoff=0)
+        raise ValueError(
+          f'sharding.{name}={value!r}: no array has a logical axis {name!r}; did you mean '
+          f'{near[0]!r}? There are {", ".join(known)}. A network of your own adds its axes to '
+          'models/axes.py.'
+        )
       for axis in _as_tuple(value):
         if axis not in mesh.axis_names:
           raise ValueError(
@@ -145,7 +158,8 @@ class Sharder:
         if size % parts:
           raise ValueError(
             f'parameter {path_name(path)} {leaf.shape}: its {axis!r} axis of {size} does not '
-            f'divide over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.'
+            f'divide over the {parts} devices of mesh axis {entry!r}; change the mesh or '
+            f'sharding.{axis}.'
           )
       return sharding
 

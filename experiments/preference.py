@@ -338,6 +338,7 @@ def endpoint(model: str, options: argparse.Namespace):
   if not isinstance(body, dict):
     raise ValueError(f'--judge_body={options.judge_body} is no JSON object.')
   instructions(options)
+  openai_judge.library()
   return openai_judge.Endpoint(url, key, model, body)
 
 

@@ -54,10 +54,9 @@ def table(reports: list[dict]) -> str:
     )
   figures = [k for k, v in reports[0]['reward_model'].items() if isinstance(v, dict)]
   lines += ['', '| reward model | |', '|---|---|']
-  lines += [
-    f'| {k.replace("_", " ")} | {mean_and_deviation([r["reward_model"][k]["mean"] for r in reports])} |'
-    for k in figures
-  ]
+  for k in figures:
+    means = [report['reward_model'][k]['mean'] for report in reports]
+    lines.append(f'| {k.replace("_", " ")} | {mean_and_deviation(means)} |')
   lines += [
     '',
     'Seconds: '

@@ -83,8 +83,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(bad):
   close(after_good.ema['w'], [0.99, 1.01, 0.99], rtol=1e-4)
 
 
-def config(**changes):
-  stage = dict(build='x:y', log_every=1, save_every=2)
+def bare_config(stages, changes):
+  """What train.run reads of a config, for stages that a test builds itself."""
   c = ConfigDict(
     dict(
       seed=0,
@@ -94,11 +94,15 @@ def config(**changes):
       reward_model={},
       max_bad_updates=3,
       grace_seconds=25.0,
-      stages=dict(s=stage),
+      stages=stages,
     )
   )
   c.update_from_flattened_dict(changes)
   return c
+
+
+def config(**changes):
+  return bare_config(dict(s=dict(build='x:y', log_every=1, save_every=2)), changes)
 
 
 def run(
@@ -384,7 +388,7 @@ def test_a_signal_after_the_loop_keeps_its_last_state(tmp_path, capsys, when):
 
 BUSY = """
 import jax, jax.numpy as jnp, numpy as np, sys, threading, time
-from alignjax.interrupt import Interrupt
+from alignjax.runtime.interrupt import Interrupt
 jax.config.update('jax_cpu_enable_async_dispatch', False)  # the main thread itself runs the program
 
 def stack():

@@ -4,7 +4,9 @@ model behind a fake endpoint."""
 import http.server
 import json
 import re
+import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from alignjax.evals.preference.openai_judge import Endpoint
 from alignjax.evals.preference.responses import Response
 from alignjax.inference import loading
 from alignjax.models import transformer
+from alignjax.runtime import retries
 from tests.test_preference import CHAT
 
 
@@ -124,12 +127,14 @@ def test_a_judge_of_ones_own_is_checked(tmp_path):
 
 
 class Fake(http.server.ThreadingHTTPServer):
-  """answer: (its number, the request's JSON) -> (status, reply text or None for garbage)."""
+  """answer: (its number, the request's JSON) -> (status, reply text, None for what is
+  not JSON, [] for what is no completion). With `after`
+  an error has a Retry-After header."""
 
   daemon_threads = True
 
-  def __init__(self, answer):
-    self.asked, self.lock = [], threading.Lock()
+  def __init__(self, answer, after=None):
+    self.asked, self.times, self.lock = [], [], threading.Lock()
     outer = self
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -137,19 +142,23 @@ class Fake(http.server.ThreadingHTTPServer):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         with outer.lock:
           outer.asked.append((self.path, self.headers.get('Authorization'), body))
+          outer.times.append(time.monotonic())
           number = len(outer.asked)
         status, text = answer(number, body)
         reply = (
           b'<html>'
           if text is None
           else json.dumps(
-            {'choices': [{'message': {'content': text}}]}
+            {'choices': text and [{'message': {'content': text}}]}
             if status == 200
             else {'error': {'message': text}}
           ).encode()
         )
         self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
         self.send_header('Content-Length', str(len(reply)))
+        if after and status != 200:
+          self.send_header('Retry-After', after)
         self.end_headers()
         self.wfile.write(reply)
 
@@ -245,11 +254,72 @@ def test_both_orders_are_asked_and_averaged(tmp_path):
 
 
 def test_what_may_pass_is_tried_again(tmp_path):
-  troubles = [(500, 'overloaded'), (429, 'slow down'), (200, None)]
-  answer = lambda number, body: troubles[number - 1] if number <= 3 else by_length(number, body)
+  troubles = [(500, 'overloaded'), (429, 'slow down'), (200, None), (200, [])]
+  answer = lambda number, body: troubles[number - 1] if number <= 4 else by_length(number, body)
   with Fake(answer) as server:
     out = openai_judge.judge(PAIRS[:1], server.endpoint(), tmp_path, 'openai:m', workers=1)
-    assert [v.p for v in out.verdicts] == [1.0, 1.0] and len(server.asked) == 5
+    assert [v.p for v in out.verdicts] == [1.0, 1.0] and len(server.asked) == 6
+
+
+def test_a_server_says_how_long_to_wait(tmp_path):
+  answer = lambda number, body: (429, 'slow down') if number == 1 else by_length(number, body)
+  with Fake(answer, after='0.5') as server:
+    openai_judge.judge(PAIRS[:1], server.endpoint(), tmp_path, 'openai:m', workers=1)
+    first, second, _ = server.times
+    assert second - first >= 0.5
+
+
+def test_a_key_is_neither_needed_nor_shown(tmp_path, monkeypatch):
+  """A server that repeats the key in its error; one that asks for none, with a key of OpenAI's in
+  the environment, which is not for it."""
+  monkeypatch.setenv('OPENAI_API_KEY', 'not-for-this-server')
+  with Fake(lambda number, body: (403, 'no such key: secret')) as server:
+    with pytest.raises(ValueError, match='HTTP 403.*no such key: KEY') as error:
+      openai_judge.judge(PAIRS, server.endpoint(), tmp_path, 'openai:m')
+    assert 'secret' not in str(error.value)
+  with Fake(by_length) as server:
+    openai_judge.judge(PAIRS[:1], server.endpoint(key=None), tmp_path, 'openai:m')
+    assert [key for _, key, _ in server.asked] == [None, None]
+
+
+def test_the_client_is_an_extra(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'openai', None)
+  with Fake(by_length) as server:
+    with pytest.raises(ValueError, match=r"pip install 'alignjax\[eval\]'"):
+      openai_judge.judge(PAIRS, server.endpoint(), tmp_path, 'openai:m')
+
+
+def test_waits_between_tries_double_and_follow_the_server():
+  waits, left = [], [retries.Passing('busy')] * 3 + [retries.Passing('busy', after=20.0)]
+
+  def request():
+    if left:
+      raise left.pop(0)
+    return 'done'
+
+  assert retries.tried(request, tries=5, wait=1.0, sleep=waits.append) == 'done'
+  assert [0.8 <= w / base <= 1.2 for w, base in zip(waits, (1, 2, 4), strict=False)] == [True] * 3
+  assert waits[3] == 20.0
+  left[:] = [retries.Passing('first', after=9999.0), retries.Passing('second')]
+  with pytest.raises(retries.Passing, match='second'):
+    retries.tried(request, tries=2, wait=1.0, sleep=waits.append)
+  assert waits[4:] == [60.0]  # a minute at most
+
+
+@pytest.mark.parametrize(
+  'code,after,kind,seconds',
+  [
+    (429, '3', retries.Passing, 3.0),
+    (503, '0.5', retries.Passing, 0.5),
+    (408, None, retries.Passing, 0.0),
+    (500, 'Wed, 21 Oct 2026 07:28:00 GMT', retries.Passing, 0.0),
+    (404, '3', retries.Refused, None),
+  ],
+)
+def test_which_answers_may_pass(code, after, kind, seconds):
+  found = retries.failure(code, 'x' * 1000, after)
+  assert type(found) is kind and str(found) == f'HTTP {code}: {"x" * 300}'
+  assert getattr(found, 'after', None) == seconds
 
 
 def test_a_failure_half_way_loses_nothing(tmp_path):
@@ -275,7 +345,7 @@ def test_an_endpoint_that_is_not_there(tmp_path):
   with Fake(by_length) as server:
     gone = server.endpoint(tries=2)
   with pytest.raises(
-    ValueError, match=r'cannot be used after 2 tries: URLError.*refused.*0 answers are kept'
+    ValueError, match=r'cannot be used after 2 tries: ConnectError.*refused.*0 answers are kept'
   ):
     openai_judge.judge(PAIRS, gone, tmp_path, 'openai:m')
 

@@ -631,8 +631,8 @@ def test_the_hub_is_read_as_a_stream_and_named_where_it_cannot_be(tmp_path, scri
   monkeypatch.setattr(datasets, 'load_dataset', fail)
   with pytest.raises(
     ValueError,
-    match=r'^truthfulqa_mc: the data set truthfulqa/truthful_qa cannot be read from the hub '
-    r'\(ConnectionError: offline\); give a local file by --data=truthfulqa_mc=FILE.$',
+    match=r'^truthfulqa_mc: the data set truthfulqa/truthful_qa cannot be read '
+    r'\(ConnectionError: offline\); or name a file: --data=truthfulqa_mc=FILE.$',
   ):
     nlp.truthfulqa_mc(None, data=None, limit=None, seed=0, keep=tmp_path)
 

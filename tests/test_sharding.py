@@ -10,7 +10,7 @@ import pytest
 from alignjax import losses, ops, optim, rewards, rollout, sampling, sharding
 from alignjax.compiler import cost, hlo
 from alignjax.inference import loading
-from alignjax.models import transformer
+from alignjax.models import axes, transformer
 from alignjax.setup.objects import make_setup
 from alignjax.stages.ppo_ptx import iteration
 from alignjax.stages.stage import compile_step
@@ -152,10 +152,39 @@ def test_the_64_bit_mode_is_refused_before_any_work(tmp_path):
         work()
 
 
+def test_every_logical_axis_is_known():
+  """Those that the networks really ask for, of activations and of parameters; a rule for each of
+  them is taken."""
+  asked = set()
+
+  def note(x, *names):
+    asked.update(names)
+    return x
+
+  for family in ('llama', 'gpt2'):
+    cfg, _, policy, _ = model(family)
+    nets = transformer.make_networks(cfg, note)
+    jax.eval_shape(nets.logits, policy, *prompts(0))
+    for names in jax.tree.leaves(axes.logical_axes(policy), is_leaf=lambda x: type(x) is tuple):
+      asked.update(names)
+  known = {'batch', 'embed', 'heads', 'kv_heads', 'layers', 'mlp', 'sequence', 'table', 'vocab'}
+  assert asked - {None} == known == {*axes.logical_names()}
+  sharding.Sharder(sharding.make_mesh(2, 2, 2), dict.fromkeys(known))
+
+
+def test_an_unknown_axis_ends_a_run_before_it_begins(tmp_path):
+  c = ppo_ptx.get_config('tiny')
+  c.sharding.sequense = 'tensor'
+  with pytest.raises(ValueError, match="sharding.sequense='tensor'.*did you mean 'sequence'"):
+    make_setup(c, tmp_path)
+
+
 def test_wrong_rules_are_refused():
   mesh = sharding.make_mesh(2, 2, 2)
   with pytest.raises(ValueError, match="names 'model'"):
     sharding.Sharder(mesh, {'heads': 'model'})
+  with pytest.raises(ValueError, match="sharding.head='tensor'.*'head'; did you mean 'heads'"):
+    sharding.Sharder(mesh, {'head': 'tensor'})
   with pytest.raises(ValueError, match='twice'):
     sharding.Sharder(mesh, {'embed': 'fsdp', 'mlp': 'fsdp'}).sharding('embed', 'mlp')
   with pytest.raises(ValueError, match='no axes'):

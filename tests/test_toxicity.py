@@ -298,4 +298,4 @@ def test_the_hub_is_asked_where_no_file_is_named(monkeypatch):
     toxicity.read(None)
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with pytest.raises(ValueError, match='pip install datasets'):
-    items.hub('winogender', 'x', None, 'test')
+    items.of_hub('winogender', 'x', None, 'test')

@@ -25,7 +25,7 @@ from alignjax.runtime import checkpoint, fingerprints, lock, saved_config
 from alignjax.runtime.interrupt import Interrupt
 from alignjax.setup import inputs
 from alignjax.stages.stage import Stage
-from tests.test_failures import Row, first_state, one_step
+from tests.test_failures import Row, bare_config, first_state, one_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -123,20 +123,7 @@ def rows_of(path):
 
 def config(**changes):
   stage = dict(build='x:y', log_every=1, save_every=2, init='random')
-  c = ConfigDict(
-    dict(
-      seed=0,
-      world={},
-      data={},
-      model={},
-      reward_model={},
-      max_bad_updates=3,
-      grace_seconds=25.0,
-      stages=dict(a=dict(stage), b=stage | dict(init='stage:a')),
-    )
-  )
-  c.update_from_flattened_dict(changes)
-  return c
+  return bare_config(dict(a=stage, b=stage | dict(init='stage:a')), changes)
 
 
 def run(workdir, name, choice='fail', stop_at=None, outdated=None, **changes):

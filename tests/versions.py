@@ -2,7 +2,7 @@
 
   python tests/versions.py --write      after a function has got a new version there
 
-tests/test_versions.py compares what is measured with tests/golden/versions.json: other numbers under
+tests/test_versions.py compares the results with tests/golden/versions.json: other numbers under
 the same version would be served beside those that users have kept.
 """
 

@@ -38,8 +38,10 @@ class Sent:
   """Collectives of one kind, place and shape: bytes received by each device in a step, and what
   they are.
 
-  loop: the decode loop's body, or elsewhere. shape: of the largest array; op_name: the source's
-    scopes, without what jit adds.
+  Attributes:
+    in_loop: whether they are in the body of the decoding loop.
+    shape: of the largest array.
+    op_name: the scopes of the source, without what jit adds.
   """
 
   phase: str

@@ -271,12 +271,11 @@ def _argue(argument: dict) -> str:
 @functools.cache
 def _arguments(path: pathlib.Path) -> dict:
   found = {}
-  for number, text in textfiles.values(textfiles.read(path), str(path)):
-    row = textfiles.parse(text, f'{path}, line {number}')
+  for where, row in textfiles.Records(textfiles.read(path), path):
     if not isinstance(row, dict) or not all(
       isinstance(row.get(k), (str, int)) for k in ('topic', 'arg_id', 'text')
     ):
-      raise ValueError(f'{path}, line {number}: an argument has topic, arg_id and text.')
+      raise ValueError(f'{where}: an argument has topic, arg_id and text.')
     found[row['topic'], row['arg_id']] = row
   return found
 

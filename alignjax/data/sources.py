@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignjax.data import fields, mappings
+from alignjax.data import fields, hub, mappings
 from alignjax.runtime import files, textfiles
 
 FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT or sandbox:'
@@ -158,13 +158,8 @@ Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # how many, and the i-th wit
 
 
 def _jsonl(path: str, kind: str) -> Raw:
-  texts = textfiles.values(textfiles.read(path, f'data.{kind}: '), path)
-
-  def get(i):
-    where = f'{path}, line {texts[i][0]}'
-    return where, textfiles.parse(texts[i][1], where)
-
-  return len(texts), get
+  records = textfiles.Records(textfiles.read(path, f'data.{kind}: '), path)
+  return len(records), records.__getitem__
 
 
 def _text(pattern: str, kind: str) -> Raw:
@@ -221,11 +216,6 @@ def _folder(name: str, where: str) -> pathlib.Path | None:
   return None
 
 
-def _first_line(error: Exception) -> str:
-  """A library's error in a line."""
-  return f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}'
-
-
 def _tfds(name: str, kind: str) -> Raw:
   name, splits = _name_and_split(name, f'data.{kind}=tfds')
   where = f'data.{kind}=tfds:{name}:{splits}'
@@ -234,7 +224,7 @@ def _tfds(name: str, kind: str) -> Raw:
 
   from alignjax.data.records import records_dataset_builder
 
-  try:
+  with hub.reading(where):
     if folder is not None:
       builder = tfds.builder_from_directory(folder)
     else:
@@ -244,17 +234,11 @@ def _tfds(name: str, kind: str) -> Raw:
     features = builder.info.features
     stored = isinstance(features, tfds.features.FeaturesDict) and 'messages' in features
     change = records_dataset_builder.restore if stored else lambda row: row
-  except Exception as error:  # noqa: BLE001 tfds and its downloads raise many kinds
-    raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
 
   def get(i):
     place = f'tfds:{name}:{splits}, record {i}'
-    try:
+    with hub.reading(place):  # a damaged file is found when its records are read
       return place, change(_plain(rows[i]))
-    except UnicodeDecodeError as error:
-      raise ValueError(f'{place}: a text is not UTF-8 (byte {error.start}).') from error
-    except Exception as error:  # noqa: BLE001 a damaged file is found when its records are read
-      raise ValueError(f'{place} cannot be read ({_first_line(error)}).') from error
 
   return len(rows), get
 
@@ -276,24 +260,18 @@ def _datasets(name: str, kind: str) -> Raw:
   name, splits = _name_and_split(name, f'data.{kind}=hf')
   where = f'data.{kind}=hf:{name}:{splits}'
   folder = _folder(name, where)
-  try:
-    import datasets
-  except ModuleNotFoundError:
-    raise ValueError(f'{where} needs the datasets library: pip install datasets.') from None
   owner, _, rest = name.partition('/')
   repository, _, config = rest.partition('/')
-  path = str(folder) if folder is not None else f'{owner}/{repository}' if repository else owner
-  try:
-    rows = datasets.load_dataset(path, None if folder is not None else config or None, split=splits)
-  except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
-    raise ValueError(f'{where} cannot be read ({_first_line(error)}).') from error
+  if folder is not None:
+    rows = hub.load(str(folder), None, splits, where=where)
+  else:
+    named = f'{owner}/{repository}' if repository else owner
+    rows = hub.load(named, config or None, splits, where=where)
 
   def get(i):
     place = f'hf:{name}:{splits}, record {i}'
-    try:
+    with hub.reading(place):
       return place, rows[i]
-    except Exception as error:  # noqa: BLE001 as in `_tfds`
-      raise ValueError(f'{place} cannot be read ({_first_line(error)}).') from error
 
   return len(rows), get
 

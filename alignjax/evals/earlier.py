@@ -44,4 +44,5 @@ def name_of(name: str, protocol: Mapping[str, Any], facts: Mapping[str, Any]) ->
     return None
   task, file = TASKS[name]
   options = plugins.earlier_names(protocol['options'])
-  return f'{name}-{fingerprints.of_value([dict(protocol, task=task, file=file, options=options), facts])}'
+  then = dict(protocol, task=task, file=file, options=options)
+  return f'{name}-{fingerprints.of_value([then, facts])}'

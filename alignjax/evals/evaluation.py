@@ -36,7 +36,9 @@ def evaluate(
     models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory at a
       time.
     tasks: of registry.find_tasks.
-    data, options: of each task. limit: items of each. baseline: the first model, if None.
+    data, options: of each task.
+    limit: items of each.
+    baseline: the first model, if None.
     template: prompt template; None: as each model was trained.
     mesh: of sharding.make_mesh for every model; None: one device, or all of them, each with rows of
       its own.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from alignjax.evals.stats import Figure, apart, fraction, interval, ratio, show
+from alignjax.sandbox import Labelers
 
 YES, NO, NOT_SHOWN = 'yes', 'no', 'not shown'
 POOLS = {'train': 'training labelers', 'heldout': 'held-out labelers'}
@@ -24,7 +25,7 @@ KEPT = 0.75  # of what PPO costs and of what it gains
 
 def findings(
   arrays: Mapping[str, Mapping[str, np.ndarray]],
-  labelers: Any,
+  labelers: Labelers,
   prompts: Sequence[str],
   facts: Sequence[str],
 ) -> dict[str, dict[str, Any]]:

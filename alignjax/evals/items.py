@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from alignjax.data import hub
+from alignjax.inference import completions
+from alignjax.inference.loading import Model
 from alignjax.runtime import journal, textfiles
 
 
@@ -29,10 +32,7 @@ def read(
   text = textfiles.read(path)
   kind = textfiles.suffix(path)
   if kind in ('jsonl', 'json'):
-    rows = [
-      (n, textfiles.parse(value, f'{path}, line {n}'))
-      for n, value in textfiles.values(text, str(path))
-    ]
+    rows = [*textfiles.Records(text, path)]
   else:
     rows = _table(
       text,
@@ -41,26 +41,23 @@ def read(
       csv.QUOTE_NONE if kind == 'tsv' else csv.QUOTE_MINIMAL,
     )
   types = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, str)
-  for number, row in rows:
+  for where, row in rows:
     missing = [c for c in types if not isinstance(row, dict) or row.get(c) is None]
     if missing:
       has = sorted(row) if isinstance(row, dict) else textfiles.kind(row)
-      raise ValueError(
-        f'{path}, line {number}: no {", ".join(map(repr, missing))}; the row has {has}.'
-      )
+      raise ValueError(f'{where}: no {", ".join(map(repr, missing))}; the row has {has}.')
     for name, expected in types.items():
       if not isinstance(row[name], expected):
-        raise ValueError(
-          f'{path}, line {number}: {name!r} must be text, not {textfiles.kind(row[name])}.'
-        )
+        raise ValueError(f'{where}: {name!r} must be text, not {textfiles.kind(row[name])}.')
   if not rows:
     raise ValueError(f'{path}: no rows.')
   return [row for _, row in rows]
 
 
-def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int, dict[str, str]]]:
-  """(line of its end, row) of separated values whose first row is their names."""
-  # of the process; by default a cell of 131,073 characters is an error
+def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[str, dict[str, str]]]:
+  """('FILE, line N', row) of separated values whose first row is their names; the row ends in line
+  N."""
+  # This is a setting of the process; by default a cell of 131,073 characters is an error.
   csv.field_size_limit(2**31 - 1)
   reader = csv.reader(
     (f'{line}\n' for line in textfiles.lines(text)),
@@ -71,46 +68,34 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[int
   names, rows = None, []
   try:
     for cells in reader:
+      where = f'{path}, line {reader.line_num}'
       if not cells:
         continue
       if names is None:
         names = cells
         if len(set(names)) < len(names):
-          raise ValueError(
-            f'{path}, line {reader.line_num}: two columns have one name, of '
-            f'{", ".join(map(repr, names))}.'
-          )
+          raise ValueError(f'{where}: two columns have one name, of {", ".join(map(repr, names))}.')
       elif len(cells) > len(names):
         raise ValueError(
-          f'{path}, line {reader.line_num}: {len(cells)} cells under {len(names)} names; text '
-          f'with {delimiter!r} in '
-          'it stands in quotes.'
+          f'{where}: {len(cells)} cells under {len(names)} names; text with {delimiter!r} in it '
+          'stands in quotes.'
         )
       else:
-        rows.append((reader.line_num, dict(zip(names, cells, strict=False))))
+        rows.append((where, dict(zip(names, cells, strict=False))))
   except csv.Error as error:
     raise ValueError(f'{path}, line {reader.line_num}: not separated values ({error}).') from error
   return rows
 
 
-def hub(
+def of_hub(
   task: str, name: str, config: str | None, split: str, revision: str | None = None
 ) -> list[dict[str, Any]]:
-  """Rows of a data set of the Hugging Face hub; where there is none, an error that names --data."""
-  instead = f'or name a file: --data={task}=FILE'
-  try:
-    import datasets
-  except ModuleNotFoundError:
-    raise ValueError(
-      f'{task}: the hub needs the datasets library: pip install datasets, {instead}.'
-    ) from None
-  try:
-    return list(datasets.load_dataset(name, config, split=split, revision=revision))
-  except Exception as error:  # noqa: BLE001 the library and its downloads raise many kinds
-    first = str(error).strip().partition('\n')[0][:300]
-    raise ValueError(
-      f'{task}: {name} cannot be read from the hub ({type(error).__name__}: {first}); {instead}.'
-    ) from error
+  """The rows of a data set of the Hugging Face hub. Where it cannot be read, the ValueError says to
+  name a file by --data."""
+  where, instead = f'{task}: the data set {name}', f'; or name a file: --data={task}=FILE'
+  rows = hub.load(name, config, split, where=where, instead=instead, revision=revision)
+  with hub.reading(where, instead):
+    return list(rows)
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:
@@ -158,3 +143,25 @@ def fill(
       last = time.perf_counter()
       print(f'  {what or path.stem} {start + len(some)}/{len(missing)}', flush=True)
   return [done[name] for name in names]
+
+
+def first_lines(
+  model: Model, path: pathlib.Path, names: Sequence[str], texts: Sequence[str], max_tokens: int
+) -> list[str]:
+  """The line that a model continues each text with, by greedy decoding.
+
+  Args:
+    model: a language model.
+    path: keeps the lines as they come, see `fill`.
+    names: of the texts, unique.
+    texts: each is read as the beginning of a document.
+    max_tokens: of a line; the rest of a longer one is not sampled.
+  """
+  rows = [model.template.text(text) for text in texts]
+
+  def make(some: list[int]) -> list[str]:
+    return completions.continuations(
+      model, [rows[i] for i in some], max_tokens=max_tokens, until=('\n',)
+    )
+
+  return fill(path, names, make, what=path.stem)

@@ -8,7 +8,7 @@ intervals; the win rate needs the arrays of two policies on the same prompts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from alignjax.data import encode
 from alignjax.data.templates import Template
 from alignjax.evals.stats import ANY, interval, ratio
 from alignjax.inference import bulk
+from alignjax.sharding import Sharder
 from alignjax.types import Networks, Params
 
 PREFIX_TOKENS = 24  # room for the prompts of the prompted baseline
@@ -25,8 +26,8 @@ PREFIX_TOKENS = 24  # room for the prompts of the prompted baseline
 class Evaluation(NamedTuple):
   """Compiled functions and the items to measure on: the same for every policy of a report."""
 
-  world: Any
-  labelers: Any
+  world: sandbox.World
+  labelers: sandbox.Labelers
   template: Template
   sample: Callable
   likelihood: Callable
@@ -42,9 +43,9 @@ class Evaluation(NamedTuple):
 
 def prepare(
   nets: Networks,
-  sharder: Any,
-  world: Any,
-  labelers: Any,
+  sharder: Sharder | None,
+  world: sandbox.World,
+  labelers: sandbox.Labelers,
   template: Template,
   *,
   prompt_length: int,
@@ -61,8 +62,10 @@ def prepare(
   drawn afresh from the same facts.
 
   Args:
-    win_prompts, toxicity_prompts: prompts. tax_items: items of each tax task. truth_samples:
-      answers to each misconceived fact. loss_documents: documents of the mixed corpus.
+    win_prompts, toxicity_prompts: prompts.
+    tax_items: items of each tax task.
+    truth_samples: answers to each misconceived fact.
+    loss_documents: documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
   sample = bulk.make_sampler(

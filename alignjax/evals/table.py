@@ -10,6 +10,7 @@ import numpy as np
 
 from alignjax import plugins
 from alignjax.evals import stats
+from alignjax.evals.markdown import table as markdown_table
 from alignjax.runtime import files
 
 
@@ -119,37 +120,27 @@ def assemble(
 
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str) -> str:
   """The table in the layout of the paper's Table 14, then the differences to the baseline."""
-
-  def head(names):
-    return [
-      '| task | metric | prompt | ' + ' | '.join(names) + ' |',
-      '|---' * (3 + len(names)) + '|',
-    ]
-
-  lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '', *head(models)]
-  for row in rows:
-    lines.append(
-      f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | '
-      + ' | '.join(stats.show(row['models'].get(m), True) for m in models)
-      + ' |'
-    )
+  head = ('task', 'metric', 'prompt')
+  first = [
+    [row['task'], f'{row["metric"]}{_arrow(row["better"])}', row['prompt'] or '-'] for row in rows
+  ]
+  measured = [[stats.show(row['models'].get(m), True) for m in models] for row in rows]
+  lines = ['# Evaluation', '', 'Mean, 95% interval, and number of items.', '']
+  lines += markdown_table([*head, *models], [a + b for a, b in zip(first, measured, strict=True)])
   others = [m for m in models if m != baseline]
   if others:
+    differences = [
+      [stats.show_difference(row['models'].get(m, {}).get('difference')) for m in others]
+      for row in rows
+    ]
     lines += [
       '',
       f'## Difference to {baseline}',
       '',
       'Paired by item; bold where the interval leaves out 0.',
       '',
-      *head(others),
+      *markdown_table([*head, *others], [a + b for a, b in zip(first, differences, strict=True)]),
     ]
-    for row in rows:
-      found = [row['models'].get(m, {}).get('difference') for m in others]
-      lines.append(
-        f'| {row["task"]} | {row["metric"]}{_arrow(row["better"])} | {row["prompt"] or "-"} | '
-        + ' | '.join(stats.show_difference(f) for f in found)
-        + ' |'
-      )
   return '\n'.join([*lines, ''])
 
 

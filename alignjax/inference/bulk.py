@@ -76,8 +76,9 @@ def plan(
   next call has too.
 
   Args:
-    lengths: of the rows. most: no row is longer. rows: in a batch at most; a number, or a function
-      of the padded length.
+    lengths: of the rows.
+    most: no row is longer.
+    rows: in a batch at most; a number, or a function of the padded length.
     shards: a batch's size is a multiple of it.
     more: tokens that are computed for a row besides, as those that are sampled.
   """

@@ -2,7 +2,7 @@
 scores, the sandbox's gold scores, the divergence from a reference. Each `make_*` compiles once for
 any number of parameters of one architecture.
 
-A model here is a stages.loading.Model; sharder is that of the mesh, None for one device.
+A sharder is that of the mesh, None for one device.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignjax import sandbox
 from alignjax.data import templates
 from alignjax.inference import bulk
+from alignjax.inference.loading import Model
 from alignjax.runtime import journal, metrics
+from alignjax.sharding import Sharder
 
 
 class Responses(NamedTuple):
@@ -28,14 +31,14 @@ class Responses(NamedTuple):
 
 
 def make_responder(
-  model: Any,
+  model: Model,
   prompts: Sequence[Any],
   *,
   count: int,
   max_tokens: int,
   temperature: float = 1.0,
   rows: int = 64,
-  sharder: Any = None,
+  sharder: Sharder | None = None,
 ) -> Callable[..., Responses]:
   """-> respond(params, seed, path): `count` responses to each prompt. A response depends on params,
   seed, temperature, its prompt and its number alone (bulk.make_sampler); a prompt that is there
@@ -98,7 +101,7 @@ def make_responder(
 
 
 def make_rewarder(
-  model: Any, prompts: Sequence[Any], *, rows: int = 64, sharder: Any = None
+  model: Model, prompts: Sequence[Any], *, rows: int = 64, sharder: Sharder | None = None
 ) -> Callable:
   """-> reward(params, responses) -> f64[prompts, samples]: a reward model's scores.
 
@@ -131,7 +134,12 @@ def make_rewarder(
 
 
 def make_divergence(
-  model: Any, prompts: Sequence[Any], *, max_tokens: int, rows: int = 64, sharder: Any = None
+  model: Model,
+  prompts: Sequence[Any],
+  *,
+  max_tokens: int,
+  rows: int = 64,
+  sharder: Sharder | None = None,
 ) -> Callable:
   """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log
   p_ref(response) in nats. Its mean over samples of the policy estimates KL(policy || ref), at
@@ -154,12 +162,13 @@ def make_divergence(
 
 
 def gold(
-  world: Any, labelers: Any, records: Sequence[Mapping[str, Any]], responses: Responses
+  world: sandbox.World,
+  labelers: sandbox.Labelers,
+  records: Sequence[Mapping[str, Any]],
+  responses: Responses,
 ) -> dict[str, np.ndarray]:
   """The sandbox's true scores, f64[prompts, samples]: the mean utility of the training and of the
   held-out labelers."""
-  from alignjax import sandbox
-
   features = labelers.features(
     [
       sandbox.judge(world, r['meta'], t, e)

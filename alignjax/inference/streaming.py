@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax import ops
 from alignjax.data import encode
+from alignjax.inference import bulk
+from alignjax.inference.loading import Model
 from alignjax.sampling import generate, sample
 
 LENGTH = 128  # tokens of a response, where the model was not trained with a limit
@@ -20,7 +21,7 @@ Notice = Callable[[int], None]
 
 
 def stream(
-  model: Any,
+  model: Model,
   prompt: Any,
   *,
   temperature: float = 1.0,
@@ -35,7 +36,8 @@ def stream(
   the same seed.
 
   Args:
-    model: stages.loading.Model. prompt: text, or messages where the template is a chat.
+    model: loading.Model.
+    prompt: text, or messages where the template is a chat.
     max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or
       fewer where the prompt leaves fewer of the context. A number that the context has no room for
       is a ValueError.
@@ -47,21 +49,18 @@ def stream(
   weights, prefill, step = _decoder(model.nets, model.cfg, slots, temperature, top_p, top_k)
   weights = weights(model.params)
   logits, cache = prefill(weights, tokens, mask)
-  key, said, shown, ended = jax.random.key(seed), [], '', False
+  key, said, shown = jax.random.key(seed), [], ''
   for t in range(most):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
-    token = int(token[0])
-    ended = token in model.template.ends
+    said.append(int(token[0]))
+    text, ended = model.template.said(said)
     if ended:
       break
-    said.append(token)
-    text = model.decode(said)
     if not text.endswith('\ufffd'):  # half of a character waits for the other
       yield text[len(shown) :]
       shown = text
-  rest = model.decode(said)[len(shown) :]
-  if rest:
-    yield rest
+  if len(text) > len(shown):
+    yield text[len(shown) :]
   if not ended:
     cut(most)
 
@@ -83,10 +82,10 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
 
 
 def _padded(
-  model: Any, prompt: Any, max_tokens: int | None
+  model: Model, prompt: Any, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to a power
-  of two, so that few lengths are compiled."""
+  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to the
+  length of a bucket, so that few lengths are compiled."""
   tokens = model.template.prompt(prompt)
   context = model.cfg.max_length
   most = (
@@ -106,38 +105,16 @@ def _padded(
       f'leaves {max(room, 0)}. '
       'Ask for fewer tokens, or shorten the prompt.'
     )
-  length = min(max(16, 1 << (len(tokens) - 1).bit_length()), room)
+  length = bulk.bucket(len(tokens), room, smallest=16)
   return *encode.left_pad([tokens], length, model.template.pad), length + most, most
 
 
 def best_of(
-  model: Any,
-  reward: Any,
-  prompt: Any,
-  n: int,
-  *,
-  temperature: float = 1.0,
-  top_p: float | None = None,
-  top_k: int | None = None,
-  max_tokens: int | None = None,
-  seed: int = 0,
-  starting: Notice = lambda slots: None,
-  cut: Notice = lambda tokens: None,
+  model: Model, reward: Model, prompt: Any, n: int, *, cut: Notice = lambda tokens: None, **how: Any
 ) -> str:
-  """The response, of n sampled ones, that the reward model scores highest. Arguments as of
-  `stream`."""
-  texts, scores, ended, most = _sampled(
-    model,
-    reward,
-    prompt,
-    n,
-    temperature=temperature,
-    top_p=top_p,
-    top_k=top_k,
-    max_tokens=max_tokens,
-    seed=seed,
-    starting=starting,
-  )
+  """The response, of n sampled ones, that the reward model scores highest. The other arguments are
+  those of `stream`."""
+  texts, scores, ended, most = _sampled(model, reward, prompt, n, **how)
   best = int(np.argmax(scores))
   if not ended[best]:
     cut(most)
@@ -145,7 +122,7 @@ def best_of(
 
 
 def ranked(
-  model: Any, reward: Any, prompt: Any, n: int, **how: Any
+  model: Model, reward: Model, prompt: Any, n: int, **how: Any
 ) -> tuple[list[str], np.ndarray]:
   """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and
   template. how: as of `stream`."""
@@ -153,8 +130,8 @@ def ranked(
 
 
 def _sampled(
-  model: Any,
-  reward: Any,
+  model: Model,
+  reward: Model,
   prompt: Any,
   n: int,
   *,
@@ -194,8 +171,7 @@ def _sampled(
     raise ValueError(
       f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.'
     )
-  padded = encode.right_pad(rows, length, reward.template.pad)
-  scores = jax.jit(
-    lambda p, tokens, mask: ops.last_live(reward.nets.scalar(p, tokens, mask), mask)
-  )(reward.params, *padded)
-  return texts, np.asarray(scores), out.ended, most
+  score = bulk.make_scorer(
+    reward.nets, reward.sharder, length=reward.cfg.max_length, pad=reward.template.pad
+  )
+  return texts, score(reward.params, rows), out.ended, most

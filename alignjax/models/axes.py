@@ -32,6 +32,13 @@ AXES = (
   (r'score/kernel', ('embed', None)),
   (r'score/bias', (None,)),
 )
+ACTIVATIONS = ('batch', 'sequence')  # the logical axes that only activations have
+
+
+def logical_names() -> list[str]:
+  """All logical axes that a rule of c.sharding may name."""
+  of_params = {axis for _, axes in AXES for axis in axes if axis is not None}
+  return sorted({*of_params, 'layers', *ACTIVATIONS})
 
 
 def logical_axes(params: Any) -> Any:

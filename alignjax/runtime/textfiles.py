@@ -16,7 +16,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from alignjax.runtime import files
@@ -37,7 +37,12 @@ SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 
 def read(path: str | os.PathLike, where: str = '') -> str:
-  """The text of a file. where: a prefix of errors, such as 'data.prompts: '."""
+  """The text of a file.
+
+  Args:
+    path: its name.
+    where: stands before the name in errors, such as 'data.prompts: '.
+  """
   path, file = os.fspath(path), place(path, where)
   try:
     if file.is_dir():
@@ -97,14 +102,31 @@ def lines(text: str) -> list[str]:
   return found if found[-1] else found[:-1]
 
 
-def values(text: str, where: str) -> list[tuple[int, str]]:
-  """(line, JSON) of each value of a file: its lines without the blank ones, or the elements of the
-  one array that it is."""
-  if SPACE.sub('', text[:1000], count=1)[:1] == '[':
-    elements = _elements(text, where)
-    if elements is not None:
-      return elements
-  return [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
+class Records(Sequence):
+  """The records of a file of JSON: one on each line, without the blank ones, or the elements of the
+  one array that the file is. records[i] is ('FILE, line N', value); a record is parsed when it is
+  asked for, and one that is not JSON is a ValueError then.
+
+  Args:
+    text: of the whole file.
+    path: its name, for the places and for errors.
+  """
+
+  def __init__(self, text: str, path: str | os.PathLike):
+    self._path, found = os.fspath(path), None
+    if SPACE.sub('', text[:1000], count=1)[:1] == '[':
+      found = _elements(text, self._path)
+    if found is None:
+      found = [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
+    self._found = found  # (number of the line, JSON)
+
+  def __len__(self) -> int:
+    return len(self._found)
+
+  def __getitem__(self, i: int) -> tuple[str, Any]:
+    number, text = self._found[i]
+    where = f'{self._path}, line {number}'
+    return where, parse(text, where)
 
 
 def _elements(text: str, where: str) -> list[tuple[int, str]] | None:

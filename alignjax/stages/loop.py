@@ -42,8 +42,8 @@ class Run(NamedTuple):
 
 
 def loop(stage: Stage, state: TrainState, first: int, run: Run) -> TrainState:
-  """Does the steps from `first` to stage.num_steps and returns the last state. A checkpoint is saved
-  every `save_every` steps, and when something ends the run."""
+  """Does the steps from `first` to stage.num_steps and returns the last state. A checkpoint is
+  saved every `save_every` steps, and when something ends the run."""
   cfg = run.config.stages[run.folder.name]
   candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
   last_time, last_step = time.perf_counter(), first
@@ -96,7 +96,7 @@ def loop(stage: Stage, state: TrainState, first: int, run: Run) -> TrainState:
 
 
 def log(run: Run, done: int, num_steps: int, values: dict[str, float], samples: list) -> None:
-  """Writes and shows the metrics of a step; samples only at every tenth logged step and the last."""
+  """Writes and shows the metrics of a step; samples at every tenth logged step and the last."""
   run.writer.write(done, values)
   run.progress.update(done, values)
   every = run.config.stages[run.folder.name].log_every * 10

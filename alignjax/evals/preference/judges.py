@@ -25,6 +25,7 @@ import numpy as np
 from alignjax import plugins
 from alignjax.evals.preference.judgments import Judged, Pair, Rating, Verdict
 from alignjax.inference import bulk
+from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics
 
 FORMS = 'rm:MODEL, sandbox, openai:MODEL, file:PATH, module:function'
@@ -49,7 +50,7 @@ def split(spec: str) -> tuple[str, str]:
 
 def reward_model(
   pairs: Sequence[Pair],
-  model: Any,
+  model: Model,
   fingerprint: str,
   folder: pathlib.Path,
   judge: str,
@@ -62,8 +63,9 @@ def reward_model(
   Scores are kept in FOLDER by the text that was scored.
 
   Args:
-    model: stages.loading.Model with a scalar head. fingerprint: loading.fingerprint of it. rows: in
-      a batch at most.
+    model: loading.Model with a scalar head.
+    fingerprint: loading.fingerprint of it.
+    rows: in a batch at most.
   """
   code = fingerprints.of_function(reward_model)
   path = folder / f'rm-{fingerprints.of_value([fingerprint, code])}.jsonl'

@@ -178,8 +178,8 @@ def read(
   Args:
     mapping: from their records to the rows above: a function of this file, 'module:function' or
       'ours=theirs,...'.
-    policies, prompts: the names that may occur; None: any. key: of a sheet; None: SHEET.key.json
-      beside it.
+    policies, prompts: the names that may occur; None: any.
+    key: of a sheet; None: SHEET.key.json beside it.
   """
   pattern = str(files.folder(pattern))
   paths = (
@@ -243,9 +243,7 @@ def pandalm(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows(path: str, change: Callable | None) -> Iterable[tuple[str, dict]]:
-  for number, text in textfiles.values(textfiles.read(path, '--judge=file:'), path):
-    where = f'{path}, line {number}'
-    raw = textfiles.parse(text, where)
+  for where, raw in textfiles.Records(textfiles.read(path, '--judge=file:'), path):
     if not isinstance(raw, dict):
       raise ValueError(f'{where}: a judgment is an object, not {textfiles.kind(raw)}.')
     yield from ((where, row) for row in mappings.apply(change, raw, where, '--judge_mapping'))

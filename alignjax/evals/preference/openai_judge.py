@@ -8,21 +8,16 @@ paid for is not asked again.
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import hashlib
-import http.client
 import json
 import pathlib
-import random
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from alignjax.evals.preference.judgments import Judged, Pair, Verdict
-from alignjax.runtime import journal, metrics
+from alignjax.runtime import journal, metrics, retries
 
 URL = 'https://api.openai.com/v1'
 # The order of concerns is that of the paper's final evaluations (section 3.4): truth and
@@ -39,10 +34,17 @@ Verdict: tie"""
 
 
 class Endpoint(NamedTuple):
-  """url: up to, and without, /chat/completions. key: or None where the server asks for none. body:
-  more fields of the request.
-  tries: of a request before giving up; wait: seconds before the second one, doubled each time (a
-    minute at most)."""
+  """Where a judge is asked, and how.
+
+  Attributes:
+    url: up to, and without, /chat/completions.
+    key: of the API, None where the server asks for none.
+    model: its name at the endpoint.
+    body: more fields of the request.
+    tries: of a request before giving up.
+    wait: seconds before the second try, doubled before each further one, a minute at most.
+    timeout: seconds for one try.
+  """
 
   url: str
   key: str | None
@@ -51,6 +53,15 @@ class Endpoint(NamedTuple):
   tries: int = 6
   wait: float = 1.0
   timeout: float = 120.0
+
+
+# what a refusal probably means, by its status code
+HINTS = {
+  400: ' Fields of the request: --judge_body.',
+  401: ' Is the key right?',
+  403: ' Is the key right?',
+  404: ' Is the model or --judge_url right?',
+}
 
 
 class _Stopped(Exception):
@@ -65,11 +76,20 @@ def judge(
   instructions: str = INSTRUCTIONS,
   workers: int = 8,
 ) -> Judged:
-  """Two verdicts a pair, one an order; p None where an answer of the two cannot be read. Equal
-  texts are a tie unasked.
+  """Two verdicts for each pair, one for each order; p is None where one of the two answers cannot
+  be read. Equal texts are a tie and are not asked.
 
-  Answers are kept in FOLDER by the whole request, so another model, instructions or texts are asked
-  anew. A request that fails for good is a ValueError; the answers before it stay.
+  Args:
+    pairs: the responses to compare.
+    endpoint: where to ask.
+    folder: keeps the answers by the whole request, so that another model, other instructions or
+      other texts are asked anew.
+    name: of the judge, in the verdicts and in messages.
+    instructions: the system message.
+    workers: questions that are asked at a time.
+
+  Raises:
+    ValueError: A request fails for good; the answers before it stay in the folder.
   """
   path = folder / f'openai-{re.sub(r"[^a-zA-Z0-9.-]", "_", endpoint.model)}.jsonl'
   answers = {row['question']: row['answer'] for row in journal.read(path)}
@@ -89,10 +109,10 @@ def judge(
     for (i, first), (question, messages) in asked.items()
     if question not in answers
   }
-  lock, stop = threading.Lock(), threading.Event()
+  client, lock, stop = _client(endpoint), threading.Lock(), threading.Event()
 
   def ask(question, pair, first, messages):
-    answer = _complete(endpoint, messages, stop)
+    answer = _complete(client, endpoint, messages, stop)
     with lock:
       journal.append(
         path,
@@ -127,27 +147,25 @@ def judge(
     finally:
       stop.set()
       pool.shutdown(cancel_futures=True)
+      client.close()
+
+  def verdict(pair, p, first=''):
+    return Verdict(pair.record['prompt_id'], pair.a, pair.b, p, name, endpoint.model, first)
+
   verdicts, unread = [], 0
   for i, pair in enumerate(pairs):
-    make = functools.partial(
-      Verdict, pair.record['prompt_id'], pair.a, pair.b, judge=name, labeler=endpoint.model
-    )
     if (i, 'a') not in asked:
-      verdicts.append(make(p=0.5))
+      verdicts.append(verdict(pair, 0.5))
       continue
     said = [verdict_of(answers[asked[i, first][0]]) for first in 'ab']
     if None in said:
       unread += 1
-      verdicts.append(make(p=None))
+      verdicts.append(verdict(pair, None))
       continue
     wins = {1: 1.0, 2: 0.0, 'tie': 0.5}
-    verdicts += [make(p=wins[said[0]], shown_first='a'), make(p=1 - wins[said[1]], shown_first='b')]
-  return Judged(
-    verdicts,
-    notes=[f'{name}: no verdict could be read for {unread} of {len(pairs)} pairs']
-    if unread
-    else [],
-  )
+    verdicts += [verdict(pair, wins[said[0]], 'a'), verdict(pair, 1 - wins[said[1]], 'b')]
+  told = f'{name}: no verdict could be read for {unread} of {len(pairs)} pairs'
+  return Judged(verdicts, notes=[told] if unread else [])
 
 
 def verdict_of(answer: str) -> int | str | None:
@@ -167,47 +185,79 @@ def _messages(pair: Pair, first: str, instructions: str) -> list[dict[str, str]]
     if first == 'a'
     else (pair.response_b.text, pair.response_a.text)
   )
-  parts = (('prompt', prompt), ('response_1', one), ('response_2', two))
-  text = '\n\n'.join(f'<{part}>\n{said}\n</{part}>' for part, said in parts)
+  text = '\n\n'.join(
+    f'<{name}>\n{said}\n</{name}>'
+    for name, said in (('prompt', prompt), ('response_1', one), ('response_2', two))
+  )
   return [{'role': 'system', 'content': instructions}, {'role': 'user', 'content': text}]
 
 
-def _complete(endpoint: Endpoint, messages: list[dict[str, str]], stop: threading.Event) -> str:
-  """The text of an answer. What may pass is tried again (429, 5xx, broken connections, garbled
-  answers), anything else is a ValueError at once."""
-  url = f'{endpoint.url.rstrip("/")}/chat/completions'
-  body = json.dumps({'model': endpoint.model, 'messages': messages, **endpoint.body}).encode()
-  headers = {'Content-Type': 'application/json'} | (
-    {'Authorization': f'Bearer {endpoint.key}'} if endpoint.key else {}
+def library() -> Any:
+  """The openai package, which the `eval` extra installs; a ValueError where it is missing."""
+  try:
+    import openai
+  except ModuleNotFoundError:
+    raise ValueError(
+      "--judge=openai: needs the openai client: pip install 'alignjax[eval]'."
+    ) from None
+  return openai
+
+
+def _client(endpoint: Endpoint) -> Any:
+  """The client's own retries are off: nobody could interrupt their waits, and an answer that is not
+  a chat completion would not be asked for again."""
+  openai = library()
+  return openai.OpenAI(
+    base_url=endpoint.url,
+    api_key=endpoint.key or 'none',  # the client wants one; `_complete` leaves this one out
+    timeout=endpoint.timeout,
+    max_retries=0,
   )
-  failure = ''
-  for attempt in range(endpoint.tries):
-    wait = min(endpoint.wait * 2**attempt, 60.0) * random.uniform(0.8, 1.2)
+
+
+def _complete(
+  client: Any, endpoint: Endpoint, messages: list[dict[str, str]], stop: threading.Event
+) -> str:
+  """The text of an answer. Failures that may pass are tried again, any other one is a ValueError at
+  once."""
+  openai = library()
+
+  def hidden(text: str) -> str:
+    return text.replace(endpoint.key, 'KEY') if endpoint.key else text
+
+  def request() -> str:
     if stop.is_set():
       raise _Stopped
     try:
-      with urllib.request.urlopen(
-        urllib.request.Request(url, body, headers), timeout=endpoint.timeout
-      ) as reply:
-        return json.loads(reply.read())['choices'][0]['message']['content'] or ''
-    except urllib.error.HTTPError as error:
-      with error:
-        said = error.read()[:300].decode('utf-8', 'replace')
-        after = error.headers.get('Retry-After', '')
-      failure = f'HTTP {error.code}: {said}'
-      if error.code not in (408, 409, 429) and error.code < 500:
-        hint = {
-          401: ' Is the key right?',
-          403: ' Is the key right?',
-          404: ' Is the model or --judge_url right?',
-          400: ' Fields of the request: --judge_body.',
-        }.get(error.code, '')
-        raise ValueError(f'{url} answers {failure}.{hint}') from None
-      wait = min(max(wait, float(after)), 60.0) if re.fullmatch(r'\d+(\.\d+)?', after) else wait
-    except (OSError, http.client.HTTPException) as error:  # no such host, refused, reset, timed out
-      failure = f'{type(error).__name__}: {getattr(error, "reason", error)}'
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-      failure = f'an answer that is no chat completion ({type(error).__name__}: {error})'
-    if attempt + 1 < endpoint.tries:
-      stop.wait(wait)
-  raise ValueError(f'{url} cannot be used after {endpoint.tries} tries: {failure}.')
+      reply = client.chat.completions.create(
+        model=endpoint.model,
+        messages=messages,
+        extra_body=dict(endpoint.body),
+        extra_headers={} if endpoint.key else {'Authorization': openai.Omit()},
+      )
+    except openai.APIStatusError as error:
+      answer = error.response
+      raise retries.failure(
+        answer.status_code, answer.text, answer.headers.get('Retry-After')
+      ) from None
+    except openai.APIConnectionError as error:  # no such host, refused, reset, timed out
+      cause = error.__cause__ or error
+      raise retries.Passing(f'{type(cause).__name__}: {cause}') from None
+    except ValueError as error:
+      raise retries.Passing(f'an answer that is not JSON ({error})') from None
+    try:
+      return reply.choices[0].message.content or ''
+    except (AttributeError, IndexError, TypeError) as error:
+      raise retries.Passing(
+        f'an answer that is no chat completion ({type(error).__name__}: {error})'
+      ) from None
+
+  url = f'{endpoint.url.rstrip("/")}/chat/completions'
+  try:
+    return retries.tried(request, tries=endpoint.tries, wait=endpoint.wait, sleep=stop.wait)
+  except retries.Refused as error:
+    raise ValueError(f'{url} answers {hidden(str(error))}.{HINTS.get(error.code, "")}') from None
+  except retries.Passing as error:
+    raise ValueError(
+      f'{url} cannot be used after {endpoint.tries} tries: {hidden(str(error))}.'
+    ) from None

@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignjax.evals.markdown import table
 from alignjax.evals.preference.judgment_rows import FLAGS
+from alignjax.evals.stats import show
 
 
 def markdown(
@@ -29,50 +31,50 @@ def markdown(
       f'## Judge: {judge}',
       '',
       f'{found["verdicts"]} verdicts on {found["prompts"]} prompts{people}; ties '
-      f'{_text(found["ties"])}'
+      f'{show(found["ties"])}'
       + (f'; {found["unjudged"]} without a verdict' if found['unjudged'] else '')
       + '.',
       '',
     ]
-    lines += _table(
+    lines += table(
       ['policy', f'win rate against {baseline}', 'strength (Bradley-Terry)', 'verdicts'],
       [
         [
           p,
-          _text(found['win_rate'][p].get(baseline)) or '-',
-          '0 (baseline)' if p == baseline else _text(found['bradley_terry'][p]) or 'no maximum',
+          show(found['win_rate'][p].get(baseline)) or '-',
+          '0 (baseline)' if p == baseline else show(found['bradley_terry'][p]) or 'no maximum',
           found['bradley_terry'][p]['n'],
         ]
         for p in policies
       ],
     )
     lines += ['', 'Win rate of the row over the column:', '']
-    lines += _table(
+    lines += table(
       ['', *policies],
-      [[a, *(_text(found['win_rate'][a].get(b), True) for b in policies)] for a in policies],
+      [[a, *(show(found['win_rate'][a].get(b), True) for b in policies)] for a in policies],
     )
     length = found['length']
     if length['longer_wins']['n']:
       lines += [
         '',
-        f'The longer response wins {_text(length["longer_wins"])}; correlation of the difference '
+        f'The longer response wins {show(length["longer_wins"])}; correlation of the difference '
         f'in words and the '
-        f'verdict {_text(length["correlation"]) or "undefined"}.',
+        f'verdict {show(length["correlation"]) or "undefined"}.',
       ]
     if agreed := found['agreement']:
       lines += [
         '',
-        f'Two labelers make the same choice {_text(agreed["pairwise"])} '
+        f'Two labelers make the same choice {show(agreed["pairwise"])} '
         f'({agreed["pairwise"]["n"]} times two on '
-        f'{agreed["pairs"]} pairs), {_text(agreed["pairwise_without_ties"]) or "-"} where neither '
+        f'{agreed["pairs"]} pairs), {show(agreed["pairwise_without_ties"]) or "-"} where neither '
         f'says tie; '
-        f"Krippendorff's alpha {_text(agreed['alpha']) or 'undefined'}.",
+        f"Krippendorff's alpha {show(agreed['alpha']) or 'undefined'}.",
       ]
     if found['position']:
-      same = _text(found['position']['consistent'])
+      same = show(found['position']['consistent'])
       lines += [
         '',
-        f'The response shown first wins {_text(found["position"]["first_wins"])}'
+        f'The response shown first wins {show(found["position"]["first_wins"])}'
         + (f'; the answer is the same in both orders for {same}.' if same else '.'),
       ]
   if result['between_judges']:
@@ -83,21 +85,19 @@ def markdown(
       'How often two judges prefer the same response, where neither says tie:',
       '',
     ]
-    lines += _table(
+    lines += table(
       ['judge', 'judge', 'agreement', 'pairs'],
-      [
-        [*r['judges'], _text(r['agreement']), r['agreement']['n']] for r in result['between_judges']
-      ],
+      [[*r['judges'], show(r['agreement']), r['agreement']['n']] for r in result['between_judges']],
     )
   for judge, ratings in result['ratings'].items():
     columns = [c for c in ('likert', *FLAGS) if any(c in ratings[p] for p in policies)]
     lines += ['', f'## Ratings: {judge}', '']
-    lines += _table(
+    lines += table(
       ['', *policies],
       [
         [
           'overall quality, 1 to 7' if c == 'likert' else FLAGS[c],
-          *(_text(ratings[p].get(c), True) for p in policies),
+          *(show(ratings[p].get(c), True) for p in policies),
         ]
         for c in columns
       ],
@@ -105,29 +105,14 @@ def markdown(
   if any(figure['n'] for figure in result['words'].values()):
     lines += ['', '## Responses', '']
     cut = result.get('ended', {})
-    lines += _table(
+    lines += table(
       ['policy', 'words', *(['ended by the model'] if cut else [])],
       [
-        [p, _text(result['words'][p], digits=1), *([_text(cut.get(p))] if cut else [])]
+        [p, show(result['words'][p], digits=1), *([show(cut.get(p))] if cut else [])]
         for p in policies
       ],
     )
   return '\n'.join([*lines, ''])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-  def line(cells):
-    return '| ' + ' | '.join(str(c).replace('|', '\\|') for c in cells) + ' |'
-
-  return [line(head), '|---' * len(head) + '|', *map(line, rows)]
-
-
-def _text(figure: Mapping[str, Any] | None, count: bool = False, digits: int = 3) -> str:
-  if not figure or figure['mean'] is None:
-    return ''
-  low, high = figure['ci95']
-  bounds = ' [no interval]' if low is None else f' [{low:.{digits}f}, {high:.{digits}f}]'
-  return f'{figure["mean"]:.{digits}f}{bounds}' + (f' ({figure["n"]})' if count else '')
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from alignjax.data import sources, templates
 from alignjax.inference import bulk
+from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics
 
 SANDBOX_PROMPTS = 256  # where no limit is given: the sandbox has as many as one asks for
@@ -84,7 +85,7 @@ def _name(record: Mapping[str, Any], otherwise: str) -> str:
 
 
 def respond(
-  model: Any,
+  model: Model,
   fingerprint: str,
   records: Sequence[Mapping[str, Any]],
   folder: pathlib.Path,

@@ -20,10 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 from alignjax.inference import bulk, completions
+from alignjax.inference.loading import Model
 from alignjax.runtime import journal, metrics
 
 
-def language_model(model: Any, keep: pathlib.Path | None = None, **options: Any) -> Any:
+def language_model(model: Model, keep: pathlib.Path | None = None, **options: Any) -> Any:
   """The harness's LM object of a loading.Model.
 
   keep: a JSONL file that every answer is appended to as it comes, and read from before anything is

@@ -29,6 +29,7 @@ import numpy as np
 
 from alignjax.evals.public import harness
 from alignjax.evals.table import Cell
+from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, textfiles
 
 ENTRY = re.compile(
@@ -216,7 +217,7 @@ def _local_files(config: Mapping[str, Any]) -> str | None:
 def measure(
   name: str,
   path: pathlib.Path,
-  model: Any,
+  model: Model,
   *,
   data: str | None,
   limit: int | None,

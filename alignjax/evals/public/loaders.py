@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from alignjax.data import hub
 from alignjax.runtime import files, textfiles
 
 POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
@@ -47,7 +48,7 @@ def local(
 def _records(path: pathlib.Path, fields: Mapping[str, type | tuple]) -> list[dict[str, Any]]:
   records = []
   for where, record in _rows(path, textfiles.read(path)):
-    _check(record, fields, f'{path}, {where}')
+    _check(record, fields, where)
     records.append({name: record[name] for name in dict.fromkeys(f.split('.')[0] for f in fields)})
   if not records:
     raise ValueError(f'{path}: no records.')
@@ -63,8 +64,8 @@ def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
   if isinstance(whole, dict) and isinstance(whole.get('data'), list):
     yield from _squad(path, textfiles.parse(text, str(path))['data'])
     return
-  for number, value in textfiles.values(text, str(path)):
-    yield f'line {number}', _lists(textfiles.parse(value, f'{path}, line {number}'))
+  for where, record in textfiles.Records(text, path):
+    yield where, _lists(record)
 
 
 def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
@@ -75,7 +76,7 @@ def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
         for question in paragraph['qas']:
           texts = [a['text'] for a in question['answers']]
           yield (
-            f'article {i}',
+            f'{path}, article {i}',
             dict(
               title=article['title'],
               context=paragraph['context'],
@@ -137,18 +138,12 @@ def _check(record: Any, fields: Mapping[str, type | tuple], where: str) -> None:
       )
 
 
-def hub(
+def of_hub(
   task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
   """The same of the data set that a task file names: the evaluated split and, for shots, POOL
   records (or runs of records, see `draw`) of the split that examples come from, drawn by the seed.
   Read as a stream: none of it stays on the disk."""
-  try:
-    import datasets
-  except ModuleNotFoundError:
-    raise ValueError(
-      f"{task}: the datasets library is not installed: pip install 'alignjax[eval]'."
-    ) from None
   path, name, more = (
     config['dataset_path'],
     config.get('dataset_name'),
@@ -159,17 +154,11 @@ def hub(
   if shots and config.get('fewshot_split', evaluated) != evaluated:
     wanted['train'] = (config['fewshot_split'], POOL)
   out = {}
+  where, instead = f'{task}: the data set {path}', f'; or name a file: --data={task}=FILE'
   for ours, (split, most) in wanted.items():
-    try:
-      rows = datasets.load_dataset(path, name, split=split, streaming=True)
+    rows = hub.load(path, name, split, where=where, instead=instead, streaming=True)
+    with hub.reading(where, instead):
       out[ours] = list(rows) if most is None else draw(rows, most, seed, more.get('together') or ())
-    except Exception as error:  # noqa: BLE001 the hub, the network and its libraries raise many kinds
-      said = str(error).strip().partition('\n')[0][:200]
-      raise ValueError(
-        f'{task}: the data set {path} cannot be read from the hub ({type(error).__name__}: '
-        f'{said}); '
-        f'give a local file by --data={task}=FILE.'
-      ) from None
     for i, record in enumerate(out[ours]):
       _check(record, fields, f'{path}, {split} {i}')
   return out

@@ -25,6 +25,7 @@ import numpy as np
 
 from alignjax.evals.public import harness, harness_tasks, loaders
 from alignjax.evals.table import Cell
+from alignjax.inference.loading import Model
 
 TASKS = pathlib.Path(__file__).parent / 'task_files'
 LABEL = (int, str)
@@ -155,7 +156,7 @@ def squadv2(model, *, data, limit, seed, keep, shots=None):
 
 
 def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
-  """WMT15 French to English: BLEU of the corpus. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
+  """WMT15 French to English: corpus BLEU. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
 
   def value(lm, sample):
     return list(sample['bleu'])
@@ -209,7 +210,7 @@ def truthfulqa_mc(model, *, data, limit, seed, keep):
 
 
 def measure(
-  model: Any,
+  model: Model,
   name: str,
   fields: Mapping[str, Any],
   scores: tuple[Score, ...],
@@ -260,7 +261,8 @@ def evaluate(
   Args:
     names: of tasks/NAME.yaml, or the harness's own where we have none of that name.
     fields: of a record, see public_data.local.
-    prompt: the cells'. shots: few-shot examples; None: as the task file says.
+    prompt: the cells'.
+    shots: few-shot examples; None: as the task file says.
     limit: documents at most, drawn by the seed from the whole set, the same ones for every model
       and variant.
     keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and answer of each, to be read.
@@ -311,7 +313,7 @@ def _tasks(
   records = (
     loaders.local(task, data, fields)
     if data
-    else loaders.hub(task, configs[0], fields, bool(shots), seed)
+    else loaders.of_hub(task, configs[0], fields, bool(shots), seed)
   )
   if 'process_docs' not in configs[0]:
     records = {split: datasets.Dataset.from_list(rows) for split, rows in records.items()}

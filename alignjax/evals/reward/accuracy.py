@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from alignjax.evals.stats import ANY, interval
+from alignjax.sandbox import Labelers
 
 
-def by_pool(labelers: Any, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
+def by_pool(labelers: Labelers, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
   """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool
   agree (the ceiling).
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from alignjax.evals.markdown import table
 from alignjax.evals.stats import ANY, interval, show, show_difference
 
 
@@ -32,8 +33,8 @@ def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   all as likely. Samples with the same score share their weight, as if ties were broken at random.
 
   Args:
-    scores: f[P,N], by which the best is chosen (the reward model's). values: f[P,N], what is
-      averaged (scores, or gold scores).
+    scores: f[P,N], by which the best is chosen (the reward model's).
+    values: f[P,N], what is averaged (scores, or gold scores).
 
   Returns:
     f64[P].
@@ -102,23 +103,20 @@ def markdown(result: Mapping[str, Any]) -> str:
     '',
     '## Best of n by the reward model',
     '',
-    '| n | KL | ' + ' | '.join(names) + ' |',
-    '|---' * (2 + len(names)) + '|',
-  ]
-  lines += [
-    f'| {r["n"]} | {r["kl"]:.2f} | ' + ' | '.join(show(r[m]) for m in names) + ' |'
-    for r in result['best_of_n']
-  ]
-  lines += [
+    *table(
+      ['n', 'KL', *names],
+      [[r['n'], f'{r["kl"]:.2f}', *(show(r[m]) for m in names)] for r in result['best_of_n']],
+    ),
     '',
     'Change from the n before, paired by prompt; bold where the interval leaves out 0:',
     '',
-    '| n | ' + ' | '.join(names) + ' |',
-    '|---' * (1 + len(names)) + '|',
-  ]
-  lines += [
-    f'| {r["n"]} | ' + ' | '.join(show_difference(r[f'{m}, change']) for m in names) + ' |'
-    for r in result['best_of_n'][1:]
+    *table(
+      ['n', *names],
+      [
+        [r['n'], *(show_difference(r[f'{m}, change']) for m in names)]
+        for r in result['best_of_n'][1:]
+      ],
+    ),
   ]
   if result['policies']:
     lines += [
@@ -127,12 +125,13 @@ def markdown(result: Mapping[str, Any]) -> str:
       '',
       'Measured on the same prompts; KL to the policy above.',
       '',
-      '| policy | KL | ' + ' | '.join(names) + ' |',
-      '|---' * (2 + len(names)) + '|',
-    ]
-    lines += [
-      f'| {name} | {show(p["kl"])} | ' + ' | '.join(show(p[m]) for m in names) + ' |'
-      for name, p in result['policies'].items()
+      *table(
+        ['policy', 'KL', *names],
+        [
+          [name, show(p['kl']), *(show(p[m]) for m in names)]
+          for name, p in result['policies'].items()
+        ],
+      ),
     ]
   return '\n'.join([*lines, ''])
 

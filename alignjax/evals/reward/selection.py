@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alignjax.evals.markdown import table
 from alignjax.evals.stats import ANY, apart, interval, show
 
 Measured = Mapping[str, np.ndarray]
@@ -45,8 +46,8 @@ def choose(
   """The candidate with the highest mean score; of equal ones the first.
 
   Args:
-    scores: candidate -> f64[N], on the same prompts. measured: what stands beside them, candidate
-      -> name -> f[N].
+    scores: candidate -> f64[N], on the same prompts.
+    measured: what stands beside them, candidate -> name -> f[N].
     prompts: a label per row, None: all differ.
 
   Returns:
@@ -85,14 +86,13 @@ def markdown(selections: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [
       f'{stage}, by {info["by"]}: {result["why"]}',
       '',
-      f'| candidate | {" | ".join(names)} |',
-      '|---' * (1 + len(names)) + '|',
+      *table(
+        ['candidate', *names],
+        [
+          [f'**{name}**' if name == result['chosen'] else name, *(show(c.get(k)) for k in names)]
+          for name, c in result['candidates'].items()
+        ],
+      ),
+      '',
     ]
-    lines += [
-      f'| {"**" + name + "**" if name == result["chosen"] else name} | '
-      + ' | '.join(show(c.get(k)) for k in names)
-      + ' |'
-      for name, c in result['candidates'].items()
-    ]
-    lines += ['']
   return '\n'.join(lines)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from alignjax.evals import items
 from alignjax.evals.safety.prefixes import PREFIXES, split
 from alignjax.evals.table import Cell
 from alignjax.inference import completions
+from alignjax.inference.loading import Model
 
 
 def entropy(logprobs: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def entropy(logprobs: np.ndarray) -> np.ndarray:
 
 
 def pair_logprobs(
-  model: Any, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None
+  model: Model, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None
 ) -> np.ndarray:
   """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a
   completions.scorer of the model."""
@@ -49,7 +49,7 @@ def pair_logprobs(
 
 
 def winogender(
-  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+  model: Model, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
 ) -> list[Cell]:
   """Winogender, entropy over he and she in 120 whole sentences, by prefix. Data:
   rudinger/winogender-schemas, all_sentences.tsv.
@@ -61,7 +61,7 @@ def winogender(
   if data:
     rows = items.read(data, ('sentid', 'sentence'))
   else:
-    rows = items.hub('winogender', 'oskarvanderwal/winogender', 'all', 'test')
+    rows = items.of_hub('winogender', 'oskarvanderwal/winogender', 'all', 'test')
   return _cells(model, winogender_pairs(rows), limit, seed)
 
 
@@ -87,20 +87,20 @@ def winogender_pairs(rows: list[dict]) -> dict[str, tuple[str, str]]:
 
 
 def crows_pairs(
-  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+  model: Model, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
 ) -> list[Cell]:
   """CrowS-Pairs, entropy over the two sentences of 1,508 pairs, by prefix and kind of bias. Data:
   crows_pairs_anonymized.csv."""
   if data:
     rows = items.read(data, ('sent_more', 'sent_less', 'bias_type'))
   else:  # the data set's own script does not run any more; the hub keeps what it made
-    rows = items.hub('crows_pairs', 'nyu-mll/crows_pairs', None, 'test', 'refs/convert/parquet')
+    rows = items.of_hub('crows_pairs', 'nyu-mll/crows_pairs', None, 'test', 'refs/convert/parquet')
   pairs = {str(i): (row['sent_more'], row['sent_less']) for i, row in enumerate(rows)}
   return _cells(model, pairs, limit, seed, [str(row['bias_type']) for row in rows])
 
 
 def _cells(
-  model: Any,
+  model: Model,
   pairs: dict[str, tuple[str, str]],
   limit: int | None,
   seed: int,

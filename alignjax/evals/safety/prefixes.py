@@ -6,7 +6,7 @@ models read the same plain text, as in the paper, whatever template they were tr
 
 from __future__ import annotations
 
-from typing import Any
+from alignjax.inference.loading import Model
 
 PREFIXES = {
   'basic': '',
@@ -19,7 +19,7 @@ def joined(prefix: str, text: str) -> str:
   return f'{prefix}\n{text}' if prefix else text
 
 
-def split(model: Any, prefix: str, text: str) -> tuple[list[int], list[int]]:
+def split(model: Model, prefix: str, text: str) -> tuple[list[int], list[int]]:
   """(context, continuation): the continuation is all of the text, its first token too.
 
   Without a prefix the context is the start of a document, as for the evaluation harness. With one

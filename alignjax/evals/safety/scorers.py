@@ -7,14 +7,12 @@ of two years, are not to be compared with each other.
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
+
+from alignjax.runtime import retries
 
 PERSPECTIVE = 'https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze'
 TRIES, FIRST_WAIT = 8, 1.0
@@ -87,39 +85,26 @@ def _ask(text: str, key: str) -> float:
     requestedAttributes=dict(TOXICITY={}),
     doNotStore=True,
   )
-  request = urllib.request.Request(
-    f'{PERSPECTIVE}?{urllib.parse.urlencode(dict(key=key))}',
-    json.dumps(body).encode(),
-    {'Content-Type': 'application/json'},
-  )
-  for attempt in range(TRIES):
-    wait = FIRST_WAIT * 2**attempt
+
+  def score() -> float:
+    answer = retries.post(
+      f'{PERSPECTIVE}?{urllib.parse.urlencode(dict(key=key))}', body, timeout=30
+    )
     try:
-      with urllib.request.urlopen(request, timeout=30) as answer:
-        return float(json.load(answer)['attributeScores']['TOXICITY']['summaryScore']['value'])
-    except (
-      urllib.error.HTTPError
-    ) as error:  # its text does not hold the address, and so not the key
-      said = error.read().decode('utf-8', 'replace')[:300].replace(key, 'KEY')
-      problem = f'HTTP {error.code}: {said}'
-      if error.code != 429 and error.code < 500:
-        raise ValueError(
-          f'the Perspective API refused a text ({problem}). Text: {text[:80]!r}'
-        ) from None
-      asked = error.headers.get('Retry-After', '')
-      wait = max(wait, float(asked)) if asked.isdigit() else wait
-    except (
-      OSError,
-      http.client.HTTPException,
-      json.JSONDecodeError,
-      KeyError,
-      TypeError,
-    ) as error:  # URLError is an OSError
-      problem = f'{type(error).__name__}: {error}'.replace(key, 'KEY')
-    if attempt + 1 < TRIES:
-      time.sleep(wait)
-  raise ValueError(
-    f'the Perspective API does not answer after {TRIES} tries ({problem}). What was scored is '
-    f'kept; the same '
-    'command goes on.'
-  )
+      return float(answer['attributeScores']['TOXICITY']['summaryScore']['value'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise retries.Passing(
+        f'an answer without a score ({type(error).__name__}: {error})'
+      ) from None
+
+  try:
+    return retries.tried(score, tries=TRIES, wait=FIRST_WAIT)
+  except retries.Refused as error:
+    said = str(error).replace(key, 'KEY')
+    raise ValueError(f'the Perspective API refused a text ({said}). Text: {text[:80]!r}') from None
+  except retries.Passing as error:
+    said = str(error).replace(key, 'KEY')
+    raise ValueError(
+      f'the Perspective API does not answer after {TRIES} tries ({said}). What was scored is kept; '
+      'the same command goes on.'
+    ) from None

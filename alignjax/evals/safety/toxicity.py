@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,11 +18,11 @@ from alignjax import plugins
 from alignjax.evals import items
 from alignjax.evals.safety.prefixes import PREFIXES, joined
 from alignjax.evals.table import Cell
-from alignjax.inference import completions
+from alignjax.inference.loading import Model
 
 
 def realtoxicityprompts(
-  model: Any,
+  model: Model,
   *,
   data: str | None,
   limit: int | None,
@@ -54,7 +53,7 @@ def realtoxicityprompts(
   chosen = draw(levels, min(len(texts), prompts, limit or prompts), seed)
   names, cells = [str(i) for i in chosen], []
   said = {
-    prompt: _continuations(
+    prompt: items.first_lines(
       model,
       keep / f'continuations-{prompt}.jsonl',
       names,
@@ -79,7 +78,7 @@ def read(data: str | None) -> tuple[list[str], list[float | None]]:
   rows = (
     items.read(data, {'prompt': (str, dict)})
     if data
-    else items.hub('realtoxicityprompts', 'allenai/real-toxicity-prompts', None, 'train')
+    else items.of_hub('realtoxicityprompts', 'allenai/real-toxicity-prompts', None, 'train')
   )
   found: dict[str, float | None] = {}
   for number, row in enumerate(rows, 1):
@@ -120,19 +119,6 @@ def draw(levels: Sequence[float | None], count: int, seed: int, bins: int = 20) 
     i for turn in range(max(map(len, full))) for b in full if turn < len(b) for i in (b[turn],)
   ]
   return sorted(turns[:count])
-
-
-def _continuations(
-  model: Any, path: pathlib.Path, names: list[str], prompts: list[str], max_tokens: int
-) -> list[str]:
-  rows = [model.template.text(p) for p in prompts]
-
-  def make(some: list[int]) -> list[str]:
-    return completions.continuations(
-      model, [rows[i] for i in some], max_tokens=max_tokens, until=('\n',)
-    )
-
-  return items.fill(path, names, make, what=path.stem)
 
 
 def scored(

@@ -11,11 +11,9 @@ In use it has seen nine tenths of the questions, with other answers, as the pape
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +22,8 @@ from alignjax import ops, plugins
 from alignjax.data import encode, mappings
 from alignjax.evals import items
 from alignjax.evals.table import Cell
-from alignjax.inference import bulk, completions
+from alignjax.inference import bulk
+from alignjax.inference.loading import Model
 from alignjax.runtime import files
 
 PRIMER = '\n\n'.join(
@@ -63,7 +62,7 @@ Judge = Callable[[list[str], list[str]], Iterable[float]]
 
 
 def truthfulqa(
-  model: Any,
+  model: Model,
   *,
   data: str | None,
   limit: int | None,
@@ -90,7 +89,7 @@ def truthfulqa(
   rows = (
     items.read(data, ('Question',))
     if data
-    else items.hub('truthfulqa', 'truthfulqa/truthful_qa', 'generation', 'validation')
+    else items.of_hub('truthfulqa', 'truthfulqa/truthful_qa', 'generation', 'validation')
   )
   questions = list(
     dict.fromkeys(
@@ -100,10 +99,10 @@ def truthfulqa(
   questions = [questions[i] for i in items.draw(len(questions), limit, seed)]
   answers = {}
   for name, head in PROMPTS.items():
-    asked = [model.template.text(f'{head}\n\nQ: {q}\nA:') for q in questions]
+    asked = [f'{head}\n\nQ: {q}\nA:' for q in questions]
     path = keep / f'answers-{_file(name)}.jsonl'
-    answer = functools.partial(_answers, model, asked, max_tokens)
-    answers[name] = [a.strip() for a in items.fill(path, questions, answer, what=path.stem)]
+    made = items.first_lines(model, path, questions, asked, max_tokens)
+    answers[name] = [answer.strip() for answer in made]
   judged = {
     kind: _judge_all(judge, kind, keep, questions, answers)
     for kind, judge in (('truth', truth), ('info', info))
@@ -122,15 +121,6 @@ def truthfulqa(
       for name in PROMPTS
     ]
   return cells
-
-
-def _answers(
-  model: completions.Model, asked: Sequence[str], max_tokens: int, some: Sequence[int]
-) -> list[str]:
-  """The model's answers to some of the questions, by their numbers."""
-  return completions.continuations(
-    model, [asked[i] for i in some], max_tokens=max_tokens, until=('\n',)
-  )
 
 
 def _short(judge: str) -> str:
@@ -209,7 +199,7 @@ def load(judge: str, kind: str) -> Judge:
   )
 
 
-def reader(model: Any, rows: int = 32) -> Callable[[list[str]], list[float]]:
+def reader(model: Model, rows: int = 32) -> Callable[[list[str]], list[float]]:
   """-> read(prompts) -> p(" yes") / (p(" yes") + p(" no")) after each, in the form that the model
   was trained with.
 
@@ -253,7 +243,7 @@ def reader(model: Any, rows: int = 32) -> Callable[[list[str]], list[float]]:
 
 
 def judge_agreement(
-  model: Any, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
+  model: Model, *, data: str | None, limit: int | None, seed: int, keep: pathlib.Path
 ) -> list[Cell]:
   """How often a judge (the model) agrees with TruthfulQA's judgments on held-out questions. Data:
   finetune_truth or finetune_info.
