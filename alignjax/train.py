@@ -24,7 +24,7 @@ import numpy as np
 
 from alignjax import plugins
 from alignjax.compiler import flops
-from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace
+from alignjax.runtime import checkpoint, failures, files, lock, metrics, trace, trackers
 from alignjax.runtime.interrupt import Interrupt, anywhere
 from alignjax.setup import entries, inputs, template_date
 from alignjax.setup.objects import Setup, for_stage, make_setup
@@ -51,6 +51,7 @@ def main(
   with Interrupt(config.grace_seconds) as interrupt:
     with entries.none_lacking():
       template_date.pin(config, workdir)
+      trackers.of_config(config)  # an error before anything is read
       setup = make_setup(config, files.folder(workdir))
       order = resolve(config)
       wanted = trace.parse(traced) if traced else None
@@ -171,7 +172,7 @@ def _strings(tree: Any):
 
 def identity(config: ml_collections.ConfigDict, name: str) -> dict:
   """What decides a stage's result: its own config and the shared parts. How often it logs and saves
-  does not, nor which candidates it keeps."""
+  does not, nor which candidates it keeps, nor the tracker."""
   config = config.to_dict()
   stage = {
     k: v
@@ -228,7 +229,13 @@ def run_stage(
     built = time.perf_counter()
     tracer = trace.Tracer(wanted, folder, first, stage.num_steps)
     with (
-      metrics.Writer(folder, start_step=first, active=main_process) as writer,
+      metrics.Writer(
+        folder,
+        start_step=first,
+        active=main_process,
+        tracker=trackers.of_config(setup.config),
+        config=identity(setup.config, name),
+      ) as writer,
       metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress,
       interrupt.held(),
     ):
