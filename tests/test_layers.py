@@ -43,7 +43,7 @@ ROOMS = (
   ('evals.public',),
   ('evals.preference',),
   ('evals.reward',),
-  ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings'),
+  ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings', 'evals.card'),
   ('stages',),
   ('plots',),
   ('report',),
