@@ -249,4 +249,5 @@ def _use(name: str, model: loading.Model, exported: Mapping[str, Any]) -> list[s
   if model.tokenizer is not None:
     prompt = model.tokenizer.decode(model.template.prompt('PROMPT'))
     load += ['', f'In training, prompts had the form `{prompt!r}`.']
-  return load + [f'- {what}: {exported[what]}' for what in ('bias', 'pad') if what in exported]
+  facts = [f'- {what}: {exported[what]}' for what in ('bias', 'pad') if what in exported]
+  return [*load, *([''] if facts else []), *facts]
