@@ -82,7 +82,7 @@ def workdir(tmp_path_factory):
     'ppo_ptx',
     {'head': 'lm'},
     {
-      'data.prompts': ('data', 'jsonl:/home/me/prompts.jsonl'),
+      'data.prompts': ('data', 'jsonl:private/prompts.jsonl'),
       'stage:sft': ('weights', 'stage:sft'),
       'stage:rm': ('weights', 'stage:rm'),
     },
@@ -98,9 +98,19 @@ def workdir(tmp_path_factory):
     )
   )
   (folder / 'evaluation').mkdir()
-  row = dict(task='arc', metric='accuracy', prompt='plain', models={'a': FIGURE | {'mean': 0.25}})
+  row = dict(
+    task='arc',
+    metric='accuracy',
+    prompt='plain',
+    models={'a': FIGURE | {'mean': 0.25}, 'b': FIGURE | {'mean': 0.75}},
+  )
   (folder / 'evaluation/table.json').write_text(
-    json.dumps({'models': {'a': f'{folder}/ppo_ptx', 'base': 'hf:org/ppo_ptx'}, 'rows': [row]})
+    json.dumps(
+      {
+        'models': {'a': f'{folder}/ppo_ptx', 'b': f'{folder}/sft', 'base': 'hf:org/ppo_ptx'},
+        'rows': [row],
+      }
+    )
   )
   return folder
 
@@ -116,13 +126,22 @@ def test_the_card_of_a_policy(workdir, model):
     'base_model': 'org/base',
     'datasets': ['org/demos', 'other/pairs'],
   }
-  assert '# ppo_ptx\n' in text and '/home' not in text and 'A policy (LlamaForCausalLM)' in text
+  assert (
+    '# ppo_ptx\n' in text
+    and '/home' not in text
+    and 'private' not in text
+    and 'A policy (LlamaForCausalLM)' in text
+  )
   assert '- `ppo_ptx`: PPO against a reward model, with the pretraining loss mixed in' in text
   assert text.index('- `sft`') < text.index('- `rm`') < text.index('- `ppo_ptx`')
   assert '| sft | demonstrations | `hf:org/demos:train; jsonl:mine.jsonl` | `print of' in text
   assert '| ppo_ptx | prompts | `jsonl:prompts.jsonl` | `print of data.prompts` |' in text
   assert '| win rate | 0.610 [0.580, 0.640] (500) |' in text
-  assert '| arc, accuracy, plain | 0.250 [0.580, 0.640] (500) |' in text and '0.500' not in text
+  assert (
+    '| arc, accuracy, plain | 0.250 [0.580, 0.640] (500) |' in text
+    and '0.500' not in text
+    and '0.750' not in text
+  )
   config = json.loads((workdir / 'ppo_ptx/checkpoints/config.json').read_text())
   assert f'config is `{fingerprints.of_value(config)}`' in text
   assert "loading.load('hf:NAME', 'lm', form='chat')" in text and '## Limits' in text
