@@ -23,7 +23,16 @@ import ml_collections
 import numpy as np
 
 from alignjax import plugins
-from alignjax.runtime import checkpoint, failures, files, lock, metrics, saved_config, trace
+from alignjax.runtime import (
+  checkpoint,
+  failures,
+  files,
+  lock,
+  metrics,
+  saved_config,
+  trace,
+  trackers,
+)
 from alignjax.runtime.interrupt import Interrupt, on_any_process
 from alignjax.setup import entries, inputs, template_date
 from alignjax.setup.objects import Setup, for_stage, make_setup
@@ -55,6 +64,7 @@ def main(
   with Interrupt(config.grace_seconds) as interrupt:
     with entries.none_lacking():
       template_date.pin(config, workdir)
+      trackers.of_config(config)  # an error before anything is read
       setup = make_setup(config, files.folder(workdir))
       order = resolve(config)
       wanted = trace.parse(traced) if traced else None
@@ -254,7 +264,13 @@ def run_stage(
     built = time.perf_counter()
     tracer = trace.Tracer(wanted, folder, first=first, num_steps=stage.num_steps)
     with (
-      metrics.Writer(folder, start_step=first, active=main_process) as writer,
+      metrics.Writer(
+        folder,
+        start_step=first,
+        active=main_process,
+        tracker=trackers.of_config(setup.config),
+        config=identity(setup.config, name),
+      ) as writer,
       metrics.Progress(stage.num_steps, initial=first, name=name, active=main_process) as progress,
       interrupt.held(),
     ):

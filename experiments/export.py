@@ -3,15 +3,17 @@
     python experiments/export.py --model=runs/smollm2_135m-s0/ppo_ptx --out=my-model python
     experiments/export.py --model=runs/smollm2_135m-s0/rm --out=my-reward-model --dtype=bfloat16
     --bias=drop
+    python experiments/export.py --model=... --out=my-model --push=USER/NAME --private
 
 A policy becomes AutoModelForCausalLM, a reward model AutoModelForSequenceClassification with one
 label. config.json comes from the checkpoint that the run started from (model.source of its config),
 the tokenizer, chat template included, from data.tokenizer. transformers' generate then stops where
 training ended a response, and its classifier scores padded batches as alignjax does. SHA256SUMS in
-the folder lets `sha256sum -c` and alignjax notice damage.
+the folder lets `sha256sum -c` and alignjax notice damage. README.md is the model card.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 
@@ -41,6 +43,13 @@ def main(argv: list[str]) -> None:
     '(RMSNorm families): drop it, which shifts every score, or keep it in config.json to be added '
     'by hand',
   )
+  parser.add_argument(
+    '--push',
+    metavar='USER/NAME',
+    help='upload the folder to this repository on the Hugging Face hub, with the login of `hf auth '
+    'login`',
+  )
+  parser.add_argument('--private', action='store_true', help='where --push makes a repository')
   options = parser.parse_args(argv)
   try:
     from alignjax.runtime import failures, files
@@ -49,8 +58,14 @@ def main(argv: list[str]) -> None:
     if out.exists():
       raise ValueError(f'--out={options.out} is there already; name another folder or delete it.')
     failures.check_writable(out.parent, '--out')
+    from alignjax.evals import card
     from alignjax.inference import loading
-    from alignjax.models import export
+    from alignjax.models import export, hub
+
+    if options.push:
+      hub.check_push(options.push)
+    elif options.private:
+      raise ValueError('--private goes with --push=USER/NAME.')
 
     model = loading.load(options.model)
     if model.source is None:
@@ -67,6 +82,7 @@ def main(argv: list[str]) -> None:
       tokenizer=model.tokenizer,
       ends=(model.template.end, *model.template.ends),
       bias=options.bias,
+      card=functools.partial(card.write, options.model, model),
     )
   except (ValueError, OSError) as error:
     raise SystemExit(f'error: {error}') from None
@@ -82,6 +98,8 @@ def main(argv: list[str]) -> None:
       "note: the tokenizer's chat template is not how this model was trained; its prompts look "
       f'like {model.tokenizer.decode(model.template.prompt("PROMPT"))!r}'
     )
+  if options.push:
+    print(f'pushed to {hub.push(out, options.push, options.private)}')
 
 
 def trained_as_chat(model) -> bool:

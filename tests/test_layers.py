@@ -43,7 +43,7 @@ ROOMS = (
   ('evals.public',),
   ('evals.preference',),
   ('evals.reward',),
-  ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings'),
+  ('evals.registry', 'evals.evaluation', 'evals.sandbox', 'evals.findings', 'evals.card'),
   ('stages',),
   ('plots',),
   ('report_page',),
@@ -155,7 +155,7 @@ def test_every_import_is_a_declared_dependency():
     normal(re.match(r'[\w.-]+', line).group()) for line in text.split('\n') if line.strip()
   }
   owners = importlib.metadata.packages_distributions()
-  optional = {'datasets', 'detoxify', 'wandb', 'torch'}
+  optional = {'datasets', 'detoxify', 'wandb', 'trackio', 'mlflow', 'torch'}
   files = [*FILES, *(ROOT.parent / 'experiments').rglob('*.py')]
   for module in sorted({name.split('.')[0] for path in files for name in imports(path)}):
     if module not in {*sys.stdlib_module_names, 'alignjax', 'experiments', 'lm_eval', *optional}:

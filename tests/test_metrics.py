@@ -68,9 +68,3 @@ def test_live_progress(monkeypatch, capsys):
   metrics.print_table('more', ('a',), [('world',)])
   out = capsys.readouterr().out
   assert 'rm' in out and 'hello' in out and 'world' in out
-
-
-def test_wandb_says_how_to_install_it(tmp_path, monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
-  with pytest.raises(ModuleNotFoundError, match='pip install wandb'):
-    metrics.Writer(tmp_path, wandb={})

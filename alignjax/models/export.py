@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,10 +50,11 @@ def save(
   tokenizer: Any = None,
   ends: Sequence[int] = (),
   bias: str | None = None,
+  card: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> dict[str, Any]:
   """Writes a policy as a causal language model, a reward model as a sequence classifier with one
-  label. Written under another name and renamed, so it is whole or not there; SHA256SUMS holds every
-  file's checksum, which hub.verify compares.
+  label. Written under another name and renamed, so it is whole or not there; SHA256SUMS holds the
+  checksum of every file but README.md, which hub.verify compares.
 
   Args:
     source: the checkpoint the run started from; its config.json, generation_config.json and,
@@ -66,6 +67,8 @@ def save(
       'drop' (every score is shifted by it, differences and rankings are the same) or 'keep'
       (config.json's alignjax_score_bias, to be added to the logit). A LayerNorm before the head
       takes it, exactly, because nothing else reads that norm.
+    card: what is returned -> the text of README.md; None: no README.md. People edit it on the hub,
+      so it has no checksum.
 
   Returns:
     What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and 'pad'
@@ -109,6 +112,8 @@ def save(
         shutil.copy(path, partial / path.name)
   files = [path for path in sorted(partial.iterdir()) if path.is_file()]
   (partial / hub.SUMS).write_text(''.join(f'{_sha256(path)}  {path.name}\n' for path in files))
+  if card is not None:
+    (partial / 'README.md').write_text(card(report), encoding='utf-8')
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)
   return report

@@ -1,5 +1,5 @@
-"""Where a checkpoint's files are: a folder, or a name on the Hugging Face hub; and whether an
-export is what was written."""
+"""Where a checkpoint's files are: a folder, or a name on the Hugging Face hub; whether an export is
+what was written; and how it gets to the hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import os
 import pathlib
 import re
+
+import alignjax
 
 SUMS = 'SHA256SUMS'
 HUB_SECONDS = 10  # that the hub has for an answer
@@ -45,7 +47,7 @@ def folder_of(name: str | os.PathLike) -> pathlib.Path:
         model,
         revision=revision,
         local_files_only=cause is not None,
-        allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt', '*.jinja'],
+        allow_patterns=['*.safetensors', '*.json', '*.model', '*.txt', '*.jinja', 'README.md'],
         ignore_patterns=['original/*', 'consolidated*'],
       )
     )
@@ -83,3 +85,46 @@ def verify(folder: pathlib.Path, weights: bool) -> None:
           f'{path}: not what was exported, by {SUMS}. If the change is meant, delete {SUMS}; else '
           f'export again.'
         )
+
+
+def check_push(repository: str) -> None:
+  """ValueError, before anything is computed, where `push` could not work: the name is none of the
+  hub's, or nobody is logged in."""
+  from huggingface_hub import get_token
+
+  if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repository):
+    raise ValueError(f'--push={repository}: a repository on the hub is named USER/NAME.')
+  if get_token() is None:
+    raise ValueError(
+      f'--push={repository}: nobody is logged in to the Hugging Face hub. Call `hf auth login`, or '
+      'set HF_TOKEN.'
+    )
+
+
+def push(folder: str | os.PathLike, repository: str, private: bool = False) -> str:
+  """Uploads an export to the hub, into the repository USER/NAME, which is made if it is not there,
+  and returns its address. The token is that of the hub's own login.
+
+  Raises:
+    ValueError: the hub refuses or cannot be reached; or `private`, and there is a public repository
+      of that name. The message says how to go on without another export.
+  """
+  from huggingface_hub import HfApi
+  from huggingface_hub.errors import HTTPError
+
+  api = HfApi()
+  try:
+    address = api.create_repo(repository, private=private or None, exist_ok=True)
+    if private and not api.model_info(repository).private:
+      raise ValueError(f'{address} is there already, and is public')
+    api.upload_folder(
+      repo_id=repository,
+      folder_path=folder,
+      commit_message=f'Export of alignjax {alignjax.__version__}',
+    )
+  except (HTTPError, OSError, ValueError) as error:
+    raise ValueError(
+      f'--push={repository}: {str(error).strip() or type(error).__name__}. {folder} is written and '
+      f'whole; `hf upload {repository} {folder}` uploads it once the cause is mended.'
+    ) from error
+  return str(address)

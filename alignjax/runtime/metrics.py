@@ -1,5 +1,5 @@
-"""What a run shows and keeps: metrics.jsonl, TensorBoard, a live display; plain lines where there
-is no terminal."""
+"""What a run shows and keeps: metrics.jsonl, TensorBoard, a tracker, a live display; plain lines
+where there is no terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from alignjax.runtime import files, fingerprints, textfiles
+from alignjax.runtime import files, fingerprints, textfiles, trackers
 
 LOGS = ('metrics.jsonl', 'samples.jsonl')
 
@@ -30,14 +31,15 @@ SHOWN = (
 
 class Writer:
   """Appends to DIRECTORY/metrics.jsonl (one object a line, 'step' first) and to TensorBoard event
-  files beside it.
+  files beside it, and hands the metrics to a tracker.
 
   Args:
     start_step: where a resumed run goes on; lines of later steps are dropped, so that the file of a
       run that was interrupted equals that of one that was not, apart from names under 'time/' and
       'device/'. So with samples.jsonl.
     active: False on all processes but the first.
-    wandb: keyword arguments of wandb.init, or None.
+    tracker: gets the metrics too (runtime/trackers.py); None for no tracker.
+    config: for the tracker to show.
   """
 
   def __init__(
@@ -45,39 +47,37 @@ class Writer:
     directory: str | os.PathLike,
     start_step: int = 0,
     active: bool = True,
-    wandb: Mapping[str, Any] | None = None,
+    tracker: trackers.Tracker | None = None,
+    config: Mapping[str, Any] = MappingProxyType({}),
   ):
     self._file: files.Folder | None = None
     self._board: Any = None
-    self._wandb: Any = None
+    self._sender: trackers.Sender | None = None
     if not active:
       return
-    if wandb is not None:
-      try:
-        import wandb as wandb_module
-      except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-          'metrics to W&B need `pip install wandb`, or config wandb=None.'
-        ) from error
-      self._wandb = wandb_module.init(**wandb)
     directory = files.folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for path in (directory / name for name in LOGS):
+    earlier: dict[str, list] = {name: [] for name in LOGS}
+    for name in LOGS:
+      path = directory / name
       if path.exists():
-        kept = [line for line in _parsed(path) if line['step'] <= start_step]
-        files.write(path, ''.join(json.dumps(line) + '\n' for line in kept))
+        earlier[name] = [line for line in _parsed(path) if line['step'] <= start_step]
+        files.write(path, ''.join(json.dumps(line) + '\n' for line in earlier[name]))
     self._file = directory / 'metrics.jsonl'
     self._samples = directory / 'samples.jsonl'
     from tensorboardX import SummaryWriter
 
     self._board = SummaryWriter(str(directory), purge_step=start_step or None)
+    if tracker is not None:
+      self._sender = trackers.Sender(tracker, directory, config, earlier['metrics.jsonl'])
 
   def __enter__(self) -> Writer:
     return self
 
   def __exit__(self, kind, *_) -> None:
+    stopped = kind is not None and issubclass(kind, SystemExit)  # of Interrupt
     try:
-      self.close()
+      self.close('finished' if kind is None else 'stopped' if stopped else 'failed')
     except OSError:
       if kind is None:  # else what went wrong first is the error to show
         raise
@@ -90,8 +90,8 @@ class Writer:
     for name, value in values.items():
       if value is not None:
         self._board.add_scalar(name, value, step)
-    if self._wandb is not None:
-      self._wandb.log(values, step=step)
+    if self._sender is not None:
+      self._sender.send({'step': int(step), **values})
 
   def samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
     """Appends rows (prompt, response, score, gold) to samples.jsonl: text or messages, text, and
@@ -109,11 +109,14 @@ class Writer:
     ]
     files.append(self._samples, ''.join(f'{line}\n' for line in lines))
 
-  def close(self) -> None:
-    if self._file is not None:
-      self._board.close()
-    if self._wandb is not None:
-      self._wandb.finish()
+  def close(self, status: str = 'finished') -> None:
+    """status: how the stage ended, for the tracker: 'finished', 'stopped' or 'failed'."""
+    try:
+      if self._file is not None:
+        self._board.close()
+    finally:
+      if self._sender is not None:
+        self._sender.close(status)
 
 
 def _parsed(path: str | os.PathLike) -> list[dict[str, Any]]:

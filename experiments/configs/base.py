@@ -114,6 +114,9 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.stages_to_run = ('ppo_ptx',)  # those they start from run first
   c.max_bad_updates = 10  # so many in a row with a loss or gradient that is not finite end the run
   c.grace_seconds = 25.0  # from SIGTERM to the end: most schedulers give 30
+  # 'none', 'wandb', 'trackio', 'mlflow' or 'module:function' (alignjax/runtime/trackers.py)
+  c.tracker = 'none'
+  c.tracker_project = 'alignjax'
   c.world = dict(seed=c.get_oneway_ref('seed'))
   c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
   c.sharding = dict(

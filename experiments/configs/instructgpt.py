@@ -129,6 +129,9 @@ def get_config(
   c.stages_to_run = ('sft', 'ppo', 'ppo_ptx')
   c.max_bad_updates = 10  # so many in a row with a loss or gradient that is not finite end the run
   c.grace_seconds = 25.0  # from SIGTERM to the end: most schedulers give 30
+  # 'none', 'wandb', 'trackio', 'mlflow' or 'module:function' (alignjax/runtime/trackers.py)
+  c.tracker = 'none'
+  c.tracker_project = 'alignjax'
   c.world = dict(seed=0)
   c.mesh = mesh
   c.sharding = dict(

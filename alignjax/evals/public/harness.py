@@ -1,9 +1,12 @@
 """lm-evaluation-harness over a model of ours: its language-model interface on our compiled
 functions, without torch.
 
-    from lm_eval import simple_evaluate results =
-    simple_evaluate(model=harness.language_model(loading.load('runs/.../ppo_ptx')),
-    tasks=['truthfulqa_mc1'])
+    from lm_eval import simple_evaluate
+
+    model = harness.language_model(loading.load('runs/.../ppo_ptx'))
+    results = simple_evaluate(model=model, tasks=['truthfulqa_mc1'])
+
+By its name, `--model alignjax`: lm_eval_plugin.py.
 
 Tokens are split between context and continuation by the harness's own TemplateLM, and long inputs
 are cut on the left as its `hf` backend cuts them, so that scores can be compared. Rows are grouped

@@ -1,0 +1,253 @@
+"""The model card of an export: README.md for the Hugging Face hub, with what the run's folder knows
+of the model. Local paths stand in it by their last part only."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import alignjax
+from alignjax.data import sources
+from alignjax.evals.stats import show
+from alignjax.inference import loading
+from alignjax.runtime import checkpoint, files
+
+# what the stages of alignjax do, by the module of their build function, and the hub's tag for it
+METHODS = {
+  'pretrain': ('language modelling on documents', 'pretraining'),
+  'sft': ('supervised fine-tuning on demonstrations', 'sft'),
+  'rm': ('reward modelling on ranked responses', 'reward-model'),
+  'preference': ('preference optimization on ranked responses, without sampling', 'preference'),
+  'ppo_ptx': ('PPO against a reward model', 'ppo'),
+  'selection': ('the best of several candidates by a reward model', 'selection'),
+}
+LIMITS = """The model follows what its demonstrations and comparisons reward: the judgement of the
+people who wrote and ranked them, which is neither everybody's nor always right. It still makes
+facts up, repeats what is biased or toxic in its data, and does what a harmful instruction asks;
+measure it on your own use before you rely on it."""
+REWARD_LIMITS = """Its scores predict the preferences of the people who ranked its training data,
+which are neither everybody's nor always right. A policy that is optimized against it far enough
+finds responses that it scores high and people do not like."""
+
+
+def write(name: str, model: loading.Model, exported: Mapping[str, Any]) -> str:
+  """The card's text.
+
+  Args:
+    name: the model's, as loading.load takes it.
+    exported: what export.save reports: 'class' and, of a reward model, 'bias' and 'pad'.
+  """
+  stages = _behind(name)
+  scalar = model.head == 'scalar'
+  data = [
+    (stage, entry, _public(source['name']), source['fingerprint'])
+    for stage, _, made in stages
+    for entry, source in sorted(made.get('inputs', {}).items())
+    if source['kind'] == 'data'
+  ]
+  last = stages[-1] if stages else None
+  title = last[0] if last else pathlib.PurePath(model.source).name
+  kind = 'reward model' if scalar else 'policy'
+  lines = [
+    *_front_matter(model, stages),
+    f'# {title}',
+    '',
+    f'A {kind} ({exported["class"]}), written by alignjax {alignjax.__version__}'
+    + (f', which trained it: {_method(last[1])}.' if last else '; no training is on record.'),
+  ]
+  if last:
+    lines += ['', '## Training', '']
+    if base := _hub_name(model.source):
+      lines += [f'It started from [{base}](https://huggingface.co/{base}).', '']
+    lines += [f'- `{stage}`: {_method(config)}' for stage, config, _ in stages]
+    if last[2].get('config'):
+      lines += ['', f'The fingerprint of its config is `{last[2]["config"]}`.']
+  if data:
+    lines += ['', '| stage | data | source | fingerprint |', '|---|---|---|---|']
+    lines += [f'| {s} | {e.removeprefix("data.")} | `{n}` | `{f}` |' for s, e, n, f in data]
+  if figures := _figures(name):
+    lines += ['', '## Results', '', 'Means with 95% intervals, and n.', '']
+    lines += ['| measured | value |', '|---|---|', *(f'| {k} | {v} |' for k, v in figures)]
+  lines += ['', '## Use', '', *_use(name, model, exported)]
+  lines += ['', '## Limits', '', *(REWARD_LIMITS if scalar else LIMITS).splitlines(), '']
+  return '\n'.join(lines)
+
+
+def _behind(name: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+  """(name, its config, what it was made from) of the stage and, before it, of those of its workdir
+  that it started from; none of a Hugging Face checkpoint."""
+  found: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
+
+  def visit(name: str) -> None:
+    config = loading.trained_with(name)
+    folder, weights = loading.folders(name)
+    if config is None or folder.name in found:
+      return
+    made = checkpoint.load_info(weights).get('made', {})
+    for source in made.get('inputs', {}).values():
+      if source['kind'] == 'weights' and source['name'].startswith('stage:'):
+        visit(str(folder.parent / source['name'].removeprefix('stage:')))
+    found[folder.name] = (folder.name, config['stages'][folder.name], made)
+
+  if not name.startswith('hf:'):
+    visit(name)
+  return list(found.values())
+
+
+def _method(config: Mapping[str, Any]) -> str:
+  build = str(config.get('build'))
+  words = METHODS.get(_module(build), (f'`{build}`', ''))[0]
+  loss = config.get('loss') or {}
+  if loss.get('ptx_coef'):
+    words += ', with the pretraining loss mixed in (PPO-ptx)'
+  return words + (f', loss `{loss["fn"]}`' if 'fn' in loss else '')
+
+
+def _module(build: str) -> str:
+  """The last name of a module of alignjax's own stages; '' of a fork's."""
+  found = re.fullmatch(r'alignjax\.stages\.(\w+):\w+', build)
+  return found[1] if found else ''
+
+
+def _front_matter(model: loading.Model, stages: list) -> list[str]:
+  """YAML that the hub reads; a JSON value is one of YAML."""
+  scalar = model.head == 'scalar'
+  tags = ['alignjax']
+  for _, config, _ in stages[-1:]:
+    tags += [tag for _, tag in [METHODS.get(_module(str(config.get('build'))), ('', ''))] if tag]
+  facts: dict[str, Any] = dict(
+    library_name='transformers',
+    pipeline_tag='text-classification' if scalar else 'text-generation',
+    tags=tags,
+  )
+  if base := _hub_name(model.source):
+    facts['base_model'] = base
+  if known := _license(model.source):
+    facts['license'] = known
+  if datasets := sorted(
+    {
+      hub
+      for _, _, made in stages
+      for source in made.get('inputs', {}).values()
+      if source['kind'] == 'data'
+      for part in sources.split(source['name'])
+      if (hub := _hub_data(part))
+    }
+  ):
+    facts['datasets'] = datasets
+  return ['---', *(f'{k}: {json.dumps(v)}' for k, v in facts.items()), '---', '']
+
+
+def _hub_name(source: str | None) -> str | None:
+  """The checkpoint's name on the hub, None of a folder."""
+  named = source and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', source)
+  return source if named and not pathlib.Path(source).is_dir() else None
+
+
+def _license(source: str | None) -> str | None:
+  """What the card of the checkpoint, if it lies in its folder, names as the license."""
+  from huggingface_hub import metadata_load
+
+  path = pathlib.Path(source or '').expanduser() / 'README.md'
+  try:
+    found = (metadata_load(path) or {}).get('license') if path.is_file() else None
+  except Exception:  # noqa: BLE001 a card is anybody's text
+    return None
+  return found if isinstance(found, str) else None
+
+
+def _hub_data(part: str) -> str | None:
+  """ORGANIZATION/NAME of a source on the hub."""
+  found = re.match(r'hf:([\w-][\w.-]*/[\w.-]+)[/:]', part)
+  return found[1] if found and not pathlib.Path(found[1]).exists() else None
+
+
+def _public(source: str) -> str:
+  """A source without the folders that its files lie in."""
+  shown = []
+  for part in sources.split(source):
+    form, _, rest = part.partition(':')
+    local = form in ('jsonl', 'text') or rest.startswith(('/', '~', '.', 'gs://'))
+    shown.append(f'{form}:{os.path.basename(rest)}' if local else part)
+  return '; '.join(shown)
+
+
+def _figures(name: str) -> list[tuple[str, str]]:
+  """(what, figure with its interval): what the stage measured at its end and, of a stage's result,
+  what the reports in its workdir say of it."""
+  if loading.trained_with(name) is None:
+    return []
+  folder, weights = loading.folders(name)
+  found = [
+    (key.replace('_', ' '), value)
+    for key, value in checkpoint.load_info(weights).items()
+    if isinstance(value, Mapping) and {'mean', 'ci95'} <= set(value)
+  ]
+  if weights.name == 'final':
+    found += _of_sandbox(folder) + _of_tasks(folder)
+  return [(what, show(figure, count=True)) for what, figure in found if show(figure)]
+
+
+def _of_sandbox(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
+  """From WORKDIR/report.json."""
+  report = _json(folder.parent / 'report.json')
+  policies = report.get('config', {}).get('report', {}).get('policies', {})
+  return [
+    (figure.replace('_', ' '), value)
+    for policy, stage in policies.items()
+    if stage == folder.name
+    for figure, value in report['policies'].get(policy, {}).items()
+  ]
+
+
+def _of_tasks(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
+  """From WORKDIR/evaluation/table.json."""
+  table = _json(folder.parent / 'evaluation' / 'table.json')
+  names = [
+    policy
+    for policy, spec in table.get('models', {}).items()
+    if not spec.startswith('hf:') and os.path.basename(spec) == folder.name
+  ]
+  return [
+    (f'{row["task"]}, {row["metric"]}' + f', {row["prompt"]}' * bool(row['prompt']), figure)
+    for row in table.get('rows', ())
+    for policy in names
+    if (figure := row['models'].get(policy))
+  ]
+
+
+def _json(path: files.Folder) -> dict[str, Any]:
+  return json.loads(path.read_bytes()) if path.exists() else {}
+
+
+def _use(name: str, model: loading.Model, exported: Mapping[str, Any]) -> list[str]:
+  trained = loading.trained_with(name)
+  form = f', form={trained["data"]["template"]!r}' if trained else ''
+  made = exported['class']
+  load = [
+    'NAME is this folder, or its name on the hub.',
+    '',
+    '```python',
+    f'from transformers import AutoTokenizer, {made}',
+    '',
+    "tokenizer = AutoTokenizer.from_pretrained('NAME')",
+    f"model = {made}.from_pretrained('NAME')",
+    '```',
+    '',
+    'In alignjax:',
+    '',
+    '```python',
+    'from alignjax.inference import loading',
+    '',
+    f"model = loading.load('hf:NAME', {model.head!r}{form})",
+    '```',
+  ]
+  if model.tokenizer is not None:
+    prompt = model.tokenizer.decode(model.template.prompt('PROMPT'))
+    load += ['', f'In training, prompts had the form `{prompt!r}`.']
+  facts = [f'- {what}: {exported[what]}' for what in ('bias', 'pad') if what in exported]
+  return [*load, *([''] if facts else []), *facts]
