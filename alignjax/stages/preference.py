@@ -4,7 +4,7 @@ config's: DPO (losses.dpo), or a function of a fork, such as IPO, SimPO or KTO, 
 
     c.stages.dpo = dict(build='alignjax.stages.preference:build', init=dict(policy='stage:sft',
     ref='stage:sft'),
-                        loss=dict(fn='alignjax.losses:dpo', beta=0.1), ...)         whole: experiments/configs/dpo.py
+                        loss=dict(fn='alignjax.losses:dpo', beta=0.1), ...)         whole: alignjax/configs/dpo.py
 
 The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names
 weights, what the frozen reference says of every response token. init.ref=None leaves the reference
