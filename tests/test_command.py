@@ -181,6 +181,16 @@ finally:
   assert console('--version') == (0, f'{alignjax.__version__}\n', '')
 
 
+def test_only_commands_without_another_result_end_with_their_reader(monkeypatch):
+  asked = {}
+  monkeypatch.setattr(
+    command, 'start', lambda call, argv, ends_with_reader: asked.update({argv[0]: ends_with_reader})
+  )
+  for name in main.SUBCOMMANDS:
+    main.start(name, [name])
+  assert {name for name, ends in asked.items() if ends} == {'configs', 'generate', 'summarize'}
+
+
 def test_an_unknown_subcommand_is_an_error_with_the_nearest_name():
   code, out, err = console('evalaute', '--tasks=help')
   assert code == 1 and not out and err.count('\n') == 1

@@ -496,7 +496,7 @@ def test_the_commands_errors_are_lines(tmp_path, monkeypatch):
   ):
     command.main(['--model=x', f'--out={tmp_path / "out"}'])
   (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match='cannot write to .*file'):
+  with pytest.raises(OSError, match='cannot write to .*file'):
     command.main(['--model=x', f'--out={tmp_path / "file" / "out"}', '--bias=drop'])
 
 

@@ -28,8 +28,9 @@ def start(
   Python starts again in its UTF-8 mode where it did not start in it. Every OSError and ValueError
   ends in one line.
 
-  Args: ends_with_reader: the command's output is its only result, so it ends quietly when the
-    reader goes.
+  Args:
+    ends_with_reader: the command's output is its only result, so it ends quietly when the reader
+      goes.
   """
   # one that is closed would be given to the next file that is opened, and that would get the output
   for fd in (0, 1, 2):

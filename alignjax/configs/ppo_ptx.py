@@ -1,4 +1,4 @@
-"""The main job: the whole method on the embedded sandbox, and the paper's findings.
+"""The main job: the whole method on the sandbox, and the findings of the paper.
 
   alignjax run --config=ppo_ptx             on two CPU cores, in under ten minutes
   alignjax run --config=ppo_ptx:tiny        in under two minutes; the numbers mean nothing

@@ -1,4 +1,4 @@
-"""The sandbox with checkpoints selected by the reward model, as in the paper (C.1).
+"""The sandbox with checkpoints selected by the reward model, as in the paper, C.1.
 
   alignjax run --config=selected[:tiny]
 

@@ -1,4 +1,4 @@
-"""A judge of TruthfulQA's answers: SFT of any checkpoint on the released judgments.
+"""A judge of TruthfulQA's answers: SFT of a checkpoint on the released judgments.
 
   alignjax run --config=truth_judge --config.data.demonstrations=jsonl:finetune_truth.jsonl
   alignjax run --config=truth_judge:info --config.data.demonstrations=jsonl:finetune_info.jsonl
