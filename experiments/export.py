@@ -1,122 +1,13 @@
-"""Writes a trained policy or reward model as a folder that transformers loads.
+"""`alignjax export` of this clone.
 
-    python experiments/export.py --model=runs/smollm2_135m-s0/ppo_ptx --out=my-model python
-    experiments/export.py --model=runs/smollm2_135m-s0/rm --out=my-reward-model --dtype=bfloat16
-    --bias=drop
-    python experiments/export.py --model=... --out=my-model --push=USER/NAME --private
-
-A policy becomes AutoModelForCausalLM, a reward model AutoModelForSequenceClassification with one
-label. config.json comes from the checkpoint that the run started from (model.source of its config),
-the tokenizer, chat template included, from data.tokenizer. transformers' generate then stops where
-training ended a response, and its classifier scores padded batches as alignjax does. SHA256SUMS in
-the folder lets `sha256sum -c` and alignjax notice damage. README.md is the model card.
+python experiments/export.py --model=runs/smollm2_135m-s0/ppo_ptx --out=my-model
 """
 
-import argparse
-import functools
-import pathlib
 import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
-if str(HERE.parent) not in sys.path:
-  sys.path.insert(0, str(HERE.parent))
+import this_clone  # noqa: F401
 
-from experiments import command  # noqa: E402  after the path
-
-
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--model', required=True, help="a finished stage's folder, WORKDIR/STAGE")
-  parser.add_argument('--out', required=True, help='the folder to write; not one that is there')
-  parser.add_argument(
-    '--dtype',
-    default='float32',
-    choices=('float32', 'bfloat16', 'float16'),
-    help='of the tensors in the file',
-  )
-  parser.add_argument(
-    '--bias',
-    choices=('drop', 'keep'),
-    help='of a reward model whose class in transformers has no place for it '
-    '(RMSNorm families): drop it, which shifts every score, or keep it in config.json to be added '
-    'by hand',
-  )
-  parser.add_argument(
-    '--push',
-    metavar='USER/NAME',
-    help='upload the folder to this repository on the Hugging Face hub, with the login of `hf auth '
-    'login`',
-  )
-  parser.add_argument('--private', action='store_true', help='where --push makes a repository')
-  options = parser.parse_args(argv)
-  try:
-    from alignjax.runtime import failures, files
-
-    out = files.folder(options.out)
-    if out.exists():
-      raise ValueError(f'--out={options.out} is there already; name another folder or delete it.')
-    failures.check_writable(out.parent, '--out')
-    from alignjax.evals import card
-    from alignjax.inference import loading
-    from alignjax.models import export, hub
-
-    if options.push:
-      hub.check_push(options.push)
-    elif options.private:
-      raise ValueError('--private goes with --push=USER/NAME.')
-
-    model = loading.load(options.model)
-    if model.source is None:
-      raise ValueError(
-        f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to '
-        "take over; the sandbox's architecture is none of transformers'."
-      )
-    report = export.save(
-      out,
-      model.source,
-      model.cfg,
-      model.params,
-      dtype=options.dtype,
-      tokenizer=model.tokenizer,
-      ends=(model.template.end, *model.template.ends),
-      bias=options.bias,
-      card=functools.partial(card.write, options.model, model),
-    )
-  except (ValueError, OSError) as error:
-    raise SystemExit(f'error: {error}') from None
-  print(
-    f'wrote {options.out}: {report["class"]}, {report["tensors"]} tensors, '
-    f'{report["bytes"] / 1e6:.1f} MB'
-  )
-  for part in ('bias', 'pad'):
-    if part in report:
-      print(f'{part}: {report[part]}')
-  if not trained_as_chat(model):
-    print(
-      "note: the tokenizer's chat template is not how this model was trained; its prompts look "
-      f'like {model.tokenizer.decode(model.template.prompt("PROMPT"))!r}'
-    )
-  if options.push:
-    print(f'pushed to {hub.push(out, options.push, options.private)}')
-
-
-def trained_as_chat(model) -> bool:
-  """Whether the tokenizer's chat template, if there is one, renders a prompt as the run did."""
-  if not model.tokenizer.chat_template:
-    return False
-  messages = [{'role': 'user', 'content': 'PROMPT'}]
-  try:
-    rendered = model.tokenizer.apply_chat_template(
-      messages, add_generation_prompt=True, tokenize=False
-    )
-  except Exception:  # noqa: BLE001 a template may raise anything, and several may have no default
-    return False
-  return model.tokenizer.encode(rendered, add_special_tokens=False) == list(
-    model.template.prompt('PROMPT')
-  )
-
+from alignjax.commands import main
 
 if __name__ == '__main__':
-  command.start(main, sys.argv[1:])
+  main.start('export', sys.argv[1:])

@@ -253,9 +253,9 @@ def start(
 
 def _run(words: list[str]) -> int:
   """What `python experiments/SCRIPT FLAGS` does, with the status that Python would end with."""
-  from experiments import command
+  from alignjax.commands import command
 
-  module = importlib.import_module(f'experiments.{words[0].removesuffix(".py")}')
+  module = importlib.import_module(f'alignjax.commands.{words[0].removesuffix(".py")}')
   sys.argv = words
   try:
     command.start(module.main, words[1:])
@@ -404,8 +404,6 @@ def _import_all() -> None:
       importlib.import_module(name)
     except ImportError:  # of an extra that is not installed
       continue
-  for name in ('run', 'prepare', 'export', 'evaluate'):
-    importlib.import_module(f'experiments.{name}')
 
 
 def table(done: list[dict]) -> str:

@@ -28,7 +28,7 @@ STAGES = ('pretrain', 'sft', 'rm', 'ppo_ptx')
 
 def micro():
   """Every stage and the report, in a few steps of a model of 16 dimensions."""
-  from experiments.configs import ppo_ptx
+  from alignjax.configs import ppo_ptx
 
   c = ppo_ptx.get_config('tiny')
   c.stages_to_run, c.mesh.fsdp = ('ppo_ptx',), 2

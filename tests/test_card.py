@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 from huggingface_hub import errors
 
+from alignjax.commands import export as command
 from alignjax.evals import card
 from alignjax.inference import loading
 from alignjax.models import hub
 from alignjax.runtime import checkpoint, fingerprints
-from experiments import export as command
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 FIGURE = dict(mean=0.61, ci95=[0.58, 0.64], n=500)

@@ -1,6 +1,7 @@
 """What every command does with its output and its errors: ASCII terminals, readers that go, folders
 that cannot be written, ~."""
 
+import importlib
 import os
 import pathlib
 import subprocess
@@ -8,26 +9,15 @@ import sys
 
 import pytest
 
+import alignjax
+from alignjax.commands import command, configs, main
 from alignjax.runtime import files
-from experiments import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = (
-  'run',
-  'compile',
-  'heldout_labelers',
-  'best_of_n',
-  'evaluate',
-  'export',
-  'generate',
-  'preference',
-  'prepare',
-  'summarize',
-)
 
 PROGRAM = """
 import pathlib, sys
-from experiments import command
+from alignjax.commands import command
 def main(argv):
   for i in range(int(argv[0])):
     print('\\u2026 \\U0001f600 \\udc80', 'x' * 100, flush=i % 2 == 0)
@@ -124,7 +114,9 @@ def test_where_output_is_all_that_is_wanted_the_command_ends_with_its_reader(tmp
   ],
 )
 def test_an_error_is_one_line(raised, said):
-  code = f'from experiments import command\ndef main(argv):\n  {raised}\ncommand.start(main, [])'
+  code = (
+    f'from alignjax.commands import command\ndef main(argv):\n  {raised}\ncommand.start(main, [])'
+  )
   process = program(code=code)
   out, err = process.communicate()
   assert (
@@ -135,14 +127,126 @@ def test_an_error_is_one_line(raised, said):
   )
 
 
-def test_every_command_starts_so():
-  assert {p.stem for p in (ROOT / 'experiments').glob('*.py')} == {
-    *COMMANDS,
-    'command',
-    'overrides',
-  }
-  for name in COMMANDS:
-    assert 'command.start(main, sys.argv[1:]' in (ROOT / f'experiments/{name}.py').read_text(), name
+SCRIPT = """
+import sys
+
+import this_clone  # noqa: F401
+
+from alignjax.commands import main
+
+if __name__ == '__main__':
+  main.start('{name}', sys.argv[1:])
+"""
+
+
+def test_every_subcommand_is_a_module_and_a_script():
+  folder = ROOT / 'alignjax/commands'
+  shared = {'__init__', 'main', 'command', 'config_flags', 'overrides'}
+  assert {p.stem for p in folder.glob('*.py')} == {*main.SUBCOMMANDS, *shared}
+  scripts = {p.stem: p.read_text() for p in (ROOT / 'experiments').glob('*.py')}
+  assert scripts.keys() == {*main.SUBCOMMANDS, 'this_clone'} - {'configs'}
+  for name in scripts.keys() - {'this_clone'}:
+    assert scripts[name].endswith(SCRIPT.format(name=name)), name
+    assert f'experiments/{name}.py ' in scripts[name].removesuffix(SCRIPT.format(name=name)), name
+
+
+CONSOLE = 'from alignjax.commands.main import main; main()'
+
+
+def console(*arguments, code=CONSOLE):
+  process = program(*arguments, code=code)
+  out, err = process.communicate()
+  return process.returncode, out.decode(), err.decode()
+
+
+def test_the_console_command_lists_its_subcommands_without_importing_them():
+  quick = f"""
+import sys
+try:
+  {CONSOLE.replace('; ', chr(10) + '  ')}
+finally:
+  assert not {{'jax', 'numpy', 'absl', 'ml_collections'}} & sys.modules.keys()
+"""
+  for flags in ((), ('--help',), ('-h',)):
+    code, out, err = console(*flags, code=quick)
+    assert code == 0 and not err
+    lines = [line for line in out.splitlines() if line.startswith('  ')]
+    assert [line.split()[0] for line in lines] == list(main.SUBCOMMANDS)
+    for line in lines:
+      name, words = line.split(maxsplit=1)
+      module = importlib.import_module(f'alignjax.commands.{name}')
+      assert module.__doc__.splitlines()[0] == words and words.endswith('.') and len(line) <= 100
+  code, out, err = console('configs', code=quick)
+  assert code == 0 and out == command.listing(configs.included()) + '\n' and not err
+  assert console('--version') == (0, f'{alignjax.__version__}\n', '')
+
+
+def test_only_commands_without_another_result_end_with_their_reader(monkeypatch):
+  asked = {}
+  monkeypatch.setattr(
+    command, 'start', lambda call, argv, ends_with_reader: asked.update({argv[0]: ends_with_reader})
+  )
+  for name in main.SUBCOMMANDS:
+    main.start(name, [name])
+  assert {name for name, ends in asked.items() if ends} == {'configs', 'generate', 'summarize'}
+
+
+def test_an_unknown_subcommand_is_an_error_with_the_nearest_name():
+  code, out, err = console('evalaute', '--tasks=help')
+  assert code == 1 and not out and err.count('\n') == 1
+  assert err.startswith("error: alignjax has no subcommand 'evalaute'. Did you mean 'evaluate'?")
+  assert 'Did you mean' not in console('xyzzy')[2]
+
+
+@pytest.mark.parametrize('name', main.SUBCOMMANDS)
+def test_help_of_a_subcommand_is_its_docstring_by_both_ways(name):
+  """absl's commands show their own flags, too, though Python runs another file."""
+  module = importlib.import_module(f'alignjax.commands.{name}')
+  ways = []
+  if name in ('configs', 'run', 'export'):
+    ways.append((['-c', CONSOLE, name], f'-c {name}'))
+  if name != 'configs':
+    ways.append(([str(ROOT / f'experiments/{name}.py')], f'{name}.py'))
+  for words, called in ways:
+    done = subprocess.run(
+      [sys.executable, *words, '--help'],
+      capture_output=True,
+      text=True,
+      check=False,
+      env=os.environ | {'PYTHONPATH': str(ROOT), 'COLUMNS': '100'},
+    )
+    assert module.__doc__.strip() in done.stdout, done.stdout + done.stderr
+    assert called in done.stdout
+    if 'config_flags' in vars(module):
+      assert done.returncode == 1 and '--config: NAME[:ARG]' in done.stdout
+    else:
+      assert done.returncode == 0 and done.stdout.startswith(f'usage: {called}')
+
+
+def test_a_script_runs_the_alignjax_of_its_clone_from_anywhere(tmp_path):
+  """Though another one is installed, or named by PYTHONPATH; and no script hides a library of its
+  name."""
+  (tmp_path / 'other/alignjax').mkdir(parents=True)
+  (tmp_path / 'other/alignjax/__init__.py').write_text('raise ImportError("the other one")')
+  (tmp_path / 'other/evaluate.py').write_text('library = True')
+  code = (
+    f'import sys; sys.path[0] = {str(ROOT / "experiments")!r}; '
+    'import this_clone, alignjax, evaluate; assert evaluate.library; print(alignjax.__file__)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(tmp_path / 'other')},
+  )
+  assert done.stdout == f'{ROOT}/alignjax/__init__.py\n', done.stderr
+  script = [sys.executable, str(ROOT / 'experiments/prepare.py'), '--help']
+  env = os.environ | {'PYTHONPATH': str(tmp_path / 'other')}
+  assert (
+    subprocess.run(script, capture_output=True, check=False, cwd=tmp_path, env=env).returncode == 0
+  )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +257,7 @@ def test_every_command_starts_so():
     ('prepare', '--source=jsonl:x --kind=prompts --out={0}/file/x'),
     ('best_of_n', '--policy=x --reward_model=y --out={0}/file/x'),
     ('preference', '--policies=a=x,b=y --prompts=jsonl:x --judge=rm:x --out={0}/file/x'),
-    ('compile', '--config=configs/sft.py:tiny --out={0}/file/x'),
+    ('estimate', '--config=configs/sft.py:tiny --out={0}/file/x'),
     ('heldout_labelers', '--config=configs/ukp_rm.py --out={0}/file/x'),
     ('run', '--config=configs/sft.py:tiny --workdir={0}/file/x'),
   ],

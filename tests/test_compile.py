@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alignjax import sharding
-from alignjax.compiler import chips, cost, hlo, liveness, operations
+from alignjax.commands import estimate as command
+from alignjax.compiler import chips, cost, hlo, liveness, operations, report
 from alignjax.stages import abstract
-from experiments import compile as command
 
-ROOT = pathlib.Path(command.__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -238,7 +238,7 @@ def test_a_program_really_compiled():
 
 @functools.cache
 def tiny(fsdp=8):
-  from experiments.configs import base
+  from alignjax.configs import base
 
   config = base.get_config('tiny')
   config.mesh.fsdp = fsdp
@@ -256,9 +256,9 @@ def test_a_stage_compiled_for_eight_devices(tmp_path):
   inside = [s for s in result['collectives'] if s['phase'] == 'decode' and s['in_loop']]
   assert max((s['bytes'] / s['times'] for s in inside), default=0) <= 64, inside
   assert result['needed']['decode'][1] == 0
-  text = command.describe('tiny', result)
+  text = report.describe('tiny', result)
   assert 'peak' in text and '| decode |' in text and 'Decode loop' in text
-  row = command.summary({'tiny': json.loads(json.dumps(result))})
+  row = report.summary({'tiny': json.loads(json.dumps(result))})
   assert '| tiny | 1 x 8 x 1 |' in row
 
 
@@ -274,7 +274,7 @@ def test_the_steps_of_the_other_stages(stage):
 
 def test_what_the_mathematics_needs():
   """A model of two layers, by hand: bytes of weights and activations on a mesh of 2 x 2 x 2."""
-  from experiments.configs import base
+  from alignjax.configs import base
 
   config = base.get_config('tiny')
   config.mesh.update(data=2, fsdp=2, tensor=2)
@@ -354,7 +354,7 @@ def test_a_missing_compiler_and_an_unknown_stage_are_errors_that_say_what_to_do(
 def test_the_command_ends_with_one_sentence():
   run = [
     sys.executable,
-    str(ROOT / 'experiments/compile.py'),
+    str(ROOT / 'experiments/estimate.py'),
     '--config=configs/ppo_ptx.py:tiny',
     '--topology=v7:2x2',
   ]
@@ -367,13 +367,13 @@ def test_the_command_ends_with_one_sentence():
 @pytest.mark.slow
 @pytest.mark.skipif(
   not os.environ.get('TPU_LIBRARY_PATH'),
-  reason='TPU_LIBRARY_PATH names no libtpu: see experiments/compile.py',
+  reason='TPU_LIBRARY_PATH names no libtpu: see experiments/estimate.py',
 )
 def test_a_step_compiled_for_a_tpu_slice(tmp_path):
   """Tiny SFT for 16 v5e chips, in a process of its own: an interpreter holds one libtpu."""
   run = [
     sys.executable,
-    str(ROOT / 'experiments/compile.py'),
+    str(ROOT / 'experiments/estimate.py'),
     '--config=configs/ppo_ptx.py:tiny',
     '--topology=v5e:4x4',
     '--stage=sft',

@@ -1,5 +1,6 @@
 """Every config builds; the paper's build to shapes, with the paper's numbers."""
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -9,9 +10,8 @@ import jax
 import pytest
 
 from alignjax import train
-from alignjax.stages import abstract, ppo_ptx
-from experiments import command
-from experiments.configs import (
+from alignjax.commands import command, configs, overrides
+from alignjax.configs import (
   base,
   instructgpt_1b3,
   instructgpt_6b,
@@ -20,6 +20,7 @@ from experiments.configs import (
   rm,
   sft,
 )
+from alignjax.stages import abstract, ppo_ptx
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAPER = {'1b3': instructgpt_1b3, '6b': instructgpt_6b, '175b': instructgpt_175b}
@@ -101,13 +102,41 @@ def test_the_readme_names_every_file():
 
 def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  folder = pathlib.Path(command.__file__).parent / 'configs'
-  assert command.find_config('configs/ppo_ptx.py:tiny') == f'{folder}/ppo_ptx.py:tiny'
+  included = ROOT / 'alignjax/configs'
+  for name in ('ppo_ptx', 'ppo_ptx.py', 'configs/ppo_ptx', 'configs/ppo_ptx.py'):
+    assert configs.find(name) == included / 'ppo_ptx.py'
+  assert configs.find(str(included / 'rm.py')) == included / 'rm.py'
+  assert configs.find('../experiments/this_clone.py').samefile(ROOT / 'experiments/this_clone.py')
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs/sft.py').touch()
-  assert command.find_config('configs/sft.py') == 'configs/sft.py'
-  with pytest.raises(SystemExit, match='configs/rm.py'):
-    command.find_config('configs/nothing.py')
+  assert configs.find('configs/sft.py') == pathlib.Path('configs/sft.py')
+  assert configs.find('sft') == included / 'sft.py'
+
+
+@pytest.mark.parametrize(
+  'name', ['ppo_ptz', 'configs/ppo_ptz.py', '/nowhere/ppo_ptz.py', 'configs']
+)
+def test_a_config_that_is_not_there_is_an_error_with_the_nearest_names(name):
+  with pytest.raises(ValueError, match=f'--config={name}: there is no such file') as error:
+    configs.find(name)
+  assert ('Did you mean ppo_ptx?' in str(error.value)) == ('ptz' in name)
+  assert str(error.value).endswith(f'The included configs are {", ".join(configs.included())}.')
+
+
+def test_every_included_config_is_listed_and_can_be_run():
+  """What is not listed has no get_config that can be called without arguments."""
+  made = {}
+  for path in (ROOT / 'alignjax/configs').glob('*.py'):
+    try:
+      overrides.load(str(path), None)
+    except ValueError as error:
+      assert re.search("has no attribute 'get_config'|required positional arg", str(error)), error
+    else:
+      made[path.stem] = importlib.import_module(f'alignjax.configs.{path.stem}').__doc__
+  assert configs.included() == {name: made[name].splitlines()[0] for name in sorted(made)}
+  assert {'ppo_ptx', 'smollm2_135m'} <= made.keys() and 'recipe' not in made
+  assert all(re.fullmatch('[A-Z].*[.]', line) for line in configs.included().values())
+  assert all(len(line) <= 100 for line in command.listing(configs.included()).splitlines())
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ flag says None or 0."""
 import pytest
 
 from alignjax import train
+from alignjax.commands import config_flags
 from alignjax.setup import entries
-from experiments import command
 
 WRONG = {
   'data.prompt_length=None': 'data.prompt_length=None must be a whole number, 1 or more.',
@@ -66,7 +66,8 @@ def start(flag, folder, monkeypatch):
   monkeypatch.setattr(train, 'run_stage', begun)
   with pytest.raises((ValueError, Started)) as caught:
     train.main(
-      command.read_config(['--config=configs/ppo_ptx.py:tiny', f'--config.{flag}']).config, folder
+      config_flags.read_config(['--config=configs/ppo_ptx.py:tiny', f'--config.{flag}']).config,
+      folder,
     )
   return caught
 
@@ -86,7 +87,7 @@ def test_what_it_can_be_is_taken(flag, tmp_path, monkeypatch):
   ['selected.py', 'instructgpt_6b.py', 'smollm2_135m.py', 'ukp_rm.py', 'dpo.py', 'truth_judge.py'],
 )
 def test_the_configs_are_right(name):
-  config = command.read_config([f'--config=configs/{name}']).config
+  config = config_flags.read_config([f'--config=configs/{name}']).config
   entries.check(config)
   # which start from folders that are not here
   for stage in config.stages if 'instructgpt' not in name else ():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from alignjax import report
+from alignjax.commands import summarize
 from alignjax.evals import findings as module
 from alignjax.evals.findings import NO, NOT_SHOWN, YES, findings
 from alignjax.sandbox import Labelers
-from experiments import summarize
 
 N = 300
 LABELERS = Labelers(0)

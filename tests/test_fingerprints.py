@@ -52,6 +52,25 @@ def test_a_function_is_known_by_its_source_and_what_it_imports_when_called(lab):
   assert of() not in (first, second)
 
 
+@pytest.mark.parametrize('folder', ['site-packages', 'dist-packages'])
+def test_packages_of_another_environment_do_not_count(lab, tmp_path, monkeypatch, folder):
+  """A virtual environment may also find those of the user or of the system. They are not followed:
+  some cannot be imported."""
+  write, of = lab
+  monkeypatch.syspath_prepend(str(tmp_path / f'lib/{folder}'))
+  package = tmp_path / f'lib/{folder}/{folder[:4]}_library'
+  package.mkdir(parents=True)
+  (package / '__init__.py').write_text(f'import {package.name}.windows.console')
+  write('mylab_words', f'WORDS = ["a"]\n\n\ndef more():\n  import {package.name}\n')
+  first = of()
+  (package / '__init__.py').write_text('changed = True')
+  assert of() == first
+  (package / '__init__.py').write_text(f'import {package.name}.windows.console')
+  (package / 'windows').mkdir()
+  (package / 'windows/__init__.py').write_text('assert False')
+  assert of() == first
+
+
 def test_the_module_that_names_a_function_counts_where_it_takes_it_from_elsewhere(lab):
   write, of = lab
   write(

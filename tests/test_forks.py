@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from alignjax import losses, optim, plugins, rollout, train
+from alignjax.configs import base, dpo
 from alignjax.runtime import checkpoint, metrics
 from alignjax.setup.objects import make_setup
 from alignjax.setup.weights import initial_params
 from alignjax.stages import ppo_ptx, ppo_ptx_plan, preference
 from alignjax.stages.ppo_ptx import iteration
 from alignjax.types import PreferenceBatch, TrainState
-from experiments.configs import base, dpo
 from tests.fakes import comparison_batch, model, prompts
 
 CHAT = pathlib.Path(__file__).resolve().parent / 'golden' / 'chat'

@@ -14,13 +14,13 @@ import jax
 import pytest
 
 from alignjax import train
+from alignjax.commands import generate as command
+from alignjax.configs import smollm2_135m
 from alignjax.inference import loading, streaming
 from alignjax.models import transformer
 from alignjax.runtime import checkpoint, saved_config
 from alignjax.setup.objects import make_setup
 from alignjax.setup.weights import initial_params
-from experiments import generate as command
-from experiments.configs import smollm2_135m
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHAT = ROOT / 'tests/golden/chat'
@@ -152,7 +152,7 @@ def test_a_pipe_gets_answers_and_nothing_else(monkeypatch, capsys):
     '',
   )
   monkeypatch.setattr(sys, 'stdin', Pipe(b'one\n\xff\n'))
-  with pytest.raises(SystemExit, match=r'error: standard input: not UTF-8 .byte 0. in line 2'):
+  with pytest.raises(ValueError, match=r'standard input: not UTF-8 .byte 0. in line 2'):
     command.main(SHORT)
   monkeypatch.setattr(
     streaming, 'stream', lambda *_, **how: (_ for _ in ()).throw(KeyboardInterrupt)

@@ -12,6 +12,7 @@ from generated import as_lines, examples, good_message, messages, number, rows, 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignjax.commands import evaluate, generate
 from alignjax.data import fields, mappings, sources
 from alignjax.evals import items
 from alignjax.evals.preference import judgments
@@ -19,7 +20,6 @@ from alignjax.evals.preference.judgment_rows import FLAGS
 from alignjax.evals.preference.responses import Response
 from alignjax.evals.public import loaders
 from alignjax.runtime import journal, metrics, textfiles
-from experiments import evaluate, generate
 
 ERRORS = (ValueError, FileNotFoundError)  # what commands tell in one line
 

@@ -3,9 +3,9 @@
 import jax
 
 from alignjax import sandbox
+from alignjax.configs import ppo_ptx
 from alignjax.setup.objects import make_setup
 from alignjax.stages import comparisons
-from experiments.configs import ppo_ptx
 
 
 def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):

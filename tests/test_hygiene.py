@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from alignjax.commands import prepare
 from alignjax.data import hygiene, sources
-from experiments import prepare
 
 
 def rows(*prompts, **more):
@@ -273,7 +273,7 @@ def test_an_empty_split_is_said(tmp_path, capsys):
   )
   assert {'train: 2 records, 1 users', 'valid: 2 records, 1 users'} & set(out.splitlines())
   for shares in ('train=0.5,train=0.5', '=1', 'a/b=1'):
-    with pytest.raises(SystemExit, match='each split has a name of its own'):
+    with pytest.raises(ValueError, match='each split has a name of its own'):
       prepare.main(
         [
           f'--source=jsonl:{tmp_path}/raw.jsonl',
@@ -289,7 +289,7 @@ def test_an_empty_split_is_said(tmp_path, capsys):
       )
     assert "is no number from 1 on, nor 'none'" in capsys.readouterr().err
   for shares in ('train=-1,valid=2', 'train=0', 'train=nan'):
-    with pytest.raises(SystemExit, match='a share is a number from 0 on'):
+    with pytest.raises(ValueError, match='a share is a number from 0 on'):
       prepare.main(
         [
           f'--source=jsonl:{tmp_path}/raw.jsonl',
@@ -367,8 +367,8 @@ def test_a_damaged_record_of_prepared_data_is_named(tmp_path, capsys):
 
 
 def test_prepare_says_what_is_wrong(tmp_path):
-  with pytest.raises(SystemExit, match='error: --shares=train has not the form'):
+  with pytest.raises(ValueError, match='--shares=train has not the form'):
     prepare.main(['--source=jsonl:x', '--kind=prompts', f'--out={tmp_path}', '--shares=train'])
-  with pytest.raises(SystemExit, match='no such file'):
+  with pytest.raises(FileNotFoundError, match='no such file'):
     prepare.main(['--source=jsonl:/nowhere.jsonl', '--kind=prompts', f'--out={tmp_path}/o'])
   assert not (tmp_path / 'o').exists()

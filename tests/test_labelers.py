@@ -9,11 +9,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from alignjax.commands import heldout_labelers
+from alignjax.configs import ukp_rm
 from alignjax.data import sources
 from alignjax.evals import stats
 from alignjax.evals.reward import labelers
-from experiments import heldout_labelers
-from experiments.configs import ukp_rm
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 SHARED = pathlib.Path(

@@ -49,6 +49,8 @@ ROOMS = (
   ('report_page',),
   ('report',),
   ('train',),
+  ('configs',),
+  ('commands',),
 )
 # rooms that may not import each other
 BESIDE = {'evals.safety', 'evals.public', 'evals.preference', 'evals.reward'}
@@ -96,6 +98,13 @@ def test_rooms_import_downwards_only():
     )
 
 
+def test_configs_are_data():
+  """They are read without jax, and may not depend on what they configure."""
+  for path in (ROOT / 'configs').glob('*.py'):
+    found = {name.removeprefix('alignjax.').split('.')[0] for name in imports(path)}
+    assert found <= {'configs', 'ml_collections'}, path
+
+
 def test_every_module_stands_in_a_room_and_every_room_has_modules():
   holding = {'alignjax', 'alignjax.evals'}
   assert {m for m in MODULES if room_of(m) is None} == holding
@@ -137,7 +146,7 @@ def test_layers(path):
     or name in ('runtime/checksums.py', 'setup/weights.py')
   )
   assert has(found, 'ml_collections') <= (
-    name.startswith(('stages/', 'setup/'))
+    name.startswith(('stages/', 'setup/', 'configs/', 'commands/'))
     or name in ('train.py', 'report.py', 'inference/loading.py')
   )
   assert not (name.startswith('sandbox/') and has(found, 'jax'))
@@ -156,9 +165,8 @@ def test_every_import_is_a_declared_dependency():
   }
   owners = importlib.metadata.packages_distributions()
   optional = {'datasets', 'detoxify', 'wandb', 'trackio', 'mlflow', 'torch'}
-  files = [*FILES, *(ROOT.parent / 'experiments').rglob('*.py')]
-  for module in sorted({name.split('.')[0] for path in files for name in imports(path)}):
-    if module not in {*sys.stdlib_module_names, 'alignjax', 'experiments', 'lm_eval', *optional}:
+  for module in sorted({name.split('.')[0] for path in FILES for name in imports(path)}):
+    if module not in {*sys.stdlib_module_names, 'alignjax', 'lm_eval', *optional}:
       assert {normal(d) for d in owners[module]} & declared, (
         f'{module} is imported, but not in setup.cfg'
       )

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from alignjax.commands import preference as command
 from alignjax.evals.preference import judgments, statistics
-from experiments import preference as command
 
 
 def write(path, rows):

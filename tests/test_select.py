@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from alignjax import plugins, train
+from alignjax.configs import selected
 from alignjax.evals.reward import selection
 from alignjax.inference import loading
 from alignjax.runtime import checkpoint
 from alignjax.setup.objects import make_setup
 from alignjax.stages import loop
 from alignjax.stages import selection as stage
-from experiments.configs import selected
 
 
 def test_the_choice_by_hand():

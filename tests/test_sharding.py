@@ -9,13 +9,13 @@ import pytest
 
 from alignjax import losses, ops, optim, rewards, rollout, sampling, sharding
 from alignjax.compiler import cost, hlo
+from alignjax.configs import ppo_ptx
 from alignjax.inference import loading
 from alignjax.models import axes, transformer
 from alignjax.setup.objects import make_setup
 from alignjax.stages.ppo_ptx import iteration
 from alignjax.stages.stage import compile_step
 from alignjax.types import TrainState
-from experiments.configs import ppo_ptx
 from tests.fakes import close, config, model, prompts, token_batch
 
 RULES = sharding.RULES

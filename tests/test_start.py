@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from alignjax import rewards, sandbox, train
+from alignjax.configs import smollm2_135m
 from alignjax.data import encode, templates, text
 from alignjax.evals.public import harness
 from alignjax.evals.safety import bias, prefixes
@@ -19,7 +20,6 @@ from alignjax.sampling import generate
 from alignjax.setup import objects
 from alignjax.setup.texts import load_tokenizer
 from alignjax.stages import ppo_ptx
-from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 EOS, TURN, BOS = 256, 258, 260  # <|endoftext|>, <|im_end|> and, where it is added, <s>

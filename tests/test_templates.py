@@ -13,13 +13,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignjax import train
+from alignjax.configs import smollm2_135m
 from alignjax.data import encode, hygiene, templates
 from alignjax.setup import template_date
 from alignjax.setup.objects import make_setup
 from alignjax.setup.records import encoded
 from alignjax.setup.texts import load_tokenizer
 from alignjax.stages import comparisons, ppo_ptx, rm, sft
-from experiments.configs import smollm2_135m
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from alignjax.commands import generate, preference
 from alignjax.data import fields, mappings, sources
 from alignjax.evals import items
 from alignjax.evals.preference import judgments
@@ -16,7 +17,6 @@ from alignjax.evals.public import loaders
 from alignjax.evals.reward import labelers
 from alignjax.inference import loading
 from alignjax.runtime import files, journal, metrics, textfiles
-from experiments import generate, preference
 
 ODD = 'a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\rj'  # what str.splitlines takes for ends of lines
 

@@ -195,7 +195,7 @@ def test_rates(monkeypatch):
 SWITCH = """
 import jax, sys
 from alignjax import train
-from experiments.configs import ppo_ptx
+from alignjax.configs import ppo_ptx
 c = ppo_ptx.get_config('tiny')
 c.data.update(prompt_length=24, response_length=2, row_length=16)
 c.stages.sft.update(init=dict(policy='random'), demonstrations=4, epochs=1)

@@ -12,8 +12,8 @@ import types
 import pytest
 
 from alignjax import train
+from alignjax.commands import command
 from alignjax.runtime import metrics, trackers
-from experiments import command
 from tests.test_failures import one_step, run
 
 

@@ -13,10 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignjax import train
+from alignjax.commands import generate
+from alignjax.configs import ppo_ptx
 from alignjax.runtime import checkpoint, saved_config
 from alignjax.setup.objects import make_setup
-from experiments import generate
-from experiments.configs import ppo_ptx
 
 READ: set[str] = set()
 
@@ -127,7 +127,7 @@ def test_the_report_has_every_figure(finished):
 
 @pytest.mark.slow
 def test_a_table_of_several_runs(finished, tmp_path, capsys):
-  from experiments import summarize
+  from alignjax.commands import summarize
 
   def other(name, **changes):
     report = json.loads((finished / 'report.json').read_text())

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from alignjax import train
+from alignjax.configs import truth_judge
 from alignjax.data import mappings, sources
 from alignjax.evals import table
 from alignjax.evals.safety import truthfulness
 from alignjax.inference import completions, loading
-from experiments.configs import truth_judge
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 DATA = pathlib.Path(
@@ -107,7 +107,7 @@ def test_a_judge_that_is_missing_is_said_before_anything_is_sampled(case):
   for options, words in (
     (
       dict(info='nowhere/sft'),
-      r'truthfulqa.info=nowhere/sft: no trained judge.*configs/truth_judge.py:info',
+      r'truthfulqa.info=nowhere/sft: no trained judge.*--config=truth_judge:info',
     ),
     (dict(truth=''), 'needs a judge of truth'),
     (dict(truth=f'{__name__}:none'), 'has no function'),

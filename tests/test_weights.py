@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from alignjax import losses, plugins, steps, train
+from alignjax.configs import base, dpo, pythia_1b_hh, ukp_rm
+from alignjax.configs.selected import selection as selected
 from alignjax.data import encode, hygiene
 from alignjax.runtime import checkpoint, metrics
 from alignjax.setup.objects import make_setup
@@ -17,8 +19,6 @@ from alignjax.setup.records import open_documents, records
 from alignjax.setup.weights import initial_params
 from alignjax.stages import comparisons, rm, selection, sft
 from alignjax.stages.comparisons import Comparisons
-from experiments.configs import base, dpo, pythia_1b_hh, ukp_rm
-from experiments.configs.selected import selection as selected
 from tests.fakes import assert_additive, close, model, ppo_batch
 
 CHAT = pathlib.Path(__file__).resolve().parent / 'golden' / 'chat'
@@ -404,7 +404,7 @@ def test_a_share_that_cannot_be(one_source, share, tmp_path):
 
 @pytest.mark.parametrize('stage', ['sft', 'rm', 'dpo'])
 def test_a_step_compiles_from_shapes(stage, tmp_path):
-  """experiments/compile.py asks for this: the step on its own abstract batch, as the stage's real
+  """experiments/estimate.py asks for this: the step on its own abstract batch, as the stage's real
   one."""
   c = dpo.get_config('tiny')
   if stage == 'rm':

@@ -1,6 +1,6 @@
 """What a compiled step costs, by phase: operations, memory traffic, bytes between devices, and the
 time that a chip's peak numbers allow. Pure functions of compiler/hlo.py's records;
-experiments/compile.py prints them.
+`alignjax estimate` prints them.
 
 A phase is a named scope of the source: prepare, prefill, decode (sampling.py), score, reward
 (rollout.py), update (steps.py); what stands in none of them is `other`.

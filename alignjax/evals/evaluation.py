@@ -1,5 +1,5 @@
-"""Tasks over models: measures what is not there yet and writes the table. experiments/evaluate.py
-and the end of a run call it."""
+"""Tasks over models: measures what is not there yet and writes the table.
+alignjax/commands/evaluate.py and the end of a run call it."""
 
 from __future__ import annotations
 

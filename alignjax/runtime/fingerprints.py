@@ -176,7 +176,11 @@ def _origin(name: str) -> str | None:
 
 
 def _installed(path: str) -> bool:
-  """Whether a file belongs to an installed package other than alignjax."""
+  """Whether a file belongs to an installed package other than alignjax: of this environment, of the
+  user, or of the system below this environment."""
   own = str(pathlib.Path(__file__).parent.parent)
   places = {sysconfig.get_path(p) for p in ('purelib', 'platlib', 'stdlib', 'platstdlib')}
-  return not path.startswith(own) and any(path.startswith(os.path.join(p, '')) for p in places)
+  return not path.startswith(own) and (
+    any(path.startswith(os.path.join(p, '')) for p in places)
+    or not {'site-packages', 'dist-packages'}.isdisjoint(pathlib.PurePath(path).parts)
+  )

@@ -1,5 +1,5 @@
 """Shapes in place of weights and data: what a stage's step is compiled for where there is neither
-(experiments/compile.py), what a function of the config returns (checked before any stage runs), and
+(`alignjax estimate`), what a function of the config returns (checked before any stage runs), and
 what the step's mathematics needs: floating-point operations, and bytes between devices."""
 
 from __future__ import annotations

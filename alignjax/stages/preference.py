@@ -6,7 +6,7 @@ config's: DPO (losses.dpo), or a function of a fork, such as IPO, SimPO or KTO, 
       build='alignjax.stages.preference:build',
       init=dict(policy='stage:sft', ref='stage:sft'),
       loss=dict(fn='alignjax.losses:dpo', beta=0.1),
-      ...  # experiments/configs/dpo.py has the whole
+      ...  # alignjax/configs/dpo.py has the whole
     )
 
 The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names

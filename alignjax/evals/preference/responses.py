@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax.data import sources, templates
-from alignjax.inference import bulk
+from alignjax.inference import bulk, loading
 from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics
 
@@ -32,6 +32,22 @@ class Response(NamedTuple):
 def prompt_id(prompt: Any) -> str:
   """A name of a prompt (text or messages) by its contents, the same in every file and run."""
   return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def trained(policies: dict[str, str]) -> tuple[int | None, int]:
+  """The seed of the sandbox's world that the policies were trained in, or None; and the longest
+  responses of their training."""
+  found, lengths = set(), []
+  for spec in policies.values():
+    if (config := loading.trained_with(spec)) is not None:
+      lengths.append(config['data']['response_length'])
+      if config['data']['tokenizer'] == 'sandbox:':
+        found.add(config['world']['seed'])
+  if len(found) > 1:
+    raise ValueError(
+      f'--policies come from sandboxes with different seeds, {sorted(found)}; their prompts differ.'
+    )
+  return found.pop() if found else None, max(lengths, default=128)
 
 
 def prompts(

@@ -2,8 +2,8 @@
 it learnt from (paper 4.1, E.2)?
 
 The pure parts: groups of labelers, splits, rankings from votes, accuracy, agreement.
-experiments/heldout_labelers.py trains the reward models. Records are those of data/sources.py:
-{"prompt", "responses", "ranks", "labeler_id"}.
+alignjax/commands/heldout_labelers.py trains the reward models. Records are those of
+data/sources.py: {"prompt", "responses", "ranks", "labeler_id"}.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ and true and informative.
 Greedy, cut at the first newline, under three prompts: the primer of six questions and answers ("QA
 prompt"), an instruction that asks for caution, and both. A judge gives P(true) of a question and an
 answer. The paper's judges are fine-tunes of GPT-3; ours are trained by
-experiments/configs/truth_judge.py on the same released judgments and read P(" yes") against P("
+alignjax/configs/truth_judge.py on the same released judgments and read P(" yes") against P("
 no"). judge_agreement says how far a judge can be trusted: on questions that it was not trained on.
 In use it has seen nine tenths of the questions, with other answers, as the paper's judges have.
 """
@@ -177,8 +177,8 @@ def check(judge: str, kind: str) -> None:
     and not (files.folder(judge) / 'final' / 'info.json').exists()
   ):
     raise FileNotFoundError(
-      f'truthfulqa.{kind}={judge}: no trained judge. Train one: python experiments/run.py '
-      f'--config=configs/truth_judge.py:{kind} '
+      f'truthfulqa.{kind}={judge}: no trained judge. Train one: alignjax run '
+      f'--config=truth_judge:{kind} '
       f'--config.data.demonstrations=jsonl:finetune_{kind}.jsonl; or name yours: '
       f'--options=truthfulqa.{kind}=FOLDER or '
       'module:function'

@@ -1,16 +1,16 @@
-"""The sandbox with model selection: the SFT checkpoint by the reward model (paper C.1), PPO-ptx by
-its score less KL.
+"""The sandbox with checkpoints selected by the reward model, as in the paper, C.1.
 
-  python experiments/run.py --config=configs/selected.py[:tiny]
+  alignjax run --config=selected[:tiny]
 
-SFT and PPO-ptx keep candidates; sft_selected and ppo_ptx_selected are stages that choose. The
-reward model starts from the last SFT checkpoint, since none can be chosen before there is a reward
-model; PPO-ptx starts from the chosen one.
+SFT and PPO-ptx keep candidates; sft_selected and ppo_ptx_selected are stages that choose, the first
+by the reward model's score, the second by that score less KL. The reward model starts from the last
+SFT checkpoint, since none can be chosen before there is a reward model; PPO-ptx starts from the
+chosen one.
 """
 
 from ml_collections import config_dict
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(size: str = 'default'):

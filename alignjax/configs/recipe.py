@@ -3,14 +3,14 @@
 A recipe (smollm2_135m.py, pythia_1b_hh.py, llama3_8b.py) names a checkpoint and sources and changes
 numbers. Everything is an entry of the config, so another checkpoint or file needs no edit:
 
-  python experiments/run.py --config=configs/smollm2_135m.py --config.checkpoint=hf:/models/mine \
+  alignjax run --config=smollm2_135m --config.checkpoint=hf:/models/mine \\
     --config.data.comparisons=jsonl:pairs.jsonl.gz --config.data.mapping.comparisons=hh_rlhf
 """
 
 import ml_collections
 from ml_collections import config_dict
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(
@@ -34,7 +34,7 @@ def get_config(
     data, mapping: sources and mappings of 'pretrain', 'demonstrations', 'comparisons', 'prompts'.
     lengths: (prompt, response, pretraining row) in tokens.
     batch: rows of SFT, and responses of an RM update (of prompts with the most responses).
-      episodes, iterations: of PPO.
+    episodes, iterations: of PPO.
     lr: {'sft', 'rm', 'policy', 'value'}.
     model: changes to the checkpoint's architecture: dtype, remat, logits_chunk, max_length.
   """
@@ -96,7 +96,7 @@ def get_config(
     base.adam(lr['policy'], warmup=min(10, iterations // 2) * p.minibatches, warmup_from=0.1)
   )
   p.optimizer.value.update(base.adam(lr['value']))
-  # at the end: --config.report.tasks="('truthfulqa_mc',)" (experiments/evaluate.py --tasks=help)
+  # at the end: --config.report.tasks="('truthfulqa_mc',)" (`alignjax evaluate --tasks=help`)
   c.report = dict(
     build='alignjax.report:tasks',
     policies=dict(pretrained=spec(), sft='sft', ppo_ptx='ppo_ptx'),

@@ -1,17 +1,15 @@
-"""Llama-3-8B on UltraFeedback's rankings of four: one host with eight GPUs of 80 GB, or a TPU slice
-with as much memory (eight chips of v5p).
+"""Llama-3-8B on UltraFeedback's rankings, for eight GPUs of 80 GB or a TPU slice.
 
-  python experiments/run.py --config=configs/llama3_8b.py          the whole data
-  python experiments/run.py --config=configs/llama3_8b.py:tiny     a few rows: does everything fit?
+  alignjax run --config=llama3_8b           after `huggingface-cli login` (the weights are gated)
+  alignjax run --config=llama3_8b:tiny      a few rows: does everything fit?
 
-The weights are gated: run `huggingface-cli login` first.
-
-Parameters, moments and the four models are sharded over all devices (fsdp): 320 GB in all, and 16
-GB a device for the weights that sampling gathers. Nothing is measured yet. By arithmetic (as in
+The GPUs are those of one host; a slice needs as much memory (eight chips of v5p). Parameters,
+moments and the four models are sharded over all devices (fsdp): 320 GB in all, and 16 GB per device
+for the weights that sampling gathers. Nothing is measured yet. By arithmetic (as in
 pythia_1b_hh.py, eight H100): SFT 3 minutes, RM 1 hour, PPO-ptx 3 hours, and half an hour to sample.
 """
 
-from experiments.configs import recipe
+from alignjax.configs import recipe
 
 
 def get_config(size: str = 'default'):

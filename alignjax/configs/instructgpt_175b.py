@@ -1,7 +1,6 @@
 """InstructGPT 175B by the paper's numbers (instructgpt.py has them by section).
 
-  python experiments/run.py --config=configs/instructgpt_175b.py
-  --workdir=gs://BUCKET/instructgpt_175b --distributed
+  alignjax run --config=instructgpt_175b --workdir=gs://BUCKET/instructgpt_175b --distributed
 
 [ours] policy rate: the larger of the two that the paper tried, 2.55e-6 and 3.74e-6 (C.4); which one
 was released is not reported. [ours] the mesh. Not run at this size by us.
@@ -9,7 +8,7 @@ was released is not reported. [ours] the mesh. Not run at this size by us.
 
 from ml_collections import config_dict
 
-from experiments.configs import instructgpt
+from alignjax.configs import instructgpt
 
 
 def get_config():

@@ -1,18 +1,15 @@
-"""The main job: the whole method on the embedded sandbox, ending with the paper's findings in
-miniature.
+"""The main job: the whole method on the sandbox, and the findings of the paper.
 
-  python experiments/run.py --config=configs/ppo_ptx.py          two CPU cores, under ten minutes
-  python experiments/run.py --config=configs/ppo_ptx.py:tiny     the same for a test, in two minutes
-  python experiments/run.py --config=configs/ppo_ptx.py:bigger   the same with one larger model
-
-The numbers of `:tiny` mean nothing. `:bigger` also pretrains a model 2.5 times the size of the
-aligned one and puts it into the report, which takes some minutes more.
+  alignjax run --config=ppo_ptx             on two CPU cores, in under ten minutes
+  alignjax run --config=ppo_ptx:tiny        in under two minutes; the numbers mean nothing
+  alignjax run --config=ppo_ptx:bigger      takes some minutes more
 
 Runs pretrain, sft, rm, ppo (ptx_coef 0) and ppo_ptx, then writes WORKDIR/report.md, report.json and
-plots. Numbers to expect: README, "Results".
+plots. The argument `bigger` also pretrains a model 2.5 times the size of the aligned one and puts
+it into the report. Numbers to expect: README, "Results".
 """
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(size: str = 'default'):

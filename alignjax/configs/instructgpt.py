@@ -9,7 +9,7 @@ hardware have not been measured.
 import ml_collections
 from ml_collections import config_dict
 
-from experiments.configs.base import adam, no_mapping
+from alignjax.configs.base import adam, no_mapping
 
 # Brown et al. 2020, Table 2.1; 1.3B with 16 heads of 128 as in Stiennon et al. 2020, Table 3 (Brown
 # prints 24 x 128, which is not 2048). "6B" read as Brown's 6.7B: the usual reading, not stated by
@@ -105,7 +105,7 @@ def get_config(
   memory: what changes memory and no result, for the slice that the mesh is meant for: generate_rows
     (responses sampled at a time), microbatches of a PPO minibatch, of the reward model's batch
     (rm_microbatches) and of a supervised one (sft_microbatches), and chunks (logits_chunk,
-    attention_chunk). experiments/compile.py says whether it fits.
+    attention_chunk). `alignjax estimate` says whether it fits.
   """
 
   def supervised(lr, epochs, **kw):

@@ -1,9 +1,9 @@
 """The sandbox up to its stage 'rm'.
 
-python experiments/run.py --config=configs/rm.py[:tiny]
+alignjax run --config=rm[:tiny]
 """
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(size: str = 'default'):

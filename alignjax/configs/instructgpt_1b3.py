@@ -1,7 +1,6 @@
 """InstructGPT 1.3B by the paper's numbers (instructgpt.py has them by section).
 
-  python experiments/run.py --config=configs/instructgpt_1b3.py
-  --workdir=gs://BUCKET/instructgpt_1b3 --distributed
+  alignjax run --config=instructgpt_1b3 --workdir=gs://BUCKET/instructgpt_1b3 --distributed
 
 [ours] policy rate: the released one is not reported; the scan was 2.55e-6 to 2.55e-5, and above
 8.05e-6 PPO without ptx diverged (C.4, E.9). [ours] the mesh. Not run at this size by us.
@@ -9,7 +8,7 @@
 
 from ml_collections import config_dict
 
-from experiments.configs import instructgpt
+from alignjax.configs import instructgpt
 
 
 def get_config():

@@ -1,19 +1,17 @@
-"""DPO in place of reward model and PPO: the offline stage (alignjax/stages/preference.py) on
-comparisons.
+"""DPO on comparisons, in place of the reward model and PPO.
 
-  python experiments/run.py --config=configs/dpo.py[:tiny]               the sandbox's comparisons
-  python experiments/run.py --config=configs/dpo.py:smollm2[-cpu|-tiny]  SmolLM2 on the rankings of
-                                                                         UltraFeedback
-  python experiments/run.py --config=configs/dpo.py \\
-    --config.stages.dpo.loss="dict(fn='mylab.losses:ipo', beta=0.1)"
+  alignjax run --config=dpo[:tiny]                   on the sandbox's comparisons
+  alignjax run --config=dpo:smollm2[-cpu|-tiny]      SmolLM2 on UltraFeedback's rankings
+  alignjax run --config=dpo --config.stages.dpo.loss="dict(fn='mylab.losses:ipo', beta=0.1)"
 
-Another loss is another dict in its place: it needs a function of your own and no other line.
-Nothing is measured yet; the learning rate and beta are the usual ones and not tuned.
+The stage is that of alignjax/stages/preference.py. The argument `smollm2` takes checkpoint and data
+from smollm2_135m.py. Another loss is another dict in its place: it needs a function of your own and
+no other line. Nothing is measured yet; the learning rate and beta are the usual ones and not tuned.
 """
 
 from ml_collections import config_dict
 
-from experiments.configs import base, smollm2_135m
+from alignjax.configs import base, smollm2_135m
 
 SHARED = (
   'prompts',

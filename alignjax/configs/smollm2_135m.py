@@ -1,17 +1,17 @@
-"""SmolLM2-135M on human preferences: SFT on dolly, RM on UltraFeedback's rankings of four, PPO-ptx
-with WikiText.
+"""SmolLM2-135M on human preferences, for one GPU of 24 GB or two CPU cores.
 
-  python experiments/run.py --config=configs/smollm2_135m.py          one GPU of 24 GB or more
-  python experiments/run.py --config=configs/smollm2_135m.py:cpu      two CPU cores, a few steps
-  python experiments/run.py --config=configs/smollm2_135m.py:tiny     a few rows: does it all fit?
+  alignjax run --config=smollm2_135m           one GPU of 24 GB or more
+  alignjax run --config=smollm2_135m:cpu       two CPU cores: short lengths, few steps
+  alignjax run --config=smollm2_135m:tiny      a few rows: does everything fit?
 
-Data and checkpoint come from the hub (`pip install datasets`); local ones: see recipe.py. On an
-NVIDIA H200 an RM step takes .2 s and a PPO-ptx iteration 13.3 s, so its 300 take 67 minutes (12
-were run; 17.8 GiB). By arithmetic an A100 is slower by the ratio of their memories' rates, 2.4.
-README, "Your own model and data", has the figures, also those of `:cpu`.
+SFT on dolly, RM on UltraFeedback's rankings of four, PPO-ptx with WikiText. Data and checkpoint
+come from the hub (`pip install datasets`); local ones: see recipe.py. On an NVIDIA H200 an RM step
+takes 0.2 s and a PPO-ptx iteration 13.3 s, so its 300 iterations take 67 minutes (12 were run; 17.8
+GiB). By arithmetic an A100 is slower by the ratio of their memories' rates, 2.4. README, "Your own
+model and data", has the figures, also those of `:cpu`.
 """
 
-from experiments.configs import recipe
+from alignjax.configs import recipe
 
 
 def get_config(size: str = 'default'):

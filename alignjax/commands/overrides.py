@@ -1,14 +1,13 @@
-"""Flags that change a config: --config.ENTRY=VALUE for every entry, to every value that it may
-have.
+"""Changes a config by flags: --config.ENTRY=VALUE for every entry, to every value it may have.
 
-  --config.stages.ppo.kl.target=6.0              also where the entry is None
-  --config.stages.sft.demonstrations=None        None for any entry
-  --config.stages_to_run="('ppo', 'ppo_ptx')"    a tuple
-  --config.stages_to_run=ppo                     a tuple of one item
+  --config.stages.ppo.kl.target=6.0                  also where the entry is None
+  --config.stages.sft.demonstrations=None            None for any entry
+  --config.stages_to_run="('ppo', 'ppo_ptx')"        a tuple
+  --config.stages_to_run=ppo                         a tuple of one item
   --config.stages.ppo.loss="dict(fn='mylab.losses:mine', beta=0.1)"
-                                                 a whole dict, in place of the one that is there
-  --config.stages.ppo.loss.beta=0.2              an argument of a function that the dict names,
-                                                 whether it is listed there or not
+                                                     a dict replaces the whole dict that is there
+  --config.stages.ppo.loss.beta=0.2                  an argument of a function that the dict names,
+                                                     whether the dict lists it or not
 
 A value is a Python literal, or dict(...); text needs no quotes. Its kind must be that of the entry
 it replaces: a number for a number (whole where the entry is whole, except for those that may be

@@ -1,9 +1,9 @@
 """The sandbox up to its stage 'pretrain'.
 
-python experiments/run.py --config=configs/pretrain.py[:tiny]
+alignjax run --config=pretrain[:tiny]
 """
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(size: str = 'default'):

@@ -1,9 +1,9 @@
 """The sandbox up to its stage 'sft'.
 
-python experiments/run.py --config=configs/sft.py[:tiny]
+alignjax run --config=sft[:tiny]
 """
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(size: str = 'default'):

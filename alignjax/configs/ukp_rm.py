@@ -1,16 +1,16 @@
-"""A small reward model on which of two arguments convinces more, for held-out labelers: the crowd
-votes of UKPConvArg (CC-BY 4.0).
+"""A small reward model of which argument convinces more, for heldout_labelers.
 
-  python experiments/heldout_labelers.py --config=configs/ukp_rm.py --rankings=9 --rounds=4 \\
-    --folds=5 --seeds=3 --comparisons=jsonl:DATA/ukp_convarg/judgments.jsonl.gz \\
+  alignjax heldout_labelers --config=ukp_rm --rankings=9 --rounds=4 --folds=5 --seeds=3 \\
+    --comparisons=jsonl:DATA/ukp_convarg/judgments.jsonl.gz \\
     --config.data.demonstrations=jsonl:DATA/ukp_convarg/arguments.jsonl.gz
 
-One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick
-up is length and some words. On a GPU, `ukp_rm.py:smollm2` starts from SmolLM2-135M-Instruct.
-The rule "the longer argument wins" stands beside it in the report. Numbers to expect: README.
+The data are UKPConvArg's crowd votes (CC-BY 4.0). One layer of width 64 from random weights, so
+that a laptop trains fifteen of them: what it can pick up is length and some words. The argument
+`smollm2` starts from SmolLM2-135M-Instruct instead, on a GPU. The rule "the longer argument wins"
+stands beside it in the report. Numbers to expect: README.
 """
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(size: str = 'small'):

@@ -1,25 +1,24 @@
-"""A judge of TruthfulQA's answers: SFT of any checkpoint on the released judgments (Lin et al.
-2022; the paper's appendix D).
+"""A judge of TruthfulQA's answers: SFT of a checkpoint on the released judgments.
 
-  python experiments/run.py --config=configs/truth_judge.py
-  --config.data.demonstrations=jsonl:finetune_truth.jsonl python experiments/run.py
-  --config=configs/truth_judge.py:info --config.data.demonstrations=jsonl:finetune_info.jsonl
+  alignjax run --config=truth_judge --config.data.demonstrations=jsonl:finetune_truth.jsonl
+  alignjax run --config=truth_judge:info --config.data.demonstrations=jsonl:finetune_info.jsonl
 
-The two files are in the data folder of github.com/sylinrl/TruthfulQA. `:info` is the judge of
-informativeness; `:truth-cpu`, `:info-cpu` are 800 judgments for two CPU cores, `:truth-tiny`,
-`:info-tiny` a few rows. A judge reads "Q: ...\\nA: ...\\nTrue:" (or "Helpful:") and says " yes" or
-" no". A tenth of the questions is held out by the mapping; the agreement there:
+Source: Lin et al. 2022, and the paper's appendix D. The two files are in the data folder of
+github.com/sylinrl/TruthfulQA. `:info` is the judge of informativeness; `:truth-cpu` and `:info-cpu`
+are 800 judgments for two CPU cores, `:truth-tiny` and `:info-tiny` a few rows. A judge reads "Q:
+...\\nA: ...\\nTrue:" (or "Helpful:") and says " yes" or " no". The mapping holds out a tenth of the
+questions; the agreement on them:
 
-  python experiments/evaluate.py --models=judge=runs/truth_judge-s0/sft --tasks=judge_agreement \\
+  alignjax evaluate --models=judge=runs/truth_judge-s0/sft --tasks=judge_agreement \\
     --data=judge_agreement=finetune_truth.jsonl
 
-The originals are fine-tunes of GPT-3 6.7B for 5 epochs; of the full size here nothing is measured,
-`:cpu` as the README says.
+The originals are fine-tunes of GPT-3 6.7B for 5 epochs. Nothing is measured of the full size here;
+the README has the figures of `:cpu`.
 """
 
 from ml_collections import config_dict
 
-from experiments.configs import base
+from alignjax.configs import base
 
 
 def get_config(arg: str = 'truth'):

@@ -1,24 +1,18 @@
-"""What all commands share: output that cannot stop them, errors in one line, and configs with their
-flags.
-
-if __name__ == '__main__':
-  command.start(main, sys.argv[1:])
-"""
+"""What all subcommands share: output that cannot stop them, errors in one line, lists of names."""
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import locale
 import os
 import pathlib
-import re
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-HERE = pathlib.Path(__file__).resolve().parent
 # what a write says when the reader or the terminal is no longer there
 GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN)
 
@@ -26,7 +20,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN)
 def start(
   main: Callable[[list[str]], Any], argv: list[str], ends_with_reader: bool = False
 ) -> None:
-  """Runs main(argv) as a command.
+  """Runs main(argv) as a program.
 
   Output goes on where it cannot be shown: a character that the output's encoding lacks is written
   as an escape, and what a reader who has gone (`| head -1`) does not take is dropped, as is what a
@@ -126,77 +120,25 @@ class _Pipe(io.FileIO):
       return len(data)
 
 
-class Found(NamedTuple):
-  """config: locked, with the flags' changes. name: 'FILE-ARG' without folder and suffix. rest:
-  --config=PATH[:ARG] and the arguments that are no entries of the config."""
-
-  config: Any
-  name: str
-  rest: list[str]
+def headline(path: pathlib.Path) -> str:
+  """The first line of a Python file's docstring. The file is not imported."""
+  return (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '').partition('\n')[0]
 
 
-def read_config(argv: list[str]) -> Found:
-  """The config that --config=FILE[:ARG] names, changed by every --config.ENTRY=VALUE
-  (experiments/overrides.py).
-
-  FILE is looked up in the working directory, then beside the commands. ARG goes to its
-  get_config(ARG). Bad ones are a SystemExit with one line. Where help is asked for, config is None.
-  """
-  from absl import flags
-
-  from experiments import overrides
-
-  argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-  value, changes, rest, words = None, [], [], list(argv)
-  while words:
-    word = words.pop(0)
-    name, equals, given = word.lstrip('-').partition('=')
-    if word == '--':
-      rest, words = [*rest, word, *words], []
-    elif word.startswith('-') and name == 'config':
-      value = given if equals or not words else words.pop(0)
-    elif word.startswith('-') and name.startswith(('config.', 'noconfig.')):
-      entry = name.partition('.')[2]
-      if not equals:  # the next word, or True where that is the next flag
-        given = words.pop(0) if words and not re.match(r'-+[^-\d.]', words[0]) else 'True'
-      changes.append((entry, 'False' if name.startswith('no') else given))
-    else:
-      rest.append(word)
-  if value is None:
-    if {word.lstrip('-').partition('=')[0] for word in rest} & {
-      'help',
-      'helpfull',
-      'helpshort',
-      'helpxml',
-      'h',
-      '?',
-    }:
-      return Found(None, '', rest)
-    raise SystemExit(
-      'error: --config=FILE.py[:ARG] is missing, such as --config=configs/ppo_ptx.py:tiny; --help '
-      'says more.'
-    )
-  path, colon, arg = find_config(value).partition(':')
-  try:
-    config = overrides.load(path, arg if colon else None)
-    overrides.apply(config, changes)
-  except ValueError as error:
-    raise SystemExit(f'error: {error}') from None
-  return Found(
-    config,
-    pathlib.Path(path).stem + (f'-{arg}' if arg else ''),
-    [f'--config={path}{colon}{arg}', *rest],
-  )
+def listing(lines: Mapping[str, str]) -> str:
+  """Names and what they are, in two columns."""
+  width = max(map(len, lines))
+  return '\n'.join(f'  {name.ljust(width)}  {text}' for name, text in lines.items())
 
 
-def find_config(value: str) -> str:
-  """FILE[:ARG] looked up in the working directory, then beside the commands."""
-  path, colon, arg = value.partition(':')
-  for place in (pathlib.Path(path).expanduser(), HERE / path):
-    if place.is_file():
-      return f'{place}{colon}{arg}'
-  known = sorted(p.relative_to(HERE).as_posix() for p in (HERE / 'configs').glob('*.py'))
-  raise SystemExit(
-    f'--config={value}: no such file, here or beside {HERE.name}/run.py. There are: '
-    f'{", ".join(known)}'
-  )
+def pairs(text: str, flag: str) -> dict[str, str]:
+  """'a=x,b=y' -> {'a': 'x', 'b': 'y'}."""
+  out = {}
+  for part in filter(None, (text or '').split(',')):
+    name, equals, value = part.partition('=')
+    if not equals or not name or not value:
+      raise ValueError(f'{flag}={text}: {part!r} has not the form NAME=VALUE.')
+    if name in out:
+      raise ValueError(f'{flag}={text}: {name!r} is there twice.')
+    out[name] = value
+  return out

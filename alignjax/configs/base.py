@@ -1,4 +1,4 @@
-"""The embedded default: the whole method on the sandbox, in minutes on two CPU cores.
+"""The default of the sandbox: the whole method in minutes on two CPU cores.
 
 Every other config of the sandbox is this one with other `stages_to_run`. get_config('tiny') changes
 sizes so that all of it ends within two minutes: for tests and for a first look, not for findings.

@@ -1,16 +1,16 @@
-"""Pythia-1B on hh-rlhf, in its dialogue form: SFT on the chosen answers, RM on the pairs, PPO-ptx
-with WikiText.
+"""Pythia-1B on hh-rlhf, in its dialogue form, for one GPU of 80 GB.
 
-  python experiments/run.py --config=configs/pythia_1b_hh.py          one GPU of 80 GB
-  python experiments/run.py --config=configs/pythia_1b_hh.py:tiny     a few rows: does it all fit?
+  alignjax run --config=pythia_1b_hh
+  alignjax run --config=pythia_1b_hh:tiny      a few rows: does everything fit?
 
-Data and checkpoint come from the hub (`pip install datasets`); local ones: see recipe.py. Nothing
-is measured yet. By arithmetic (6 FLOPs a parameter and token to train, 2 to score, a third more for
-remat, at 40% of an H100's peak): SFT 4 minutes, RM half an hour (161k pairs), PPO-ptx 1 hour, of it
-a few minutes sampling.
+SFT on the chosen answers, RM on the pairs, PPO-ptx with WikiText. Data and checkpoint come from the
+hub (`pip install datasets`); local ones: see recipe.py. Nothing is measured yet. By arithmetic (6
+FLOPs per parameter and token to train, 2 to score, a third more for remat, at 40% of an H100's
+peak): SFT 4 minutes, RM half an hour (161k pairs), PPO-ptx 1 hour, a few minutes of it for
+sampling.
 """
 
-from experiments.configs import recipe
+from alignjax.configs import recipe
 
 
 def get_config(size: str = 'default'):

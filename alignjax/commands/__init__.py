@@ -1,0 +1,1 @@
+"""The subcommands of `alignjax`, one module each, and what they share."""

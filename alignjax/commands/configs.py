@@ -1,0 +1,68 @@
+"""Lists the configs that are included.
+
+    alignjax configs
+
+Every name can be given as --config=NAME[:ARGUMENT]. The files lie in alignjax/configs (in a clone
+also reached as experiments/configs); their docstrings say which arguments they take. A config of
+your own is a Python file with a function get_config(), given as --config=PATH[:ARGUMENT].
+"""
+
+import argparse
+import ast
+import difflib
+import pathlib
+
+from alignjax.commands import command
+
+FOLDER = pathlib.Path(__file__).resolve().parent.parent / 'configs'
+SCRIPTS = FOLDER.parent.parent / 'experiments'  # only in a clone
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.parse_args(argv)
+  print(command.listing(included()))
+
+
+def included() -> dict[str, str]:
+  """Name -> first line of the docstring, of every included config that can be run.
+
+  A file whose get_config has arguments without defaults is not one of them: other configs call it.
+  """
+  return {
+    path.stem: command.headline(path)
+    for path in sorted(FOLDER.glob('*.py'))
+    if _can_be_called(path)
+  }
+
+
+def _can_be_called(path: pathlib.Path) -> bool:
+  """Whether the file defines a get_config that needs no arguments. The file is not imported."""
+  for node in ast.parse(path.read_text(encoding='utf-8')).body:
+    if isinstance(node, ast.FunctionDef) and node.name == 'get_config':
+      by_position = [*node.args.posonlyargs, *node.args.args]
+      return len(node.args.defaults) == len(by_position) and None not in node.args.kw_defaults
+  return False
+
+
+def find(name: str) -> pathlib.Path:
+  """The file that --config=NAME means.
+
+  NAME is looked up as a path from the current folder, then among the included configs, as NAME,
+  NAME.py or configs/NAME.py, then as a path from experiments/. ValueError names the nearest
+  included configs and all of them.
+  """
+  short = name.removeprefix('configs/')
+  places = (pathlib.Path(name).expanduser(), FOLDER / short, FOLDER / f'{short}.py', SCRIPTS / name)
+  for place in places:
+    if place.is_file():
+      return place
+  known = list(included())
+  near = difflib.get_close_matches(pathlib.Path(name).stem, known)
+  hint = f' Did you mean {" or ".join(near)}?' if near else ''
+  raise ValueError(
+    f'--config={name}: there is no such file, and no included config has this name.{hint} '
+    f'The included configs are {", ".join(known)}.'
+  )

@@ -1,0 +1,151 @@
+"""Evaluates models on tasks, and their differences, with intervals.
+
+    alignjax evaluate \\
+      --models=pretrained=hf:FOLDER,sft=runs/mine/sft,ppo_ptx=runs/mine/ppo_ptx \\
+      --tasks=winogender,crows_pairs,realtoxicityprompts,truthfulqa_mc \\
+      --data=winogender=FILE,crows_pairs=FILE
+    alignjax evaluate --models=... --tasks=my_task.yaml,my_tasks/,arc_easy
+    alignjax evaluate --tasks=help
+    alignjax evaluate --tasks=help:arc
+
+The second command evaluates tasks of lm-evaluation-harness: task files of your own, folders of
+them, and the harness's tasks by name. --tasks=help lists the tasks and says where their data come
+from; help:arc lists the harness's tasks whose names hold "arc".
+
+A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes
+OUT/table.md, table.json and, for several models, table.png. All models compute in one dtype
+(--dtype). Results are kept under everything that they depend on (weights, dtype, tokenizer,
+template, data, the source of the task and of functions of your own): a second call computes what is
+new and says what it reuses, and an interrupted call goes on.
+"""
+
+import argparse
+import contextlib
+import json
+
+from alignjax.commands import command
+
+
+def value_of(text: str):
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError:
+    return text
+
+
+def describe(part: str) -> str:
+  """Our tasks, or the harness's whose names hold `part`."""
+  from alignjax.evals import registry
+  from alignjax.evals.public import harness_tasks
+
+  known = harness_tasks.index()
+  if part:
+    found = [f'{name:40} {known[name].kind}' for name in sorted(known) if part in name]
+    return '\n'.join(found) or f'No task of the harness has {part!r} in its name.'
+  ours = registry.find_tasks(list(registry.TASKS))
+  lines = [
+    f'{name:22} {(task.__doc__ or "").strip().splitlines()[0]}' for name, task in ours.items()
+  ]
+  return '\n'.join(
+    [
+      *lines,
+      '',
+      f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names '
+      'that lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.',
+    ]
+  )
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
+  parser.add_argument(
+    '--tasks', required=True, help="TASK,TASK; `help` lists them, `help:PART` the harness's"
+  )
+  parser.add_argument(
+    '--data', default='', help='TASK=FILE_OR_FOLDER,... where the hub is not asked'
+  )
+  parser.add_argument(
+    '--options',
+    default='',
+    help='TASK.OPTION=VALUE,... such as realtoxicityprompts.scorer=mylab.scorers:mine',
+  )
+  parser.add_argument('--baseline', help='what differences are taken to; default: the first model')
+  parser.add_argument('--limit', type=int, help='items of each task at most, drawn by the seed')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:"
+  )
+  parser.add_argument(
+    '--dtype',
+    default='float32',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='that all models compute in',
+  )
+  parser.add_argument(
+    '--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own'
+  )
+  parser.add_argument(
+    '--distributed', action='store_true', help='as one of several processes, as `alignjax run`'
+  )
+  parser.add_argument('--out', default='runs/evaluation')
+  options = parser.parse_args(argv)
+  from alignjax.evals import evaluation, registry
+  from alignjax.runtime import distributed, failures, files
+  from alignjax.sharding import AXES
+
+  if options.tasks.partition(':')[0] == 'help':
+    print(describe(options.tasks.partition(':')[2]))
+    return
+  models, data = command.pairs(options.models, '--models'), command.pairs(options.data, '--data')
+  asked = [t for t in options.tasks.split(',') if t]
+  tasks = registry.find_tasks(asked)
+  if not models:
+    raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
+  own: dict[str, dict] = {}
+  for key, value in command.pairs(options.options, '--options').items():
+    task, dot, option = key.rpartition('.')
+    if not dot:
+      raise ValueError(f'--options: {key!r} has not the form TASK.OPTION.')
+    own.setdefault(task, {})[option] = value_of(value)
+  for flag, names in (('--data', data), ('--options', own)):
+    for name in names:
+      if name not in tasks:
+        raise ValueError(
+          f'{flag} names the task {name!r}, which is not among --tasks={",".join(tasks)}.'
+        )
+  baseline = options.baseline or next(iter(models))
+  if baseline not in models:
+    raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
+  if options.limit is not None and options.limit < 1:
+    raise ValueError('--limit must be 1 or more.')
+  try:
+    mesh = {axis: int(size) for axis, size in command.pairs(options.mesh, '--mesh').items()} or None
+    if mesh and not set(mesh) <= set(AXES):
+      raise ValueError
+  except ValueError:
+    raise ValueError(
+      f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
+    ) from None
+  with (
+    distributed.joined(distributed.facts(vars(options)), 300)
+    if options.distributed
+    else contextlib.nullcontext()
+  ):
+    out = files.folder(options.out)
+    failures.check_writable(out, '--out')
+    evaluation.evaluate(
+      models,
+      asked,
+      out,
+      data=data,
+      options=own,
+      baseline=baseline,
+      limit=options.limit,
+      seed=options.seed,
+      template=options.template,
+      mesh=mesh,
+      dtype=options.dtype,
+    )

@@ -1,0 +1,291 @@
+"""Measures reward models on the labelers of their training and on other labelers.
+
+    alignjax heldout_labelers --config=ukp_rm --folds=5 --seeds=3 --rankings=9 --rounds=4 \\
+      --comparisons=jsonl:data/ukp_convarg/judgments.jsonl.gz --out=runs/heldout_labelers
+    alignjax heldout_labelers --config=smollm2_135m \\
+      --config.stages.rm.init.reward=runs/mine/sft/final ...
+
+As in the paper, 4.1 and E.2. Labelers with --min_votes or more are dealt to --folds groups, and the
+prompts to as many blocks. For each fold, --seeds reward models are trained on the other groups'
+votes on the other blocks' prompts, by the config's own reward model stage; both pools of labelers
+are measured on the fold's prompts, which no model saw. Beside them stand how often two labelers
+agree, and what the rule "the longer response wins" reaches. Writes OUT/heldout_labelers.md and
+.json. Each model's scores are kept in OUT/fold<i>-seed<j>, so that the same command goes on where
+it was stopped. Start the stage from a folder or a checkpoint: a 'stage:' would be trained again for
+each model.
+"""
+
+import json
+import pathlib
+
+from alignjax.commands import config_flags
+
+
+def cross_validate(
+  config,
+  out: pathlib.Path,
+  *,
+  folds: int,
+  seeds: int,
+  min_votes: int,
+  split_seed: int = 0,
+  rankings: int | None = None,
+  rounds: int = 1,
+  dtype: str = 'float32',
+) -> dict:
+  """Trains what is not there yet and returns the contents of heldout_labelers.json.
+
+  config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its
+    mapping, is cross-validated.
+  """
+  from alignjax.data import sources
+  from alignjax.evals import stats
+  from alignjax.evals.reward import labelers
+  from alignjax.evals.stats import interval
+  from alignjax.runtime import fingerprints, journal
+
+  records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
+  groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
+  protocol = dict(
+    comparisons=fingerprints.of_value(records),
+    folds=folds,
+    min_votes=min_votes,
+    split_seed=split_seed,
+    rankings=rankings,
+    rounds=rounds if rankings else None,
+    dtype=dtype,
+    models=made_from(config, out),
+    code=fingerprints.of_function(labelers.split),
+  )
+  path = out / 'protocol.json'
+  before = journal.read_whole(path)
+  if before not in (None, protocol):
+    other = ', '.join(k for k in protocol if before.get(k) != protocol[k])
+    raise ValueError(
+      f'{out} holds the results of another protocol, {before}, not {protocol}: {other} changed. '
+      'Use another --out, or delete the folder.'
+    )
+  journal.write_whole(path, protocol)
+  known = {name for group in groups for name in group}
+  chosen = [r for r in records if labelers.labeler(r) in known]
+  print(
+    f'{len(known)} labelers with {min_votes} votes or more, {len(chosen)} of {len(records)} votes, '
+    f'{len({labelers.prompt_key(r) for r in chosen})} prompts',
+    flush=True,
+  )
+  pools = dict(seen=[], heldout=[])  # [fold] of votes
+  hits = dict(seen=[], heldout=[], seen_longer=[], heldout_longer=[])  # [fold][seed] of values
+  agree = dict(seen=[], heldout=[])  # [fold] of (values, prompts)
+  for fold in range(folds):
+    cut = labelers.split(chosen, groups, fold, split_seed)
+    cast = dict(seen=labelers.votes(cut.seen), heldout=labelers.votes(cut.heldout))
+    for pool, votes in cast.items():
+      if not votes or not cut.train:
+        raise ValueError(
+          f'fold {fold}: no votes to {"measure on" if cut.train else "train on"} are left; '
+          'lower --folds or --min_votes.'
+        )
+      pools[pool].append(votes)
+      hits[pool].append([])
+      hits[f'{pool}_longer'].append([labelers.hits(votes, labelers.longer)])
+    agree['seen'].append(labelers.agreement(cast['seen']))
+    agree['heldout'].append(labelers.agreement(cast['heldout'], cast['seen']))
+    for seed in range(seeds):
+      folder = out / f'fold{fold}-seed{seed}'
+      scored = journal.read_whole(folder / 'scores.json')
+      if scored is None:
+        train = (
+          labelers.rankings(cut.train, k=rankings, rounds=rounds, seed=split_seed + fold)
+          if rankings
+          else cut.train
+        )
+        scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
+        journal.write_whole(folder / 'scores.json', scored)
+      else:
+        print(f'fold {fold}, seed {seed}: scores are kept from before, in {folder}', flush=True)
+      scores = {(p, r): s for p, r, s in scored['scores']}
+      for pool, votes in cast.items():
+        hits[pool][fold].append(labelers.hits(votes, lambda p, r: scores[p, r]))  # noqa: B023  used at once
+      print(
+        f'fold {fold}, seed {seed}: seen {hits["seen"][fold][-1].mean():.3f}, held out '
+        f'{hits["heldout"][fold][-1].mean():.3f}',
+        flush=True,
+      )
+  prompts = {pool: [[v.prompt for v in votes] for votes in pools[pool]] for pool in pools}
+
+  def flat(lists):
+    return [x for one in lists for x in one]
+
+  mean = {pool: [sum(fold) / len(fold) for fold in hits[pool]] for pool in hits}
+  result = {f'accuracy_{pool}': labelers.over_models(hits[pool], prompts[pool]) for pool in pools}
+  result['gap'] = stats.gap(
+    flat(mean['seen']), flat(prompts['seen']), flat(mean['heldout']), flat(prompts['heldout'])
+  )
+  for pool in pools:
+    result[f'agreement_{pool}'] = interval(
+      flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]), (0, 1)
+    )
+    result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]), (0, 1))
+  return dict(
+    protocol=protocol, labelers=len(known), groups=groups, votes=len(chosen), figures=result
+  )
+
+
+def made_from(config, out: pathlib.Path) -> str:
+  """The fingerprint of what decides the reward models beside the votes: the config, the checkpoint,
+  a user's functions."""
+  from alignjax import train
+  from alignjax.runtime import fingerprints
+  from alignjax.setup import inputs
+
+  stages = train.resolve(config)
+  read = {}
+  for name in stages:
+    read |= inputs.of_config(config, name)
+    for spec in config.stages[name].init.values():
+      read |= {} if spec.startswith('stage:') else inputs.of_weights(spec)
+
+  def shared(identity):
+    data = {k: v for k, v in identity['data'].items() if k not in ('comparisons', 'mapping')}
+    return {**identity, 'data': data}
+
+  found = {entry: inputs.fingerprint(kind, name, out, {}) for entry, (kind, name) in read.items()}
+  return fingerprints.of_value([[shared(train.identity(config, name)) for name in stages], found])
+
+
+def trained(
+  config, folder: pathlib.Path, train: list, measured: list, seed: int, dtype: str
+) -> list:
+  """Trains a reward model by the config's stage on records and scores all responses of others:
+  [[prompt, response, score]]."""
+  from alignjax import train as trainer
+  from alignjax.data import encode
+  from alignjax.evals.reward import labelers
+  from alignjax.inference import bulk, loading
+  from alignjax.runtime import files
+
+  name = config.stages_to_run[-1]
+  folder.mkdir(parents=True, exist_ok=True)
+  files.write(folder / 'train.jsonl', ''.join(json.dumps(r) + '\n' for r in train))
+  own = config.copy_and_resolve_references()
+  own.seed = config.seed + seed
+  own.data.comparisons, own.data.mapping.comparisons = f'jsonl:{folder / "train.jsonl"}', None
+  own.data.heldout.share = 0.0  # the fold holds out, and what is held out is measured here
+  own.stages[name].evaluation_prompts = 0
+  trainer.main(own, folder)
+  model = loading.load(str(folder / name), 'scalar', dtype=dtype)
+  rows = sorted({(labelers.prompt_key(r), text) for r in measured for text in r['responses']})
+  pairs = [model.template.row(json.loads(p), text) for p, text in rows]
+  tokens = [(prompt, [response]) for prompt, response in pairs]
+  limited = encode.limit_lengths(
+    tokens, own.data.prompt_length, own.data.response_length, 'truncate', 'votes to measure on'
+  ).rows
+  score = bulk.make_scorer(
+    model.nets,
+    model.sharder,
+    length=own.data.prompt_length + own.data.response_length,
+    pad=model.template.pad,
+    rows=32,
+  )
+  scores = score(model.params, [p + r[0] for p, r in limited])
+  return [[p, text, float(s)] for (p, text), s in zip(rows, scores, strict=True)]
+
+
+def markdown(result: dict) -> str:
+  """heldout_labelers.md."""
+  from alignjax.evals.stats import show
+
+  f, p = result['figures'], result['protocol']
+  models = f['accuracy_seen']['models']
+
+  def cell(figure):
+    return show(figure, count=True) or 'no two judged the same pair'
+
+  def mean_and_deviation(figure):
+    mean = f'{figure["mean_over_models"]:.3f}'
+    if figure['sd_over_models'] is None:
+      return mean
+    return f'{mean} ± {figure["sd_over_models"]:.3f}'
+
+  return '\n'.join(
+    [
+      '# Held-out labelers',
+      '',
+      f'{result["labelers"]} labelers with {p["min_votes"]} votes or more in {p["folds"]} groups, '
+      f'{models} reward models. Share of votes ordered as the labeler did, on prompts that no '
+      'model saw; mean and 95% interval by prompt (votes). Paper: 72.4 ± 0.4% seen, 69.6 ± 0.9% '
+      'held out.',
+      '',
+      '| | labelers of the training groups | labelers of the held-out group |',
+      '|---|---|---|',
+      f'| reward model | {cell(f["accuracy_seen"])} | {cell(f["accuracy_heldout"])} |',
+      f'| mean over models ± their deviation | {mean_and_deviation(f["accuracy_seen"])} | '
+      f'{mean_and_deviation(f["accuracy_heldout"])} |',
+      f'| the longer response wins | {cell(f["longer_seen"])} | {cell(f["longer_heldout"])} |',
+      f'| agreement with one of the training groups | {cell(f["agreement_seen"])} | '
+      f'{cell(f["agreement_heldout"])} |',
+      '',
+      f'Seen less held out: {cell(f["gap"])}.',
+      '',
+    ]
+  )
+
+
+def main(argv: list[str]) -> None:
+  from absl import flags
+
+  config, _, argv = config_flags.read_config(argv)
+  flags.DEFINE_string(
+    'config', None, 'NAME[:ARG] of a config with a reward model stage, and --config.ENTRY=VALUE.'
+  )
+  comparisons = flags.DEFINE_string(
+    'comparisons', None, "jsonl:FILE, ... with labeler_id; default: the config's data.comparisons."
+  )
+  mapping = flags.DEFINE_string(
+    'mapping', None, "of their fields; default: the config's data.mapping.comparisons."
+  )
+  folds = flags.DEFINE_integer('folds', 5, 'groups of labelers, each held out once.')
+  seeds = flags.DEFINE_integer('seeds', 3, 'reward models a fold.')
+  min_votes = flags.DEFINE_integer('min_votes', 100, 'of a labeler that counts.')
+  split_seed = flags.DEFINE_integer('split_seed', 0, 'of the groups and blocks.')
+  rankings = flags.DEFINE_integer(
+    'rankings',
+    None,
+    'Makes rankings of so many responses from the training votes (labelers.py); '
+    'default: every vote is a comparison of its own.',
+  )
+  rounds = flags.DEFINE_integer('rounds', 8, 'of --rankings: how often each response is in one.')
+  dtype = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'that the models are measured in.'
+  )
+  out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'a folder.')
+
+  def run():
+    from absl import logging
+
+    from alignjax.runtime import failures, files
+
+    logging.set_verbosity(logging.WARNING)
+    c = config
+    if comparisons.value:
+      c.data.comparisons = comparisons.value
+    if mapping.value:
+      c.data.mapping.comparisons = mapping.value
+    folder = files.absolute(out.value)
+    failures.check_writable(folder, '--out')
+    result = cross_validate(
+      c,
+      folder,
+      folds=folds.value,
+      seeds=seeds.value,
+      min_votes=min_votes.value,
+      split_seed=split_seed.value,
+      rankings=rankings.value,
+      rounds=rounds.value,
+      dtype=dtype.value,
+    )
+    files.write(folder / 'heldout_labelers.json', json.dumps(result, indent=2))
+    files.write(folder / 'heldout_labelers.md', markdown(result))
+    print(markdown(result), flush=True)
+
+  config_flags.run_with_flags(run, __name__, argv)

@@ -1,0 +1,70 @@
+"""The console command `alignjax`: it calls the subcommand that its first argument names."""
+
+import difflib
+import importlib
+import pathlib
+import sys
+
+import alignjax
+from alignjax.commands import command
+
+SUBCOMMANDS = (
+  'run',
+  'configs',
+  'generate',
+  'export',
+  'prepare',
+  'evaluate',
+  'preference',
+  'best_of_n',
+  'heldout_labelers',
+  'summarize',
+  'estimate',
+)
+# The output of these is their only result, so they end quietly when its reader goes.
+END_WITH_READER = ('configs', 'generate', 'summarize')
+
+
+def main() -> None:
+  """The entry point: sys.argv is `alignjax`, the subcommand, and the subcommand's arguments."""
+  name, *argv = sys.argv[1:] or ['--help']
+  if name in SUBCOMMANDS:
+    sys.argv = [f'{sys.argv[0]} {name}', *argv]  # what the subcommand's own help calls it
+  start(name, argv)
+
+
+def start(name: str, argv: list[str]) -> None:
+  """Runs the subcommand `name` as a program: see command.start."""
+
+  def call(argv: list[str]) -> None:
+    if name in ('--help', '-h'):
+      print(help_text())
+    elif name == '--version':
+      print(alignjax.__version__)
+    elif name in SUBCOMMANDS:
+      importlib.import_module(f'alignjax.commands.{name}').main(argv)
+    else:
+      near = difflib.get_close_matches(name, SUBCOMMANDS, 1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      raise ValueError(
+        f'alignjax has no subcommand {name!r}.{hint} `alignjax --help` lists the subcommands.'
+      )
+
+  command.start(call, argv, ends_with_reader=name in END_WITH_READER)
+
+
+def help_text() -> str:
+  """What `alignjax --help` prints. The subcommands are not imported, so that it answers at once."""
+  folder = pathlib.Path(__file__).parent
+  lines = {name: command.headline(folder / f'{name}.py') for name in SUBCOMMANDS}
+  return '\n'.join(
+    [
+      'usage: alignjax SUBCOMMAND [ARGUMENTS]',
+      '',
+      alignjax.__doc__,
+      '',
+      command.listing(lines),
+      '',
+      '`alignjax SUBCOMMAND --help` says more about one of them.',
+    ]
+  )

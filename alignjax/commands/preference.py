@@ -1,0 +1,331 @@
+"""Asks judges which policy is better: win rates, strengths, agreement.
+
+    alignjax preference --policies=sft=runs/x/sft,ppo=runs/x/ppo,ppo_ptx=runs/x/ppo_ptx \\
+      --prompts=sandbox: --judge=sandbox --judge=rm:runs/x/rm --out=runs/x/preference
+    alignjax preference --policies=... --prompts=jsonl:FILE --mapping=fastchat_questions \\
+      --judge=openai:MODEL --judge_url=http://localhost:8000/v1
+    alignjax preference --policies=... --prompts=jsonl:FILE --export=sheet.jsonl
+    alignjax preference --policies=... --prompts=jsonl:FILE --judge=file:sheet.jsonl
+    alignjax preference --judge=file:testset.jsonl.gz --judge_mapping=pandalm --judge=rm:runs/x/rm
+
+--export writes a sheet for people to fill in, and --judge=file: reads it back. The last command
+reads the judgments of others and measures how far a reward model agrees with them.
+
+As in the paper's section 4.1. A policy is a finished stage's folder, WORKDIR/STAGE, or
+'hf:FOLDER_OR_HUB_NAME'. Prompts: alignjax/data/sources.py; judges:
+alignjax/evals/preference/judges.py; files of judgments: alignjax/evals/preference/judgments.py.
+Writes OUT/preference.md, preference.json and preference.png. Responses, scores and answers are kept
+in OUT under everything that they depend on: a second call computes what is new and says what it
+reuses, and an interrupted call goes on.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+from alignjax.commands import command
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--policies', default='', help='NAME=MODEL,NAME=MODEL; with --judge=file: may be left out'
+  )
+  parser.add_argument(
+    '--template',
+    help="of the policies: 'plain', 'dialogue', 'chat'; default as trained, plain of hf:",
+  )
+  parser.add_argument('--prompts', help="a source of prompts, or 'sandbox:'")
+  parser.add_argument('--mapping', help='of the prompts (alignjax/data/mappings.py)')
+  parser.add_argument('--limit', type=int, help='prompts at most, drawn by the seed')
+  parser.add_argument('--temperature', type=float, default=1.0, help='0 is greedy')
+  parser.add_argument(
+    '--max_tokens',
+    type=int,
+    help="of a response; default: as the policies' stages were trained, else 128",
+  )
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--rows', type=int, default=32, help='responses, or scores, a batch at most')
+  parser.add_argument(
+    '--dtype',
+    default='float32',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='that policies and reward models compute in',
+  )
+  parser.add_argument(
+    '--judge',
+    action='append',
+    default=[],
+    metavar='JUDGE',
+    help='rm:MODEL, sandbox, openai:MODEL, file:PATH or module:function; can be repeated',
+  )
+  parser.add_argument('--judge_template', help='of rm:, as --template')
+  parser.add_argument(
+    '--judge_url', help='of openai:, up to /chat/completions; default https://api.openai.com/v1'
+  )
+  parser.add_argument(
+    '--judge_key_env', help='the environment variable with the key; default OPENAI_API_KEY'
+  )
+  parser.add_argument('--judge_instructions', help='of openai:, a text file instead of ours')
+  parser.add_argument(
+    '--judge_body',
+    default='{"temperature": 0}',
+    help='of openai:, more fields of the request, as JSON',
+  )
+  parser.add_argument(
+    '--judge_workers', type=int, default=8, help='of openai:, questions at a time'
+  )
+  parser.add_argument(
+    '--judge_mapping', help="of file:, 'pandalm', module:function or ours=theirs,..."
+  )
+  parser.add_argument(
+    '--judge_key', help='of file:, the key of a blinded sheet; default: beside it'
+  )
+  parser.add_argument(
+    '--export', help='a file for a blinded sheet of all pairs, for people to judge'
+  )
+  parser.add_argument('--baseline', help='what win rates are against; default: the first policy')
+  parser.add_argument('--out', default='runs/preference')
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  run(arguments(argv))
+
+
+def run(options: argparse.Namespace) -> None:
+  from alignjax.evals.preference import judgments, page, statistics
+  from alignjax.runtime import files, metrics
+
+  policies, kinds, out = check(options)
+  judged = judgments.Judged([], [], {}, {}, [])
+  people = [spec for kind, spec in kinds if kind == 'file']
+  records, pairs, responses, known, world = [], [], {}, {}, None
+  if policies:
+    from alignjax.evals.preference import responses as answers
+
+    world, _ = answers.trained(policies)
+    records = answers.prompts(options.prompts, options.mapping, options.limit, options.seed, world)
+    known = dict(policies=list(policies), prompts={r['prompt_id'] for r in records})
+  for path in people:  # wrong files are told of before anything is sampled
+    add(
+      judged,
+      judgments.read(
+        path, judge=f'file:{path}', mapping=options.judge_mapping, key=options.judge_key, **known
+      ),
+    )
+  if policies:
+    responses = sample(options, policies, records, out)
+    pairs = judgments.make_pairs(records, responses)
+    if not pairs:
+      raise ValueError('no prompt has a response of every policy; lower --max_tokens.')
+    left = len(records) - len({p.record['prompt_id'] for p in pairs})
+    if left:
+      judged.notes.append(
+        f'{left} of {len(records)} prompts have no response of some policy and are left out'
+      )
+    if options.export:
+      key = judgments.export(pairs, files.folder(options.export), options.seed)
+      print(f'{options.export}: {len(pairs)} pairs to judge; {key} says who they are', flush=True)
+  elif len(people) < len(kinds):
+    pairs = judgments.pairs_of(judged)
+  for kind, spec in kinds:
+    if kind != 'file':
+      add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
+  if not judged.verdicts:
+    return
+  names = list(policies) or list(
+    dict.fromkeys(n for v in judged.verdicts for n in sorted((v.a, v.b)))
+  )
+  baseline = options.baseline or names[0]
+  if baseline not in names:
+    raise ValueError(f'--baseline={baseline} is none of the policies {", ".join(names)}.')
+  texts = {
+    (r['prompt_id'], n): a.text
+    for n, said in responses.items()
+    for r, a in zip(records, said, strict=True)
+    if a.text is not None
+  }
+  for at, text in judged.texts.items():
+    if texts.setdefault(at, text).strip() != text.strip():
+      raise ValueError(
+        f'the judgments are of another response of {at[1]!r} to the prompt {at[0]!r} than the one '
+        'sampled with these --temperature, --max_tokens and --seed.'
+      )
+  result = statistics.summarize(
+    judged, names, baseline, {at: len(text.split()) for at, text in texts.items()}
+  )
+  result |= dict(
+    notes=judged.notes, options={k: v for k, v in vars(options).items() if v is not None}
+  )
+  if responses:
+    from alignjax.evals.stats import interval
+
+    result['ended'] = {
+      n: interval([a.ended for a in said if a.text is not None], bounds=(0, 1))
+      for n, said in responses.items()
+    }
+  out.mkdir(parents=True, exist_ok=True)
+  (out / 'preference.json').write_text(json.dumps(result, indent=1))
+  (out / 'preference.md').write_text(page.markdown(result, judged.notes))
+  page.plot(result, out / 'preference.png')
+  for note in judged.notes:
+    print(note, flush=True)
+
+  def short(f):
+    return '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+
+  rows = [
+    (
+      p,
+      *(
+        f'{short(j["win_rate"][p].get(baseline))} ({short(j["bradley_terry"][p])})'
+        for j in result['judges'].values()
+      ),
+    )
+    for p in names
+  ]
+  metrics.print_table(
+    f'{out}/preference.md: win rate against {baseline} (strength)',
+    ('policy', *result['judges']),
+    rows,
+  )
+
+
+def check(
+  options: argparse.Namespace,
+) -> tuple[dict[str, str], list[tuple[str, str]], pathlib.Path]:
+  """(policies, judges as (kind, rest), out): what is wrong with the flags is told before anything
+  runs."""
+  from alignjax.evals.preference import judges
+  from alignjax.evals.preference.responses import trained
+  from alignjax.runtime import failures, files
+
+  policies = command.pairs(options.policies, '--policies')
+  kinds = [judges.split(spec) for spec in dict.fromkeys(options.judge)]
+  if not kinds and not options.export:
+    raise ValueError(f'--judge names nobody: {judges.FORMS}; or --export=FILE for people to judge.')
+  alone = any(kind == 'file' for kind, _ in kinds) and not options.export
+  if len(policies) == 1 or not policies and not alone:
+    raise ValueError(
+      f'--policies={options.policies}: a preference is between two policies or more, '
+      f'NAME=MODEL,NAME=MODEL.'
+    )
+  if policies and not options.prompts:
+    raise ValueError('--prompts names no prompts for the policies to answer.')
+  if options.baseline and policies and options.baseline not in policies:
+    raise ValueError(
+      f'--baseline={options.baseline} is none of the policies {", ".join(policies)}.'
+    )
+  for name in ('limit', 'max_tokens', 'rows', 'judge_workers'):
+    if getattr(options, name) is not None and getattr(options, name) < 1:
+      raise ValueError(f'--{name} must be 1 or more.')
+  if options.temperature < 0:
+    raise ValueError('--temperature must not be negative.')
+  if any(kind == 'openai' for kind, _ in kinds):
+    endpoint('', options)
+  if any(kind == 'sandbox' for kind, _ in kinds) and trained(policies)[0] is None:
+    raise ValueError(
+      '--judge=sandbox needs policies that were trained in the sandbox; these were not.'
+    )
+  out = files.folder(options.out)
+  failures.check_writable(out, '--out')
+  return policies, kinds, out
+
+
+def sample(
+  options: argparse.Namespace, policies: dict[str, str], records: list[dict], out: pathlib.Path
+) -> dict[str, list]:
+  from alignjax.evals.preference import responses
+  from alignjax.inference import loading
+
+  made = {}
+  for name, spec in policies.items():
+    model = loading.load(spec, 'lm', options.template, dtype=options.dtype)
+    most = options.max_tokens or responses.trained(policies)[1]
+    made[name] = responses.respond(
+      model,
+      loading.fingerprint(model),
+      records,
+      out / 'responses',
+      name=name,
+      rows=options.rows,
+      temperature=options.temperature,
+      max_tokens=most,
+      seed=options.seed,
+    )
+    del model
+  return made
+
+
+def ask(
+  kind: str,
+  spec: str,
+  pairs: list,
+  options: argparse.Namespace,
+  world: int | None,
+  folder: pathlib.Path,
+):
+  """The verdicts of one judge on the pairs."""
+  from alignjax import plugins
+  from alignjax.evals.preference import judges, openai_judge
+  from alignjax.inference import loading
+
+  if kind == 'sandbox':
+    return judges.sandbox(pairs, world)
+  if kind == 'rm':
+    model = loading.load(spec, 'scalar', options.judge_template, dtype=options.dtype)
+    return judges.reward_model(
+      pairs, model, loading.fingerprint(model), folder, f'rm:{spec}', options.rows
+    )
+  if kind == 'openai':
+    text = instructions(options) or openai_judge.INSTRUCTIONS
+    return openai_judge.judge(
+      pairs, endpoint(spec, options), folder, f'openai:{spec}', text, options.judge_workers
+    )
+  return judges.own(pairs, plugins.find(spec, '--judge'), folder, spec)
+
+
+def endpoint(model: str, options: argparse.Namespace):
+  from alignjax.evals.preference import openai_judge
+
+  variable = options.judge_key_env or 'OPENAI_API_KEY'
+  key = os.environ.get(variable)
+  if not key and (options.judge_key_env or not options.judge_url):
+    raise ValueError(
+      f'--judge=openai: needs a key: the environment variable {variable} is not set. Other '
+      'variables: --judge_key_env=NAME; a server without keys: --judge_url=URL.'
+    )
+  url = options.judge_url or openai_judge.URL
+  if not url.startswith(('http://', 'https://')):
+    raise ValueError(f'--judge_url={url} must begin with http:// or https://.')
+  try:
+    body = json.loads(options.judge_body)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'--judge_body={options.judge_body} is not JSON ({error.msg}).') from None
+  if not isinstance(body, dict):
+    raise ValueError(f'--judge_body={options.judge_body} is no JSON object.')
+  instructions(options)
+  openai_judge.library()
+  return openai_judge.Endpoint(url, key, model, body)
+
+
+def instructions(options: argparse.Namespace) -> str | None:
+  from alignjax.runtime import textfiles
+
+  return (
+    textfiles.read(options.judge_instructions, '--judge_instructions=')
+    if options.judge_instructions
+    else None
+  )
+
+
+def add(judged, more) -> None:
+  judged.verdicts.extend(more.verdicts)
+  judged.ratings.extend(more.ratings)
+  judged.texts.update(more.texts)
+  judged.prompts.update(more.prompts)
+  judged.notes.extend(more.notes)
