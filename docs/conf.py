@@ -1,7 +1,7 @@
 """The documentation as a site: sphinx-build -W docs docs/_build.
 
-The first page is the README, and the navigation that docs/index.md adds to it. Links that lead out of docs/ work on a
-code host; in the site they become the name of the file.
+The first page is the README, and the navigation that docs/index.md adds to it. Links that lead out
+of docs/ work on a code host; in the site they become the name of the file.
 """
 
 import pathlib

@@ -35,7 +35,7 @@ def stream(
   the same seed.
 
   Args:
-    model: stages.loading.Model. prompt: text, or messages where the template is a chat.
+    model: loading.Model. prompt: text, or messages where the template is a chat.
     max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or
       fewer where the prompt leaves fewer of the context. A number that the context has no room for
       is a ValueError.

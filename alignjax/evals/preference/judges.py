@@ -60,7 +60,7 @@ def reward_model(
   Scores are kept in FOLDER by the text that was scored.
 
   Args:
-    model: stages.loading.Model with a scalar head. fingerprint: loading.fingerprint of it. rows: in
+    model: loading.Model with a scalar head. fingerprint: loading.fingerprint of it. rows: in
       a batch at most.
   """
   code = fingerprints.of_function(reward_model)
