@@ -270,7 +270,8 @@ def test_other_commands_name_files_extras_and_markers_that_exist(command):
     before = rest[: rest.index('--')] if '--' in rest else rest[:2] if first != 'sbatch' else []
     for word in before:
       if word.startswith('--'):
-        assert word.partition('=')[0] in source, f'{command.where}: {word}'
+        flag = word.partition('=')[0]
+        assert re.search(rf'{flag}(?![\w-])', source), f'{command.where}: {word}'
 
 
 def test_a_command_that_is_not_run_says_why():
@@ -533,7 +534,7 @@ def test_the_page_of_metrics_has_what_the_code_logs_and_nothing_else():
   documented = {n for cell in cells for n in re.findall(r'`([\w/]+)`', cell)}
   patterns = logged()
   matches = lambda pattern, text: re.fullmatch(re.escape(pattern).replace(r'\*', r'\w+'), text)
-  assert len(documented) > 50 and len(patterns) > 30
+  assert len(documented) > 40 and len(patterns) > 30
   assert not [p for p in patterns if not any(matches(p, d) for d in documented)]
   assert not [d for d in documented if not any(matches(p, d) for p in patterns)]
   for row in re.findall(r'^\| `.*\|$', page, re.M):
