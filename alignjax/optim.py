@@ -94,13 +94,13 @@ def make_schedule(
     int(warmup) if warmup >= 1 or warmup == 0 else min(max(1, round(warmup * steps)), steps - 1)
   )
   if warm >= steps and warm > 0:
-    raise ValueError(f'optimizer.warmup={warmup} is {warm} updates, but the run has only {steps}.')
+    raise ValueError(f'warmup={warmup} is {warm} updates, but the run has only {steps}.')
   if schedule == 'constant':
     after = optax.constant_schedule(lr)
   elif schedule == 'cosine':
     after = optax.cosine_decay_schedule(lr, max(steps - warm, 1), alpha=final)
   else:
-    raise ValueError(f"optimizer.schedule={schedule!r} is neither 'constant' nor 'cosine'.")
+    raise ValueError(f"schedule={schedule!r} is neither 'constant' nor 'cosine'.")
   if not warm:
     return after
   return optax.join_schedules([optax.linear_schedule(warmup_from * lr, lr, warm), after], [warm])

@@ -1,7 +1,7 @@
 """The default of the sandbox: the whole method in minutes on two CPU cores.
 
 Every other config of the sandbox is this one with other `stages_to_run`. get_config('tiny') changes
-sizes so that all of it ends within two minutes: for tests and for a first look, not for findings.
+sizes to a few steps of every stage: for tests and for a first look, not for findings.
 """
 
 import ml_collections

@@ -1,12 +1,12 @@
 """The main job: the whole method on the sandbox, and the findings of the paper.
 
-  alignjax run --config=ppo_ptx             on two CPU cores, in under ten minutes
-  alignjax run --config=ppo_ptx:tiny        in under two minutes; the numbers mean nothing
+  alignjax run --config=ppo_ptx             README.md says how long it takes
+  alignjax run --config=ppo_ptx:tiny        a few steps of each stage; the numbers mean nothing
   alignjax run --config=ppo_ptx:bigger      takes some minutes more
 
 Runs pretrain, sft, rm, ppo (ptx_coef 0) and ppo_ptx, then writes WORKDIR/report.md, report.json and
 plots. The argument `bigger` also pretrains a model 2.5 times the size of the aligned one and puts
-it into the report. Numbers to expect: README, "Results".
+it into the report. docs/results.md has the numbers to expect.
 """
 
 from alignjax.configs import base

@@ -13,7 +13,7 @@ questions; the agreement on them:
     --data=judge_agreement=finetune_truth.jsonl
 
 The originals are fine-tunes of GPT-3 6.7B for 5 epochs. Nothing is measured of the full size here;
-the README has the figures of `:cpu`.
+docs/evaluations.md has the figures of `:cpu`.
 """
 
 from ml_collections import config_dict

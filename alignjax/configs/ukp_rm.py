@@ -7,7 +7,7 @@
 The data are UKPConvArg's crowd votes (CC-BY 4.0). One layer of width 64 from random weights, so
 that a laptop trains fifteen of them: what it can pick up is length and some words. The argument
 `smollm2` starts from SmolLM2-135M-Instruct instead, on a GPU. The rule "the longer argument wins"
-stands beside it in the report. Numbers to expect: README.
+stands beside it in the report. docs/evaluations.md has the numbers to expect.
 """
 
 from alignjax.configs import base

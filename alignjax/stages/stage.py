@@ -56,13 +56,15 @@ def make_optimizer(
   """config.{policy, value, reward} -> one transformation; each is dict(fn='module:name', ...)."""
   made = {}
   for name, spec in config.items():
+    entry = f'{where}.optimizer.{name}'
+    optimizer = plugins.bind(spec, entry, given=('steps',))
     try:
-      made[name] = plugins.bind(spec, f'{where}.optimizer.{name}', given=('steps',))(
-        steps=max(steps, 1)
-      )
+      made[name] = optimizer(steps=max(steps, 1))
+    except ValueError as error:  # a coefficient that cannot be
+      raise ValueError(f'{entry}: {error}') from error
     except TypeError as error:  # a coefficient of the wrong kind
       raise ValueError(
-        f'{where}.optimizer.{name}: {spec["fn"]} does not take {_entries(spec)} ({error}).'
+        f'{entry}: {spec["fn"]} does not take {_entries(spec)} ({error}).'
       ) from error
   return optim.make(made)
 
