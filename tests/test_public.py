@@ -643,7 +643,7 @@ def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   names = {p.stem for p in nlp.TASKS.glob('*.yaml')}
   found = TaskManager(include_path=str(nlp.TASKS), include_defaults=False).all_subtasks
   assert set(found) == {f'instructgpt_{n}' for n in names}
-  assert {name for name, where in registry.TASKS.items() if '.public:' in where} == names | {
+  assert {name for name, where in registry.TASKS.items() if '.public.' in where} == names | {
     'truthfulqa_mc'
   }
   for name in names:
