@@ -92,18 +92,8 @@ def hellaswag(model, *, data, limit, seed, keep, shots=None):
 def rte(model, *, data, limit, seed, keep, shots=None):
   """RTE: does the passage entail the sentence. Hub aps/super_glue, or JSONL {premise, hypothesis,
   label: 0 = it does}."""
-  return measure(
-    model,
-    'rte',
-    dict(premise=str, hypothesis=str, label=LABEL),
-    ACCURACY,
-    15,
-    data,
-    limit,
-    seed,
-    keep,
-    shots,
-  )
+  fields = dict(premise=str, hypothesis=str, label=LABEL)
+  return measure(model, 'rte', fields, ACCURACY, 15, data, limit, seed, keep, shots)
 
 
 def sst(model, *, data, limit, seed, keep, shots=None):
@@ -157,22 +147,11 @@ def squadv2(model, *, data, limit, seed, keep, shots=None):
 
 def wmt15_fr_en(model, *, data, limit, seed, keep, shots=None):
   """WMT15 French to English: corpus BLEU. Hub wmt/wmt15, or JSONL {translation: {fr, en}}."""
-
-  def value(lm, sample):
-    return list(sample['bleu'])
-
-  return measure(
-    model,
-    'wmt15_fr_en',
-    {'translation.fr': str, 'translation.en': str},
-    (Score('BLEU', value, 'alignjax.evals.public.nlp:bleu'),),
-    15,
-    data,
-    limit,
-    seed,
-    keep,
-    shots,
+  fields = {'translation.fr': str, 'translation.en': str}
+  scores = (
+    Score('BLEU', lambda lm, sample: list(sample['bleu']), 'alignjax.evals.public.nlp:bleu'),
   )
+  return measure(model, 'wmt15_fr_en', fields, scores, 15, data, limit, seed, keep, shots)
 
 
 def cnn_dm(model, *, data, limit, seed, keep, shots='zero-shot'):
