@@ -309,6 +309,24 @@ def test_wandb_offline(tmp_path, monkeypatch, capsys):
   assert 'failed' not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_wandb_without_a_login_asks_nobody(tmp_path, monkeypatch, capsys):
+  """In a terminal, W&B would ask for a key and wait."""
+  wandb = pytest.importorskip('wandb', reason="pip install 'alignjax[wandb]'")
+  for name in ('WANDB_MODE', 'WANDB_API_KEY', 'WANDB_IDENTITY_TOKEN_FILE'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv('NETRC', str(tmp_path / 'netrc'))
+  monkeypatch.setattr(wandb, 'init', None)
+  wandb.teardown()
+  try:
+    run(tmp_path / 'w', tracker='wandb')
+  finally:
+    wandb.teardown()
+  out = capsys.readouterr().out
+  assert 'the tracker wandb failed: ValueError: nobody is logged in to W&B.' in out
+  assert 'WANDB_MODE=offline' in out and (tmp_path / 'w/s/final/info.json').exists()
+
+
 def wandb_file(path):
   """(the record of the run, {step: metrics}) of a file that waits for `wandb sync`."""
   from wandb.proto import wandb_internal_pb2
