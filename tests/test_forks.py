@@ -5,6 +5,8 @@ losses as stages, RLOO/GRPO, and what is said of a function that does not do wha
 import functools
 import json
 import pathlib
+import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,11 @@ from alignjax.setup.weights import initial_params
 from alignjax.stages import ppo_ptx, ppo_ptx_plan, preference
 from alignjax.stages.ppo_ptx import iteration
 from alignjax.types import PreferenceBatch, TrainState
+from examples import reward_on_the_host
 from tests.fakes import comparison_batch, model, prompts
 
-CHAT = pathlib.Path(__file__).resolve().parent / 'golden' / 'chat'
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHAT = ROOT / 'tests' / 'golden' / 'chat'
 
 
 def by_hand(logits, batch, per_pair):
@@ -66,7 +70,7 @@ def test_dpo_and_ipo_by_hand():
   expect = lambda per_pair: by_hand(logits, jax.tree.map(np.asarray, batch), per_pair)
 
   ready = batch.normalized()
-  fork = plugins.bind(dict(fn='tests.fork_losses:ipo', beta=0.3), 'loss', given=('nets',))
+  fork = plugins.bind(dict(fn='examples.fork_losses:ipo', beta=0.3), 'loss', given=('nets',))
   (loss, measured), (ipo, _) = jax.jit(
     lambda p: [
       f({'policy': p}, ready, None, nets=nets)
@@ -155,7 +159,7 @@ def test_dpo_is_a_stage(one_device, tmp_path):
 @pytest.mark.parametrize('loss', ['ipo', 'simpo', 'kto'])
 def test_a_forks_offline_loss_is_a_function_and_a_config(one_device, loss, tmp_path):
   c = offline(tmp_path)
-  c.stages.dpo.loss = dict(fn=f'tests.fork_losses:{loss}', beta=0.5)
+  c.stages.dpo.loss = dict(fn=f'examples.fork_losses:{loss}', beta=0.5)
   if loss == 'simpo':
     c.stages.dpo.init.ref = None
   c.stages.dpo.microbatches = 2
@@ -205,10 +209,10 @@ def test_rloo_with_a_rule_for_a_reward_trains():
       kl_target=None,
       kl_horizon=None,
       loss_fn=plugins.bind(
-        dict(fn='tests.fork_losses:policy_gradient', clip_eps=0.2), 'loss', given=('nets',)
+        dict(fn='examples.fork_losses:policy_gradient', clip_eps=0.2), 'loss', given=('nets',)
       ),
       advantage_fn=plugins.bind(
-        dict(fn='tests.fork_losses:leave_one_out'), 'advantage', facts=dict(samples_per_prompt=4)
+        dict(fn='examples.fork_losses:leave_one_out'), 'advantage', facts=dict(samples_per_prompt=4)
       ),
       rollout_fn=functools.partial(
         rollout.collect,
@@ -216,7 +220,7 @@ def test_rloo_with_a_rule_for_a_reward_trains():
         stop_ids=(),
         samples_per_prompt=4,
         reward_fn=plugins.bind(
-          dict(fn='tests.fork_losses:many_sevens'), 'reward', given=('nets', 'frozen')
+          dict(fn='examples.fork_losses:many_sevens'), 'reward', given=('nets', 'frozen')
         ),
       ),
     )
@@ -240,7 +244,7 @@ def checked(tmp_path, **entries):
 def test_rloo_takes_the_number_of_samples_from_the_stage(one_device, tmp_path):
   """Four of 32 episodes share a prompt: named once, in rollout."""
   c = base.get_config('tiny')
-  c.stages.ppo.advantage = dict(fn='tests.fork_losses:leave_one_out')
+  c.stages.ppo.advantage = dict(fn='examples.fork_losses:leave_one_out')
   setup = make_setup(c, tmp_path)
   with pytest.raises(
     ValueError, match=r'stages.ppo.advantage: .*rollout.samples_per_prompt must be 2 or more'
@@ -257,13 +261,40 @@ def test_rloo_takes_the_number_of_samples_from_the_stage(one_device, tmp_path):
   assert bound(rewards, rewards, rewards > 0)[0][:, 0].tolist() == pytest.approx(
     [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]
   )
-  c.stages.ppo.advantage = dict(fn='tests.fork_losses:leave_one_out', samples_per_prompt=2)
+  c.stages.ppo.advantage = dict(fn='examples.fork_losses:leave_one_out', samples_per_prompt=2)
   with pytest.raises(
     ValueError,
     match=r"stages.ppo.advantage.samples_per_prompt: the stage passes 'samples_per_prompt' "
     r'itself, 4',
   ):
     ppo_ptx.check(make_setup(c, tmp_path), 'ppo')
+
+
+COMMANDS = re.findall(
+  r'^python experiments/run.py (.*)$', (ROOT / 'examples' / 'README.md').read_text(), re.M
+)
+
+
+@pytest.mark.parametrize('line', COMMANDS, ids=lambda line: line.split(':')[-1].split("'")[0])
+def test_the_commands_of_the_examples_name_what_their_stage_accepts(one_device, line, tmp_path):
+  """All but their training: the config is read and every function is checked on shapes."""
+  config, _, rest = command.read_config(shlex.split(line))
+  assert [word.partition('=')[0] for word in rest] == ['--config']
+  setup = make_setup(config, tmp_path)
+  changed = [name for name in ('dpo', 'ppo') if f'config.stages.{name}.' in line]
+  assert changed
+  for name in changed:
+    dict(dpo=preference, ppo=ppo_ptx)[name].check(setup, name)
+    entries = setup.config.stages[name].values()
+    used = [entry.to_dict() for entry in entries if 'examples.' in str(entry)]
+    assert used and all(callable(plugins.find(s.get('function', s['fn']), '')) for s in used)
+
+
+def test_a_reward_on_the_host_by_hand():
+  """One sentence of 5 words; two sentences; none; one of 12 words. A full stop is a word."""
+  long = 'a ' * 11 + '.'
+  said = ['the crow is blue .', 'it is . it was .', 'the crow', long]
+  assert reward_on_the_host.one_sentence([''] * 4, said) == pytest.approx([1.0, 0.0, 0.0, 0.8])
 
 
 def no_metrics(params, batch, key, *, nets):

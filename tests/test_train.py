@@ -5,10 +5,13 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 
 import jax
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -19,6 +22,7 @@ from alignjax.configs import ppo_ptx
 from alignjax.runtime import checkpoint, saved_config
 from alignjax.setup.objects import make_setup
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 READ: set[str] = set()
 
 
@@ -66,6 +70,27 @@ def test_generate_answers_of_the_main_jobs_result_with_its_defaults(finished, ca
   """Of 20 tokens at most, as in training: the context of 96 has no room for 128."""
   generate.main([f'--model={finished}/ppo_ptx', '--prompt=what is red ?', '--temperature=0'])
   assert len(capsys.readouterr().out.split()) <= 20
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_on_a_finished_run(finished, monkeypatch):
+  """examples/sandbox.ipynb: every cell, in a kernel of its own; it leaves the workdir as it was."""
+  monkeypatch.setenv('PYTHONPATH', str(ROOT), prepend=os.pathsep)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', jax.config.jax_compilation_cache_dir)
+  notebook = nbformat.read(ROOT / 'examples' / 'sandbox.ipynb', 4)
+  first = next(cell for cell in notebook.cells if cell.cell_type == 'code')
+  assert first.source.count("'../runs/ppo_ptx-s0'") == 1
+  first.source = first.source.replace('../runs/ppo_ptx-s0', str(finished))
+  before = {p: p.stat().st_mtime_ns for p in finished.rglob('*')}
+  nbclient.NotebookClient(notebook, timeout=300).execute()
+  assert {p: p.stat().st_mtime_ns for p in finished.rglob('*')} == before
+  outputs = [out for cell in notebook.cells for out in cell.get('outputs', ())]
+  assert any('image/png' in out.get('data', {}) for out in outputs)
+  text = ''.join(out.text for out in outputs if out.output_type == 'stream')
+  for judge in ('reward model', 'gold, training labelers', 'gold, held-out labelers'):
+    figure = r'-?\d+\.\d\d  \[-?\d+\.\d\d, -?\d+\.\d\d\]\n'
+    assert re.search(rf'{judge}\n  SFT +{figure}  PPO-ptx +{figure}', text)
+  assert re.search(r'KL of PPO-ptx on the test prompts: \d+\.\d\d nats', text)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A policy trained on comparisons alone, offline: no reward model, no sampling. The loss is the
 config's: DPO (losses.dpo), or a function of a fork, such as IPO, SimPO or KTO, in 20 lines
-(tests/fork_losses.py).
+(examples/fork_losses.py).
 
     c.stages.dpo = dict(
       build='alignjax.stages.preference:build',
