@@ -220,9 +220,8 @@ def ppo_ptx(
     return loss, metrics
   if batch.ptx is None:
     raise ValueError(
-      f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode > '
-      f'0 and '
-      'ptx.source, or ptx_coef=0 for plain PPO.'
+      f'ptx_coef is {ptx_coef} but the batch has no pretraining rows: set ptx.rows_per_episode and '
+      'ptx.documents above 0 with data.pretrain, or loss.ptx_coef=0 for plain PPO.'
     )
   with jax.named_scope('ptx'):
     logprobs, _ = nets.logprobs(params['policy'], batch.ptx.tokens, batch.ptx.mask)

@@ -1,7 +1,7 @@
 """Runs an experiment.
 
     python experiments/run.py --config=configs/ppo_ptx.py                 everything, on the embedded sandbox
-    python experiments/run.py --config=configs/ppo_ptx.py:tiny            the same in two minutes
+    python experiments/run.py --config=configs/ppo_ptx.py:tiny            the same with a few steps of each stage
     python experiments/run.py --config=configs/sft.py --workdir=/tmp/sft --config.seed=3
 
 A config is looked up in the working directory, then beside this file. `:arg` goes to its

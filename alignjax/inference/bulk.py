@@ -75,9 +75,11 @@ def plan(
   Where full batches of the greatest length cost less than a shape, it is these, whose one shape the
   next call has too.
 
-  Args: lengths: of the rows. most: no row is longer. rows: in a batch at most; a number, or a
-    function of the padded length. shards: a batch's size is a multiple of it. more: tokens that are
-    computed for a row besides, as those that are sampled.
+  Args:
+    lengths: of the rows. most: no row is longer. rows: in a batch at most; a number, or a function
+      of the padded length.
+    shards: a batch's size is a multiple of it.
+    more: tokens that are computed for a row besides, as those that are sampled.
   """
   at_most = lambda length: max(
     shards, (rows(length) if callable(rows) else rows) // shards * shards

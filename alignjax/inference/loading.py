@@ -63,9 +63,9 @@ def load(
 ) -> Model:
   """A model by name.
 
-  Args: name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the
-    candidates
-      that it kept, WORKDIR/STAGE/candidates/STEP.
+  Args:
+    name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the
+      candidates that it kept, WORKDIR/STAGE/candidates/STEP.
     head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint:
       'lm').
     form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint

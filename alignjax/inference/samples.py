@@ -2,7 +2,7 @@
 scores, the sandbox's gold scores, the divergence from a reference. Each `make_*` compiles once for
 any number of parameters of one architecture.
 
-A model here is a stages.loading.Model; sharder is that of the mesh, None for one device.
+A model here is a loading.Model; sharder is that of the mesh, None for one device.
 """
 
 from __future__ import annotations

@@ -34,10 +34,11 @@ def stream(
   """Pieces of text of one response, as they come; together they are the response of `generate` with
   the same seed.
 
-  Args: model: stages.loading.Model. prompt: text, or messages where the template is a chat.
+  Args:
+    model: loading.Model. prompt: text, or messages where the template is a chat.
     max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or
-    fewer where the prompt leaves
-      fewer of the context. A number that the context has no room for is a ValueError.
+      fewer where the prompt leaves fewer of the context. A number that the context has no room for
+      is a ValueError.
     starting: called with the size of the cache before the first token; a new size is compiled.
     cut: called with the number of tokens of a response that the limit ended and not the model.
   """

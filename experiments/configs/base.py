@@ -1,7 +1,7 @@
-"""The embedded default: the whole method on the sandbox, in minutes on two CPU cores.
+"""The embedded default: the whole method on the sandbox, on a few CPU cores.
 
 Every other config of the sandbox is this one with other `stages_to_run`. get_config('tiny') changes
-sizes so that all of it ends within two minutes: for tests and for a first look, not for findings.
+sizes to a few steps of every stage: for tests and for a first look, not for findings.
 """
 
 import ml_collections

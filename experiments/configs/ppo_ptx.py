@@ -1,15 +1,13 @@
 """The main job: the whole method on the embedded sandbox, ending with the paper's findings in
 miniature.
 
-  python experiments/run.py --config=configs/ppo_ptx.py          two CPU cores, under ten minutes
-  python experiments/run.py --config=configs/ppo_ptx.py:tiny     under two minutes; numbers mean nothing
-  python experiments/run.py --config=configs/ppo_ptx.py:bigger   also pretrains a model 2.5 times the size of the aligned one
-                                                                 and puts it into the report; some
-                                                                 minutes more
+  python experiments/run.py --config=configs/ppo_ptx.py          README.md says how long it takes
+  python experiments/run.py --config=configs/ppo_ptx.py:tiny     a few steps of each stage; numbers mean nothing
+  python experiments/run.py --config=configs/ppo_ptx.py:bigger   also pretrains a model 2.5 times the size of the aligned one,
+                                                                 for the report
 
 Runs pretrain, sft, rm, ppo (ptx_coef 0) and ppo_ptx, then writes WORKDIR/report.md, report.json and
-plots. Numbers to
-expect: README, "Results".
+plots. docs/results.md has the numbers to expect.
 """
 
 from experiments.configs import base

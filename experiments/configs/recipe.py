@@ -29,11 +29,14 @@ def get_config(
 ) -> ml_collections.ConfigDict:
   """The pipeline from `checkpoint`.
 
-  Args: template: see alignjax/data/templates.py. data, mapping: sources and mappings of 'pretrain',
-    'demonstrations', 'comparisons', 'prompts'. lengths: (prompt, response, pretraining row) in
-    tokens. batch: rows of SFT, and responses of an RM update (of prompts with the most responses).
-    episodes, iterations: of PPO. lr: {'sft', 'rm', 'policy', 'value'}. model: changes to the
-    checkpoint's architecture: dtype, remat, logits_chunk, max_length.
+  Args:
+    template: see alignjax/data/templates.py.
+    data, mapping: sources and mappings of 'pretrain', 'demonstrations', 'comparisons', 'prompts'.
+    lengths: (prompt, response, pretraining row) in tokens.
+    batch: rows of SFT, and responses of an RM update (of prompts with the most responses).
+      episodes, iterations: of PPO.
+    lr: {'sft', 'rm', 'policy', 'value'}.
+    model: changes to the checkpoint's architecture: dtype, remat, logits_chunk, max_length.
   """
   c = base.get_config()
   c.checkpoint = checkpoint

@@ -8,7 +8,7 @@ with WikiText.
 Data and checkpoint come from the hub (`pip install datasets`); local ones: see recipe.py. On an
 NVIDIA H200 an RM step takes .2 s and a PPO-ptx iteration 13.3 s, so its 300 take 67 minutes (12
 were run; 17.8 GiB). By arithmetic an A100 is slower by the ratio of their memories' rates, 2.4.
-README, "Your own model and data", has the figures, also those of `:cpu`.
+docs/models.md has the figures, also those of `:cpu`.
 """
 
 from experiments.configs import recipe

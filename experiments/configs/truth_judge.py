@@ -14,7 +14,7 @@ informativeness; `:truth-cpu`, `:info-cpu` are 800 judgments for two CPU cores, 
     --data=judge_agreement=finetune_truth.jsonl
 
 The originals are fine-tunes of GPT-3 6.7B for 5 epochs; of the full size here nothing is measured,
-`:cpu` as the README says.
+docs/evaluations.md has those of `:cpu`.
 """
 
 from ml_collections import config_dict

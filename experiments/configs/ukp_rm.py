@@ -5,7 +5,7 @@
 
 One layer of width 64 from random weights, so that a laptop trains fifteen of them: what it can pick up is length and some words.
 `ukp_rm.py:smollm2` starts from SmolLM2-135M-Instruct instead, on a GPU. The rule "the longer argument wins" stands beside it in the
-report. Numbers to expect: README.
+report. docs/evaluations.md has the numbers to expect.
 """
 
 from experiments.configs import base

@@ -59,8 +59,9 @@ def reward_model(
   limit of tokens has no end token, as in training. Those too long for its context have no verdict.
   Scores are kept in FOLDER by the text that was scored.
 
-  Args: model: stages.loading.Model with a scalar head. fingerprint: loading.fingerprint of it.
-    rows: in a batch at most.
+  Args:
+    model: loading.Model with a scalar head. fingerprint: loading.fingerprint of it. rows: in
+      a batch at most.
   """
   code = fingerprints.of_function(reward_model)
   path = folder / f'rm-{fingerprints.of_value([fingerprint, code])}.jsonl'

@@ -1,5 +1,5 @@
 """The public NLP tasks of the paper's Table 14, run by lm-evaluation-harness on the task files of
-tasks/ (App. D, Figures 18-27).
+task_files/ (App. D, Figures 18-27).
 
 Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is
 greedy and cut at the first newline; a multiple choice is the option of the highest log-likelihood a
@@ -10,7 +10,7 @@ are one file, from the rest of it, never from the question's own passage; prompt
 context lose their left part, as in the harness, and are counted aloud.
 
 Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with
-train.jsonl and validation.jsonl), or the hub. The head of tasks/TASK.yaml says which fields.
+train.jsonl and validation.jsonl), or the hub. The head of task_files/TASK.yaml says which fields.
 `lm_eval --include_path alignjax/evals/tasks` runs the same files.
 """
 
@@ -136,7 +136,7 @@ def drop(model, *, data, limit, seed, keep, shots=None):
 
 def quac(model, *, data, limit, seed, keep, shots=None):
   """QuAC: F1 of answers in a dialogue. Hub allenai/quac, or JSONL with its fields
-  (tasks/quac.yaml)."""
+  (task_files/quac.yaml)."""
   fields = {
     'wikipedia_page_title': str,
     'section_title': str,
@@ -254,11 +254,13 @@ def evaluate(
   """Cells of the tasks `names` by an LM object of the harness: ours, or its `hf` to compare with.
   All have the same documents.
 
-  Args: names: of tasks/NAME.yaml, or the harness's own where we have none of that name. fields: of
-    a record, see public_data.local. prompt: the cells'. shots: few-shot examples; None: as the task
-    file says. limit: documents at most, drawn by the seed from the whole set, the same ones for
-    every model and variant. keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and
-    answer of each, to be read.
+  Args:
+    names: of task_files/NAME.yaml, or the harness's own where we have none of that name.
+    fields: of a record, see public_data.local.
+    prompt: the cells'. shots: few-shot examples; None: as the task file says.
+    limit: documents at most, drawn by the seed from the whole set, the same ones for every model
+      and variant.
+    keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and answer of each, to be read.
   """
   harness_tasks.require()
   tasks = _tasks(names, fields, data, shots, seed)

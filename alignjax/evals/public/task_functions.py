@@ -1,4 +1,4 @@
-"""What the task files of tasks/*.yaml call: records to questions, outputs to scores, and the choice
+"""What the files in task_files/ call: records to questions, outputs to scores, and the choice
 of few-shot examples.
 
 Loaded by the harness, from its `!function` tags; imports it. Every document has `item`, a name, and
