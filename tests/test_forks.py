@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from alignjax import losses, optim, plugins, rollout, train
+from alignjax.commands import config_flags
 from alignjax.configs import base, dpo
 from alignjax.runtime import checkpoint, metrics
 from alignjax.setup.objects import make_setup
@@ -278,7 +279,7 @@ COMMANDS = re.findall(
 @pytest.mark.parametrize('line', COMMANDS, ids=lambda line: line.split(':')[-1].split("'")[0])
 def test_the_commands_of_the_examples_name_what_their_stage_accepts(one_device, line, tmp_path):
   """All but their training: the config is read and every function is checked on shapes."""
-  config, _, rest = command.read_config(shlex.split(line))
+  config, _, rest = config_flags.read_config(shlex.split(line))
   assert [word.partition('=')[0] for word in rest] == ['--config']
   setup = make_setup(config, tmp_path)
   changed = [name for name in ('dpo', 'ppo') if f'config.stages.{name}.' in line]
