@@ -145,7 +145,8 @@ class Sharder:
         if size % parts:
           raise ValueError(
             f'parameter {path_name(path)} {leaf.shape}: its {axis!r} axis of {size} does not '
-            f'divide over the {parts} devices of mesh axis {entry!r}; change the mesh or sharding.{axis}.'
+            f'divide over the {parts} devices of mesh axis {entry!r}; change the mesh or '
+            f'sharding.{axis}.'
           )
       return sharding
 

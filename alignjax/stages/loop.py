@@ -42,8 +42,8 @@ class Run(NamedTuple):
 
 
 def loop(stage: Stage, state: TrainState, first: int, run: Run) -> TrainState:
-  """Does the steps from `first` to stage.num_steps and returns the last state. A checkpoint is saved
-  every `save_every` steps, and when something ends the run."""
+  """Does the steps from `first` to stage.num_steps and returns the last state. A checkpoint is
+  saved every `save_every` steps, and when something ends the run."""
   cfg = run.config.stages[run.folder.name]
   candidates = candidate_steps(stage.num_steps, cfg.get('keep_candidates'))
   last_time, last_step = time.perf_counter(), first

@@ -1,5 +1,6 @@
-"""What is known of a PPO-ptx stage before it runs: its optimizer and first state, its shapes and its
-work, and whether the entries of its config fit together. The algorithm is in stages/ppo_ptx.py."""
+"""What is known of a PPO-ptx stage before it runs: its optimizer and first state, its shapes and
+its work, and whether the entries of its config fit together. The algorithm is in
+stages/ppo_ptx.py."""
 
 from __future__ import annotations
 
