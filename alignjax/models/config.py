@@ -120,7 +120,8 @@ class TransformerConfig:
 
 
 def ranges_without(ids: Iterable[int], size: int) -> tuple[tuple[int, int], ...]:
-  """The half-open ranges of 0..size-1 without any of the ids: ([0, 1, 4], 8) -> ((2, 4), (5, 8))."""
+  """The half-open ranges of 0..size-1 without any of the ids: ([0, 1, 4], 8) -> ((2, 4), (5,
+  8))."""
   bounds = [-1, *sorted({i for i in ids if i < size}), size]
   return tuple(
     (before + 1, after) for before, after in itertools.pairwise(bounds) if after - before > 1

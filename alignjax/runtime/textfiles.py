@@ -37,7 +37,8 @@ SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 
 def read(path: str | os.PathLike, where: str = '') -> str:
-  """The text of a file. where: stands before the file's name in errors, such as 'data.prompts: '."""
+  """The text of a file. where: stands before the name of the file in errors, as in 'data.prompts:
+  '."""
   path, file = os.fspath(path), place(path, where)
   try:
     if file.is_dir():
@@ -60,7 +61,7 @@ def read(path: str | os.PathLike, where: str = '') -> str:
 
 
 def place(path: str | os.PathLike, where: str = '') -> files.Folder:
-  """The path of that name."""
+  """The path of a name; for `where` see read."""
   if re.search('[\0\ud800-\udfff]', os.fspath(path)):
     raise ValueError(f'{where}{os.fspath(path)!r} is no name of a file.')
   try:
@@ -70,14 +71,13 @@ def place(path: str | os.PathLike, where: str = '') -> files.Folder:
 
 
 def suffix(path: str | os.PathLike) -> str:
-  """What kind of file the name says it is, compressed or not: 'jsonl' of 'a.b/ITEMS.JSONL.gz'."""
+  """The kind of file that its name says, compressed or not: 'jsonl' for 'a.b/ITEMS.JSONL.gz'."""
   return os.path.basename(os.fspath(path)).lower().removesuffix('.gz').rpartition('.')[2]
 
 
 def decode(raw: bytes, where: str, first: int = 1) -> str:
-  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line
-  and what it looks like.
-  first: the number of its first line."""
+  """UTF-8 as text, without its byte order mark. Other bytes are an error that names the line and
+  what they look like. first: the number of the first line."""
   other = next((name for start, name in OTHERS.items() if raw.startswith(start)), None)
   if other or b'\x00' in raw[:4]:
     raise ValueError(
@@ -92,14 +92,14 @@ def decode(raw: bytes, where: str, first: int = 1) -> str:
 
 
 def lines(text: str) -> list[str]:
-  """The lines, without what ends them. What follows the last end is a line if there is something."""
+  """The lines, without their ends. What follows the last end is a line unless it is empty."""
   found = [line.removesuffix('\r') for line in text.split('\n')]
   return found if found[-1] else found[:-1]
 
 
 def values(text: str, where: str) -> list[tuple[int, str]]:
-  """(line, JSON) of each value of a file: its lines without the blank ones, or the elements of the
-  one array that it is."""
+  """(line, JSON) of each value of a file: of its lines that are not blank, or of the elements of
+  the one array that it is."""
   if SPACE.sub('', text[:1000], count=1)[:1] == '[':
     elements = _elements(text, where)
     if elements is not None:
@@ -108,8 +108,8 @@ def values(text: str, where: str) -> list[tuple[int, str]]:
 
 
 def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
-  """The elements of a file that is one JSON array, over however many lines; None: it is not one,
-  but lines."""
+  """The elements of a file that is one JSON array, over any number of lines; None where it consists
+  of lines."""
   decoder, skip = json.JSONDecoder(), lambda at: SPACE.match(text, at).end()
   at, found, line, counted = skip(skip(0) + 1), [], 1, 0
   try:
@@ -144,7 +144,7 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
 
 
 def parse(text: str, where: str) -> Any:
-  """The value of a JSON text; `where` names file and line in errors."""
+  """The value of a JSON text. where: names file and line in errors."""
   odd = []
 
   def number(digits: str) -> float:
@@ -181,7 +181,7 @@ def _reason(error: Exception) -> str:
 
 
 def _faults(value: Any, at: str) -> Iterator[str]:
-  """What is wrong with the texts and numbers of a value, each with the field that it stands in."""
+  """What is wrong with the texts and numbers of a value, each with its field."""
   name = f'field {at!r}' if at else 'the value'
   if isinstance(value, str):
     try:

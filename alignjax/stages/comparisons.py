@@ -176,7 +176,8 @@ def prompts_per_update(setup: Setup, name: str, k: int) -> int:
 
 
 def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows: Callable) -> Any:
-  """The batch of an update, on its devices. encode_rows: encode.comparisons or encode.preferences."""
+  """The batch of an update, on its devices. encode_rows: encode.comparisons or
+  encode.preferences."""
   (k, t), rows = plan.order[step]
 
   def pick(field):

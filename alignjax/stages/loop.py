@@ -96,7 +96,8 @@ def loop(stage: Stage, state: TrainState, first: int, run: Run) -> TrainState:
 
 
 def log(run: Run, done: int, num_steps: int, values: dict[str, float], samples: list) -> None:
-  """Writes and shows the metrics of a step; samples only at every tenth logged step and the last."""
+  """Writes and shows the metrics of a step; samples only at every tenth logged step and the
+  last."""
   run.writer.write(done, values)
   run.progress.update(done, values)
   every = run.config.stages[run.folder.name].log_every * 10
