@@ -1,4 +1,4 @@
-"""Pictures of a finished run: reward against KL, the alignment tax, learning curves."""
+"""Plots of a finished run: reward against KL, the alignment tax, learning curves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CURVES = {
 
 
 def all_plots(workdir: files.Folder, result: dict) -> list[str]:
-  """Writes the PNG files into workdir and returns their names; one whose data is missing is left
+  """Writes the PNG files into workdir and returns their names. A plot whose data is missing is left
   out."""
   import matplotlib
 
@@ -60,9 +60,9 @@ def all_plots(workdir: files.Folder, result: dict) -> list[str]:
 
 
 def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
-  """Proxy reward (the RM's) and gold reward (the training labelers') against KL, for each RL run:
-  where the first rises and the second falls, the policy exploits the reward model. A dot per logged
-  step, a line for their running mean."""
+  """Proxy reward (the reward model's) and gold reward (the training labelers') against KL, for each
+  RL run. Where the first rises and the second falls, the policy exploits the reward model. There is
+  a dot for each logged step and a line for their running mean."""
   import matplotlib.pyplot as plt
 
   runs = {n: c for n, c in curves.items() if 'objective/kl' in c and 'gold/train_labelers' in c}
@@ -90,7 +90,7 @@ def reward_against_kl(workdir: files.Folder, curves: dict) -> str | None:
 
 
 def tax(workdir: files.Folder, result: dict) -> str | None:
-  """The two tax tasks and the pretraining loss, a bar per policy, with 95% intervals."""
+  """The two tax tasks and the pretraining loss, as a bar per policy with 95% intervals."""
   import matplotlib.pyplot as plt
 
   shown = {n: p for n, p in result['policies'].items() if 'pretraining_loss' in p}
@@ -113,7 +113,7 @@ def tax(workdir: files.Folder, result: dict) -> str | None:
 
 
 def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
-  """The loss of every supervised stage, the reward and the gold reward of the RL ones: pale as
+  """The loss of every supervised stage, and the reward and gold reward of the RL stages: pale as
   logged, strong as running mean."""
   import matplotlib.pyplot as plt
 
@@ -145,7 +145,7 @@ def learning_curves(workdir: files.Folder, curves: dict) -> str | None:
 
 
 def smooth(x: np.ndarray) -> np.ndarray:
-  """Running mean over a tenth of the values, of a few values over up to 3: f[N - width + 1]."""
+  """The running mean over a tenth of the values, f[N - width + 1]; over up to 3 of a few values."""
   width = max(1, min(len(x) // 3, max(3, len(x) // 10)))
   return np.convolve(x, np.ones(width) / width, 'valid')
 

@@ -1,9 +1,11 @@
-"""The report of a finished run. `build`: of the sandbox, the paper's findings in miniature, as
-report.json, report.md and plots. `tasks`: of a run on real data, the table of evals/table.py. A
-fork's module:function needs a `check(setup)` beside it.
+"""The report of a finished run.
 
-Every policy's measurements are kept in WORKDIR/report/<policy>.npz, so that a report that was
-interrupted goes on and a second one is quick. Policies stand in the order of the pipeline.
+`build` reports on the sandbox: the paper's findings in miniature, as report.json, report.md and
+plots. `tasks` reports on real data, with the table of evals/table.py. A report function of a fork
+needs a `check(setup)` in its module.
+
+The measurements of every policy are stored in WORKDIR/report/<policy>.npz, so that an interrupted
+report goes on and a second one is quick. Policies appear in the order of the pipeline.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ MEASURED = ('win_prompts', 'tax_items', 'truth_samples', 'toxicity_prompts', 'lo
 
 
 def build(setup: Setup) -> None:
-  """Measures every policy of config.report.policies (name -> stage) and writes the report. Needs
+  """Measures every policy of config.report.policies (name -> stage) and writes the report. It needs
   the sandbox."""
   began = time.perf_counter()
   policies = in_order(setup.config.report.policies)
@@ -98,8 +100,8 @@ def build(setup: Setup) -> None:
 
 
 def measured_from(setup: Setup, name: str, stage: str) -> str:
-  """The fingerprint of all that decides a policy's measurements: its weights, the reference's, what
-  they are measured on, the code."""
+  """The fingerprint of all that decides a policy's measurements: its weights and those of the
+  reference, what they are measured on, and the code."""
 
   def folder(stage):
     return setup.workdir / stage / 'final'
@@ -120,8 +122,8 @@ def measured_from(setup: Setup, name: str, stage: str) -> str:
 
 
 def decisive(setup: Setup) -> dict:
-  """The entries of the config that decide the report's numbers, the seeds among them: reports that
-  differ in others may be averaged."""
+  """The entries of the config that decide the numbers of the report, including the seeds. Reports
+  that differ only in others may be averaged."""
   c = setup.config.to_dict()
   left_out = ('log_every', 'save_every', 'keep_candidates')
   stages = {
@@ -136,8 +138,8 @@ def decisive(setup: Setup) -> dict:
 
 
 def tasks(setup: Setup) -> None:
-  """The report of a run on real data: config.report.tasks over its policies (name -> stage, or
-  'hf:...'), into WORKDIR/evaluation; nothing where there are no tasks."""
+  """The report of a run on real data: it evaluates config.report.tasks on its policies (name ->
+  stage, or 'hf:...') and writes WORKDIR/evaluation. Without tasks it does nothing."""
   from alignjax.evals.evaluation import evaluate
 
   r = setup.config.report
@@ -157,7 +159,7 @@ def tasks(setup: Setup) -> None:
 
 
 def check(setup: Setup) -> None:
-  """What the report names, before any stage runs."""
+  """Raises ValueError for wrong policies and tasks of the report, before any stage runs."""
   for name, spec in (setup.config.report.policies or {}).items():
     if (
       not isinstance(spec, str) or setup.text.world is not None and spec not in setup.config.stages
@@ -170,8 +172,8 @@ def check(setup: Setup) -> None:
 
 
 def outdated(setup: Setup, stage: str) -> None:
-  """Removes reports of an earlier result of a stage that is made again: nobody takes them for the
-  new one's."""
+  """Removes the reports of an earlier result of a stage that is made again, so that nobody takes
+  them for those of the new one."""
   for path, pages, stages in (
     (setup.workdir / 'report.json', ('report.md',), lambda found: found['config']['stages']),
     (
@@ -204,7 +206,7 @@ def outdated(setup: Setup, stage: str) -> None:
 
 
 def in_order(policies: Mapping[str, str]) -> dict[str, str]:
-  """name -> stage in the order of NAMES, others behind: a ConfigDict sorts by name."""
+  """name -> stage in the order of NAMES, and others behind them: a ConfigDict sorts by name."""
   known = list(NAMES)
   return {
     name: policies[name]
@@ -213,6 +215,7 @@ def in_order(policies: Mapping[str, str]) -> dict[str, str]:
 
 
 def prepare(setup: Setup) -> evaluation.Evaluation:
+  """The protocol of the sandbox's measurements, as config.report has it."""
   return evaluation.prepare(
     setup.nets,
     setup.sharder,
@@ -258,20 +261,20 @@ def assemble(setup: Setup, ev, arrays: dict, seconds: float) -> dict:
 
 
 def samples(prompts: list[dict], arrays: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict]:
-  """The first test prompt of every use case with every policy's response."""
+  """The first test prompt of every use case, with every policy's response."""
   first = {r['use_case']: i for i, r in reversed(list(enumerate(prompts)))}
 
-  def said(i):
+  def responses(i):
     return {name: str(a['responses'][i]) for name, a in arrays.items()}
 
   return [
-    {'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': said(i)}
+    {'use_case': case, 'prompt': prompts[i]['prompt'], 'responses': responses(i)}
     for case, i in sorted(first.items())
   ]
 
 
 def made_by(setup: Setup) -> dict:
-  """The command, the commit of this source where it is a git checkout ('+' behind it: with
+  """The command, the commit of this source where it is a git checkout (followed by '+' where it has
   changes), and the whole config."""
   root = pathlib.Path(__file__).resolve().parent.parent
 
@@ -282,7 +285,7 @@ def made_by(setup: Setup) -> dict:
 
   commit = None
   try:
-    # else the repository that an environment lies in
+    # Otherwise it is the repository around an environment.
     if pathlib.Path(git('rev-parse', '--show-toplevel')) == root:
       commit = git('rev-parse', '--short=12', 'HEAD') + (
         '+' if git('status', '--porcelain', '--untracked-files=no') else ''
@@ -302,7 +305,7 @@ def _short(figure: dict | None) -> str:
 
 
 def _read(path: files.Folder) -> dict[str, np.ndarray] | None:
-  """What `_write` wrote; None where there is nothing, or a damaged file, which is then measured
+  """What `_write` wrote. None where there is no file, or where it is damaged and has to be measured
   again."""
   if not path.exists():
     return None
@@ -325,8 +328,8 @@ def _write(path: files.Folder, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _remove_others(folder: files.Folder, policies: dict[str, str], setup: Setup) -> None:
-  """Removes what was measured of other weights, by another protocol, or of policies that the report
-  has no more."""
+  """Removes the measurements of other weights, of another protocol, and of policies that the report
+  no longer has."""
   wanted = {
     f'{name}-{measured_from(for_stage(setup, stage), name, stage)}.npz'
     for name, stage in policies.items()

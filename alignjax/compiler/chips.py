@@ -7,9 +7,15 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-  """hbm: bytes that a program can have; flops: bf16 a second; bandwidth: bytes of HBM a second;
-  wire: bytes a second that a chip receives over one axis of the interconnect (two links of a TPU's
-  torus, all of a GPU's NVLink); over several at once, more."""
+  """The peak numbers of one chip.
+
+  Attributes:
+    hbm: bytes of memory that a program can have.
+    flops: bf16 operations per second.
+    bandwidth: bytes of HBM per second.
+    wire: bytes per second that a chip receives over one axis of the interconnect (two links of a
+      TPU's torus, all of a GPU's NVLink); over several axes at once it is more.
+  """
 
   hbm: float
   flops: float
@@ -65,7 +71,8 @@ KINDS = {
 
 
 def of_topology(topology: str) -> str:
-  """'v5p:8x8x8' -> 'v5p'; an unknown chip or form is an error with the nearest known chip."""
+  """The name of the chip in a topology: 'v5p:8x8x8' -> 'v5p'. An unknown chip or form is an error
+  with the nearest known chip."""
   name, colon, shape = topology.partition(':')
   if name not in TPUS:
     near = difflib.get_close_matches(name, TPUS, 1)
@@ -82,6 +89,6 @@ def of_topology(topology: str) -> str:
 
 def of_device(kind: str) -> str | None:
   """The chip of a jax device_kind, or None where no peak numbers are known: of a CPU, and of a
-  board that is not in the table, a part of one (MIG) or a variant with other clocks, of which no
-  figure is better than a wrong one."""
+  board that is not in the table, a part of one (MIG) or a variant with other clocks. No number is
+  then better than a wrong one."""
   return KINDS.get(kind)

@@ -1,9 +1,9 @@
 """What a compiled step costs, by phase: operations, memory traffic, bytes between devices, and the
-time that a chip's peak numbers allow. Pure functions of compiler/hlo.py's records;
-`alignjax estimate` prints them.
+time that a chip's peak numbers allow. The functions are pure and read the records of
+compiler/hlo.py; `alignjax estimate` prints their results.
 
-A phase is a named scope of the source: prepare, prefill, decode (sampling.py), score, reward
-(rollout.py), update (steps.py); what stands in none of them is `other`.
+A phase is a named scope of the source: prepare, prefill and decode (sampling.py), score and reward
+(rollout.py), update (steps.py). What is in none of them is `other`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ PHASES = ('prepare', 'prefill', 'decode', 'score', 'reward', 'update')
 
 @dataclasses.dataclass
 class Phase:
-  """Of one device and one step. flops, traffic (bytes of HBM), wire (bytes received from other
-  devices); seconds: each instruction at the peak of what limits it, operations or memory; None
-  without peak numbers."""
+  """The cost of a phase for one device and one step.
+
+  Attributes:
+    flops: floating-point operations.
+    traffic: bytes of HBM that are read and written.
+    wire: bytes that are received from other devices.
+    seconds: the sum over instructions of the time at the peak of what limits each, operations or
+      memory; 0 without peak numbers.
+  """
 
   flops: float = 0.0
   traffic: float = 0.0
@@ -35,13 +41,17 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-  """Collectives of one kind, place and shape: bytes received by each device in a step, and what
-  they are.
+  """The collectives of one kind, place and shape.
 
   Attributes:
-    in_loop: whether they are in the body of the decoding loop.
-    shape: of the largest array.
-    op_name: the scopes of the source, without what jit adds.
+    phase: the phase that they belong to.
+    kind: such as 'all-gather'.
+    axes: the mesh axes that they go over.
+    shape: that of the largest array.
+    times: how many run in a step.
+    bytes: bytes that each device receives in a step.
+    in_loop: whether they are in the body of a loop.
+    op_name: the scopes of the source.
   """
 
   phase: str
@@ -62,12 +72,18 @@ def phase_of(op_name: str) -> str:
 def analyse(
   module: hlo.Module, mesh_shape: dict[str, int], chip: Chip | None
 ) -> tuple[dict[str, Phase], list[Sent]]:
-  """(phases, collectives) of a compiled step."""
+  """(phases by name, collectives with the largest first) of a compiled step.
+
+  Args:
+    module: the program.
+    mesh_shape: axis name -> size.
+    chip: its peak numbers, or None.
+  """
   phases: dict[str, Phase] = collections.defaultdict(Phase)
   sent: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
   flops, moved, times, name = 0.0, 0.0, 0, 'other'
 
-  def close():  # an instruction with what it is fused of
+  def close():  # adds an instruction together with what is fused into it
     phase = phases[name]
     phase.flops += flops * times
     phase.traffic += moved * times
@@ -87,8 +103,8 @@ def analyse(
     flops += operations.flops(site)
     found = operations.collective(site)
     if found and site.fused and 'chain_id=' in site.instruction.attributes:
-      # A TPU program hides it behind several fusions, which all name it: its start, steps (also in
-      # a loop further in), its end.
+      # A TPU program hides a collective behind several fusions, which all name it: its start, its
+      # steps (also in an inner loop) and its end. It is counted once.
       wave = waves.setdefault(re.search(r'channel_id=\d+', site.instruction.attributes)[0], site)
       found = None if wave is not site and wave.loops == site.loops[: len(wave.loops)] else found
     if found and found.bytes:
@@ -131,8 +147,8 @@ def axes_of(group: tuple[int, ...], mesh_shape: dict[str, int]) -> str:
 
 
 def step_seconds(phases: dict[str, Phase], chip: Chip) -> tuple[float, float]:
-  """(with communication behind computation in each phase, with none of it hidden), at the chip's
-  peak numbers."""
+  """(seconds with all communication hidden behind the computation of its phase, seconds with none
+  of it hidden), at the chip's peak numbers."""
   return (
     sum(max(p.seconds, p.wire / chip.wire) for p in phases.values()),
     sum(p.seconds + p.wire / chip.wire for p in phases.values()),
@@ -140,8 +156,8 @@ def step_seconds(phases: dict[str, Phase], chip: Chip) -> tuple[float, float]:
 
 
 def largest_arrays(module: hlo.Module, count: int = 10) -> list[tuple[str, int, int, str, str]]:
-  """What fills the memory at the step's fullest point, beside its arguments: (shape, how many,
-  bytes together, phase, op_name)."""
+  """What fills the memory at the fullest point of the step, apart from its arguments: (shape, how
+  many, their bytes together, phase, op_name)."""
   together: dict[tuple, list[int]] = collections.defaultdict(lambda: [0, 0])
   for array in liveness.peak(module)[1]:
     entry = together[array.shape, phase_of(array.op_name), short(array.op_name)]

@@ -1,9 +1,9 @@
-"""How fast a step went and how much of the machine that is: tokens and episodes a second, model
-FLOPs, device memory.
+"""How fast a step went, and how much of the machine that is: tokens and episodes per second, model
+FLOPs, and device memory.
 
-A PPO iteration is one compiled program, so its phases have no times of their own outside a trace
-(alignjax/runtime/trace.py); what is given here is each phase's tokens over the whole step's
-seconds.
+A PPO iteration is one compiled program, so its phases have no times of their own outside of a trace
+(alignjax/runtime/trace.py). The rates here are the tokens of each phase over the seconds of the
+whole step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from alignjax.models.config import TransformerConfig
 
 
 def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> float:
-  """Of one forward pass over one row of `length` tokens: two for each multiplication of a weight
-  matrix, and the causal attention's scores and sums (2 * 2 * T^2/2 * N * H a layer). Norms, softmax
-  and the embedding's look-up are left out, as is usual for MFU.
+  """The floating-point operations of one forward pass over one row of `length` tokens.
+
+  They are two for each multiplication of a weight matrix, and the scores and sums of causal
+  attention (2 * 2 * T^2/2 * N * H per layer). Norms, softmax and the embedding's look-up are left
+  out, as is usual for MFU.
 
   Args:
-    head: 'lm' has the vocabulary's matrix, 'scalar' one number a token.
+    cfg: the architecture.
+    length: tokens of the row.
+    head: 'lm' has the matrix of the vocabulary, 'scalar' one number per token.
   """
   attention = cfg.d_model * cfg.head_width * (2 * cfg.num_heads + 2 * cfg.kv_heads)
   mlp = cfg.d_model * cfg.mlp_width * (3 if cfg.mlp == 'swiglu' else 2)
@@ -33,8 +37,8 @@ def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> floa
 
 
 def training(cfg: TransformerConfig, rows: int, length: int, head: str = 'lm') -> dict[str, float]:
-  """The work of one step that trains on `rows` rows; a backward pass is two forward ones.
-  Recomputation does not count."""
+  """The work of a step that trains on `rows` rows. A backward pass counts as two forward passes,
+  and recomputation does not count."""
   return {
     'tokens': rows * length,
     'tokens_trained': rows * length,
@@ -55,9 +59,9 @@ def ppo(
   epochs: int,
   reward_model: bool,
 ) -> dict[str, float]:
-  """The work of one iteration, every response taken at its full length: sampling, four scoring
-  passes (three where the reward is no model), the updates of policy and value, the pretraining
-  rows. A prompt is read once for all of its samples, and has no logits."""
+  """The work of one PPO iteration, with every response at its full length: sampling, four scoring
+  passes (three where the reward is not the reward model), the updates of policy and value, and the
+  pretraining rows. A prompt is read once for all of its samples, and has no logits."""
   length = prompt_length + response_length
   lm, scalar = forward_flops(policy, length), forward_flops(value, length, 'scalar')
   unembedding = 2.0 * policy.d_model * policy.vocab_size
@@ -84,8 +88,9 @@ def mean(works: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def metrics(work: Mapping[str, float], seconds: float) -> dict[str, float]:
-  """`time/*_per_second` of each kind of work of a step that took `seconds`; teraflops and MFU a
-  device; its peak memory in GiB. What the device does not tell is left out."""
+  """The metrics of a step that took `seconds`: `time/*_per_second` for each kind of work, teraflops
+  and MFU per device, and the device's peak memory in GiB. What the device does not report is left
+  out."""
   out = {
     f'time/{kind}_per_second': amount / seconds for kind, amount in work.items() if kind != 'flops'
   }

@@ -1,8 +1,8 @@
-"""Logical axes of every parameter of models/transformer.py: the table that sharding rules are
-applied to. And their dtypes.
+"""The logical axes of every parameter of models/layers.py, to which sharding rules are applied, and
+the dtypes of weights that are only read.
 
 A pattern matches the end of a parameter's path. Stacked layers have a leading 'layers' axis, which
-the code adds. An axis that no rule names is replicated; a parameter that no pattern matches is an
+the code adds. An axis that no rule names is replicated. A parameter that no pattern matches is an
 error.
 """
 
@@ -42,7 +42,7 @@ def logical_names() -> list[str]:
 
 
 def logical_axes(params: Any) -> Any:
-  """A tree like params (arrays or shapes) of tuples of axis names, one name or None for each
+  """A tree like params (arrays or shapes) of tuples of axis names, with one name or None for each
   dimension."""
 
   def one(path, leaf):
@@ -64,7 +64,7 @@ def logical_axes(params: Any) -> Any:
 
 def as_used(params: Any, dtype: Any) -> Any:
   """Weights (arrays or shapes) that are only read, in the dtype that every use casts them to:
-  `dtype`, but norms and scalar heads, which compute in float32, stay."""
+  `dtype`, except for norms and scalar heads, which compute in float32."""
 
   def one(path, leaf):
     if any(word in path_name(path) for word in ('norm', 'score')):

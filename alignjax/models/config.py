@@ -12,34 +12,39 @@ class TransformerConfig:
   """The declaration of an architecture.
 
   Attributes:
-    vocab_size, num_layers, d_model, num_heads, max_length: sizes; max_length is the context in
-      tokens.
+    vocab_size, num_layers, d_model, num_heads: sizes.
+    max_length: the context in tokens.
     unused_ids: half-open ranges of ids of the vocabulary that no token of the tokenizer has (a
       vocabulary padded for the hardware, or holes between added tokens). They have probability 0 in
       sampling, in log-probabilities and so in training; only Networks.logits are the checkpoint's
-      own. Set from the tokenizer; see `ranges_without`.
-    num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None =
+      own. They are set from the tokenizer, see `ranges_without`.
+    num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads; None means
       num_heads.
-    head_dim: None = d_model / num_heads.   d_ff: None = 4 d_model.
-    positions: 'learned' (GPT-2) or 'rotary'; rope_theta and rotary_fraction (Pythia: 0.25) belong
-      to the latter.
+    head_dim: width of a head; None means d_model / num_heads.
+    d_ff: width of the MLP; None means 4 d_model.
+    positions: 'learned' (GPT-2) or 'rotary'.
+    rope_theta: base of the rotary frequencies.
+    rotary_fraction: the share of a head's features that rotate (Pythia: 0.25).
     rope_llama3: (factor, low_freq_factor, high_freq_factor, original context) of Llama 3.1's
       stretched frequencies, or None.
-    qk_norm: RMSNorm over each head's queries and keys (Qwen3).
-    norm: 'layernorm' or 'rmsnorm'; norm_eps its epsilon.
+    qk_norm: whether there is an RMSNorm over the queries and keys of each head (Qwen3).
+    norm: 'layernorm' or 'rmsnorm'.
+    norm_eps: epsilon of the norms.
     mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia) or 'swiglu' (gated SiLU, Llama).
-    parallel_residual: attention and MLP both read the block's input (GPT-NeoX).
-    qkv_bias, out_bias: biases of the query/key/value projections, and of attention output and MLP.
-    tie_embeddings: the unembedding is the embedding's transpose.
-    embedding_scale, embedding_std: factor on embedded tokens, and standard deviation at
-      initialisation.
-    dropout: residual dropout (paper C.1: 0.2 in SFT); active only where a key is passed.
-    dtype: of activations and matmuls; parameters, softmax, norms' statistics and log-probabilities
-      stay float32.
-    remat: 'none', 'full' (keep only each layer's input), or 'dots' (keep matmul outputs).
-    logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None = all.
+    parallel_residual: whether attention and MLP both read the input of the block (GPT-NeoX).
+    qkv_bias: whether the query, key and value projections have biases.
+    out_bias: whether the attention output and the MLP have biases.
+    tie_embeddings: whether the unembedding is the transpose of the embedding.
+    embedding_scale: factor on embedded tokens.
+    embedding_std: standard deviation of the embeddings at initialisation.
+    dropout: residual dropout (paper C.1: 0.2 in SFT); it is active only where a key is passed.
+    dtype: of activations and matrix products. Parameters, softmax, the statistics of norms and
+      log-probabilities stay float32.
+    remat: what is recomputed in the backward pass: 'none'; 'full' stores only the input of each
+      layer; 'dots' stores the results of matrix products.
+    logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None means all.
     attention_chunk: queries whose float32 attention logits exist at once, outside of decoding; None
-      = all. Both chunks change memory, not results.
+      means all. Both chunks change memory, not results.
   """
 
   vocab_size: int
@@ -115,7 +120,7 @@ class TransformerConfig:
 
 
 def ranges_without(ids: Iterable[int], size: int) -> tuple[tuple[int, int], ...]:
-  """The half-open ranges of 0..size-1 that hold none of the ids: ([0, 1, 4], 8) -> ((2, 4), (5,
+  """The half-open ranges of 0..size-1 without any of the ids: ([0, 1, 4], 8) -> ((2, 4), (5,
   8))."""
   bounds = [-1, *sorted({i for i in ids if i < size}), size]
   return tuple(

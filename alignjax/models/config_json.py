@@ -1,7 +1,6 @@
 """What a checkpoint's config.json declares, read as transformers reads it: the same entries, with
-its defaults where one is missing. An entry that changes the numbers in a way that
-models/transformer.py does not cover is refused by name.
-"""
+the same defaults where one is missing. An entry that changes the numbers in a way that
+models/transformer.py does not cover is refused by name."""
 
 from __future__ import annotations
 
@@ -20,9 +19,14 @@ LARGEST = 2**31 - 1
 
 
 class Declared(NamedTuple):
-  """kind: model_type. fields: of TransformerConfig. bound: the entry of config.json that no
-  model.max_length may exceed, or None: a window of attention, beyond which the layers would see
-  less than ours, or a table of positions."""
+  """What config.json says.
+
+  Attributes:
+    kind: model_type.
+    fields: those of TransformerConfig.
+    bound: the entry of config.json that no model.max_length may exceed, or None. It is a window of
+      attention, beyond which its layers would see less than ours, or a table of positions.
+  """
 
   kind: str
   fields: dict[str, Any]
@@ -30,7 +34,11 @@ class Declared(NamedTuple):
 
 
 def declared(folder: pathlib.Path) -> Declared:
-  """What a folder's config.json says. ValueError and FileNotFoundError name file and entry."""
+  """What the config.json of a folder says.
+
+  Raises:
+    ValueError, FileNotFoundError: with the file and the entry.
+  """
   path = folder / 'config.json'
   if not path.exists():
     adapter = (
@@ -58,8 +66,8 @@ def declared(folder: pathlib.Path) -> Declared:
 
 
 def score_bias(folder: pathlib.Path) -> float:
-  """What models/export.py left to be added to a reward model's scores: config.json's
-  alignjax_score_bias, or 0."""
+  """The number that models/export.py left to be added to a reward model's scores:
+  alignjax_score_bias of config.json, or 0."""
   path = folder / 'config.json'
   bias = read_object(path).get('alignjax_score_bias', 0.0)
   if type(bias) not in (int, float) or not math.isfinite(bias):
@@ -68,8 +76,8 @@ def score_bias(folder: pathlib.Path) -> float:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object from a file in UTF-8; ValueError names the file, and the line where it is no
-  JSON."""
+  """A JSON object from a file in UTF-8. Raises ValueError that names the file, and the line where
+  it is no JSON."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except json.JSONDecodeError as error:
@@ -84,8 +92,8 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Entries(NamedTuple):
-  """Entries of a JSON object by name and kind. A missing or wrong one is a ValueError with file and
-  entry."""
+  """The entries of a JSON object by name and kind. A missing or wrong one is a ValueError with the
+  file and the entry."""
 
   path: pathlib.Path
   values: Mapping[str, Any]
@@ -102,7 +110,7 @@ class Entries(NamedTuple):
     return value
 
   def size(self, name: str, default: Any = REQUIRED, null: bool = False, least: int = 1) -> Any:
-    """A whole number. null: may be null in the file."""
+    """A whole number from `least` on. null: whether the file may have null."""
     return self._take(
       name,
       default,
@@ -121,7 +129,8 @@ class Entries(NamedTuple):
     return self._take(name, default, False, lambda v: type(v) is bool, 'true or false')
 
   def only(self, name: str, *allowed: Any) -> None:
-    """Refuses every value but the allowed ones; the first is transformers' default."""
+    """Refuses every value except for the allowed ones, of which the first is the default of
+    transformers."""
     value = self.values.get(name, allowed[0])
     if not any(type(value) is type(a) and value == a for a in allowed):
       raise ValueError(
@@ -241,7 +250,7 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
 
 
 def _window(kind: str, e: Entries, layers: int) -> int | None:
-  """The attention window of any layer, in tokens, or None."""
+  """The attention window of any layer in tokens, or None."""
   types = e.values.get('layer_types')
   covered = ('full_attention',) if kind == 'llama' else ('full_attention', 'sliding_attention')
   if types is not None and not (
@@ -271,8 +280,8 @@ def _window(kind: str, e: Entries, layers: int) -> int | None:
 
 
 def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
-  """Frequencies of the rotary positions. Of two tables transformers takes rope_scaling, the older
-  one, if it holds anything."""
+  """The frequencies of the rotary positions. Of two tables transformers takes rope_scaling, the
+  older one, if it holds anything."""
   name = 'rope_scaling' if e.values.get('rope_scaling') else 'rope_parameters'
   table = e.values.get(name)
   is_flat = table is None or (

@@ -1,7 +1,6 @@
-"""A trained policy or reward model written as a folder that transformers loads, and that then
-behaves as it does here: generation stops at the same tokens, and rows of a padded batch get the
-same scores. The layout: models/families.py.
-"""
+"""Writes a trained policy or reward model as a folder that transformers loads, where it behaves as
+it does here: generation stops at the same tokens, and the rows of a padded batch get the same
+scores. models/families.py has the layout."""
 
 from __future__ import annotations
 
@@ -52,23 +51,29 @@ def save(
   bias: str | None = None,
   card: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> dict[str, Any]:
-  """Writes a policy as a causal language model, a reward model as a sequence classifier with one
-  label. Written under another name and renamed, so it is whole or not there; SHA256SUMS holds the
-  checksum of every file but README.md, which hub.verify compares.
+  """Writes a policy as a causal language model, or a reward model as a sequence classifier with one
+  label.
+
+  The folder is written under another name and then renamed, so that it is whole or does not exist.
+  SHA256SUMS holds the checksum of every file but README.md, which hub.verify compares.
 
   Args:
-    source: the checkpoint the run started from; its config.json, generation_config.json and,
-      without `tokenizer`, its tokenizer files are taken over.
-    tokenizer: of the run, written with its chat template.
-    ends: the tokens that stop generation, first the one that responses were trained to end with;
-      the tokenizer's end of text is added.
+    folder: the folder to write.
+    source: the checkpoint that the run started from. Its config.json, its generation_config.json
+      and, without `tokenizer`, its tokenizer files are taken over.
+    cfg: the architecture.
+    params: the parameters of the model.
     dtype: of the file: 'float32', 'bfloat16' or 'float16'.
-    bias: what becomes of a reward model's bias where transformers' classifier has no place for it:
-      'drop' (every score is shifted by it, differences and rankings are the same) or 'keep'
-      (config.json's alignjax_score_bias, to be added to the logit). A LayerNorm before the head
-      takes it, exactly, because nothing else reads that norm.
-    card: what is returned -> the text of README.md; None: no README.md. People edit it on the hub,
-      so it has no checksum.
+    shard_bytes: the most bytes of one file.
+    tokenizer: of the run; it is written with its chat template.
+    ends: the tokens that stop generation, beginning with the one that responses were trained to end
+      with. The tokenizer's end of text is added.
+    bias: what becomes of a reward model's bias where the classifier of transformers has no place
+      for it. 'drop' shifts every score by it, so that differences and rankings stay the same;
+      'keep' writes it to config.json as alignjax_score_bias, to be added to the logit. A LayerNorm
+      before the head takes it exactly, because nothing else reads that norm.
+    card: makes the text of README.md from what this function returns; None: no README.md. People
+      edit it on the hub, so it has no checksum.
 
   Returns:
     What a reader should know: 'class', 'tensors', 'bytes' and, of a reward model, 'bias' and 'pad'
@@ -127,8 +132,8 @@ def _config(
   dtype: str,
   source: pathlib.Path,
 ) -> dict[str, Any]:
-  """config.json of the export: the source's, true of what was trained. A changed architecture that
-  it cannot say is refused."""
+  """The config.json of the export: that of the source, made true of what was trained. A changed
+  architecture that it cannot express is refused."""
   old = TransformerConfig(**declared)
   for field in dataclasses.fields(TransformerConfig):
     was, now = (getattr(c, field.name) for c in (old, cfg))
@@ -150,7 +155,7 @@ def _config(
 
 
 def _special_ids(config: Mapping[str, Any], tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
-  """Entries of config.json; without a tokenizer they are the source's."""
+  """The entries of config.json for special tokens; without a tokenizer those of the source."""
   if tokenizer is None:
     return {}
   every = list(dict.fromkeys(i for i in (*ends, tokenizer.eos_token_id) if i is not None))
@@ -165,8 +170,8 @@ def _special_ids(config: Mapping[str, Any], tokenizer: Any, ends: Sequence[int])
 def _generation(
   source: pathlib.Path, config: Mapping[str, Any], tokenizer: Any, unused: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
-  """generation_config.json: the source's, where older folders have it in config.json, with the
-  special tokens of `config`. The ids that have no token, which are never sampled here, are
+  """generation_config.json: that of the source, or what older folders have of it in config.json,
+  with the special tokens of `config`. The ids without a token, which are never sampled here, are
   suppressed there too."""
   from transformers.generation import GenerationConfig
 
@@ -200,7 +205,8 @@ def _ids(value: Any) -> set[int]:
 
 
 def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> tuple[Params, str]:
-  """w.(norm + b) + c = w.(norm + b + c w / |w|^2): a LayerNorm's bias takes the score's."""
+  """w.(norm + b) + c = w.(norm + b + c w / |w|^2): the bias of a LayerNorm takes that of the
+  score."""
   norm, score = params['final']['norm'], params['final']['score']
   bias, w = (
     float(np.asarray(score['bias'])[0]),
@@ -226,13 +232,15 @@ def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> t
 
 
 def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[Any, Params, str]:
-  """transformers' classifier scores a row at its last token that is not pad_token_id, so that pad
-  must be no token that a response ends in. In this order: the tokenizer's own; a special token that
-  is reserved or made for it; a new token where the model has embeddings to spare; the beginning of
-  text; a new token with a row of zeros. The tokenizer then pads on the right, where absolute
-  positions do not move.
+  """Chooses a pad token that no response ends in, because the classifier of transformers scores a
+  row at its last token that is not pad_token_id.
 
-  Returns (tokenizer, params, the choice in words); changes `config`.
+  The choices are, in this order: the tokenizer's own; a special token that is reserved or made for
+  it; a new token where the model has embeddings to spare; the beginning of text; a new token with a
+  row of zeros. The tokenizer then pads on the right, where absolute positions do not move.
+
+  Returns:
+    (tokenizer, params, the choice in words). `config` is changed.
   """
   ends, vocab = _ids(config.get('eos_token_id')), config['vocab_size']
   if tokenizer is None:

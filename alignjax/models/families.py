@@ -1,13 +1,13 @@
-"""The families of Hugging Face checkpoints: where every tensor goes. What their config.json says:
-models/config_json.py.
+"""The families of Hugging Face checkpoints: where every tensor goes. models/config_json.py reads
+what their config.json says.
 
-A family is a table of tensors: its name in the file, our parameters, and an einops pattern between
+A family is a table of tensors: the name in the file, our parameters, and an einops pattern between
 the two, which is read forwards to load and backwards to save (models/hf.py). The layout is that of
 transformers' modeling files of each family.
 
-Not covered, and refused with the list of what is: Gemma (norms around both sides of a block, capped
-logits and a second rotary base would each need a switch of their own in the transformer), mixtures
-of experts, quantised files.
+Other families are refused, with the list of those that are covered: Gemma (norms around both sides
+of a block, capped logits and a second rotary base would each need an entry of their own in
+TransformerConfig), mixtures of experts, and quantised files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from alignjax.models.config import TransformerConfig
 
 
 class Tensor(NamedTuple):
-  """name: in the file, {i} the layer. paths: of our parameters, several where the file fuses them
-  ('j' in the pattern is then which one). pattern: einops, file -> ours."""
+  """A row of the table.
+
+  Attributes:
+    name: its name in the file, where {i} stands for the layer.
+    paths: the paths of our parameters; several where the file fuses them, and 'j' in the pattern is
+      then their index.
+    pattern: einops pattern from the file to ours.
+  """
 
   name: str
   paths: tuple[str, ...]
@@ -117,10 +123,15 @@ def _linear(name: str, path: str) -> list[Tensor]:
 
 
 class Family(NamedTuple):
-  """tensors: the table. prefix: of the trunk, which some files leave out. embedding, head: names of
-  these two tensors.
-  classes: in transformers, language model, sequence classifier and the trunk alone. harmless: ends
-  of names of buffers that old files carry."""
+  """A family of checkpoints.
+
+  Attributes:
+    tensors: config -> the table of tensors.
+    prefix: the prefix of the trunk, which some files leave out.
+    embedding, head: the names of these two tensors.
+    classes: the classes of transformers for language model, sequence classifier and trunk.
+    harmless: ends of the names of buffers that old files carry and nobody reads.
+  """
 
   tensors: Callable[[TransformerConfig], list[Tensor]]
   prefix: str
@@ -130,8 +141,8 @@ class Family(NamedTuple):
   harmless: tuple[str, ...] = ('.rotary_emb.inv_freq',)
 
   def name(self, key: str) -> str:
-    """The full name of a tensor that a file calls `key`: with the trunk's prefix, and the head by
-    the family's own name (new files of GPT-NeoX may say lm_head)."""
+    """The full name of a tensor that a file calls `key`: with the prefix of the trunk, and with the
+    family's own name of the head (new files of GPT-NeoX may say lm_head)."""
     if key == 'lm_head.weight':
       return self.head
     return (

@@ -1,12 +1,12 @@
-"""Checkpoints of Hugging Face read: safetensors and config.json, no pickle, no remote code, no
-torch. Written: models/export.py.
+"""Reads checkpoints of Hugging Face: safetensors and config.json, without pickle, remote code or
+torch. models/export.py writes them.
 
-    cfg = TransformerConfig(**hf.fields(name))                config.json -> TransformerConfig
-    params = hf.load(name, cfg, head, shardings)              tensor by tensor onto the devices
+    cfg = TransformerConfig(**hf.fields(name))          config.json -> TransformerConfig
+    params = hf.load(name, cfg, head, shardings)        tensor by tensor onto the devices
 
-The files and tensors that count are those that transformers would take; what it would take
-otherwise is refused by name. Which families, and which tensor goes where: models/families.py; which
-entries: models/config_json.py.
+The files and tensors that count are those that transformers would take. What it would read in
+another way is refused by name. models/families.py says where each tensor goes, and
+models/config_json.py reads the entries of config.json.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ DTYPES = ('F64', 'F32', 'F16', 'BF16')  # of safetensors
 
 
 def fields(name: str | os.PathLike) -> dict[str, Any]:
-  """The fields of TransformerConfig that a checkpoint declares: config.json, and the files where
-  they have another head than the tied embeddings that it promises. Then the head counts, as in
+  """The fields of TransformerConfig that a checkpoint declares in config.json. Where its files have
+  a head of their own although config.json promises tied embeddings, the head counts, as in
   transformers."""
   folder = hub.folder_of(name)
   hub.verify(folder, weights=False)
@@ -51,7 +51,7 @@ def bound(name: str | os.PathLike) -> str | None:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files that transformers reads: model.safetensors; without it, those that the index names;
+  """The files that transformers reads: model.safetensors, or without it those that the index names,
   and no others."""
   if (folder / 'adapter_config.json').exists():
     raise ValueError(
@@ -94,8 +94,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 class Files:
-  """The tensors of a checkpoint by name, each read when asked for. Names as in transformers,
-  whether or not the file has the trunk's prefix. A tensor that is there twice is a ValueError."""
+  """The tensors of a checkpoint by name, each of which is read when it is asked for.
+
+  Names are those of transformers, whether or not the file has the prefix of the trunk. A tensor
+  that occurs twice is a ValueError.
+  """
 
   def __init__(self, folder: pathlib.Path, family: Family):
     from safetensors import SafetensorError, safe_open
@@ -130,7 +133,7 @@ class Files:
     return file.get_tensor(key)
 
   def differ(self, name: str, other: str) -> bool:
-    """Whether both tensors are there, of one shape, and hold other numbers."""
+    """Whether both tensors exist with one shape and hold different numbers."""
     both = (name, other)
     if (
       not {*both} <= self.names
@@ -148,7 +151,7 @@ class Files:
     return any(not np.array_equal(some(a, i), some(b, i)) for i in range(0, rows, 4096))
 
   def share(self, name: str, other: str) -> None:
-    """Lets a tensor that is missing be another one that is there."""
+    """Lets a missing tensor be another one, which exists."""
     if name not in self.names and other in self.names:
       self._where[name] = self._where[other]
       self.names.add(name)
@@ -163,15 +166,16 @@ def load(
 ) -> Params:
   """The float32 parameters of a checkpoint, each on its sharding.
 
-  One tensor is read at a time and cut into the pieces of this process's devices: the host holds
-  these pieces of one of our parameters (all layers of it) and one tensor of the file.
+  One tensor is read at a time and cut into the pieces of this process's devices. The host holds the
+  pieces of one parameter (all of its layers) and one tensor of the file.
 
   Args:
-    name: folder or hub name.
-    cfg: the architecture; every tensor's shape is compared with it before anything is read.
+    name: a folder, or a name on the hub.
+    cfg: the architecture; the shape of every tensor is compared with it before anything is read.
     head: 'lm' or 'scalar'. A file without `score.weight` gets a fresh scalar head, drawn with
       `key`.
     shardings: tree of shapes -> tree of shardings (Sharder.params).
+    key: of a fresh scalar head.
   """
   folder = hub.folder_of(name)
   hub.verify(folder, weights=False)
@@ -227,15 +231,16 @@ def load(
 
 
 def has_score(name: str | os.PathLike) -> bool:
-  """Whether a checkpoint is a reward model: a sequence classifier, with `score.weight` in it."""
+  """Whether a checkpoint is a reward model: its files have `score.weight` of a sequence
+  classifier."""
   folder = hub.folder_of(name)
   return SCORE.name in Files(folder, FAMILIES[config_json.declared(folder).kind]).names
 
 
 def check_end_scored(name: str | os.PathLike, end: int) -> None:
   """Refuses a reward model that transformers scores elsewhere than at `end`, the token that
-  responses end with: its classifier takes a row's last token that is not config.json's
-  pad_token_id."""
+  responses end with: its classifier takes the last token of a row that is not the pad_token_id of
+  config.json."""
   path = hub.folder_of(name) / 'config.json'
   if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
     raise ValueError(
@@ -252,7 +257,7 @@ def sizes(cfg: TransformerConfig, paths: tuple[str, ...]) -> dict[str, int]:
 
 
 def needed(side: str, sizes: Mapping[str, int]) -> dict[str, int]:
-  """Sizes that a pattern's side does not tell: those of its products."""
+  """The sizes that one side of a pattern does not have by itself: those of its products."""
   return {
     k: v
     for k, v in sizes.items()
@@ -263,7 +268,7 @@ def needed(side: str, sizes: Mapping[str, int]) -> dict[str, int]:
 def _file_shape(
   tensor: Tensor, cfg: TransformerConfig, leaves: Mapping[str, Any]
 ) -> tuple[int, ...]:
-  """The shape a tensor of the file must have, from our parameters' shapes."""
+  """The shape that a tensor of the file must have, from the shapes of our parameters."""
   ours = tuple(leaves[tensor.paths[0]].shape)
   ours = ours[1:] if tensor.paths[0].startswith('layers/') else ours
   left, right = (side.strip() for side in tensor.pattern.split('->'))
@@ -292,7 +297,7 @@ def _check(
   cfg: TransformerConfig,
   leaves: Mapping[str, Any],
 ) -> None:
-  """Every tensor there, of the right shape, and none that the table does not know."""
+  """Checks that every tensor exists with the right shape, and that the table knows all tensors."""
   wanted: dict[str, tuple[int, ...]] = {}
   for tensor in table:
     shape = _file_shape(tensor, cfg, leaves)
@@ -328,8 +333,8 @@ def _check(
 
 
 def _check_tied(files: Files, family: Family) -> None:
-  """A head beside tied embeddings is not read; one that could not be compared with them is no copy
-  of them."""
+  """A head beside tied embeddings is not read. One that cannot be compared with them is refused,
+  because it is no copy of them."""
   head, embedding = family.head, family.embedding
   if head in files.names and (
     files.shape(head) != files.shape(embedding) or files.dtype(head) not in DTYPES
@@ -344,7 +349,7 @@ def _check_tied(files: Files, family: Family) -> None:
 def _load_one(
   files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, placed
 ) -> list[jax.Array]:
-  """The parameters of one row of the table: piece by piece, no piece twice."""
+  """The parameters of one row of the table, piece by piece; no piece is read twice."""
   stacked = tensor.paths[0].startswith('layers/')
   shape = tuple(leaves[tensor.paths[0]].shape)
   sharding = placed[tensor.paths[0]]

@@ -11,12 +11,16 @@ import re
 import alignjax
 
 SUMS = 'SHA256SUMS'
-HUB_SECONDS = 10  # that the hub has for an answer
+HUB_SECONDS = 10  # the time limit of an answer of the hub
 
 
 def folder_of(name: str | os.PathLike) -> pathlib.Path:
-  """The local folder of a checkpoint: a path, or a name on the hub, downloaded without pickles and
-  code."""
+  """The local folder of a checkpoint: a path, or a name on the hub, which is downloaded without
+  pickles and code.
+
+  Raises:
+    FileNotFoundError: there is no such folder, and the hub has no such model.
+  """
   text = str(name)
   try:
     path = pathlib.Path(text).expanduser()
@@ -37,7 +41,7 @@ def folder_of(name: str | os.PathLike) -> pathlib.Path:
 
   revision = cause = None
   try:
-    # the download itself would wait for an answer without end
+    # The download itself would wait for an answer without a time limit.
     revision = HfApi().model_info(model, timeout=HUB_SECONDS).sha
   except Exception as error:  # noqa: BLE001 no way to the hub: what was downloaded before will do
     cause = error
@@ -60,10 +64,15 @@ def folder_of(name: str | os.PathLike) -> pathlib.Path:
 
 
 def verify(folder: pathlib.Path, weights: bool) -> None:
-  """Compares the files of an export with its SHA256SUMS, where there is one. ValueError or
-  FileNotFoundError names the file.
+  """Compares the files of an export with its SHA256SUMS, where there is one.
 
-  weights: those with tensors, or all others.
+  Args:
+    folder: the export.
+    weights: whether to compare the files with tensors, or all others.
+
+  Raises:
+    ValueError: a file differs, or SHA256SUMS is damaged; the message names it.
+    FileNotFoundError: a file is missing.
   """
   sums = folder / SUMS
   if not sums.is_file():

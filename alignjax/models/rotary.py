@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021): each pair of features turns by an angle that grows with the
+"""Rotary positions (Su et al. 2021): each pair of features rotates by an angle that grows with
 position."""
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from alignjax.models.config import TransformerConfig
 
 
 def angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-  """cos and sin, f32[B,T,1,width/2], of Su et al. 2021 in the two-halves layout of GPT-NeoX and
-  Llama."""
+  """cos and sin of the angles at `positions`, f32[B,T,1,width/2] each, in the two-halves layout of
+  GPT-NeoX and Llama; None where the config has learned positions."""
   if cfg.positions != 'rotary':
     return None
   width = cfg.rotary_width
   frequencies = cfg.rope_theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  if cfg.rope_llama3:  # slow ones divided by `factor`, fast ones kept, a linear passage between
+  if cfg.rope_llama3:
+    # Slow frequencies are divided by `factor`, fast ones stay, with a linear passage in between.
     factor, low, high, original = cfg.rope_llama3
     turns = frequencies * original / (2 * jnp.pi)
     keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -26,8 +27,8 @@ def angles(cfg: TransformerConfig, positions: jax.Array) -> tuple[jax.Array, jax
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-  """Rotates the leading `rotary_width` features of x [B,T,heads,H] in float32; the rest pass
-  through."""
+  """Rotates the first `rotary_width` features of x [B,T,heads,H] in float32; the other features
+  pass through."""
   if angles is None:
     return x
   cos, sin = angles

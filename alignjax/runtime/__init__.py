@@ -1,2 +1,2 @@
-"""What keeps a run alive and visible: checkpoints, files, processes, signals, logs. Knows no
+"""What keeps a run alive and visible: checkpoints, files, processes, signals and logs. It knows no
 algorithm."""

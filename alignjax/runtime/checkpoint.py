@@ -6,8 +6,8 @@ writing.
       saved.save(step, state)                           # asynchronous
 
 A checkpoint becomes visible by a rename once it is whole, so a process that is killed during a save
-leaves the one before. With its arrays it holds their checksums (alignjax/runtime/checksums.py), and
-a restore compares: orbax reads many a flipped bit without a word.
+leaves the previous one. With its arrays it holds their checksums (runtime/checksums.py), which a
+restore compares, because orbax does not notice every flipped bit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Checkpoints:
   them.
 
   Args:
-    directory: a folder, made if missing.
+    directory: a folder, which is created if it is missing.
     config: the entries that decide the run's result, as JSON values. If they differ from those of
       the folder, saved_config.Mismatch is raised.
     keep: how many checkpoints stay.
-    logs: step -> {name: fingerprint} of what lies on the disk beside the checkpoints and belongs to
-      them (metrics.sums). It is kept with each checkpoint; a restore warns of every name whose
-      fingerprint is another one by then.
+    logs: step -> {name: fingerprint} of the logs that lie beside the checkpoints (metrics.sums).
+      They are saved with each checkpoint, and a restore warns of every name whose fingerprint has
+      changed.
   """
 
   def __init__(
@@ -55,7 +55,7 @@ class Checkpoints:
     saved_config.check(self.directory / 'config.json', config)
     steps = self.directory / 'steps'
     for path in steps.iterdir() if jax.process_index() == 0 and steps.exists() else ():
-      # of a killed save; orbax's own removal outlives an error of the run
+      # A killed save left it. Orbax's own removal would go on after an error of the run.
       if path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
         files.remove(path)
     options = ocp.CheckpointManagerOptions(
@@ -71,26 +71,27 @@ class Checkpoints:
     try:
       self.wait()
     except OSError:
-      if kind is None:  # else what went wrong first is the error to show
+      if kind is None:  # Otherwise the first error is the one to show.
         raise
     finally:
       self._manager.close()
 
   def latest_step(self) -> int | None:
+    """The step of the newest checkpoint, or None."""
     return self._manager.latest_step()
 
   def wait(self) -> None:
-    """Returns when the last save is on disk; OSError where it failed."""
+    """Returns when the last save is on disk. Raises OSError where it failed."""
     with self._explained():
       self._manager.wait_until_finished()
 
   def save(self, step: int, state: Any, wait: bool = False) -> None:
-    """Starts to write `state`; wait=True returns when it is on disk. OSError where this save, or
-    the one before, failed."""
+    """Starts to write `state`; wait=True returns when it is on disk. Raises OSError where this
+    save, or the previous one, failed."""
     leaves = _savable(state)
     self.wait()
     if step == self.latest_step():
-      return  # a run is a function of its step: this is what is there
+      return  # A state is a function of its step, so that this one is on disk already.
     self._saving = step
     with self._explained():
       self._manager.save(
@@ -116,11 +117,16 @@ class Checkpoints:
       ) from error
 
   def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
-    """The newest readable checkpoint, on the shardings of abstract_state (a tree of
-    jax.ShapeDtypeStruct); None without one.
+    """The newest readable checkpoint as (step, state), or None where there is none.
 
-    A damaged checkpoint is named, moved to DIRECTORY/damaged, and the one before it used. One of
-    another architecture raises ValueError with the first leaves that differ.
+    A damaged checkpoint is reported and moved to DIRECTORY/damaged, and the previous one is used.
+
+    Args:
+      abstract_state: a tree of jax.ShapeDtypeStruct with the shardings of the result.
+
+    Raises:
+      ValueError: the checkpoint is of another architecture, with the first leaves that differ; or
+        none can be read.
     """
     wanted = _savable(abstract_state)
     steps = sorted(self._manager.all_steps(), reverse=True)
@@ -184,8 +190,8 @@ def logs_changed(paths: Iterable[os.PathLike], when: str) -> str:
 def _check_arrays(
   found: Mapping[str, tuple], wanted: Mapping[str, Any], place: str = 'in the checkpoint'
 ) -> None:
-  """found: (shape, dtype) by name. Read as another dtype, an array would be another one than what
-  its checksum is of."""
+  """Compares shapes and dtypes. An array that is read as another dtype would not have the bits that
+  its checksum was computed of."""
   wanted = {k: (tuple(v.shape), str(v.dtype)) for k, v in wanted.items()}
 
   def show(arrays, k):
@@ -211,7 +217,8 @@ def _check_sums(leaves: Mapping[str, jax.Array], sums: Mapping[str, list]) -> No
 
 
 def _first_line(error: Exception) -> str:
-  """What to show of an error; of tensorstore's long ones what the operating system said."""
+  """The part of an error to show; of tensorstore's long errors, what the operating system
+  reported."""
   said = re.search(r': ([^:\[]+) \[os_error_code', str(error))
   return said[1] if said else next(iter(str(error).splitlines()), '')[:200]
 
@@ -225,8 +232,8 @@ class _Mismatch(Exception):
 
 
 def _savable(tree: Any) -> dict[str, Any]:
-  """The leaves by path: what is saved does not depend on container types, and a message can name a
-  leaf."""
+  """The leaves by path. What is saved thus does not depend on container types, and a message can
+  name a leaf."""
   return {
     path_name(path).replace('/', '.'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -245,15 +252,21 @@ def save_params(
   info: Mapping[str, Any],
   made: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes the final weights and what the stage reports, whole or not at all. OSError where the
-  disk is full or read-only.
+  """Writes the final weights and what the stage reports, whole or not at all.
 
-  made: what they were made from (inputs.record). info.json holds it with the fingerprint of the
-    weights, under 'made'.
+  Args:
+    directory: the folder to write.
+    params: the weights.
+    info: what the stage reports, as JSON values.
+    made: what the weights were made from (inputs.record). info.json holds it under 'made', with the
+      fingerprint of the weights.
+
+  Raises:
+    OSError: the disk is full or read-only.
   """
   directory = files.absolute(directory)
-  # info.json comes last: with it the folder is whole. A disk gives the folder its name then; a
-  # bucket would copy it.
+  # info.json is written last and makes the folder whole. On a disk the folder gets its name then;
+  # in a bucket that would copy it.
   partial = (
     directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
   )
@@ -270,7 +283,7 @@ def save_params(
         _with_made(info, {**(made or {}), 'weights': fingerprints.of_value(sums)})
       )
       if partial != directory:
-        files.remove(directory)  # of a result that has lost its info.json
+        files.remove(directory)  # A result without its info.json may exist.
         files.move(partial, directory)
   except Exception as error:  # noqa: BLE001 as in Checkpoints
     raise OSError(
@@ -281,8 +294,12 @@ def save_params(
 
 
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
-  """Weights of save_params onto the shardings of abstract_params. ValueError names the folder, and
-  the leaves that are of another model or damaged."""
+  """The weights of save_params on the shardings of abstract_params.
+
+  Raises:
+    ValueError: the weights are of another model; the message names the leaves.
+    Damaged: the folder is damaged.
+  """
   directory = files.absolute(directory)
   wanted = _savable(abstract_params)
   if is_finished(directory):
@@ -312,7 +329,7 @@ def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
 
 
 def load_info(directory: str | os.PathLike) -> dict[str, Any]:
-  """What a stage reports (save_params). Damaged where the file is not what was written."""
+  """What a stage reports (save_params). Raises Damaged where the file is not what was written."""
   path = files.folder(directory) / 'info.json'
   try:
     info = json.loads(path.read_bytes())
@@ -328,7 +345,7 @@ def load_info(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_made(directory: str | os.PathLike, made: Mapping[str, Any]) -> None:
-  """Writes another 'made' into the info.json of a finished stage."""
+  """Replaces 'made' in the info.json of a finished stage."""
   info = load_info(directory)
   files.write(
     files.folder(directory) / 'info.json',
@@ -343,8 +360,8 @@ def _with_made(info: Mapping[str, Any], made: Mapping[str, Any]) -> str:
 
 
 def weights(directory: str | os.PathLike) -> str:
-  """The fingerprint of final weights, from their checksums: the same on every mesh. Damaged where
-  sums.json is not what was written."""
+  """The fingerprint of final weights, from their checksums. It is the same on every mesh. Raises
+  Damaged where sums.json is not what was written."""
   directory = files.folder(directory)
   info, path = load_info(directory), directory / 'sums.json'
   advice = f'Delete {directory}, and the run that wrote it makes it again from its last checkpoint.'
@@ -358,6 +375,7 @@ def weights(directory: str | os.PathLike) -> str:
 
 
 def is_finished(directory: str | os.PathLike) -> bool:
+  """Whether a folder holds final weights."""
   return (files.folder(directory) / 'info.json').exists()
 
 

@@ -1,9 +1,9 @@
-"""A number for each array of a tree that changes when any bit of the array does: what a checkpoint
-is checked against.
+"""A number for each array of a tree that changes when any bit of the array does. Checkpoints are
+compared with these numbers.
 
-Computed where the arrays live, one pass over their memory, and the same on every mesh, because sums
-of integers do not depend on their order. So it covers the whole way out to the disk and back,
-whatever wrote the files and wherever they are.
+They are computed where the arrays live, in one pass over their memory, and are the same on every
+mesh, because a sum of integers does not depend on its order. They thus cover the whole way to the
+disk and back, whatever wrote the files and wherever they are.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 def checksum(x: jax.Array) -> jax.Array:
   """u32[]: the sum of a mix of each element's bits with its place. One changed element always
-  changes it, several do but for one case in 2^32; the mix is the finalizer of MurmurHash3 (Appleby,
-  public domain)."""
+  changes it; several change it in all but one case of 2^32. The mix is the finalizer of MurmurHash3
+  (Appleby, public domain)."""
   bits = (
     x.astype(jnp.uint8)
     if x.dtype == bool
@@ -41,14 +41,15 @@ def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def describe(leaves: Mapping[str, Any]) -> dict[str, list]:
-  """{name: [shape, dtype, checksum]} of arrays of at most 32 bits an element, as JSON values.
+  """{name: [shape, dtype, checksum]} of arrays of at most 32 bits per element, as JSON values.
 
-  One program for all: jax's CPU devices hang over several processes when more than 32 programs with
-  collectives wait in a row."""
+  One program computes all checksums: jax's CPU devices hang over several processes when more than
+  32 programs with collectives wait in a row.
+  """
   sums = jax.device_get(_checksums(dict(leaves)))
   return {name: [list(x.shape), str(x.dtype), int(sums[name])] for name, x in leaves.items()}
 
 
 def different(leaves: Mapping[str, Any], described: Mapping[str, list]) -> list[str]:
-  """The names of those whose shape, dtype or bits are not as `describe` found them."""
+  """The names of the arrays whose shape, dtype or bits differ from those of `describe`."""
   return [name for name, found in describe(leaves).items() if found != described.get(name)]

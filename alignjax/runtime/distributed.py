@@ -4,13 +4,13 @@ jax.distributed.
     with distributed.joined(facts(config.to_dict()), timeout=300):
       train.main(config, workdir)
 
-Which process this is stands in JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES
-and JAX_PROCESS_ID, on each process; what is not set there jax finds out on TPU slices, Slurm and
-Open MPI.
+JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say which
+process this is. Where they are not set, jax detects it on TPU slices, Slurm and Open MPI.
 
 jax.distributed alone aborts when a process does not come, without saying which, and compares
-nothing: another version or config hangs in the first collective. So the processes meet first, by
-plain sockets on the coordinator's port, which jax's service then takes over.
+nothing, so that a different version or config hangs in the first collective. The processes
+therefore meet first, by plain sockets on the coordinator's port, which jax's service then takes
+over.
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ DIFFERENCES = 20  # so many are listed
 
 
 class Place(NamedTuple):
-  """address: 'host:port' of process 0, the same on all. process: the number of this one, 0 to count
-  - 1."""
+  """Where a process stands among the others.
+
+  Attributes:
+    address: 'host:port' of process 0, the same on all.
+    process: the number of this process, from 0 to count - 1.
+    count: the number of processes.
+  """
 
   address: str
   count: int
@@ -96,8 +101,8 @@ def joined(facts: Mapping[str, str], timeout: float) -> Iterator[Place]:
 
 
 def _agreed(error: BaseException) -> bool:
-  """All processes leave together by SystemExit with a number: 0, or that of a run which saved and
-  stopped."""
+  """Whether all processes leave together: by SystemExit with a number, which is 0, or that of a run
+  which has saved and stopped."""
   return isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int))
 
 
@@ -114,8 +119,8 @@ def _end(error: BaseException, wait: bool) -> None:
 
 
 def check_shared(folder: files.Folder) -> None:
-  """ValueError on every process where `folder` is not one folder for all: each host would write on
-  its own disk. All call it."""
+  """Raises ValueError on every process where `folder` is not one folder for all, because each host
+  would write to its own disk. All processes have to call it."""
   if jax.process_count() == 1:
     return
   mark = folder / '.shared'
@@ -170,7 +175,7 @@ def place(timeout: float) -> Place:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
-  """What must be the same on all processes, by name: versions, a hash of the package's source,
+  """What must be the same on all processes, by name: versions, a hash of the package's source, and
   every entry of the config."""
   root, source = pathlib.Path(alignjax.__file__).parent, hashlib.sha256()
   for path in sorted(root.rglob('*.py')):
@@ -202,8 +207,8 @@ def meet(here: Place, facts: Mapping[str, str], timeout: float) -> None:
 
 
 def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[bool, str]:
-  """Process 0: hears what the others are, and tells them (whether one is missing, what is wrong, or
-  '')."""
+  """Process 0 receives the facts of the others and answers them with what is missing or wrong, or
+  ''."""
   deadline = time.monotonic() + timeout
   came, lines, wrong = {0: dict(facts)}, {}, ''
   with _listen(here) as server, selectors.DefaultSelector() as ready:
@@ -275,7 +280,7 @@ def _hear(line: socket.socket) -> tuple[int, int, dict[str, str]]:
 
 
 def _announce(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[bool, str]:
-  """The others: tell process 0 what they are, and hear what it found."""
+  """The other processes send their facts to process 0 and receive its answer."""
   host, _, port = here.address.rpartition(':')
   deadline, problem = time.monotonic() + timeout, ''
   while time.monotonic() < deadline:
@@ -300,7 +305,7 @@ def _announce(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[bo
 
 
 def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
-  """What is not the same on all processes, or ''. Facts by process number."""
+  """What is not the same on all processes, or ''. facts: by the number of the process."""
   found = []
   for name in dict.fromkeys(name for theirs in facts.values() for name in theirs):
     values: dict[str, set[int]] = {}

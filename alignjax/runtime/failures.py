@@ -1,6 +1,6 @@
-"""What ends a run in its loop, with as little lost as can be: updates that are not finite, host
-functions that fail, a folder that cannot be written. Every message says what to do next.
-"""
+"""What ends a run in its loop with as little loss as possible: updates that are not finite,
+functions on the host that fail, a folder that cannot be written. Every message says what to do
+next."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from alignjax.runtime import files
 from alignjax.runtime.interrupt import EXIT_CODE, on_any_process
 from alignjax.sharding import fetch
 
-TRACEBACK = 'traceback.txt'  # in the workdir: of the error that ended the last run
+TRACEBACK = 'traceback.txt'  # the error that ended the last run, in its workdir
 
 
 class StepFailed(RuntimeError):
-  """A step could not be done; the message says why and from where the same command goes on."""
+  """A step could not be done. The message says why, and from where the same command goes on."""
 
 
 def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
-  """OSError before any work where `folder`, which a flag names, cannot be made or written."""
+  """Raises OSError, before any work, where a folder cannot be created or written. flag: the flag
+  that named it."""
   probe = folder / f'.writable.{jax.process_index()}'
   try:
     if not files.is_bucket(folder):
@@ -32,7 +33,7 @@ def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
     probe.write_text('')
     probe.unlink()
   except Exception as error:
-    # of buckets, gcsfs and Google's own packages raise many
+    # gcsfs and Google's own packages raise many kinds for buckets
     if not files.is_bucket(folder) and not isinstance(error, OSError):
       raise
     login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(
@@ -43,8 +44,8 @@ def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
 
 
 def on_first(action: Callable[[], None]) -> None:
-  """What process 0 alone does, with all of them waiting; where it raises, it does so on every
-  process, by its message there."""
+  """Runs an action on process 0 while all processes wait. If it raises there, every process ends,
+  and the output of process 0 says why."""
   error = None
   if jax.process_index() == 0:
     try:
@@ -61,8 +62,8 @@ def on_first(action: Callable[[], None]) -> None:
 def stop_for_bad_updates(
   saved, folder: files.Folder, step: int, state: Any, batch: Any, seen: Any, values: dict
 ) -> None:
-  """Keeps the batch and what the step saw of it for a look, saves the state (all parameters are
-  finite) and raises."""
+  """Saves the batch and what the step made of it for inspection, saves the state (whose parameters
+  are all finite), and raises FloatingPointError."""
   path = folder / 'bad_batch.npz'
   arrays = {
     f'{name}/{path_name(at)}'.rstrip('/'): leaf
@@ -86,8 +87,9 @@ def stop_for_bad_updates(
 def stop_for_failed_host(
   saved, step: int, first: int, state: Any, skipped: np.ndarray, why: list[str]
 ) -> None:
-  """Saves the state from before step `step` (0-based) and raises: the scores of a host function
-  that failed are NaN, so every update of the step was skipped, and only its counters have moved."""
+  """Saves the state from before step `step` (0-based) and raises StepFailed. The scores of a
+  function on the host that failed are NaN, so that every update of the step was skipped and only
+  its counters have moved."""
   if step > first:
 
     def put(value, like):
@@ -106,7 +108,7 @@ def stop_for_failed_host(
 
 
 def stop_for_signal(saved, step: int, state: Any, name: str) -> None:
-  """Saves and ends the process with EXIT_CODE."""
+  """Saves the state and ends the process with EXIT_CODE."""
   saved.save(step, state, wait=True)
   if jax.process_index() == 0:
     print(f'stopped by {name} at step {step}; the same command goes on from there', flush=True)

@@ -1,8 +1,8 @@
-"""Folders on a disk or in a bucket, gs://BUCKET/..., under one interface: pathlib's, which
+"""Folders on a disk or in a bucket, gs://BUCKET/..., under one interface: that of pathlib, which
 etils.epath gives to buckets.
 
-What a bucket is not: an object appears whole when its writing ends, so needs no second name;
-nothing can be appended to it; and to rename a folder copies it.
+Buckets differ: an object appears whole when its writing ends and so needs no second name, nothing
+can be appended to it, and renaming a folder copies it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Folder = pathlib.Path | epath.Path
 
 
 def folder(name: str | os.PathLike) -> Folder:
-  """The path of that name; ~ and ~NAME in front are home folders. ValueError for what cannot be
-  one, saying what is missing."""
+  """The path with a name, where ~ and ~NAME stand for home folders. Raises ValueError for what
+  cannot be a path, with what is missing."""
   scheme, found, _ = os.fspath(name).partition('://')
   if '\0' in os.fspath(name):
     raise ValueError(f'{name!r}: a name holds no zero byte.')
@@ -38,12 +38,13 @@ def folder(name: str | os.PathLike) -> Folder:
 
 
 def absolute(name: str | os.PathLike) -> Folder:
-  """`folder`, from the root where it is on a disk."""
+  """The same as `folder`, but from the root where it is on a disk."""
   path = folder(name)
   return path if is_bucket(path) else path.absolute()
 
 
 def is_bucket(path: Folder) -> TypeGuard[epath.Path]:
+  """Whether a path is in a bucket."""
   return '://' in os.fspath(path)
 
 
@@ -59,7 +60,7 @@ def write(path: Folder, contents: str | bytes) -> None:
 
 
 def append(path: Folder, text: str) -> None:
-  """Adds lines to a file, made if missing; one in a bucket is written anew."""
+  """Adds lines to a file, which is created if it is missing. One in a bucket is written anew."""
   if is_bucket(path):
     path.write_text((path.read_text() if path.exists() else '') + text)
     return
@@ -68,7 +69,7 @@ def append(path: Folder, text: str) -> None:
 
 
 def remove(path: Folder) -> None:
-  """Removes a folder and what is in it, if it is there."""
+  """Removes a folder and its contents, if it exists."""
   if is_bucket(path):
     path.rmtree(missing_ok=True)
   else:
@@ -76,7 +77,7 @@ def remove(path: Folder) -> None:
 
 
 def move(path: Folder, to: Folder) -> None:
-  """Gives a folder another name, at which there is none."""
+  """Gives a folder another name, which no other folder has."""
   if is_bucket(path):
     path.rename(to)
   else:
@@ -84,7 +85,7 @@ def move(path: Folder, to: Folder) -> None:
 
 
 def save_figure(figure: Any, path: Folder) -> None:
-  """A matplotlib figure as PNG."""
+  """Writes a matplotlib figure as PNG."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', dpi=110)
   path.write_bytes(buffer.getvalue())

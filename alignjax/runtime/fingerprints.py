@@ -1,7 +1,6 @@
-"""Short names for contents: weights, files, values, and the source of functions. What is kept for
-later use is kept under the fingerprints of everything that made it, so that nothing is served for
-another thing of the same name.
-"""
+"""Short names for contents: weights, files, values, and the source of functions. Results that are
+stored for later use are stored under the fingerprints of everything that made them, so that no
+result is served for another thing of the same name."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ SETTLED_SECONDS = 3
 
 
 def of_value(value: Any) -> str:
-  """The fingerprint of JSON values; the order of an object's entries means nothing."""
+  """The fingerprint of JSON values. The order of the entries of an object does not count."""
   return hashlib.sha256(
     json.dumps(value, sort_keys=True, ensure_ascii=False).encode('utf-8', 'surrogatepass')
   ).hexdigest()[:LENGTH]
@@ -58,11 +57,15 @@ def of_params(params: Any) -> str:
 
 
 def of_files(paths: Iterable[str | os.PathLike], known: dict[str, list] | None = None) -> str:
-  """The fingerprint of the contents of files, local or in a bucket, in the order given; a folder
-  stands for all files in it. FileNotFoundError names one that is not there.
+  """The fingerprint of the contents of files, local or in a bucket, in the given order.
 
-  known: {path: [size, times, hash]} of files that were read before, gone by while these are the
-    same, and added to.
+  Args:
+    paths: files; a folder stands for all files in it.
+    known: {path: [size, times, hash]} of files that were read before. They are trusted while size
+      and times are the same, and new ones are added.
+
+  Raises:
+    FileNotFoundError: with the name of the missing file.
   """
   digest = hashlib.sha256()
   for name in paths:
@@ -80,7 +83,7 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
     state, changed = [stat.length, stat.mtime], stat.mtime
   else:
     blob = path.resolve()
-    # of the hub's cache, which names large files by their hash
+    # The cache of the hub names large files by their hash.
     if blob.parent.name == 'blobs' and len(blob.name) == 64:
       return bytes.fromhex(blob.name)
     path, stat = blob, os.stat(blob)
@@ -102,17 +105,19 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
 
 
 def of_function(function: Callable, named: str = '') -> str:
-  """The fingerprint of the source of a function: of its module, and of every module that it
-  imports, directly or through others, now or when it is called, apart from the standard library and
-  installed packages. Comments, docstrings and layout do not count.
-
-  named: the 'module:function' that it was found by. That module counts too: where it says `rule =
-  partial(other, weight=0.5)`, or takes the function from elsewhere, the function itself knows only
-  of the other module.
+  """The fingerprint of the source of a function: of its module, and of every module that this
+  imports, directly or through others, at import or when it is called, except for the standard
+  library and installed packages. Comments, docstrings and layout do not count.
 
   A user's function is known by the user's own modules alone, so that another version of alignjax
   leaves it as it is. A function of alignjax whose results are kept is known by its version
-  (versions.py), so that it can be moved; another one by its modules of alignjax.
+  (versions.py), so that it can be moved; any other one by its modules of alignjax.
+
+  Args:
+    function: the function, or a partial of one.
+    named: the 'module:function' that it was found by, whose module counts too. Where that says
+      `rule = partial(other, weight=0.5)`, or imports the function from elsewhere, the function
+      itself knows only of the other module.
   """
   # of a partial: its coefficients are values, not source
   function = inspect.unwrap(getattr(function, 'func', function))
@@ -137,8 +142,8 @@ def of_function(function: Callable, named: str = '') -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
-  """(fingerprint, names of the modules that it imports) of a module's file, which was last changed
-  at `changed`."""
+  """(fingerprint, names of the imported modules) of a module's file, which was last changed at
+  `changed`."""
   del changed
   tree = ast.parse(pathlib.Path(path).read_bytes())
   imported: list[str] = []
@@ -165,7 +170,7 @@ def _source(path: str, changed: int, name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _origin(name: str) -> str | None:
-  """The file of a module, or None for a name that is no module, as that of a function."""
+  """The file of a module, or None for a name that is no module, such as an imported function."""
   if name.split('.')[0] in sys.stdlib_module_names:
     return None
   try:

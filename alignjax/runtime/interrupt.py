@@ -1,7 +1,6 @@
-"""SIGTERM and Ctrl-C: a run in its loop saves after the step in hand, elsewhere it ends at once,
-and either way with EXIT_CODE within the grace time. Nothing is lost: whatever is written becomes
-visible whole or not at all.
-"""
+"""SIGTERM and Ctrl-C. A run in its loop saves after the present step, and otherwise ends at once;
+in both cases it exits with EXIT_CODE within the grace time. Nothing is lost, because whatever is
+written becomes visible whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
 class Interrupt:
   """Handles SIGTERM and SIGINT from __enter__ to __exit__.
 
-  Outside `held()` a signal raises SystemExit(EXIT_CODE) where the main thread stands; within, it is
-  noted in `asked` and the holder ends the run. Python runs handlers between two of its instructions
-  only, so a main thread inside a compilation, a long step or a slow disk would miss the deadline: a
-  thread that the signal wakes directly ends the process when `grace` seconds have passed. A second
-  Ctrl-C ends it at once.
+  Outside of `held()` a signal raises SystemExit(EXIT_CODE) in the main thread. Inside, it is noted
+  in `asked`, and the holder ends the run. Python runs handlers only between two of its
+  instructions, so a main thread in a compilation, a long step or a slow disk would miss the
+  deadline. A thread that the signal wakes directly therefore ends the process when `grace` seconds
+  have passed. A second Ctrl-C ends it at once.
 
   Args:
     grace: seconds from the signal to the end of the process.
@@ -62,7 +61,7 @@ class Interrupt:
 
   @contextlib.contextmanager
   def held(self):
-    """Where a signal is only noted."""
+    """A context in which a signal is only noted."""
     self._held = True
     try:
       yield
@@ -70,7 +69,7 @@ class Interrupt:
       self._held = False
 
   def check(self) -> None:
-    """SystemExit where a signal was noted that nobody acted on yet."""
+    """Raises SystemExit where a signal was noted and nobody has acted on it yet."""
     if self.asked:
       raise SystemExit(EXIT_CODE)
 
@@ -99,7 +98,7 @@ class Interrupt:
 
 
 def on_any_process(*flags: bool) -> list[bool]:
-  """Whether each flag is set on any process, so that all of them act on it after the same step."""
+  """Whether each flag is set on any process. All processes thus act on it after the same step."""
   if jax.process_count() == 1:
     return list(flags)
   from jax.experimental import multihost_utils

@@ -1,7 +1,6 @@
-"""What was dear to compute, on the disk with a checksum: JSON lines that grow, so that an
-interrupted call goes on where it stopped, and whole JSON files. What is damaged is named, not read:
-no figure ever comes from it.
-"""
+"""Expensive results on disk, with checksums: JSON lines that grow, so that an interrupted call goes
+on where it stopped, and whole JSON files. Damaged contents are reported and not read, so that no
+figure is ever computed from them."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ MARK = ', "crc32": "'
 
 
 def read(path: files.Folder) -> list[dict[str, Any]]:
-  """The rows of a file, none where there is no file. A last line that a kill left torn is cut off
-  the file, so that the next append starts a line of its own. Any other line that is not as `append`
-  wrote it is a ValueError with its number."""
+  """The rows of a file; [] where there is no file. A last line that a kill left incomplete is cut
+  off, so that the next append starts a line of its own. Raises ValueError, with the number of the
+  line, where another line is not as `append` wrote it."""
   if not path.exists():
     return []
   raw = path.read_bytes()
@@ -45,7 +44,8 @@ def _row(path: files.Folder, number: int, line: bytes) -> dict[str, Any]:
 
 
 def append(path: files.Folder, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Adds rows, on the first process alone. They outlive the process, however it ends."""
+  """Adds rows, on the first process alone. What it has written outlives the process, however that
+  ends."""
   if jax.process_index():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: files.Folder, value: Mapping[str, Any]) -> None:
-  """A JSON object as a file, whole or not at all, on the first process alone."""
+  """Writes a JSON object as a file, whole or not at all, on the first process alone."""
   if jax.process_index():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +74,8 @@ def write_whole(path: files.Folder, value: Mapping[str, Any]) -> None:
 
 
 def read_whole(path: files.Folder) -> dict[str, Any] | None:
-  """The object that `write_whole` wrote, or None where there is no file. ValueError where it is not
-  as it was written."""
+  """The object that `write_whole` wrote, or None where there is no file. Raises ValueError where
+  the file is not as it was written."""
   if not path.exists():
     return None
   try:

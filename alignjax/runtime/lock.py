@@ -1,13 +1,13 @@
 """One run at a time in a workdir.
 
-    with lock.held(workdir):          # Busy where another run holds it
+    with lock.held(workdir):          # raises Busy where another run holds it
       ...
 
-On a disk the lock is the kernel's (flock on WORKDIR/.lock), which goes with the process that holds
-it, also by kill -9 and a power cut. A bucket, or a file system without flock, has a lease instead:
-the holder writes the file anew every HEARTBEAT seconds, and one that has stayed the same for LEASE
-seconds, watched by whoever wants it, belongs to nobody. So clocks need not agree. The file says who
-holds the lock.
+On a disk the lock is the kernel's (flock on WORKDIR/.lock). It ends with the process that holds it,
+also after kill -9 and a power cut. In a bucket, and on a file system without flock, there is a
+lease instead: the holder writes the file anew every HEARTBEAT seconds, and a file that has not
+changed for LEASE seconds, while the other run watches, belongs to nobody. Clocks therefore need not
+agree. The file says who holds the lock.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _me(**more: float) -> bytes:
 
 
 def _boot() -> str:
-  """A name of this start of this machine and of its process numbers (a container has its own), or
+  """A name for this start of this machine and for its process numbers (a container has its own), or
   ''."""
   with (
     contextlib.suppress(OSError),
@@ -142,7 +142,7 @@ def _read(path: files.Folder) -> bytes | None:
 
 
 def _dead(contents: bytes) -> bool:
-  """Whether it is a process of this start of this machine that is no more."""
+  """Whether the contents name a process of this start of this machine that no longer exists."""
   try:
     who = json.loads(contents)
     if not who['boot'] or who['boot'] != _boot() or who['host'] != socket.gethostname():

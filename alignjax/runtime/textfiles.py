@@ -65,7 +65,7 @@ def read(path: str | os.PathLike, where: str = '') -> str:
 
 
 def place(path: str | os.PathLike, where: str = '') -> files.Folder:
-  """The path of that name."""
+  """The path of a name; for `where` see read."""
   if re.search('[\0\ud800-\udfff]', os.fspath(path)):
     raise ValueError(f'{where}{os.fspath(path)!r} is no name of a file.')
   try:
@@ -75,14 +75,13 @@ def place(path: str | os.PathLike, where: str = '') -> files.Folder:
 
 
 def suffix(path: str | os.PathLike) -> str:
-  """What kind of file the name says it is, compressed or not: 'jsonl' of 'a.b/ITEMS.JSONL.gz'."""
+  """The kind of file that its name says, compressed or not: 'jsonl' for 'a.b/ITEMS.JSONL.gz'."""
   return os.path.basename(os.fspath(path)).lower().removesuffix('.gz').rpartition('.')[2]
 
 
 def decode(raw: bytes, where: str, first: int = 1) -> str:
-  """UTF-8 as text, without its byte order mark; what is not UTF-8 is an error that names the line
-  and what it looks like.
-  first: the number of its first line."""
+  """UTF-8 as text, without its byte order mark. Other bytes are an error that names the line and
+  what they look like. first: the number of the first line."""
   other = next((name for start, name in OTHERS.items() if raw.startswith(start)), None)
   if other or b'\x00' in raw[:4]:
     raise ValueError(
@@ -171,7 +170,7 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
 
 
 def parse(text: str, where: str) -> Any:
-  """The value of a JSON text; `where` names file and line in errors."""
+  """The value of a JSON text. where: names file and line in errors."""
   odd = []
 
   def number(digits: str) -> float:
@@ -208,7 +207,7 @@ def _reason(error: Exception) -> str:
 
 
 def _faults(value: Any, at: str) -> Iterator[str]:
-  """What is wrong with the texts and numbers of a value, each with the field that it stands in."""
+  """What is wrong with the texts and numbers of a value, each with its field."""
   name = f'field {at!r}' if at else 'the value'
   if isinstance(value, str):
     try:

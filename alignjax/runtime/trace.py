@@ -1,11 +1,10 @@
-"""Traces of chosen steps, and what they say of the phases of a step.
+"""Traces of chosen steps, and the shares of the phases in them.
 
     run.py --profile=ppo_ptx:3-5
 
-writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json.
-
-The phases are the named scopes of rollout.py, sampling.py, steps.py and losses.py. A step is one
-compiled program, so only a trace can tell how its time divides.
+writes WORKDIR/ppo_ptx/profile, for TensorBoard's profile plugin or XProf, and phases.json. The
+phases are the named scopes of rollout.py, sampling.py, steps.py and losses.py. A step is one
+compiled program, so that only a trace can tell how its time divides.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PHASES = (*cost.PHASES, 'ptx')  # of nested ones the innermost counts
 
 
 class Profile(NamedTuple):
-  """Steps first..last, counted from 1 as in metrics.jsonl, of one stage."""
+  """The steps first..last of one stage, counted from 1 as in metrics.jsonl."""
 
   stage: str
   first: int
@@ -36,7 +35,7 @@ class Profile(NamedTuple):
 
 
 def parse(text: str) -> Profile:
-  """Profile of 'STAGE:FIRST-LAST' or 'STAGE:STEP'."""
+  """The Profile of 'STAGE:FIRST-LAST' or 'STAGE:STEP'."""
   found = re.fullmatch(r'(\w+):(\d+)(?:-(\d+))?', text)
   if not found or not 1 <= int(found[2]) <= int(found[3] or found[2]):
     raise ValueError(
@@ -47,6 +46,7 @@ def parse(text: str) -> Profile:
 
 
 def check(wanted: Profile | None, stages: list[str]) -> None:
+  """Raises ValueError where the stage to profile does not run."""
   if wanted is not None and wanted.stage not in stages:
     raise ValueError(
       f'--profile names the stage {wanted.stage!r}; this run has {", ".join(stages)}.'
@@ -57,8 +57,9 @@ class Tracer:
   """Starts and stops the trace of one stage's loop.
 
   Args:
-    wanted: what to trace, or None. folder: of the stage. first, num_steps: the steps that the loop
-      will do, first..num_steps.
+    wanted: what to trace, or None.
+    folder: the folder of the stage.
+    first, num_steps: the loop will do the steps from first + 1 to num_steps.
   """
 
   def __init__(self, wanted: Profile | None, folder: files.Folder, first: int, num_steps: int):
@@ -72,7 +73,7 @@ class Tracer:
 
   @contextlib.contextmanager
   def step(self, number: int) -> Iterator[None]:
-    """Around step `number` (from 1) up to where its results are there."""
+    """The context of step `number` (from 1), until its results are there."""
     if self.wanted and number == self.wanted.first:
       self._local = pathlib.Path(
         tempfile.mkdtemp() if files.is_bucket(self.folder) else self.folder
@@ -100,12 +101,12 @@ class Tracer:
 
 
 def phases(folder: str | pathlib.Path) -> dict[str, float]:
-  """Share of the devices' busy time by phase in the newest trace under `folder`, largest first;
-  'other' is what no scope names.
+  """The share of each phase in the devices' busy time, in the newest trace under `folder`, with the
+  largest first. 'other' is what no scope names; {} where the platform records no operations.
 
-  A program's operations are found by the names that the trace gives them; their scopes stand in the
-  program itself, which the trace holds too. An operation that contains others (a loop) counts only
-  what they leave. {} where the platform gives no operations.
+  The operations of a program are found by the names that the trace gives them, and their scopes in
+  the program itself, which the trace also holds. An operation that contains others (a loop) counts
+  only the time that they leave.
   """
   paths = sorted(pathlib.Path(folder).rglob('*.xplane.pb'), key=lambda p: p.stat().st_mtime)
   if not paths:
@@ -127,7 +128,7 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
 
 
 def phase_of(scope: str) -> str:
-  """'jit(step)/update/transpose(jvp(ptx))/dot_general' -> 'ptx': the phase that stands last."""
+  """'jit(step)/update/transpose(jvp(ptx))/dot_general' -> 'ptx', the last phase in the path."""
   path = '/' + re.sub(r'[()/]+', '/', scope) + '/'
   at = {name: path.rfind(f'/{name}/') for name in PHASES}
   best = max(at, key=at.__getitem__)
@@ -135,8 +136,8 @@ def phase_of(scope: str) -> str:
 
 
 def _own_times(operations: list[tuple]) -> Iterator[tuple[str, str, float]]:
-  """(name, module, nanoseconds less those of the operations inside) of operations (start,
-  -duration, name, module), sorted."""
+  """(name, module, nanoseconds without those of the operations inside) of sorted operations (start,
+  -duration, name, module)."""
   open_: list[list] = []  # [end, name, module, own]
   for start, negative, name, module in operations:
     while open_ and open_[-1][0] <= start:
@@ -149,7 +150,7 @@ def _own_times(operations: list[tuple]) -> Iterator[tuple[str, str, float]]:
 
 
 def _scopes(trace: bytes) -> dict[tuple[str, str], str]:
-  """(module, operation) -> its scope path, from the programs (hlo.proto) in a trace (XSpace of
+  """(module, operation) -> its path of scopes, from the programs (hlo.proto) in a trace (XSpace of
   tsl's xplane.proto)."""
   out = {}
   for plane in _fields(trace, 1):

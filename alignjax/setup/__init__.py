@@ -1,2 +1,2 @@
-"""From the config to objects: text, architectures, weights by name, records. Below stages,
-evaluations and inference."""
+"""From the config to objects: text, architectures, weights by name, records. This room is below
+stages, evaluations and inference."""

@@ -1,5 +1,5 @@
-"""Entries of the config that every stage and the report rely on: what each may be, told before
-anything runs."""
+"""The entries of the config that every stage and the report rely on: what each may be, checked
+before anything runs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def whole(least: int, none: bool = False) -> Callable[[Any], bool]:
 
 
 def _number(good: Callable[[float], bool], none: bool = False) -> Callable[[Any], bool]:
+  """A test for numbers that are `good`, and for None where `none`."""
+
   def is_good(x):
     if x is None:
       return none
@@ -115,7 +117,7 @@ STAGE: dict[str, Kind] = {
     ),
     COUNT,
   ),
-  # of a selection: a dict, which it checks
+  # In a selection it is a dict, which the stage checks itself.
   'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),
   'iterations': ('a whole number, 0 or more', whole(0)),
   'ptx.rows_per_episode': ('a whole number, 0 or more', whole(0)),
@@ -133,23 +135,23 @@ STAGE: dict[str, Kind] = {
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """ValueError for the first entry of the shared part that is nothing of its kind; one that the
-  config has not is left out."""
+  """Raises ValueError for the first entry of the shared part that has a wrong value. Entries that
+  the config does not have are left out."""
   _check(config, SHARED, '')
   if config.report.get('policies'):
     _check(config.report, REPORT, 'report.')
 
 
 def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
-  """The same of a stage's own entries. What its build function alone reads, that checks; a fork's
-  stage has its own."""
+  """The same for the entries of a stage. What only its build function reads is checked there, and
+  the stages of a fork have entries of their own."""
   _check(config.stages, {name: DICT}, 'stages.')
   if not str(config.stages[name].get('build')).startswith('alignjax.'):
     return
   _check(config.stages[name], STAGE, f'stages.{name}.')
   for entry, spec in (config.stages[name].get('init') or {}).items():
     if spec is None and entry == 'ref':
-      continue  # of a loss without a reference
+      continue  # A loss may have no reference.
     if not isinstance(spec, str) or not (
       spec == 'random' or spec.startswith(('stage:', 'hf:')) or checkpoint.is_finished(spec)
     ):
@@ -161,8 +163,8 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
 
 @contextlib.contextmanager
 def none_lacking() -> Iterator[None]:
-  """ValueError where what is read within is no entry of a config, as where a flag has put a shorter
-  dict in a dict's place."""
+  """Raises ValueError where code inside reads an entry that the config lacks, for example because a
+  flag has replaced a dict by a shorter one."""
   try:
     yield
   except AttributeError as error:
@@ -194,12 +196,14 @@ def _values(node: Any, keys: list[str]) -> Iterator[Any]:
 
 
 def check_divides(size: int, parts: int, what: str) -> None:
+  """Raises ValueError where `size` does not divide by `parts`. what: names the two."""
   if parts < 1 or size % parts:
     raise ValueError(f'{what}: {size} does not divide by {parts}.')
 
 
 def check_epochs(epochs: Any, where: str, whole: bool = False) -> None:
-  """epochs: 0 is no step, so that the stage's result is what it starts from."""
+  """Raises ValueError where `epochs` is no number of epochs. 0 makes no step, so that the result of
+  the stage is what it starts from. whole: whether it must be whole."""
   if (
     isinstance(epochs, bool)
     or not isinstance(epochs, (int, float))
@@ -212,8 +216,8 @@ def check_epochs(epochs: Any, where: str, whole: bool = False) -> None:
 
 
 def check_counts(setup: Setup, where: str, kind: str, least: int = 1, **counts: Any) -> None:
-  """counts: entries of a stage that say how many records of data.<kind> it takes. None is all of
-  them, where the source ends."""
+  """Raises ValueError for entries of a stage that are no numbers of records of data.<kind>. None
+  means all of them, which only a source with an end has."""
   endless = setup.config.data[kind] == 'sandbox:'
   none = (
     f"; None, all of them, has no meaning with data.{kind}='sandbox:', which makes as many "

@@ -1,12 +1,12 @@
-"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and function of
-a user's that it read, and of the weights that it started from.
+"""What a stage was made from: a fingerprint of every source, checkpoint, tokenizer and user's
+function that it read, and of the weights that it started from.
 
-While a stage is built and finished, what it reads is noted (`Setup.read`: entry -> (kind, name)).
-WORKDIR/STAGE/inputs.json keeps the notes with their fingerprints for as long as there are
-checkpoints, final/info.json for the result. Before a stage's folder is used again, all are compared
-with what the same names stand for now; another one is an error before anything is compiled, or what
---on_changed_input says. So nothing is made from two versions of a thing, and a stage whose ancestor
-was trained again is done again.
+While a stage is built and finished, it notes what it reads (`Setup.read`: entry -> (kind, name)).
+The notes and their fingerprints are in WORKDIR/STAGE/inputs.json for as long as there are
+checkpoints, and in final/info.json for the result. Before a stage's folder is used again, all are
+compared with what the same names stand for now. A difference is an error before anything is
+compiled, or what --on_changed_input says. Nothing is therefore made from two versions of a thing,
+and a stage whose ancestor was trained again is done again.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ Read = dict[str, tuple[str, str]]
 
 
 class ChangedInput(ValueError):
-  """What a stage was made from is another thing now."""
+  """Something that a stage was made from has changed."""
 
 
 # ---- what is read
 
 
 def of_config(config: Any, stage: str) -> Read:
-  """What every stage reads: tokenizer, architecture, and the functions that its config names."""
+  """What every stage reads: the tokenizer, the architecture, and the functions that its config
+  names."""
   found: Read = {}
   tokenizer = config.data.get('tokenizer')
   if tokenizer and tokenizer != 'sandbox:':
@@ -81,7 +82,7 @@ def of_data(entry: str, source: str, mapping: str | None) -> Read:
 
 
 def of_weights(spec: str) -> Read:
-  """What setup/weights.py: initial_params starts from."""
+  """What initial_params (setup/weights.py) starts from."""
   return (
     {}
     if spec == 'random'
@@ -90,8 +91,8 @@ def of_weights(spec: str) -> Read:
 
 
 def is_function(text: str) -> bool:
-  """Whether this is the 'module:function' of a user's. What alignjax has itself does not count:
-  another version of it goes on."""
+  """Whether a text is the 'module:function' of a user. The functions of alignjax do not count: a
+  run goes on with another version of it."""
   found = re.fullmatch(r'([A-Za-z_][\w.]*):[A-Za-z_]\w*', text)
   if not found or found[1].split('.')[0] in ('alignjax', 'stage', 'hf', 'jsonl', 'text', 'tfds'):
     return False
@@ -123,11 +124,16 @@ def _strings(tree: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, list]) -> str:
-  """The fingerprint of what the name stands for now. FileNotFoundError or ValueError where there is
-  no such thing.
+  """The fingerprint of what a name stands for now.
 
-  known: hashes of files by path, size and times (fingerprints.of_files), so that nothing is read
-    twice.
+  Args:
+    kind, name: of the input, as in `Setup.read`.
+    workdir: the folder of the run.
+    known: hashes of files by path, size and times (fingerprints.of_files), so that nothing is read
+      twice.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such thing.
   """
   if kind == 'function':
     return fingerprints.of_function(plugins.find(name, 'function'), name)
@@ -154,6 +160,7 @@ def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, li
 
 
 def weights_folder(workdir: files.Folder, spec: str) -> files.Folder:
+  """The folder of the weights that 'stage:NAME' or a path names."""
   return (
     workdir / spec.removeprefix('stage:') / 'final'
     if spec.startswith('stage:')
@@ -193,8 +200,8 @@ def record(
 ) -> dict[str, Any]:
   """Adds what was read to WORKDIR/STAGE/inputs.json and returns its contents.
 
-  {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. origin: of the config
-  and of what was read when the record was first written, as the stage was built. It names the
+  They are {'origin', 'config', 'inputs': {entry: {'kind', 'name', 'fingerprint'}}}. The origin is
+  the fingerprint of the config and of what had been read when the stage was built. It names the
   training that candidates and result belong to.
   """
   path = workdir / stage / 'inputs.json'
@@ -250,10 +257,21 @@ def check(
   choice: str,
   say: Callable[[str], None],
 ) -> None:
-  """Compares what a stage's folder was made from with what it would be made from now; ancestors
-  that are not finished yet are left out. ChangedInput names what differs; or `choice` decides:
-  'keep' takes the new contents for those that the folder was made from (not for weights of other
-  stages), 'restart' deletes the folder."""
+  """Compares what a stage's folder was made from with what it would be made from now. Ancestors
+  that are not finished yet are left out.
+
+  Args:
+    workdir: the folder of the run.
+    stage: the name of the stage.
+    config: the entries that decide its result (train.identity).
+    choice: 'fail' raises; 'keep' takes the new contents for those that the folder was made from,
+      but not the weights of other stages; 'restart' deletes the folder.
+    say: prints a line.
+
+  Raises:
+    ChangedInput: with the inputs that have changed.
+    saved_config.Mismatch: with the entries of the config that differ.
+  """
   folder = workdir / stage
   finished = checkpoint.is_finished(folder / 'final')
   steps = folder / 'checkpoints' / 'steps'
@@ -274,17 +292,53 @@ def check(
   )
   if not fingerprints.is_of_config(found['config'], config):
     if (folder / 'checkpoints' / 'config.json').exists():
-      # which names the entries
+      # This error names the entries.
       saved_config.check(folder / 'checkpoints' / 'config.json', config)
     raise saved_config.Mismatch(
       f'{what} with another config than this one. Use another --workdir, or delete the folder.'
     )
-  if finished and (
-    wrong := [name for name, was in found.get('logs', {}).items() if logs(folder).get(name) != was]
-  ):
-    say(checkpoint.logs_changed([folder / name for name in wrong], 'since the stage ended'))
+  if finished:
+    now = logs(folder)
+    wrong = [folder / name for name, was in found.get('logs', {}).items() if now.get(name) != was]
+    if wrong:
+      say(checkpoint.logs_changed(wrong, 'since the stage ended'))
+  changes, gone = _changes(workdir, found['inputs'])
+  if gone and finished:
+    say(
+      f'{stage}: reused, although this cannot be compared with what it was made from: '
+      f'{"; ".join(gone)}'
+    )
+  if not changes:
+    return
+  lines = []
+  for entry, now in changes.items():
+    was = found['inputs'][entry]
+    name = f' ({was["name"]})' if was['name'] != entry else ''
+    lines.append(f'  {entry}{name}: {was["fingerprint"]} then, {now} now')
+  has_weights = any(found['inputs'][entry]['kind'] == 'weights' for entry in changes)
+  if choice == 'restart':
+    say('\n'.join([f'{stage}: done again, as its inputs are others:', *lines]))
+    files.remove(folder)
+  elif choice == 'keep' and not has_weights:
+    first = f'{stage}: kept, although its inputs are others (--on_changed_input=keep):'
+    say('\n'.join([first, *lines]))
+    for entry, now in changes.items():
+      found['inputs'][entry]['fingerprint'] = now
+    if finished:
+      checkpoint.save_made(folder / 'final', found)
+    _write(folder / 'inputs.json', {k: found[k] for k in ('origin', 'config', 'inputs')})
+  else:
+    first = f'{what} from other inputs than those that are there now:'
+    raise ChangedInput('\n'.join([first, *lines, _choose(folder, has_weights)]))
+
+
+def _changes(
+  workdir: files.Folder, noted: Mapping[str, Mapping[str, str]]
+) -> tuple[dict[str, str], list[str]]:
+  """(entry -> present fingerprint, for inputs that have changed; the inputs that cannot be
+  read)."""
   known, changes, gone = _known(workdir), {}, []
-  for entry, was in found['inputs'].items():
+  for entry, was in noted.items():
     if was['kind'] == 'weights' and not checkpoint.is_finished(
       weights_folder(workdir, was['name'])
     ):
@@ -292,7 +346,7 @@ def check(
     try:
       now = fingerprint(was['kind'], was['name'], workdir, known)
       if now != was['fingerprint'] and was['kind'] not in ('function', 'weights'):
-        # a remembered hash is no proof of a change
+        # A remembered hash is no proof of a change, so the files are read.
         now = fingerprint(was['kind'], was['name'], workdir, known := {})
     except checkpoint.Damaged:
       raise
@@ -302,42 +356,11 @@ def check(
     if now != was['fingerprint']:
       changes[entry] = now
   _remember(workdir, known)
-  if gone and finished:
-    say(
-      f'{stage}: reused, although this cannot be compared with what it was made from: '
-      f'{"; ".join(gone)}'
-    )
-  if not changes:
-    return
-  lines = [
-    f'  {entry}'
-    + (f' ({r["name"]})' if r['name'] != entry else '')
-    + f': {r["fingerprint"]} then, {changes[entry]} now'
-    for entry in changes
-    for r in [found['inputs'][entry]]
-  ]
-  weights = [entry for entry in changes if found['inputs'][entry]['kind'] == 'weights']
-  if choice == 'restart':
-    say('\n'.join([f'{stage}: done again, as its inputs are others:', *lines]))
-    files.remove(folder)
-  elif choice == 'keep' and not weights:
-    say(
-      '\n'.join(
-        [f'{stage}: kept, although its inputs are others (--on_changed_input=keep):', *lines]
-      )
-    )
-    for entry, now in changes.items():
-      found['inputs'][entry]['fingerprint'] = now
-    if finished:
-      checkpoint.save_made(folder / 'final', found)
-    _write(folder / 'inputs.json', {k: found[k] for k in ('origin', 'config', 'inputs')})
-  else:
-    first = f'{what} from other inputs than those that are there now:'
-    raise ChangedInput('\n'.join([first, *lines, _choose(folder, bool(weights))]))
+  return changes, gone
 
 
 def logs(folder: files.Folder) -> dict[str, str]:
-  """The fingerprints of what a stage logged, which pictures are drawn from."""
+  """The fingerprints of the logs of a stage, which plots are drawn from."""
   paths = [folder / name for name in metrics.LOGS]
   return {p.name: fingerprints.of_files([p]) for p in paths if p.exists()}
 
@@ -356,7 +379,7 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
 
 
 def _known(workdir: files.Folder) -> dict[str, list]:
-  """WORKDIR/hashed.json: nothing but a saving of time, so that a damaged one is none."""
+  """WORKDIR/hashed.json. It only saves time, so that a damaged one counts as empty."""
   try:
     found = json.loads((workdir / 'hashed.json').read_bytes())
     return {k: v for k, v in found.items() if isinstance(v, list)}

@@ -16,7 +16,7 @@ from alignjax.models.config import TransformerConfig, ranges_without
 def policy_config(
   config: Mapping[str, Any] | ConfigDict, ids: Sequence[int], stage: str | None = None
 ) -> TransformerConfig:
-  """The policy's architecture: config.model, changed by the `model` entry of a stage where that has
+  """The architecture of the policy: config.model, changed by the `model` entry of a stage that has
   one."""
   changes = (config['stages'][stage].get('model') if stage else None) or {}
   return model_config(
@@ -25,17 +25,22 @@ def policy_config(
 
 
 def reward_config(config: Mapping[str, Any] | ConfigDict, ids: Sequence[int]) -> TransformerConfig:
-  """The architecture of the reward model and of the value network: config.reward_model, or the
-  policy's where that is None."""
+  """The architecture of the reward model and of the value network: config.reward_model, or that of
+  the policy where it is None."""
   return model_config(config['reward_model'] or config['model'], ids, 'reward_model')
 
 
 def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> TransformerConfig:
-  """TransformerConfig of a config entry; an unknown field is an error with the nearest known one.
+  """The TransformerConfig of a config entry. An unknown field is an error with the nearest known
+  one.
 
-  An entry source='hf:FOLDER_OR_HUB_NAME' takes the architecture of that checkpoint; the other
-  entries change it.
-  ids: those that have a token; what the model's vocabulary has beside them becomes its unused_ids.
+  An entry source='hf:FOLDER_OR_HUB_NAME' takes the architecture of that checkpoint, which the other
+  entries change.
+
+  Args:
+    spec: the entry.
+    ids: the ids that have a token; the other ids of the model's vocabulary become its unused_ids.
+    where: the config key, for error messages.
   """
   fields = [f.name for f in dataclasses.fields(TransformerConfig)]
   for key in spec:

@@ -23,13 +23,14 @@ class Setup(NamedTuple):
   """The objects that the config describes, shared by all stages of a run.
 
   Attributes:
-    config: the whole config. workdir: the run's folder.
+    config: the whole config.
+    workdir: the folder of the run.
     sharder: of the mesh and the rules of the config.
     policy_model, reward_model: the two architectures, which may differ.
-    nets: logits, logprobs and decoder of the policy's architecture, scalar of the reward model's.
-    text: text <-> tokens, and the sandbox's world and labelers.
-    read: sources, checkpoints and functions that were read, noted by whoever reads
-      (alignjax/setup/inputs.py).
+    nets: logits, logprobs and decoder of the policy's architecture, and scalar of the reward
+      model's.
+    text: converts text to tokens and back; in the sandbox it also has the world and the labelers.
+    read: the sources, checkpoints and functions that were read so far (setup/inputs.py).
   """
 
   config: ml_collections.ConfigDict
@@ -43,14 +44,17 @@ class Setup(NamedTuple):
 
   @property
   def prompt_length(self) -> int:
+    """The tokens of a prompt, including its padding."""
     return self.config.data.prompt_length
 
   @property
   def response_length(self) -> int:
+    """The tokens of a response, including its padding."""
     return self.config.data.response_length
 
   @property
   def length(self) -> int:
+    """The tokens of a prompt and its response."""
     return self.prompt_length + self.response_length
 
 
@@ -60,11 +64,14 @@ def make_setup(
   devices=None,
   text: Text | None = None,
 ) -> Setup:
-  """Checks the config's shared part and builds what it names. Fails before anything is compiled.
+  """Checks the shared part of the config and builds what it names. It fails before anything is
+  compiled.
 
   Args:
-    devices: of the mesh; None: all.
-    text: in place of the config's, where no text is read (stages/abstract.py).
+    config: the whole config.
+    workdir: the folder of the run.
+    devices: of the mesh; None takes all.
+    text: replaces that of the config where no text is read (stages/abstract.py).
   """
   for entry, seed in (('seed', config.seed), ('world.seed', config.world.get('seed', 0))):
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -122,5 +129,5 @@ def stage_key(setup: Setup, stage: str) -> jax.Array:
 
 
 def seed_of(name: str) -> int:
-  """A stable 31-bit number of a name, to keep the random streams of stages apart."""
+  """A stable 31-bit number of a name, which keeps the random streams of stages apart."""
   return zlib.crc32(name.encode()) & 0x7FFFFFFF

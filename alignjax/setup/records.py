@@ -1,5 +1,5 @@
-"""The records of a stage: the sandbox's, or those of a source, drawn by the seed, without what is
-held out, within the lengths."""
+"""The records of a stage: those of the sandbox, or a random choice from a source, without what is
+held out and within the lengths."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from alignjax.setup.objects import Setup, seed_of
 
 
 def records(setup: Setup, kind: str, count: int | None, split: str = 'train') -> list[dict]:
-  """`count` records of data.<kind>: generated where the source is 'sandbox:', else a random choice
-  of the source's by the seed (None: all).
+  """`count` records of data.<kind>: generated where the source is 'sandbox:', and otherwise a
+  random choice by the seed (None: all).
 
-  split: 'train' leaves out what is held out, 'test' gives that alone. Of the sandbox these are
-  worlds apart; of any other source a prompt is held out by itself and data.heldout
-  (data/hygiene.py: held_out), whatever kind of record it stands in, so no stage is trained on a
-  prompt that another stage measures on.
+  Args:
+    kind: 'pretrain', 'demonstrations', 'comparisons' or 'prompts'.
+    split: 'train' leaves out what is held out, and 'test' returns that alone. In the sandbox the
+      two are different worlds. In any other source a prompt is held out by itself and data.heldout
+      (data/hygiene.py: held_out), whatever kind of record it is in, so that no stage is trained on
+      a prompt that another stage measures on.
   """
   data = setup.config.data
   source, share, seed = data[kind], data.heldout.share, data.heldout.seed
@@ -53,7 +55,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
 
 
 def open_documents(setup: Setup, count: int | None) -> sources.Source:
-  """`count` documents of data.pretrain, a random choice by the seed, to read from by index (None:
+  """`count` documents of data.pretrain, a random choice by the seed, to read by index (None:
   all)."""
   config = setup.config
   if config.data.pretrain == 'sandbox:':
@@ -74,11 +76,16 @@ def encoded(
   responses: Callable[[Mapping[str, Any]], Sequence[str]] = lambda record: (),
   none: bool = False,
 ) -> encode.LimitedRows:
-  """Records of data.<kind> as token rows in the template, those within data.prompt_length and
-  data.response_length: data.too_long drops the others, cuts them, or is an error.
+  """Records of data.<kind> as token rows in the template. data.too_long says what happens to those
+  beyond data.prompt_length and data.response_length: they are dropped, truncated, or an error.
 
-  responses: record -> its responses as text. none: whether an empty result is allowed. An error
-    names the source and the record.
+  Args:
+    found: the records.
+    responses: record -> its responses as text.
+    none: whether an empty result is allowed.
+
+  Raises:
+    ValueError: with the source and the record.
   """
 
   def one(record):
@@ -105,6 +112,6 @@ def encoded(
 
 
 def say(text: str) -> None:
-  """A line for the person who waits, once and not from every process."""
+  """Prints a line for the user, once and not from every process."""
   if jax.process_index() == 0:
     print(text, flush=True)

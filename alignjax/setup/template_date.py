@@ -1,5 +1,5 @@
-"""The day of a chat template that prints the day: one for a whole run, whatever day a restart or an
-evaluation falls on."""
+"""The date of a chat template that prints the date. It is the same for a whole run, whenever a
+restart or an evaluation takes place."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from alignjax.setup.texts import load_tokenizer
 
 
 def pin(config: ml_collections.ConfigDict, workdir: str | files.Folder) -> None:
-  """Sets data.template_date where the chat template prints the day and the config names none: to
-  the day on which this workdir first asked, which its file template_date keeps. So a restart on
-  another day has the same prompts, and a finished stage is used with those that it was trained
+  """Sets data.template_date where the chat template prints the date and the config names none. It
+  is the date on which this workdir first asked, which its file template_date stores. A restart on
+  another day thus has the same prompts, and a finished stage is used with those that it was trained
   with."""
   data = config.data
   if (

@@ -1,5 +1,5 @@
-"""Text <-> tokens as the config has it: the tokenizer, the prompt template, and the sandbox's world
-and labelers."""
+"""Text as tokens, as the config has it: the tokenizer, the prompt template, and the world and the
+labelers of the sandbox."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Text(NamedTuple):
   """What turns text into tokens and back.
 
   Attributes:
-    template: prompts and responses <-> token ids.
+    template: turns prompts and responses into token ids and back.
     ids: the ids that have a token, in order.
-    tokenizer: of transformers; None in the sandbox, whose words are its tokens.
-    world, labelers: of the sandbox; None elsewhere.
+    tokenizer: that of transformers; None in the sandbox, whose words are its tokens.
+    world, labelers: those of the sandbox; None elsewhere.
   """
 
   template: Template
@@ -36,7 +36,7 @@ class Text(NamedTuple):
 
 
 def of_config(config: ml_collections.ConfigDict) -> Text:
-  """The text side of config.data.tokenizer, data.template and world."""
+  """The Text of config.data.tokenizer, data.template and world."""
   if config.data.tokenizer == 'sandbox:':
     from alignjax import sandbox
 
@@ -73,6 +73,6 @@ def load_tokenizer(name: str) -> Any:
 
 
 def token_ids(tokenizer: Any) -> list[int]:
-  """The ids that have a token, in order. They are not 0 .. len(tokenizer) - 1: added tokens may
-  leave holes before them."""
+  """The ids that have a token, in order. They are not 0 .. len(tokenizer) - 1, because added tokens
+  may leave holes before them."""
   return sorted(set(tokenizer.get_vocab().values()))

@@ -1,5 +1,5 @@
-"""Parameters by name: random ones, those of a finished stage, those of a checkpoint of the Hugging
-Face layout."""
+"""Parameters by name: random ones, those of a finished stage, or those of a checkpoint in the
+Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
 
   Args:
     spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the folder
-      of one; or 'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
-    head: 'lm' (policy) or 'scalar' (reward, value). A language model's trunk gets a fresh scalar
-      head.
-    seed: of what is random, beside the config's seed.
+      of such weights; or 'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
+    head: 'lm' (policy) or 'scalar' (reward, value). The trunk of a language model gets a fresh
+      scalar head.
+    seed: of random parameters, in addition to the seed of the config.
   """
   setup.read.update(inputs.of_weights(spec))
   model = setup.policy_model if head == 'lm' else setup.reward_model
@@ -69,5 +69,5 @@ def stage_params(
 
 
 def freeze(params: Params, model: TransformerConfig) -> Params:
-  """Weights of a frozen network, in the dtype that its every use casts them to."""
+  """The weights of a frozen network, in the dtype that every use casts them to."""
   return as_used(params, model.dtype)

@@ -1,6 +1,6 @@
-"""Shapes in place of weights and data: what a stage's step is compiled for where there is neither
-(`alignjax estimate`), what a function of the config returns (checked before any stage runs), and
-what the step's mathematics needs: floating-point operations, and bytes between devices."""
+"""Shapes in place of weights and data. They serve to compile a stage's step without either
+(`alignjax estimate`), to check what functions of the config return before any stage runs, and to
+count what the mathematics of a step needs: floating-point operations, and bytes between devices."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ from alignjax.types import LossFn, Networks, Params, TokenBatch
 
 
 class Work(NamedTuple):
-  """What a phase of a step does with one network, `times` times.
+  """What a phase of a step does with one network.
 
-  kind: 'forward' reads `rows` of `length` tokens; 'update' also goes back; 'decode' makes `length`
-  tokens after `prompt` ones; 'gather' brings the weights together for it.
+  Attributes:
+    kind: 'forward' reads rows; 'update' also has a backward pass; 'decode' samples `length` tokens
+      after `prompt` tokens; 'gather' collects the weights for decoding.
+    model: the architecture of the network.
+    head: 'lm' or 'scalar'.
+    rows, length: the rows and their tokens.
+    times: how often the phase does this in a step.
+    prompt: tokens before those that are sampled.
   """
 
   kind: str
@@ -38,7 +44,13 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """A stage's compiled step, its arguments as shapes on their shardings, and its work by phase."""
+  """A stage's step without data and weights.
+
+  Attributes:
+    step: the compiled step.
+    arguments: its arguments as shapes on their shardings.
+    work: the work of each phase.
+  """
 
   step: Callable
   arguments: tuple
@@ -57,7 +69,8 @@ def setup(config: ml_collections.ConfigDict, devices) -> Setup:
 
 
 def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> Params:
-  """Parameter shapes on their shardings; head: 'lm' or 'scalar', as in weights.initial_params."""
+  """The shapes of parameters on their shardings. head: 'lm' or 'scalar', as in
+  weights.initial_params. model: the architecture; by default that of the setup for the head."""
   model = model or (setup.policy_model if head == 'lm' else setup.reward_model)
   shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
   return jax.tree.map(
@@ -68,7 +81,7 @@ def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> P
 
 
 def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """One array of a batch, its leading axis over the batch's devices."""
+  """One array of a batch, whose leading axis is divided over the batch's devices."""
   shards = setup.sharder.batch_shards
   if shape[0] % shards:
     raise ValueError(
@@ -79,6 +92,7 @@ def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
 
 
 def token_rows(setup: Setup, rows: int, length: int) -> TokenBatch:
+  """A TokenBatch of `rows` rows of `length` tokens, as shapes."""
   shape = (rows, length)
   return TokenBatch(
     array(setup, shape, jnp.int32),
@@ -108,12 +122,16 @@ def check_loss(
   nets: Networks,
   key: jax.Array | None = None,
 ) -> None:
-  """What every stage needs of a loss (types.LossFn), found out from shapes alone: (loss f32[],
-  metrics {name: f32[]}).
+  """Checks from shapes alone that a loss returns (loss f32[], metrics {name: f32[]}), as
+  types.LossFn asks.
 
   Args:
-    where, fn: the config's key and the function that it names, for the message.
+    loss_fn: the loss with its coefficients bound.
+    where, fn: the config key and the function that it names, for the message.
+    params: of the stage, as shapes.
     batch: of the stage, as shapes, before `normalized()`.
+    nets: the networks as pure functions.
+    key: of the dropout, or None.
   """
   made = evaluate(
     lambda params, batch: loss_fn(params, batch.normalized(), key, nets=nets),
@@ -136,7 +154,7 @@ def check_loss(
 
 
 def check_arrays(made: Any, where: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:
-  """That a function returned one float array of `shape` for each of `names`."""
+  """Checks that a function returned one float array of `shape` for each of `names`."""
   arrays = made if isinstance(made, tuple) else (made,)
   if len(arrays) != len(names) or not all(_is_float(x, shape) for x in arrays):
     raise ValueError(
@@ -154,14 +172,15 @@ def _is_float(x: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _shapes(tree: Any) -> str:
-  """A value of shapes as a person reads it: ('float32[4, 7]', 'int32[]')."""
+  """A value of shapes as a person reads it: '(float32[4, 7], int32[])'."""
   return str(jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)).replace("'", '')
 
 
 def model_flops(work: Work) -> float:
-  """Floating-point operations that the mathematics needs, of all devices: two for each multiply-add
-  of a matrix product, three times the forward pass for an update, nothing for what is computed
-  again (as in Chowdhery et al. 2022, appendix B, for MFU); attention to the tokens before only."""
+  """The floating-point operations that the mathematics needs, on all devices together: two for each
+  multiply-add of a matrix product, and three times the forward pass for an update. Recomputation
+  does not count, as in Chowdhery et al. 2022, appendix B, for MFU; attention is only to earlier
+  tokens."""
   each = flops.forward_flops(work.model, work.prompt + work.length, work.head)
   before = flops.forward_flops(work.model, work.prompt, work.head) if work.prompt else 0
   return (
@@ -173,13 +192,14 @@ def model_flops(work: Work) -> float:
 
 
 def wire_bytes(setup: Setup, work: Work) -> float:
-  """Bytes that each device must receive for a piece of work, given where the config's rules keep
-  weights and batch.
+  """The bytes that each device must receive for a piece of work, given where the rules of the
+  config put weights and batch.
 
-  Weights split over the batch's devices come together once for a forward pass and once more for the
-  way back, in the model's dtype, and the gradient is summed into pieces once; split over others
-  (`tensor`), each layer's two sums of activations cross them, forward, again where the forward is
-  computed again (remat), and back. Decoding gathers no weights.
+  Weights that are divided over the devices of the batch are gathered once for the forward pass and
+  once more for the backward pass, in the dtype of the model, and the gradient is summed into pieces
+  once. Weights that are divided over other devices (`tensor`) cost two sums of activations in each
+  layer: in the forward pass, again where it is recomputed (remat), and in the backward pass.
+  Decoding gathers no weights.
   """
   shapes, sharder = params(setup, work.head, work.model), setup.sharder
   batch = set(np.atleast_1d(np.asarray(sharder.rules.get('batch') or (), dtype=object)).tolist())
@@ -199,7 +219,7 @@ def wire_bytes(setup: Setup, work: Work) -> float:
     split = max(split, kept)
     piece = leaf.size * size / kept
     gathered += piece * (1 - 1 / over)
-    # gradients summed over what holds copies (`data`)
+    # Gradients are summed over the devices that hold copies of the weights (`data`).
     copies += 2 * (piece / over) * (1 - over / sharder.batch_shards)
   sums = 2 * work.model.num_layers * 2 * (1 - 1 / split)
   activations = sums * work.rows * work.length * work.model.d_model * size / sharder.batch_shards
@@ -213,8 +233,8 @@ def wire_bytes(setup: Setup, work: Work) -> float:
 
 
 def _no_text(vocabulary: int) -> Text:
-  """In place of texts.of_config where no tokenizer is at hand: the last id ends a response, as in
-  GPT-2."""
+  """The Text where no tokenizer is at hand. The last id ends a response, as in GPT-2, and no text
+  can be read."""
 
   def refuse(*_):
     raise ValueError('a step compiled without a tokenizer reads no text.')

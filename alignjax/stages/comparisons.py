@@ -1,7 +1,7 @@
-"""Comparisons, for the reward model and for losses of a policy: read from a file, or made as the
-paper made them, K responses to each prompt sampled from the policies so far, ranked by one labeler
-each. Made ones are kept in the stage's folder, so that a restart reads them. Then the updates of a
-stage, each of the same number of prompts."""
+"""Comparisons for the reward model and for losses of a policy. They are read from a file, or made
+as the paper made them: K responses to each prompt are sampled from the policies so far and ranked
+by one labeler each. Made ones are saved in the stage's folder, where a restart reads them. This
+file also divides them into the updates of a stage, each of the same number of prompts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ from alignjax.types import ComparisonBatch
 
 
 class Comparisons(NamedTuple):
-  """Token lists: prompts[i] in their template; responses[i][j] with their end token, where they
-  have one; ranks[i][j], 0 best. features f[N_i,F] of each response where the sandbox's judge made
-  the ranking, else None."""
+  """Ranked responses as token lists.
+
+  Attributes:
+    prompts: [i], in their template.
+    responses: [i][j], including the end token where there is one.
+    ranks: [i][j], 0 is best.
+    features: f[N_i,F] of each response where the sandbox's judge made the ranking, else None.
+  """
 
   prompts: list[list[int]]
   responses: list[list[list[int]]]
@@ -38,8 +43,9 @@ class Comparisons(NamedTuple):
 
 
 def training(setup: Setup, name: str) -> Comparisons:
-  """Ranked by the labelers of the training pool, one labeler a prompt. Prompts whose responses all
-  tie teach nothing and are left out, with a notice; it is an error if no other is left."""
+  """The comparisons to train on. Sampled ones are ranked by labelers of the training pool, one for
+  each prompt. Prompts whose responses all tie carry no information and are left out, with a notice;
+  it is an error if no other prompt is left."""
   cfg = setup.config.stages[name]
   if setup.config.data.comparisons == 'sandbox:':
     made = _read_or_make(
@@ -65,10 +71,12 @@ def training(setup: Setup, name: str) -> Comparisons:
 
 
 def evaluation(setup: Setup, name: str) -> Comparisons:
-  """Comparisons on prompts that no stage is trained on, of `evaluation_prompts` prompts at most
-  (None: all). Of the sandbox: with responses of the first policy, and features, so that both pools
-  of labelers rank the same ones. Of a file: the held-out ones (setup.records), without those that
-  tie throughout."""
+  """Comparisons on at most `evaluation_prompts` prompts (None: all) that no stage is trained on.
+
+  In the sandbox the responses are those of the first policy, with their features, so that both
+  pools of labelers rank the same ones. Of a file they are the held-out records (setup/records.py),
+  without those whose responses all tie.
+  """
   cfg = setup.config.stages[name]
   if setup.config.data.comparisons == 'sandbox:':
     return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
@@ -92,7 +100,7 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
 def _read(
   setup: Setup, rows: list[dict], most: int | None = None, none: bool = False
 ) -> Comparisons:
-  """Records as tokens, within the lengths of config.data. most: the most responses that one record
+  """Records as tokens, within the lengths of config.data. most: the most responses that a record
   may have. none: whether an empty result is allowed."""
   limited = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
   for i, kept in zip(limited.index, limited.kept, strict=True):
@@ -113,22 +121,26 @@ def _read(
 
 
 def without_ties(data: Comparisons) -> Comparisons:
-  """Those that rank a response above another."""
+  """The comparisons that rank at least one response above another."""
   keep = [i for i, ranks in enumerate(data.ranks) if len(set(ranks)) > 1]
   return Comparisons(*(field if field is None else [field[i] for i in keep] for field in data))
 
 
 class Updates(NamedTuple):
-  """order: of each update its shape (responses, tokens) and the numbers of its prompts. prompts:
-  rows of every update, the same for all; a short one is filled with weight 0."""
+  """The order in which a stage trains on its comparisons.
+
+  Attributes:
+    order: of each update, its shape (responses, tokens) and the numbers of its prompts.
+    prompts: the rows of every update; a shorter one is filled with rows of weight 0.
+  """
 
   order: list[tuple[tuple[int, int], np.ndarray]]
   prompts: int
 
 
 def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
-  """Every prompt once an epoch, prompts of similar K and length together, so that little is
-  padding."""
+  """The updates of a stage: every prompt once per epoch, and prompts with similar K and length
+  together, so that there is little padding."""
   cfg, length = setup.config.stages[name], setup.length
   k_of = _bucket(np.array([len(r) for r in data.ranks]), cfg.k_buckets, f'stages.{name}.k_buckets')
   longest = np.array(
@@ -154,17 +166,18 @@ def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
 
 
 def prompts_per_update(setup: Setup, name: str, k: int) -> int:
-  """Prompts of an update, the same for all, since Eq. 1 is a mean over prompts (the paper's batches
-  are 64 prompts of 4 to 9 responses, C.2): so many that those with the most responses, k, come to
-  about responses_per_batch, in whole rows on every device and in every microbatch."""
+  """The prompts of an update. It is the same number for all, because Eq. 1 is a mean over prompts
+  (the paper's batches are 64 prompts of 4 to 9 responses, C.2). It is chosen such that prompts with
+  the most responses, k, come to about responses_per_batch, in whole rows on every device and in
+  every microbatch."""
   cfg = setup.config.stages[name]
   parts = setup.sharder.batch_shards * cfg.microbatches
   return max(1, round(cfg.responses_per_batch / k / parts)) * parts
 
 
 def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows: Callable) -> Any:
-  """The batch of an update, on its devices. encode_rows: of data/encode.py, comparisons or
-  preferences."""
+  """The batch of an update, on its devices. encode_rows: encode.comparisons or
+  encode.preferences."""
   (k, t), rows = plan.order[step]
 
   def pick(field):
@@ -178,7 +191,7 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
 
 
 def work(plan: Updates, step: int, of: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
-  """of(rows, tokens of a row) of an update, for throughput."""
+  """of(rows, tokens of a row) for an update, for the metrics of throughput."""
   (k, t), _ = plan.order[step]
   return of(plan.prompts * k, t)
 
@@ -200,7 +213,8 @@ def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
 
 
 def check(setup: Setup, name: str) -> None:
-  """The entries that decide which comparisons a stage has, and in which updates."""
+  """Raises ValueError for wrong entries that decide which comparisons a stage has, and in which
+  updates."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_epochs(cfg.epochs, where, whole=True)
   check_counts(setup, where, 'comparisons', prompts=cfg.prompts)
@@ -232,8 +246,8 @@ def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
 
 
 def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:
-  """K responses to each prompt, each from a policy drawn by its share, ranked by a labeler of the
-  training pool."""
+  """K responses to each prompt, each from a policy that is drawn by its share, ranked by a labeler
+  of the training pool."""
   if not count:
     return Comparisons(prompts=[], responses=[], ranks=[], features=[])
   from alignjax import sandbox
@@ -295,8 +309,8 @@ def _split(items: list, counts: np.ndarray):
 
 
 def made_from(setup: Setup, name: str) -> str:
-  """The fingerprint of what the sandbox's comparisons are made from: the policies' weights and all
-  that decides their samples."""
+  """The fingerprint of what the sandbox's comparisons are made from: the weights of the policies
+  and all that decides their samples."""
   cfg = setup.config.stages[name].to_dict()
   for policy in cfg['policies']:
     setup.read.update(inputs.of_weights(policy['init']))
@@ -317,8 +331,8 @@ def made_from(setup: Setup, name: str) -> str:
 
 
 def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
-  """Reads `path` if it holds what was made from the same (`key`), whole; else makes and writes it,
-  whole or not at all."""
+  """Reads `path` if it is undamaged and was made from the same (`key`). Otherwise it makes the
+  comparisons and writes them, whole or not at all."""
   if path.exists():
     try:
       saved = json.loads(path.read_bytes())
@@ -334,7 +348,7 @@ def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons])
       return found
     if jax.process_index() == 0:
       print(f'{path} {reason}: the comparisons are made again', flush=True)
-    sync(f'{path} read')  # by all, before one writes it
+    sync(f'{path} read')  # All processes have read it before one writes it.
   made = make()._replace(features=None)
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""PPO-ptx: reinforcement learning against the reward model with pretraining gradients (sections 3.5
-and C.4 of the paper).
+"""PPO-ptx: reinforcement learning against the reward model with pretraining gradients (sections
+3.5 and C.4 of the paper).
 
 `iteration` is the whole algorithm, one compiled function; with ptx_coef = 0 it is plain PPO.
 `build` loads the data and the four networks of the stage and hands them to it. Sizes, estimates and

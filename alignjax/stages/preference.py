@@ -1,17 +1,15 @@
-"""A policy trained on comparisons alone, offline: no reward model, no sampling. The loss is the
-config's: DPO (losses.dpo), or a function of a fork, such as IPO, SimPO or KTO, in 20 lines
-(examples/fork_losses.py).
+"""A policy that is trained on comparisons alone, offline: without a reward model and without
+sampling. The loss is that of the config: DPO (losses.dpo), or a function of a fork such as IPO,
+SimPO or KTO, which takes 20 lines (examples/fork_losses.py). alignjax/configs/dpo.py is a whole
+config of
 
-    c.stages.dpo = dict(
-      build='alignjax.stages.preference:build',
-      init=dict(policy='stage:sft', ref='stage:sft'),
-      loss=dict(fn='alignjax.losses:dpo', beta=0.1),
-      ...  # alignjax/configs/dpo.py has the whole
-    )
+    c.stages.dpo = dict(build='alignjax.stages.preference:build',
+                        init=dict(policy='stage:sft', ref='stage:sft'),
+                        loss=dict(fn='alignjax.losses:dpo', beta=0.1), ...)
 
-The loss gets a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref names
-weights, what the frozen reference says of every response token. init.ref=None leaves the reference
-out, for losses without one.
+The loss receives a types.PreferenceBatch: K ranked responses to each prompt and, where init.ref
+names weights, the log-probabilities of every response token under the frozen reference.
+init.ref=None leaves the reference out, for losses without one.
 """
 
 from __future__ import annotations
@@ -35,13 +33,14 @@ from alignjax.types import Metrics, Networks, Params, PreferenceBatch, TrainStat
 
 
 def build(setup: Setup, name: str) -> Stage:
+  """The stage `name` of the config."""
   cfg = setup.config.stages[name]
 
-  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers;
-  # updates of as many prompts each
+  # 1. Comparisons are read, or sampled from the policies so far and ranked by the training
+  # labelers, and divided into updates of equally many prompts.
   data, plan = read_data(setup, name)
 
-  # 2. the policy to train, and the reference to keep
+  # 2. The policy is trained; the reference is frozen.
   tx = make_optimizer(cfg.optimizer, len(plan.order), f'stages.{name}')
   state = make_state(
     setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
@@ -55,7 +54,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   def work_of(rows, length):
     own = flops.training(setup.policy_model, rows, length)
-    # the reference reads what the policy is trained on
+    # The reference adds a forward pass over the rows of the update.
     return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}
 
   info = {
@@ -74,6 +73,7 @@ def build(setup: Setup, name: str) -> Stage:
 
 
 def read_data(setup: Setup, name: str) -> tuple[comparisons.Comparisons, comparisons.Updates]:
+  """The comparisons, and the updates that they are divided into."""
   data = comparisons.training(setup, name)
   return data, comparisons.updates(setup, name, data)
 
@@ -89,7 +89,8 @@ def update(
   tx,
   microbatches: int,
 ) -> tuple[TrainState, Metrics, None]:
-  """One update: the reference's log-probabilities by microbatches of rows, then the loss."""
+  """One update: the log-probabilities of the reference, a microbatch of rows at a time, and then
+  the loss."""
   if frozen:
     b, k, _ = batch.tokens.shape
 
@@ -109,7 +110,7 @@ def update(
 def make_step(
   setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
 ) -> Callable:
-  """`update` as the config has it, compiled: (state, frozen, batch) -> (state, metrics, None)."""
+  """Compiles `update` as the config has it: (state, frozen, batch) -> (state, metrics, None)."""
   cfg, key = setup.config.stages[name], stage_key(setup, name)
   loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
   return compile_step(
@@ -128,10 +129,10 @@ def make_step(
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
-  """The compiled step, its arguments as shapes, and its work, without data or weights, for the
-  largest K."""
+  """The compiled step for the largest K, its arguments as shapes, and its work, without data or
+  weights."""
   cfg = setup.config.stages[name]
-  # how many updates changes a constant of the schedule only
+  # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   policy = abstract.params(setup, 'lm')
   state = make_state(setup, {'policy': policy}, tx)
@@ -161,6 +162,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
 
 
 def check(setup: Setup, name: str) -> None:
+  """Raises ValueError for entries that cannot be, before any stage runs."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where)
   comparisons.check(setup, name)

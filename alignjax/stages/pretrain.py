@@ -1,5 +1,5 @@
-"""Pretraining from scratch on text, where no pretrained model is at hand: the sandbox's stand-in
-for GPT-3."""
+"""Pretraining from scratch on text, where no pretrained model is at hand: in the sandbox it stands
+in for GPT-3."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from alignjax.stages.stage import Stage, make_optimizer, make_state, steps_per_e
 
 
 def build(setup: Setup, name: str) -> Stage:
+  """The stage `name` of the config."""
   cfg = setup.config.stages[name]
 
-  # 1. documents, one after the other, cut into full rows; every token is trained on
+  # 1. Documents are joined and cut into full rows, of which every token is trained on.
   rows = text_rows(setup, [r['text'] for r in records(setup, 'pretrain', cfg.documents)])
   num_steps = steps_per_epoch(len(rows.tokens), cfg.batch_size, cfg.epochs)
 
-  # 2. a fresh (or given) language model and its optimizer
+  # 2. A fresh (or given) language model and its optimizer.
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
   state = make_state(
     setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
   )
 
-  # 3. cross-entropy
+  # 3. The loss is the cross-entropy.
   step = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
@@ -47,17 +48,19 @@ def build(setup: Setup, name: str) -> Stage:
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
+  """The compiled step, its arguments as shapes, and its work, without data or weights."""
   batch = token_rows(setup, setup.config.stages[name].batch_size, setup.config.data.row_length)
   return supervised.abstract_step(setup, name, batch)
 
 
 def check(setup: Setup, name: str) -> None:
+  """Raises ValueError for entries that cannot be, before any stage runs."""
   check_counts(setup, f'stages.{name}', 'pretrain', documents=setup.config.stages[name].documents)
   supervised.check(setup, name, abstract_step)
 
 
 def text_rows(setup: Setup, texts: list[str], length: int | None = None):
-  """Rows of pretraining text (TokenBatch), of data.row_length or `length` tokens."""
+  """The rows of pretraining text (TokenBatch), of `length` tokens, by default data.row_length."""
   return text.rows_of(
     texts,
     setup.text.template.document,
@@ -70,7 +73,7 @@ def text_rows(setup: Setup, texts: list[str], length: int | None = None):
 def text_mix(
   setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None
 ) -> Callable:
-  """batch(step, positions) of pretraining rows, for a stage that mixes `rows` of them into every
+  """(step, positions) -> rows of pretraining text, for a stage that mixes `rows` of them into every
   step."""
   return text.mix(
     open_documents(setup, documents), rows, lambda texts: text_rows(setup, texts, length), seed

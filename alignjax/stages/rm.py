@@ -1,5 +1,5 @@
-"""The reward model: K ranked responses a prompt, one forward pass each, all pairs in one batch
-element (section 3.5)."""
+"""The reward model (section 3.5 of the paper): K ranked responses per prompt, one forward pass
+each, and all pairs in one batch element."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from alignjax.types import TrainState
 
 
 def build(setup: Setup, name: str) -> Stage:
+  """The stage `name` of the config."""
   cfg = setup.config.stages[name]
 
-  # 1. comparisons: read, or sampled from the policies so far and ranked by the training labelers;
-  # updates of as many prompts each
+  # 1. Comparisons are read, or sampled from the policies so far and ranked by the training
+  # labelers, and divided into updates of equally many prompts.
   data, plan, held_out, demos = read_data(setup, name)
   length = setup.length
 
-  # 2. the policy's trunk under a fresh scalar head, the K-way ranking loss
+  # 2. The trunk of the policy gets a fresh scalar head and is trained with the ranking loss.
   tx = make_optimizer(cfg.optimizer, len(plan.order), f'stages.{name}')
   params = initial_params(setup, cfg.init.reward, 'scalar', seed_of(name))
   state = make_state(setup, {'reward': params}, tx)
   step = make_step(setup, name, tx, state)
 
-  # 3. a bias, so that labelers' demonstrations score 0 on average (section 3.5); then accuracy by
-  # labeler pool
+  # 3. A bias is set such that the labelers' demonstrations score 0 on average (section 3.5). Then
+  # the accuracy is measured by labeler pool.
   def finish(state):
     score = bulk.make_scorer(
       setup.nets,
@@ -84,8 +85,8 @@ def build(setup: Setup, name: str) -> Stage:
 def read_data(
   setup: Setup, name: str
 ) -> tuple[Comparisons, Updates, Comparisons | None, list[list[int]]]:
-  """(comparisons, updates of them, those held out, or None of the sandbox's, which are sampled at
-  the end, and the demonstrations of the bias)."""
+  """(comparisons, their updates, held-out comparisons, the rows of demonstrations that set the
+  bias). The held-out ones are None in the sandbox, where they are sampled at the end."""
   data = comparisons.training(setup, name)
   plan = comparisons.updates(setup, name, data)
   held_out = None if setup.text.labelers is not None else comparisons.evaluation(setup, name)
@@ -97,7 +98,7 @@ def read_data(
 def make_step(
   setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
 ) -> Callable:
-  """One update, compiled: (state, batch) -> (state, metrics, None)."""
+  """One compiled update: (state, batch) -> (state, metrics, None)."""
   cfg, key = setup.config.stages[name], stage_key(setup, name)
   loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
 
@@ -117,10 +118,10 @@ def make_step(
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
-  """The compiled step, its arguments as shapes, and its work, without data or weights, for the
-  largest K."""
+  """The compiled step for the largest K, its arguments as shapes, and its work, without data or
+  weights."""
   cfg = setup.config.stages[name]
-  # how many updates changes a constant of the schedule only
+  # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   state = make_state(setup, {'reward': abstract.params(setup, 'scalar')}, tx)
   batch = comparisons.abstract_batch(setup, name)
@@ -137,6 +138,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
 
 
 def check(setup: Setup, name: str) -> None:
+  """Raises ValueError for entries that cannot be, before any stage runs."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where)
   comparisons.check(setup, name)
@@ -154,7 +156,7 @@ def check(setup: Setup, name: str) -> None:
 
 
 def shift_bias(params, delta: float):
-  """The reward model with `delta` added to every score."""
+  """The parameters of the reward model with `delta` added to every score."""
   head = params['final']['score']
   bias = jax.device_put(jnp.asarray(head['bias']) + delta, head['bias'].sharding)
   return {**params, 'final': {**params['final'], 'score': {**head, 'bias': bias}}}

@@ -1,10 +1,10 @@
-"""Model selection: of the candidates that stages kept, the one with the highest score on validation
-prompts (paper C.1: SFT checkpoints by the reward model, which predicts preference better than
-validation loss does; E.9: the PPO models by Likert score).
+"""Model selection: among the candidates that stages saved, it takes the one with the highest score
+on validation prompts. The paper selects SFT checkpoints by the reward model, which predicts
+preference better than the validation loss does (C.1), and PPO models by Likert score (E.9).
 
-A stage without steps, so that a run's other stages start from its result as from any:
-c.init.policy='stage:sft_selected'. Every candidate's figure, the choice and why stand in its
-info.json, and so in the report.
+This is a stage without steps, so that the other stages of a run start from its result as from any
+other: c.init.policy='stage:sft_selected'. The figures of every candidate, the choice and its reason
+are in its info.json, and so in the report.
 """
 
 from __future__ import annotations
@@ -26,101 +26,106 @@ from alignjax.setup import inputs
 from alignjax.setup.objects import Setup, seed_of, stage_dir
 from alignjax.setup.weights import initial_params
 from alignjax.stages.stage import Stage, make_state
+from alignjax.types import Params
 
 
 def build(setup: Setup, name: str) -> Stage:
+  """The stage `name` of the config. It has no steps; `finish` chooses."""
   cfg = setup.config.stages[name]
-  folder = stage_dir(setup, name)
 
-  # 1. validation prompts, the candidates, the judges: a reward model, a reference for the KL, the
-  # sandbox's labelers
+  # 1. Validation prompts and candidates.
   if cfg.prompts.source != 'sandbox:':
     setup.read.update(
       inputs.of_data(f'stages.{name}.prompts', cfg.prompts.source, cfg.prompts.mapping)
     )
   records = _prompts(setup, name)
-  prompts = [r['prompt'] for r in records]
   candidates = find_candidates(setup, name)
-
-  def load(spec, head):
-    return initial_params(setup, str(spec), head, seed_of(name))
-
-  reward = load(cfg.init.reward, 'scalar') if cfg.init.reward else None
-  ref = load(cfg.init.ref, 'lm') if cfg.init.ref else None
   score = plugins.bind(cfg.by, f'stages.{name}.by')
 
   def finish(_):
-    # 2. a response to each prompt by each candidate, and what it is worth
-    model = Model(
-      cfg=setup.policy_model,
-      nets=setup.nets,
-      params=None,
-      head='lm',
-      template=setup.text.template,
-      vocabulary=setup.text.vocabulary,
-      tokenizer=None,
-      source=None,
-    )
-    how = dict(rows=cfg.rows, sharder=setup.sharder)
-    respond = samples.make_responder(
-      model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature, **how
-    )
-    rewarder = samples.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
-    divergence = samples.make_divergence(model, prompts, max_tokens=setup.response_length, **how)
-    scores = {}
-    for label, path in candidates.items():
-      params = load(path, 'lm')
-      key = fingerprints.of_value(
-        [
-          checkpoint.weights(path),
-          [setup.text.template.prompt(p) for p in prompts],
-          cfg.temperature,
-          cfg.rows,
-          setup.response_length,
-          setup.config.seed,
-        ]
-      )
-      kept = folder / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl'
-      said = respond(params, seed_of(f'{setup.config.seed}/{name}'), kept)
-      measured = {}
-      if reward is not None:
-        measured['reward'] = rewarder(reward, said)[:, 0]
-      if ref is not None:
-        measured['kl'] = divergence(params, ref, said)[:, 0]
-      if setup.text.world is not None:
-        measured['gold'] = samples.gold(setup.text.world, setup.text.labelers, records, said)[
-          'gold, training labelers'
-        ][:, 0]
-      scores[label] = (np.asarray(score(measured), np.float64), measured)
-      del params
+    # 2. Every candidate answers every prompt, and the judges measure the responses.
+    measured = _measure(setup, name, records, candidates)
 
-    # 3. the highest mean, and how sure that is
+    # 3. The candidate with the highest mean score is chosen.
     result = selection.choose(
-      {label: s for label, (s, _) in scores.items()},
-      {label: m for label, (_, m) in scores.items()},
-      [json.dumps(p) for p in prompts],
+      {label: np.asarray(score(values), np.float64) for label, values in measured.items()},
+      measured,
+      [json.dumps(record['prompt']) for record in records],
     )
     if jax.process_index() == 0:
       print(f'{name}: {result["why"]}', flush=True)
-    return load(candidates[result['chosen']], 'lm'), {
-      'head': 'lm',
-      'by': cfg.by.fn,
-      'selection': result,
-    }
+    params = _load(setup, name, candidates[result['chosen']], 'lm')
+    return params, {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
 
-  state = make_state(setup, {'policy': {}}, optax.identity())
   return Stage(
-    state=state,
+    state=make_state(setup, {'policy': {}}, optax.identity()),
     step=lambda state, batch: (state, {}, None),
-    batch=lambda i: jnp.int32(i),
+    batch=jnp.int32,
     num_steps=0,
     finish=finish,
   )
 
 
+def _load(setup: Setup, name: str, spec: str | files.Folder, head: str) -> Params:
+  return initial_params(setup, str(spec), head, seed_of(name))
+
+
+def _measure(
+  setup: Setup, name: str, records: list[dict], candidates: dict[str, files.Folder]
+) -> dict[str, dict[str, np.ndarray]]:
+  """candidate -> {'reward': f[N], 'kl': f[N], 'gold': f[N]}, as far as the stage names a reward
+  model and a reference, and the run is in the sandbox."""
+  cfg = setup.config.stages[name]
+  prompts = [record['prompt'] for record in records]
+  reward = _load(setup, name, cfg.init.reward, 'scalar') if cfg.init.reward else None
+  ref = _load(setup, name, cfg.init.ref, 'lm') if cfg.init.ref else None
+  model = Model(
+    cfg=setup.policy_model,
+    nets=setup.nets,
+    params=None,
+    head='lm',
+    template=setup.text.template,
+    vocabulary=setup.text.vocabulary,
+    tokenizer=None,
+    source=None,
+  )
+  how = dict(rows=cfg.rows, sharder=setup.sharder)
+  respond = samples.make_responder(
+    model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature, **how
+  )
+  rewarder = samples.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
+  divergence = samples.make_divergence(model, prompts, max_tokens=setup.response_length, **how)
+  measured = {}
+  for label, path in candidates.items():
+    params = _load(setup, name, path, 'lm')
+    key = fingerprints.of_value(
+      [
+        checkpoint.weights(path),
+        [setup.text.template.prompt(prompt) for prompt in prompts],
+        cfg.temperature,
+        cfg.rows,
+        setup.response_length,
+        setup.config.seed,
+      ]
+    )
+    file = stage_dir(setup, name) / 'responses' / f'{label.replace("/", "-")}-{key}.jsonl'
+    responses = respond(params, seed_of(f'{setup.config.seed}/{name}'), file)
+    values = {}
+    if reward is not None:
+      values['reward'] = rewarder(reward, responses)[:, 0]
+    if ref is not None:
+      values['kl'] = divergence(params, ref, responses)[:, 0]
+    if setup.text.world is not None:
+      gold = samples.gold(setup.text.world, setup.text.labelers, records, responses)
+      values['gold'] = gold['gold, training labelers'][:, 0]
+    measured[label] = values
+    del params  # before the next candidate's are loaded
+  return measured
+
+
 def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
-  """{'sft/100': folder, ..., 'sft/final': folder}: of each stage named the candidates that it kept,
-  and its result; or folders."""
+  """{'sft/100': folder, ..., 'sft/final': folder}: the candidates and the result of each stage that
+  is named, and any folder that is named."""
   out: dict[str, files.Folder] = {}
   for spec in setup.config.stages[name].candidates:
     folder = (
@@ -145,7 +150,7 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
         for p in (folder / 'candidates').glob('*')
         if p.name.isdigit()
         and checkpoint.is_finished(p)
-        # else left by another training of the stage
+        # Others were left by another training of the stage.
         and origin(p) == origin(folder / 'final')
       ),
       key=lambda p: int(p.name),
@@ -161,8 +166,8 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
 
 
 def _prompts(setup: Setup, name: str) -> list[dict]:
-  """Validation prompts, a random choice by the seed. Of a source that stages are trained on: the
-  held-out ones."""
+  """Validation prompts, a random choice by the seed. Of a source that stages are trained on they
+  are the held-out ones."""
   cfg, data = setup.config.stages[name].prompts, setup.config.data
   if cfg.source == 'sandbox:':
     from alignjax import sandbox
@@ -183,6 +188,7 @@ def _prompts(setup: Setup, name: str) -> list[dict]:
 
 
 def check(setup: Setup, name: str) -> None:
+  """Raises ValueError for entries that cannot be, before any stage runs."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   plugins.bind(cfg.by, f'{where}.by')
   if cfg.temperature < 0:

@@ -1,10 +1,10 @@
-"""Supervised fine-tuning on demonstrations (paper sections 3.5 and C.1), with an optional
+"""Supervised fine-tuning on demonstrations (sections 3.5 and C.1 of the paper), with an optional
 pretraining mix (C.3).
 
-pretrain_mix is the share of the loss, and so of the gradient, that pretraining text has: the paper
-mixes in "10% pretraining data" and does not report the unit. A share of rows, or of tokens, would
-be another share of the loss for each data set, because rows of text are full and demonstrations are
-short: 10% of the rows can be most of the tokens.
+pretrain_mix is the share of the loss, and so of the gradient, that belongs to pretraining text. The
+paper mixes in "10% pretraining data" and does not report the unit. A share of rows, or of tokens,
+would be a different share of the loss for each data set, because rows of text are full and
+demonstrations are short: 10% of the rows can be most of the tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from alignjax.stages.stage import Stage, make_optimizer, make_state, steps_per_e
 
 
 def build(setup: Setup, name: str) -> Stage:
+  """The stage `name` of the config."""
   cfg = setup.config.stages[name]
   seed = (setup.config.seed, seed_of(name))
 
-  # 1. demonstrations: the response and its end token are trained on, the prompt by choice
+  # 1. Demonstrations: the response and its end token are trained on, and the prompt by choice.
   pairs = read_data(setup, name)
   if setup.config.data.pack:
     rows = encode.pack(
@@ -40,14 +41,14 @@ def build(setup: Setup, name: str) -> Stage:
   else:
     rows = encode.demonstrations(pairs, setup.length, setup.text.template.pad, cfg.prompt_weight)
 
-  # 2. the pretraining mix: a share of the loss (types.TokenBatch.mix), on about the same share of
-  # each batch's rows
+  # 2. The pretraining mix is a share of the loss (types.TokenBatch.mix) and takes about the same
+  # share of the rows of each batch.
   mixed = text_rows_of(cfg)
   demos = cfg.batch_size - mixed
   text = text_mix(setup, cfg.documents, mixed, (*seed, 1), setup.length) if mixed else None
   num_steps = steps_per_epoch(len(rows.tokens), demos, cfg.epochs)
 
-  # 3. the model to start from, its optimizer, cross-entropy
+  # 3. The model to start from, its optimizer, and the cross-entropy.
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
   state = make_state(
     setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
@@ -55,7 +56,7 @@ def build(setup: Setup, name: str) -> Stage:
   step = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
-    # of the batch's rows: demonstrations first, then text
+    # The rows of a batch are demonstrations first and then text.
     own = setup.sharder.local(np.arange(cfg.batch_size))
     parts = [
       batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])
@@ -94,13 +95,14 @@ def mix_of(cfg) -> tuple[tuple[str, float], ...]:
 
 
 def text_rows_of(cfg) -> int:
-  """How many of a batch's rows are pretraining text. It decides compute and the noise of that part
-  of the gradient, not its weight; the share of the loss, at least one row, spends on it about what
-  it weighs."""
+  """The number of a batch's rows that are pretraining text. It decides the compute and the noise of
+  that part of the gradient, but not its weight. The share of the loss, rounded to at least one row,
+  spends about as much compute on it as it weighs."""
   return max(1, round(cfg.pretrain_mix * cfg.batch_size)) if cfg.pretrain_mix else 0
 
 
 def abstract_step(setup: Setup, name: str) -> Plan:
+  """The compiled step, its arguments as shapes, and its work, without data or weights."""
   cfg = setup.config.stages[name]
   batch = token_rows(setup, cfg.batch_size, setup.length)
   if cfg.pretrain_mix:
@@ -109,6 +111,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
 
 
 def check(setup: Setup, name: str) -> None:
+  """Raises ValueError for entries that cannot be, before any stage runs."""
   cfg = setup.config.stages[name]
   if not 0 <= cfg.pretrain_mix < 1:
     raise ValueError(

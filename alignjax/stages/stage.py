@@ -1,5 +1,5 @@
-"""What a stage is, and what every stage makes of its part of the config: functions, optimizer,
-first state, compiled step."""
+"""What a stage is, and what every stage builds from its part of the config: functions, optimizer,
+first state and compiled step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignjax.types import Metrics, Params, TrainState
 
 
 def no_work(step: int) -> Mapping[str, float]:
-  """Of a stage that does not say what its steps do: no rates are shown."""
+  """The work of a stage that does not count it: no rates are shown."""
   del step
   return {}
 
@@ -28,16 +28,16 @@ class Stage(NamedTuple):
 
   Attributes:
     state: the first TrainState, on its shardings; a checkpoint replaces it.
-    step: (state, batch) -> (state, metrics, seen), compiled; donates the state.
+    step: (state, batch) -> (state, metrics, seen), compiled; it donates the state.
     batch: step number -> global batch; a pure function.
-    num_steps: of the loop.
-    finish: state -> (parameters to keep, info as JSON values).
-    observe: (step, state, seen) -> (metrics, rows of samples), on the host, at logged steps; or
-      None.
-    work: step number -> what that step does, for flops.metrics: tokens, tokens by phase, episodes,
-      FLOPs. Batches may differ.
-    failures: where a function on the host that the step calls says why it gave up
-      (alignjax/rewards.py); one ends the run.
+    num_steps: the steps of the loop.
+    finish: state -> (parameters to save, info as JSON values).
+    observe: (step, state, seen) -> (metrics, rows of samples), called on the host at logged steps;
+      or None.
+    work: step number -> what that step does, for flops.metrics: tokens, tokens by phase, episodes
+      and FLOPs. Batches may differ.
+    failures: the reasons for which a function on the host failed that the step calls (rewards.py).
+      One of them ends the run.
   """
 
   state: TrainState
@@ -53,7 +53,13 @@ class Stage(NamedTuple):
 def make_optimizer(
   config: Mapping[str, Any], steps: int, where: str
 ) -> optax.GradientTransformation:
-  """config.{policy, value, reward} -> one transformation; each is dict(fn='module:name', ...)."""
+  """One transformation of params from the optimizers of a stage.
+
+  Args:
+    config: {'policy' | 'value' | 'reward': dict(fn='module:name', ...)}.
+    steps: optimizer updates of the stage.
+    where: the config key of the stage, for error messages.
+  """
   made = {}
   for name, spec in config.items():
     entry = f'{where}.optimizer.{name}'
@@ -80,8 +86,15 @@ def make_state(
   ema: bool = False,
   extra: Mapping[str, float] | None = None,
 ) -> TrainState:
-  """The first state, born on its shardings; the given parameters are copied, so that frozen ones
-  keep their buffers. Of abstract parameters (stages/abstract.py) the abstract state."""
+  """The first state, created on its shardings. The given parameters are copied, so that frozen ones
+  keep their buffers. Abstract parameters (stages/abstract.py) give an abstract state.
+
+  Args:
+    params: {name: parameter tree}.
+    tx: the optimizer of params.
+    ema: whether the state has a moving average of params['policy'].
+    extra: the scalars that the stage carries along.
+  """
 
   def build(params):
     average = jax.tree.map(lambda p: p.astype(jnp.float32), params['policy']) if ema else None
@@ -100,13 +113,13 @@ def make_state(
 
 
 def compile_step(step: Callable, state: TrainState) -> Callable:
-  """jit of step(state, ...) -> (state, ...): the state is donated and comes back on the shardings
-  it went in with, so that the second call finds the first one's program."""
+  """The jit of step(state, ...) -> (state, metrics, seen). The state is donated and returns on the
+  shardings that it came with, so that the second call finds the program of the first."""
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
 
 
-# keywords that the stage passes itself
+# The keyword arguments that a stage passes to its functions itself.
 GIVEN = dict(loss=('nets',), reward=('nets', 'frozen'), advantage=())
 
 
@@ -116,10 +129,8 @@ def check_functions(
   facts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
   """Binds every function that a stage's config names, so that a wrong name or coefficient fails
-  before any stage runs.
-
-  facts: by entry ('loss', 'reward', 'advantage') what the stage knows and passes (plugins.bind).
-  """
+  before any stage runs. facts: for 'loss', 'reward' and 'advantage', what the stage passes
+  (plugins.bind)."""
   for entry, given in GIVEN.items():
     if entry in config:
       plugins.bind(config[entry], f'{where}.{entry}', given=given, facts=facts.get(entry, {}))
@@ -129,6 +140,6 @@ def check_functions(
 
 
 def steps_per_epoch(rows: int, batch_size: int, epochs: float) -> int:
-  """Steps that see every row `epochs` times. 100 rows 1.1 times are 110, though the product of the
-  floats is a bit more."""
+  """The steps in which every row is seen `epochs` times. 100 rows seen 1.1 times are 110, although
+  the product of the floats is a little more."""
   return math.ceil(round(rows * epochs / batch_size, 6))

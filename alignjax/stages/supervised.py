@@ -1,4 +1,4 @@
-"""The compiled step that pretraining and supervised fine-tuning share: one loss, one update."""
+"""The compiled step that pretraining and supervised fine-tuning share: one loss and one update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignjax.types import LossFn, Metrics, Networks, TokenBatch, TrainState
 def stage_step(
   setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
 ) -> Callable:
-  """make_step as the config of a stage has it."""
+  """make_step with the entries of the stage `name`."""
   cfg = setup.config.stages[name]
   return make_step(
     state,
@@ -35,7 +35,7 @@ def stage_step(
 def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
   """The compiled step, its arguments as shapes, and its work, without data or weights."""
   cfg = setup.config.stages[name]
-  # how many updates changes a constant of the schedule only
+  # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
   state = make_state(setup, {'policy': abstract.params(setup, 'lm')}, tx)
   work = Work(
@@ -50,8 +50,8 @@ def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
 
 
 def check(setup: Setup, name: str, abstract_step: Callable[[Setup, str], Plan]) -> None:
-  """What pretraining and fine-tuning can be wrong about in the same way. abstract_step: of the
-  stage's module."""
+  """Raises ValueError for entries that cannot be, of pretraining and fine-tuning alike.
+  abstract_step: that of the stage's module."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where)
   check_epochs(cfg.epochs, where)
@@ -86,8 +86,8 @@ def make_step(
   ema_decay: float | None = None,
   dropout: bool = False,
 ) -> Callable:
-  """-> step(state, batch) -> (state, metrics, None), jit-compiled for states like `state`, which is
-  donated."""
+  """A compiled step(state, batch) -> (state, metrics, None) for states like `state`, which is
+  donated. For the other arguments see steps.update; dropout: whether the loss receives a key."""
 
   def step(state: TrainState, batch) -> tuple[TrainState, Metrics, None]:
     step_key = jax.random.fold_in(key, state.step) if dropout else None
