@@ -120,13 +120,13 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   if form == 'chat':
     made = chat.make(tokenizer, special, date, opened, without_end)
 
-    def response(said):
+    def chat_response(said):
       return made.pair([chat.QUESTION], said)[1]
 
     return Template(
       prompt=made.prompt,
       pair=made.pair,
-      response=response,
+      response=chat_response,
       bare=made.control.encode,
       decode=decode,
       end=made.end,
