@@ -122,7 +122,7 @@ class _Pipe(io.FileIO):
 
 
 def make_parser(module: str) -> argparse.ArgumentParser:
-  """A parser of the arguments of the subcommand `module`. Its help shows the module's docstring, and
+  """A parser of the arguments of the subcommand `module`. Its help shows the module's docstring and
   names the program as it was called."""
   program = pathlib.Path(sys.argv[0]).name
   return argparse.ArgumentParser(
