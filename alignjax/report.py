@@ -293,11 +293,9 @@ def made_by(setup: Setup) -> dict:
   except (OSError, subprocess.SubprocessError):
     pass
   config = json.loads(json.dumps(setup.config.to_dict(), default=str))
-  return {
-    'command': shlex.join(['python', os.path.relpath(sys.argv[0] or '-'), *sys.argv[1:]]),
-    'commit': commit,
-    'config': config,
-  }
+  program = pathlib.Path(sys.argv[0] or '-')
+  started = ['alignjax'] if program.name == 'alignjax' else ['python', os.path.relpath(program)]
+  return {'command': shlex.join([*started, *sys.argv[1:]]), 'commit': commit, 'config': config}
 
 
 def _short(figure: dict | None) -> str:

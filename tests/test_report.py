@@ -1,7 +1,11 @@
 """The page and the pictures of a report, from results made by hand."""
 
 import json
+import os
+import sys
+import types
 
+import ml_collections
 import numpy as np
 import pytest
 
@@ -178,3 +182,17 @@ def test_best_of_n_has_training_prompts_in_panels_of_their_own(tmp_path, monkeyp
   assert drawn[2] == [5.0, 7.0] and max(drawn[0]) < 3, 'no axis has both'
   best_of_n.plot(made | dict(policies={'ppo': point}), tmp_path / 'y.png')
   assert len(saved[1]) == 2
+
+
+@pytest.mark.parametrize(
+  'argv,said',
+  [
+    (['experiments/run.py', '--config=c'], 'python experiments/run.py --config=c'),
+    ([os.path.abspath('a/run.py'), '--x=b c'], "python a/run.py '--x=b c'"),
+    (['/somewhere/bin/alignjax', 'run', '--config=c'], 'alignjax run --config=c'),
+  ],
+)
+def test_the_command_can_be_given_again(monkeypatch, argv, said):
+  monkeypatch.setattr(sys, 'argv', argv)
+  setup = types.SimpleNamespace(config=ml_collections.ConfigDict())
+  assert report.made_by(setup)['command'] == said

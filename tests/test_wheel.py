@@ -1,6 +1,7 @@
 """The wheel: what is in it, and that it works from another folder, without the repository."""
 
 import configparser
+import json
 import os
 import pathlib
 import shutil
@@ -114,3 +115,5 @@ def test_the_installed_wheel_runs_the_main_job(wheel, tmp_path):
   assert {'report.md', 'report.json', 'ppo_ptx'} <= {
     path.name for path in (tmp_path / 'elsewhere/work').iterdir()
   }
+  report = json.loads((tmp_path / 'elsewhere/work/report.json').read_text())
+  assert report['made_by']['command'] == 'alignjax run --config=ppo_ptx:tiny --workdir=work'

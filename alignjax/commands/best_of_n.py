@@ -19,6 +19,8 @@ import argparse
 import json
 import pathlib
 
+from alignjax.commands import command
+
 PPO_SAMPLES = 8  # a prompt, of the trained policies: their mean is wanted, not their best
 LOGGED = {
   'reward model': 'objective/scores',
@@ -28,9 +30,7 @@ LOGGED = {
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument('--policy', required=True, help='what is sampled from')
   parser.add_argument('--reward_model', required=True)
   parser.add_argument(

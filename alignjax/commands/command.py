@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import errno
 import io
@@ -118,6 +119,17 @@ class _Pipe(io.FileIO):
       if self._ends:
         raise SystemExit(0) from None
       return len(data)
+
+
+def make_parser(module: str) -> argparse.ArgumentParser:
+  """A parser of the arguments of the subcommand `module`. Its help shows the module's docstring and
+  names the program as it was called."""
+  program = pathlib.Path(sys.argv[0]).name
+  return argparse.ArgumentParser(
+    prog=program if program.endswith('.py') else f'{program} {module.rpartition(".")[2]}',
+    description=sys.modules[module].__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
 
 
 def headline(path: pathlib.Path) -> str:

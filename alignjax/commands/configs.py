@@ -7,7 +7,6 @@ also reached as experiments/configs); their docstrings say which arguments they 
 your own is a Python file with a function get_config(), given as --config=PATH[:ARGUMENT].
 """
 
-import argparse
 import ast
 import difflib
 import pathlib
@@ -19,9 +18,7 @@ SCRIPTS = FOLDER.parent.parent / 'experiments'  # only in a clone
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.parse_args(argv)
   print(command.listing(included()))
 

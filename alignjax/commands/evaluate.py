@@ -19,7 +19,6 @@ template, data, the source of the task and of functions of your own): a second c
 new and says what it reuses, and an interrupted call goes on.
 """
 
-import argparse
 import contextlib
 import json
 
@@ -57,9 +56,7 @@ def describe(part: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
   parser.add_argument(
     '--tasks', required=True, help="TASK,TASK; `help` lists them, `help:PART` the harness's"

@@ -12,14 +12,13 @@ training ended a response, and its classifier scores padded batches as alignjax 
 the folder lets `sha256sum -c` and alignjax notice damage. README.md is the model card.
 """
 
-import argparse
 import functools
+
+from alignjax.commands import command
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument('--model', required=True, help="a finished stage's folder, WORKDIR/STAGE")
   parser.add_argument('--out', required=True, help='the folder to write; not one that is there')
   parser.add_argument(

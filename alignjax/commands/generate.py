@@ -17,11 +17,11 @@ import math
 import sys
 from collections.abc import Iterator
 
+from alignjax.commands import command
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument(
     '--model',
     required=True,

@@ -28,8 +28,6 @@ END_WITH_READER = ('configs', 'generate', 'summarize')
 def main() -> None:
   """The entry point: sys.argv is `alignjax`, the subcommand, and the subcommand's arguments."""
   name, *argv = sys.argv[1:] or ['--help']
-  if name in SUBCOMMANDS:
-    sys.argv = [f'{sys.argv[0]} {name}', *argv]  # what the subcommand's own help calls it
   start(name, argv)
 
 

@@ -28,9 +28,7 @@ from alignjax.commands import command
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument(
     '--policies', default='', help='NAME=MODEL,NAME=MODEL; with --judge=file: may be left out'
   )

@@ -19,6 +19,8 @@ import json
 import re
 from collections.abc import Callable
 
+from alignjax.commands import command
+
 
 def number(text: str) -> int | None:
   value = None if text == 'none' else int(text)
@@ -30,9 +32,7 @@ def number(text: str) -> int | None:
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument(
     '--source', required=True, help='jsonl:FILE, tfds:..., hf:... (alignjax/data/sources.py)'
   )

@@ -7,10 +7,10 @@ and the largest seed, and how many seeds show each finding, contradict it, or le
 runs must be of one config, and no seed may be there twice.
 """
 
-import argparse
 import json
 import pathlib
 
+from alignjax.commands import command
 from alignjax.report_page import COLUMNS, NAMES
 
 
@@ -106,9 +106,7 @@ def flatten(tree, name: str = '') -> dict:
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command.make_parser(__name__)
   parser.add_argument('folders', nargs='+', metavar='RUN', help='the folder of a finished run')
   folders = parser.parse_args(argv).folders
   paths = [pathlib.Path(f).expanduser() / 'report.json' for f in folders]
