@@ -214,8 +214,8 @@ def flags(sub, more=False):
 
 
 def read_config(arguments):
-  """The config of --config=NAME[:ARG] and --config.ENTRY=VALUE, as the commands read them. SystemExit
-  with a message for what is wrong."""
+  """The config of --config=NAME[:ARG] and --config.ENTRY=VALUE, as the commands read them. What is
+  wrong ends with a message."""
   module = 'alignjax.commands.config_flags' if COMMANDS.is_dir() else 'experiments.command'
   return importlib.import_module(module).read_config(config_of(arguments))[0]
 
