@@ -41,6 +41,7 @@ PAGES = [
   ROOT / 'CONTRIBUTING.md',
   ROOT / 'CHANGELOG.md',
   *sorted((ROOT / 'docs').glob('*.md')),
+  ROOT / 'examples/README.md',
 ]
 COMMANDS = ROOT / 'alignjax/commands'
 CONFIGS = ROOT / ('alignjax/configs' if COMMANDS.is_dir() else 'experiments/configs')
@@ -214,8 +215,8 @@ def flags(sub, more=False):
 
 
 def read_config(arguments):
-  """The config of --config=NAME[:ARG] and --config.ENTRY=VALUE, as the commands read them. What is
-  wrong ends with a message."""
+  """The config of --config=NAME[:ARG] and --config.ENTRY=VALUE, as the commands read them.
+  SystemExit with a message for what is wrong."""
   module = 'alignjax.commands.config_flags' if COMMANDS.is_dir() else 'experiments.command'
   return importlib.import_module(module).read_config(config_of(arguments))[0]
 
@@ -469,9 +470,6 @@ def test_an_unknown_entry_would_be_found():
   assert not is_entry('ptx.source') and not is_python('stages.loading.Model')
 
 
-# what parts of the project that are written at the same time will bring
-COMING = ('examples/', 'examples/sandbox.ipynb')
-
 MADE = ('report.md', 'table.md', 'preference.md', 'best_of_n.md', 'heldout_labelers.md')
 
 
@@ -497,8 +495,7 @@ def test_documents_and_files_that_are_named_exist():
       continue
     folders = r'`((?:alignjax|experiments|tests|docs|launch|examples)/[\w./-]*)'
     for found in re.findall(folders, prose(page)):
-      exists = (ROOT / found).exists() or found in COMING
-      assert exists or '*' in found, f'{name(page)} names {found}'
+      assert (ROOT / found).exists() or '*' in found, f'{name(page)} names {found}'
 
 
 def test_the_architecture_names_every_file():
