@@ -21,7 +21,7 @@ class Judgment:
     claims: the number of statements about the world.
     false_claims: the number of those that are false.
     on_topic: whether a claim answers the prompt.
-    toxic: the number of insults.
+    toxic: whether there is an insult.
     junk: the number of sentences that cannot be parsed, and one more for a response that did not
       end properly.
     words: the length.

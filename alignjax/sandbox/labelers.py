@@ -43,7 +43,8 @@ class Labelers:
     weights[train:, 5] -= shift
     weights[train:, 0] *= 1.2
     weights[train:, 1] *= 0.7
-    self.weights, self.noise = weights, noise
+    self.weights = weights
+    self.noise = noise
     self.train, self.heldout = np.arange(train), np.arange(train, count)
 
   @staticmethod
