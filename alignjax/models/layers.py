@@ -88,7 +88,7 @@ class Attention(nn.Module):
     b, t = x.shape[:2]
 
     def project(heads, name):
-      # The kernel is [D, heads * H]: of [D, heads, H] a TPU keeps copies in another layout in loops.
+      # The kernel is [D, heads * H]: a TPU keeps copies of [D, heads, H] in its loops.
       width = heads * cfg.head_width
       dense = nn.Dense(width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)
       return dense(x).reshape(b, t, heads, -1)

@@ -265,8 +265,8 @@ def save_params(
     OSError: the disk is full or read-only.
   """
   directory = files.absolute(directory)
-  # info.json is written last and makes the folder whole. On a disk the folder gets its name then; in
-  # a bucket that would copy it.
+  # info.json is written last and makes the folder whole. On a disk the folder gets its name then;
+  # in a bucket that would copy it.
   partial = (
     directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
   )
