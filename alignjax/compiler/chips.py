@@ -27,8 +27,8 @@ class Chip(NamedTuple):
 RUNTIME = 2**28
 
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (system architecture) for HBM capacity and
-# bandwidth, peak bf16 compute, and interconnect bandwidth per chip, which is 2,400, 1,600, 4,800 and
-# 3,584 Gbit/s over the links of a 3D torus (v4, v5p: 6) or a 2D torus (v5e, v6e: 4). GPUs: NVIDIA's
+# bandwidth, peak bf16 compute, and interconnect bandwidth per chip: 2,400, 1,600, 4,800 and 3,584
+# Gbit/s over the links of a 3D torus (v4, v5p: 6) or a 2D torus (v5e, v6e: 4). GPUs: NVIDIA's
 # data sheets of each board, whose clocks and memories differ; dense bf16, and NVLink one way.
 CHIPS = {
   'v4': Chip(32 * 2**30 - RUNTIME, 275e12, 1228e9, 2 * 2400e9 / 8 / 6),
