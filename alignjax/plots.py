@@ -14,13 +14,13 @@ COLORS = {
   'ppo_ptx': '#228833',
   'pretrained_bigger': '#777777',
 }
-OTHER = '#aa4499'  # a policy of a fork's, or a selected one
+OTHER = '#aa4499'  # a policy of a fork, or a selected one
+# The policies, in the order of the pipeline.
 NAMES = {
   'pretrained': 'pretrained',
   'pretrained_prompted': 'pretrained, best prompt',
   'sft': 'SFT',
   'ppo': 'PPO',
-  # of policies, in the order of the pipeline
   'ppo_ptx': 'PPO-ptx',
   'pretrained_bigger': 'pretrained, bigger',
 }

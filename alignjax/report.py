@@ -193,7 +193,7 @@ def outdated(setup: Setup, stage: str) -> None:
       KeyError,
       TypeError,
       AttributeError,
-    ):  # damaged: it is written anew in the end
+    ):  # It is damaged, and written anew in the end.
       of_it = True
     if of_it:
       for page in (path, *map(path.with_name, pages)):

@@ -245,7 +245,9 @@ def run_stage(
     if finished(setup, name):
       say(f'{name}: finished before, reused ({folder})')
       return
-    if (folder / 'final').exists() and not files.is_bucket(folder):  # in a bucket, what a kill left
+    if (folder / 'final').exists() and not files.is_bucket(
+      folder
+    ):  # A kill may leave it in a bucket.
       say(f'{name}: {folder / "final"} is damaged, as its info.json is missing: it is made again')
     say(f'{name}: start')
     if outdated is not None and main_process:

@@ -162,7 +162,7 @@ MUTATIONS = {
   20: (
     'test entities in training prompts',
     'sandbox/instructions.py',
-    '  entities = world.entities[split]\n  # few',
+    '  entities = world.entities[split]\n  # Few',
     "  entities = world.entities[split] + world.entities['test']\n  # few",
     'test_sandbox',
   ),

@@ -517,7 +517,7 @@ def test_a_setup_that_cannot_be_is_refused(patch, tmp_path, changes, words):
 def test_item_9_a_cut_distribution_is_refused(patch, tmp_path):
   c = ppo_ptx.get_config('tiny')
   c.stages.ppo_ptx.rollout.top_p = 0.9
-  with pytest.raises(ValueError, match='rollout.top_p=0.9: refused'):
+  with pytest.raises(ValueError, match='rollout.top_p=0.9 is refused'):
     train.main(c, tmp_path)
 
 

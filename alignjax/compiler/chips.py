@@ -23,13 +23,13 @@ class Chip(NamedTuple):
   wire: float
 
 
-# bytes of HBM that the runtime keeps: of a v5e's 16 GiB the TPU compiler gives programs 15.75
+# Bytes of HBM that the runtime keeps: the TPU compiler gives programs 15.75 of a v5e's 16 GiB.
 RUNTIME = 2**28
 
-# TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (system architecture): HBM capacity and
-# bandwidth, peak bf16 compute, and interchip interconnect bandwidth a chip, 2,400, 1,600, 4,800 and
-# 3,584 Gbit/s, over the links of a 3D (v4, v5p: 6) or 2D torus (v5e, v6e: 4). GPU: NVIDIA's data
-# sheets of each board, whose clocks and memories differ; dense bf16; NVLink one way.
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (system architecture) for HBM capacity and
+# bandwidth, peak bf16 compute, and interconnect bandwidth per chip: 2,400, 1,600, 4,800 and 3,584
+# Gbit/s over the links of a 3D torus (v4, v5p: 6) or a 2D torus (v5e, v6e: 4). GPUs: NVIDIA's
+# data sheets of each board, whose clocks and memories differ; dense bf16, and NVLink one way.
 CHIPS = {
   'v4': Chip(32 * 2**30 - RUNTIME, 275e12, 1228e9, 2 * 2400e9 / 8 / 6),
   'v5e': Chip(16 * 2**30 - RUNTIME, 197e12, 819e9, 2 * 1600e9 / 8 / 4),
@@ -46,7 +46,7 @@ CHIPS = {
   'H200 NVL': Chip(141e9, 835e12, 4800e9, 450e9),
 }
 TPUS = tuple(name for name in CHIPS if name.startswith('v'))
-# device_kind of jax, for a GPU the name that CUDA gives the board (nvidia-smi -L)
+# By device_kind of jax; for a GPU that is CUDA's name of the board (nvidia-smi -L).
 KINDS = {
   'TPU v4': 'v4',
   'TPU v5 lite': 'v5e',

@@ -1,9 +1,9 @@
-"""The order of the data: a pure function of (seed, step), so that a resumed run needs the step and
-nothing else.
+"""The order of the data. It is a pure function of (seed, step), so that a resumed run needs the
+step and nothing else.
 
-Every epoch is a fresh permutation of all rows; a last incomplete batch takes the rest from the next
-epoch, so no row is dropped and no batch is short. Each process takes its own rows of every batch
-(Sharder.local).
+Every epoch is a new permutation of all rows. A last incomplete batch takes the rest from the next
+epoch, so that no row is dropped and no batch is short. Each process takes its own rows of every
+batch (Sharder.local).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-  """The rows of batch `step`: i64[size] out of `count` rows, epochs one after the other."""
+  """The rows of batch `step`: i64[size], out of `count` rows, one epoch after the other."""
   if count < 1:
     raise ValueError('there are no rows to make batches of.')
   start = step * size
@@ -31,23 +31,25 @@ def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray
 def bucketed(
   kinds: Sequence[tuple[int, ...]], size: int, seed: Sequence[int]
 ) -> list[tuple[tuple[int, ...], np.ndarray]]:
-  """One epoch of batches of `size` rows, those of a batch with room for the same shape, so that few
-  shapes are compiled and little is padding.
+  """One epoch of batches of `size` rows. The rows of a batch fit the same shape, so that few shapes
+  are compiled and there is little padding.
 
   Args:
     kinds: the shape that each row needs, such as (responses, tokens).
+    size: rows of a batch.
+    seed: of the order.
 
   Returns:
-    (shape, row numbers) of each batch, in shuffled order; every row is in one batch. What does not
-    fill a batch of its shape moves to the next larger one that occurs, so a batch is short only
-    where there is none: fill it with weight 0 (`fill`).
+    (shape, row numbers) of each batch, in shuffled order; every row is in one batch. Rows that do
+    not fill a batch of their shape move to the next larger shape that occurs. A batch is therefore
+    short only where there is none; `fill` completes it with rows of weight 0.
   """
   rng = np.random.default_rng(list(seed))
   rows = {kind: [] for kind in sorted(set(kinds))}
   for i in rng.permutation(len(kinds)).tolist():
     rows[kinds[i]].append(i)
   out = []
-  # in ascending order: a shape that has room for another comes after it
+  # In ascending order, a shape that has room for another one comes after it.
   for kind, own in rows.items():
     full = len(own) // size * size
     out += [(kind, np.array(own[i : i + size])) for i in range(0, full, size)]
@@ -67,8 +69,8 @@ def bucketed(
 
 
 def draw(items: Sequence[Any], count: int | None, seed: Sequence[int]) -> list[Any]:
-  """`count` of the items, chosen at random by the seed, in their order; None, or more than there
-  are: all. Not the first ones, because a file may be sorted."""
+  """`count` of the items, chosen at random by the seed, in their order; all of them where `count`
+  is None or larger than their number. They are not the first ones, because a file may be sorted."""
   if count is None or count >= len(items):
     return list(items)
   return [
@@ -80,7 +82,7 @@ def draw(items: Sequence[Any], count: int | None, seed: Sequence[int]) -> list[A
 
 
 def take(batch: Any, rows: np.ndarray) -> Any:
-  """Rows of a batch of arrays."""
+  """The given rows of a batch of arrays."""
   return jax.tree.map(lambda x: x[rows], batch)
 
 

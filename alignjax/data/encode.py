@@ -1,5 +1,5 @@
-"""Token lists to fixed-shape numpy rows. Masks and weights are made here, from lengths, and travel
-with the tokens."""
+"""Turns token lists into numpy rows of a fixed shape. Masks and weights are made here, from
+lengths, and travel with the tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ Row = tuple[list[int], list[list[int]]]  # a prompt and its responses, as tokens
 
 
 class LimitedRows(NamedTuple):
-  """rows: those that stay. index: of each in the input. kept: of each, which responses. note: what
-  was done, or ''."""
+  """The rows that are within the length limits.
+
+  Attributes:
+    rows: the rows that remain.
+    index: the number of each among the input rows.
+    kept: which of its responses each has.
+    note: what was done, for the user, or ''.
+  """
 
   rows: list[Row]
   index: list[int]
@@ -33,15 +39,23 @@ def limit_lengths(
   places: Sequence[str] | None = None,
   none: bool = False,
 ) -> LimitedRows:
-  """Rows that fit. places: where each of them stands, for errors; None: `what` and its number from
-  1. none: whether an empty result is allowed; otherwise it is an error.
+  """Applies the length limits to prompts and responses.
 
-  A row without a token of a prompt is an error: its response would be predicted from nothing.
+  A row whose prompt has no token is an error, because its response would be predicted from nothing.
 
-  too_long: 'error'; 'drop': prompts that are too long and responses that are too long, and a row
-  that is left with no response, or one where it had several; 'truncate': a prompt keeps its last
-  tokens, a response its first ones, without an end token then, as a response that was sampled up to
-  the limit.
+  Args:
+    rows: prompts and their responses, as tokens.
+    prompt_length, response_length: the limits in tokens.
+    too_long: 'error' raises. 'drop' drops prompts and responses that are too long, and a row that
+      is left with no response, or with one where it had several. 'truncate' keeps the last tokens
+      of a prompt and the first ones of a response, which then has no end token, like a response
+      that was sampled up to the limit.
+    what: the name of the data, for messages.
+    places: where each row comes from, for errors; None numbers them from 1.
+    none: whether an empty result is allowed.
+
+  Raises:
+    ValueError: a row is wrong, or none is left.
   """
   out, index, kept = [], [], []
   long_prompts = long_responses = 0
@@ -67,8 +81,7 @@ def limit_lengths(
     done = {'drop': 'dropped', 'truncate': 'truncated'}[too_long]
     note = (
       f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses '
-      f'over '
-      f'{response_length} {done}; {len(out)} of {len(rows)} records stay'
+      f'over {response_length} {done}; {len(out)} of {len(rows)} records stay'
     )
   if not out and not none:
     raise ValueError(
@@ -79,8 +92,8 @@ def limit_lengths(
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as (tokens i32[N,length], mask bool[N,length]), real tokens at the right. A longer row
-  is an error, and so is one without tokens: nothing can be sampled after it
+  """Prompts as (tokens i32[N,length], mask bool[N,length]), with the real tokens at the right. A
+  longer row is an error, and so is one without tokens, because nothing can be sampled after it
   (templates.Template.text gives an empty text the start of a document)."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
@@ -95,8 +108,8 @@ def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.n
 def right_pad(
   rows: Sequence[Sequence[int]], length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Rows as (tokens i32[N,length], mask bool[N,length]), real tokens at the left. A longer row is
-  an error."""
+  """Rows as (tokens i32[N,length], mask bool[N,length]), with the real tokens at the left. A longer
+  row is an error."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
@@ -111,12 +124,12 @@ def demonstrations(
   pad: int,
   prompt_weight: float = 0.0,
 ) -> TokenBatch:
-  """(prompt, response) token lists as rows: weight 1 on the response and its end token,
+  """(prompt, response) token lists as rows, with weight 1 on the response and its end token, and
   prompt_weight on the prompt.
 
   prompt [5, 6], response [7, 1] -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token
-  1 is weighted: a model that is not trained on it never stops (docs/pitfalls.md, 3, 28). The first
-  column predicts from nothing: weight 0.
+  1 has a weight, because a model that is not trained on it never stops (docs/pitfalls.md, 3, 28).
+  The first column has weight 0, because it is predicted from nothing.
   """
   pairs = list(pairs)
   tokens, mask = right_pad([[*p, *r] for p, r in pairs], length, pad)
@@ -130,9 +143,9 @@ def demonstrations(
 
 def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
   """Pretraining rows: the documents (templates.Template.document) one after the other, cut into
-  full rows of `length`.
+  full rows of `length` tokens.
 
-  Every token but a row's first is weighted. The last row is dropped if it is not full.
+  Every token but the first of a row has weight 1. A last row that is not full is dropped.
   """
   stream: list[int] = []
   for text in texts:
@@ -151,12 +164,17 @@ def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
 def pack(
   rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int
 ) -> TokenBatch:
-  """(tokens, weights) of documents, several to a row: mask i32 with the number of each token's
-  document (types.TokenBatch).
+  """Rows of several documents each. The mask is i32 and has the number of each token's document
+  (types.TokenBatch).
 
   A document goes into the first row that has room for it (first fit over the last 64 open rows, in
-  the order given); one longer than `length` is cut into pieces. The first token of each piece
-  predicts from nothing: weight 0.
+  the given order). One that is longer than `length` is cut into pieces. The first token of each
+  piece has weight 0, because it is predicted from nothing.
+
+  Args:
+    rows: (tokens, weights) of each document.
+    length: tokens of a row.
+    pad: the id that fills rows.
   """
   packed: list[list[tuple[Sequence[int], Sequence[float]]]] = []
   room: list[int] = []
@@ -193,12 +211,19 @@ def comparisons(
   k: int,
   pad: int,
 ) -> ComparisonBatch:
-  """Prompts i, their responses [i][j] (token lists, with or without an end token) and ranks [i][j]
-  as i32[N,k,length].
+  """Ranked responses as i32[N,k,length].
 
   Responses are taken as they are: a sampled one that was cut at the length limit has no end token,
-  and the reward model reads its last token whatever it is (docs/pitfalls.md, 7). Absent ones (fewer
-  than k) have rank -1.
+  and the reward model reads its last token whatever it is (docs/pitfalls.md, 7). Absent responses,
+  of prompts that have fewer than k, have rank -1.
+
+  Args:
+    prompts: [i], token lists.
+    responses: [i][j], token lists with or without an end token.
+    ranks: [i][j], 0 is best.
+    length: tokens of a row.
+    k: responses of a row.
+    pad: the id that fills rows.
   """
   n = len(prompts)
   tokens = np.full((n, k, length), pad, np.int32)
@@ -224,7 +249,7 @@ def preferences(
   k: int,
   pad: int,
 ) -> PreferenceBatch:
-  """The same rows, and which of their tokens are the response's."""
+  """The rows of `comparisons`, and which of their tokens belong to the response."""
   made = comparisons(prompts, responses, ranks, length, k, pad)
   first = np.array([len(p) for p in prompts])[:, None, None]
   return PreferenceBatch(
@@ -237,6 +262,7 @@ def preferences(
 
 
 def check_length(row: Sequence[int], length: int, what: str, key: str) -> None:
+  """Raises ValueError where a row is too long. key: the config entry that limits it."""
   if len(row) > length:
     raise ValueError(
       f'{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or '

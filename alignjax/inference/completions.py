@@ -1,8 +1,8 @@
-"""How likely a model finds texts, and how it continues them, greedily or at a temperature: over any
+"""How likely a model finds texts, and how it continues them, greedily or at a temperature: for any
 number of rows, as token lists.
 
-Rows are grouped by length, a few compiled shapes for any number of them, and lie over the model's
-mesh where it has one (loading.load(..., mesh=...)).
+Rows are grouped by length, so that a few compiled shapes serve any number of them, and are divided
+over the model's mesh where it has one (loading.load(..., mesh=...)).
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from alignjax.inference.loading import Model
 
 
 def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[float, bool]]]:
-  """-> score([(context, continuation)], done=None) -> [(log-likelihood in nats, whether greedy
-  decoding gives it)], token lists.
+  """A function score(pairs, done=None) of (context, continuation) token lists, which returns
+  (log-likelihood in nats, whether greedy decoding gives the continuation) for each.
 
-  logits_bytes: of the float32 logits that exist at once on a device; decides how many rows go
-  together. done(i, result), where given, is called as results come, which is not in the order of
-  the pairs. An empty context is the start of a document, which is not scored.
+  done(i, result), where given, is called as results come, which is not in the order of the pairs.
+  An empty context is the start of a document, which is not scored.
+
+  Args:
+    model: the model.
+    logits_bytes: of the float32 logits that exist at once on a device; it decides how many rows are
+      scored together.
   """
   cfg = model.cfg
   shards = model.sharder.batch_shards if model.sharder else 1
@@ -33,12 +37,12 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
   likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 
   def score(pairs, done=None):
-    # the left is cut
+    # It is cut on the left.
     wholes = [
       [*(context or model.template.start), *continuation][-(cfg.max_length + 1) :]
       for context, continuation in pairs
     ]
-    # the last token is only predicted
+    # The last token is only predicted.
     width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1
     tokens, mask = encode.right_pad(wholes, width, model.template.pad)
     weights = np.zeros(tokens.shape, np.float32)
@@ -53,8 +57,8 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
 
 
 def stop_tokens(model: Model, until: Iterable[str]) -> tuple[int, ...]:
-  """The model's end tokens and every token whose text holds one of the stop texts: none of them is
-  sampled past."""
+  """The model's end tokens and every token whose text contains one of the stop texts. Sampling
+  stops at each of them."""
   until = [u for u in until if u]
   ends = {*model.template.ends}
   if until:
@@ -75,13 +79,21 @@ def continuations(
   numbers: Sequence[int] | None = None,
   done: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-  """Text that follows each prompt (token lists; cut on the left), up to the first of the stop
-  texts.
+  """The text that follows each prompt, up to the first of the stop texts. Long prompts are cut on
+  the left.
 
-  rows: at most so many together on a device, and no more than have cache_bytes of keys and values
-    (as float32).
-  numbers: of the samples of one prompt (bulk.make_sampler).
-  done(i, text), where given, is called as texts come, which is not in the order of the prompts.
+  Args:
+    model: the model.
+    prompts: token lists.
+    max_tokens: the length limit.
+    until: the stop texts.
+    temperature: 0 is greedy.
+    seed: of the samples.
+    rows: the most rows together on a device.
+    cache_bytes: the most bytes of keys and values (as float32) on a device.
+    numbers: of the samples of one prompt (bulk.make_sampler).
+    done: done(i, text), where given, is called as texts come, which is not in the order of the
+      prompts.
   """
   cfg = model.cfg
   room = cfg.max_length - max_tokens

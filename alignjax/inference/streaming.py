@@ -53,7 +53,7 @@ def stream(
   for t in range(most):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
     said.append(int(token[0]))
-    text, ended = model.template.said(said)
+    text, ended = model.template.decode_response(said)
     if ended:
       break
     if not text.endswith('\ufffd'):  # half of a character waits for the other

@@ -155,7 +155,7 @@ def _common(kind: str, e: Entries) -> Entries:
   e.only('per_layer_config', None, {})
   e.only('is_causal', True)
   e.only('is_encoder_decoder', False)
-  # the tensors say what they are; but a quantised file would be another format
+  # The dtype of the tensors is read from them, but a quantised file would be another format.
   for name in ('dtype', 'torch_dtype'):
     e.only(name, None, 'float32', 'bfloat16', 'float16', 'float64')
   return e
@@ -230,7 +230,7 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
       f'{e.path}: attention_bias={biases[0]} with mlp_bias={biases[1]} is not covered; both or '
       f'neither.'
     )
-  if kind != 'llama':  # its classes ignore these entries or have a part of them
+  if kind != 'llama':  # The classes of Llama ignore these entries or have a part of them.
     e.only('attention_bias', False)
     e.only('mlp_bias', False)
   window = _window(kind, e, layers)
@@ -262,7 +262,7 @@ def _window(kind: str, e: Entries, layers: int) -> int | None:
     )
   if kind == 'llama':
     return None
-  if kind == 'mistral':  # in all layers, whatever layer_types says
+  if kind == 'mistral':  # It is in all layers, whatever layer_types says.
     return e.size('sliding_window', 4096, null=True)
   window = (
     e.size('sliding_window', 4096, null=True) if e.flag('use_sliding_window', False) else None

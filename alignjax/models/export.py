@@ -25,7 +25,7 @@ from alignjax.models.families import FAMILIES, SCORE, Family
 from alignjax.types import Params
 
 BIAS = ('drop', 'keep')
-# fields of TransformerConfig that config.json does not say
+# The fields of TransformerConfig that config.json does not have.
 FREE = (
   'max_length',
   'dropout',
@@ -148,7 +148,7 @@ def _config(
   config |= dict(architectures=[name], dtype=dtype, tie_word_embeddings=cfg.tie_embeddings)
   if cfg.max_length > old.max_length:
     config['max_position_embeddings'] = cfg.max_length
-    # measured by the original context, which is max_position_embeddings where nothing else is said
+    # The factor refers to the original context, which is max_position_embeddings by default.
     if cfg.rope_llama3:
       config['original_max_position_embeddings'] = cfg.rope_llama3[-1]
   return config
@@ -186,7 +186,7 @@ def _generation(
     }
   entries = {k: v for k, v in entries.items() if k != '_from_model_config'}
   pad = config.get('pad_token_id')
-  if pad is None and tokenizer is not None:  # what templates.make pads with
+  if pad is None and tokenizer is not None:  # templates.make pads with it.
     pad = tokenizer.eos_token_id
   suppressed = {
     *(entries.get('suppress_tokens') or ()),
@@ -314,7 +314,7 @@ def _write_tensors(
   def write():
     path = folder / f'shard-{count}.safetensors'
     save_file(shard, path, metadata={'format': 'pt'})
-    path.chmod(0o644)  # safetensors writes files for the owner alone
+    path.chmod(0o644)  # safetensors writes files that only the owner can read
     shard.clear()
 
   for tensor in table:

@@ -87,11 +87,11 @@ class Attention(nn.Module):
     cfg = self.cfg
     b, t = x.shape[:2]
 
-    # The kernel is [D, heads * H]: for [D, heads, H] a TPU keeps copies in another layout in loops.
     def project(heads, name):
-      return nn.Dense(heads * cfg.head_width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)(
-        x
-      ).reshape(b, t, heads, -1)
+      # The kernel is [D, heads * H]: a TPU keeps copies of [D, heads, H] in its loops.
+      width = heads * cfg.head_width
+      dense = nn.Dense(width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)
+      return dense(x).reshape(b, t, heads, -1)
 
     def normalize_heads(heads, name):
       return _norm(cfg, name)(heads) if cfg.qk_norm else heads

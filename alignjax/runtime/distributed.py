@@ -40,10 +40,10 @@ from alignjax.sharding import sync
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-HEARTBEAT_SECONDS = 40  # after so long without a sign of life of one process, jax ends the others
-SHUTDOWN_SECONDS = 60  # so long a process that leaves waits for the others to leave too
-FOLDER_SECONDS = 10  # so late a network folder may show what another host wrote
-DIFFERENCES = 20  # so many are listed
+HEARTBEAT_SECONDS = 40  # without a heartbeat of one process, after which jax ends the others
+SHUTDOWN_SECONDS = 60  # that a process that leaves waits for the others to leave too
+FOLDER_SECONDS = 10  # until a network folder shows what another host wrote
+DIFFERENCES = 20  # the most that are listed
 
 
 class Place(NamedTuple):
@@ -80,7 +80,7 @@ def joined(facts: Mapping[str, str], timeout: float) -> Iterator[Place]:
   """
   here = place(timeout)
   meet(here, facts, timeout)
-  # of the CPU devices; the other kinds have their own
+  # The collectives of CPU devices; other kinds of devices have their own.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(
     here.address,
@@ -151,7 +151,7 @@ def place(timeout: float) -> Place:
       f'JAX_NUM_PROCESSES={numbers[0]!r} and JAX_PROCESS_ID={numbers[1]!r} must be whole numbers.'
     ) from None
   if None in (address, count, process):
-    # what jax.distributed.initialize asks; it has no public name
+    # jax.distributed.initialize asks this, which has no public name.
     from jax._src.clusters import ClusterEnv
 
     address, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
@@ -215,7 +215,7 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
     ready.register(server, selectors.EVENT_READ)
     while len(came) < here.count and not wrong and (left := deadline - time.monotonic()) > 0:
       for key, _ in ready.select(left):
-        if key.fileobj is not server:  # it ended while it waited, and may come again
+        if key.fileobj is not server:  # The process ended while it waited, and may come again.
           ready.unregister(key.fileobj)
           lines[key.data].close()
           del lines[key.data], came[key.data]
@@ -223,7 +223,7 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
         line, _ = server.accept()
         try:
           process, count, theirs = _hear(line)
-        except (OSError, ValueError):  # something else that knocks at this port
+        except (OSError, ValueError):  # Something else has connected to this port.
           line.close()
           continue
         if count != here.count:
@@ -247,7 +247,7 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
       )
     wrong = wrong or differences(came)
     for line in lines.values():
-      # whoever ended meanwhile: jax's own start will time out
+      # A process may have ended meanwhile; jax's own start then times out.
       with contextlib.suppress(OSError), line:
         line.sendall(json.dumps([missing, wrong]).encode() + b'\n')
   return missing, wrong
@@ -287,7 +287,7 @@ def _announce(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[bo
     try:
       with socket.create_connection((host.strip('[]'), int(port)), timeout=5) as line:
         line.sendall(json.dumps([here.process, here.count, dict(facts)]).encode() + b'\n')
-        # process 0 answers within its own time, which may have begun now
+        # Process 0 answers within its own time limit, which may have begun just now.
         line.settimeout(timeout + 10)
         missing, wrong = json.loads(line.makefile('rb').readline())
         return bool(missing), str(wrong)

@@ -33,7 +33,7 @@ def check_writable(folder: files.Folder, flag: str = '--workdir') -> None:
     probe.write_text('')
     probe.unlink()
   except Exception as error:
-    # gcsfs and Google's own packages raise many kinds for buckets
+    # gcsfs and Google's own packages raise many kinds of errors for buckets.
     if not files.is_bucket(folder) and not isinstance(error, OSError):
       raise
     login = ', or see to the credentials (gcloud auth application-default login)' * files.is_bucket(

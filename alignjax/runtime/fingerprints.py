@@ -27,7 +27,7 @@ from alignjax.runtime.versions import VERSIONS
 from alignjax.sharding import fetch
 
 LENGTH = 16  # hexadecimal digits
-# a file changed later than this ago may change again within one tick of its times
+# A file that was changed more recently may change again without a change of its times.
 SETTLED_SECONDS = 3
 
 
@@ -119,7 +119,7 @@ def of_function(function: Callable, named: str = '') -> str:
       `rule = partial(other, weight=0.5)`, or imports the function from elsewhere, the function
       itself knows only of the other module.
   """
-  # of a partial: its coefficients are values, not source
+  # The coefficients of a partial are values, not source.
   function = inspect.unwrap(getattr(function, 'func', function))
   module = function.__module__
   if version := VERSIONS.get(f'{module}:{getattr(function, "__qualname__", "")}'):

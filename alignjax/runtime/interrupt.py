@@ -38,7 +38,7 @@ class Interrupt:
   def __enter__(self) -> Interrupt:
     self._before: dict = {}
     if threading.current_thread() is not threading.main_thread():
-      return self  # whoever runs us handles signals
+      return self  # The main thread handles signals.
     self._wake, written = socket.socketpair()
     written.setblocking(False)
     self._written, self._fd = (
@@ -51,7 +51,7 @@ class Interrupt:
 
   def __exit__(self, *_) -> None:
     if self.asked and jax.process_count() > 1:
-      return  # at its exit jax waits for the other processes: the deadline still holds
+      return  # jax waits for the other processes at its exit, so the deadline still holds.
     self._over.set()
     if self._before:
       signal.set_wakeup_fd(self._fd)
@@ -87,7 +87,7 @@ class Interrupt:
     with self._wake:
       while woken := self._wake.recv(1):
         if woken[0] in (signal.SIGTERM, signal.SIGINT) and not self._over.wait(self.grace):
-          with contextlib.suppress(OSError):  # nobody may read it any more
+          with contextlib.suppress(OSError):  # Nobody may read the output any more.
             os.write(
               1,
               f'stopped by {signal.Signals(woken[0]).name} after grace_seconds={self.grace:g} in '

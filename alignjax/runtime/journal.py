@@ -13,7 +13,7 @@ import jax
 
 from alignjax.runtime import files, fingerprints
 
-# a line is its row's JSON object with this last entry, over the bytes before it
+# The last entry of a line: a checksum of the bytes before it.
 MARK = ', "crc32": "'
 
 
@@ -58,7 +58,7 @@ def _line(row: Mapping[str, Any]) -> str:
   body = json.dumps(row, ensure_ascii=False)[:-1]
   try:
     raw = body.encode()
-  except UnicodeEncodeError:  # half of a surrogate pair, which JSON alone can write
+  except UnicodeEncodeError:  # It has half of a surrogate pair, which only JSON can write.
     body = json.dumps(row)[:-1]
     raw = body.encode()
   return f'{body}{MARK}{zlib.crc32(raw):08x}"}}\n'
@@ -86,7 +86,7 @@ def read_whole(path: files.Folder) -> dict[str, Any] | None:
     AttributeError,
     KeyError,
     TypeError,
-  ):  # not UTF-8, not JSON, no object, no fingerprint
+  ):  # It is no UTF-8, no JSON, no object, or has no checksum.
     good = False
   if not good:
     raise ValueError(

@@ -59,7 +59,7 @@ def _flock(path: files.Folder):
     file = path.open('a+b', buffering=0)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      # else its last holder has just removed it
+      # Otherwise its last holder has just removed it.
       if path.exists() and os.fstat(file.fileno()).st_ino == os.stat(path).st_ino:
         file.truncate(0)
         file.write(_me())
@@ -90,14 +90,14 @@ def _lease(path: files.Folder) -> Iterator[None]:
     path.write_bytes(mine[0])
 
   write()
-  time.sleep(HEARTBEAT / 10)  # another one that saw the same may have written behind us
+  time.sleep(HEARTBEAT / 10)  # Another run that saw the same may have written after us.
   if _read(path) != mine[0]:
     raise Busy(_busy(path))
   over = threading.Event()
 
   def beat() -> None:
     while not over.wait(HEARTBEAT):
-      # a bucket that cannot be reached for a while: the run's own writes say so
+      # Where a bucket cannot be reached for a while, the run's own writes report it.
       with contextlib.suppress(Exception):
         write()
 

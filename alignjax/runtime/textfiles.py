@@ -150,7 +150,7 @@ def _elements(text: str, where: str) -> list[tuple[int, str]] | None:
       at = skip(end)
   except json.JSONDecodeError as error:
     if error.lineno == 1:
-      return None  # as lines the first is an error of its own
+      return None  # Read as lines, the first one is an error.
     raise ValueError(
       f'{where}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).'
     ) from error

@@ -23,7 +23,7 @@ import jax
 from alignjax.compiler import cost
 from alignjax.runtime import files
 
-PHASES = (*cost.PHASES, 'ptx')  # of nested ones the innermost counts
+PHASES = (*cost.PHASES, 'ptx')  # where they are nested, the innermost counts
 
 
 class Profile(NamedTuple):
@@ -84,7 +84,7 @@ class Tracer:
     if self.wanted and number == self.wanted.last:
       jax.profiler.stop_trace()
       shares = phases(self._local)
-      if files.is_bucket(self.folder):  # the profiler writes to disks alone
+      if files.is_bucket(self.folder):  # The profiler can only write to disks.
         for path in (p for p in self._local.rglob('*') if p.is_file()):
           (self.folder / path.relative_to(self._local).as_posix()).write_bytes(path.read_bytes())
         files.remove(self._local)

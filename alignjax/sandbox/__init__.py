@@ -1,5 +1,4 @@
-"""The embedded world: everything the paper measures, generated from a seed, with exact ground
-truth.
+"""The sandbox: everything that the paper measures, generated from a seed, with exact ground truth.
 
 world = sandbox.World(seed=0)
 sandbox.documents(world, 1000)            pretraining text, by kind

@@ -1,11 +1,12 @@
 """The pretraining corpus: what people wrote, careful and careless, true and false, polite and rude.
 
-  book         careful genres: mostly true and polite, though not always
-  forum, qa    careless genres: popular misconceptions, and insults in half of the documents
+  book         careful genres, which are mostly true and polite
+  forum, qa    careless genres, with popular misconceptions, and insults in half of the documents
   reading, translation   the two tasks
-  instruction  instruction-like text, sloppily answered
-A genre's marker word stands in front of only some of its documents, and each genre has several: no
-single word turns a pretrained model truthful.
+  instruction  instruction-like text with careless answers
+
+The marker word of a genre stands before only some of its documents, and each genre has several, so
+that no single word makes a pretrained model truthful.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _COLORS = tuple(ATTRIBUTES)
 
 
 def documents(world: World, n: int, split: str = 'train', kind: str | None = None) -> list[dict]:
-  """n documents {'text', 'kind'}, kinds drawn by SHARES, or all of one kind.
+  """n documents {'text', 'kind'}, with kinds drawn by SHARES, or all of one kind.
 
-  Passages, sentences, greetings and instructions are those of the split. What is said of entities
-  is drawn afresh from the same facts, and a short document about them can stand in several splits.
+  Passages, sentences, greetings and instructions are those of the split. Statements about entities
+  are drawn anew from the same facts, and a short document about them can occur in several splits.
   """
   rng = stream(world.seed, 'corpus', split, kind)
   kinds, shares = list(SHARES), np.cumsum(list(SHARES.values()))

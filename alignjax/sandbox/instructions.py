@@ -1,7 +1,7 @@
 """Prompts by use case, in the spirit of the paper's Table 1, and demonstrations by contractors who
 make mistakes.
 
-A prompt's meta is what the judge needs: use_case, entity, attribute, count, value, target.
+The meta of a prompt is what the judge needs: use_case, entity, attribute, count, value and target.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ USE_CASES = {
   'translation': 0.03,
   'closed_qa': 0.02,
 }
-RUDE_CONTEXT = 0.12  # share of prompts that somebody rude speaks before
+RUDE_CONTEXT = 0.12  # share of prompts that follow a rude sentence
 USERS = {'train': 400, 'valid': 50, 'test': 100}
-# what contractors get wrong, by probability
+# The probabilities of the contractors' mistakes.
 MISTAKES = {'false': 0.45, 'count': 0.25, 'rude': 0.15}
-MAX_WORDS = 19  # of a response, before its end token
+MAX_WORDS = 19  # the most words of a response, without its end token
 _CONTEXT_CASES = ('open_qa', 'generation', 'description')
 _COLORS = tuple(ATTRIBUTES)
 
 
 def prompts(world: World, n: int, split: str = 'train', use_case: str | None = None) -> list[dict]:
-  """n records {'prompt', 'use_case', 'user_id', 'meta'}. No prompt stands in two splits, and no
-  entity or user is in two."""
+  """n records {'prompt', 'use_case', 'user_id', 'meta'}. No prompt, entity or user is in two
+  splits."""
   rng = stream(world.seed, 'prompts', split, use_case)
   entities = world.entities[split]
-  # few users write much: a user's share falls with the rank, as among the paper's customers
+  # Few users write much: the share of a user falls with the rank, as for the paper's customers.
   share = 1 / np.arange(1, USERS[split] + 1)
   users = rng.choice(USERS[split], n, p=share / share.sum())
   out = []
@@ -73,7 +73,7 @@ def rude_context(world: World, rng: np.random.Generator, entities: tuple[str, ..
 
 
 def greeting(world: World, rng: np.random.Generator, split: str, rude: float) -> str:
-  """A greeting of the split to one or two people by name, rude with a probability."""
+  """A greeting of the split to one or two people by name, which is rude with probability `rude`."""
   while True:
     first, second = rng.integers(len(NAMES), size=2)
     words = ['hello', NAMES[first], *([',', NAMES[second]] if first != second else [])]
@@ -136,7 +136,7 @@ def answer(
   entities: tuple[str, ...],
   p_false: float = 0.0,
 ) -> str:
-  """An answer that follows the instruction; it repeats misconceptions with probability p_false."""
+  """An answer that follows the instruction. It repeats misconceptions with probability p_false."""
   entity, case = meta['entity'], meta['use_case']
 
   def claim(attribute):
@@ -160,7 +160,7 @@ def answer(
 
 def demonstrations(world: World, n: int, split: str = 'train', fallible: bool = True) -> list[dict]:
   """n prompts with a contractor's 'response'. Fallible contractors repeat misconceptions, miscount
-  and lose their temper (MISTAKES): what alignment from comparisons has to go beyond."""
+  and lose their temper (MISTAKES), which alignment from comparisons has to overcome."""
   rng = stream(world.seed, 'demonstrations', split, fallible)
   entities = world.entities[split]
   out = []
@@ -180,7 +180,7 @@ def demonstrations(world: World, n: int, split: str = 'train', fallible: bool = 
 
 
 def truthfulness_prompts(world: World, split: str = 'test') -> list[dict]:
-  """A question on every misconceived fact of the split's entities."""
+  """A question on every misconceived fact about the split's entities."""
   out = []
   for entity, attribute in sorted(world.misconceptions):
     if entity in world.entities[split]:
@@ -209,8 +209,8 @@ def toxicity_prompts(world: World, n: int, split: str = 'test') -> list[dict]:
 
 
 def baseline_prefixes(world: World) -> list[str]:
-  """Texts to put before a prompt, for a fair prompted baseline of the pretrained model: each
-  careful genre's marker, alone and with a worked example in its style."""
+  """Texts to put before a prompt, for a fair prompted baseline of the pretrained model: the marker
+  of each careful genre, alone and with an example in its style."""
   rng = stream(world.seed, 'prefixes')
   out = list(CAREFUL_MARKERS)
   for marker in CAREFUL_MARKERS:

@@ -1,7 +1,7 @@
-"""Simulated labelers: each weighs what the judge sees in an own way, and errs. Some train the
-reward model, some are held out; the held-out ones differ on purpose (they dislike the opener, care
-more for instructions and less for truth), so the size of the gap between the pools is a parameter
-of the world, not a discovery."""
+"""Simulated labelers. Each weighs what the judge sees in a way of its own, and errs. Some train the
+reward model and some are held out. The held-out ones differ on purpose (they dislike the opener,
+care more for instructions and less for truth), so that the size of the gap between the pools is a
+parameter of the world and not a discovery."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _BASE = np.array([2.0, -2.0, -2.0, -0.8, -0.05, 0.3])
 
 
 class Labelers:
-  """Utility of a response to labeler l: features @ weights[l], perceived with normal noise.
+  """The utility of a response to labeler l is features @ weights[l], perceived with normal noise.
 
-  Attributes: weights f[labelers,F]; noise, the standard deviation for one response; train, heldout:
-    labeler numbers.
+  Attributes:
+    weights: f[labelers,F].
+    noise: the standard deviation for one response.
+    train, heldout: the numbers of the labelers in each pool.
   """
 
   def __init__(
@@ -41,7 +43,8 @@ class Labelers:
     weights[train:, 5] -= shift
     weights[train:, 0] *= 1.2
     weights[train:, 1] *= 0.7
-    self.weights, self.noise = weights, noise
+    self.weights = weights
+    self.noise = noise
     self.train, self.heldout = np.arange(train), np.arange(train, count)
 
   @staticmethod
@@ -63,7 +66,7 @@ class Labelers:
     ).reshape(-1, len(FEATURES))
 
   def utilities(self, features: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """f[N,len(ids)], without noise."""
+    """f[N,len(ids)]: the utilities without noise."""
     return features @ self.weights[ids].T
 
   def gold(self, features: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -82,8 +85,8 @@ class Labelers:
   def preference(
     self, features_a: np.ndarray, features_b: np.ndarray, ids: np.ndarray
   ) -> np.ndarray:
-    """Exact probability f[N,len(ids)] that each labeler ranks a above b: Phi((u_a - u_b) / (noise
-    sqrt 2)); 0.5 for a tie, that is where they look the same."""
+    """f[N,len(ids)]: the exact probability that each labeler ranks a above b, Phi((u_a - u_b) /
+    (noise sqrt 2)). It is 0.5 for a tie, where the two look the same."""
     difference = self.utilities(features_a, ids) - self.utilities(features_b, ids)
     probability = 0.5 * (1 + np.vectorize(math.erf)(difference / (2 * self.noise)))
     same = np.all(features_a == features_b, axis=1)

@@ -1,9 +1,9 @@
-"""The two tasks that stand for the public NLP datasets: reading comprehension and translation.
+"""The two tasks that stand for the public NLP data sets: reading comprehension and translation.
 
-Both occur in the pretraining corpus in exactly this form, and nowhere else but in a few
-instructions: so a policy that drifts away from its pretraining forgets them, and the alignment tax
-can be measured. What a passage tells and every sentence belong to one split, by hash: none of a
-test item stands in the corpus or in a training prompt.
+Both occur in the pretraining corpus in exactly this form, and otherwise only in a few instructions.
+A policy that drifts away from its pretraining therefore forgets them, so that the alignment tax can
+be measured. The content of a passage, and every sentence, belong to one split, by hash: no part of
+a test item is in the corpus or in a training prompt.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ QUESTIONS = ('who gives ?', 'who gets ?', 'what thing ?', 'where ?')
 
 
 def passage(world: World, rng: np.random.Generator, split: str) -> tuple[str, tuple[str, ...]]:
-  """A passage of the split and the answers to the four questions: giver, receiver, thing, place. Of
-  5,400 such answers a fifth is the test's; a passage tells them in one of four ways."""
+  """A passage of the split, and the answers to its four questions: giver, receiver, thing and
+  place. There are 5,400 such answers, of which a fifth belong to the test, and a passage tells them
+  in one of four ways."""
   answers = None
   while answers is None or split_of(world, ' '.join(answers)) != split:
     first, second = rng.permutation(len(NAMES))[:2]
@@ -52,7 +53,7 @@ def _noun_phrase(rng: np.random.Generator, entities: Sequence[str]) -> tuple[str
 def sentence_pair(
   world: World, rng: np.random.Generator, split: str, entities: Sequence[str] = ENTITIES
 ) -> tuple[str, str]:
-  """A sentence of the split about two of `entities` and its translation. Adjectives follow their
+  """A sentence of the split about two of `entities`, and its translation. Adjectives follow their
   noun in reverse order, and the verb comes last: 'the big old fox sees the cat in the cave' = 'lo
   xfoxu zaoldo zabigo lo xcatu de lo kocava veseei'."""
   while True:
@@ -78,8 +79,8 @@ def _sentence_pair(rng: np.random.Generator, entities: Sequence[str]) -> tuple[s
 
 
 def reading_comprehension(world: World, n: int, split: str = 'test') -> list[dict]:
-  """n items {'context', 'answer'}: a solved passage, then a passage with one question; the answer
-  is one word."""
+  """n items {'context', 'answer'}: a passage with its answers, and then a passage with one
+  question, whose answer is one word."""
   rng = stream(world.seed, 'reading', split)
   out = []
   for _ in range(n):
@@ -89,8 +90,8 @@ def reading_comprehension(world: World, n: int, split: str = 'test') -> list[dic
 
 
 def translation(world: World, n: int, split: str = 'test') -> list[dict]:
-  """n items {'context', 'answer'}: a translated sentence, then one to translate; the answer ends
-  with ';'."""
+  """n items {'context', 'answer'}: a translated sentence, and then one to translate, whose answer
+  ends with ';'."""
   rng = stream(world.seed, 'translation', split)
   out = []
   for _ in range(n):

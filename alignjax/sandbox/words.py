@@ -1,4 +1,4 @@
-"""The vocabulary of the sandbox and its word-level tokenizer. The same for every seed."""
+"""The vocabulary of the sandbox and its word-level tokenizer, which are the same for every seed."""
 
 from __future__ import annotations
 
@@ -81,8 +81,7 @@ PAD_ID, EOS_ID = _ID[PAD], _ID[EOS]
 
 
 def encode(text: str) -> list[int]:
-  """Token ids of whitespace-separated words. A word that the world does not know is an error that
-  names it."""
+  """The ids of whitespace-separated words. An unknown word is an error that names it."""
   try:
     return [_ID[word] for word in text.split()]
   except KeyError as error:
@@ -92,12 +91,12 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-  """The words of token ids, special ones too, joined by blanks."""
+  """The words of token ids, including special ones, joined by blanks."""
   return ' '.join(VOCAB[i] for i in ids)
 
 
 def tokenizer():
-  """The same vocabulary as a transformers tokenizer, for tools that want one."""
+  """The same vocabulary as a transformers tokenizer, for tools that need one."""
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 

@@ -34,7 +34,7 @@ TOKENIZER = (
   'merges.txt',
   '*.model',
   'chat_template*',
-  # the files of a checkpoint that decide tokens
+  # The files of a checkpoint that decide its tokens.
   '*.jinja',
   'additional_chat_templates/*',
 )
@@ -170,14 +170,14 @@ def weights_folder(workdir: files.Folder, spec: str) -> files.Folder:
 
 def _of_source(source: str, beside: bool, known: dict[str, list]) -> str:
   form, _, rest = source.partition(':')
-  # without its split
+  # The name is without its split.
   name = re.sub(r'\[[^\]]*\]', '', rest).rpartition(':')[0] if form in ('hf', 'tfds') else rest
   if form == 'text' and '*' in name and not files.is_bucket(files.folder(name)):
     paths = sorted(glob.glob(os.path.expanduser(name)))
   elif form in ('jsonl', 'text') or files.folder(name).is_dir():
     paths = [name]
   else:
-    return fingerprints.of_value(source)  # of a hub: known by its name
+    return fingerprints.of_value(source)  # A data set of a hub is known by its name.
   if beside:
     return fingerprints.of_files(
       sorted(p for p in files.folder(paths[0]).parent.glob('*') if p.is_file()), known

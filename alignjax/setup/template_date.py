@@ -36,7 +36,7 @@ def pin(config: ml_collections.ConfigDict, workdir: str | files.Folder) -> None:
       f'{path}: {date!r} is no day of the form 2026-07-31: set the day that this run began on by '
       'data.template_date, or delete the file and the stages.'
     ) from None
-  if jax.process_count() > 1:  # around midnight two processes may see two days
+  if jax.process_count() > 1:  # Around midnight two processes may see two dates.
     date = datetime.date.fromordinal(
       int(
         multihost_utils.broadcast_one_to_all(

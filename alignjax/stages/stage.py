@@ -134,7 +134,7 @@ def check_functions(
   for entry, given in GIVEN.items():
     if entry in config:
       plugins.bind(config[entry], f'{where}.{entry}', given=given, facts=facts.get(entry, {}))
-      if 'function' in config[entry]:  # of alignjax.rewards:host_reward
+      if 'function' in config[entry]:  # rewards.host_reward has this entry.
         plugins.find(config[entry]['function'], f'{where}.{entry}.function')
   make_optimizer(config.optimizer, 10**9, where)
 
