@@ -269,9 +269,9 @@ def test_nothing_private_goes_to_a_public_repository(tmp_path, fake):
 def test_what_cannot_be_pushed_is_said_before_any_work(tmp_path, monkeypatch):
   monkeypatch.setattr(loading, 'load', None)
   monkeypatch.setattr(huggingface_hub, 'get_token', lambda: None)
-  with pytest.raises(SystemExit, match='error: --push=mine: .* is named USER/NAME'):
+  with pytest.raises(ValueError, match='--push=mine: .* is named USER/NAME'):
     exported(tmp_path / 'out', '--push=mine')
-  with pytest.raises(SystemExit, match='error: --push=me/mine: nobody is logged in.*hf auth login'):
+  with pytest.raises(ValueError, match='--push=me/mine: nobody is logged in.*hf auth login'):
     exported(tmp_path / 'out', '--push=me/mine')
-  with pytest.raises(SystemExit, match='error: --private goes with --push'):
+  with pytest.raises(ValueError, match='--private goes with --push'):
     exported(tmp_path / 'out', '--private')

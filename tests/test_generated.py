@@ -12,7 +12,7 @@ from generated import as_lines, examples, good_message, messages, number, rows, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignjax.commands import evaluate, generate
+from alignjax.commands import command, generate
 from alignjax.data import fields, mappings, sources
 from alignjax.evals import items
 from alignjax.evals.preference import judgments
@@ -459,7 +459,7 @@ def test_prompts_files(folder, lines, end):
   )
 )
 def test_pairs_of_flags(flag):
-  made = read(lambda: evaluate.pairs(flag, '--models'), '--models')
+  made = read(lambda: command.pairs(flag, '--models'), '--models')
   assert made is None or ','.join(f'{k}={v}' for k, v in made.items()) == ','.join(
     filter(None, flag.split(','))
   )

@@ -12,7 +12,7 @@ import types
 import pytest
 
 from alignjax import train
-from alignjax.commands import command
+from alignjax.commands import config_flags
 from alignjax.runtime import metrics, trackers
 from tests.test_failures import one_step, run
 
@@ -97,7 +97,7 @@ def test_a_wrong_name_is_an_error_before_any_stage(flag, words, tmp_path, monkey
   monkeypatch.setattr(train, 'run_stage', None)
   argv = ['--config=configs/ppo_ptx.py:tiny', f'--config.{flag}']
   with pytest.raises(ValueError, match=words):
-    train.main(command.read_config(argv).config, tmp_path)
+    train.main(config_flags.read_config(argv).config, tmp_path)
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch):
@@ -111,9 +111,9 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, monke
 
 
 def test_no_tracker_is_the_default_and_none_decides_a_result(recorder):
-  plain = command.read_config(['--config=configs/ppo_ptx.py:tiny']).config
+  plain = config_flags.read_config(['--config=configs/ppo_ptx.py:tiny']).config
   argv = ['--config=configs/ppo_ptx.py:tiny', '--config.tracker=mylab:start']
-  tracked = command.read_config([*argv, '--config.tracker_project=other']).config
+  tracked = config_flags.read_config([*argv, '--config.tracker_project=other']).config
   assert trackers.of_config(plain) is None and trackers.of_config({'tracker': None}) is None
   assert trackers.of_config(tracked)[:2] == ('mylab:start', 'other')
   assert train.identity(plain, 'sft') == train.identity(tracked, 'sft')
