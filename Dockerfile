@@ -8,7 +8,7 @@
 FROM python:3.12.11-slim-bookworm
 ARG EXTRAS=
 WORKDIR /alignjax
-COPY setup.cfg pyproject.toml README.md ./
+COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY alignjax alignjax
 RUN pip install --no-cache-dir ".${EXTRAS:+[$EXTRAS]}"
 RUN useradd --uid 1000 --create-home alignjax && mkdir -p /work/runs && chown -R alignjax /work
