@@ -58,6 +58,7 @@ ROOMS = (
   ('train',),
   ('configs',),
   ('commands',),
+  ('__main__',),
 )
 # rooms that may not import each other
 BESIDE = {'evals.safety', 'evals.public', 'evals.preference', 'evals.reward'}
