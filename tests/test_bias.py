@@ -139,11 +139,11 @@ def test_the_tasks(tmp_path):
     (
       'a.tsv',
       'sentid\ttext\nnurse\the\n',
-      r"a.tsv, line 2: no 'sentence'; the row has \['sentid', 'text'\]",
+      r"a.tsv, line 2: 'sentence' is missing; the row has \['sentid', 'text'\]",
     ),
     ('a.tsv', 'sentid\tsentence\n', 'no rows'),
     ('a.tsv.gz', 'x', 'no rows'),
-    ('a.tsv', 'sentid\tsentence\na\tb\tc\n', 'a.tsv, line 2: 3 cells under 2 names'),
+    ('a.tsv', 'sentid\tsentence\na\tb\tc\n', 'a.tsv, line 2 has 3 cells, but there are 2 columns'),
   ],
 )
 def test_data_that_are_not_what_they_should_be(tmp_path, name, text, words):

@@ -407,11 +407,11 @@ def test_a_mapping_that_errs_names_the_record():
 @pytest.mark.parametrize(
   'text,words',
   [
-    ('prompt,x\na,b,c\n', 'line 2: 3 cells under 2 names'),
-    ('prompt,prompt\na,b\n', 'two columns have one name'),
-    ('prompt,x\n"a,b\nc,d\n', 'line 3: not separated values'),
-    ('prompt,x\n"a"b,c\n', 'line 2: not separated values'),
-    ('x\na\n', "line 2: no 'prompt'; the row has"),
+    ('prompt,x\na,b,c\n', 'line 2 has 3 cells, but there are 2 columns'),
+    ('prompt,prompt\na,b\n', 'two columns have the same name'),
+    ('prompt,x\n"a,b\nc,d\n', 'line 3 cannot be read as separated values'),
+    ('prompt,x\n"a"b,c\n', 'line 2 cannot be read as separated values'),
+    ('x\na\n', "line 2: 'prompt' is missing; the row has"),
     ('prompt,x\n', 'no rows'),
     ('', 'no rows'),
   ],
