@@ -139,7 +139,7 @@ def test_the_tasks(tmp_path):
     (
       'a.tsv',
       'sentid\ttext\nnurse\the\n',
-      r"a.tsv, line 2: 'sentence' is missing; the row has \['sentid', 'text'\]",
+      r"a.tsv, line 2 lacks 'sentence'; the row has \['sentid', 'text'\]",
     ),
     ('a.tsv', 'sentid\tsentence\n', 'no rows'),
     ('a.tsv.gz', 'x', 'no rows'),

@@ -118,7 +118,7 @@ def test_a_judge_of_ones_own_is_checked(tmp_path):
     v.p for v in judges.own(pairs, lambda ps, *, keep: [0.25, None], tmp_path / 'k', 'm:f').verdicts
   ] == [0.25, None]
   for wrong, words in (
-    ([0.5], '1 probabilities for 2'),
+    ([0.5], 'returned 1 probabilities for 2'),
     ([0.5, 2], 'no probability'),
     ([float('nan'), 1], 'no probability'),
   ):

@@ -411,7 +411,7 @@ def test_a_mapping_that_errs_names_the_record():
     ('prompt,prompt\na,b\n', 'two columns have the same name'),
     ('prompt,x\n"a,b\nc,d\n', 'line 3 cannot be read as separated values'),
     ('prompt,x\n"a"b,c\n', 'line 2 cannot be read as separated values'),
-    ('x\na\n', "line 2: 'prompt' is missing; the row has"),
+    ('x\na\n', "line 2 lacks 'prompt'; the row has"),
     ('prompt,x\n', 'no rows'),
     ('', 'no rows'),
   ],

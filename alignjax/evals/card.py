@@ -1,6 +1,5 @@
 """The model card of an export: the README.md for the Hugging Face hub, written from what the run's
-folder records about the model. The card shows only the last part
-of a local path."""
+folder records about the model. The card shows only the last part of a local path."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def read(
     missing = [c for c in types if not isinstance(row, dict) or row.get(c) is None]
     if missing:
       has = sorted(row) if isinstance(row, dict) else textfiles.kind(row)
-      raise ValueError(f'{where}: {", ".join(map(repr, missing))} is missing; the row has {has}.')
+      raise ValueError(f'{where} lacks {", ".join(map(repr, missing))}; the row has {has}.')
     for name, expected in types.items():
       if not isinstance(row[name], expected):
         raise ValueError(f'{where}: {name!r} must be text, not {textfiles.kind(row[name])}.')

@@ -1,5 +1,5 @@
-"""The fields of a judgment that people hand in (judgments.py), checked. `where` names file and line
-in errors."""
+"""Checks the fields of the judgments that people hand in (judgments.py). `where` names the file and
+the line in errors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FLAGS = {
 
 
 def name(row: Mapping[str, Any], field: str, where: str) -> str:
-  """A name, or a number as a name; number 0 is one like any other."""
+  """Returns the name in a field. A number is converted to text, and 0 is a valid name."""
   if isinstance(row[field], bool) or not isinstance(row[field], (str, int)):
     raise ValueError(f'{where}: "{field}" is text or a whole number, not {row[field]!r}.')
   return str(row[field])
 
 
 def prompt_name(row: Mapping[str, Any], where: str) -> str:
-  """Its prompt_id, or that of its prompt."""
+  """Returns the prompt_id of a row or, if it has none, the id that its prompt gets."""
   if row.get('prompt_id') not in (None, ''):
     return name(row, 'prompt_id', where)
   if not isinstance(row.get('prompt'), (str, list)):
@@ -50,8 +50,8 @@ def text(row: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def ranking(row: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, str]] | None:
-  """({policy: rank}, {policy: response}) of both forms of a ranking of K policies; None: not ranked
-  yet."""
+  """Returns ({policy: rank}, {policy: response}) from either form of a ranking of K policies, or
+  None if the row is not ranked yet."""
   ranks, responses = row['ranking' if 'ranking' in row else 'ranks'], row.get('responses')
   if ranks is None:
     return None
