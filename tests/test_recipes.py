@@ -117,7 +117,7 @@ def test_export_is_what_was_trained(workdir, tmp_path, capsys):
   assert json.loads((tmp_path / 'rm' / 'config.json').read_text())['pad_token_id'] == 259
   for arguments, words in (
     ([f'--model={workdir / "rm"}', f'--out={tmp_path / "rm"}'], 'is there already'),
-    ([f'--model={workdir}', '--out=x'], 'The folder holds the finished stages ppo_ptx, rm, sft'),
+    ([f'--model={workdir}', '--out=x'], 'Its folder has the stages ppo_ptx, rm, sft'),
   ):
     with pytest.raises((ValueError, OSError), match=words):
       export.main(arguments)

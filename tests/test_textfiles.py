@@ -291,7 +291,7 @@ def test_responses_in_messages(said):
     (dict(chosen='a', rejected='b'), 'data.mapping.comparisons=hh_rlhf'),
     (
       dict(prompt='q', chosen='a', rejected='b', ranks=[1, 0]),
-      "'chosen' and 'rejected' are a ranking of two already",
+      "'chosen' and 'rejected' are already a ranking of two",
     ),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, True]), "'ranks' must be integers"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, 2**31]), "'ranks' must be integers"),

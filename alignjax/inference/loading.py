@@ -281,7 +281,7 @@ def _load_stage(
     raise FileNotFoundError(
       f'{name} holds no finished stage.'
       + (
-        f' The folder holds the finished stages {", ".join(near)}; name one, as in {name}/{near[0]}.'
+        f' Its folder has the stages {", ".join(near)}; name one, as in {name}/{near[0]}.'
         if near
         else ' The forms of a name are WORKDIR/STAGE and hf:FOLDER_OR_HUB_NAME.'
       )
