@@ -118,7 +118,7 @@ def test_records_are_read(tmp_path, kind, suffix):
   'kind,line,words',
   [
     ('prompts', '{"prompt": "a"', 'line 2: not JSON'),
-    ('prompts', '["a"]', 'line 2: a record is an object'),
+    ('prompts', '["a"]', 'line 2: a record must be an object'),
     ('demonstrations', '{"prompt": "a"}', "line 2: field 'response' is missing"),
     (
       'demonstrations',

@@ -145,11 +145,11 @@ def test_one_array_over_any_number_of_lines(tmp_path, indent, name):
     ('[\n{"prompt": "a"}\n{"prompt": "b"}]', 'line 3: not JSON'),
     ('[\n{"prompt": "a"},\n', 'not JSON'),
     ('[{"prompt": "a"},', 'line 1: not JSON'),
-    ('["a"]\n["b"]', 'line 1: a record is an object'),
+    ('["a"]\n["b"]', 'line 1: a record must be an object'),
     ('[]', 'no records'),
     ('[\n{"prompt": "a"}] x', 'line 2: something follows the array'),
     ('', 'no records'),
-    ('null', 'line 1: a record is an object'),
+    ('null', 'line 1: a record must be an object'),
     ('[\n' + '[' * 100_000, 'line 2: not JSON .it is nested too deeply'),
   ],
 )
@@ -384,7 +384,7 @@ def test_a_mapping_that_errs_names_the_record():
   ):
     with pytest.raises(ValueError, match='data.mapping.prompts='):
       mappings.find(name, 'data.mapping.prompts')
-  with pytest.raises(ValueError, match="'from_scores' does not fit .*3 responses but 2 scores"):
+  with pytest.raises(ValueError, match="'from_scores' does not fit .*3 responses, but 2 scores"):
     sources.convert(
       dict(prompt='q', responses=['a', 'b', 'c'], scores=[1, 2]),
       'comparisons',
@@ -392,7 +392,7 @@ def test_a_mapping_that_errs_names_the_record():
       mappings.from_scores,
     )
   for score in (True, '4', None, float('nan')):
-    with pytest.raises(ValueError, match='a score is a number'):
+    with pytest.raises(ValueError, match='a score must be a number'):
       sources.convert(
         dict(prompt='q', responses=['a', 'b'], scores=[1, score]),
         'comparisons',

@@ -249,7 +249,7 @@ def preferences(
   k: int,
   pad: int,
 ) -> PreferenceBatch:
-  """The rows of `comparisons`, and which of their tokens belong to the response."""
+  """Returns the rows of `comparisons`, and which of their tokens belong to the response."""
   made = comparisons(prompts, responses, ranks, length, k, pad)
   first = np.array([len(p) for p in prompts])[:, None, None]
   return PreferenceBatch(
@@ -262,7 +262,7 @@ def preferences(
 
 
 def check_length(row: Sequence[int], length: int, what: str, key: str) -> None:
-  """Raises ValueError where a row is too long. key: the config entry that limits it."""
+  """Raises ValueError if a row is too long. `key` is the config entry that limits its length."""
   if len(row) > length:
     raise ValueError(
       f'{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or '
