@@ -116,7 +116,7 @@ def test_export_is_what_was_trained(workdir, tmp_path, capsys):
   assert 'wrote' in capsys.readouterr().out
   assert json.loads((tmp_path / 'rm' / 'config.json').read_text())['pad_token_id'] == 259
   for arguments, words in (
-    ([f'--model={workdir / "rm"}', f'--out={tmp_path / "rm"}'], 'is there already'),
+    ([f'--model={workdir / "rm"}', f'--out={tmp_path / "rm"}'], 'already exists'),
     ([f'--model={workdir}', '--out=x'], 'Its folder has the stages ppo_ptx, rm, sft'),
   ):
     with pytest.raises((ValueError, OSError), match=words):

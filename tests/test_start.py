@@ -339,5 +339,5 @@ def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path, capsys):
     ):
       ends('plain')
   (tmp_path / 'c' / 'generation_config.json').write_text('[')
-  with pytest.raises(ValueError, match='generation_config.json: not a JSON object'):
+  with pytest.raises(ValueError, match='generation_config.json is not a JSON object'):
     ends('plain')

@@ -247,8 +247,8 @@ def test_the_command_writes_one_table(tmp_path, capsys):
     (['--tasks=winogander'], "no task 'winogander'.*Tasks: "),
     (['--tasks=no_module:f'], 'no module named'),
     (['--tasks=test_table:letters', '--models='], 'names no model'),
-    (['--tasks=test_table:letters', '--models=a'], "'a' has not the form NAME=VALUE"),
-    (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' is there twice"),
+    (['--tasks=test_table:letters', '--models=a'], "'a' does not have the form NAME=VALUE"),
+    (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' occurs twice"),
     (['--tasks=test_table:letters', '--models=a=hf:/nowhere'], 'no such folder'),
     (['--tasks=test_table:letters', '--models=a=/nowhere'], 'no finished stage'),
     (
