@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
   for key, value in command.pairs(options.options, '--options').items():
     task, dot, option = key.rpartition('.')
     if not dot:
-      raise ValueError(f'--options: {key!r} has not the form TASK.OPTION.')
+      raise ValueError(f'--options: {key!r} does not have the form TASK.OPTION.')
     own.setdefault(task, {})[option] = value_of(value)
   for flag, names in (('--data', data), ('--options', own)):
     for name in names:
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
       raise ValueError
   except ValueError:
     raise ValueError(
-      f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
+      f'--mesh={options.mesh} does not have the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
     ) from None
   with (
     distributed.joined(distributed.facts(vars(options)), 300)

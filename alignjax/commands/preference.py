@@ -32,8 +32,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--policies', default='', help='NAME=MODEL,...; optional with --judge=file:')
   parser.add_argument(
     '--template',
-    help="template of the policies: 'plain', 'dialogue' or 'chat'; default: that of the training, or "
-    'plain for hf:',
+    help="template of the policies: 'plain', 'dialogue' or 'chat'; default: that of the training, "
+    'or plain for hf:',
   )
   parser.add_argument('--prompts', help="a source of prompts, or 'sandbox:'")
   parser.add_argument(

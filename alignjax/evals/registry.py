@@ -71,7 +71,7 @@ def find_tasks(names: Sequence[str]) -> dict[str, Callable]:
   for name in names:
     for task, function in _find(name).items():
       if task in found:
-        raise ValueError(f'--tasks={",".join(names)}: the task {task!r} is there twice.')
+        raise ValueError(f'--tasks={",".join(names)}: the task {task!r} occurs twice.')
       found[task] = function
   return found
 

@@ -175,7 +175,7 @@ def own(pairs: Sequence[Pair], function: Callable, folder: pathlib.Path, judge: 
     good = p is None or isinstance(p, (int, float, np.number)) and math.isfinite(p) and 0 <= p <= 1
     if not good:
       raise ValueError(
-        f'--judge={judge}: {p!r} for the prompt {pair.record["prompt_id"]!r} is no probability.'
+        f'--judge={judge}: {p!r} for the prompt {pair.record["prompt_id"]!r} is not a probability.'
       )
   return Judged(
     [

@@ -43,10 +43,8 @@ class Pair(NamedTuple):
 
   Attributes:
     record: {'prompt', 'prompt_id', ...}, with all other fields that its source has.
-    a: the name of the first policy.
-    b: the name of the second policy.
-    response_a: the response of the first policy.
-    response_b: the response of the second policy.
+    a, b: the names of the two policies.
+    response_a, response_b: their responses.
   """
 
   record: Mapping[str, Any]
@@ -61,11 +59,9 @@ class Verdict(NamedTuple):
 
   Attributes:
     prompt_id: the name of the prompt.
-    a: the name of the first policy.
-    b: the name of the second policy.
+    a, b: the names of the two policies.
     p: the probability that a is better, which is 0.5 for a tie, or None if there is no verdict.
-    judge: the name of the judge. Verdicts of one judge are reported together.
-    labeler: the name of the labeler.
+    judge, labeler: their names. Verdicts of one judge are reported together.
     shown_first: 'a' or 'b' if the order of presentation is known, and '' otherwise.
   """
 
@@ -82,10 +78,7 @@ class Rating(NamedTuple):
   """The rating of one response by one labeler.
 
   Attributes:
-    prompt_id: the name of the prompt.
-    policy: the name of the policy that wrote the response.
-    judge: the name of the judge.
-    labeler: the name of the labeler.
+    prompt_id, policy, judge, labeler: the names of the prompt, the policy, the judge, the labeler.
     likert: the overall quality from 1 to 7, or None.
     flags: {flag: true or false} for the flags that were judged.
   """
@@ -102,10 +95,8 @@ class Judged(NamedTuple):
   """The verdicts and ratings of one or more judges.
 
   Attributes:
-    verdicts: the verdicts on pairs.
-    ratings: the ratings of single responses.
-    texts: {(prompt_id, policy): response}, where a file brings its own responses.
-    prompts: {prompt_id: prompt}, where a file brings its own prompts.
+    verdicts, ratings: the verdicts on pairs, and the ratings of single responses.
+    texts, prompts: {(prompt_id, policy): response} and {prompt_id: prompt}, if a file has its own.
     notes: remarks that a reader of the figures must know.
   """
 
@@ -155,12 +146,9 @@ def pairs_of(judged: Judged) -> list[Pair]:
 
 
 def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  """Writes a blinded sheet for people and returns the path of its key.
-
-  The pairs are in random order and so are the two sides of each pair. The key, a file beside the
-  sheet, records which policies they are. An existing sheet is never overwritten, because somebody
-  may have filled it in.
-  """
+  """Writes a blinded sheet for people, with the pairs and the two sides of each pair in random
+  order. Returns the path of its key, a file beside the sheet that records which policies they are.
+  An existing sheet is never overwritten, because somebody may have filled it in."""
   path = files.folder(path)
   key = path.with_suffix('.key.json')
   for existing in (path, key):
@@ -303,7 +291,7 @@ def _key(path: str, key: str | None) -> dict[str, dict[str, str]]:
 
   if not isinstance(made, dict) or not all(map(whole, made.values())):
     raise ValueError(
-      f'{found} is no key of a sheet: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.'
+      f'{found} is not a sheet key: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.'
     )
   return made
 
@@ -428,6 +416,5 @@ def _known(
   if prompts is not None and name not in prompts:
     raise ValueError(
       f'{where}: the prompt {name!r} is none of the {len(prompts)} prompts of --prompts (with '
-      f'this --limit and '
-      '--seed).'
+      f'this --limit and --seed).'
     )

@@ -252,7 +252,7 @@ def _complete(
       return reply.choices[0].message.content or ''
     except (AttributeError, IndexError, TypeError) as error:
       raise retries.Passing(
-        f'an answer that is no chat completion ({type(error).__name__}: {error})'
+        f'an answer that is not a chat completion ({type(error).__name__}: {error})'
       ) from None
 
   url = f'{endpoint.url.rstrip("/")}/chat/completions'
