@@ -269,7 +269,7 @@ def test_an_empty_split_is_said(tmp_path, capsys):
   )
   out = capsys.readouterr().out
   assert (
-    out.count('WARNING: the split ') == 1 and ' is empty: of 2 records that are left none' in out
+    out.count('WARNING: the split ') == 1 and ' is empty: none of the 2 remaining records' in out
   )
   assert {'train: 2 records, 1 users', 'valid: 2 records, 1 users'} & set(out.splitlines())
   for shares in ('train=0.5,train=0.5', '=1', 'a/b=1'):

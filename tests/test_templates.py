@@ -399,9 +399,9 @@ ALTERNATE = (
       'of the roles system, user.*: roles must take turns',
     ),
     ([], 'one or more'),
-    ([{'content': 'x'}], 'a list of messages'),
-    ([{'role': 'user'}], 'a list of messages'),
-    ([{'role': 'user', 'content': None}], 'a list of messages'),
+    ([{'content': 'x'}], 'a list of one or more messages'),
+    ([{'role': 'user'}], 'a list of one or more messages'),
+    ([{'role': 'user', 'content': None}], 'a list of one or more messages'),
     ([{'role': 'tool', 'content': 'x'}], 'take turns'),
   ],
 )
