@@ -166,7 +166,7 @@ def _tokenizer(tokenizer: Any) -> str | None:
   fast = getattr(tokenizer, 'backend_tokenizer', None)
   rules = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
   whole = tokenizer.encode('a b', verbose=False)  # With the tokens before and after a text.
-  # the last call's
+  # Truncation and padding are those of the last call and do not count.
   rules = {k: v for k, v in rules.items() if fast is None or k not in ('truncation', 'padding')}
   return fingerprints.of_value(
     [rules, tokenizer.chat_template, whole, str(sorted(tokenizer.special_tokens_map.items()))]

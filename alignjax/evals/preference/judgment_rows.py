@@ -28,7 +28,7 @@ FLAGS = {
 def name(row: Mapping[str, Any], field: str, where: str) -> str:
   """Returns the name in a field. A number is converted to text, and 0 is a valid name."""
   if isinstance(row[field], bool) or not isinstance(row[field], (str, int)):
-    raise ValueError(f'{where}: "{field}" is text or a whole number, not {row[field]!r}.')
+    raise ValueError(f'{where}: "{field}" must be text or a whole number, not {row[field]!r}.')
   return str(row[field])
 
 
@@ -45,7 +45,7 @@ def prompt_name(row: Mapping[str, Any], where: str) -> str:
 
 def text(row: Mapping[str, Any], field: str, where: str) -> str:
   if not isinstance(row[field], str):
-    raise ValueError(f'{where}: "{field}" is text, not {textfiles.kind(row[field])}.')
+    raise ValueError(f'{where}: "{field}" must be text, not {textfiles.kind(row[field])}.')
   return row[field]
 
 
@@ -75,7 +75,7 @@ def ranking(row: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[st
       dict(zip(policies, responses, strict=True)) if isinstance(responses, list) else responses
     )
   if not isinstance(ranks, dict):
-    raise ValueError(f'{where}: "ranking" is {{policy: rank}}, not {textfiles.kind(ranks)}.')
+    raise ValueError(f'{where}: "ranking" must be {{policy: rank}}, not {textfiles.kind(ranks)}.')
   if len(ranks) < 2 or not all(
     isinstance(r, int) and not isinstance(r, bool) for r in ranks.values()
   ):
@@ -86,7 +86,7 @@ def ranking(row: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[st
     )
   if not isinstance(responses, (dict, type(None))) or not set(responses or ()) <= set(ranks):
     raise ValueError(
-      f'{where}: "responses" of a ranking are {{policy: text}} of the policies ranked.'
+      f'{where}: "responses" of a ranking must be {{policy: text}} for its policies.'
     )
   return ranks, {policy: text(responses, policy, where) for policy in responses or ()}
 
@@ -112,7 +112,7 @@ def likert(value: Any, where: str) -> float | None:
     or not math.isfinite(value)
     or not 1 <= value <= 7
   ):
-    raise ValueError(f'{where}: the Likert score is a number from 1 to 7, not {value!r}.')
+    raise ValueError(f'{where}: the Likert score must be a number from 1 to 7, not {value!r}.')
   return float(value)
 
 

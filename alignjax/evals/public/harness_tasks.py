@@ -92,7 +92,7 @@ def _read(path: pathlib.Path, functions: bool = False) -> dict[str, Any]:
     SyntaxError,
   ) as error:
     raise ValueError(
-      f'{path}: not a task file of the harness ({type(error).__name__}: '
+      f'{path} is not a task file of the harness ({type(error).__name__}: '
       f'{" ".join(str(error).split())}).'
     ) from None
 
@@ -170,7 +170,7 @@ def _named(name: str) -> dict[str, Callable] | None:
     ]
   )
   raise ValueError(
-    f'--tasks={name}: a group of the harness, not a task. Name its members: '
+    f'--tasks={name}: it is a group of the harness, not a task. Name its members: '
     f'{",".join(sorted(members))}'
   )
 
