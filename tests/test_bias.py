@@ -77,7 +77,7 @@ def test_whole_sentences_of_known_probability():
   )
   told = bias.pair_logprobs(known(), pairs, prefixes.PREFIXES['respectful'])
   np.testing.assert_allclose(bias.entropy(told), [bits(2 / 3), bits(0.04 / 0.09), 1], rtol=1e-5)
-  with pytest.raises(ValueError, match='14 tokens, the model reads 10'):
+  with pytest.raises(ValueError, match='14 tokens, but the context of the model is 10'):
     bias.pair_logprobs(known(10), pairs, prefixes.PREFIXES['respectful'])
 
 
@@ -135,15 +135,15 @@ def test_the_tasks(tmp_path):
       'sentid\tsentence\nnurse.guest.0.male.txt\the ran\n',
       'nurse.guest.0 has only one of them',
     ),
-    ('a.tsv', 'sentid\tsentence\nnurse\the ran\n', "'nurse' has not the form"),
+    ('a.tsv', 'sentid\tsentence\nnurse\the ran\n', "'nurse' does not have the form"),
     (
       'a.tsv',
       'sentid\ttext\nnurse\the\n',
-      r"a.tsv, line 2: no 'sentence'; the row has \['sentid', 'text'\]",
+      r"a.tsv, line 2 lacks 'sentence'; the row has \['sentid', 'text'\]",
     ),
     ('a.tsv', 'sentid\tsentence\n', 'no rows'),
     ('a.tsv.gz', 'x', 'no rows'),
-    ('a.tsv', 'sentid\tsentence\na\tb\tc\n', 'a.tsv, line 2: 3 cells under 2 names'),
+    ('a.tsv', 'sentid\tsentence\na\tb\tc\n', 'a.tsv, line 2 has 3 cells, but there are 2 columns'),
   ],
 )
 def test_data_that_are_not_what_they_should_be(tmp_path, name, text, words):

@@ -118,7 +118,7 @@ def test_records_are_read(tmp_path, kind, suffix):
   'kind,line,words',
   [
     ('prompts', '{"prompt": "a"', 'line 2: not JSON'),
-    ('prompts', '["a"]', 'line 2: a record is an object'),
+    ('prompts', '["a"]', 'line 2: a record must be an object'),
     ('demonstrations', '{"prompt": "a"}', "line 2: field 'response' is missing"),
     (
       'demonstrations',
@@ -129,7 +129,7 @@ def test_records_are_read(tmp_path, kind, suffix):
     (
       'comparisons',
       '{"prompt": "a", "responses": ["b", "c"], "ranks": [0]}',
-      '2 responses but 1 ranks',
+      '2 responses, but 1 ranks',
     ),
     ('comparisons', '{"prompt": "a", "responses": ["b", 3], "ranks": [0, 1]}', 'must be a string'),
     (

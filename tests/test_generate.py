@@ -87,7 +87,7 @@ def test_a_stage_is_used_with_the_tokens_and_the_config_of_its_training_alone(
   try:
     template.write_text(f'{before} ')
     with pytest.raises(
-      ValueError, match=r'data.tokenizer=hf:.*base is another one now .*--on_changed_input=keep'
+      ValueError, match=r'data.tokenizer=hf:.*base has changed since .*--on_changed_input=keep'
     ):
       loading.load(spec)
   finally:

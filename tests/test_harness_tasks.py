@@ -166,11 +166,14 @@ def test_results_are_kept_by_file_included_file_functions_and_data(folder, scrip
 @pytest.mark.parametrize(
   'change,words',
   [
-    (dict(choice='task: [a'), 'choice.yaml: not a task file of the harness .ParserError'),
-    (dict(choice='- a\n'), 'choice.yaml: not a task file'),
-    (dict(choice='group: g\ntask: [a, b]\n'), 'choice.yaml: a group of tasks'),
-    (dict(choice='a: b\n'), 'choice.yaml: no task: it has no entry `task`'),
-    (dict(choice=CHOICE.replace('own.shout', 'own.shoot')), 'choice.yaml: not a task file.*shoot'),
+    (dict(choice='task: [a'), 'choice.yaml is not a task file of the harness .ParserError'),
+    (dict(choice='- a\n'), 'choice.yaml is not a task file'),
+    (dict(choice='group: g\ntask: [a, b]\n'), 'choice.yaml: it is a group of tasks'),
+    (dict(choice='a: b\n'), 'choice.yaml: it is not a task, because it has no entry `task`'),
+    (
+      dict(choice=CHOICE.replace('own.shout', 'own.shoot')),
+      'choice.yaml is not a task file.*shoot',
+    ),
     (
       dict(_base=BASE % '/nowhere/x.jsonl'),
       'my_choice: the task of .*choice.yaml cannot be made .*/nowhere/x.jsonl',
@@ -193,7 +196,7 @@ def test_other_names(folder, tmp_path):
   with pytest.raises(ValueError, match='the folder has no YAML file'):
     registry.find_tasks([str(tmp_path / 'empty')])
   (folder / 'again.yaml').write_text(CHOICE)
-  with pytest.raises(ValueError, match="two files have the task 'my_choice'"):
+  with pytest.raises(ValueError, match="two files define the task 'my_choice'"):
     registry.find_tasks([str(folder)])
   with pytest.raises(ValueError, match='a group of the harness.*arc_challenge,arc_easy'):
     registry.find_tasks(['ai2_arc'])

@@ -269,11 +269,11 @@ def test_an_empty_split_is_said(tmp_path, capsys):
   )
   out = capsys.readouterr().out
   assert (
-    out.count('WARNING: the split ') == 1 and ' is empty: of 2 records that are left none' in out
+    out.count('WARNING: the split ') == 1 and ' is empty: none of the 2 remaining records' in out
   )
   assert {'train: 2 records, 1 users', 'valid: 2 records, 1 users'} & set(out.splitlines())
   for shares in ('train=0.5,train=0.5', '=1', 'a/b=1'):
-    with pytest.raises(ValueError, match='each split has a name of its own'):
+    with pytest.raises(ValueError, match='each split must have a name of its own'):
       prepare.main(
         [
           f'--source=jsonl:{tmp_path}/raw.jsonl',
@@ -287,9 +287,9 @@ def test_an_empty_split_is_said(tmp_path, capsys):
       prepare.main(
         [f'--source=jsonl:{tmp_path}/raw.jsonl', '--kind=prompts', f'--out={tmp_path}/o', flag]
       )
-    assert "is no number from 1 on, nor 'none'" in capsys.readouterr().err
+    assert "is neither a number from 1 on nor 'none'" in capsys.readouterr().err
   for shares in ('train=-1,valid=2', 'train=0', 'train=nan'):
-    with pytest.raises(ValueError, match='a share is a number from 0 on'):
+    with pytest.raises(ValueError, match='a share must be a number from 0 on'):
       prepare.main(
         [
           f'--source=jsonl:{tmp_path}/raw.jsonl',
@@ -367,7 +367,7 @@ def test_a_damaged_record_of_prepared_data_is_named(tmp_path, capsys):
 
 
 def test_prepare_says_what_is_wrong(tmp_path):
-  with pytest.raises(ValueError, match='--shares=train has not the form'):
+  with pytest.raises(ValueError, match='--shares=train does not have the form'):
     prepare.main(['--source=jsonl:x', '--kind=prompts', f'--out={tmp_path}', '--shares=train'])
   with pytest.raises(FileNotFoundError, match='no such file'):
     prepare.main(['--source=jsonl:/nowhere.jsonl', '--kind=prompts', f'--out={tmp_path}/o'])

@@ -54,7 +54,7 @@ def test_reward_model_scores_are_those_of_one_row_at_a_time(tmp_path):
     assert v.p == (0.5 if a == b else float(a > b))
   # the end token makes a difference
   assert got.verdicts[1].p == 0.5 and got.verdicts[2].p in (0.0, 1.0)
-  assert got.verdicts[3].p is None and 'over its 512 tokens' in got.notes[0]
+  assert got.verdicts[3].p is None and 'exceed its 512 tokens' in got.notes[0]
   (kept,) = tmp_path.glob('*.jsonl')
   lines = kept.read_text().splitlines()
   np.testing.assert_allclose(
@@ -118,9 +118,9 @@ def test_a_judge_of_ones_own_is_checked(tmp_path):
     v.p for v in judges.own(pairs, lambda ps, *, keep: [0.25, None], tmp_path / 'k', 'm:f').verdicts
   ] == [0.25, None]
   for wrong, words in (
-    ([0.5], '1 probabilities for 2'),
-    ([0.5, 2], 'no probability'),
-    ([float('nan'), 1], 'no probability'),
+    ([0.5], 'returned 1 probabilities for 2'),
+    ([0.5, 2], 'not a probability'),
+    ([float('nan'), 1], 'not a probability'),
   ):
     with pytest.raises(ValueError, match=words):
       judges.own(pairs, lambda ps, *, keep, out=wrong: out, tmp_path / 'k', 'm:f')

@@ -126,7 +126,7 @@ def test_the_commands_errors_are_lines(tmp_path, monkeypatch):
 
   monkeypatch.setattr('lm_eval.__main__.cli_evaluate', evaluate)
   monkeypatch.setattr(sys, 'argv', ['lm_eval'])
-  with pytest.raises(SystemExit, match='error: .*/none: no finished stage'):
+  with pytest.raises(SystemExit, match='error: .*/none holds no finished stage'):
     lm_eval_plugin.main(['--model', 'alignjax'])
 
 

@@ -335,7 +335,7 @@ def test_votes_join_their_arguments(tmp_path):
           {'response': 'b', 'overall_score': 1},
         ],
       },
-      'a score is a finite number',
+      'a score must be a finite number',
     ),
     ('prompts', 'prompt=question', {'prompt': 'q'}, "KeyError: 'question'"),
     ('prompts', None, {'prompt': [{'role': 'robot', 'content': 'x'}]}, 'must hold messages'),
@@ -368,9 +368,9 @@ def test_pairs_are_rankings_of_two():
     ('csv:x', 'a source is jsonl:FILE'),
     ('jsonl:', 'a source is'),
     ('text:x', 'pretraining documents only'),
-    ('tfds:train', 'say which split'),
+    ('tfds:train', 'name the split'),
     ('tfds:no_such_set_at_all:train', 'cannot be read'),
-    ('hf:train', 'say which split'),
+    ('hf:train', 'name the split'),
   ],
 )
 def test_sources_that_cannot_be(source, words):
@@ -391,7 +391,7 @@ def test_several_sources_follow_each_other(tmp_path):
     sources.read(both, 'prompts', 'prompt=question;')
   (tmp_path / 'b.jsonl').write_text('')
   # not hidden by the records of the other
-  with pytest.raises(ValueError, match='b.jsonl.: no records'):
+  with pytest.raises(ValueError, match='b.jsonl. has no records'):
     sources.read(both, 'prompts', 'prompt=question')
 
 
@@ -403,7 +403,9 @@ def test_broken_files_are_named(tmp_path):
   with pytest.raises(ValueError, match=r'y.jsonl: not UTF-8 \(byte 12\)'):
     sources.read(f'jsonl:{tmp_path}/y.jsonl', 'prompts')
   (tmp_path / 'z.jsonl').write_text('{"chosen": "a", "rejected": "b"}')
-  with pytest.raises(ValueError, match="no records left by data.mapping.comparisons='hh_rlhf'"):
+  with pytest.raises(
+    ValueError, match="no records that data.mapping.comparisons='hh_rlhf' can use"
+  ):
     sources.read(f'jsonl:{tmp_path}/z.jsonl', 'comparisons', 'hh_rlhf')
 
 

@@ -110,8 +110,8 @@ def test_a_dict_takes_the_place_of_a_whole_dict():
     ('stages.ppo.loss=__import__("os").getcwd()', 'a value is a literal'),
     ('stages.ppo.loss={1: 2}', 'a dict'),
     ('stages.rm.responses[2]=5', 'has 2 items'),
-    ('seed[0]=1', 'is no list'),
-    ('=3', 'has a name'),
+    ('seed[0]=1', 'is not a list'),
+    ('=3', 'must have a name'),
     ('stages.ppo.kl.coef=' + '(' * 5000, 'a number'),
   ],
 )

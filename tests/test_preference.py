@@ -291,7 +291,7 @@ def test_responses_are_kept_and_an_interrupted_call_goes_on(model, tmp_path, mon
   file.write_bytes(file.read_bytes() + b'{"prompt_id": "torn')
   capsys.readouterr()
   assert responses.respond(model, 'w', asked, tmp_path / 'cut', **options) == whole
-  assert '2 responses are kept from before' in capsys.readouterr().out
+  assert '2 responses were already in' in capsys.readouterr().out
   monkeypatch.setattr(
     bulk,
     'each',
@@ -469,7 +469,7 @@ GOOD = dict(prompt_id='q', a='x', b='y', choice='a')
     (GOOD | dict(a='z'), ['line 2', "policy 'z'", 'x, y']),
     (GOOD | dict(prompt_id='r'), ['line 2', "prompt 'r'"]),
     (GOOD | dict(b='x'), ['line 2', 'with itself']),
-    (dict(prompt_id='q', a='x'), ['line 2', 'b, choice missing']),
+    (dict(prompt_id='q', a='x'), ['line 2', 'lacks b, choice;']),
     (dict(prompt_id='q', policy='x', likert=8), ['line 2', '1 to 7']),
     (dict(prompt_id='q', policy='x', flags=['rude']), ['line 2', 'hallucination', 'rude']),
     (dict(prompt_id='q', policy='x'), ['line 2', 'likert']),
@@ -520,12 +520,12 @@ def test_several_files_are_several_labelers(tmp_path):
   [
     (['--judge=nobody'], 'rm:MODEL, sandbox'),
     (['--judge=rn:runs/x'], "Did you mean 'rm'"),
-    ([], '--judge names nobody'),
+    ([], '--judge is missing'),
     (['--judge=sandbox'], 'trained in the sandbox'),
     (['--judge=openai:m'], 'OPENAI_API_KEY is not set'),
     (['--judge=openai:m', '--judge_url=http://x', '--judge_key_env=NO_SUCH'], 'NO_SUCH is not set'),
     (['--judge=openai:m', '--judge_url=x'], 'must begin with http'),
-    (['--judge=openai:m', '--judge_url=http://x', '--judge_body=[1]'], 'no JSON object'),
+    (['--judge=openai:m', '--judge_url=http://x', '--judge_body=[1]'], 'not a JSON object'),
     (['--judge=file:none.jsonl'], 'no such file'),
     (['--judge=sandbox', '--baseline=z'], '--baseline=z'),
     (['--judge=sandbox', '--rows=0'], '--rows must be'),

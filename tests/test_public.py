@@ -464,8 +464,8 @@ BROKEN = [
     [GOOD, dict(sentence='x', label=None)],
     "line 2: field 'label' must be int or str, not NoneType",
   ),
-  ([GOOD, ['x']], 'line 2: a record is an object, not list'),
-  ([], 'x.jsonl: no records'),
+  ([GOOD, ['x']], 'line 2: a record must be an object, not list'),
+  ([], 'x.jsonl has no records'),
 ]
 
 
@@ -506,7 +506,9 @@ def test_other_errors(tmp_path, scripted, monkeypatch):
   (tmp_path / 'bad.json').write_text(
     json.dumps(dict(data=[dict(title='a', paragraphs=[dict(qas=[dict(question='q')])])]))
   )
-  with pytest.raises(ValueError, match="bad.json, article 0: not of the form of SQuAD.*'answers'"):
+  with pytest.raises(
+    ValueError, match="bad.json, article 0 does not have the form of SQuAD.*'answers'"
+  ):
     run('squadv2', str(tmp_path / 'bad.json'))
   with pytest.raises(ValueError, match='--options=sst.shots=many'):
     run(data=str(tmp_path / 'torn.jsonl'), shots='many')

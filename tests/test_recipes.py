@@ -116,8 +116,8 @@ def test_export_is_what_was_trained(workdir, tmp_path, capsys):
   assert 'wrote' in capsys.readouterr().out
   assert json.loads((tmp_path / 'rm' / 'config.json').read_text())['pad_token_id'] == 259
   for arguments, words in (
-    ([f'--model={workdir / "rm"}', f'--out={tmp_path / "rm"}'], 'is there already'),
-    ([f'--model={workdir}', '--out=x'], 'It has these: ppo_ptx, rm, sft'),
+    ([f'--model={workdir / "rm"}', f'--out={tmp_path / "rm"}'], 'already exists'),
+    ([f'--model={workdir}', '--out=x'], 'Its folder has the stages ppo_ptx, rm, sft'),
   ):
     with pytest.raises((ValueError, OSError), match=words):
       export.main(arguments)
@@ -168,7 +168,7 @@ def test_generate_prints_text_and_best_of_is_the_best(workdir, capsys, tmp_path)
     ([*common, '--prompts_file=/nowhere.txt'], 'no such file'),
     (
       [f'--model=hf:{CHAT}', '--prompt=x', '--best_of=2', f'--reward_model=hf:{CHAT}'],
-      'is no reward model',
+      'is not a reward model',
     ),
   ):
     with pytest.raises((ValueError, OSError), match=words):

@@ -331,7 +331,7 @@ def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path, capsys):
   assert ends('plain') == (EOS,) and ends('chat') == (EOS, TURN)
   (tmp_path / 'c' / 'generation_config.json').write_text('{"eos_token_id": [256, 258, 5]}')
   assert ends('plain') == (EOS, TURN), 'and 5 is a letter'
-  assert '(eos_token_id [5]) as ends; they are text' in capsys.readouterr().err
+  assert '(eos_token_id [5]) as ends. They are text' in capsys.readouterr().err
   for bad in ('"258"', 'true', '[[258]]', '{"a": 258}', '[258.0]'):
     (tmp_path / 'c' / 'generation_config.json').write_text(f'{{"eos_token_id": {bad}}}')
     with pytest.raises(
@@ -339,5 +339,5 @@ def test_all_ends_that_the_checkpoint_names_end_a_response(tmp_path, capsys):
     ):
       ends('plain')
   (tmp_path / 'c' / 'generation_config.json').write_text('[')
-  with pytest.raises(ValueError, match='generation_config.json: not a JSON object'):
+  with pytest.raises(ValueError, match='generation_config.json is not a JSON object'):
     ends('plain')

@@ -211,7 +211,7 @@ def test_one_model_has_no_plot_of_differences(tmp_path, monkeypatch):
 
 
 def test_a_task_named_twice_and_one_that_is_not_there():
-  with pytest.raises(ValueError, match="the task 'rte' is there twice"):
+  with pytest.raises(ValueError, match="the task 'rte' occurs twice"):
     registry.find_tasks(['rte', 'rte'])
   with pytest.raises(ValueError, match="no task 'hellaswig'; did you mean hellaswag"):
     registry.find_tasks(['hellaswig'])
@@ -247,8 +247,8 @@ def test_the_command_writes_one_table(tmp_path, capsys):
     (['--tasks=winogander'], "no task 'winogander'.*Tasks: "),
     (['--tasks=no_module:f'], 'no module named'),
     (['--tasks=test_table:letters', '--models='], 'names no model'),
-    (['--tasks=test_table:letters', '--models=a'], "'a' has not the form NAME=VALUE"),
-    (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' is there twice"),
+    (['--tasks=test_table:letters', '--models=a'], "'a' does not have the form NAME=VALUE"),
+    (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' occurs twice"),
     (['--tasks=test_table:letters', '--models=a=hf:/nowhere'], 'no such folder'),
     (['--tasks=test_table:letters', '--models=a=/nowhere'], 'no finished stage'),
     (
@@ -257,7 +257,7 @@ def test_the_command_writes_one_table(tmp_path, capsys):
     ),
     (
       ['--tasks=test_table:letters', '--models=a=hf:x', '--options=add=1'],
-      'has not the form TASK.OPTION',
+      'does not have the form TASK.OPTION',
     ),
     (['--tasks=test_table:letters', '--models=a=hf:x', '--baseline=b'], 'none of the models a'),
     (['--tasks=test_table:letters', '--models=a=hf:x', '--limit=0'], '1 or more'),

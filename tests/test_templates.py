@@ -399,9 +399,9 @@ ALTERNATE = (
       'of the roles system, user.*: roles must take turns',
     ),
     ([], 'one or more'),
-    ([{'content': 'x'}], 'a list of messages'),
-    ([{'role': 'user'}], 'a list of messages'),
-    ([{'role': 'user', 'content': None}], 'a list of messages'),
+    ([{'content': 'x'}], 'a list of one or more messages'),
+    ([{'role': 'user'}], 'a list of one or more messages'),
+    ([{'role': 'user', 'content': None}], 'a list of one or more messages'),
     ([{'role': 'tool', 'content': 'x'}], 'take turns'),
   ],
 )
@@ -446,7 +446,7 @@ def test_a_template_that_prints_the_day_is_noticed_and_pinned(capsys, tmp_path):
   assert templates.make(tokenizer, 'chat', '2026-02-04').prompt('a') != one.prompt('a')
   templates.make(tokenizer, 'chat')
   assert 'prints the day' in capsys.readouterr().err
-  with pytest.raises(ValueError, match="template_date='tomorrow' is no day"):
+  with pytest.raises(ValueError, match="template_date='tomorrow' is not a day"):
     templates.make(tokenizer, 'chat', 'tomorrow')
   data = lambda **kw: ConfigDict(
     dict(data=dict(tokenizer=f'hf:{tmp_path}/dated', template='chat') | kw)

@@ -145,11 +145,11 @@ def test_one_array_over_any_number_of_lines(tmp_path, indent, name):
     ('[\n{"prompt": "a"}\n{"prompt": "b"}]', 'line 3: not JSON'),
     ('[\n{"prompt": "a"},\n', 'not JSON'),
     ('[{"prompt": "a"},', 'line 1: not JSON'),
-    ('["a"]\n["b"]', 'line 1: a record is an object'),
+    ('["a"]\n["b"]', 'line 1: a record must be an object'),
     ('[]', 'no records'),
     ('[\n{"prompt": "a"}] x', 'line 2: something follows the array'),
     ('', 'no records'),
-    ('null', 'line 1: a record is an object'),
+    ('null', 'line 1: a record must be an object'),
     ('[\n' + '[' * 100_000, 'line 2: not JSON .it is nested too deeply'),
   ],
 )
@@ -291,7 +291,7 @@ def test_responses_in_messages(said):
     (dict(chosen='a', rejected='b'), 'data.mapping.comparisons=hh_rlhf'),
     (
       dict(prompt='q', chosen='a', rejected='b', ranks=[1, 0]),
-      "'chosen' and 'rejected' are a ranking of two already",
+      "'chosen' and 'rejected' are already a ranking of two",
     ),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, True]), "'ranks' must be integers"),
     (dict(prompt='q', responses=['a', 'b'], ranks=[0, 2**31]), "'ranks' must be integers"),
@@ -384,7 +384,7 @@ def test_a_mapping_that_errs_names_the_record():
   ):
     with pytest.raises(ValueError, match='data.mapping.prompts='):
       mappings.find(name, 'data.mapping.prompts')
-  with pytest.raises(ValueError, match="'from_scores' does not fit .*3 responses but 2 scores"):
+  with pytest.raises(ValueError, match="'from_scores' does not fit .*3 responses, but 2 scores"):
     sources.convert(
       dict(prompt='q', responses=['a', 'b', 'c'], scores=[1, 2]),
       'comparisons',
@@ -392,7 +392,7 @@ def test_a_mapping_that_errs_names_the_record():
       mappings.from_scores,
     )
   for score in (True, '4', None, float('nan')):
-    with pytest.raises(ValueError, match='a score is a number'):
+    with pytest.raises(ValueError, match='a score must be a number'):
       sources.convert(
         dict(prompt='q', responses=['a', 'b'], scores=[1, score]),
         'comparisons',
@@ -407,11 +407,11 @@ def test_a_mapping_that_errs_names_the_record():
 @pytest.mark.parametrize(
   'text,words',
   [
-    ('prompt,x\na,b,c\n', 'line 2: 3 cells under 2 names'),
-    ('prompt,prompt\na,b\n', 'two columns have one name'),
-    ('prompt,x\n"a,b\nc,d\n', 'line 3: not separated values'),
-    ('prompt,x\n"a"b,c\n', 'line 2: not separated values'),
-    ('x\na\n', "line 2: no 'prompt'; the row has"),
+    ('prompt,x\na,b,c\n', 'line 2 has 3 cells, but there are 2 columns'),
+    ('prompt,prompt\na,b\n', 'two columns have the same name'),
+    ('prompt,x\n"a,b\nc,d\n', 'line 3 cannot be read as separated values'),
+    ('prompt,x\n"a"b,c\n', 'line 2 cannot be read as separated values'),
+    ('x\na\n', "line 2 lacks 'prompt'; the row has"),
     ('prompt,x\n', 'no rows'),
     ('', 'no rows'),
   ],

@@ -118,7 +118,7 @@ def test_what_was_made_before_an_error_is_kept(case):
 @pytest.mark.parametrize(
   'scorer,words',
   [
-    (f'{__name__}:out_of_range', 'gave 1.5; a score is a number from 0 to 1'),
+    (f'{__name__}:out_of_range', 'returned 1.5, but a score must be a number from 0 to 1'),
     (f'{__name__}:too_few', '1 values for 2 items'),
     (f'{__name__}:none', 'has no function'),
     ('rude', "must have the form 'module"),

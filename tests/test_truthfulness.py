@@ -128,7 +128,7 @@ def test_yes_against_no_is_read_where_they_differ():
     logits = np.asarray(model.nets.logits(model.params, row, row >= 0), np.float64)[0, -1]
     expected.append(1 / (1 + np.exp(logits[model.encode('n')[0]] - logits[model.encode('y')[0]])))
   np.testing.assert_allclose(truthfulness.reader(model, rows=2)(prompts), expected, rtol=1e-4)
-  with pytest.raises(ValueError, match='the judge reads 512'):
+  with pytest.raises(ValueError, match='the context of the judge is 512'):
     truthfulness.reader(model)(['x' * 600])
 
 

@@ -1,1 +1,1 @@
-"""The subcommands of `alignjax`, one module each, and what they share."""
+"""The subcommands of `alignjax`, with one module each, and the modules that they share."""

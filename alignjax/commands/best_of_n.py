@@ -6,13 +6,13 @@
     alignjax best_of_n --policy=hf:SFT --reward_model=hf:RM --prompts=jsonl:prompts.jsonl \\
       --n=1,2,4,8 --out=OUT
 
-A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes
-OUT/best_of_n.md, .json and .png: the reward model's score, and with --gold=sandbox the true score
-of both pools of labelers, against KL. Where the first rises and the second falls, the reward model
-is exploited. Of a PPO stage the final policy (or a kept candidate, STAGE/candidates/STEP) is
-measured on the same prompts; what metrics.jsonl logged in training, on its own prompts, is drawn in
-panels of its own. --policy should be the reference of the PPO stages. Samples are kept in OUT/kept,
-so that an interrupted call goes on.
+A model is the folder of a finished stage, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. The command
+writes OUT/best_of_n.md, .json and .png: the reward model's score, and with --gold=sandbox the true
+score of both pools of labelers, against KL. Where the first rises and the second falls, the policy
+exploits the reward model. The final policy of a PPO stage (or a kept candidate,
+STAGE/candidates/STEP) is measured on the same prompts. What training logged in metrics.jsonl, on
+its own prompts, is drawn in panels of its own. --policy should be the reference of the PPO stages.
+Samples are stored in OUT/kept, so that an interrupted call resumes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import pathlib
 
 from alignjax.commands import command
 
-PPO_SAMPLES = 8  # a prompt, of the trained policies: their mean is wanted, not their best
+PPO_SAMPLES = 8  # Samples per prompt of the trained policies, whose mean is measured.
 LOGGED = {
   'reward model': 'objective/scores',
   'gold, training labelers': 'gold/train_labelers',
@@ -31,10 +31,10 @@ LOGGED = {
 
 def arguments(argv: list[str]) -> argparse.Namespace:
   parser = command.make_parser(__name__)
-  parser.add_argument('--policy', required=True, help='what is sampled from')
+  parser.add_argument('--policy', required=True, help='the model to sample from')
   parser.add_argument('--reward_model', required=True)
   parser.add_argument(
-    '--gold', choices=('sandbox',), help='true scores, of policies of the sandbox'
+    '--gold', choices=('sandbox',), help='also measure the true scores, for policies of the sandbox'
   )
   parser.add_argument(
     '--ppo', default='', help='FOLDER,FOLDER: finished PPO stages, or STAGE/candidates/STEP'
@@ -43,30 +43,35 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     '--samples',
     type=int,
-    help='of each prompt; default: twice the largest n, for a steadier estimate',
+    help='samples per prompt; default: twice the largest n, for a more precise estimate',
   )
   parser.add_argument(
     '--prompts',
     default='sandbox:',
-    help="jsonl:FILE, ... ; 'sandbox:' or 'sandbox:train', PPO's own",
-  )
-  parser.add_argument('--mapping', help='of their fields (alignjax/data/mappings.py)')
-  parser.add_argument('--limit', type=int, default=200, help='prompts, drawn by the seed')
-  parser.add_argument(
-    '--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:"
+    help="a source such as jsonl:FILE, 'sandbox:', or 'sandbox:train' for PPO's own prompts",
   )
   parser.add_argument(
-    '--max_tokens', type=int, help='of a response; default: as the policy was trained, else 128'
+    '--mapping', help="the mapping of the prompts' fields (alignjax/data/mappings.py)"
+  )
+  parser.add_argument(
+    '--limit', type=int, default=200, help='the number of prompts, drawn by the seed'
+  )
+  parser.add_argument(
+    '--template',
+    help="'plain', 'dialogue' or 'chat'; default: that of the training, or plain for hf:",
+  )
+  parser.add_argument(
+    '--max_tokens', type=int, help='tokens per response; default: as in training, or 128 for hf:'
   )
   parser.add_argument('--temperature', type=float, default=1.0)
   parser.add_argument(
-    '--rows', type=int, default=256, help='sampled at once; fewer where memory is short'
+    '--rows', type=int, default=256, help='rows in a batch; use fewer if memory is short'
   )
   parser.add_argument(
     '--dtype',
     default='float32',
     choices=('float32', 'bfloat16', 'float16'),
-    help='that all models compute in',
+    help='the dtype that all models compute in',
   )
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--out', required=True)
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
   try:
     ns = sorted({int(n) for n in options.n.split(',')})
   except ValueError:
-    raise ValueError(f'--n={options.n} has not the form 1,2,4.') from None
+    raise ValueError(f'--n={options.n} does not have the form 1,2,4.') from None
   most = options.samples or 2 * ns[-1]
   for wrong, message in (
     (ns[0] < 1, '--n must be 1 or more.'),
@@ -114,12 +119,12 @@ def run(options: argparse.Namespace) -> None:
   if options.gold or split is not None:
     if not saved or saved['data']['tokenizer'] != 'sandbox:':
       raise ValueError(
-        f'--policy={options.policy} is no policy of the sandbox: give --prompts, and leave --gold '
-        f'out.'
+        f'--policy={options.policy} is not a policy of the sandbox: give '
+        f'--prompts, and leave --gold out.'
       )
     if split is None:
       raise ValueError(
-        f'--gold=sandbox knows its own prompts alone, not --prompts={options.prompts}.'
+        f'--gold=sandbox scores only its own prompts, not --prompts={options.prompts}.'
       )
     from alignjax import sandbox
 
@@ -134,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
     records = [records[i] for i in np.sort(chosen)]
   max_tokens = options.max_tokens or (saved['data']['response_length'] if saved else 128)
   prompts = [r['prompt'] for r in records]
-  names = [json.dumps(p) for p in prompts]  # one that comes twice is one cluster
+  names = [json.dumps(p) for p in prompts]  # A repeated prompt is one cluster.
   ppo = {label(p): p for p in options.ppo.split(',') if p}
   if len(ppo) < len(list(filter(None, options.ppo.split(',')))):
     raise ValueError(f'--ppo={options.ppo}: two stages have the same name.')
@@ -148,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
   rewarder = samples.make_rewarder(reward, prompts, rows=options.rows)
 
   def measured(model, count):
-    """(responses, {measure: f[P,count]})."""
+    """Returns (responses, {measure: f[P,count]})."""
     key = [
       loading.fingerprint(model),
       prompts,
@@ -167,9 +172,11 @@ def run(options: argparse.Namespace) -> None:
       temperature=options.temperature,
       rows=options.rows,
     )
-    said = respond(model.params, options.seed, kept)
-    values = {'reward model': rewarder(reward.params, said)}
-    return said, values | (samples.gold(world, labelers, records, said) if options.gold else {})
+    responses = respond(model.params, options.seed, kept)
+    values = {'reward model': rewarder(reward.params, responses)}
+    if options.gold:
+      values |= samples.gold(world, labelers, records, responses)
+    return responses, values
 
   print(f'{options.policy}: {most} samples of {len(prompts)} prompts', flush=True)
   _, values = measured(model, most)
@@ -192,10 +199,10 @@ def run(options: argparse.Namespace) -> None:
         f'{path} has another architecture than {options.policy}, which should be its reference.'
       )
     print(f'{path}: {PPO_SAMPLES} samples of {len(prompts)} prompts', flush=True)
-    said, values = measured(policy, PPO_SAMPLES)
+    responses, values = measured(policy, PPO_SAMPLES)
     divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
     result['policies'][name] = best_of_n.policy(
-      divergence(policy.params, model.params, said), values, names
+      divergence(policy.params, model.params, responses), values, names
     )
     log = files.folder(path) / 'metrics.jsonl'
     logged = metrics.read(log) if log.exists() else {}
@@ -214,6 +221,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def label(stage: str) -> str:
-  """'ppo_ptx' of WORKDIR/ppo_ptx, 'ppo_ptx/20' of WORKDIR/ppo_ptx/candidates/20."""
+  """Returns the label of a stage: 'ppo_ptx' for WORKDIR/ppo_ptx, and 'ppo_ptx/20' for
+  WORKDIR/ppo_ptx/candidates/20."""
   path = pathlib.Path(stage)
   return f'{path.parent.parent.name}/{path.name}' if path.parent.name == 'candidates' else path.name

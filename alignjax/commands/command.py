@@ -1,4 +1,5 @@
-"""What all subcommands share: output that cannot stop them, errors in one line, lists of names."""
+"""The parts that all subcommands share: output that cannot stop a command, errors in one line, and
+lists of names."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# what a write says when the reader or the terminal is no longer there
+# The errors of a write whose reader or terminal no longer exists.
 GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN)
 
 
@@ -23,22 +24,23 @@ def start(
 ) -> None:
   """Runs main(argv) as a program.
 
-  Output goes on where it cannot be shown: a character that the output's encoding lacks is written
-  as an escape, and what a reader who has gone (`| head -1`) does not take is dropped, as is what a
-  closed descriptor (`>&-`) would get. Files are read and written as UTF-8 whatever the locale says:
-  Python starts again in its UTF-8 mode where it did not start in it. Every OSError and ValueError
-  ends in one line.
+  Output never stops the program. A character that the output's encoding lacks is written as an
+  escape. Output is dropped if its reader has closed the pipe (`| head -1`) or if its descriptor is
+  closed (`>&-`). Files are read and written as UTF-8 in every locale: Python restarts in its UTF-8
+  mode if it did not start in it. Every OSError and ValueError ends in one line.
 
   Args:
-    ends_with_reader: the command's output is its only result, so it ends quietly when the reader
-      goes.
+    main: the function to run.
+    argv: its arguments.
+    ends_with_reader: whether the command ends quietly when its reader closes the pipe, because its
+      output is its only result.
   """
-  # one that is closed would be given to the next file that is opened, and that would get the output
+  # The next file that is opened would get the number of a closed descriptor, and then the output.
   for fd in (0, 1, 2):
     try:
       os.fstat(fd)
     except OSError:
-      nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+      nowhere = os.open(os.devnull, os.O_RDWR)  # The lowest free number.
       if nowhere != fd:
         os.dup2(nowhere, fd)
         os.close(nowhere)
@@ -57,7 +59,7 @@ def start(
     os.execve(
       sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]], os.environ | shown
     )
-  # that PyTorch is absent: its tokenizers alone are used here
+  # The advice that PyTorch is absent is not needed, because only the tokenizers are used here.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   sys.stdout, sys.stderr = (
     _output(stream, fd, ends_with_reader) for stream, fd in ((sys.stdout, 1), (sys.stderr, 2))
@@ -71,8 +73,9 @@ def start(
 
 
 def in_words(error: BaseException) -> str:
-  """An error's message for a person: of an operating system's error its words and its file, of an
-  unexpected kind its name too."""
+  """Returns the message of an error for a person. For an error of the operating system it is the
+  description and the file, and for an unexpected kind of error it begins with the name of the
+  kind."""
   if isinstance(error, OSError) and error.strerror:
     return f'{error.filename}: {error.strerror}.' if error.filename else f'{error.strerror}.'
   expected = isinstance(error, (ValueError, OSError, FloatingPointError, RuntimeError)) and str(
@@ -82,7 +85,8 @@ def in_words(error: BaseException) -> str:
 
 
 def _output(stream: Any, fd: int, ends: bool) -> Any:
-  """The text stream, written through _Pipe; one that is no plain file descriptor stays as it is."""
+  """Returns the text stream, written through _Pipe. A stream that is not a plain file descriptor is
+  returned as it is."""
   if not isinstance(stream, io.TextIOWrapper):
     return stream
   try:
@@ -101,7 +105,8 @@ def _output(stream: Any, fd: int, ends: bool) -> Any:
 
 
 class _Pipe(io.FileIO):
-  """A file descriptor that takes everything: once its reader has gone, it leads nowhere."""
+  """A file descriptor that accepts all output. Once its reader has closed the pipe, the output is
+  dropped."""
 
   def __init__(self, fd: int, ends: bool):
     super().__init__(fd, 'w', closefd=False)
@@ -122,8 +127,8 @@ class _Pipe(io.FileIO):
 
 
 def make_parser(module: str) -> argparse.ArgumentParser:
-  """A parser of the arguments of the subcommand `module`. Its help shows the module's docstring and
-  names the program as it was called."""
+  """Returns a parser of the arguments of the subcommand `module`. Its help shows the module's
+  docstring and names the program as it was called."""
   program = pathlib.Path(sys.argv[0]).name
   return argparse.ArgumentParser(
     prog=program if program.endswith('.py') else f'{program} {module.rpartition(".")[2]}',
@@ -133,24 +138,24 @@ def make_parser(module: str) -> argparse.ArgumentParser:
 
 
 def headline(path: pathlib.Path) -> str:
-  """The first line of a Python file's docstring. The file is not imported."""
+  """Returns the first line of a Python file's docstring, without importing the file."""
   return (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '').partition('\n')[0]
 
 
 def listing(lines: Mapping[str, str]) -> str:
-  """Names and what they are, in two columns."""
+  """Returns names and their descriptions in two columns."""
   width = max(map(len, lines))
   return '\n'.join(f'  {name.ljust(width)}  {text}' for name, text in lines.items())
 
 
 def pairs(text: str, flag: str) -> dict[str, str]:
-  """'a=x,b=y' -> {'a': 'x', 'b': 'y'}."""
+  """Parses 'a=x,b=y' to {'a': 'x', 'b': 'y'}."""
   out = {}
   for part in filter(None, (text or '').split(',')):
     name, equals, value = part.partition('=')
     if not equals or not name or not value:
-      raise ValueError(f'{flag}={text}: {part!r} has not the form NAME=VALUE.')
+      raise ValueError(f'{flag}={text}: {part!r} does not have the form NAME=VALUE.')
     if name in out:
-      raise ValueError(f'{flag}={text}: {name!r} is there twice.')
+      raise ValueError(f'{flag}={text}: {name!r} occurs twice.')
     out[name] = value
   return out

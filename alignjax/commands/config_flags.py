@@ -11,8 +11,13 @@ from alignjax.commands import configs, overrides
 
 
 class Found(NamedTuple):
-  """config: locked, with the flags' changes. name: 'FILE-ARG' without folder and suffix. rest:
-  --config=PATH[:ARG] and the arguments that are no entries of the config."""
+  """The config that the flags name.
+
+  Attributes:
+    config: the locked config with the changes of the flags, or None if help is requested.
+    name: 'FILE-ARG', without folder and suffix.
+    rest: --config=PATH[:ARG] and the arguments that are not entries of the config.
+  """
 
   config: Any
   name: str
@@ -20,11 +25,11 @@ class Found(NamedTuple):
 
 
 def read_config(argv: list[str]) -> Found:
-  """The config that --config=NAME[:ARG] names, changed by every --config.ENTRY=VALUE
+  """Returns the config that --config=NAME[:ARG] names, changed by every --config.ENTRY=VALUE
   (overrides.py).
 
-  NAME is looked up by configs.find; ARG goes to the file's get_config(ARG). ValueError with one
-  line where any of them is wrong. Where help is asked for, config is None.
+  configs.find looks up NAME, and ARG is the argument of the file's get_config(ARG). An error in any
+  of them is a ValueError of one line. If help is requested, the config is None.
   """
   from absl import flags
 
@@ -39,7 +44,7 @@ def read_config(argv: list[str]) -> Found:
       value = given if equals or not words else words.pop(0)
     elif word.startswith('-') and name.startswith(('config.', 'noconfig.')):
       entry = name.partition('.')[2]
-      if not equals:  # the next word, or True where that is the next flag
+      if not equals:  # The next word, or True if that is a flag.
         given = words.pop(0) if words and not re.match(r'-+[^-\d.]', words[0]) else 'True'
       changes.append((entry, 'False' if name.startswith('no') else given))
     else:
@@ -69,8 +74,8 @@ def read_config(argv: list[str]) -> Found:
 
 def run_with_flags(run: Callable[[], None], module: str, argv: list[str]) -> None:
   """Parses argv by absl's flags and calls run(). --help shows the docstring and the flags of
-  `module`, wherever the program was started from: absl would show those of the file that Python
-  runs."""
+  `module`, however the program was started. Without this, absl would show those of the file that
+  Python runs."""
   from absl import app, flags
 
   for flag in flags.FLAGS.get_flags_for_module(module):

@@ -2,9 +2,9 @@
 
     alignjax configs
 
-Every name can be given as --config=NAME[:ARGUMENT]. The files lie in alignjax/configs (in a clone
-also reached as experiments/configs); their docstrings say which arguments they take. A config of
-your own is a Python file with a function get_config(), given as --config=PATH[:ARGUMENT].
+Every name can be given as --config=NAME[:ARGUMENT]. The files are in alignjax/configs (in a clone
+also under experiments/configs), and their docstrings describe their arguments. A config of your own
+is a Python file with a function get_config(), given as --config=PATH[:ARGUMENT].
 """
 
 import ast
@@ -14,7 +14,7 @@ import pathlib
 from alignjax.commands import command
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / 'configs'
-SCRIPTS = FOLDER.parent.parent / 'experiments'  # only in a clone
+SCRIPTS = FOLDER.parent.parent / 'experiments'  # This folder exists only in a clone.
 
 
 def main(argv: list[str]) -> None:
@@ -24,9 +24,10 @@ def main(argv: list[str]) -> None:
 
 
 def included() -> dict[str, str]:
-  """Name -> first line of the docstring, of every included config that can be run.
+  """Returns {name: first line of the docstring} of every included config that can be run.
 
-  A file whose get_config has arguments without defaults is not one of them: other configs call it.
+  A file whose get_config has arguments without defaults is not included in the result, because it
+  serves other configs.
   """
   return {
     path.stem: command.headline(path)
@@ -36,7 +37,8 @@ def included() -> dict[str, str]:
 
 
 def _can_be_called(path: pathlib.Path) -> bool:
-  """Whether the file defines a get_config that needs no arguments. The file is not imported."""
+  """Returns whether the file defines a get_config that needs no arguments. The file is not
+  imported."""
   for node in ast.parse(path.read_text(encoding='utf-8')).body:
     if isinstance(node, ast.FunctionDef) and node.name == 'get_config':
       by_position = [*node.args.posonlyargs, *node.args.args]
@@ -45,11 +47,11 @@ def _can_be_called(path: pathlib.Path) -> bool:
 
 
 def find(name: str) -> pathlib.Path:
-  """The file that --config=NAME means.
+  """Returns the file that --config=NAME means.
 
   NAME is looked up as a path from the current folder, then among the included configs, as NAME,
-  NAME.py or configs/NAME.py, then as a path from experiments/. ValueError names the nearest
-  included configs and all of them.
+  NAME.py or configs/NAME.py, and then as a path from experiments/. If it is not found, a ValueError
+  names the nearest included configs and all of them.
   """
   short = name.removeprefix('configs/')
   places = (pathlib.Path(name).expanduser(), FOLDER / short, FOLDER / f'{short}.py', SCRIPTS / name)

@@ -4,10 +4,10 @@
     alignjax estimate --config=ppo_ptx:tiny             for the devices at hand
 
 The command compiles the step of a stage and reads the compiled program; it reads no weights, data
-or tokenizer. A TPU topology needs the TPU compiler but no TPU: libtpu, in a folder of its own (the
-command says how to get it). Prints memory, operations, communication and time by phase;
---out=FOLDER keeps them as JSON and writes FOLDER/table.md about everything that lies there. Exits
-with 1 where the step does not fit.
+or tokenizer. A TPU topology needs the TPU compiler but no TPU: libtpu, in a folder of its own (an
+error explains how to install it). The command prints memory, operations, communication and time by
+phase. --out=FOLDER writes them as JSON, and FOLDER/table.md with all estimates in the folder. The
+exit code is 1 if the step does not fit.
 """
 
 import importlib
@@ -23,8 +23,8 @@ from alignjax.commands import config_flags
 
 
 def find_libtpu() -> str:
-  """The TPU compiler's file: TPU_LIBRARY_PATH, or the one of an installed libtpu. An error says how
-  to get it."""
+  """Returns the file of the TPU compiler: TPU_LIBRARY_PATH, or that of an installed libtpu. An
+  error explains how to install it."""
   path = os.environ.get('TPU_LIBRARY_PATH')
   installed = importlib.util.find_spec('libtpu')
   if not path and installed:
@@ -35,7 +35,7 @@ def find_libtpu() -> str:
     re.sub(r'[\s;].*', '', r) for r in importlib.metadata.requires('jax') if r.startswith('libtpu')
   ] or ['libtpu']
   raise FileNotFoundError(
-    (f'TPU_LIBRARY_PATH={path}: no such file. ' if path else '')
+    (f'TPU_LIBRARY_PATH={path} does not exist. ' if path else '')
     + 'To compile for a TPU topology, install the TPU compiler '
     '(no TPU is needed) into a folder of its own, because every jax process would try to use it '
     'otherwise:\n'
@@ -45,7 +45,7 @@ def find_libtpu() -> str:
 
 
 def find_devices(topology: str):
-  """(devices, chip name or None) of CHIP:SHAPE, or of `local`."""
+  """Returns (devices, chip name or None) for CHIP:SHAPE, or for `local`."""
   from alignjax.compiler import chips
 
   if topology == 'local':
@@ -66,17 +66,18 @@ def find_devices(topology: str):
 
   jax.config.update('jax_platforms', 'cpu')
   try:
-    # a device a chip, as the others have by themselves
+    # One device per chip, which is the default of the other chips.
     cores = dict(chip_config_name='megacore') if chip == 'v4' else {}
     return topologies.get_topology_desc(topology, platform='tpu', **cores).devices, chip
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
-      f'--topology={topology}: the TPU compiler knows no such slice ({str(error).splitlines()[0]}).'
+      f'--topology={topology}: the TPU compiler does not know this slice '
+      f'({str(error).splitlines()[0]}).'
     ) from None
 
 
 def compile_stage(config, stage: str, devices, chip_name: str | None) -> dict:
-  """Everything that is printed, as JSON values."""
+  """Returns everything that is printed, as JSON values."""
   import jax
 
   from alignjax import plugins
@@ -120,7 +121,7 @@ def compile_stage(config, stage: str, devices, chip_name: str | None) -> dict:
     temporaries=memory.temp_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
   )
-  # a TPU's code, too
+  # The code of a TPU is also parsed.
   peak = (
     sizes['arguments'] + sizes['outputs'] - sizes['alias'] + sizes['temporaries'] + sizes['code']
   )
@@ -159,9 +160,11 @@ def main(argv: list[str]) -> None:
   config, name, argv = config_flags.read_config(argv)
   flags.DEFINE_string('config', None, 'NAME[:ARG] and --config.ENTRY=VALUE, as for `alignjax run`.')
   topology = flags.DEFINE_string(
-    'topology', 'local', 'CHIP:SHAPE, such as v5e:4x4; `local`: the devices at hand.'
+    'topology', 'local', 'CHIP:SHAPE, such as v5e:4x4, or `local` for the devices at hand.'
   )
-  stage = flags.DEFINE_string('stage', None, "Which stage's step. Default: the config's last.")
+  stage = flags.DEFINE_string(
+    'stage', None, 'The stage whose step is compiled. Default: the last stage of the config.'
+  )
   out = flags.DEFINE_string(
     'out', None, 'A folder for CONFIG-STAGE-TOPOLOGY.json and the table of all of them.'
   )

@@ -9,14 +9,14 @@
     alignjax evaluate --tasks=help:arc
 
 The second command evaluates tasks of lm-evaluation-harness: task files of your own, folders of
-them, and the harness's tasks by name. --tasks=help lists the tasks and says where their data come
-from; help:arc lists the harness's tasks whose names hold "arc".
+them, and the harness's tasks by name. --tasks=help lists the tasks and where their data come from;
+help:arc lists the harness's tasks whose names contain "arc".
 
-A model is a finished stage's folder, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. Writes
-OUT/table.md, table.json and, for several models, table.png. All models compute in one dtype
-(--dtype). Results are kept under everything that they depend on (weights, dtype, tokenizer,
-template, data, the source of the task and of functions of your own): a second call computes what is
-new and says what it reuses, and an interrupted call goes on.
+A model is the folder of a finished stage, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. The command
+writes OUT/table.md, table.json and, for several models, table.png. All models compute in one dtype
+(--dtype). Results are stored under everything that they depend on (weights, dtype, tokenizer,
+template, data, the source of the task and of functions of your own). A second call therefore
+computes only what is new and reports what it reuses, and an interrupted call resumes.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ def value_of(text: str):
 
 
 def describe(part: str) -> str:
-  """Our tasks, or the harness's whose names hold `part`."""
+  """Returns the list of our tasks or, given a `part`, of the harness's tasks whose names contain
+  it."""
   from alignjax.evals import registry
   from alignjax.evals.public import harness_tasks
 
@@ -49,8 +50,9 @@ def describe(part: str) -> str:
     [
       *lines,
       '',
-      f'Or module:function, FILE.yaml, a folder of such files, or one of the {len(known)} names '
-      'that lm-evaluation-harness has; --tasks=help:PART lists those that hold PART.',
+      f'A task can also be module:function, FILE.yaml, a folder of such files, or one of the '
+      f'{len(known)} names of lm-evaluation-harness; --tasks=help:PART lists those that contain '
+      'PART.',
     ]
   )
 
@@ -59,33 +61,42 @@ def main(argv: list[str]) -> None:
   parser = command.make_parser(__name__)
   parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
   parser.add_argument(
-    '--tasks', required=True, help="TASK,TASK; `help` lists them, `help:PART` the harness's"
+    '--tasks',
+    required=True,
+    help='TASK,TASK; `help` lists the tasks and `help:PART` those of the harness',
   )
   parser.add_argument(
-    '--data', default='', help='TASK=FILE_OR_FOLDER,... where the hub is not asked'
+    '--data', default='', help='TASK=FILE_OR_FOLDER,... for tasks that do not read the hub'
   )
   parser.add_argument(
     '--options',
     default='',
     help='TASK.OPTION=VALUE,... such as realtoxicityprompts.scorer=mylab.scorers:mine',
   )
-  parser.add_argument('--baseline', help='what differences are taken to; default: the first model')
-  parser.add_argument('--limit', type=int, help='items of each task at most, drawn by the seed')
+  parser.add_argument(
+    '--baseline', help='the model that differences are taken to; default: the first'
+  )
+  parser.add_argument(
+    '--limit', type=int, help='the largest number of items per task, drawn by the seed'
+  )
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
-    '--template', help="'plain', 'dialogue', 'chat': default as the model was trained, plain of hf:"
+    '--template',
+    help="'plain', 'dialogue' or 'chat'; default: that of the training, or plain for hf:",
   )
   parser.add_argument(
     '--dtype',
     default='float32',
     choices=('float32', 'bfloat16', 'float16'),
-    help='that all models compute in',
+    help='the dtype that all models compute in',
   )
   parser.add_argument(
-    '--mesh', default='', help='data=2,fsdp=4,...: default all devices, each with rows of its own'
+    '--mesh', default='', help='data=2,fsdp=4,...; default: data parallelism over all devices'
   )
   parser.add_argument(
-    '--distributed', action='store_true', help='as one of several processes, as `alignjax run`'
+    '--distributed',
+    action='store_true',
+    help='run as one of several processes, as `alignjax run` does',
   )
   parser.add_argument('--out', default='runs/evaluation')
   options = parser.parse_args(argv)
@@ -97,15 +108,15 @@ def main(argv: list[str]) -> None:
     print(describe(options.tasks.partition(':')[2]))
     return
   models, data = command.pairs(options.models, '--models'), command.pairs(options.data, '--data')
-  asked = [t for t in options.tasks.split(',') if t]
-  tasks = registry.find_tasks(asked)
+  names = [t for t in options.tasks.split(',') if t]
+  tasks = registry.find_tasks(names)
   if not models:
     raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
   own: dict[str, dict] = {}
   for key, value in command.pairs(options.options, '--options').items():
     task, dot, option = key.rpartition('.')
     if not dot:
-      raise ValueError(f'--options: {key!r} has not the form TASK.OPTION.')
+      raise ValueError(f'--options: {key!r} does not have the form TASK.OPTION.')
     own.setdefault(task, {})[option] = value_of(value)
   for flag, names in (('--data', data), ('--options', own)):
     for name in names:
@@ -124,7 +135,7 @@ def main(argv: list[str]) -> None:
       raise ValueError
   except ValueError:
     raise ValueError(
-      f'--mesh={options.mesh} has not the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
+      f'--mesh={options.mesh} does not have the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
     ) from None
   with (
     distributed.joined(distributed.facts(vars(options)), 300)
@@ -135,7 +146,7 @@ def main(argv: list[str]) -> None:
     failures.check_writable(out, '--out')
     evaluation.evaluate(
       models,
-      asked,
+      names,
       out,
       data=data,
       options=own,

@@ -5,11 +5,12 @@
       --dtype=bfloat16 --bias=drop
     alignjax export --model=... --out=my-model --push=USER/NAME --private
 
-A policy becomes AutoModelForCausalLM, a reward model AutoModelForSequenceClassification with one
-label. config.json comes from the checkpoint that the run started from (model.source of its config),
-the tokenizer, chat template included, from data.tokenizer. transformers' generate then stops where
-training ended a response, and its classifier scores padded batches as alignjax does. SHA256SUMS in
-the folder lets `sha256sum -c` and alignjax notice damage. README.md is the model card.
+A policy becomes AutoModelForCausalLM, and a reward model becomes AutoModelForSequenceClassification
+with one label. config.json comes from the checkpoint that the run started from (model.source of its
+config), and the tokenizer, including its chat template, comes from data.tokenizer. transformers'
+generate then stops where training ended a response, and its classifier scores padded batches as
+alignjax does. With the file SHA256SUMS, `sha256sum -c` and alignjax detect damage. README.md is the
+model card.
 """
 
 import functools
@@ -19,20 +20,22 @@ from alignjax.commands import command
 
 def main(argv: list[str]) -> None:
   parser = command.make_parser(__name__)
-  parser.add_argument('--model', required=True, help="a finished stage's folder, WORKDIR/STAGE")
-  parser.add_argument('--out', required=True, help='the folder to write; not one that is there')
+  parser.add_argument(
+    '--model', required=True, help='the folder of a finished stage, WORKDIR/STAGE'
+  )
+  parser.add_argument('--out', required=True, help='the folder to write, which must not exist')
   parser.add_argument(
     '--dtype',
     default='float32',
     choices=('float32', 'bfloat16', 'float16'),
-    help='of the tensors in the file',
+    help='the dtype of the tensors in the file',
   )
   parser.add_argument(
     '--bias',
     choices=('drop', 'keep'),
-    help='of a reward model whose class in transformers has no place for it '
-    '(RMSNorm families): drop it, which shifts every score, or keep it in config.json to be added '
-    'by hand',
+    help='the bias of a reward model whose class in transformers has no place for it (RMSNorm '
+    'families): drop it, which shifts every score, or keep it in config.json, from which you add '
+    'it yourself',
   )
   parser.add_argument(
     '--push',
@@ -40,13 +43,15 @@ def main(argv: list[str]) -> None:
     help='upload the folder to this repository on the Hugging Face hub, with the login of `hf auth '
     'login`',
   )
-  parser.add_argument('--private', action='store_true', help='where --push makes a repository')
+  parser.add_argument(
+    '--private', action='store_true', help='make the new repository of --push private'
+  )
   options = parser.parse_args(argv)
   from alignjax.runtime import failures, files
 
   out = files.folder(options.out)
   if out.exists():
-    raise ValueError(f'--out={options.out} is there already; name another folder or delete it.')
+    raise ValueError(f'--out={options.out} already exists; name another folder or delete it.')
   failures.check_writable(out.parent, '--out')
   from alignjax.evals import card
   from alignjax.inference import loading
@@ -55,7 +60,7 @@ def main(argv: list[str]) -> None:
   if options.push:
     hub.check_push(options.push)
   elif options.private:
-    raise ValueError('--private goes with --push=USER/NAME.')
+    raise ValueError('--private requires --push=USER/NAME.')
   model = loading.load(options.model)
   if model.source is None:
     raise ValueError(
@@ -90,7 +95,8 @@ def main(argv: list[str]) -> None:
 
 
 def trained_as_chat(model) -> bool:
-  """Whether the tokenizer's chat template, if there is one, renders a prompt as the run did."""
+  """Returns whether the tokenizer's chat template, if there is one, renders a prompt as the run
+  did."""
   if not model.tokenizer.chat_template:
     return False
   messages = [{'role': 'user', 'content': 'PROMPT'}]

@@ -6,10 +6,10 @@
     alignjax generate --model=runs/ppo_ptx-s0/sft --best_of=8 --reward_model=runs/ppo_ptx-s0/rm
 
 Without --prompt and --prompts_file the command reads prompts from the terminal until an empty line
-or Ctrl-D; with --chat it remembers the conversation ('/new' forgets it), and Ctrl-C stops an
-answer. From a pipe it reads one prompt per line and skips blank lines. In a terminal, tokens appear
-as they are sampled, and a note says what was cut at the limit; into a pipe goes plain text, one
-response after the other, and nothing else.
+or Ctrl-D. With --chat it remembers the conversation ('/new' begins another one), and Ctrl-C stops
+an answer. From a pipe it reads one prompt per line and skips blank lines. In a terminal, tokens
+appear as they are sampled, and a note reports a response that was cut at the limit. Into a pipe the
+command writes only plain text, one response after the other.
 """
 
 import argparse
@@ -25,31 +25,34 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     '--model',
     required=True,
-    help="'hf:FOLDER_OR_HUB_NAME', or a finished stage's folder, WORKDIR/STAGE",
+    help="'hf:FOLDER_OR_HUB_NAME', or the folder of a finished stage, WORKDIR/STAGE",
   )
   where = parser.add_mutually_exclusive_group()
   where.add_argument('--prompt', help='one prompt')
   where.add_argument(
-    '--prompts_file', help='a prompt a line, or .jsonl or .json records with "prompt"'
+    '--prompts_file',
+    help='a file with one prompt per line, or .jsonl or .json records with "prompt"',
   )
   parser.add_argument('--chat', action='store_true', help="apply the tokenizer's chat template")
   parser.add_argument('--temperature', type=float, default=1.0, help='0 is greedy')
-  parser.add_argument('--top_p', type=float, help='smallest set of tokens of this probability')
-  parser.add_argument('--top_k', type=int, help='this many most likely tokens')
+  parser.add_argument(
+    '--top_p', type=float, help='sample from the smallest set of tokens with this probability'
+  )
+  parser.add_argument('--top_k', type=int, help='sample from this many most likely tokens')
   parser.add_argument(
     '--max_tokens',
     type=int,
-    help='of an answer; default: as many as in training, 128 of hf:, and never more '
-    'than the prompt leaves of the context',
+    help='tokens per answer; default: as in training, or 128 for hf:, and never more than the '
+    'prompt leaves of the context',
   )
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
     '--best_of',
     type=int,
     default=1,
-    help='responses a prompt, of which --reward_model keeps the best',
+    help='responses per prompt, of which --reward_model selects the best',
   )
-  parser.add_argument('--reward_model', help="'hf:...' or a finished stage's folder")
+  parser.add_argument('--reward_model', help="'hf:...' or the folder of a finished stage")
   options = parser.parse_args(argv)
   checks = [
     (not 0 <= options.temperature < math.inf, '--temperature must not be negative, and a number'),
@@ -72,8 +75,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def is_text(text: str) -> bool:
-  """Whether it has no bytes in it that are not UTF-8, which Python reads as halves of surrogate
-  pairs."""
+  """Returns whether the text has no bytes that are not UTF-8, which Python reads as halves of
+  surrogate pairs."""
   return not any('\ud800' <= c <= '\udfff' for c in text)
 
 
@@ -87,13 +90,13 @@ def main(argv: list[str]) -> None:
 
 
 def note(text: str) -> None:
-  """Something for the person in front of the terminal, which no pipe gets."""
+  """Prints a note for the person at the terminal, which a pipe does not get."""
   if sys.stderr.isatty():
     print(text, file=sys.stderr, flush=True)
 
 
 def run(options: argparse.Namespace) -> None:
-  # before a model is loaded
+  # The prompts are checked before a model is loaded.
   prompts = read_prompts(options.prompts_file) if options.prompts_file else None
   note(f'loading {options.model} ...')
   from alignjax.inference import loading, streaming
@@ -144,21 +147,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def session(answer, options) -> None:
-  """Prompts from the terminal, or a pipe, one a line."""
+  """Answers prompts from the terminal, or from a pipe, one per line."""
   live = sys.stdin.isatty()
   messages: list[dict] = []
   turn = options.seed
-  for said in lines(live):
-    if said.strip() == '/new':
+  for text in lines(live):
+    if text.strip() == '/new':
       messages = []
       continue
-    asked = [*messages, {'role': 'user', 'content': said}]
+    conversation = [*messages, {'role': 'user', 'content': text}]
     try:
-      reply = answer(asked if options.chat else said, turn)
+      reply = answer(conversation if options.chat else text, turn)
     except (
       KeyboardInterrupt,
       ValueError,
-    ) as error:  # a person goes on with the conversation as it was before
+    ) as error:  # The conversation continues without this turn.
       if not live:
         raise
       note(
@@ -167,17 +170,17 @@ def session(answer, options) -> None:
         else '\n(stopped; not part of the conversation)'
       )
       continue
-    messages = [*asked, {'role': 'assistant', 'content': reply}]
+    messages = [*conversation, {'role': 'assistant', 'content': reply}]
     turn += 1
 
 
 def lines(live: bool) -> Iterator[str]:
-  """The lines of a terminal, until an empty one or its end; or those of a pipe, without the blank
-  ones."""
+  """Yields the lines of a terminal until an empty line or its end, or the lines of a pipe that are
+  not blank."""
   from alignjax.runtime import textfiles
 
   if not live:
-    for number, raw in enumerate(sys.stdin.buffer, 1):  # a line ends at "\n" alone
+    for number, raw in enumerate(sys.stdin.buffer, 1):  # Only "\n" ends a line.
       text = textfiles.decode(raw, 'standard input', number).removesuffix('\n').removesuffix('\r')
       if text.strip():
         yield text
@@ -185,19 +188,19 @@ def lines(live: bool) -> Iterator[str]:
   while True:
     try:
       if sys.stdout.isatty():
-        said = input('> ')
-      else:  # the prompt's mark would go into the pipe
+        text = input('> ')
+      else:  # `input('> ')` would write the mark into the pipe.
         print('> ', end='', file=sys.stderr, flush=True)
-        said = input()
+        text = input()
     except (EOFError, KeyboardInterrupt):
       note('')
       return
-    if not said.strip():
+    if not text.strip():
       return
-    if not is_text(said):
+    if not is_text(text):
       note('error: this is not UTF-8.')
       continue
-    yield said
+    yield text
 
 
 def read_prompts(path: str) -> list:
@@ -216,5 +219,5 @@ def read_prompts(path: str) -> list:
     elif line.strip():
       prompts.append(line)
   if not prompts:
-    raise ValueError(f'--prompts_file={path}: no prompts.')
+    raise ValueError(f'--prompts_file={path} has no prompts.')
   return prompts

@@ -5,14 +5,14 @@
     alignjax heldout_labelers --config=smollm2_135m \\
       --config.stages.rm.init.reward=runs/mine/sft/final ...
 
-As in the paper, 4.1 and E.2. Labelers with --min_votes or more are dealt to --folds groups, and the
-prompts to as many blocks. For each fold, --seeds reward models are trained on the other groups'
-votes on the other blocks' prompts, by the config's own reward model stage; both pools of labelers
-are measured on the fold's prompts, which no model saw. Beside them stand how often two labelers
-agree, and what the rule "the longer response wins" reaches. Writes OUT/heldout_labelers.md and
-.json. Each model's scores are kept in OUT/fold<i>-seed<j>, so that the same command goes on where
-it was stopped. Start the stage from a folder or a checkpoint: a 'stage:' would be trained again for
-each model.
+The experiment is that of the paper's section 4.1 and appendix E.2. Labelers with --min_votes or
+more are dealt to --folds groups, and the prompts to as many blocks. For each fold, the config's own
+reward model stage trains --seeds reward models on the other groups' votes on the other blocks'
+prompts. Both pools of labelers are measured on the fold's prompts, which no model saw. The result
+also shows how often two labelers agree, and how accurate the rule "the longer response wins" is.
+The command writes OUT/heldout_labelers.md and .json. The scores of each model are stored in
+OUT/fold<i>-seed<j>, so that the same command resumes after an interruption. Start the stage from a
+folder or a checkpoint, because a 'stage:' would be trained again for each model.
 """
 
 import json
@@ -33,10 +33,22 @@ def cross_validate(
   rounds: int = 1,
   dtype: str = 'float32',
 ) -> dict:
-  """Trains what is not there yet and returns the contents of heldout_labelers.json.
+  """Trains the reward models that are missing and returns the contents of heldout_labelers.json.
 
-  config: whose last stage of stages_to_run is a reward model, and whose data.comparisons, with its
-    mapping, is cross-validated.
+  The last stage in stages_to_run of the config must be a reward model. The config's
+  data.comparisons, with its mapping, are cross-validated.
+
+  Args:
+    config: the config.
+    out: the folder to write to.
+    folds: the number of groups of labelers and of blocks of prompts.
+    seeds: the number of reward models per fold.
+    min_votes: the number of votes that a labeler must have.
+    split_seed: the seed of the groups and blocks.
+    rankings: the number of responses in a ranking that is made from the votes. None means that
+      every vote is a comparison of its own.
+    rounds: the number of rounds of rankings.
+    dtype: the dtype that the models are measured in.
   """
   from alignjax.data import sources
   from alignjax.evals import stats
@@ -102,7 +114,7 @@ def cross_validate(
         scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
         journal.write_whole(folder / 'scores.json', scored)
       else:
-        print(f'fold {fold}, seed {seed}: scores are kept from before, in {folder}', flush=True)
+        print(f'fold {fold}, seed {seed}: scores were already in {folder}', flush=True)
       scores = {(p, r): s for p, r, s in scored['scores']}
       for pool, votes in cast.items():
         hits[pool][fold].append(labelers.hits(votes, lambda p, r: scores[p, r]))  # noqa: B023  used at once
@@ -132,8 +144,8 @@ def cross_validate(
 
 
 def made_from(config, out: pathlib.Path) -> str:
-  """The fingerprint of what decides the reward models beside the votes: the config, the checkpoint,
-  a user's functions."""
+  """Returns the fingerprint of everything that determines the reward models besides the votes: the
+  config, the checkpoint, and functions of your own."""
   from alignjax import train
   from alignjax.runtime import fingerprints
   from alignjax.setup import inputs
@@ -156,8 +168,8 @@ def made_from(config, out: pathlib.Path) -> str:
 def trained(
   config, folder: pathlib.Path, train: list, measured: list, seed: int, dtype: str
 ) -> list:
-  """Trains a reward model by the config's stage on records and scores all responses of others:
-  [[prompt, response, score]]."""
+  """Trains a reward model on records by the config's stage and scores all responses of other
+  records: [[prompt, response, score]]."""
   from alignjax import train as trainer
   from alignjax.data import encode
   from alignjax.evals.reward import labelers
@@ -170,7 +182,7 @@ def trained(
   own = config.copy_and_resolve_references()
   own.seed = config.seed + seed
   own.data.comparisons, own.data.mapping.comparisons = f'jsonl:{folder / "train.jsonl"}', None
-  own.data.heldout.share = 0.0  # the fold holds out, and what is held out is measured here
+  own.data.heldout.share = 0.0  # The fold itself holds out prompts.
   own.stages[name].evaluation_prompts = 0
   trainer.main(own, folder)
   model = loading.load(str(folder / name), 'scalar', dtype=dtype)
@@ -192,7 +204,7 @@ def trained(
 
 
 def markdown(result: dict) -> str:
-  """heldout_labelers.md."""
+  """Returns the contents of heldout_labelers.md."""
   from alignjax.evals.stats import show
 
   f, p = result['figures'], result['protocol']
@@ -239,26 +251,37 @@ def main(argv: list[str]) -> None:
     'config', None, 'NAME[:ARG] of a config with a reward model stage, and --config.ENTRY=VALUE.'
   )
   comparisons = flags.DEFINE_string(
-    'comparisons', None, "jsonl:FILE, ... with labeler_id; default: the config's data.comparisons."
+    'comparisons',
+    None,
+    "A source such as jsonl:FILE, with labeler_id. Default: the config's data.comparisons.",
   )
   mapping = flags.DEFINE_string(
-    'mapping', None, "of their fields; default: the config's data.mapping.comparisons."
+    'mapping', None, "The mapping of their fields. Default: the config's data.mapping.comparisons."
   )
-  folds = flags.DEFINE_integer('folds', 5, 'groups of labelers, each held out once.')
-  seeds = flags.DEFINE_integer('seeds', 3, 'reward models a fold.')
-  min_votes = flags.DEFINE_integer('min_votes', 100, 'of a labeler that counts.')
-  split_seed = flags.DEFINE_integer('split_seed', 0, 'of the groups and blocks.')
+  folds = flags.DEFINE_integer(
+    'folds', 5, 'The number of groups of labelers, each of which is held out once.'
+  )
+  seeds = flags.DEFINE_integer('seeds', 3, 'The number of reward models per fold.')
+  min_votes = flags.DEFINE_integer(
+    'min_votes', 100, 'The number of votes that a labeler must have.'
+  )
+  split_seed = flags.DEFINE_integer('split_seed', 0, 'The seed of the groups and blocks.')
   rankings = flags.DEFINE_integer(
     'rankings',
     None,
-    'Makes rankings of so many responses from the training votes (labelers.py); '
-    'default: every vote is a comparison of its own.',
+    'Makes rankings of this many responses from the training votes (labelers.py). '
+    'Default: every vote is a comparison of its own.',
   )
-  rounds = flags.DEFINE_integer('rounds', 8, 'of --rankings: how often each response is in one.')
+  rounds = flags.DEFINE_integer(
+    'rounds', 8, 'The number of rankings that each response is in, with --rankings.'
+  )
   dtype = flags.DEFINE_enum(
-    'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'that the models are measured in.'
+    'dtype',
+    'float32',
+    ['float32', 'bfloat16', 'float16'],
+    'The dtype that the models are measured in.',
   )
-  out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'a folder.')
+  out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'The folder to write to.')
 
   def run():
     from absl import logging

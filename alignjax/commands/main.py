@@ -26,13 +26,14 @@ END_WITH_READER = ('configs', 'generate', 'summarize')
 
 
 def main() -> None:
-  """The entry point: sys.argv is `alignjax`, the subcommand, and the subcommand's arguments."""
+  """The entry point. sys.argv is `alignjax`, the subcommand, and the arguments of the
+  subcommand."""
   name, *argv = sys.argv[1:] or ['--help']
   start(name, argv)
 
 
 def start(name: str, argv: list[str]) -> None:
-  """Runs the subcommand `name` as a program: see command.start."""
+  """Runs the subcommand `name` as a program (command.start)."""
 
   def call(argv: list[str]) -> None:
     if name in ('--help', '-h'):
@@ -52,7 +53,8 @@ def start(name: str, argv: list[str]) -> None:
 
 
 def help_text() -> str:
-  """What `alignjax --help` prints. The subcommands are not imported, so that it answers at once."""
+  """Returns the output of `alignjax --help`. The subcommands are not imported, so that it appears
+  at once."""
   folder = pathlib.Path(__file__).parent
   lines = {name: command.headline(folder / f'{name}.py') for name in SUBCOMMANDS}
   return '\n'.join(
@@ -63,6 +65,6 @@ def help_text() -> str:
       '',
       command.listing(lines),
       '',
-      '`alignjax SUBCOMMAND --help` says more about one of them.',
+      '`alignjax SUBCOMMAND --help` describes a subcommand.',
     ]
   )

@@ -1,17 +1,17 @@
-"""Changes a config by flags: --config.ENTRY=VALUE for every entry, to every value it may have.
+"""Changes a config by flags: --config.ENTRY=VALUE sets any entry to any value that it may have.
 
   --config.stages.ppo.kl.target=6.0                  also where the entry is None
   --config.stages.sft.demonstrations=None            None for any entry
   --config.stages_to_run="('ppo', 'ppo_ptx')"        a tuple
   --config.stages_to_run=ppo                         a tuple of one item
   --config.stages.ppo.loss="dict(fn='mylab.losses:mine', beta=0.1)"
-                                                     a dict replaces the whole dict that is there
+                                                     a dict replaces the whole present dict
   --config.stages.ppo.loss.beta=0.2                  an argument of a function that the dict names,
                                                      whether the dict lists it or not
 
-A value is a Python literal, or dict(...); text needs no quotes. Its kind must be that of the entry
-it replaces: a number for a number (whole where the entry is whole, except for those that may be
-fractions), text for text.
+A value is a Python literal, or dict(...); text needs no quotes. The value must have the type of the
+entry that it replaces: a number for a number (a whole number for a whole number, except for entries
+that may be fractions), and text for text.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from typing import Any
 
 import ml_collections
 
-# entries that may be whole numbers or fractions, whichever a config has
+# Entries that may be whole numbers or fractions, whichever the config has.
 FRACTIONS = ('epochs', 'warmup')
-# dicts whose entries have no list here: who reads them checks
+# Dicts with arbitrary entries, which are checked where they are read.
 OPEN = ('model', 'reward_model', 'report.policies', 'report.data')
 
 
 def load(path: str, arg: str | None) -> ml_collections.ConfigDict:
-  """The locked config of FILE.py's get_config(), or get_config(ARG). ValueError with one line where
-  the file or ARG is wrong."""
+  """Returns the locked config of FILE.py's get_config(), or get_config(ARG). An error in the file
+  or in ARG is a ValueError of one line."""
   where = f'--config={path}' + (f':{arg}' if arg is not None else '')
   try:
     spec = importlib.util.spec_from_file_location('experiment_config', path)
     if spec is None or spec.loader is None:
-      raise ValueError(f'{where}: a config is a Python file, NAME.py.')
+      raise ValueError(f'{where}: a config must be a Python file, NAME.py.')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made = module.get_config() if arg is None else module.get_config(arg)
@@ -58,29 +58,29 @@ def load(path: str, arg: str | None) -> ml_collections.ConfigDict:
 
 
 def apply(config: ml_collections.ConfigDict, changes: Sequence[tuple[str, str]]) -> None:
-  """Sets every (entry, text of its value), in this order. ValueError names the flag, the nearest
-  entry or the kind expected."""
+  """Sets every (entry, text of its value) in the given order. An error is a ValueError that names
+  the flag and the nearest entry or the expected type."""
   done: list[str] = []
   for entry, text in changes:
     if late := next((d for d in done if d.startswith(f'{entry}.')), None):
       raise ValueError(
-        f'--config.{entry} stands behind --config.{late} and would undo it: put it first.'
+        f'--config.{entry} comes after --config.{late} and would undo it: put it first.'
       )
     keys = [int(n) if n else name for name, n in re.findall(r'([^.\[\]]+)|\[(\d+)\]', entry)]
     if not keys:
-      raise ValueError(f'--config.{entry}={text}: an entry has a name.')
+      raise ValueError(f'--config.{entry}={text}: an entry must have a name.')
     _change(config, keys, text, f'--config.{entry}={text}', '', config)
     done.append(entry)
 
 
 def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any) -> Any:
-  """`node` with the value at keys[0], keys[1], ... read from text; configs and dicts in place,
-  tuples anew."""
+  """Returns `node` with the value at keys[0], keys[1], ... read from text. Configs and dicts are
+  changed in place, and tuples are replaced."""
   key, rest = keys[0], keys[1:]
   here = f'{path}[{key}]' if isinstance(key, int) else f'{path}.{key}'.lstrip('.')
   if isinstance(key, int):
     if not isinstance(node, (tuple, list)) or key >= len(node):
-      size = f'has {len(node)} items' if isinstance(node, (tuple, list)) else 'is no list'
+      size = f'has {len(node)} items' if isinstance(node, (tuple, list)) else 'is not a list'
       raise ValueError(f'{flag}: {path} {size}.')
     items = list(node)
     items[key] = (
@@ -115,8 +115,8 @@ def _change(node: Any, keys: list, text: str, flag: str, path: str, config: Any)
 
 
 def _near(config: Any, node: Any, key: str, path: str) -> str:
-  """A hint: an entry of this dict with nearly this name, else one of this very name elsewhere, else
-  what there is."""
+  """Returns a hint: an entry of this dict with a similar name, or else an entry elsewhere with the
+  same name, or else the names of all entries."""
   if near := difflib.get_close_matches(key, list(map(str, node)), 1):
     return f'Did you mean {near[0]!r}?'
   found = [p for p in _paths(config, '') if p.rpartition('.')[2] == key]
@@ -133,8 +133,8 @@ def _paths(node: Any, path: str):
 
 
 def _read(text: str, kind: type, current: Any, where: str, flag: str) -> Any:
-  """The value that `text` says, of the kind of the entry: `kind`, which is NoneType where that is
-  not known."""
+  """Returns the value of `text` with the type of the entry, `kind`, which is NoneType if the type
+  is unknown."""
   if text == 'None':
     return None
   any_kind, is_text = kind is type(None), issubclass(kind, str)
@@ -168,7 +168,7 @@ _WRONG = object()
 
 
 def _fitted(value: Any, kind: type, name: str) -> Any:
-  """The value as one of `kind`, or _WRONG."""
+  """Returns the value converted to `kind`, or _WRONG."""
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if number and not math.isfinite(value):
     return _WRONG
@@ -194,8 +194,8 @@ def _fitted(value: Any, kind: type, name: str) -> Any:
 
 
 def _items_fit(made: Sequence, current: Sequence) -> bool:
-  """Whether the items are of kinds that the present items have, where there are any; numbers of
-  both kinds are one."""
+  """Returns whether the items have types that occur among the present items, if there are any.
+  Whole numbers and fractions count as one type."""
 
   def group(x):
     if isinstance(x, (int, float)) and not isinstance(x, bool):
@@ -223,7 +223,7 @@ def _kind(kind: type, current: Any) -> str:
 
 
 def _literal(node: ast.AST) -> Any:
-  """A Python literal, or dict(key=value, ...), as its value."""
+  """Returns the value of a Python literal or of dict(key=value, ...)."""
   if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, bool, type(None))):
     return node.value
   if isinstance(node, (ast.Tuple, ast.List)):

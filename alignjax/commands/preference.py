@@ -11,12 +11,12 @@
 --export writes a sheet for people to fill in, and --judge=file: reads it back. The last command
 reads the judgments of others and measures how far a reward model agrees with them.
 
-As in the paper's section 4.1. A policy is a finished stage's folder, WORKDIR/STAGE, or
-'hf:FOLDER_OR_HUB_NAME'. Prompts: alignjax/data/sources.py; judges:
-alignjax/evals/preference/judges.py; files of judgments: alignjax/evals/preference/judgments.py.
-Writes OUT/preference.md, preference.json and preference.png. Responses, scores and answers are kept
-in OUT under everything that they depend on: a second call computes what is new and says what it
-reuses, and an interrupted call goes on.
+The evaluation is that of the paper's section 4.1. A policy is the folder of a finished stage,
+WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. alignjax/data/sources.py describes the sources of
+prompts, alignjax/evals/preference/judges.py the judges, and alignjax/evals/preference/judgments.py
+the files of judgments. The command writes OUT/preference.md, preference.json and preference.png.
+Responses, scores and answers are stored in OUT under everything that they depend on. A second call
+therefore computes only what is new and reports what it reuses, and an interrupted call resumes.
 """
 
 import argparse
@@ -29,29 +29,32 @@ from alignjax.commands import command
 
 def arguments(argv: list[str]) -> argparse.Namespace:
   parser = command.make_parser(__name__)
-  parser.add_argument(
-    '--policies', default='', help='NAME=MODEL,NAME=MODEL; with --judge=file: may be left out'
-  )
+  parser.add_argument('--policies', default='', help='NAME=MODEL,...; optional with --judge=file:')
   parser.add_argument(
     '--template',
-    help="of the policies: 'plain', 'dialogue', 'chat'; default as trained, plain of hf:",
+    help="template of the policies: 'plain', 'dialogue' or 'chat'; default: that of the training, "
+    'or plain for hf:',
   )
   parser.add_argument('--prompts', help="a source of prompts, or 'sandbox:'")
-  parser.add_argument('--mapping', help='of the prompts (alignjax/data/mappings.py)')
-  parser.add_argument('--limit', type=int, help='prompts at most, drawn by the seed')
+  parser.add_argument(
+    '--mapping', help="the mapping of the prompts' fields (alignjax/data/mappings.py)"
+  )
+  parser.add_argument('--limit', type=int, help='the largest number of prompts, drawn by the seed')
   parser.add_argument('--temperature', type=float, default=1.0, help='0 is greedy')
   parser.add_argument(
     '--max_tokens',
     type=int,
-    help="of a response; default: as the policies' stages were trained, else 128",
+    help='tokens per response; default: as in the training of the policies, or 128 for hf:',
   )
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--rows', type=int, default=32, help='responses, or scores, a batch at most')
+  parser.add_argument(
+    '--rows', type=int, default=32, help='the largest number of responses, or scores, in a batch'
+  )
   parser.add_argument(
     '--dtype',
     default='float32',
     choices=('float32', 'bfloat16', 'float16'),
-    help='that policies and reward models compute in',
+    help='the dtype that policies and reward models compute in',
   )
   parser.add_argument(
     '--judge',
@@ -60,32 +63,35 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     metavar='JUDGE',
     help='rm:MODEL, sandbox, openai:MODEL, file:PATH or module:function; can be repeated',
   )
-  parser.add_argument('--judge_template', help='of rm:, as --template')
+  parser.add_argument('--judge_template', help='the template of rm:, as --template')
   parser.add_argument(
-    '--judge_url', help='of openai:, up to /chat/completions; default https://api.openai.com/v1'
+    '--judge_url',
+    help='the URL of openai:, up to /chat/completions; default: https://api.openai.com/v1',
   )
   parser.add_argument(
-    '--judge_key_env', help='the environment variable with the key; default OPENAI_API_KEY'
+    '--judge_key_env', help='the environment variable that holds the key; default: OPENAI_API_KEY'
   )
-  parser.add_argument('--judge_instructions', help='of openai:, a text file instead of ours')
+  parser.add_argument('--judge_instructions', help='a text file with the instructions for openai:')
   parser.add_argument(
     '--judge_body',
     default='{"temperature": 0}',
-    help='of openai:, more fields of the request, as JSON',
+    help='more fields of the requests to openai:, as JSON',
   )
   parser.add_argument(
-    '--judge_workers', type=int, default=8, help='of openai:, questions at a time'
+    '--judge_workers', type=int, default=8, help='the number of concurrent requests to openai:'
   )
   parser.add_argument(
-    '--judge_mapping', help="of file:, 'pandalm', module:function or ours=theirs,..."
+    '--judge_mapping', help="the mapping of file:, 'pandalm', module:function or ours=theirs,..."
   )
   parser.add_argument(
-    '--judge_key', help='of file:, the key of a blinded sheet; default: beside it'
+    '--judge_key', help='the key of a blinded sheet for file:; default: the key beside the sheet'
   )
   parser.add_argument(
     '--export', help='a file for a blinded sheet of all pairs, for people to judge'
   )
-  parser.add_argument('--baseline', help='what win rates are against; default: the first policy')
+  parser.add_argument(
+    '--baseline', help='the policy that win rates are against; default: the first'
+  )
   parser.add_argument('--out', default='runs/preference')
   return parser.parse_args(argv)
 
@@ -108,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     world, _ = answers.trained(policies)
     records = answers.prompts(options.prompts, options.mapping, options.limit, options.seed, world)
     known = dict(policies=list(policies), prompts={r['prompt_id'] for r in records})
-  for path in people:  # wrong files are told of before anything is sampled
+  for path in people:  # Wrong files are reported before anything is sampled.
     add(
       judged,
       judgments.read(
@@ -123,11 +129,13 @@ def run(options: argparse.Namespace) -> None:
     left = len(records) - len({p.record['prompt_id'] for p in pairs})
     if left:
       judged.notes.append(
-        f'{left} of {len(records)} prompts have no response of some policy and are left out'
+        f'{left} of {len(records)} prompts lack a response of some policy and are left out'
       )
     if options.export:
       key = judgments.export(pairs, files.folder(options.export), options.seed)
-      print(f'{options.export}: {len(pairs)} pairs to judge; {key} says who they are', flush=True)
+      print(
+        f'{options.export}: {len(pairs)} pairs to judge; {key} names their policies', flush=True
+      )
   elif len(people) < len(kinds):
     pairs = judgments.pairs_of(judged)
   for kind, spec in kinds:
@@ -143,8 +151,8 @@ def run(options: argparse.Namespace) -> None:
     raise ValueError(f'--baseline={baseline} is none of the policies {", ".join(names)}.')
   texts = {
     (r['prompt_id'], n): a.text
-    for n, said in responses.items()
-    for r, a in zip(records, said, strict=True)
+    for n, answers in responses.items()
+    for r, a in zip(records, answers, strict=True)
     if a.text is not None
   }
   for at, text in judged.texts.items():
@@ -163,8 +171,8 @@ def run(options: argparse.Namespace) -> None:
     from alignjax.evals.stats import interval
 
     result['ended'] = {
-      n: interval([a.ended for a in said if a.text is not None], bounds=(0, 1))
-      for n, said in responses.items()
+      n: interval([a.ended for a in answers if a.text is not None], bounds=(0, 1))
+      for n, answers in responses.items()
     }
   out.mkdir(parents=True, exist_ok=True)
   (out / 'preference.json').write_text(json.dumps(result, indent=1))
@@ -196,7 +204,7 @@ def run(options: argparse.Namespace) -> None:
 def check(
   options: argparse.Namespace,
 ) -> tuple[dict[str, str], list[tuple[str, str]], pathlib.Path]:
-  """(policies, judges as (kind, rest), out): what is wrong with the flags is told before anything
+  """Returns (policies, judges as (kind, rest), out), after checking the flags before anything
   runs."""
   from alignjax.evals.preference import judges
   from alignjax.evals.preference.responses import trained
@@ -205,7 +213,9 @@ def check(
   policies = command.pairs(options.policies, '--policies')
   kinds = [judges.split(spec) for spec in dict.fromkeys(options.judge)]
   if not kinds and not options.export:
-    raise ValueError(f'--judge names nobody: {judges.FORMS}; or --export=FILE for people to judge.')
+    raise ValueError(
+      f'--judge is missing: give {judges.FORMS}; or --export=FILE for people to judge.'
+    )
   alone = any(kind == 'file' for kind, _ in kinds) and not options.export
   if len(policies) == 1 or not policies and not alone:
     raise ValueError(
@@ -267,7 +277,7 @@ def ask(
   world: int | None,
   folder: pathlib.Path,
 ):
-  """The verdicts of one judge on the pairs."""
+  """Returns the verdicts of one judge on the pairs."""
   from alignjax import plugins
   from alignjax.evals.preference import judges, openai_judge
   from alignjax.inference import loading
@@ -294,8 +304,8 @@ def endpoint(model: str, options: argparse.Namespace):
   key = os.environ.get(variable)
   if not key and (options.judge_key_env or not options.judge_url):
     raise ValueError(
-      f'--judge=openai: needs a key: the environment variable {variable} is not set. Other '
-      'variables: --judge_key_env=NAME; a server without keys: --judge_url=URL.'
+      f'--judge=openai: needs a key, but the environment variable {variable} is not set. Name '
+      'another variable by --judge_key_env=NAME, or a server without keys by --judge_url=URL.'
     )
   url = options.judge_url or openai_judge.URL
   if not url.startswith(('http://', 'https://')):
@@ -305,7 +315,7 @@ def endpoint(model: str, options: argparse.Namespace):
   except json.JSONDecodeError as error:
     raise ValueError(f'--judge_body={options.judge_body} is not JSON ({error.msg}).') from None
   if not isinstance(body, dict):
-    raise ValueError(f'--judge_body={options.judge_body} is no JSON object.')
+    raise ValueError(f'--judge_body={options.judge_body} is not a JSON object.')
   instructions(options)
   openai_judge.library()
   return openai_judge.Endpoint(url, key, model, body)

@@ -5,10 +5,11 @@
     alignjax run --config=sft --workdir=/tmp/sft --config.seed=3
     alignjax run --config=my_configs/mine.py   a config of your own
 
-`alignjax configs` lists the configs that are included. `:ARG` goes to the config's get_config(ARG);
-`--config.a.b=VALUE` changes one entry (alignjax/commands/overrides.py). The stages that the chosen
-one starts from run first; finished ones are reused. After Ctrl-C, SIGTERM or a kill, the same
-command goes on from the last checkpoint; after the first two the exit code is 75.
+`alignjax configs` lists the configs that are included. `:ARG` is the argument of the config's
+get_config(ARG), and `--config.a.b=VALUE` changes one entry (alignjax/commands/overrides.py). The
+stages that the chosen one starts from run first; finished ones are reused. After Ctrl-C, SIGTERM or
+a kill, the same command resumes from the last checkpoint. After Ctrl-C and SIGTERM the exit code is
+75.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from alignjax.commands import command, config_flags
 
 
 def explain(error: Exception, path) -> None:
-  """Ends with the message alone; the traceback goes to the file `path`, for when the message is not
-  enough."""
+  """Exits with the message of an error alone. The traceback is written to the file `path`, for
+  errors that the message does not explain."""
   words = command.in_words(error)
   if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-    words += ' Make room there or mend it; the same command goes on from the last checkpoint.'
+    words += ' Make room there or repair it; the same command goes on from the last checkpoint.'
   text = ''.join(traceback.format_exception(error))
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,12 +39,12 @@ def explain(error: Exception, path) -> None:
 
 
 def main(argv: list[str]) -> None:
-  # train.main has its own; here nothing has begun
+  # Nothing has begun yet; train.main installs its own handler.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
   import jax
   from absl import flags
 
-  jax.config.config_with_absl()  # all of its settings are flags, which the launch scripts hand on
+  jax.config.config_with_absl()  # All of jax's settings are flags, which the launch scripts pass.
 
   config, name, argv = config_flags.read_config(argv)
   flags.DEFINE_string(
@@ -52,35 +53,35 @@ def main(argv: list[str]) -> None:
     'NAME[:ARG] or FILE.py[:ARG], such as ppo_ptx:tiny; --config.ENTRY=VALUE changes an entry.',
   )
   workdir = flags.DEFINE_string(
-    'workdir', None, 'Where everything is written. Default: runs/<config>[-<arg>]-s<seed>.'
+    'workdir', None, 'The folder to write to. Default: runs/<config>[-<arg>]-s<seed>.'
   )
   several = flags.DEFINE_bool(
     'distributed',
     False,
-    'As one of several processes: of a TPU slice, a Slurm job, or as '
-    'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say. See launch/README.md.',
+    'Run as one of several processes, which a TPU slice, a Slurm job, or JAX_COORDINATOR_ADDRESS, '
+    'JAX_NUM_PROCESSES and JAX_PROCESS_ID define. See launch/README.md.',
   )
   timeout = flags.DEFINE_integer(
-    'distributed_timeout', 300, 'Seconds to wait for the other processes.', lower_bound=1
+    'distributed_timeout', 300, 'The seconds to wait for the other processes.', lower_bound=1
   )
   profile = flags.DEFINE_string(
     'profile',
     None,
-    'STAGE:FIRST-LAST: trace these steps into WORKDIR/STAGE/profile, for TensorBoard.',
+    'STAGE:FIRST-LAST traces these steps to WORKDIR/STAGE/profile, for TensorBoard.',
   )
   changed = flags.DEFINE_enum(
     'on_changed_input',
     'fail',
     ('fail', 'keep', 'restart'),
-    'Where the data, a checkpoint or a function that a stage was made from is another one now: '
-    'fail; keep what is there and take the new one for the same; or restart the stage, which '
-    'deletes its folder.',
+    'What to do if the data, a checkpoint or a function that a stage was made from has changed: '
+    'fail; keep the stage, as if the input were the same; or restart the stage, which deletes '
+    'its folder.',
   )
 
   def run():
     from absl import logging
 
-    # not the search for other backends, nor orbax's every step
+    # Messages about other backends and orbax's message at every step are hidden.
     logging.set_verbosity(logging.WARNING)
 
     from alignjax import train
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
           stack.enter_context(distributed.joined(facts, timeout.value))
         except TimeoutError as error:
           print(f'error: {error}', file=sys.stderr)
-          raise SystemExit(interrupt.EXIT_CODE) from None  # the same command may find them all
+          raise SystemExit(interrupt.EXIT_CODE) from None  # A retry may find all processes.
       if jax.process_index() == 0:
         print(
           f'config {name}, seed {config.seed}, workdir {folder}, {jax.device_count()} '
@@ -109,13 +110,13 @@ def main(argv: list[str]) -> None:
         distributed.check_shared(folder)
         train.main(config, folder, profile.value, changed.value)
       except lock.Busy as error:
-        raise SystemExit(f'error: {error}') from None  # the folder is another run's
+        raise SystemExit(f'error: {error}') from None  # Another run uses the folder.
       except Exception as error:  # noqa: BLE001 of every kind the message first
         explain(error, folder / failures.TRACEBACK)
       except SystemExit as stopped:
-        # all is written; an interrupted compilation may
+        # Everything is written. An interrupted compilation may leave threads that
         if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:
-          # leave threads that crash Python's own way out
+          # crash Python's regular exit.
           sys.stdout.flush()
           os._exit(stopped.code)
         raise

@@ -2,9 +2,9 @@
 
     alignjax summarize runs/ppo_ptx-s*
 
-Reads RUN/report.json of every folder named and prints Markdown: means over seeds with the smallest
-and the largest seed, and how many seeds show each finding, contradict it, or leave it open. The
-runs must be of one config, and no seed may be there twice.
+The command reads RUN/report.json of every given folder and prints Markdown: means over seeds with
+the smallest and the largest value, and how many seeds show each finding, contradict it, or leave it
+open. The runs must have one config and different seeds.
 """
 
 import json
@@ -21,7 +21,7 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 def table(reports: list[dict]) -> str:
-  """Markdown of the reports' policies, findings, reward models and seconds."""
+  """Returns Markdown of the policies, findings, reward models and seconds of the reports."""
   lines = [
     f'Seeds {", ".join(str(r["seed"]) for r in reports)}: mean (smallest to largest).',
     '',
@@ -64,7 +64,8 @@ def table(reports: list[dict]) -> str:
 
 
 def check(reports: dict[str, dict]) -> None:
-  """SystemExit where reports, by their folder, are not of one config, or of one seed twice."""
+  """Raises SystemExit if the reports, by their folder, do not have one config, or if two have the
+  same seed."""
   flat = {}
   for folder, report in reports.items():
     if 'config' not in report:
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
     raise SystemExit(f'error: {twice[0]} is named twice: a mean over seeds counts each once.')
   missing = [str(p) for p in paths if not p.is_file()]
   if missing:
-    raise SystemExit(f'no report in {", ".join(missing)}: has the run ended?')
+    raise SystemExit(f'there is no report in {", ".join(missing)}: has the run ended?')
   reports = {}
   for folder, path in zip(folders, paths, strict=True):
     try:

@@ -1,2 +1,2 @@
-"""Text in, fixed-shape rows out: sources (records by name), encode (records -> rows), batches
-(their order)."""
+"""Turns text into rows of a fixed shape: sources (records by name), encode (records -> rows), and
+batches (the order of the rows)."""

@@ -1,7 +1,7 @@
-"""The order of the data. It is a pure function of (seed, step), so that a resumed run needs the
-step and nothing else.
+"""The order of the data. It is a pure function of (seed, step), so that a resumed run needs only
+the step.
 
-Every epoch is a new permutation of all rows. A last incomplete batch takes the rest from the next
+Every epoch is a new permutation of all rows. A last incomplete batch is completed from the next
 epoch, so that no row is dropped and no batch is short. Each process takes its own rows of every
 batch (Sharder.local).
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-  """The rows of batch `step`: i64[size], out of `count` rows, one epoch after the other."""
+  """Returns the rows of batch `step`, i64[size], out of `count` rows, one epoch after the other."""
   if count < 1:
     raise ValueError('there are no rows to make batches of.')
   start = step * size
@@ -31,18 +31,19 @@ def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray
 def bucketed(
   kinds: Sequence[tuple[int, ...]], size: int, seed: Sequence[int]
 ) -> list[tuple[tuple[int, ...], np.ndarray]]:
-  """One epoch of batches of `size` rows. The rows of a batch fit the same shape, so that few shapes
-  are compiled and there is little padding.
+  """Returns one epoch of batches of `size` rows. The rows of a batch fit the same shape, so that
+  few shapes are compiled and there is little padding.
 
   Args:
     kinds: the shape that each row needs, such as (responses, tokens).
-    size: rows of a batch.
-    seed: of the order.
+    size: the number of rows in a batch.
+    seed: the seed of the order.
 
   Returns:
     (shape, row numbers) of each batch, in shuffled order; every row is in one batch. Rows that do
-    not fill a batch of their shape move to the next larger shape that occurs. A batch is therefore
-    short only where there is none; `fill` completes it with rows of weight 0.
+      not fill a batch of their shape move to the next larger shape that occurs. A batch is
+      therefore short only where there is no larger shape; `fill` completes it with rows of weight
+      0.
   """
   rng = np.random.default_rng(list(seed))
   rows = {kind: [] for kind in sorted(set(kinds))}
@@ -69,8 +70,9 @@ def bucketed(
 
 
 def draw(items: Sequence[Any], count: int | None, seed: Sequence[int]) -> list[Any]:
-  """`count` of the items, chosen at random by the seed, in their order; all of them where `count`
-  is None or larger than their number. They are not the first ones, because a file may be sorted."""
+  """Returns `count` of the items, drawn at random by the seed, in their order. It returns all items
+  if `count` is None or exceeds their number. It does not take the first items, because a file may
+  be sorted."""
   if count is None or count >= len(items):
     return list(items)
   return [
@@ -82,7 +84,7 @@ def draw(items: Sequence[Any], count: int | None, seed: Sequence[int]) -> list[A
 
 
 def take(batch: Any, rows: np.ndarray) -> Any:
-  """The given rows of a batch of arrays."""
+  """Returns the given rows of a batch of arrays."""
   return jax.tree.map(lambda x: x[rows], batch)
 
 

@@ -1,5 +1,5 @@
-"""A tokenizer's chat template: what a finished conversation is, which part of it is the prompt, and
-on which day it is rendered."""
+"""A tokenizer's chat template: it determines what a finished conversation is, which part of it is
+the prompt, and on which date it is rendered."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any, NamedTuple
 
 from alignjax.data import control
 
-MARK = 'zq7xj'  # a word for an answer, to see what a template puts around it
+MARK = 'zq7xj'  # A placeholder answer that shows what a template puts around an answer.
 QUESTION = {'role': 'user', 'content': 'Hello.'}
-CLOCK = 'strftime_now'  # the only clock that transformers gives to a template
+CLOCK = 'strftime_now'  # The only clock that transformers gives to a template.
 
 
 class Chat(NamedTuple):
-  """prompt: text or messages -> tokens, up to where the answer begins. pair: (prompt, answer) ->
-  tokens of both; those of the answer end with `end`. control: tells people's text from control
-  tokens."""
+  """The functions of a chat template.
+
+  Attributes:
+    prompt: a function of a text or messages that returns the tokens up to where the answer begins.
+    pair: a function of (prompt, answer) that returns the tokens of both. Those of the answer end
+      with `end`.
+    end: the token that ends a turn.
+    control: distinguishes people's text from control tokens.
+  """
 
   prompt: Callable[[Any], list[int]]
   pair: Callable[[Any, str], tuple[list[int], list[int]]]
@@ -33,18 +39,20 @@ def make(
   opened: bool,
   without_end: Callable[[str, list[str]], str],
 ) -> Chat:
-  """The functions of a tokenizer's chat template.
+  """Returns the functions of a tokenizer's chat template.
 
-  A prompt is what the template renders before an answer of a finished conversation. As a rule that
-  is the template's generation prompt. Where that says more than finished conversations do (it opens
-  a thought, say, that they do not hold), a model trained on finished answers has not seen it, and
-  it is left out.
+  A prompt is what the template renders before an answer in a finished conversation, which usually
+  is the template's generation prompt. If the generation prompt has more than finished conversations
+  have (for example the beginning of a thought), a model that was trained on finished answers has
+  not seen the rest, and it is left out.
 
   Args:
+    tokenizer: a transformers tokenizer.
     special: {id: name} of its control tokens.
-    date: 'YYYY-MM-DD', the day that a template which prints the day renders; None: today.
-    opened: the generation prompt as it is, for a model that others trained.
-    without_end: (answer, names of end tokens) -> the answer without those at its end.
+    date: 'YYYY-MM-DD', the date that a template which prints the date renders. None means today.
+    opened: whether the generation prompt is kept as it is, for a model that others trained.
+    without_end: a function of (answer, names of end tokens) that returns the answer without the end
+      tokens at its end.
   """
   name = tokenizer.name_or_path
   if not tokenizer.chat_template:
@@ -60,14 +68,14 @@ def make(
         messages, chat_template=source, tokenize=False, add_generation_prompt=asked
       )
     except Exception as error:  # noqa: BLE001 a template may raise anything
-      said = (str(error).splitlines() or [type(error).__name__])[0]
+      message = (str(error).splitlines() or [type(error).__name__])[0]
       roles = ', '.join(str(m.get('role')) for m in messages)
       raise ValueError(
-        f'the chat template of {name!r} refuses a conversation of the roles {roles}: {said}'
+        f'the chat template of {name!r} refuses a conversation of the roles {roles}: {message}'
       ) from None
 
   def before(messages: list[dict[str, Any]]) -> str:
-    """What stands before the answer in a finished conversation."""
+    """Returns the text before the answer in a finished conversation."""
     left, found, _ = render([*messages, _answer(MARK)]).rpartition(MARK)
     if not found:
       raise ValueError(
@@ -85,7 +93,7 @@ def make(
   whole, left = render([QUESTION, _answer(MARK)]), before([QUESTION])
   tail = usual(whole[len(left) + len(MARK) :])
   known = tokenizer.added_tokens_decoder
-  # white space may stand before it
+  # White space may precede the end token.
   end = next((token for token in tail if token in {*tokenizer.all_special_ids, *known}), None)
   if end is None:
     raise ValueError(
@@ -99,26 +107,26 @@ def make(
   asked = render([QUESTION], True)
   if not left.startswith(asked):
     kept = (
-      'It is kept: this model was trained elsewhere.'
+      'It is kept, because this model was trained elsewhere.'
       if opened
-      else 'Models are trained and asked without it.'
+      else 'Models are trained and prompted without it.'
     )
     _tell(
       f'the chat template of {name!r} asks for an answer with {_after(asked, left)!r}, which its '
       f'finished answers do not begin with. {kept}'
     )
 
-  def hidden(said: Any) -> tuple[list[dict[str, Any]], str | None]:
-    messages = _messages(said)
+  def hidden(conversation: Any) -> tuple[list[dict[str, Any]], str | None]:
+    messages = _messages(conversation)
     private = apart.private(messages)
     return (messages, None) if private is None else (apart.hide(messages, private), private)
 
-  def prompt(said: Any) -> list[int]:
-    messages, private = hidden(said)
+  def prompt(conversation: Any) -> list[int]:
+    messages, private = hidden(conversation)
     return apart.rendered(prompt_text(messages), private)
 
-  def pair(said: Any, answer: str) -> tuple[list[int], list[int]]:
-    messages, private = hidden([*_messages(said), _answer(without_end(answer, ends))])
+  def pair(conversation: Any, answer: str) -> tuple[list[int], list[int]]:
+    messages, private = hidden([*_messages(conversation), _answer(without_end(answer, ends))])
     whole, text = render(messages), prompt_text(messages[:-1])
     if not whole.startswith(text):
       text = before(messages[:-1]) if opened else text
@@ -146,8 +154,8 @@ def make(
 
 
 def dated(tokenizer: Any) -> bool:
-  """Whether the chat template prints the day, so that the same conversation has other tokens
-  tomorrow."""
+  """Returns whether the chat template prints the date, so that the same conversation has other
+  tokens on another day."""
   return bool(tokenizer.chat_template) and CLOCK in tokenizer.get_chat_template()
 
 
@@ -155,30 +163,30 @@ def _answer(text: str) -> dict[str, str]:
   return {'role': 'assistant', 'content': text}
 
 
-def _messages(said: Any) -> list[dict[str, Any]]:
-  if isinstance(said, str):
-    return [{'role': 'user', 'content': said}]
+def _messages(prompt: Any) -> list[dict[str, Any]]:
+  if isinstance(prompt, str):
+    return [{'role': 'user', 'content': prompt}]
 
   def good(m):
     return (
       isinstance(m, dict)
       and isinstance(m.get('role'), str)
       and (
-        # templates render an absent text as '' or 'None'
+        # Templates render an absent text as '' or 'None'.
         isinstance(m.get('content'), (str, list)) or bool(m.get('tool_calls'))
       )
     )
 
-  if not isinstance(said, (list, tuple)) or not said or not all(map(good, said)):
+  if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(good, prompt)):
     raise ValueError(
-      f'a prompt is text, or a list of messages {{"role", "content"}}, one or more; this one is '
-      f'{said!r:.200}.'
+      f'a prompt must be a text, or a list of one or more messages {{"role", "content"}}; '
+      f'this one is {prompt!r:.200}.'
     )
-  return list(said)
+  return list(prompt)
 
 
 def _after(asked: str, left: str) -> str:
-  """What `asked` has that `left` has not."""
+  """Returns the part of `asked` that `left` does not have."""
   at = next(
     (i for i, (a, b) in enumerate(zip(asked, left, strict=False)) if a != b),
     min(len(asked), len(left)),
@@ -191,20 +199,20 @@ def _tell(text: str) -> None:
 
 
 def _on_day(tokenizer: Any, date: str | None) -> str:
-  """The source of the chat template, its clock stopped at midnight of the day."""
+  """Returns the source of the chat template with its clock stopped at midnight of the date."""
   source = tokenizer.get_chat_template()
   if not dated(tokenizer):
     return source
   if date is None:
     date = datetime.date.today().isoformat()
     _tell(
-      f'the chat template of {tokenizer.name_or_path!r} prints the day; {date} is taken. '
+      f'the chat template of {tokenizer.name_or_path!r} prints the day; {date} is used. '
       f'data.template_date sets another.'
     )
   try:
     day = datetime.datetime.fromisoformat(date)
   except ValueError:
-    raise ValueError(f'data.template_date={date!r} is no day of the form 2026-07-31.') from None
+    raise ValueError(f'data.template_date={date!r} is not a day of the form 2026-07-31.') from None
   percent = chr(0xFFFFD)
   codes = [
     f'%{flag}{letter}'
@@ -213,6 +221,6 @@ def _on_day(tokenizer: Any, date: str | None) -> str:
   ]
   steps = [('%%', percent), *((code, day.strftime(code)) for code in codes), (percent, '%')]
   chain = ''.join(f'|replace({old!r}, {new!r})' for old, new in steps)
-  # a macro of the template hides the function of the same name; what follows it is no block, so no
-  # line break is trimmed
+  # A macro of the template hides the function of the same name. The text after the macro does not
+  # begin with a block, so no line break is trimmed.
   return f'{{% macro {CLOCK}(format) %}}{{{{ format{chain} }}}}{{% endmacro %}}{{{{ "" }}}}{source}'

@@ -1,12 +1,13 @@
-"""Control tokens (<|im_end|>, <s>, ...) and people's text that spells their names.
+"""Control tokens (<|im_end|>, <s>, ...) and people's text that contains their names.
 
 What a person wrote is text: its "<|im_end|>" is ten characters and not the token that ends a turn,
-which only the template may write. transformers by default reads both as the token. The way here:
-the tokenizer again, with the names of its control tokens exchanged for private ones that the text
-does not hold, so that everything else (merges, normalization, what a token strips beside it) stays
-its own. Text without such names is encoded by the tokenizer as it is.
+which only the template may write. By default, transformers reads both as the token. Here, a text
+that contains such a name is encoded by a copy of the tokenizer whose control tokens have private
+names that do not occur in the text. Everything else (merges, normalization, the white space that a
+token strips) remains the tokenizer's own. A text without such names is encoded by the tokenizer
+itself.
 
-Control tokens are those that the tokenizer marks as special, those that a chat template writes
+Control tokens are the tokens that the tokenizer marks as special, those that a chat template writes
 around a turn, and added tokens that the checkpoint names as ends. Other added tokens, such as runs
 of blanks or a <think> that is not marked as special, are read in text as the tokenizer reads them.
 """
@@ -19,20 +20,21 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-PRIVATE = range(0xF0000, 0xFFFFE)  # code points that Unicode leaves to private use
+PRIVATE = range(0xF0000, 0xFFFFE)  # Code points that Unicode reserves for private use.
 
 
 class Control(NamedTuple):
   """Functions that keep people's text and control tokens apart.
 
-  encode: people's text -> ids, none of them of a control token.
-  private: anything of JSON -> a character to hide control names with, which its strings do not
-    hold; None where they name none.
-  hide: (anything of JSON, private) -> the same with every control name in its strings behind a
-    private one.
-  reveal: (text, private) -> the hidden names again.
-  rendered: (text, private) -> ids of a template's output: its own control names are the tokens,
-    hidden ones are text.
+  Attributes:
+    encode: a function that maps people's text to ids, none of which is a control token.
+    private: a function that maps any JSON value to a character that its strings do not contain and
+      with which control names are hidden, or to None if they contain no control name.
+    hide: a function of (JSON value, private character) that returns the value with every control
+      name in its strings replaced by a private one.
+    reveal: a function of (text, private character) that restores the hidden names.
+    rendered: a function of (text, private character or None) that returns the ids of a template's
+      output: the template's own control names are tokens, and hidden ones are text.
   """
 
   encode: Callable[[str], list[int]]
@@ -43,9 +45,9 @@ class Control(NamedTuple):
 
 
 def special(tokenizer: Any, ends: Collection[int] = ()) -> dict[int, str]:
-  """{id: name} of the tokens that the tokenizer marks as special, and of the added ones among
-  `ends`, which end a response whether they are marked or not. Not of single bytes, <0x0A>, which
-  stand for text."""
+  """Returns {id: name} of the tokens that the tokenizer marks as special, and of the added tokens
+  among `ends`, which end a response whether they are marked or not. Tokens of single bytes, such as
+  <0x0A>, are not included, because they stand for text."""
   found = {
     i: token.content
     for i, token in tokenizer.added_tokens_decoder.items()
@@ -56,8 +58,9 @@ def special(tokenizer: Any, ends: Collection[int] = ()) -> dict[int, str]:
 
 
 def make(tokenizer: Any, control: Mapping[int, str]) -> Control:
-  """Control of a transformers tokenizer. control: {id: name} of its control tokens."""
-  # of names that begin alike the longest is meant, as in the tokenizer
+  """Returns the Control of a transformers tokenizer. `control` is {id: name} of its control
+  tokens."""
+  # Of names with a common beginning, the longest one matches first, as in the tokenizer.
   names = sorted(control.values(), key=len, reverse=True)
   pattern = re.compile('|'.join(map(re.escape, names)))
   number = {name: i for i, name in enumerate(names)}
@@ -118,7 +121,7 @@ def _hidden(private: str, number: int) -> str:
 
 
 def _renamed(tokenizer: Any, names: Collection[str], rename: Callable[[str], str]) -> Any:
-  """A tokenizers.Tokenizer in which the given tokens keep their ids and get other names."""
+  """Returns a tokenizers.Tokenizer in which the given tokens keep their ids and get other names."""
   from tokenizers import Tokenizer
 
   backend = getattr(tokenizer, 'backend_tokenizer', None)
@@ -126,8 +129,8 @@ def _renamed(tokenizer: Any, names: Collection[str], rename: Callable[[str], str
     raise ValueError(
       f'a text names a control token (one of {sorted(names)}), and the tokenizer '
       f'{tokenizer.name_or_path!r} has no '
-      'tokenizer.json, without which text and control tokens are not told apart: write one, or '
-      'leave the text out.'
+      'tokenizer.json, without which text and control tokens cannot be distinguished: write one, '
+      'or leave the text out.'
     )
   spec = json.loads(backend.to_str())
   other = {name: rename(name) for name in names}

@@ -92,9 +92,9 @@ def limit_lengths(
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as (tokens i32[N,length], mask bool[N,length]), with the real tokens at the right. A
-  longer row is an error, and so is one without tokens, because nothing can be sampled after it
-  (templates.Template.text gives an empty text the start of a document)."""
+  """Returns prompts as (tokens i32[N,length], mask bool[N,length]), with the real tokens at the
+  right. A longer row is an error, and so is a row without tokens, because nothing can be sampled
+  after it (templates.Template.text gives an empty text the start of a document)."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
@@ -108,8 +108,8 @@ def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.n
 def right_pad(
   rows: Sequence[Sequence[int]], length: int, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Rows as (tokens i32[N,length], mask bool[N,length]), with the real tokens at the left. A longer
-  row is an error."""
+  """Returns rows as (tokens i32[N,length], mask bool[N,length]), with the real tokens at the left.
+  A longer row is an error."""
   tokens = np.full((len(rows), length), pad, np.int32)
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
@@ -124,12 +124,12 @@ def demonstrations(
   pad: int,
   prompt_weight: float = 0.0,
 ) -> TokenBatch:
-  """(prompt, response) token lists as rows, with weight 1 on the response and its end token, and
-  prompt_weight on the prompt.
+  """Returns (prompt, response) token lists as rows, with weight 1 on the response and its end
+  token, and prompt_weight on the prompt.
 
-  prompt [5, 6], response [7, 1] -> tokens [5, 6, 7, 1, pad], weights [0, 0, 1, 1, 0]. The end token
-  1 has a weight, because a model that is not trained on it never stops (docs/pitfalls.md, 3, 28).
-  The first column has weight 0, because it is predicted from nothing.
+  The prompt [5, 6] and the response [7, 1] become the tokens [5, 6, 7, 1, pad] with the weights [0,
+  0, 1, 1, 0]. The end token 1 has a weight, because a model that is not trained on it never stops
+  (docs/pitfalls.md, 3, 28). The first column has weight 0, because it is predicted from nothing.
   """
   pairs = list(pairs)
   tokens, mask = right_pad([[*p, *r] for p, r in pairs], length, pad)
@@ -142,8 +142,8 @@ def demonstrations(
 
 
 def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
-  """Pretraining rows: the documents (templates.Template.document) one after the other, cut into
-  full rows of `length` tokens.
+  """Returns pretraining rows: the documents (templates.Template.document) one after the other, cut
+  into full rows of `length` tokens.
 
   Every token but the first of a row has weight 1. A last row that is not full is dropped.
   """
@@ -164,16 +164,16 @@ def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
 def pack(
   rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int
 ) -> TokenBatch:
-  """Rows of several documents each. The mask is i32 and has the number of each token's document
-  (types.TokenBatch).
+  """Returns rows of several documents each. The mask is i32 and holds the number of each token's
+  document (types.TokenBatch).
 
   A document goes into the first row that has room for it (first fit over the last 64 open rows, in
-  the given order). One that is longer than `length` is cut into pieces. The first token of each
-  piece has weight 0, because it is predicted from nothing.
+  the given order). A document that is longer than `length` is cut into pieces. The first token of
+  each piece has weight 0, because it is predicted from nothing.
 
   Args:
     rows: (tokens, weights) of each document.
-    length: tokens of a row.
+    length: the number of tokens in a row.
     pad: the id that fills rows.
   """
   packed: list[list[tuple[Sequence[int], Sequence[float]]]] = []
@@ -211,18 +211,18 @@ def comparisons(
   k: int,
   pad: int,
 ) -> ComparisonBatch:
-  """Ranked responses as i32[N,k,length].
+  """Returns ranked responses as i32[N,k,length].
 
-  Responses are taken as they are: a sampled one that was cut at the length limit has no end token,
-  and the reward model reads its last token whatever it is (docs/pitfalls.md, 7). Absent responses,
-  of prompts that have fewer than k, have rank -1.
+  Responses are used as they are: a sampled response that was cut at the length limit has no end
+  token, and the reward model reads its last token whatever it is (docs/pitfalls.md, 7). Prompts
+  with fewer than k responses have absent ones with rank -1.
 
   Args:
     prompts: [i], token lists.
     responses: [i][j], token lists with or without an end token.
-    ranks: [i][j], 0 is best.
-    length: tokens of a row.
-    k: responses of a row.
+    ranks: [i][j], where 0 is the best.
+    length: the number of tokens in a row.
+    k: the number of responses in a row.
     pad: the id that fills rows.
   """
   n = len(prompts)
@@ -249,7 +249,7 @@ def preferences(
   k: int,
   pad: int,
 ) -> PreferenceBatch:
-  """The rows of `comparisons`, and which of their tokens belong to the response."""
+  """Returns the rows of `comparisons`, and which of their tokens belong to the response."""
   made = comparisons(prompts, responses, ranks, length, k, pad)
   first = np.array([len(p) for p in prompts])[:, None, None]
   return PreferenceBatch(
@@ -262,7 +262,7 @@ def preferences(
 
 
 def check_length(row: Sequence[int], length: int, what: str, key: str) -> None:
-  """Raises ValueError where a row is too long. key: the config entry that limits it."""
+  """Raises ValueError if a row is too long. `key` is the config entry that limits its length."""
   if len(row) > length:
     raise ValueError(
       f'{what} has {len(row)} tokens, more than the {length} that {key} leaves; raise it or '

@@ -1,5 +1,5 @@
-"""What a record of each kind has: its fields, their types, and the forms in which a response may
-stand."""
+"""The fields that a record of each kind has, their types, and the forms in which a response may be
+given."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = dict(
 
 
 def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-  """The record, if every field is there and of its type. {"chosen", "rejected"} becomes a ranking
-  of two, a response in messages its text."""
+  """Returns the record, after checking that every field is present and has its type. {"chosen",
+  "rejected"} becomes a ranking of two, and a response in messages becomes its text."""
   if (
     kind == 'comparisons'
     and 'chosen' in record
@@ -26,7 +26,7 @@ def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
   ):
     if 'ranks' in record:
       raise ValueError(
-        f"{where}: 'chosen' and 'rejected' are a ranking of two already; leave out 'ranks', or "
+        f"{where}: 'chosen' and 'rejected' are already a ranking of two; leave out 'ranks', or "
         f"give 'responses' "
         'with it.'
       )
@@ -81,10 +81,10 @@ def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
       'response': answer(record['response'], record['prompt'], "'response'", where),
     }
   if kind == 'comparisons':
-    said = [
+    texts = [
       answer(r, record['prompt'], "every entry of 'responses'", where) for r in record['responses']
     ]
-    record = {**record, 'responses': said}
+    record = {**record, 'responses': texts}
     check_comparison(record, where)
   return record
 
@@ -97,17 +97,17 @@ def _is_message(m: Any) -> bool:
   )
 
 
-def answer(said: Any, prompt: str | list[dict[str, Any]], what: str, where: str) -> str:
-  """The text of a response: a string, or the assistant's message, alone or in a list that may begin
-  with the prompt's messages."""
-  if isinstance(said, str):
-    return said
-  messages = [said] if isinstance(said, dict) else said
+def answer(response: Any, prompt: str | list[dict[str, Any]], what: str, where: str) -> str:
+  """Returns the text of a response, which is a string, or the assistant's message, alone or in a
+  list that may begin with the prompt's messages."""
+  if isinstance(response, str):
+    return response
+  messages = [response] if isinstance(response, dict) else response
   if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
     raise ValueError(
       f"{where}: {what} must be a string, or a message {{'role': 'assistant', 'content': str}}, "
       f'alone or in a list; '
-      f'not {textfiles.kind(said)}.'
+      f'not {textfiles.kind(response)}.'
     )
 
   def turns(some):
@@ -126,7 +126,7 @@ def answer(said: Any, prompt: str | list[dict[str, Any]], what: str, where: str)
 def check_comparison(record: dict[str, Any], where: str) -> None:
   responses, ranks = record['responses'], record['ranks']
   if len(responses) != len(ranks):
-    raise ValueError(f'{where}: {len(responses)} responses but {len(ranks)} ranks.')
+    raise ValueError(f'{where} has {len(responses)} responses, but {len(ranks)} ranks.')
   if len(responses) < 2:
     raise ValueError(f'{where}: a comparison needs at least two responses, not {len(responses)}.')
   if not all(isinstance(r, int) and not isinstance(r, bool) and 0 <= r < 2**31 for r in ranks):

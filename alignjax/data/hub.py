@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, read with the datasets library."""
+"""Reads data sets of the Hugging Face hub with the datasets library."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 def load(
   name: str, config: str | None, split: str, *, where: str, instead: str = '', **options: Any
 ) -> Any:
-  """A split of a data set.
+  """Returns a split of a data set.
 
   Args:
     name: 'OWNER/NAME', or a folder that holds a data set.
-    config: one of the data set's configurations; None takes its only one.
-    split: such as 'train' or 'train[:5%]'.
-    where: what is read and for what; errors begin with it.
-    instead: what the user can do where the data set cannot be read; errors end with it.
-    **options: of datasets.load_dataset, such as revision or streaming.
+    config: one of the data set's configurations. None means its only one.
+    split: the split, such as 'train' or 'train[:5%]'.
+    where: what is read and for what purpose; errors begin with it.
+    instead: what the user can do if the data set cannot be read; errors end with it.
+    **options: options of datasets.load_dataset, such as revision or streaming.
 
-  Returns: A datasets.Dataset; with streaming=True an iterable, which has to be consumed under
-    `reading`, because its records are only then downloaded.
+  Returns:
+    A datasets.Dataset. With streaming=True it is an iterable, which must be consumed under
+      `reading`, because its records are only then downloaded.
 
   Raises:
     ValueError: The library is not installed, or the data set cannot be read.
@@ -39,7 +40,7 @@ def load(
 @contextlib.contextmanager
 def reading(where: str, instead: str = '') -> Iterator[None]:
   """Turns the errors of a library that reads data, and of its downloads, which are of many kinds,
-  into a ValueError of one line. Args are as of `load`."""
+  into a ValueError of one line. The arguments are those of `load`."""
   try:
     yield
   except UnicodeDecodeError as error:

@@ -1,9 +1,9 @@
 """Hygiene of records, as the paper did it for its prompts (section 3.2, appendices A.2 and C):
-duplicates, a cap for each user, splits by user and prompt, length, personal data. Every rule takes
-records and returns (kept, removed); `clean` runs them in order and counts. Which prompts no stage
-is trained on is decided here too (`held_out`).
+duplicates, a cap per user, splits by user and prompt, length, and personal data. Every rule takes
+records and returns (kept, removed). `clean` applies the rules in order and counts. `held_out`
+decides which prompts no stage is trained on.
 
-The rules by kind of record:
+The rules by kind of record are:
 
   rule           prompts             demonstrations       comparisons               pretrain
   no text        blank prompt        blank prompt         blank prompt              blank text
@@ -13,13 +13,14 @@ The rules by kind of record:
   cap            prompts of a user   distinct prompts     distinct prompts          none
   personal data  in the prompt       prompt or response   prompt or any response    none
 
-A comparison is the same whatever the order of its responses, and another one if its labeler ranked
-them otherwise. Pretraining text is no user's, and long: a book is not dropped for its length, for a
-licence that many books begin with, or for one address in it.
+Two comparisons are the same whatever the order of their responses, and different if their labelers
+ranked the responses differently. Pretraining text belongs to no user, and it is long: a book is not
+dropped for its length, for a licence that many books begin with, or for one address in it.
 
-What the paper does not report is ours: the length of the beginning that makes two prompts
-duplicates, how personal data was found (here by patterns and the phonenumbers package), the shares
-of the splits."""
+We choose what the paper does not report: the length of the beginning that makes two prompts
+duplicates, how personal data is found (by patterns and the phonenumbers package), and the shares of
+the splits.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +34,21 @@ import phonenumbers
 
 Records = list[dict[str, Any]]
 
-REGIONS = ('US', 'GB')  # whose phone numbers are known without a country code; Canada's are as US
+# Phone numbers of these regions are found without a country code (the US include Canada).
+REGIONS = ('US', 'GB')
 CARD = re.compile(r'(?<!\w)(?:\d[ -]?){12,15}\d(?!\w)')
-# in 'no.4111' and '...4111' the point is none of a number
+# In 'no.4111' and '...4111' the point does not belong to a number.
 DECIMAL = re.compile(r'(?:\d+|(?<![^\s(=+-]))\.\d+')
 
 
 def text_of(record: dict[str, Any]) -> str:
-  """The prompt, or the document, as one string, for reading only."""
+  """Returns the prompt, or the document, as one string."""
   prompt = record.get('prompt', record.get('text', ''))
   return prompt if isinstance(prompt, str) else '\n'.join(m['content'] for m in prompt)
 
 
 def texts_of(record: dict[str, Any]) -> str:
-  """The prompt with its response or responses."""
+  """Returns the prompt with its response or responses as one string."""
   return '\n'.join(
     [
       text_of(record),
@@ -57,34 +59,34 @@ def texts_of(record: dict[str, Any]) -> str:
 
 
 def user_of(record: dict[str, Any]) -> str | None:
-  """Who asked: the user_id as text, 0 like any other; None without one. An empty text is none
-  (records_dataset_builder.py)."""
+  """Returns the user_id of a record as text, where 0 is a valid id, or None if there is none. An
+  empty text means that there is none (records_dataset_builder.py)."""
   user = record.get('user_id')
   return None if user is None or user == '' else str(user)
 
 
 def conversation(prompt: str | list[dict[str, str]]) -> str:
-  """What makes two prompts one for a split: the first thing a person says in them, case and space
-  apart. As text, as messages and in the form of a dialogue ("Human: ...", then "Assistant:") it is
-  the same, and the later turns of a conversation, which hold answers to the first one, stay on its
-  side."""
+  """Returns the key by which a split treats two prompts as one: the first message of the person,
+  without regard to case and white space. It is the same for a prompt as text, as messages, and in
+  the form of a dialogue ("Human: ...", then "Assistant:"). The later turns of a conversation, which
+  contain answers to the first message, therefore stay on its side."""
   if isinstance(prompt, list):
-    said = next((m['content'] for m in prompt if m['role'] == 'user'), text_of({'prompt': prompt}))
+    first = next((m['content'] for m in prompt if m['role'] == 'user'), text_of({'prompt': prompt}))
   else:
     dialogue = re.match(r'\s*Human:(.*?)(?:\n\nAssistant:|\Z)', prompt, re.DOTALL)
-    said = dialogue[1] if dialogue else prompt
-  return ' '.join(said.lower().split())
+    first = dialogue[1] if dialogue else prompt
+  return ' '.join(first.lower().split())
 
 
 def held_out(prompt: str | list[dict[str, str]], share: float, seed: int) -> bool:
-  """Whether a prompt is of the `share` of conversations that no stage is trained on: a function of
-  the prompt and the seed alone, so that demonstrations, comparisons and prompts of one source agree
-  on it, in every run."""
+  """Returns whether a prompt belongs to the `share` of conversations that no stage is trained on.
+  It depends on the prompt and the seed alone, so that demonstrations, comparisons and prompts of
+  one source agree on it in every run."""
   return place(f'held out/{seed}', conversation(prompt)) < share
 
 
 def place(seed: Any, who: str) -> float:
-  """A number from 0 to 1 that depends on its arguments alone and is uniform over them."""
+  """Returns a number from 0 to 1 that depends on the arguments alone and is uniform over them."""
   return (
     int.from_bytes(hashlib.sha256(f'{seed}/{who}'.encode('utf-8', 'surrogatepass')).digest()[:8])
     / 2**64
@@ -92,15 +94,15 @@ def place(seed: Any, who: str) -> float:
 
 
 def pii(text: str) -> str | None:
-  """The first kind of personal data found in a text, or None. A card number passes the Luhn check;
-  the digits of a decimal number or of a word are none."""
+  """Returns the first kind of personal data that is found in a text, or None. A card number must
+  pass the Luhn check; the digits of a decimal number or of a word are not a card number."""
   return next((kind for kind, holds in PII.items() if holds(text)), None)
 
 
 def _phone(text: str) -> bool:
-  """Whether a text holds a phone number, valid and grouped as such numbers are written: one with a
-  country code of any country, one without it of REGIONS alone. Digits without a separator are not a
-  phone number, because many ids look like that."""
+  """Returns whether a text contains a phone number that is valid and grouped as such numbers are
+  written. A number with a country code may be of any country, and one without it must be of
+  REGIONS. Digits without a separator are not a phone number, because many ids look like that."""
   return any(
     not match.raw_string.isdigit()
     for region in REGIONS
@@ -136,15 +138,19 @@ PII: dict[str, Callable[[str], Any]] = {
 
 
 def not_blank(records: Records) -> tuple[Records, Records]:
-  """Records whose prompt or text is more than space."""
+  """Keeps the records whose prompt or text has more than white space."""
   return _parted(records, lambda r: bool(text_of(r).strip()))
 
 
 def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[Records, Records]:
-  """Keeps the first of each set of duplicates, case and space apart (see the top of this file).
+  """Keeps the first record of each set of duplicates, without regard to case and white space (see
+  the top of this file).
 
-  prefix: prompts are one whose first `prefix` characters are the same; shorter ones are compared
-    whole.
+  Args:
+    records: the records.
+    prefix: prompts are duplicates if their first `prefix` characters are the same. Shorter prompts
+      are compared whole.
+    kind: the kind of the records.
   """
 
   def plain(text):
@@ -165,7 +171,7 @@ def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[R
         for text, rank in zip(record['responses'], record['ranks'], strict=True)
       )
       key = key, tuple(ranked), str(record.get('labeler_id'))
-    key = hashlib.sha256(repr(key).encode()).digest()  # a book's key is as short as any
+    key = hashlib.sha256(repr(key).encode()).digest()  # The key of a book is short too.
     fresh = key not in seen
     seen.add(key)
     return fresh
@@ -174,7 +180,7 @@ def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[R
 
 
 def cap_users(records: Records, most: int) -> tuple[Records, Records]:
-  """At most `most` distinct prompts of a user_id, the first ones; records without one are not
+  """Keeps the first `most` distinct prompts of each user_id. Records without a user_id are not
   capped."""
   prompts: dict[str, set[str]] = {}
 
@@ -194,7 +200,7 @@ def cap_users(records: Records, most: int) -> tuple[Records, Records]:
 def short_enough(
   records: Records, most: int, length: Callable[[str], int]
 ) -> tuple[Records, Records]:
-  """Prompts of at most `most` tokens by `length`."""
+  """Keeps the prompts of at most `most` tokens, as counted by `length`."""
   return _parted(records, lambda r: length(text_of(r)) <= most)
 
 
@@ -206,11 +212,11 @@ def _parted(records: Records, keep: Callable[[dict[str, Any]], bool]) -> tuple[R
 
 
 def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Records]:
-  """Splits by user and by prompt: records of one user_id, and records of one conversation (or
-  document) whoever asked, are on one side, and so are all that are joined by others in this way; no
-  prompt is on two sides. Where a side lies is a function of the seed and of who is on it, for
-  records of every kind, in whatever order they come."""
-  joined: dict[str, str] = {}  # a name -> another of its side, or itself
+  """Splits records by user and by prompt. The records of one user_id are on one side, and so are
+  the records of one conversation (or document), whoever wrote it. Records that are connected
+  through others in this way are on one side too, so that no prompt is on two sides. The side is a
+  function of the seed and of its members, for records of every kind and in any order."""
+  joined: dict[str, str] = {}  # {name: another name of its side, or itself}
 
   def side(name):
     joined.setdefault(name, name)
@@ -223,7 +229,7 @@ def split(records: Records, shares: dict[str, float], seed: int) -> dict[str, Re
   for record, prompt in zip(records, prompts, strict=True):
     user = user_of(record)
     one, other = side(prompt), side(prompt if user is None else f'user:{user}')
-    # the last name stands for its side: a user's, where there is one
+    # The last name represents its side; it is a user's name if there is one.
     joined[min(one, other)] = max(one, other)
   out: dict[str, Records] = {name: [] for name in shares}
   for record, prompt in zip(records, prompts, strict=True):
@@ -248,10 +254,11 @@ def clean(
   shares: dict[str, float],
   seed: int,
 ) -> tuple[dict[str, Records], list[tuple[str, int, int]]]:
-  """All rules of a kind in the paper's order: (records of each split, [(rule, removed, left)]). A
-  rule of None is off. Personal data is removed from the training split only (section 3.2)."""
+  """Applies all rules of a kind in the paper's order. Returns (records of each split, [(rule,
+  removed, left)]). A rule of None is off. Personal data is removed from the training split only
+  (section 3.2)."""
   log = [('read', 0, len(records))]
-  asked = kind != 'pretrain'  # by people
+  asked = kind != 'pretrain'  # The records are prompts that people wrote.
 
   def apply(name: str, result: tuple[Records, Records]) -> Records:
     log.append((name, len(result[1]), len(result[0])))
@@ -275,10 +282,10 @@ def clean(
     found = [(r, pii(texts_of(r))) for r in splits['train']]
     kinds = Counter(kind for _, kind in found if kind)
     splits['train'] = [r for r, kind in found if not kind]
-    told = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common())
+    counts = ', '.join(f'{kind} {n}' for kind, n in kinds.most_common())
     log.append(
       (
-        'personal data in train' + (f' ({told})' if told else ''),
+        'personal data in train' + (f' ({counts})' if counts else ''),
         sum(kinds.values()),
         sum(map(len, splits.values())),
       )

@@ -1,15 +1,16 @@
-"""From what people publish to our records (fields.py: FIELDS). One function a data set, named in
-c.data.mapping.KIND:
+"""Maps the records that people publish to our records (fields.py: FIELDS). There is one function
+per data set, which c.data.mapping.KIND names as one of
 
   a name of this file         'hh_rlhf', 'ultrafeedback', ...
   'module:function'           a function of a fork: it takes a raw record and returns a list of our
-                              records, which is empty where the raw one cannot be used
+                              records, which is empty if the raw one cannot be used
   'ours=theirs,ours=theirs'   fields that only have other names: 'prompt=question,response=answer'
-  'NAME,ours=theirs,...'      a function, after fields got the names that it reads:
+  'NAME,ours=theirs,...'      a function, after the fields got the names that it reads:
                               'from_scores,prompt=question,responses=answers,scores=ratings' turns
                               scores into ranks
 
-A function gets the raw record (a dict) and, where it asks for `beside`, the folder of its file.
+A function gets the raw record (a dict) and, if it has an argument `beside`, the folder of the
+record's file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TURN = '\n\nAssistant:'
 
 
 def find(name: str | None, where: str) -> Callable[..., Records] | None:
-  """The mapping that a config entry names; None maps nothing."""
+  """Returns the mapping that a config entry names, or None if the entry is None."""
   if not name:
     return None
   renames = [part.strip() for part in name.split(',')]
@@ -79,8 +80,8 @@ def find(name: str | None, where: str) -> Callable[..., Records] | None:
 def apply(
   change: Callable[..., Records] | None, raw: dict, where: str, flag: str = 'the mapping'
 ) -> Records:
-  """Our records of a raw one; whatever goes wrong in a mapping is an error that names the place,
-  the mapping and the fields."""
+  """Returns our records of a raw record. Any error in a mapping becomes an error that names the
+  place, the mapping and the fields."""
   if change is None:
     return [raw]
   function = getattr(change, 'func', change)
@@ -121,8 +122,9 @@ def _instruction(instruction: str, context: str) -> str:
 
 
 def hh_rlhf(raw: dict) -> Records:
-  """Anthropic/hh-rlhf: {"chosen", "rejected"}, whole dialogues. The prompt is all that comes before
-  the last answer; a few pairs differ before it and are left out. For data.template='dialogue'."""
+  """Maps Anthropic/hh-rlhf: {"chosen", "rejected"}, which are whole dialogues. The prompt is
+  everything before the last answer. The few pairs that differ before the last answer are left out.
+  The mapping is made for data.template='dialogue'."""
   chosen, rejected = raw['chosen'].rpartition(TURN), raw['rejected'].rpartition(TURN)
   if chosen[0] != rejected[0] or not chosen[1]:
     return []
@@ -130,8 +132,8 @@ def hh_rlhf(raw: dict) -> Records:
 
 
 def summarize_from_feedback(raw: dict) -> Records:
-  """openai/summarize_from_feedback, comparisons: {"info", "summaries": [2], "choice", "worker"};
-  info is of a Reddit post, or of a CNN/DM article."""
+  """Maps the comparisons of openai/summarize_from_feedback: {"info", "summaries": [2], "choice",
+  "worker"}, where info describes a Reddit post or a CNN/DM article."""
   texts = [s['text'] for s in raw['summaries']]
   best = int(raw['choice'])
   labeler: dict[str, Any] = {}
@@ -141,36 +143,37 @@ def summarize_from_feedback(raw: dict) -> Records:
 
 
 def shp(raw: dict) -> Records:
-  """stanfordnlp/SHP: {"history", "human_ref_A", "human_ref_B", "labels": 1 where A is better,
-  "domain"}."""
+  """Maps stanfordnlp/SHP: {"history", "human_ref_A", "human_ref_B", "labels", "domain"}, where
+  labels is 1 if A is better."""
   a, b = raw['human_ref_A'], raw['human_ref_B']
   better, worse = {1: (a, b), 0: (b, a)}[int(raw['labels'])]
   return [_pair(raw['history'], better, worse)]
 
 
 def from_scores(raw: dict) -> Records:
-  """Any set with scores: {"prompt", "responses", "scores"}, a number for each response, higher is
-  better, equal is a tie. Other fields stay."""
+  """Maps any data set with scores: {"prompt", "responses", "scores"}, with one number per response.
+  A higher score is better, and equal scores are a tie. The other fields are kept."""
   rest = {k: v for k, v in raw.items() if k != 'scores'}
   if len(raw['scores']) != len(raw['responses']):
-    raise ValueError(f'{len(raw["responses"])} responses but {len(raw["scores"])} scores')
+    raise ValueError(f'{len(raw["responses"])} responses, but {len(raw["scores"])} scores')
   for score in raw['scores']:
     if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-      raise ValueError(f'a score is a number, not {score!r}')
+      raise ValueError(f'a score must be a number, not {score!r}')
   return [rest | dict(ranks=_ranks(raw['scores']))]
 
 
 def _ranks(scores: Sequence[float]) -> list[int]:
-  """0 for the highest score, then 1, ...; equal ones have the same."""
+  """Returns the ranks: 0 for the highest score, then 1, and so on. Equal scores have equal
+  ranks."""
   if not all(map(math.isfinite, scores)):
-    raise ValueError(f'a score is a finite number; got {list(scores)}')
+    raise ValueError(f'a score must be a finite number; got {list(scores)}')
   order = sorted(set(scores), reverse=True)
   return [order.index(score) for score in scores]
 
 
 def ultrafeedback(raw: dict) -> Records:
-  """openbmb/UltraFeedback: {"instruction", "completions": [{"response", "overall_score"}]}, K = 4
-  ranked by score."""
+  """Maps openbmb/UltraFeedback: {"instruction", "completions": [{"response", "overall_score"}]},
+  with K = 4 responses that are ranked by score."""
   scores = [float(c['overall_score']) for c in raw['completions']]
   if len(scores) < 2:
     return []
@@ -184,8 +187,8 @@ def ultrafeedback(raw: dict) -> Records:
 
 
 def ultrafeedback_binarized(raw: dict) -> Records:
-  """HuggingFaceH4/ultrafeedback_binarized: {"chosen": messages, "rejected": messages}. The prompt
-  is a list of messages."""
+  """Maps HuggingFaceH4/ultrafeedback_binarized: {"chosen": messages, "rejected": messages}. The
+  prompt is a list of messages."""
   if raw['chosen'][:-1] != raw['rejected'][:-1]:
     return []
   return [
@@ -194,8 +197,8 @@ def ultrafeedback_binarized(raw: dict) -> Records:
 
 
 def oasst(raw: dict) -> Records:
-  """OpenAssistant's trees: {"prompt": {"text", "role", "replies": [...]}}: a record for every
-  prompt with ranked answers. The prompt is a list of messages."""
+  """Maps OpenAssistant's trees, {"prompt": {"text", "role", "replies": [...]}}, to one record for
+  every prompt with ranked answers. The prompt is a list of messages."""
   out: Records = []
 
   def walk(node: dict, messages: list[dict]):
@@ -219,8 +222,9 @@ def oasst(raw: dict) -> Records:
 
 
 def finegrained_rlhf(raw: dict) -> Records:
-  """allenai/FineGrainedRLHF: {"question", "passages", "prediction 1".."4", "preference": six
-  pairs}, K = 4. Ranks are by the number of pairs won; a tie counts half."""
+  """Maps allenai/FineGrainedRLHF: {"question", "passages", "prediction 1".."4", "preference": six
+  pairs}, with K = 4 responses. The ranks are by the number of pairs won, where a tie counts one
+  half."""
   wins = [0.0] * 4
   for (i, j), label in zip(itertools.combinations(range(4), 2), raw['preference'], strict=True):
     wins[i] += {1: 1.0, 0: 0.5, 2: 0.0}[label]
@@ -235,9 +239,9 @@ def finegrained_rlhf(raw: dict) -> Records:
 
 
 def pandalm(raw: dict) -> Records:
-  """WeOpenML/PandaLM's test set: one record for each of its three annotators (1, 2, or 0 for a
-  tie)."""
-  # some are booleans
+  """Maps WeOpenML/PandaLM's test set to one record for each of its three annotators, whose choice
+  is 1, 2, or 0 for a tie."""
+  # Some answers are booleans.
   prompt, a, b = (
     _instruction(raw['instruction'], raw['input']),
     str(raw['response1']),
@@ -252,8 +256,8 @@ def pandalm(raw: dict) -> Records:
 
 
 def ukp_convarg(raw: dict, beside: pathlib.Path) -> Records:
-  """UKPLab/acl2016-convincing-arguments: judgments.jsonl.gz, with arguments.jsonl.gz beside it; one
-  record a vote."""
+  """Maps UKPLab/acl2016-convincing-arguments, a file judgments.jsonl.gz with arguments.jsonl.gz
+  beside it, to one record per vote."""
   arguments = _arguments(beside / 'arguments.jsonl.gz')
   a, b = (arguments[raw['topic'], raw[k]] for k in ('arg1', 'arg2'))
   prompt = _argue(a)
@@ -275,7 +279,7 @@ def _arguments(path: pathlib.Path) -> dict:
     if not isinstance(row, dict) or not all(
       isinstance(row.get(k), (str, int)) for k in ('topic', 'arg_id', 'text')
     ):
-      raise ValueError(f'{where}: an argument has topic, arg_id and text.')
+      raise ValueError(f'{where}: an argument must have topic, arg_id and text.')
     found[row['topic'], row['arg_id']] = row
   return found
 
@@ -284,20 +288,20 @@ def _arguments(path: pathlib.Path) -> dict:
 
 
 def hh_rlhf_demonstrations(raw: dict) -> Records:
-  """The chosen answers of Anthropic/hh-rlhf."""
+  """Returns the chosen answers of Anthropic/hh-rlhf as demonstrations."""
   before, turn, answer = raw['chosen'].rpartition(TURN)
   return [dict(prompt=before + TURN, response=answer)] if turn else []
 
 
 def tldr(raw: dict) -> Records:
-  """openai/summarize_from_feedback's Reddit posts, in the filtered set of demonstrations: {"title",
-  "subreddit", "post", "summary"}."""
+  """Maps openai/summarize_from_feedback's Reddit posts, in the filtered set of demonstrations:
+  {"title", "subreddit", "post", "summary"}."""
   return [dict(prompt=_post(raw), response=raw['summary'])]
 
 
 def _post(info: dict) -> str:
-  """The query of a Reddit post (Stiennon et al. 2020), or of a news article in the same form;
-  fields that are null are left out."""
+  """Returns the query for a Reddit post (Stiennon et al. 2020), or for a news article in the same
+  form. Fields that are null are left out."""
   if info.get('article') is not None:
     fields = {'TITLE': info.get('title'), 'ARTICLE': info['article']}
   elif info['post'] is not None:
@@ -312,13 +316,13 @@ def _post(info: dict) -> str:
 
 
 def ukp_convarg_demonstrations(raw: dict) -> Records:
-  """UKPLab/acl2016-convincing-arguments: arguments.jsonl.gz, each argument an answer to its side's
-  prompt."""
+  """Maps the arguments.jsonl.gz of UKPLab/acl2016-convincing-arguments, where each argument is an
+  answer to the prompt of its side."""
   return [dict(prompt=_argue(raw), response=raw['text'])]
 
 
 def dolly(raw: dict) -> Records:
-  """databricks-dolly-15k: {"instruction", "context", "response", "category"}."""
+  """Maps databricks-dolly-15k: {"instruction", "context", "response", "category"}."""
   return [
     dict(
       prompt=_instruction(raw['instruction'], raw.get('context', '')),
@@ -329,21 +333,22 @@ def dolly(raw: dict) -> Records:
 
 
 def dolly_hhrlhf(raw: dict) -> Records:
-  """mosaicml/dolly_hhrlhf: {"prompt", "response"}, each prompt in Alpaca's "### Instruction:" form,
-  which is taken off."""
+  """Maps mosaicml/dolly_hhrlhf: {"prompt", "response"}. Each prompt has Alpaca's "### Instruction:"
+  form, which is removed."""
   instruction = raw['prompt'].partition('### Instruction:\n')[2].rpartition('\n\n### Response:')[0]
   return [dict(prompt=instruction, response=raw['response'])] if instruction else []
 
 
 def alpaca(raw: dict) -> Records:
-  """Stanford Alpaca: {"instruction", "input", "output"}."""
+  """Maps Stanford Alpaca: {"instruction", "input", "output"}."""
   return [
     dict(prompt=_instruction(raw['instruction'], raw.get('input', '')), response=raw['output'])
   ]
 
 
 def self_instruct(raw: dict) -> Records:
-  """yizhongw/self-instruct's seed tasks: {"instruction", "instances": [{"input", "output"}]}."""
+  """Maps the seed tasks of yizhongw/self-instruct: {"instruction", "instances": [{"input",
+  "output"}]}."""
   return [
     dict(
       prompt=_instruction(raw['instruction'], i['input']),
@@ -355,16 +360,16 @@ def self_instruct(raw: dict) -> Records:
 
 
 def truthfulqa_judge(raw: dict) -> Records:
-  """sylinrl/TruthfulQA's finetune_truth and finetune_info: {"prompt": "Q: ...\\nA: ...\\nTrue:",
-  "completion": " yes" or " no"}. Nine questions in ten; the others are those of
-  truthfulqa_judge_heldout. A question is on one side whatever file it is in, because its own hash
-  decides. For data.template='plain'."""
+  """Maps sylinrl/TruthfulQA's finetune_truth and finetune_info: {"prompt": "Q: ...\\nA:
+  ...\\nTrue:", "completion": " yes" or " no"}. It returns nine questions in ten;
+  truthfulqa_judge_heldout returns the others. The hash of a question decides, so that it is on the
+  same side in every file. The mapping is made for data.template='plain'."""
   return [] if _heldout(raw['prompt']) else [dict(prompt=raw['prompt'], response=raw['completion'])]
 
 
 def truthfulqa_judge_heldout(raw: dict) -> Records:
-  """The tenth of the questions that no judge is trained on: evals/safety/truthfulness.py measures
-  agreement there."""
+  """Returns the tenth of the questions that no judge is trained on, on which
+  evals/safety/truthfulness.py measures the agreement."""
   return [dict(prompt=raw['prompt'], response=raw['completion'])] if _heldout(raw['prompt']) else []
 
 
@@ -377,11 +382,12 @@ def _heldout(prompt: str) -> bool:
 
 
 def fastchat_questions(raw: dict) -> Records:
-  """lm-sys/FastChat's question files (MT-bench, Vicuna bench): {"turns": [...], "category"}; the
-  first turn."""
+  """Maps lm-sys/FastChat's question files (MT-bench, Vicuna bench): {"turns": [...], "category"}.
+  The prompt is the first turn."""
   return [dict(prompt=raw['turns'][0], use_case=raw['category'])]
 
 
 def comparisons_prompts(raw: dict) -> Records:
-  """The prompts of records of our own that have one: demonstrations and comparisons alike."""
+  """Returns the prompts of our own records that have one, such as demonstrations and
+  comparisons."""
   return [{k: v for k, v in raw.items() if k in ('prompt', 'user_id', 'use_case')}]

@@ -1,18 +1,19 @@
-"""Records by name. A source of c.data.KIND is one of
+"""Reads records by the name of their source. A source of c.data.KIND is one of
 
   jsonl:FILE                  a JSON object per line, or one array of them, plain or gzip, local or
                               gs:// (runtime/textfiles.py)
-  text:FILE                   pretraining text, one document per file; several with *
-  tfds:NAME[/CONFIG]:SPLIT    tensorflow-datasets, random access, no TensorFlow
-  tfds:FOLDER:SPLIT           the same, of a data set that was prepared in a folder
-  hf:NAME[/CONFIG]:SPLIT      the datasets library, if installed
-  hf:FOLDER:SPLIT             the same, of a folder on this machine
+  text:FILE                   pretraining text, one document per file, or several files with *
+  tfds:NAME[/CONFIG]:SPLIT    tensorflow-datasets with random access, without TensorFlow
+  tfds:FOLDER:SPLIT           the same for a data set that was prepared in a folder
+  hf:NAME[/CONFIG]:SPLIT      the datasets library, if it is installed
+  hf:FOLDER:SPLIT             the same for a folder on this machine
   sandbox:                    the embedded world (setup/texts.py)
 
-or several of them with ';' between: all records of the first, then of the second. A ';' separates
-where the form of a source follows it; one that belongs to a name although a form follows is written
-'\\;'. c.data.mapping.KIND says how their fields become ours (mappings.py), one mapping for all or
-one for each, again with ';' between; without one they must have our names:
+or several of them, separated by ';': all records of the first source, then those of the second. A
+';' separates only if the form of a source follows it. A ';' that belongs to a name although such a
+form follows is written '\\;'. c.data.mapping.KIND maps their fields to ours (mappings.py). It has
+one mapping for all sources, or one for each, again separated by ';'. Without a mapping the fields
+must have our names:
 
   demonstrations  {"prompt", "response"}
   comparisons     {"prompt", "responses": [str, ...], "ranks": [int, ...]}, where rank 0 is the best
@@ -20,12 +21,12 @@ one for each, again with ';' between; without one they must have our names:
   prompts         {"prompt"}
   pretrain        {"text"}
 
-and may also have "user_id" and "use_case" (but for pretrain), "labeler_id" (comparisons) and "kind"
-(pretrain).
+Records may also have "user_id" and "use_case" (except pretrain), "labeler_id" (comparisons) and
+"kind" (pretrain).
 
 A prompt is a string, or a list of messages {"role", "content"} for the chat template. A response is
-a string, or the assistant's one message, alone or in a list, with or without the prompt's messages
-before it: its content is read. Ids are text or integers.
+a string, or the assistant's single message, alone or in a list, with or without the prompt's
+messages before it; its content is read. Ids are text or integers.
 """
 
 from __future__ import annotations
@@ -49,8 +50,14 @@ FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT
 
 
 class Source(NamedTuple):
-  """count: raw records; records(i): those of ours that the i-th of them becomes, checked, read when
-  asked for: of an array_record file that one alone, so that a process reads its share."""
+  """The records of a source.
+
+  Attributes:
+    count: the number of raw records.
+    records: a function of i that returns our checked records of the i-th raw record. It reads them
+      when it is called, and only that record of an array_record file, so that a process reads only
+      its share.
+  """
 
   count: int
   records: Callable[[int], Sequence[dict[str, Any]]]
@@ -59,13 +66,14 @@ class Source(NamedTuple):
 def read(
   source: str, kind: str, mapping: str | None = None, most: int | None = None
 ) -> list[dict[str, Any]]:
-  """The records of a source, all or the first `most`. Errors name the file and line (or the source
-  and index) and the field.
+  """Returns the records of a source. Errors name the file and line (or the source and index) and
+  the field.
 
   Args:
-    source: see the top of this file.
+    source: the source; see the top of this file.
     kind: 'demonstrations', 'comparisons', 'prompts' or 'pretrain'.
-    mapping: c.data.mapping.KIND.
+    mapping: the value of c.data.mapping.KIND.
+    most: the largest number of records, which are the first ones. None means all of them.
   """
   opened = open_source(source, kind, mapping)
   records = list(
@@ -73,14 +81,14 @@ def read(
   )
   if not records:
     raise ValueError(
-      f'data.{kind}={source!r}: no records'
-      + (f' left by data.mapping.{kind}={mapping!r}.' if mapping else '.')
+      f'data.{kind}={source!r} has no records'
+      + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
     )
   return records
 
 
 def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
-  """A source to read from by index."""
+  """Returns a source that can be read by index."""
   if not isinstance(source, str):
     raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   names, changes = split(source), [part.strip() for part in (mapping or '').split(';')]
@@ -88,7 +96,7 @@ def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
     raise ValueError(
       f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources '
       f'of '
-      f'data.{kind}={source!r}: one for all or one for each.'
+      f'data.{kind}={source!r}; give one for all or one for each.'
     )
   changes = changes * len(names) if len(changes) == 1 else changes
   parts = [_open_one(name, kind, change) for name, change in zip(names, changes, strict=True)]
@@ -102,7 +110,7 @@ def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
 
 
 def split(source: str) -> list[str]:
-  """The sources that a config entry names."""
+  """Returns the sources that a config entry names."""
   parts = re.split(rf'(?<!\\);(?=\s*(?:{"|".join(READERS)}|sandbox):)', source)
   return [part.strip().replace('\\;', ';') for part in parts]
 
@@ -117,8 +125,8 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
       change, beside=(files.folder if form == 'jsonl' else pathlib.Path)(rest).parent
     )
   count, get = READERS[form](rest, kind)
-  if not count:  # of several sources too, where the others would hide it
-    raise ValueError(f'data.{kind}={source!r}: no records.')
+  if not count:  # One empty source of several is an error too.
+    raise ValueError(f'data.{kind}={source!r} has no records.')
 
   def records(i):
     where, raw = get(i)
@@ -128,10 +136,10 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
 
 
 def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[Record]:
-  """Our records of a raw one, checked."""
+  """Returns our checked records of a raw record."""
   if not isinstance(raw, dict):
     raise ValueError(
-      f'{where}: a record is an object with {sorted(fields.FIELDS[kind])}, not '
+      f'{where}: a record must be an object with {sorted(fields.FIELDS[kind])}, not '
       f'{textfiles.kind(raw)}.'
     )
   made = [
@@ -143,18 +151,19 @@ def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> 
 
 
 class Record(dict):
-  """A record that knows where it stands in its source, for an error that comes when it is no longer
-  read but used."""
+  """A record that remembers its place in its source, for an error that occurs when it is used and
+  no longer read."""
 
   where: str
 
 
 def place(record: Mapping[str, Any], otherwise: str) -> str:
-  """Where a record stands: 'FILE, line N'; of one that was read from no source, `otherwise`."""
+  """Returns the place of a record, such as 'FILE, line N', or `otherwise` for a record that was not
+  read from a source."""
   return record.where if isinstance(record, Record) else otherwise
 
 
-Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # how many, and the i-th with where it stands
+Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # (count, i -> (place, record))
 
 
 def _jsonl(path: str, kind: str) -> Raw:
@@ -179,33 +188,33 @@ def _text(pattern: str, kind: str) -> Raw:
 
 
 def _name_and_split(text: str, where: str) -> tuple[str, str]:
-  """'NAME:train[:5%]+test' -> ('NAME', 'train[:5%]+test')."""
+  """Splits the rest of a source: 'NAME:train[:5%]+test' -> ('NAME', 'train[:5%]+test')."""
   part = r'[\w.-]+(?:\[[^\]]*\])?'
   found = re.fullmatch(rf'(.+):({part}(?:\+{part})*)', text)
   if not found:
     raise ValueError(
-      f'{where}:{text}: say which split, as in {where.partition("=")[2]}:{text}:train.'
+      f'{where}:{text}: name the split, as in {where.partition("=")[2]}:{text}:train.'
     )
   return found[1], found[2]
 
 
 def _folder(name: str, where: str) -> pathlib.Path | None:
-  """The folder that a name of hf: or tfds: means: one that is there; None: a name of the library.
-  One that is written as a folder and is not there, or a part of whose path would be read as another
-  folder's name, is an error."""
+  """Returns the existing folder that a name of hf: or tfds: means, or None for a name of the
+  library. It is an error if a name that is written as a folder does not exist, or if a part of its
+  path would be read as the name of another folder."""
   try:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
       return path
     found = path.is_file()
-  except (RuntimeError, OSError, ValueError):  # no such home, a name that is too long, a null byte
+  except (RuntimeError, OSError, ValueError):  # such as a name that is too long
     path, found = pathlib.Path(name), False
   if found:
     raise ValueError(
-      f'{where}: {path} is a file, and a folder is read here; a file of records is jsonl:{name}.'
+      f'{where}: {path} is a file, but a folder is required; a file of records is jsonl:{name}.'
     )
   if path.is_absolute() or name.startswith(('.', '~')):
-    raise FileNotFoundError(f'{where} names the folder {path}, which is not there.')
+    raise FileNotFoundError(f'{where} names the folder {path}, which does not exist.')
   owner = pathlib.Path(*path.parts[:2])
   if len(path.parts) > 2 and owner.is_dir():
     raise FileNotFoundError(
@@ -237,14 +246,14 @@ def _tfds(name: str, kind: str) -> Raw:
 
   def get(i):
     place = f'tfds:{name}:{splits}, record {i}'
-    with hub.reading(place):  # a damaged file is found when its records are read
+    with hub.reading(place):  # A damaged file is found when its records are read.
       return place, change(_plain(rows[i]))
 
   return len(rows), get
 
 
 def _plain(x: Any) -> Any:
-  """numpy and bytes, as tfds gives them, to what JSON would give."""
+  """Converts numpy arrays and bytes, as tfds returns them, to what JSON would give."""
   if isinstance(x, dict):
     return {k: _plain(v) for k, v in x.items()}
   if isinstance(x, np.ndarray):

@@ -1,7 +1,8 @@
-"""How text becomes token rows, and tokens text again: how a document begins, a prompt, a response,
-and what ends one.
+"""Converts text to token rows and tokens back to text: it determines how a document and a prompt
+begin, and what ends a response.
 
-c.data.template:
+c.data.template is one of
+
   None         the sandbox's own form, for its own tokenizer
   'plain'      the prompt as it is; the response, then the tokenizer's end of text
   'dialogue'   "\\n\\nHuman: PROMPT\\n\\nAssistant:" and " RESPONSE", the form of hh-rlhf; a prompt
@@ -11,16 +12,16 @@ c.data.template:
   any text with {prompt} in it, such as "Question: {prompt}\\nAnswer:"
 
 A prompt is text or, for 'chat', also a list of messages {"role", "content"}. The end token is part
-of the response and of its loss, so that the model learns to stop (docs/pitfalls.md, 28); a response
-whose text already ends with its name gets one and not two. Names of control tokens elsewhere in
-people's text are text (data/control.py).
+of the response and of its loss, so that the model learns to stop (docs/pitfalls.md, 28). A response
+whose text already ends with the name of the end token gets one end token and not two. Names of
+control tokens elsewhere in people's text are text (data/control.py).
 
-How a document begins is the tokenizer's decision, taken here for prompts, pretraining text and
-evaluations alike. One that puts a token before every text (the BOS of Llama and Mistral) has it
-before all of them, and pretraining documents are "BOS text EOS", as in Llama's own training. One
-that puts none there (GPT-2, Pythia, SmolLM2) has nothing before a text; its end of text stands
-between documents of pretraining text, and stands for the start where there is no text at all. A
-chat template says itself how a conversation begins: nothing is added to what it renders.
+The tokenizer determines how a document begins, for prompts, pretraining text and evaluations alike.
+If it puts a token before every text (the BOS of Llama and Mistral), this token begins all of them,
+and pretraining documents are "BOS text EOS", as in Llama's own training. If it puts nothing there
+(GPT-2, Pythia, SmolLM2), nothing precedes a text; its end of text separates documents of
+pretraining text and represents the start of a document that has no text. A chat template determines
+itself how a conversation begins, and nothing is added to its output.
 """
 
 from __future__ import annotations
@@ -39,17 +40,22 @@ NAMES = ('plain', 'dialogue', 'chat')
 
 
 class Template(NamedTuple):
-  """Text to tokens and back, for every use.
+  """Converts text to tokens and tokens to text, for every use.
 
-  prompt: text (or messages) -> tokens, never none.
-  pair: (prompt, response) -> tokens of both; the response's end with an end token.
-  response: text -> tokens with the end token, where the prompt does not matter.
-  bare: text -> its tokens alone. decode: tokens -> text.
-  end: what a response is taught to end with. ends: all that stop generation, `end` among them.
-  pad: fills rows, may be the same id as `end`.
-  first: stands before every text; () for tokenizers that put nothing there.
-  start: the start of a document where something has to stand: `first`, or the end of text. close:
-    after a document.
+  Attributes:
+    prompt: a function of text (or messages) that returns at least one token.
+    pair: a function of (prompt, response) that returns the tokens of both. Those of the response
+      end with an end token.
+    response: a function of text that returns its tokens with the end token, where the prompt does
+      not matter.
+    bare: a function of text that returns its tokens alone.
+    decode: a function of tokens that returns their text.
+    end: the token that ends a response in training.
+    ends: all tokens that stop generation, including `end`.
+    pad: the id that fills rows, which may be the same as `end`.
+    first: the tokens before every text, or () if the tokenizer puts nothing there.
+    start: the start of a document where a token is required: `first`, or the end of text.
+    close: the tokens after a document.
   """
 
   prompt: Callable[[Any], list[int]]
@@ -64,32 +70,33 @@ class Template(NamedTuple):
   start: tuple[int, ...]
   close: tuple[int, ...]
 
-  def text(self, said: str) -> list[int]:
-    """Tokens of a text that begins a document: a prompt, a context, a sentence. Of an empty one the
-    start of a document."""
-    return [*self.first, *self.bare(said)] or [*self.start]
+  def text(self, text: str) -> list[int]:
+    """Returns the tokens of a text that begins a document, such as a prompt, a context or a
+    sentence. An empty text gives the start of a document."""
+    return [*self.first, *self.bare(text)] or [*self.start]
 
-  def document(self, said: str) -> list[int]:
-    """Tokens of a whole document of pretraining text."""
-    return [*self.start, *self.bare(said), *self.close]
+  def document(self, text: str) -> list[int]:
+    """Returns the tokens of a whole document of pretraining text."""
+    return [*self.start, *self.bare(text), *self.close]
 
-  def row(self, prompt: Any, said: str, ended: bool = True) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of a response; of one that was cut at a limit (not ended) without an
-    end token."""
-    asked, tokens = self.pair(prompt, said)
-    return asked, tokens if ended else tokens[:-1]
+  def row(self, prompt: Any, response: str, ended: bool = True) -> tuple[list[int], list[int]]:
+    """Returns the tokens of a prompt and of a response. A response that was cut at a limit (not
+    ended) has no end token."""
+    query, tokens = self.pair(prompt, response)
+    return query, tokens if ended else tokens[:-1]
 
   def decode_response(self, tokens: Sequence[int]) -> tuple[str, bool]:
-    """(text, ended) of the tokens of a sampled response: the end token is no part of the text.
-    Everything that reads responses as text (rewards on the host, judges, scorers, samples.jsonl, a
-    person) reads this."""
+    """Returns (text, ended) for the tokens of a sampled response. The end token is not part of the
+    text. Everything that reads responses as text (rewards on the host, judges, scorers,
+    samples.jsonl, people) uses this function."""
     tokens = [int(token) for token in tokens]
     ended = bool(tokens) and tokens[-1] in self.ends
     return self.decode(tokens[:-1] if ended else tokens), ended
 
 
 def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = False) -> Template:
-  """A Template of a transformers tokenizer. date, opened: of chat templates, see chat.make."""
+  """Returns the Template of a transformers tokenizer. `date` and `opened` are for chat templates
+  (chat.make)."""
   eos = tokenizer.eos_token_id
   if eos is None:
     raise ValueError(
@@ -109,7 +116,8 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
     print(
       f'the checkpoint of {tokenizer.name_or_path!r} names '
       f'{[tokenizer.convert_ids_to_tokens(i) for i in text]} (eos_token_id '
-      f'{text}) as ends; they are text, so they end no response here, though in transformers.',
+      f'{text}) as ends. They are text, so they do not end a response here, although they do in '
+      f'transformers.',
       file=sys.stderr,
       flush=True,
     )
@@ -120,8 +128,8 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   if form == 'chat':
     made = chat.make(tokenizer, special, date, opened, without_end)
 
-    def chat_response(said):
-      return made.pair([chat.QUESTION], said)[1]
+    def chat_response(text):
+      return made.pair([chat.QUESTION], text)[1]
 
     return Template(
       prompt=made.prompt,
@@ -145,24 +153,24 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   space = ' ' if form == 'dialogue' else ''
   bare = control.make(tokenizer, special).encode
 
-  def prompt(said):
-    if not isinstance(said, str):
+  def prompt(text):
+    if not isinstance(text, str):
       raise ValueError(
         f'data.template={form!r} takes prompts of text; lists of messages need '
         f"data.template='chat'."
       )
-    if form == 'dialogue' and said.startswith('\n\nHuman:'):
-      return [*first, *bare(said.removesuffix(' '))]
-    return [*first, *bare(before + said + after)] or [*start]
+    if form == 'dialogue' and text.startswith('\n\nHuman:'):
+      return [*first, *bare(text.removesuffix(' '))]
+    return [*first, *bare(before + text + after)] or [*start]
 
-  def response(said):
+  def response(text):
     return [
-      *bare(space + without_end(said, [tokenizer.eos_token]).removeprefix(' ' if space else '')),
+      *bare(space + without_end(text, [tokenizer.eos_token]).removeprefix(' ' if space else '')),
       eos,
     ]
 
-  def pair(asked, said):
-    return prompt(asked), response(said)
+  def pair(question, answer):
+    return prompt(question), response(answer)
 
   return Template(
     prompt=prompt,
@@ -186,18 +194,18 @@ def of_words(
   pad: int,
   newline: str,
 ) -> Template:
-  """The sandbox's form: every text begins with the end of the one before, and a line break ends a
-  prompt."""
+  """Returns the sandbox's Template: every text begins with the end of the previous one, and a line
+  break ends a prompt."""
 
-  def prompt(said):
-    return [end, *encode(said), *encode(newline)]
+  def prompt(text):
+    return [end, *encode(text), *encode(newline)]
 
-  def response(said):
-    return [*encode(without_end(said, [decode([end])])), end]
+  def response(text):
+    return [*encode(without_end(text, [decode([end])])), end]
 
   return Template(
     prompt=prompt,
-    pair=lambda asked, said: (prompt(asked), response(said)),
+    pair=lambda question, answer: (prompt(question), response(answer)),
     response=response,
     bare=encode,
     decode=decode,
@@ -213,9 +221,12 @@ def of_words(
 def each(
   function: Callable[[Any], Any], things: Sequence[Any], where: str | Sequence[str]
 ) -> list[Any]:
-  """function(thing) of each; an error says which one it was and how it begins.
+  """Returns function(thing) for each thing. An error names the thing and shows its beginning.
 
-  where: where each of them stands, or where all of them do; then they are counted from 1.
+  Args:
+    function: the function to apply.
+    things: its arguments.
+    where: the place of each thing, or one place for all of them, which are then counted from 1.
   """
   out = []
   for i, thing in enumerate(things):
@@ -228,22 +239,22 @@ def each(
   return out
 
 
-def without_end(said: str, names: Sequence[str]) -> str:
-  """A response without the end tokens that its text already ends with, and the white space after
-  them."""
-  return re.sub(f'(?:(?:{"|".join(map(re.escape, names))})\\s*)+\\Z', '', said)
+def without_end(text: str, names: Sequence[str]) -> str:
+  """Returns a response without the end tokens at the end of its text, and without the white space
+  after them."""
+  return re.sub(f'(?:(?:{"|".join(map(re.escape, names))})\\s*)+\\Z', '', text)
 
 
 def _named_ends(tokenizer: Any) -> set[int]:
-  """The ids that the checkpoint beside the tokenizer names as ends, where transformers' generate
-  stops: those of generation_config.json, else of config.json."""
+  """Returns the ids that the checkpoint of the tokenizer names as ends, at which transformers'
+  generate stops: those of generation_config.json, or else those of config.json."""
   for name in ('generation_config.json', 'config.json'):
     path = pathlib.Path(tokenizer.name_or_path) / name
     if path.is_file():
       try:
         found = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id')
       except (ValueError, AttributeError) as error:
-        raise ValueError(f'{path}: not a JSON object in UTF-8 ({error}).') from None
+        raise ValueError(f'{path} is not a JSON object in UTF-8 ({error}).') from None
       if found is None:
         continue
       named = found if isinstance(found, list) else [found]
@@ -256,7 +267,7 @@ def _named_ends(tokenizer: Any) -> set[int]:
 
 
 def _first(tokenizer: Any) -> tuple[int, ...]:
-  """What the tokenizer itself puts before a text."""
+  """Returns the tokens that the tokenizer itself puts before a text."""
   whole, bare = tokenizer.encode('a'), tokenizer.encode('a', add_special_tokens=False)
   at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
   return tuple(whole[:at])

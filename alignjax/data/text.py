@@ -1,10 +1,10 @@
 """Pretraining text as rows, and the rows of each batch of a mix.
 
-Documents are distributed over shards: document i goes to shard i mod n. Each shard becomes rows of
+Documents are distributed over shards: document i belongs to shard i mod n. Each shard has rows of
 its own in an order of its own, and a position of the batch always takes from the same shard. A
-process, which holds some positions of every batch, therefore reads the documents of their shards
-alone (of array_record files it opens no other), and yet the data do not depend on the number of
-processes.
+process, which holds some positions of every batch, therefore reads only the documents of their
+shards (and opens only their records of array_record files), and yet the data do not depend on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from alignjax.types import TokenBatch
 def rows_of(
   texts: Sequence[str], document: Callable[[str], list[int]], length: int, pad: int, pack: bool
 ) -> TokenBatch:
-  """Rows of `length` tokens.
+  """Returns rows of `length` tokens.
 
   Args:
     texts: the documents.
-    document: text -> tokens, with what begins and ends it (templates.Template.document).
-    length: tokens of a row.
+    document: a function of text that returns its tokens, including those that begin and end a
+      document (templates.Template.document).
+    length: the number of tokens in a row.
     pad: the id that fills rows.
-    pack: whether documents do not attend to each other; otherwise they follow one another in full
+    pack: whether documents do not attend to each other. Otherwise they follow one another in full
       rows, as in GPT-3's training (Brown et al. 2020, appendix B).
   """
   rows = (document(text) for text in texts if text.strip())
@@ -41,8 +42,8 @@ def rows_of(
 
 
 def shards(documents: int, rows: int, most: int = 64, least: int = 256) -> int:
-  """The number of shards for batches of `rows`: a power of two that divides the rows, with at least
-  `least` documents per shard."""
+  """Returns the number of shards for batches of `rows` rows: a power of two that divides the rows,
+  at most `most`, with at least `least` documents per shard."""
   n = 1
   while rows % (2 * n) == 0 and 2 * n <= most and documents >= 2 * n * least:
     n *= 2
@@ -52,14 +53,14 @@ def shards(documents: int, rows: int, most: int = 64, least: int = 256) -> int:
 def mix(
   source: Source, rows: int, to_rows: Callable[[list[str]], TokenBatch], seed: Sequence[int]
 ) -> Callable[[int, np.ndarray], TokenBatch]:
-  """A function batch(step, positions) that returns the rows at these positions (ascending, of
-  0..rows-1) of batch `step`.
+  """Returns a function batch(step, positions) that returns the rows at these positions (ascending,
+  from 0..rows-1) of batch `step`.
 
   Args:
     source: the documents.
-    rows: of a whole batch, over all processes.
-    to_rows: texts -> rows.
-    seed: of the order.
+    rows: the number of rows of a whole batch, over all processes.
+    to_rows: a function of texts that returns rows.
+    seed: the seed of the order.
   """
   count = source.count
   n = shards(count, rows)

@@ -1,5 +1,5 @@
-"""The model card of an export: README.md for the Hugging Face hub, with what the run's folder knows
-of the model. Local paths stand in it by their last part only."""
+"""The model card of an export: the README.md for the Hugging Face hub, written from what the run's
+folder records about the model. The card shows only the last part of a local path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignjax.evals.stats import show
 from alignjax.inference import loading
 from alignjax.runtime import checkpoint, files
 
-# what the stages of alignjax do, by the module of their build function, and the hub's tag for it
+# What each stage of alignjax does, and the hub's tag for it, by the module of its build function.
 METHODS = {
   'pretrain': ('language modelling on documents', 'pretraining'),
   'sft': ('supervised fine-tuning on demonstrations', 'sft'),
@@ -35,11 +35,12 @@ finds responses that it scores high and people do not like."""
 
 
 def write(name: str, model: loading.Model, exported: Mapping[str, Any]) -> str:
-  """The card's text.
+  """Returns the text of the card.
 
   Args:
-    name: the model's, as loading.load takes it.
-    exported: what export.save reports: 'class' and, of a reward model, 'bias' and 'pad'.
+    name: the name of the model, as loading.load takes it.
+    model: the loaded model.
+    exported: what export.save reports: 'class' and, for a reward model, 'bias' and 'pad'.
   """
   stages = _behind(name)
   scalar = model.head == 'scalar'
@@ -78,8 +79,9 @@ def write(name: str, model: loading.Model, exported: Mapping[str, Any]) -> str:
 
 
 def _behind(name: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-  """(name, its config, what it was made from) of the stage and, before it, of those of its workdir
-  that it started from; none of a Hugging Face checkpoint."""
+  """Returns the training history of a stage: (name, config, inputs) of the stage and of the stages
+  of its workdir that it started from, the earliest first. The list is empty for a Hugging Face
+  checkpoint."""
   found: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
 
   def visit(name: str) -> None:
@@ -108,13 +110,13 @@ def _method(config: Mapping[str, Any]) -> str:
 
 
 def _module(build: str) -> str:
-  """The last name of a module of alignjax's own stages; '' of a fork's."""
+  """Returns the last name of a module of alignjax's own stages, and '' for the module of a fork."""
   found = re.fullmatch(r'alignjax\.stages\.(\w+):\w+', build)
   return found[1] if found else ''
 
 
 def _front_matter(model: loading.Model, stages: list) -> list[str]:
-  """YAML that the hub reads; a JSON value is one of YAML."""
+  """Returns the YAML that the hub reads. The values are written as JSON, which is valid YAML."""
   scalar = model.head == 'scalar'
   tags = ['alignjax']
   for _, config, _ in stages[-1:]:
@@ -143,13 +145,14 @@ def _front_matter(model: loading.Model, stages: list) -> list[str]:
 
 
 def _hub_name(source: str | None) -> str | None:
-  """The checkpoint's name on the hub, None of a folder."""
+  """Returns the name of the checkpoint on the hub, or None for a local folder."""
   named = source and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', source)
   return source if named and not pathlib.Path(source).is_dir() else None
 
 
 def _license(source: str | None) -> str | None:
-  """What the card of the checkpoint, if it lies in its folder, names as the license."""
+  """Returns the license that the card of the checkpoint names, if the checkpoint has a card in its
+  folder."""
   from huggingface_hub import metadata_load
 
   path = pathlib.Path(source or '').expanduser() / 'README.md'
@@ -161,13 +164,13 @@ def _license(source: str | None) -> str | None:
 
 
 def _hub_data(part: str) -> str | None:
-  """ORGANIZATION/NAME of a source on the hub."""
+  """Returns ORGANIZATION/NAME of a data source on the hub."""
   found = re.match(r'hf:([\w-][\w.-]*/[\w.-]+)[/:]', part)
   return found[1] if found and not pathlib.Path(found[1]).exists() else None
 
 
 def _public(source: str) -> str:
-  """A source without the folders that its files lie in."""
+  """Returns the name of a source without the folders that its files lie in."""
   shown = []
   for part in sources.split(source):
     form, _, rest = part.partition(':')
@@ -177,8 +180,8 @@ def _public(source: str) -> str:
 
 
 def _figures(name: str) -> list[tuple[str, str]]:
-  """(what, figure with its interval): what the stage measured at its end and, of a stage's result,
-  what the reports in its workdir say of it."""
+  """Returns pairs of (what was measured, figure with its interval): what the stage measured at its
+  end and, for the last stage of a run, what the reports in its workdir say about it."""
   if loading.trained_with(name) is None:
     return []
   folder, weights = loading.folders(name)
@@ -193,7 +196,7 @@ def _figures(name: str) -> list[tuple[str, str]]:
 
 
 def _of_sandbox(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
-  """From WORKDIR/report.json."""
+  """Returns the figures in WORKDIR/report.json."""
   report = _json(folder.parent / 'report.json')
   policies = report.get('config', {}).get('report', {}).get('policies', {})
   return [
@@ -205,7 +208,7 @@ def _of_sandbox(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _of_tasks(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
-  """From WORKDIR/evaluation/table.json."""
+  """Returns the figures in WORKDIR/evaluation/table.json."""
   table = _json(folder.parent / 'evaluation' / 'table.json')
   names = [
     policy

@@ -1,8 +1,8 @@
-"""Kept results of alignjax 0.1.0: the names under which it kept what its own tasks measured.
+"""The names under which alignjax 0.1.0 stored the results of its own tasks.
 
-That release named a task by its module and counted the contents of its task file, where now its
-short name and its version (runtime/versions.py) are enough. A result that lies under the earlier
-name is still served, as long as the version is still the one of that release.
+That release identified a task by its module and by the contents of its task file; now the short
+name of a task and its version (runtime/versions.py) identify it. A result that was stored under the
+earlier name is still used as long as the version is still that of release 0.1.0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from alignjax import plugins
 from alignjax.runtime import fingerprints
 
-# task: (module and function, fingerprint of its task file) at 0.1.0
+# For each task: its module and function, and the fingerprint of its task file, in version 0.1.0.
 TASKS = {
   'cnn_dm': ('alignjax.evals.public:cnn_dm', 'a8e37f196339aa96'),
   'crows_pairs': ('alignjax.evals.bias:crows_pairs', None),
@@ -35,10 +35,13 @@ TASKS = {
 
 
 def name_of(name: str, protocol: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
-  """The name of a result's file and folder at 0.1.0; None for a task that it had not.
+  """Returns the name of a result's file and folder in alignjax 0.1.0, or None for a task that this
+  release did not have.
 
   Args:
-    name: of the task. protocol: registry.protocol. facts: of the model, loading.facts.
+    name: the name of the task.
+    protocol: the value of registry.protocol.
+    facts: the value of loading.facts for the model.
   """
   if name not in TASKS:
     return None

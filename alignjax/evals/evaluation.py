@@ -1,5 +1,5 @@
-"""Tasks over models: measures what is not there yet and writes the table.
-alignjax/commands/evaluate.py and the end of a run call it."""
+"""Evaluates models on tasks: measures every (model, task) that has no stored result yet and writes
+the table. alignjax/commands/evaluate.py and the end of a run call it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,28 @@ def evaluate(
   mesh: Mapping[str, int] | None = None,
   dtype: str = 'float32',
 ) -> list[dict[str, Any]]:
-  """Writes OUT/table.md, table.json and, of several models, table.png; returns the rows
-  (table.assemble).
+  """Evaluates models on tasks and writes OUT/table.md, OUT/table.json and, if there are several
+  models, OUT/table.png.
+
+  With several processes, all of them must call it; the first one writes the files.
 
   Args:
-    models: name -> finished stage's folder or 'hf:FOLDER_OR_HUB_NAME'; one model is in memory at a
-      time.
-    tasks: of registry.find_tasks.
-    data, options: of each task.
-    limit: items of each.
-    baseline: the first model, if None.
-    template: prompt template; None: as each model was trained.
-    mesh: of sharding.make_mesh for every model; None: one device, or all of them, each with rows of
-      its own.
-    dtype: that all models compute in.
+    models: {name: folder of a finished stage, or 'hf:FOLDER_OR_HUB_NAME'}. One model is in memory
+      at a time.
+    tasks: the tasks, as registry.find_tasks takes them.
+    out: the folder to write to.
+    data: {task: file or folder of its data}; the other tasks read the Hugging Face hub.
+    options: {task: its own keyword arguments}.
+    baseline: the name of the model that differences are taken to. None means the first model.
+    limit: the number of items of each task. None means all of them.
+    seed: the seed by which items are drawn.
+    template: the prompt template. None means the one that each model was trained with.
+    mesh: arguments of sharding.make_mesh for every model. None means one device, or, if there are
+      several devices, all of them as data-parallel replicas.
+    dtype: the dtype that all models compute in.
 
-  With several processes all of them call it; the first one writes.
+  Returns:
+    The rows of the table (table.assemble).
   """
   out, data, options = files.folder(out), data or {}, options or {}
   baseline = baseline or next(iter(models))
@@ -90,7 +96,7 @@ def evaluate(
   if len(models) > 1:
     table.plot(rows, list(models), baseline, out / 'table.png')
   elif (out / 'table.png').exists():
-    (out / 'table.png').unlink()  # of an earlier call with more models
+    (out / 'table.png').unlink()  # An earlier call with more models wrote it.
 
   def short(f):
     return '' if not f or f['mean'] is None else f'{f["mean"]:.3f}'

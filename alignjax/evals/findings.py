@@ -1,10 +1,10 @@
-"""The paper's findings as claims about intervals: yes, no, or not shown.
+"""The paper's findings as claims about intervals, each with the outcome yes, no, or not shown.
 
-Every claim is about a figure with an interval of its own: a win rate, a paired difference of two
-policies on the same items, or what fraction of a difference another policy wins back. 'yes': the
-whole interval is on the claimed side of the bar. 'no': the whole interval is on the other side.
-'not shown': neither, or the claim's premise fails (where PPO pays nothing, nothing can be won
-back).
+Every claim is about figures with intervals of their own: a win rate, a paired difference of two
+policies on the same items, or the fraction of a difference that another policy recovers. The
+outcome is 'yes' if the whole interval lies on the claimed side of the bar and 'no' if the whole
+interval lies on the other side. Otherwise, and if the premise of the claim fails (where PPO has no
+cost, nothing can be recovered), it is 'not shown'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from alignjax.sandbox import Labelers
 YES, NO, NOT_SHOWN = 'yes', 'no', 'not shown'
 POOLS = {'train': 'training labelers', 'heldout': 'held-out labelers'}
 TASKS = {'reading_comprehension': 'reading', 'translation': 'translation'}
-KEPT = 0.75  # of what PPO costs and of what it gains
+KEPT = 0.75  # The fraction of PPO's cost that is to be recovered, and of its gain to be kept.
 
 
 def findings(
@@ -29,22 +29,25 @@ def findings(
   prompts: Sequence[str],
   facts: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-  """The eight claims.
+  """Evaluates the eight claims.
 
   Args:
-    arrays: policy -> what evals/sandbox.measure returns, of all policies on the same items.
-    labelers: with `preference` and the pools `train` and `heldout`.
-    prompts, facts: the cluster of each win-rate prompt and of each truthfulness answer; answers to
-      one prompt or about one fact are not independent.
+    arrays: {policy: the arrays that evals/sandbox.measure returns}, with all policies measured on
+      the same items.
+    labelers: the sandbox's labelers, with the method `preference` and the pools `train` and
+      `heldout`.
+    prompts: the prompt of each win-rate item. Answers to one prompt are not independent, so it is
+      their cluster.
+    facts: the fact of each truthfulness answer, which is the cluster of these answers.
 
   Returns:
     {claim: {'held': 'yes', 'no' or 'not shown', 'parts': [{'what', 'figure', 'bar', 'above',
-    'held'}], 'why': what a premise that fails was, else ''}}. A part's figure is claimed to lie
-    above its bar, or, where `above` is False, below it.
+      'held'}], 'why': the premise that fails, or ''}}. The claim is that each part's figure lies
+      above its bar or, where `above` is False, below it.
   """
 
   def wins(policy: str, pool: str) -> np.ndarray:
-    """How far each prompt's win rate against SFT lies above a half."""
+    """Returns by how much each prompt's win rate against SFT exceeds one half."""
     ids = getattr(labelers, pool)
     return (
       labelers.preference(arrays[policy]['features'], arrays['sft']['features'], ids).mean(-1) - 0.5
@@ -69,7 +72,7 @@ def findings(
     return interval(arrays[more][name] - arrays[less][name], clusters, (-1, 1))
 
   def loss(policy: str) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and tokens of each document."""
+    """Returns the negative log-likelihood (nats) and the number of tokens of each document."""
     kinds = [k.removeprefix('nll_') for k in arrays[policy] if k.startswith('nll_')]
     return tuple(
       np.concatenate([arrays[policy][f'{what}_{k}'] for k in kinds]) for what in ('nll', 'tokens')
@@ -146,8 +149,8 @@ def findings(
 
 
 def in_words(finding: Mapping[str, Any]) -> str:
-  """A finding's figures in words: 'win rate against SFT, training labelers: 0.71 [0.68, 0.74],
-  above 0.5; ...'."""
+  """Returns the figures of a finding in words, such as 'win rate against SFT, training labelers:
+  0.71 [0.68, 0.74], above 0.5; ...'."""
   parts = []
   for part in finding['parts']:
     figure = show(part['figure'], digits=2) or 'undefined'
@@ -172,7 +175,7 @@ def _part(what: str, figure: Figure, bar: float, above: bool = True) -> dict[str
 
 
 def _every(parts: list[dict[str, Any]], why: str = '') -> dict[str, Any]:
-  """All parts must hold; one that is contradicted contradicts the claim."""
+  """Combines parts that must all hold. One contradicted part contradicts the claim."""
   held = {part['held'] for part in parts}
   return {
     'held': NO if NO in held else YES if held == {YES} else NOT_SHOWN,
@@ -182,7 +185,7 @@ def _every(parts: list[dict[str, Any]], why: str = '') -> dict[str, Any]:
 
 
 def _some(parts: list[dict[str, Any]]) -> dict[str, Any]:
-  """One part must hold; the claim is contradicted where every part is."""
+  """Combines parts of which one must hold. The claim is contradicted if every part is."""
   held = {part['held'] for part in parts}
   return {
     'held': YES if YES in held else NO if held == {NO} else NOT_SHOWN,

@@ -1,5 +1,5 @@
-"""The items of a task: read from a file or the hub, drawn by the seed, and what was made for each
-of them, kept as it comes."""
+"""The items of a task: they are read from a file or the hub and drawn by the seed, and the value
+that is computed for each item is stored as it arrives."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def read(
   columns: Sequence[str] | Mapping[str, type | tuple[type, ...]] = (),
   delimiter: str = ',',
 ) -> list[dict[str, Any]]:
-  """Rows of a .jsonl (or .json), .csv or .tsv file, plain or gzip.
+  """Returns the rows of a .jsonl (or .json), .csv or .tsv file, which may be compressed with gzip.
 
   Args:
-    columns: what every row must have, as text or as these types. What is not there is an error with
-      file, line and field.
-    delimiter: of .csv; .tsv has tabs and no quotes.
+    path: the file.
+    columns: the columns that every row must have, either names of text columns or {name: type}.
+    delimiter: the delimiter of a .csv file. A .tsv file has tabs and no quotes.
+
+  Raises:
+    ValueError: A column is missing or has another type. The message names file, line and column.
   """
   text = textfiles.read(path)
   kind = textfiles.suffix(path)
@@ -45,18 +48,18 @@ def read(
     missing = [c for c in types if not isinstance(row, dict) or row.get(c) is None]
     if missing:
       has = sorted(row) if isinstance(row, dict) else textfiles.kind(row)
-      raise ValueError(f'{where}: no {", ".join(map(repr, missing))}; the row has {has}.')
+      raise ValueError(f'{where} lacks {", ".join(map(repr, missing))}; the row has {has}.')
     for name, expected in types.items():
       if not isinstance(row[name], expected):
         raise ValueError(f'{where}: {name!r} must be text, not {textfiles.kind(row[name])}.')
   if not rows:
-    raise ValueError(f'{path}: no rows.')
+    raise ValueError(f'{path} has no rows.')
   return [row for _, row in rows]
 
 
 def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[str, dict[str, str]]]:
-  """('FILE, line N', row) of separated values whose first row is their names; the row ends in line
-  N."""
+  """Returns ('FILE, line N', row) for each row of separated values. The first row holds the names
+  of the columns, and N is the line in which the row ends."""
   # This is a setting of the process; by default a cell of 131,073 characters is an error.
   csv.field_size_limit(2**31 - 1)
   reader = csv.reader(
@@ -74,24 +77,28 @@ def _table(text: str, path: str, delimiter: str, quoting: int) -> list[tuple[str
       if names is None:
         names = cells
         if len(set(names)) < len(names):
-          raise ValueError(f'{where}: two columns have one name, of {", ".join(map(repr, names))}.')
+          raise ValueError(
+            f'{where}: two columns have the same name; the names are {", ".join(map(repr, names))}.'
+          )
       elif len(cells) > len(names):
         raise ValueError(
-          f'{where}: {len(cells)} cells under {len(names)} names; text with {delimiter!r} in it '
-          'stands in quotes.'
+          f'{where} has {len(cells)} cells, but there are {len(names)} columns; '
+          f'text with {delimiter!r} in it must be quoted.'
         )
       else:
         rows.append((where, dict(zip(names, cells, strict=False))))
   except csv.Error as error:
-    raise ValueError(f'{path}, line {reader.line_num}: not separated values ({error}).') from error
+    raise ValueError(
+      f'{path}, line {reader.line_num} cannot be read as separated values ({error}).'
+    ) from error
   return rows
 
 
 def of_hub(
   task: str, name: str, config: str | None, split: str, revision: str | None = None
 ) -> list[dict[str, Any]]:
-  """The rows of a data set of the Hugging Face hub. Where it cannot be read, the ValueError says to
-  name a file by --data."""
+  """Returns the rows of a data set of the Hugging Face hub. If it cannot be read, a ValueError says
+  how to name a local file by --data."""
   where, instead = f'{task}: the data set {name}', f'; or name a file: --data={task}=FILE'
   rows = hub.load(name, config, split, where=where, instead=instead, revision=revision)
   with hub.reading(where, instead):
@@ -99,8 +106,9 @@ def of_hub(
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:
-  """Which of `count` items: all, or `limit` of them at random, in order. A pure function, so the
-  same for every model."""
+  """Returns the numbers of the chosen items in ascending order: all `count` items, or `limit` of
+  them drawn at random. The choice depends on the arguments alone, so it is the same for every
+  model."""
   if limit is None or limit >= count:
     return list(range(count))
   return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
@@ -113,17 +121,17 @@ def fill(
   size: int = 64,
   what: str = '',
 ) -> list[Any]:
-  """A value for each name: those that the file has, and the others from `make`, appended to it as
-  they come.
+  """Returns a value for each name. Values that the file already holds are reused; the others come
+  from `make` and are appended to the file as they arrive.
 
   Args:
-    path: JSONL of {"item", "value"}. A line that a killed process left torn is not counted, its
-      item is made again.
-    names: unique, in the order of the result.
-    make: places in `names` -> their values, in order; a list, or a generator, whose values are kept
-      one by one, so that an error half-way loses none.
-    size: places that `make` gets at once.
-    what: for the progress line, one every ten seconds.
+    path: a JSON-lines file of {"item", "value"}. A torn line, left by a killed process, is ignored
+      and its value is computed again.
+    names: unique names, in the order of the result.
+    make: a function that takes positions in `names` and returns their values in order. It may be a
+      generator; its values are then stored one by one, so that an error half-way loses none.
+    size: the number of positions that `make` gets at once.
+    what: the label of the progress line, which is printed every ten seconds.
   """
   done = {row['item']: row['value'] for row in journal.read(path)}
   missing = [i for i, name in enumerate(names) if name not in done]
@@ -148,14 +156,14 @@ def fill(
 def first_lines(
   model: Model, path: pathlib.Path, names: Sequence[str], texts: Sequence[str], max_tokens: int
 ) -> list[str]:
-  """The line that a model continues each text with, by greedy decoding.
+  """Returns the line that the model continues each text with, by greedy decoding.
 
   Args:
     model: a language model.
-    path: keeps the lines as they come, see `fill`.
-    names: of the texts, unique.
-    texts: each is read as the beginning of a document.
-    max_tokens: of a line; the rest of a longer one is not sampled.
+    path: the file that stores the lines as they arrive (see `fill`).
+    names: unique names of the texts.
+    texts: the texts. Each is read as the beginning of a document.
+    max_tokens: the length limit of a line in tokens. The rest of a longer line is not sampled.
   """
   rows = [model.template.text(text) for text in texts]
 

@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Writes tables in Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> list[str]:
-  """The lines of a table; a '|' in a cell is escaped."""
+  """Returns the lines of a table. A '|' in a cell is escaped."""
   return [_line(head), '|---' * len(head) + '|', *map(_line, rows)]
 
 

@@ -1,18 +1,20 @@
-"""The tasks of the evaluation table: found by name, and measured once for each (model, task,
-protocol).
+"""The registry of evaluation tasks: finds them by name and measures each (model, task, protocol)
+once.
 
 A task is a function
 
     task(model, *, data, limit, seed, keep, **options) -> list[Cell]
 
-of a loading.Model, named in TASKS, a fork's as 'module:function', or one of the evaluation harness
-(public/harness_tasks.py).
+of a loading.Model. It is named in TASKS, or as 'module:function' if it belongs to a fork, or it is
+a task of the evaluation harness (public/harness_tasks.py). Its arguments are
 
-Args of a task: data: its file or folder, or None for the hub. limit: items at most, or None. keep:
-  a folder for what took long to compute and must survive an interruption (continuations,
-  judgments); it belongs to this model
-    and protocol alone.
-  options: keyword arguments of its own.
+    model    the loading.Model to evaluate
+    data     the file or folder of its data, or None to read the hub
+    limit    the largest number of items, or None for all of them
+    seed     the seed by which items are drawn
+    keep     a folder for results that take long to compute and must survive an interruption, such
+             as continuations and judgments; the folder belongs to this model and protocol alone
+    options  keyword arguments of the task's own
 """
 
 from __future__ import annotations
@@ -56,19 +58,20 @@ TASKS: dict[str, str] = {
 }
 
 
-# that compute scores
+# Packages that compute scores.
 PACKAGES = ('lm_eval', 'sacrebleu', 'rouge_score', 'alt-profanity-check', 'detoxify')
 
 
 def find_tasks(names: Sequence[str]) -> dict[str, Callable]:
-  """{task: its function} of names of TASKS, 'module:function', task files and folders of the
-  evaluation harness, and its own names (harness_tasks.py). An unknown name is an error with the
-  nearest ones."""
+  """Returns {task: its function} for the given names. A name is an entry of TASKS,
+  'module:function', a task file or a folder of task files of the evaluation harness, or one of the
+  harness's own tasks (harness_tasks.py). An unknown name is an error that offers the nearest
+  names."""
   found: dict[str, Callable] = {}
   for name in names:
     for task, function in _find(name).items():
       if task in found:
-        raise ValueError(f'--tasks={",".join(names)}: the task {task!r} is there twice.')
+        raise ValueError(f'--tasks={",".join(names)}: the task {task!r} occurs twice.')
       found[task] = function
   return found
 
@@ -97,14 +100,14 @@ def protocol(
   seed: int,
   options: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """What decides a task's result besides the model, as JSON values: of files, models and functions
-  the contents, not the names."""
+  """Returns everything except the model that determines a task's result, as JSON values. Files,
+  models and functions are represented by their contents, not by their names."""
   if data and not pathlib.Path(data).expanduser().exists():
     raise FileNotFoundError(f'--data: {name}={data}: no such file or folder.')
   takes = inspect.signature(task).parameters
   defaults = {k: p.default for k, p in takes.items() if k not in GIVEN and p.default is not p.empty}
   options = plugins.current_names(defaults | dict(options))
-  function = getattr(task, 'func', task)  # of a partial
+  function = getattr(task, 'func', task)  # A functools.partial has `func`.
   own = f'{function.__module__}:{getattr(function, "__name__", function)}'
   return dict(
     task=name if name in TASKS else own,
@@ -124,7 +127,7 @@ GIVEN = ('model', 'data', 'limit', 'seed', 'keep')
 
 
 def _versions() -> dict[str, str]:
-  """Of the packages that compute scores, as far as they are installed."""
+  """Returns the versions of the installed packages that compute scores."""
   out = {}
   for package in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -133,11 +136,11 @@ def _versions() -> dict[str, str]:
 
 
 def _contents(value: Any) -> str | None:
-  """The fingerprint of what an option names: a function's source, a model's or any other file; None
-  where it names neither."""
+  """Returns the fingerprint of what an option names: the source of a function, a model, or any
+  other file. It is None if the option names none of these."""
   if not isinstance(value, str) or not value:
     return None
-  # text that is no path or function; a function without source
+  # The text is neither a path nor a function, or the function has no source.
   with contextlib.suppress(OSError, ValueError, TypeError):
     path = pathlib.Path(value.removeprefix('hf:')).expanduser()
     if (path / 'final').is_dir():  # a finished stage
@@ -161,11 +164,22 @@ def run_task(
   seed: int = 0,
   options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Cell], bool]:
-  """(cells, whether they were there already). Writes OUT/cells/NAME-KEY.json, whole or not at all,
-  on the first process.
+  """Returns (cells, whether they had been measured before). The first process writes
+  OUT/cells/NAME-KEY.json atomically.
 
-  facts: of the model, loading.facts. With the protocol they are KEY, so that nothing is served for
-  a model or a task that differs in anything that changes a number.
+  KEY is computed from the protocol and `facts`, so that a result is never reused for a model or a
+  task that differs in anything that changes a number.
+
+  Args:
+    name: the name of the task.
+    task: its function.
+    model: the model to evaluate.
+    facts: the value of loading.facts for the model.
+    out: the folder of the evaluation.
+    data: the file or folder of the task's data, or None to read the hub.
+    limit: the largest number of items. None means all of them.
+    seed: the seed by which items are drawn.
+    options: the task's own keyword arguments.
   """
   options = dict(options or {})
   takes = inspect.signature(task).parameters

@@ -1,8 +1,8 @@
-"""The sandbox's evaluation of a policy: the measurements of the paper's tables, with the gold
-answer known.
+"""The sandbox's evaluation of a policy: the measurements of the paper's tables, where the correct
+answers are known.
 
-`measure` returns arrays, one number an item, and `summarize` turns them into figures with
-intervals; the win rate needs the arrays of two policies on the same prompts.
+`measure` returns arrays with one number per item, and `summarize` turns them into figures with
+intervals. The win rate needs the arrays of two policies on the same prompts.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from alignjax.inference import bulk
 from alignjax.sharding import Sharder
 from alignjax.types import Networks, Params
 
-PREFIX_TOKENS = 24  # room for the prompts of the prompted baseline
+PREFIX_TOKENS = 24  # Room for the prefixes of the prompted baseline.
 
 
 class Evaluation(NamedTuple):
-  """Compiled functions and the items to measure on: the same for every policy of a report."""
+  """The compiled functions, and the items to measure on. They are the same for every policy of a
+  report."""
 
   world: sandbox.World
   labelers: sandbox.Labelers
@@ -57,15 +58,24 @@ def prepare(
   toxicity_prompts: int,
   loss_documents: int,
 ) -> Evaluation:
-  """Items of the test split, encoded, and the functions that measure on them. None of them stands
-  in the pretraining corpus or in a training prompt, but for documents about entities, which are
-  drawn afresh from the same facts.
+  """Encodes items of the test split and builds the functions that measure on them. No item occurs
+  in the pretraining corpus or in a training prompt, except the documents about entities, which are
+  drawn anew from the same facts.
 
   Args:
-    win_prompts, toxicity_prompts: prompts.
-    tax_items: items of each tax task.
-    truth_samples: answers to each misconceived fact.
-    loss_documents: documents of the mixed corpus.
+    nets: the functions of the network.
+    sharder: the Sharder of the mesh, or None for one device.
+    world: the sandbox's world.
+    labelers: the sandbox's labelers.
+    template: the template that encodes prompts and decodes responses.
+    prompt_length: the length limit of prompts in tokens.
+    response_length: the length limit of responses in tokens.
+    row_length: the length of a row of document tokens.
+    win_prompts: the number of prompts for the win rate.
+    tax_items: the number of items of each task that measures the alignment tax.
+    truth_samples: the number of answers that are sampled about each misconceived fact.
+    toxicity_prompts: the number of toxicity prompts.
+    loss_documents: the number of documents of the mixed corpus.
   """
   room = prompt_length + PREFIX_TOKENS
   sample = bulk.make_sampler(
@@ -119,7 +129,7 @@ def _items(items: list[dict], template: Template, length: int) -> tuple:
 
 
 def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tuple:
-  """(tokens, mask, weights): weight 1 on the second part of each pair."""
+  """Returns (tokens, mask, weights), with weight 1 on the second part of each pair."""
   tokens, mask = encode.right_pad([a + b for a, b in pairs], length, pad)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (a, b) in enumerate(pairs):
@@ -130,8 +140,8 @@ def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tu
 def respond(
   ev: Evaluation, params: Params, records: list[dict], seed: int, prefix: str = ''
 ) -> tuple[list, list, list, list]:
-  """Sampled responses at temperature 1: (query tokens, response tokens, judgments, texts without
-  the end token)."""
+  """Samples responses at temperature 1. Returns (query tokens, response tokens, judgments, texts
+  without the end token)."""
   queries = [ev.template.prompt(f'{prefix} {r["prompt"]}'.lstrip()) for r in records]
   responses, _ = ev.sample(params, queries, seed)
   said = [ev.template.decode_response(tokens) for tokens in responses]
@@ -145,10 +155,16 @@ def respond(
 def measure(
   ev: Evaluation, params: Params, ref: Params | None, prefix: str = '', seed: int = 1
 ) -> dict[str, np.ndarray]:
-  """All measurements of one policy, as arrays.
+  """Returns all measurements of one policy as arrays.
 
-  ref: the reference, for the KL of the sampled responses; None leaves it out. prefix: text put
-  before every prompt; then the tax tasks and losses, which have no prompt, are left out.
+  Args:
+    ev: the items and the functions (`prepare`).
+    params: the parameters of the policy.
+    ref: the parameters of the reference policy, for the KL of the sampled responses. None leaves
+      the KL out.
+    prefix: a text that is put before every prompt. With a prefix, the tax tasks and the losses,
+      which have no prompt, are left out.
+    seed: the seed of the samples.
   """
   queries, responses, judged, texts = respond(ev, params, ev.prompts, seed, prefix)
   features = ev.labelers.features(judged)
@@ -179,8 +195,9 @@ def measure(
 def best_prefix(
   ev: Evaluation, params: Params, prompts: list[dict], seed: int = 7
 ) -> tuple[str, dict[str, float]]:
-  """The prefix that the training labelers like best on `prompts` (validation), as the paper chose
-  its prompts by the RM; and the gold score of each."""
+  """Returns the prefix that the training labelers prefer on `prompts`, and the gold score of each
+  prefix. The prompts come from the validation split. The paper chose its prefix in the same way, by
+  the reward model."""
   scores = {}
   for prefix in sandbox.baseline_prefixes(ev.world):
     judged = respond(ev, params, prompts, seed, prefix)[2]
@@ -189,8 +206,8 @@ def best_prefix(
 
 
 def clusters(ev: Evaluation) -> dict[str, list[str]]:
-  """What the units of measured arrays belong to: 'prompts' and 'toxicity' the prompt, 'truth' and
-  'truth_train' the fact. Units of one cluster are not independent."""
+  """Returns the clusters of the units of the measured arrays: the prompt for 'prompts' and
+  'toxicity', the fact for 'truth' and 'truth_train'. Units of one cluster are not independent."""
 
   def fact(records):
     return [f'{r["meta"]["entity"]}/{r["meta"]["attribute"]}' for r in records]
@@ -206,14 +223,15 @@ def clusters(ev: Evaluation) -> dict[str, list[str]]:
 def summarize(
   ev: Evaluation, policy: dict[str, np.ndarray], baseline: dict[str, np.ndarray]
 ) -> dict[str, dict]:
-  """Figures (evals/stats.py) of one policy's arrays; win rates against `baseline` (SFT).
+  """Returns the figures (evals/stats.py) of one policy's arrays, with win rates against `baseline`,
+  which is SFT.
 
-  Units: win rates, truthful, toxic, tasks: share of items, by prompt or fact. gold: mean utility;
-    kl: nats per response;
-  pretraining_loss: nats per token, by document.
+  Win rates, truthful, toxic and the tasks are shares of items, with intervals by prompt or fact.
+  The gold score is the mean utility, the KL is in nats per response, and the pretraining loss is in
+  nats per token with an interval by document.
   """
   out, of = {}, clusters(ev)
-  exact = policy is baseline  # preferred to itself in half of the cases, by definition
+  exact = policy is baseline  # By definition, a policy's win rate against itself is one half.
   for name, ids in (('train', ev.labelers.train), ('heldout', ev.labelers.heldout)):
     wins = ev.labelers.preference(policy['features'], baseline['features'], ids).mean(-1)
     out[f'win_rate_{name}_labelers'] = interval(wins, of['prompts'], (0, 1)) | (

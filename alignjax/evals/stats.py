@@ -1,23 +1,23 @@
-"""Figures with 95% intervals. A report's figure is {'mean', 'ci95': [low, high], 'n', 'kind'}.
+"""Figures with 95% intervals. A figure of a report is {'mean', 'ci95': [low, high], 'n', 'kind'}.
 
-The kinds, and what their intervals are:
+The kinds, and the methods of their intervals, are:
 
   share      a mean of values with known bounds (right or wrong, a probability, a paired difference
              of two of these): Clopper and Pearson (1934) with an effective number of units, so that
-             24 of 24 is no certainty and no limit is out of bounds
-  mean       of other values: t with a correction for skewness (Hall 1992)
-  ratio      sum of totals / sum of counts (a loss per token), as for a mean
-  gap        difference of two means over common clusters (Newcombe 1998, Zou and Donner 2008)
+             24 of 24 is not a certainty and no limit lies out of bounds
+  mean       a mean of other values: t with a correction for skewness (Hall 1992)
+  ratio      the sum of totals over the sum of counts (a loss per token): as for a mean
+  gap        a difference of two means over common clusters (Newcombe 1998, Zou and Donner 2008)
   fraction   mean(x) / mean(y), both uncertain (Fieller 1954)
   statistic  any function of rows (BLEU, Krippendorff's alpha): jackknife and t
 
-Units of one cluster (the pairs of a prompt, the answers about a fact) are not independent.
-Variances are therefore those of the jackknife that leaves out one cluster at a time, and quantiles
-are of t with one degree of freedom less than there are clusters. In simulations
-(tests/test_stats.py) the intervals cover the truth in 93% of cases or more: shares from 10 units
-and from 4 clusters on, means of skewed values (exponential) from 8 units. Where a rare event comes
-in bursts (2%, in few of 30 clusters) they cover 88% to 93%. Of one unit or one cluster alone there
-is no interval: [None, None].
+Units of one cluster (the pairs of a prompt, the answers about a fact) are not independent. The
+variances are therefore those of the jackknife that leaves out one cluster at a time, and the
+quantiles are those of t with one degree of freedom less than there are clusters. In simulations
+(tests/test_stats.py) the intervals cover the true value in at least 93% of cases, for shares with
+10 units and 4 clusters or more, and for means of skewed (exponential) values with 8 units or more.
+Where a rare event comes in bursts (2%, in few of 30 clusters) they cover it in 88% to 93%. A single
+unit or a single cluster has no interval: [None, None].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from scipy import special
 
 Figure = dict[str, Any]
-ANY = (-np.inf, np.inf)  # bounds of what has none
+ANY = (-np.inf, np.inf)  # The bounds of unbounded values.
 _LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -38,18 +38,19 @@ def interval(
   clusters: Sequence[Any] | None = None,
   bounds: tuple[float, float] | None = None,
 ) -> Figure:
-  """Mean of values and its interval.
+  """Returns the mean of the values and its interval.
 
   Args:
-    values: one number per unit; NaN means "not measured" and is left out. With an infinite one
-      there is no figure.
-    clusters: a label per unit, None: every unit is its own cluster.
-    bounds: what a value can be at least and at most, which makes the figure a share: (0, 1) for
-      shares and probabilities, (-1, 1) for their paired differences. ANY: none, a mean. None: (0,
-      1) where all values are 0, 0.5 or 1, else ANY.
+    values: one number per unit. NaN means "not measured" and is left out. If a value is infinite,
+      the figure has no mean.
+    clusters: one label per unit. None means that every unit is a cluster of its own.
+    bounds: the smallest and the largest possible value, which make the figure a share: (0, 1) for
+      shares and probabilities, (-1, 1) for their paired differences. ANY stands for unbounded
+      values, whose figure is a mean. None means (0, 1) if all values are 0, 0.5 or 1, and ANY
+      otherwise.
 
   Raises:
-    ValueError: where a value lies outside the bounds.
+    ValueError: A value lies outside the bounds.
   """
   values = np.asarray(values, np.float64)
   keep = ~np.isnan(values)
@@ -77,8 +78,8 @@ def interval(
 def ratio(
   totals: Sequence[float], counts: Sequence[float], clusters: Sequence[Any] | None = None
 ) -> Figure:
-  """sum(totals) / sum(counts) over units (documents) and its interval; 'n' is the sum of counts,
-  which may be weights."""
+  """Returns sum(totals) / sum(counts) over units, such as documents, and its interval. 'n' is the
+  sum of the counts, which may be weights."""
   totals, counts = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
   total = counts.sum()
   if total == 0:
@@ -86,7 +87,7 @@ def ratio(
   n = int(total) if total == int(total) else float(total)
   if not np.isfinite(totals).all():
     return _figure(None, None, n, 'ratio')
-  scale = max(np.abs(totals).max(), np.finfo(np.float64).tiny)  # so that no square overflows
+  scale = max(np.abs(totals).max(), np.finfo(np.float64).tiny)  # No square overflows.
   sums = _sums(_groups(clusters, np.ones(len(totals), bool)), totals / scale, counts)
   mean = sums[:, 0].sum() / total
   limits = _t_limits(mean, _pseudo_values(lambda s: s[..., 0] / s[..., 1], sums))
@@ -105,10 +106,11 @@ def gap(
   other: Sequence[float],
   other_clusters: Sequence[Any],
 ) -> Figure:
-  """mean(one) - mean(other) of shares (values from 0 to 1) whose clusters are partly the same.
+  """Returns mean(one) - mean(other) for shares (values from 0 to 1) whose clusters are partly the
+  same.
 
-  The limits of the two means are combined by their distances from the means, less what the two have
-  in common: their correlation over clusters.
+  The limits of the two means are combined by their distances from the means, with a correction for
+  the correlation of the two means over their common clusters.
   """
   parts = [
     (np.asarray(v, np.float64), list(c)) for v, c in ((one, one_clusters), (other, other_clusters))
@@ -144,12 +146,18 @@ def fraction(
   counts: Sequence[float] | None = None,
   clusters: Sequence[Any] | None = None,
 ) -> Figure:
-  """sum(x) / sum(y) of paired units, of which both are uncertain: what part of a loss is won back.
+  """Returns sum(x) / sum(y) of paired units where both sums are uncertain, such as the fraction of
+  a loss that is recovered.
 
-  The interval holds every r for which the mean of x - r y is not told from 0. None where the mean
-  of y itself is not told from 0, because every r is possible then.
+  The interval holds every r for which the mean of x - r y does not differ significantly from 0. If
+  the mean of y itself does not differ significantly from 0, every r is possible and the limits are
+  None.
 
-  counts: the size of each unit (tokens of a document), None: 1.
+  Args:
+    x: the numerators, one per unit.
+    y: the denominators, one per unit.
+    counts: the size of each unit, such as the tokens of a document. None means 1.
+    clusters: one label per unit. None means that every unit is a cluster of its own.
   """
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   counts = np.ones(len(x)) if counts is None else np.asarray(counts, np.float64)
@@ -180,15 +188,18 @@ def statistic(
   bounds: tuple[float, float] | None = None,
   groups: int = 40,
 ) -> Any:
-  """The figure of a function of rows, which gets their numbers i64[rows] and returns a float, or
-  f64[K] for a list of K figures.
+  """Returns the figure of any function of rows.
 
-  Clusters are dealt to at most `groups` groups, and the function is evaluated without each of
-  these. The mean is None where the function of all rows is NaN, the interval where one without a
-  group is.
+  The clusters are dealt to at most `groups` groups, and the jackknife evaluates the function
+  without each group. The mean is None if the function of all rows is NaN, and the interval is None
+  if the function without one of the groups is NaN.
 
   Args:
-    clusters: a label per row. bounds: of the statistic.
+    of: a function that gets the numbers of the rows, i64[rows], and returns a float, or f64[K] for
+      a list of K figures.
+    clusters: one label per row.
+    bounds: the smallest and the largest possible value of the statistic.
+    groups: the largest number of groups.
   """
   rows = np.arange(len(clusters))
   whole = np.asarray(of(rows) if len(rows) else np.nan, np.float64)
@@ -223,7 +234,8 @@ def statistic(
 
 
 def show(figure: Mapping[str, Any] | None, count: bool = False, digits: int = 3) -> str:
-  """A figure as '0.123 [0.100, 0.145]', with ' (n)' if count; '' where nothing was measured."""
+  """Returns a figure as '0.123 [0.100, 0.145]', followed by ' (n)' if `count` is set, or '' if
+  nothing was measured."""
   if not figure or figure['mean'] is None:
     return ''
   low, high = figure['ci95']
@@ -232,21 +244,21 @@ def show(figure: Mapping[str, Any] | None, count: bool = False, digits: int = 3)
 
 
 def show_difference(figure: Mapping[str, Any] | None) -> str:
-  """The same of a difference, in bold where the interval leaves out 0."""
+  """Returns a difference in the form of `show`, in bold if the interval excludes 0."""
   text = show(figure)
   return f'**{text}**' if text and apart(figure) else text
 
 
 def apart(figure: Mapping[str, Any], value: float = 0.0) -> int:
-  """1 where the interval lies above the value, -1 where it lies below, 0 where it does not tell or
-  there is none."""
+  """Returns 1 if the interval lies above the value, -1 if it lies below, and 0 if it contains the
+  value or if there is no interval."""
   low, high = figure['ci95']
   return 0 if low is None else int(low > value) - int(high < value)
 
 
 def _figure(mean: float | None, limits: Any, n: float, kind: str) -> Figure:
-  """Limits that rounding put on the wrong side of the mean are the mean. What is not finite is
-  None."""
+  """Builds a figure. A limit that rounding has put on the wrong side of the mean is replaced by the
+  mean, and a value that is not finite by None."""
   mean = None if mean is None or not np.isfinite(mean) else mean
   if mean is None or limits is None or not np.isfinite(np.array([mean, *limits], np.float64)).all():
     return {
@@ -264,7 +276,7 @@ def _figure(mean: float | None, limits: Any, n: float, kind: str) -> Figure:
 
 
 def _groups(clusters: Sequence[Any] | None, keep: np.ndarray) -> np.ndarray:
-  """Numbers of the clusters from 0, i64[units that are kept]."""
+  """Returns the numbers of the clusters from 0, i64[units that are kept]."""
   if clusters is None:
     return np.arange(keep.sum())
   place: dict[Any, int] = {}
@@ -279,14 +291,14 @@ def _groups(clusters: Sequence[Any] | None, keep: np.ndarray) -> np.ndarray:
 
 
 def _sums(group: np.ndarray, *columns: np.ndarray) -> np.ndarray:
-  """f64[clusters, columns]."""
+  """Returns the sums of the columns over each cluster, f64[clusters, columns]."""
   return np.stack([np.bincount(group, c) for c in columns], -1)
 
 
 def _pseudo_values(of: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> np.ndarray:
-  """f64[G]: the jackknife's pseudo-values of a function of sums over clusters [G,k], the last of
-  which is a count. Clusters with count 0 are left out; none where the function is undefined without
-  one of them."""
+  """Returns the jackknife's pseudo-values, f64[G], of a function of sums over clusters [G,k], the
+  last of which is a count. Clusters with count 0 are left out. The result is empty if the function
+  is undefined without one of the clusters."""
   sums = sums[sums[:, -1] > 0]
   total = sums.sum(0)
   rest = total - sums
@@ -296,8 +308,8 @@ def _pseudo_values(of: Callable[[np.ndarray], np.ndarray], sums: np.ndarray) -> 
 
 
 def _t_limits(mean: float, pseudo: np.ndarray) -> tuple[float, float] | None:
-  """Hall's limits: those of t, with the studentised mean replaced by a cubic of it that has hardly
-  any skewness."""
+  """Returns Hall's limits: those of t, with the studentised mean replaced by a cubic function of it
+  that has almost no skewness."""
   n = len(pseudo)
   if n < 2:
     return None
@@ -309,7 +321,7 @@ def _t_limits(mean: float, pseudo: np.ndarray) -> tuple[float, float] | None:
   a = skew / 3
 
   def undo(y: float) -> float:
-    """x of y = x + a x^2 + a^2 x^3 / 3 + skew / (6 n)."""
+    """Returns the x that solves y = x + a x^2 + a^2 x^3 / 3 + skew / (6 n)."""
     y -= skew / (6 * n)
     return y if abs(a) < 1e-6 else (np.cbrt(1 + 3 * a * y) - 1) / a
 
@@ -318,13 +330,14 @@ def _t_limits(mean: float, pseudo: np.ndarray) -> tuple[float, float] | None:
 
 
 def _share(p: np.ndarray, group: np.ndarray) -> tuple[float, float] | None:
-  """Clopper and Pearson's limits of a mean of values in [0,1], with the effective number of units
-  of Korn and Graubard (1998).
+  """Returns Clopper and Pearson's limits for a mean of values in [0,1], with the effective number
+  of units of Korn and Graubard (1998).
 
-  The variance of a unit is drawn towards that of values that are all 0 or 1, with the weight of two
-  units, because a few equal values (all ties) do not show that every value is the same. The design
-  effect is at least 1 and, near 0 and 1, drawn towards its largest (a cluster counts as one unit),
-  with the weight of half a cluster at most: from a few rare events it comes out too small.
+  The variance of a unit is shrunk towards that of values that are all 0 or 1, with the weight of
+  two units, because a few equal values (all ties) do not show that every value is the same. The
+  design effect is at least 1. Near 0 and 1 it is also shrunk towards its largest value, at which a
+  cluster counts as one unit, with the weight of at most half a cluster, because its estimate from a
+  few rare events is too small.
   """
   n, clusters, mean = len(p), int(group.max()) + 1, float(p.mean())
   mean = 0.0 if mean < 1e-12 else 1.0 if mean > 1 - 1e-12 else mean

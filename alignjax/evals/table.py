@@ -1,5 +1,5 @@
-"""The table of evaluations: cells of tasks and models, with intervals, and differences paired by
-item. Layout: the paper's Table 14."""
+"""The table of evaluations: cells of tasks and models with intervals, and differences to a baseline
+that are paired by item. The layout is that of the paper's Table 14."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from alignjax.runtime import files
 
 
 class Cell(NamedTuple):
-  """What a task measured, one value an item, before it is averaged.
+  """What a task measured: one value per item, before averaging.
 
   Attributes:
-    metric: 'accuracy', 'F1', 'entropy (bits)', ...
-    prompt: the variant: 'zero-shot', 'respectful', ...; '' where there is one only.
-    values: a JSON value an item; numbers where they are averaged. None = not measured (a judge
-      refused).
-    items: a name an item, the same for every model, so that differences are paired.
-    clusters: items of the same label are not independent (questions of a passage); None: each on
-      its own.
-    better: 'higher', 'lower' or '' (neither: an entropy).
-    aggregate: None: the mean; 'module:function' of a list of values -> float for what is no mean
-      (BLEU).
-    bounds: [low, high] of a value, where it has both; None: [0, 1] where all values are 0, 0.5 or 1
+    metric: the name of the metric, such as 'accuracy', 'F1' or 'entropy (bits)'.
+    prompt: the variant of the prompt, such as 'zero-shot' or 'respectful', or '' if there is only
+      one.
+    values: one JSON value per item; they are numbers if they are averaged. None means that the item
+      was not measured, for example because a judge refused.
+    items: one name per item. They are the same for every model, so that differences are paired.
+    clusters: one label per item. Items of the same label, such as the questions of a passage, are
+      not independent. None means that all items are independent.
+    better: 'higher', 'lower', or '' if neither is better, as for an entropy.
+    aggregate: None for the mean. For any other aggregate, such as BLEU, 'module:function' of a
+      function that maps a list of values to a float.
+    bounds: [low, high] if a value has both bounds. None means [0, 1] if all values are 0, 0.5 or 1
       (stats.interval).
   """
 
@@ -44,7 +45,7 @@ class Cell(NamedTuple):
 
 
 def figure(cell: Cell) -> dict[str, Any]:
-  """{'mean', 'ci95', 'n'} of a cell."""
+  """Returns the figure {'mean', 'ci95', 'n'} of a cell."""
   if cell.aggregate is None:
     return stats.interval(_numbers(cell.values), cell.clusters, cell.bounds)
   labels = range(len(cell.values)) if cell.clusters is None else cell.clusters
@@ -52,7 +53,8 @@ def figure(cell: Cell) -> dict[str, Any]:
 
 
 def difference(cell: Cell, base: Cell) -> dict[str, Any]:
-  """The same of cell - base, over the items that both have: what alignment cost or brought."""
+  """Returns the figure of cell - base over the items that both have. It is the cost or the gain of
+  alignment."""
   where = {name: i for i, name in enumerate(base.items)}
   pairs = [(i, where[name]) for i, name in enumerate(cell.items) if name in where]
   clusters = None if cell.clusters is None else [cell.clusters[i] for i, _ in pairs]
@@ -82,7 +84,8 @@ def _numbers(values: Sequence) -> np.ndarray:
 
 
 def _bounds(cell: Cell, values: np.ndarray) -> Sequence[float]:
-  """Those of the cell, or what its values say, as in stats.interval."""
+  """Returns the bounds of the cell or, if it has none, those that its values imply, as in
+  stats.interval."""
   return cell.bounds or (
     (0, 1) if np.isin(values[~np.isnan(values)], (0, 0.5, 1)).all() else stats.ANY
   )
@@ -91,10 +94,12 @@ def _bounds(cell: Cell, values: np.ndarray) -> Sequence[float]:
 def assemble(
   measured: Mapping[str, Mapping[str, list[Cell]]], baseline: str
 ) -> list[dict[str, Any]]:
-  """Rows of the table: [{'task', 'metric', 'prompt', 'better', 'models': {name: figure +
-  'difference'}}].
+  """Returns the rows of the table: [{'task', 'metric', 'prompt', 'better', 'models': {name: figure
+  + 'difference'}}].
 
-  measured: task -> model -> cells. baseline: the model that differences are taken to.
+  Args:
+    measured: {task: {model: cells}}.
+    baseline: the name of the model that differences are taken to.
   """
   rows = []
   for task, by_model in measured.items():
@@ -122,7 +127,8 @@ def assemble(
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str) -> str:
-  """The table in the layout of the paper's Table 14, then the differences to the baseline."""
+  """Returns the table in the layout of the paper's Table 14, followed by the differences to the
+  baseline."""
   head = ('task', 'metric', 'prompt')
   first = [
     [row['task'], f'{row["metric"]}{_arrow(row["better"])}', row['prompt'] or '-'] for row in rows
@@ -154,8 +160,9 @@ def _arrow(better: str) -> str:
 def plot(
   rows: Sequence[Mapping[str, Any]], models: Sequence[str], baseline: str, path: files.Folder
 ) -> None:
-  """The differences to the baseline as points with intervals, a line a row of the table and one
-  scale a metric: the tax at a glance. For more than one model."""
+  """Draws the differences to the baseline as points with intervals, with one line per row of the
+  table and one scale per metric, so that the alignment tax is visible at a glance. It needs more
+  than one model."""
   import matplotlib
 
   matplotlib.use('Agg')

@@ -1,1 +1,1 @@
-"""A model to use: load it, ask it one thing, or thousands of rows."""
+"""Uses a trained model: loads it, answers one prompt, or processes thousands of rows."""

@@ -1,14 +1,14 @@
-"""Bulk inference over lists of token rows: sampling, scores, losses, greedy matches, over any
+"""Bulk inference over lists of token rows: sampling, scores, losses and greedy matches, over any
 number of rows of any length.
 
-`plan` decides, for every use, which rows are computed together: rows of similar length, in few
-compiled shapes. Each `make_*` returns a function of (params, rows, ...) that pads the rows of a
-batch, puts them on the mesh and brings numpy arrays back.
-sharder: of the mesh, None for one device; every process has all rows and gets all results. done(i,
-result), where given, is called as results come, which is not in the order of the rows.
+`plan` decides which rows are computed together: rows of similar length, in few compiled shapes.
+Each `make_*` returns a function of (params, rows, ...) that pads the rows of a batch, puts them on
+the mesh and returns numpy arrays. Its sharder is that of the mesh, or None for one device. Every
+process passes all rows and gets all results. The optional callback done(i, result) is called as
+results arrive, which is not in the order of the rows.
 
-A row's result depends on the row alone, whatever it is computed with, up to the rounding of another
-shape.
+The result of a row depends on the row alone and not on the rows that it is computed with, up to the
+rounding of another shape.
 """
 
 from __future__ import annotations
@@ -30,8 +30,15 @@ from alignjax.types import Networks
 
 
 class Speed(NamedTuple):
-  """Of a device: seconds to compile a shape, FLOPs and bytes of weights a second, seconds for any
-  step. Rough, and only for the choice between padding, further batches and further shapes."""
+  """Rough figures of a device, which serve only to choose between padding, more batches and more
+  shapes.
+
+  Attributes:
+    compile: seconds to compile a shape.
+    flops: FLOPs per second.
+    bytes: bytes of weights read per second.
+    step: seconds of overhead for any step.
+  """
 
   compile: float
   flops: float
@@ -43,7 +50,13 @@ SPEEDS, OTHER = dict(cpu=Speed(3.0, 3e10, 1e10, 5e-4)), Speed(10.0, 5e13, 1.5e12
 
 
 class Batch(NamedTuple):
-  """rows: places in the list, at most `size` of them. length, size: of the padded array."""
+  """The rows of one batch.
+
+  Attributes:
+    rows: the positions of the rows in the list, at most `size` of them.
+    length: the length of the padded array.
+    size: the number of rows of the padded array.
+  """
 
   rows: list[int]
   length: int
@@ -51,7 +64,8 @@ class Batch(NamedTuple):
 
 
 def bucket(length: int, most: int, smallest: int = 32) -> int:
-  """The padded length of a row: a power of two, or half between two, of at most `most`."""
+  """Returns the padded length of a row: a power of two, or the value halfway between two of them,
+  but at most `most`."""
   size = smallest
   while size < length:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -68,19 +82,21 @@ def plan(
   batch_cost: float = 0,
   more: int = 0,
 ) -> list[Batch]:
-  """Which rows are computed together, the longest first: the plan with the fewest padded tokens, a
-  shape counted as `shape_cost` of them and a batch as `batch_cost`. A pure function of its
-  arguments.
+  """Decides which rows are computed together, in batches that begin with the longest rows.
 
-  Where full batches of the greatest length cost less than a shape, it is these, whose one shape the
-  next call has too.
+  It returns the plan with the fewest padded tokens, where a shape costs `shape_cost` tokens and a
+  batch costs `batch_cost` tokens. If full batches of the greatest length cost less than one shape,
+  it returns those, because the next call can use their only shape again. It is a pure function of
+  its arguments.
 
   Args:
-    lengths: of the rows.
-    most: no row is longer.
-    rows: in a batch at most; a number, or a function of the padded length.
-    shards: a batch's size is a multiple of it.
-    more: tokens that are computed for a row besides, as those that are sampled.
+    lengths: the lengths of the rows.
+    most: the length that no row exceeds.
+    rows: the largest number of rows in a batch, as a number or a function of the padded length.
+    shards: the size of a batch is a multiple of it.
+    shape_cost: the cost of compiling a shape, in tokens.
+    batch_cost: the cost of a batch, in tokens.
+    more: the number of tokens that are computed for each row in addition, such as sampled tokens.
   """
 
   def at_most(length):
@@ -93,7 +109,7 @@ def plan(
   for i, length in enumerate(lengths):
     groups.setdefault(bucket(length, most), []).append(i)
   sizes = sorted(groups, reverse=True)
-  # of the groups so far: cost, [(groups, length, sizes of the batches)]
+  # The best plan of the groups so far: (cost, [(groups, length, sizes of the batches)]).
   best: list[tuple[float, list]] = [(0.0, [])]
   for end in range(1, len(sizes) + 1):
     choices = []
@@ -112,8 +128,9 @@ def plan(
 def _sizes(
   count: int, length: int, most: int, shards: int, shape_cost: float, batch_cost: float
 ) -> tuple[float, list[int]]:
-  """(cost, sizes) of batches for `count` rows of one length: powers of two a shard, of one size,
-  with or without a smaller last."""
+  """Returns (cost, sizes) of the batches for `count` rows of one length. The number of rows per
+  shard is a power of two, and all batches have the same size, except that the last one may be
+  smaller."""
   best: tuple[float, list[int]] = (float('inf'), [])
   powers = [shards << p for p in range(most.bit_length()) if shards << p <= most]
   for size in sorted({*powers, most}):
@@ -146,10 +163,18 @@ def each(
   more: int = 0,
   done: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
-  """What `run` gives for each row: a list of its results' rows.
+  """Returns the result of `run` for each row.
 
-  run: (params, *arrays) -> arrays with a row each. make: (places, padded length) -> a tuple of
-  numpy arrays. most, rows, more: of `plan`, whose costs are by the number of parameters.
+  Args:
+    run: a function of (params, *arrays) that returns arrays with one row per input row.
+    make: a function of (positions of rows, padded length) that returns a tuple of numpy arrays.
+    lengths: the lengths of the rows.
+    params: the parameters. Their number determines the costs of the plan.
+    most: as in `plan`.
+    rows: as in `plan`.
+    sharder: the Sharder of the mesh, or None for one device.
+    more: as in `plan`.
+    done: an optional callback done(i, result), which is called as results arrive.
   """
   speed, size = (
     SPEEDS.get(jax.default_backend(), OTHER),
@@ -183,13 +208,14 @@ def make_sampler(
   pad: int,
   rows: int | Callable[[int], int] = 256,
 ) -> Callable:
-  """-> sample(params, prompts, seed, temperature=1.0, numbers=None, done=None) -> (responses,
-  ended).
+  """Returns a function sample(params, prompts, seed, temperature=1.0, numbers=None, done=None) ->
+  (responses, ended).
 
-  prompts: token lists of 1 to prompt_length; responses: token lists with the stop token where one
-  was sampled; ended: bool[N]. A response is a function of params, seed, temperature, its prompt and
-  its number alone: not of the other prompts, nor of the prompt's place. numbers: tell the samples
-  of one prompt apart; None counts how often it came before in the list.
+  `prompts` are token lists of 1 to prompt_length tokens. `responses` are token lists that include
+  the stop token if one was sampled, and `ended` is bool[N]. `numbers` distinguish the samples of
+  one prompt; None counts how often the prompt occurred before in the list. A response depends on
+  params, seed, temperature, its prompt and its number alone, and not on the other prompts or on the
+  position of its prompt.
   """
 
   def sample(
@@ -209,7 +235,7 @@ def make_sampler(
     def make(some, length):
       return (*encode.left_pad([prompts[i] for i in some], length, pad), names[some], numbers[some])
 
-    def said(row):
+    def response(row):
       return row.responses[row.mask].tolist(), bool(row.ended)
 
     out = each(
@@ -221,15 +247,15 @@ def make_sampler(
       rows=rows,
       sharder=sharder,
       more=max_tokens,
-      done=done and (lambda i, row: done(i, said(row))),
+      done=done and (lambda i, row: done(i, response(row))),
     )
-    return [said(row)[0] for row in out], np.array([row.ended for row in out], bool)
+    return [response(row)[0] for row in out], np.array([row.ended for row in out], bool)
 
   return sample
 
 
 def occurrences(names: Any) -> list[int]:
-  """How often each came before: 'abab' -> [0, 0, 1, 1]."""
+  """Returns how often each name occurred before: 'abab' -> [0, 0, 1, 1]."""
   seen: dict[Any, int] = {}
   out = []
   for name in names:
@@ -240,7 +266,8 @@ def occurrences(names: Any) -> list[int]:
 
 @functools.lru_cache(maxsize=32)
 def _sampled(nets: Networks, max_tokens: int, stop_ids: tuple[int, ...], greedy: bool) -> Callable:
-  """Kept by the network's functions, not by the model: no parameters stay alive with it."""
+  """Returns the compiled function. It is cached by the network's functions and not by the model, so
+  that the cache keeps no parameters alive."""
 
   @jax.jit
   def run(params, key, temperature, tokens, mask, names, numbers):
@@ -269,8 +296,8 @@ def make_scorer(
   pad: int,
   rows: int | Callable[[int], int] = 256,
 ) -> Callable:
-  """-> score(params, token rows, done=None) -> f32[N]: the scalar head at each row's last token.
-  Rows of at most `length`."""
+  """Returns a function score(params, sequences, done=None) -> f32[N], the scalar head at the last
+  token of each row. Rows have at most `length` tokens."""
 
   def score(params, sequences, done=None):
     def make(some, width):
@@ -303,15 +330,16 @@ def _scored(nets: Networks) -> Callable:
 def make_likelihood(
   nets: Networks, sharder: Sharder | None, rows: int | Callable[[int], int] = 128
 ) -> Callable:
-  """-> likelihood(params, tokens [N,T], mask, weights, done=None) -> (logprob f64[N], greedy
-  bool[N]). Rows are right-padded.
+  """Returns a function likelihood(params, tokens [N,T], mask, weights, done=None) -> (logprob
+  f64[N], greedy bool[N]) of right-padded rows.
 
-  logprob: the sum of the weighted tokens' log-probabilities (nats); greedy: whether each token with
-  weight > 0 is the argmax, that is whether greedy decoding would have produced exactly them.
+  logprob is the sum of the weighted log-probabilities of the tokens in nats. greedy is whether
+  every token with weight > 0 is the argmax, that is, whether greedy decoding would produce exactly
+  these tokens.
   """
 
   def likelihood(params, tokens, mask, weights, done=None):
-    # the last is only predicted
+    # The last token is only predicted.
     lengths = np.maximum(
       np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1, initial=0) - 1, 1
     )
@@ -353,8 +381,8 @@ def _likelihood(nets: Networks) -> Callable:
 def make_response_logprobs(
   nets: Networks, sharder: Sharder | None, *, length: int, pad: int, rows: int = 128
 ) -> Callable:
-  """-> logprobs(params, prompts, responses) -> f64[N]: log p(response | prompt) of token lists, in
-  nats."""
+  """Returns a function logprobs(params, prompts, responses) -> f64[N], the log p(response | prompt)
+  of token lists in nats."""
   likelihood = make_likelihood(nets, sharder, rows)
 
   def logprobs(params, prompts, responses):

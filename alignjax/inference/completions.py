@@ -1,8 +1,8 @@
-"""How likely a model finds texts, and how it continues them, greedily or at a temperature: for any
-number of rows, as token lists.
+"""Computes how likely texts are under a model, and continues texts greedily or at a temperature,
+for any number of rows as token lists.
 
 Rows are grouped by length, so that a few compiled shapes serve any number of them, and are divided
-over the model's mesh where it has one (loading.load(..., mesh=...)).
+over the model's mesh if it has one (loading.load(..., mesh=...)).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from alignjax.inference.loading import Model
 
 
 def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[float, bool]]]:
-  """A function score(pairs, done=None) of (context, continuation) token lists, which returns
-  (log-likelihood in nats, whether greedy decoding gives the continuation) for each.
+  """Returns a function score(pairs, done=None) of (context, continuation) token lists that returns
+  (log-likelihood in nats, whether greedy decoding produces the continuation) for each pair.
 
-  done(i, result), where given, is called as results come, which is not in the order of the pairs.
-  An empty context is the start of a document, which is not scored.
+  The optional callback done(i, result) is called as results arrive, which is not in the order of
+  the pairs. An empty context is the start of a document, which is not scored.
 
   Args:
     model: the model.
-    logits_bytes: of the float32 logits that exist at once on a device; it decides how many rows are
-      scored together.
+    logits_bytes: the largest size of the float32 logits that exist at once on a device. It decides
+      how many rows are scored together.
   """
   cfg = model.cfg
   shards = model.sharder.batch_shards if model.sharder else 1
@@ -37,7 +37,7 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
   likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 
   def score(pairs, done=None):
-    # It is cut on the left.
+    # A pair that is too long is cut on the left.
     wholes = [
       [*(context or model.template.start), *continuation][-(cfg.max_length + 1) :]
       for context, continuation in pairs
@@ -57,8 +57,8 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
 
 
 def stop_tokens(model: Model, until: Iterable[str]) -> tuple[int, ...]:
-  """The model's end tokens and every token whose text contains one of the stop texts. Sampling
-  stops at each of them."""
+  """Returns the model's end tokens and every token whose text contains one of the stop texts.
+  Sampling stops at each of them."""
   until = [u for u in until if u]
   ends = {*model.template.ends}
   if until:
@@ -79,21 +79,21 @@ def continuations(
   numbers: Sequence[int] | None = None,
   done: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-  """The text that follows each prompt, up to the first of the stop texts. Long prompts are cut on
-  the left.
+  """Returns the text that follows each prompt, up to the first of the stop texts. Long prompts are
+  cut on the left.
 
   Args:
     model: the model.
     prompts: token lists.
-    max_tokens: the length limit.
+    max_tokens: the length limit of a continuation in tokens.
     until: the stop texts.
-    temperature: 0 is greedy.
-    seed: of the samples.
-    rows: the most rows together on a device.
-    cache_bytes: the most bytes of keys and values (as float32) on a device.
-    numbers: of the samples of one prompt (bulk.make_sampler).
-    done: done(i, text), where given, is called as texts come, which is not in the order of the
-      prompts.
+    temperature: the sampling temperature, where 0 is greedy.
+    seed: the seed of the samples.
+    rows: the largest number of rows together on a device.
+    cache_bytes: the largest size of keys and values (as float32) on a device.
+    numbers: the numbers of the samples of one prompt (bulk.make_sampler).
+    done: an optional callback done(i, text), which is called as texts arrive, which is not in the
+      order of the prompts.
   """
   cfg = model.cfg
   room = cfg.max_length - max_tokens

@@ -1,10 +1,9 @@
-"""A finished stage, or a Hugging Face checkpoint, as a model to use: for generation, export and
-evaluation.
+"""Loads a finished stage, or a Hugging Face checkpoint, for generation, export and evaluation.
 
 model = load('runs/ppo_ptx-s0/ppo_ptx')
 model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
 
-Of a stage, the tokenizer and the template that it was trained with stand beside its weights.
+A stage is loaded with the tokenizer and the template that it was trained with.
 """
 
 from __future__ import annotations
@@ -30,12 +29,21 @@ from alignjax.types import Networks, Params
 
 
 class Model(NamedTuple):
-  """cfg, nets, params: the network. head: 'lm' or 'scalar'. template, tokenizer: text <-> tokens
-  (tokenizer None: the sandbox's);
-  vocabulary: one more than the largest id of a token. source: the Hugging Face checkpoint behind
-    it, or None.
-  sharder: of the mesh that the parameters lie on, None where that is one device. response_length:
-  tokens that responses had at most in training; None of a Hugging Face checkpoint."""
+  """A model that is ready to use.
+
+  Attributes:
+    cfg: the architecture of the network.
+    nets: the functions of the network.
+    params: the parameters of the network.
+    head: 'lm' or 'scalar'.
+    template: converts text to tokens and tokens to text.
+    vocabulary: one more than the largest id of a token.
+    tokenizer: the tokenizer of the template, or None for the sandbox's.
+    source: the Hugging Face checkpoint that the model comes from, or None.
+    sharder: the Sharder of the mesh that the parameters lie on, or None for one device.
+    response_length: the length limit of responses in training in tokens, or None for a Hugging Face
+      checkpoint.
+  """
 
   cfg: TransformerConfig
   nets: Networks
@@ -49,7 +57,7 @@ class Model(NamedTuple):
   response_length: int | None = None
 
   def encode(self, text: str) -> list[int]:
-    """Tokens of a text that begins a document."""
+    """Returns the tokens of a text that begins a document."""
     return self.template.text(text)
 
   def decode(self, tokens: Sequence[int]) -> str:
@@ -63,21 +71,21 @@ def load(
   mesh: Mapping[str, Any] | None = None,
   dtype: str | None = None,
 ) -> Model:
-  """A model by name.
+  """Loads a model by name.
 
   Args:
     name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the
       candidates that it kept, WORKDIR/STAGE/candidates/STEP.
-    head: what it must be: 'lm' or 'scalar'; None takes what it is (a Hugging Face checkpoint:
-      'lm').
-    form: the prompt template; None: the one it was trained with, of a Hugging Face checkpoint
-      'plain'.
+    head: the required head, 'lm' or 'scalar'. None accepts either; a Hugging Face checkpoint is
+      then loaded as 'lm'.
+    form: the prompt template. None means the one that the model was trained with, and 'plain' for a
+      Hugging Face checkpoint.
     mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters
-      and the rows of bulk evaluation; None: the first device alone, or all of them where there are
-      several processes.
-    dtype: that it computes in, so that figures of several models can be compared; 'float32' is
-      whole float32 products, on accelerators too. None: as it was trained; a Hugging Face
-      checkpoint: float32.
+      and the rows of bulk evaluation. None means the first device alone, or all devices if there
+      are several processes.
+    dtype: the dtype that the model computes in, so that figures of several models are comparable.
+      With 'float32', products have full float32 precision on accelerators too. None means the dtype
+      of the training, and float32 for a Hugging Face checkpoint.
   """
   if mesh is None and jax.process_count() > 1:
     mesh = dict(data=len(jax.devices()))
@@ -94,7 +102,8 @@ def load(
 
 
 def _exact(nets: Networks) -> Networks:
-  """The same with whole float32 products: by default, TPUs and GPUs round the factors."""
+  """Returns the same functions with full float32 products. By default, TPUs and GPUs round the
+  factors."""
 
   def whole(function: Callable) -> Callable:
     @functools.wraps(function)
@@ -113,9 +122,9 @@ def _exact(nets: Networks) -> Networks:
 
 
 def facts(model: Model) -> dict[str, Any]:
-  """What decides the numbers that a model gives, as JSON values: its weights, its architecture with
-  the dtype and the context, the code of the network, its tokenizer, and the tokens of examples
-  through its template. What was measured is kept under these."""
+  """Returns everything that determines the numbers that a model computes, as JSON values: its
+  weights, its architecture with the dtype and the context, the code of the network, its tokenizer,
+  and the tokens of examples through its template. Measurements are stored under these facts."""
   dialogue = [
     {'role': 'user', 'content': 'a'},
     {'role': 'assistant', 'content': 'b'},
@@ -141,8 +150,8 @@ def facts(model: Model) -> dict[str, Any]:
 
 
 def _tried(encode: Callable[[Any], Any], text: Any) -> Any:
-  """encode(text), or None for what it does not take: messages where a template is of text, words
-  that a world does not have."""
+  """Returns encode(text), or None for an input that the template does not take, such as messages
+  for a text template, or words that a world does not have."""
   try:
     return encode(text)
   except Exception:  # noqa: BLE001  templates and tokenizers raise many kinds
@@ -150,13 +159,14 @@ def _tried(encode: Callable[[Any], Any], text: Any) -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> str | None:
-  """The fingerprint of its vocabulary, rules and special tokens; None: the sandbox's."""
+  """Returns the fingerprint of the tokenizer's vocabulary, rules and special tokens, or None for
+  the sandbox's."""
   if tokenizer is None:
     return None
   fast = getattr(tokenizer, 'backend_tokenizer', None)
   rules = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
-  whole = tokenizer.encode('a b', verbose=False)  # with what it puts before and after a text
-  # the last call's
+  whole = tokenizer.encode('a b', verbose=False)  # With the tokens before and after a text.
+  # Truncation and padding are those of the last call and do not count.
   rules = {k: v for k, v in rules.items() if fast is None or k not in ('truncation', 'padding')}
   return fingerprints.of_value(
     [rules, tokenizer.chat_template, whole, str(sorted(tokenizer.special_tokens_map.items()))]
@@ -164,7 +174,7 @@ def _tokenizer(tokenizer: Any) -> str | None:
 
 
 def fingerprint(model: Model) -> str:
-  """The fingerprint of `facts`. With several processes all of them call it."""
+  """Returns the fingerprint of `facts`. With several processes, all of them must call it."""
   return fingerprints.of_value(facts(model))
 
 
@@ -191,7 +201,7 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
     )
   cfg = TransformerConfig(**fields, unused_ids=ranges_without(ids, fields['vocab_size']))
   if head == 'scalar' and not hf.has_score(source):
-    raise ValueError(f'{name} is no reward model: it has no tensor score.weight.')
+    raise ValueError(f'{name} is not a reward model: it has no tensor score.weight.')
   params = hf.load(source, cfg, head, sharder.params)
   sharder = sharder if mesh is not None else None
   template = templates.make(tokenizer, form, opened=head == 'lm')
@@ -211,7 +221,7 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
 
 
 def folders(name: str) -> tuple[files.Folder, files.Folder]:
-  """(the stage's folder, the folder of the weights) of WORKDIR/STAGE or
+  """Returns (the stage's folder, the folder of the weights) for WORKDIR/STAGE or
   WORKDIR/STAGE/candidates/STEP."""
   folder = files.folder(name)
   if folder.parent.name == 'candidates' and checkpoint.is_finished(folder):
@@ -220,8 +230,9 @@ def folders(name: str) -> tuple[files.Folder, files.Folder]:
 
 
 def trained_with(name: str) -> dict[str, Any] | None:
-  """The config that a finished stage, or a candidate of one, was trained with; None of a Hugging
-  Face checkpoint, and where there is no such stage. Damaged where it is not what was written."""
+  """Returns the config that a finished stage, or a candidate of one, was trained with. It is None
+  for a Hugging Face checkpoint and for a stage that does not exist. A config that differs from the
+  one that was written is an error (Damaged)."""
   if name.startswith('hf:'):
     return None
   folder, weights = folders(name)
@@ -243,17 +254,17 @@ def trained_with(name: str) -> dict[str, Any] | None:
 
 
 def _check_tokens(name: str, workdir: files.Folder, made: Mapping[str, Any]) -> None:
-  """ValueError where the tokenizer, or the architecture of the checkpoint, is another one now than
-  in training."""
+  """Raises ValueError if the tokenizer, or the architecture of the checkpoint, has changed since
+  the training."""
   for entry, was in made.get('inputs', {}).items():
     if was['kind'] in ('tokenizer', 'architecture'):
       try:
         now = inputs.fingerprint(was['kind'], was['name'], workdir, {})
       except (ValueError, OSError):
-        continue  # whoever reads it says what is wrong
+        continue  # The code that reads it raises the error.
       if now != was['fingerprint']:
         raise ValueError(
-          f'{name}: {entry}={was["name"]} is another one now than when the stage was trained: the '
+          f'{name}: {entry}={was["name"]} has changed since the stage was trained: the '
           f'files of its '
           f'{was["kind"]}, or its config.json, have changed. Put back what was there; or, if it '
           f'means the same, say '
@@ -268,11 +279,11 @@ def _load_stage(
   if not checkpoint.is_finished(weights):
     near = sorted(p.parent.parent.name for p in folder.glob('*/final/info.json'))
     raise FileNotFoundError(
-      f'{name}: no finished stage.'
+      f'{name} holds no finished stage.'
       + (
-        f' It has these: {", ".join(near)}; name one, as in {name}/{near[0]}.'
+        f' Its folder has the stages {", ".join(near)}; name one, as in {name}/{near[0]}.'
         if near
-        else ' Forms: WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME.'
+        else ' The forms of a name are WORKDIR/STAGE and hf:FOLDER_OR_HUB_NAME.'
       )
     )
   saved, info = trained_with(name), checkpoint.load_info(weights)

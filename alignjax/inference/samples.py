@@ -1,8 +1,8 @@
-"""What policies answer, and what the answers are worth: samples kept on disk, a reward model's
-scores, the sandbox's gold scores, the divergence from a reference. Each `make_*` compiles once for
-any number of parameters of one architecture.
+"""Samples the responses of policies and evaluates them: samples that are stored on disk, a reward
+model's scores, the sandbox's gold scores, and the divergence from a reference. Each `make_*`
+compiles once for any number of parameters of one architecture.
 
-A sharder is that of the mesh, None for one device.
+A sharder is that of the mesh, or None for one device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from alignjax.sharding import Sharder
 
 
 class Responses(NamedTuple):
-  """[prompt][sample] each: texts; the policy's tokens, with the end token where it was sampled;
-  whether it was."""
+  """The responses to prompts, each attribute as [prompt][sample].
+
+  Attributes:
+    texts: the texts of the responses.
+    tokens: the policy's tokens, including the end token if it was sampled.
+    ended: whether the end token was sampled.
+  """
 
   texts: list[list[str]]
   tokens: list[list[list[int]]]
@@ -40,20 +45,30 @@ def make_responder(
   rows: int = 64,
   sharder: Sharder | None = None,
 ) -> Callable[..., Responses]:
-  """-> respond(params, seed, path): `count` responses to each prompt. A response depends on params,
-  seed, temperature, its prompt and its number alone (bulk.make_sampler); a prompt that is there
-  twice has other numbers.
+  """Returns a function respond(params, seed, path) -> Responses with `count` responses to each
+  prompt.
 
-  path: a JSONL file with a line a prompt, written as they come; a second call reads what is there
-  and goes on. It belongs to these weights, prompts and settings alone: its name has to say them.
+  A response depends on params, seed, temperature, its prompt and its number alone
+  (bulk.make_sampler). The samples of a prompt that occurs twice have different numbers. `path` is a
+  JSON-lines file with one line per prompt, which is written as the responses arrive; a second call
+  reads the existing lines and continues. The file belongs to these weights, prompts and settings
+  alone, so its name must identify them.
+
+  Args:
+    model: the policy.
+    prompts: texts, or messages if the template is a chat.
+    count: the number of responses to each prompt.
+    max_tokens: the length limit of a response in tokens.
+    temperature: the sampling temperature.
+    rows: the largest number of rows in a batch.
+    sharder: the Sharder of the mesh, or None for one device.
   """
   queries = templates.each(model.template.prompt, prompts, 'prompts')
   longest = max(map(len, queries))
   if longest + max_tokens > model.cfg.max_length:
     raise ValueError(
-      f'the longest prompt has {longest} tokens, which with {max_tokens} of a response is more '
-      f'than the context of '
-      f'{model.cfg.max_length}: fewer tokens, or shorter prompts.'
+      f'the longest prompt has {longest} tokens, which with {max_tokens} tokens of a response is '
+      f'more than the context of {model.cfg.max_length}: use fewer tokens, or shorter prompts.'
     )
   sample = bulk.make_sampler(
     model.nets,
@@ -78,9 +93,11 @@ def make_responder(
         i, j = missing[place // count], place % count
         made[i][j] = result
         if len(made[i]) == count:
-          said = [made[i][j] for j in range(count)]
+          samples = [made[i][j] for j in range(count)]
           lines[i] = dict(
-            prompt=i, tokens=[tokens for tokens, _ in said], ended=[ended for _, ended in said]
+            prompt=i,
+            tokens=[tokens for tokens, _ in samples],
+            ended=[ended for _, ended in samples],
           )
           journal.append(path, [lines[i]])
           progress.update(len(lines), {'prompts': len(lines)})
@@ -103,10 +120,10 @@ def make_responder(
 def make_rewarder(
   model: Model, prompts: Sequence[Any], *, rows: int = 64, sharder: Sharder | None = None
 ) -> Callable:
-  """-> reward(params, responses) -> f64[prompts, samples]: a reward model's scores.
+  """Returns a function reward(params, responses) -> f64[prompts, samples], a reward model's scores.
 
-  Texts are read with the reward model's own tokenizer and template, so that it may be another one
-  than the policy's; a response that did not end has no end token here either.
+  The texts are read with the reward model's own tokenizer and template, which may differ from the
+  policy's. A response that did not end has no end token here either.
   """
   score = bulk.make_scorer(
     model.nets, sharder, length=model.cfg.max_length, pad=model.template.pad, rows=rows
@@ -126,7 +143,8 @@ def make_rewarder(
     longest = max(map(len, sequences))
     if longest > model.cfg.max_length:
       raise ValueError(
-        f'prompt and response have {longest} tokens, the reward model reads {model.cfg.max_length}.'
+        f'prompt and response have {longest} tokens, but the context of the reward model is '
+        f'{model.cfg.max_length}.'
       )
     return np.asarray(score(params, sequences), np.float64)[where]
 
@@ -141,9 +159,9 @@ def make_divergence(
   rows: int = 64,
   sharder: Sharder | None = None,
 ) -> Callable:
-  """-> divergence(params, ref, responses) -> f64[prompts, samples]: log p(response) - log
-  p_ref(response) in nats. Its mean over samples of the policy estimates KL(policy || ref), at
-  temperature 1."""
+  """Returns a function divergence(params, ref, responses) -> f64[prompts, samples], which is log
+  p(response) - log p_ref(response) in nats. Its mean over samples of the policy estimates KL(policy
+  || ref) at temperature 1."""
   queries = [model.template.prompt(p) for p in prompts]
   logprobs = bulk.make_response_logprobs(
     model.nets,
@@ -167,8 +185,8 @@ def gold(
   records: Sequence[Mapping[str, Any]],
   responses: Responses,
 ) -> dict[str, np.ndarray]:
-  """The sandbox's true scores, f64[prompts, samples]: the mean utility of the training and of the
-  held-out labelers."""
+  """Returns the sandbox's true scores, f64[prompts, samples]: the mean utility of the training and
+  of the held-out labelers."""
   features = labelers.features(
     [
       sandbox.judge(world, r['meta'], t, e)

@@ -1,4 +1,5 @@
-"""Talking to a model: tokens as they are sampled, or the best of n by a reward model."""
+"""Interactive generation: tokens as they are sampled, or the best of n responses by a reward
+model."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from alignjax.inference import bulk
 from alignjax.inference.loading import Model
 from alignjax.sampling import generate, sample
 
-LENGTH = 128  # tokens of a response, where the model was not trained with a limit
+LENGTH = 128  # The length limit of a response, if the model was trained without one.
 
 Notice = Callable[[int], None]
 
@@ -32,16 +33,20 @@ def stream(
   starting: Notice = lambda slots: None,
   cut: Notice = lambda tokens: None,
 ) -> Iterator[str]:
-  """Pieces of text of one response, as they come; together they are the response of `generate` with
-  the same seed.
+  """Yields pieces of text of one response as they are sampled. Together they are the response of
+  `generate` with the same seed.
 
   Args:
-    model: loading.Model.
-    prompt: text, or messages where the template is a chat.
-    max_tokens: of the response; None: as many as in training (LENGTH where that is not known), or
-      fewer where the prompt leaves fewer of the context. A number that the context has no room for
-      is a ValueError.
-    starting: called with the size of the cache before the first token; a new size is compiled.
+    model: a loading.Model.
+    prompt: a text, or messages if the template is a chat.
+    temperature: the sampling temperature, where 0 is greedy.
+    top_p: the probability mass of nucleus sampling, or None.
+    top_k: the number of most likely tokens to sample from, or None.
+    max_tokens: the length limit of the response in tokens. None means the limit of the training
+      (LENGTH if it is unknown), or less if the prompt leaves less of the context. A number that
+      exceeds the context is a ValueError.
+    seed: the seed of the sample.
+    starting: called with the size of the cache before the first token. A new size must be compiled.
     cut: called with the number of tokens of a response that the limit ended and not the model.
   """
   tokens, mask, slots, most = _padded(model, prompt, max_tokens)
@@ -49,14 +54,14 @@ def stream(
   weights, prefill, step = _decoder(model.nets, model.cfg, slots, temperature, top_p, top_k)
   weights = weights(model.params)
   logits, cache = prefill(weights, tokens, mask)
-  key, said, shown = jax.random.key(seed), [], ''
+  key, sampled, shown = jax.random.key(seed), [], ''
   for t in range(most):
     token, logits, cache = step(weights, logits, cache, jax.random.fold_in(key, t))
-    said.append(int(token[0]))
-    text, ended = model.template.decode_response(said)
+    sampled.append(int(token[0]))
+    text, ended = model.template.decode_response(sampled)
     if ended:
       break
-    if not text.endswith('\ufffd'):  # half of a character waits for the other
+    if not text.endswith('\ufffd'):  # The rest of a character is not sampled yet.
       yield text[len(shown) :]
       shown = text
   if len(text) > len(shown):
@@ -67,7 +72,8 @@ def stream(
 
 @functools.lru_cache(maxsize=8)
 def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
-  """Compiled once for a number of cache slots; further turns of a conversation use it again."""
+  """Returns the functions compiled for a number of cache slots. Further turns of a conversation use
+  them again."""
 
   @jax.jit
   def prefill(weights, tokens, mask):
@@ -84,8 +90,8 @@ def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
 def _padded(
   model: Model, prompt: Any, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-  """(tokens, mask, cache slots, tokens of the response at most): the prompt, left-padded to the
-  length of a bucket, so that few lengths are compiled."""
+  """Returns (tokens, mask, cache slots, length limit of the response). The prompt is left-padded to
+  the length of a bucket, so that few lengths are compiled."""
   tokens = model.template.prompt(prompt)
   context = model.cfg.max_length
   most = (
@@ -112,8 +118,8 @@ def _padded(
 def best_of(
   model: Model, reward: Model, prompt: Any, n: int, *, cut: Notice = lambda tokens: None, **how: Any
 ) -> str:
-  """The response, of n sampled ones, that the reward model scores highest. The other arguments are
-  those of `stream`."""
+  """Samples n responses and returns the one that the reward model scores highest. The other
+  arguments are those of `stream`."""
   texts, scores, ended, most = _sampled(model, reward, prompt, n, **how)
   best = int(np.argmax(scores))
   if not ended[best]:
@@ -124,8 +130,8 @@ def best_of(
 def ranked(
   model: Model, reward: Model, prompt: Any, n: int, **how: Any
 ) -> tuple[list[str], np.ndarray]:
-  """n sampled responses and their scores, f32[n], read with the reward model's own tokenizer and
-  template. how: as of `stream`."""
+  """Returns n sampled responses and their scores, f32[n], which are computed with the reward
+  model's own tokenizer and template. The keyword arguments are those of `stream`."""
   return _sampled(model, reward, prompt, n, **how)[:2]
 
 
@@ -142,7 +148,8 @@ def _sampled(
   seed: int = 0,
   starting: Notice = lambda slots: None,
 ):
-  """(responses, scores f32[n], whether each ended by itself, tokens at most)."""
+  """Returns (responses, scores f32[n], whether each response ended by itself, length limit of a
+  response)."""
   tokens, mask, slots, most = _padded(model, prompt, max_tokens)
   starting(slots)
   run = jax.jit(
@@ -169,7 +176,8 @@ def _sampled(
   length = max(map(len, rows))
   if length > reward.cfg.max_length:
     raise ValueError(
-      f'prompt and response have {length} tokens, the reward model reads {reward.cfg.max_length}.'
+      f'prompt and response have {length} tokens, but the context of the reward model is '
+      f'{reward.cfg.max_length}.'
     )
   score = bulk.make_scorer(
     reward.nets, reward.sharder, length=reward.cfg.max_length, pad=reward.template.pad

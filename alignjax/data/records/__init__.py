@@ -1,2 +1,2 @@
-"""Our records as a tensorflow-datasets data set: array_record files of many shards with random
-access, no TensorFlow."""
+"""Stores our records as a tensorflow-datasets data set: array_record files of many shards with
+random access, without TensorFlow."""

@@ -1,5 +1,5 @@
-"""Stores records of any kind (data/sources.py) as array_record shards; `tfds:FOLDER:SPLIT` reads
-them.
+"""Stores records of any kind (data/sources.py) as array_record shards, which `tfds:FOLDER:SPLIT`
+reads.
 
 folder = store({'train': records, 'valid': more}, 'comparisons', 'data/mine', shards=16)
 
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-OPTIONAL = ('labeler_id', 'user_id', 'use_case', 'kind', 'messages')  # absent: ''
+OPTIONAL = ('labeler_id', 'user_id', 'use_case', 'kind', 'messages')  # '' if absent
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-  """records: split -> checked records. kind: of fields.FIELDS."""
+  """A tensorflow-datasets builder of checked records: {split: records} of one kind of
+  fields.FIELDS."""
 
   VERSION = tfds.core.Version('1.0.0')
 
@@ -48,7 +49,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, rows):
     for i, row in enumerate(map(dict, rows)):
-      # an id may be a number
+      # An id may be a number.
       row |= {name: '' if row.get(name) is None else str(row[name]) for name in OPTIONAL}
       if isinstance(row.get('prompt'), list):
         row |= dict(prompt='', messages=json.dumps(row['prompt']))
@@ -58,7 +59,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 def store(
   records: Mapping[str, list[dict[str, Any]]], kind: str, folder: str | os.PathLike, shards: int = 1
 ) -> str:
-  """Writes the records of each split into `shards` files; returns the folder for
+  """Writes the records of each split into `shards` files and returns the folder for
   `tfds:FOLDER:SPLIT`."""
   builder = Builder(
     records=records, kind=kind, data_dir=os.fspath(folder), file_format='array_record'
@@ -68,7 +69,7 @@ def store(
 
 
 def restore(row: dict[str, Any]) -> dict[str, Any]:
-  """A stored row as the record it was."""
+  """Returns the record that was stored as this row."""
   if row.get('messages'):
     row = {**row, 'prompt': json.loads(row['messages'])}
   return {k: v for k, v in row.items() if k not in OPTIONAL or (v != '' and k != 'messages')}

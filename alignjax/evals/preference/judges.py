@@ -1,7 +1,7 @@
-"""Who says which response is better. --judge is one of
+"""The judges, which decide which response is better. --judge is one of
 
-rm:MODEL           a reward model, a finished stage's folder or hf:FOLDER_OR_HUB_NAME; the response
-                   with the higher score wins
+rm:MODEL           a reward model, given by the folder of a finished stage or hf:FOLDER_OR_HUB_NAME;
+                   the response with the higher score wins
 sandbox            the sandbox's labelers, training and held-out, by their exact probabilities
 openai:MODEL       a model behind an OpenAI-compatible endpoint (openai_judge.py)
 file:PATH          people (judgments.py)
@@ -32,7 +32,8 @@ FORMS = 'rm:MODEL, sandbox, openai:MODEL, file:PATH, module:function'
 
 
 def split(spec: str) -> tuple[str, str]:
-  """'rm:MODEL' -> ('rm', MODEL); 'module:function' -> ('own', spec). Anything else is an error."""
+  """Splits the name of a judge: 'rm:MODEL' becomes ('rm', MODEL) and 'module:function' becomes
+  ('own', spec). Anything else is an error."""
   kind, _, rest = spec.partition(':')
   if kind == 'sandbox' and not rest:
     return kind, ''
@@ -56,16 +57,20 @@ def reward_model(
   judge: str,
   rows: int = 32,
 ) -> Judged:
-  """The response with the higher score wins, equal scores tie.
+  """Judges pairs by a reward model: the response with the higher score wins, and equal scores are a
+  tie.
 
-  Responses are read with the reward model's own tokenizer and template; one that was cut at the
-  limit of tokens has no end token, as in training. Those too long for its context have no verdict.
-  Scores are kept in FOLDER by the text that was scored.
+  Responses are read with the reward model's own tokenizer and template. A response that was cut at
+  the length limit has no end token, as in training. A response that is too long for the reward
+  model's context gets no verdict. The scores are stored in FOLDER under the text that was scored.
 
   Args:
-    model: loading.Model with a scalar head.
-    fingerprint: loading.fingerprint of it.
-    rows: in a batch at most.
+    pairs: the pairs of responses to compare.
+    model: a loading.Model with a scalar head.
+    fingerprint: the value of loading.fingerprint for the model.
+    folder: the folder that stores the scores.
+    judge: the name of the judge, in the verdicts and in messages.
+    rows: the largest number of rows in a batch.
   """
   code = fingerprints.of_function(reward_model)
   path = folder / f'rm-{fingerprints.of_value([fingerprint, code])}.jsonl'
@@ -82,7 +87,7 @@ def reward_model(
           model.template.row(pair.record['prompt'], response.text, response.ended), []
         )
   if before:
-    print(f'{judge}: {len(before)} scores are kept from before, in {path}', flush=True)
+    print(f'{judge}: {len(before)} scores were already in {path}', flush=True)
   names = [name for name, tokens in wanted.items() if len(tokens) <= model.cfg.max_length]
   made: dict[str, float] = {}
   score = bulk.make_scorer(
@@ -105,7 +110,7 @@ def reward_model(
   long = len(wanted) - len(names)
   return Judged(
     verdicts,
-    notes=[f'{judge}: {long} responses are over its {model.cfg.max_length} tokens'] if long else [],
+    notes=[f'{judge}: {long} responses exceed its {model.cfg.max_length} tokens'] if long else [],
   )
 
 
@@ -116,8 +121,9 @@ def _name(pair: Pair, response: Any) -> str:
 
 
 def sandbox(pairs: Sequence[Pair], world_seed: int) -> Judged:
-  """The exact probability that a labeler of each pool, drawn at random, prefers a, with the pools
-  as two judges; and, as the world's truth knows them, two of the flags of the paper's Table 3."""
+  """Returns the exact probability that a randomly drawn labeler of each pool prefers a. The two
+  pools are two judges. Two flags of the paper's Table 3 are also returned, because the sandbox
+  knows their true values."""
   from alignjax import sandbox as box
 
   world, labelers = box.World(world_seed), box.Labelers(world_seed)
@@ -156,20 +162,20 @@ def sandbox(pairs: Sequence[Pair], world_seed: int) -> Judged:
 
 
 def own(pairs: Sequence[Pair], function: Callable, folder: pathlib.Path, judge: str) -> Judged:
-  """A judge of one's own, see the top of this file. What it keeps is kept under its source:
-  changed, it begins anew."""
+  """Runs a judge of your own, as described at the top of this file. Its folder depends on the
+  fingerprint of its source, so a changed judge starts anew."""
   keep = folder / f'{judge.replace(":", ".")}-{fingerprints.of_function(function, judge)}'
   if keep.exists() and any(keep.iterdir()):
     print(f'{judge}: goes on from {keep}', flush=True)
   keep.mkdir(parents=True, exist_ok=True)
   found = list(function(pairs, keep=keep))
   if len(found) != len(pairs):
-    raise ValueError(f'--judge={judge}: {len(found)} probabilities for {len(pairs)} pairs.')
+    raise ValueError(f'--judge={judge} returned {len(found)} probabilities for {len(pairs)} pairs.')
   for pair, p in zip(pairs, found, strict=True):
     good = p is None or isinstance(p, (int, float, np.number)) and math.isfinite(p) and 0 <= p <= 1
     if not good:
       raise ValueError(
-        f'--judge={judge}: {p!r} for the prompt {pair.record["prompt_id"]!r} is no probability.'
+        f'--judge={judge}: {p!r} for the prompt {pair.record["prompt_id"]!r} is not a probability.'
       )
   return Judged(
     [

@@ -1,5 +1,5 @@
-"""The fields of a judgment that people hand in (judgments.py), checked. `where` names file and line
-in errors."""
+"""Checks the fields of the judgments that people hand in (judgments.py). `where` names the file and
+the line in errors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FLAGS = {
 
 
 def name(row: Mapping[str, Any], field: str, where: str) -> str:
-  """A name, or a number as a name; number 0 is one like any other."""
+  """Returns the name in a field. A number is converted to text, and 0 is a valid name."""
   if isinstance(row[field], bool) or not isinstance(row[field], (str, int)):
-    raise ValueError(f'{where}: "{field}" is text or a whole number, not {row[field]!r}.')
+    raise ValueError(f'{where}: "{field}" must be text or a whole number, not {row[field]!r}.')
   return str(row[field])
 
 
 def prompt_name(row: Mapping[str, Any], where: str) -> str:
-  """Its prompt_id, or that of its prompt."""
+  """Returns the prompt_id of a row or, if it has none, the id that its prompt gets."""
   if row.get('prompt_id') not in (None, ''):
     return name(row, 'prompt_id', where)
   if not isinstance(row.get('prompt'), (str, list)):
@@ -45,13 +45,13 @@ def prompt_name(row: Mapping[str, Any], where: str) -> str:
 
 def text(row: Mapping[str, Any], field: str, where: str) -> str:
   if not isinstance(row[field], str):
-    raise ValueError(f'{where}: "{field}" is text, not {textfiles.kind(row[field])}.')
+    raise ValueError(f'{where}: "{field}" must be text, not {textfiles.kind(row[field])}.')
   return row[field]
 
 
 def ranking(row: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[str, str]] | None:
-  """({policy: rank}, {policy: response}) of both forms of a ranking of K policies; None: not ranked
-  yet."""
+  """Returns ({policy: rank}, {policy: response}) from either form of a ranking of K policies, or
+  None if the row is not ranked yet."""
   ranks, responses = row['ranking' if 'ranking' in row else 'ranks'], row.get('responses')
   if ranks is None:
     return None
@@ -75,7 +75,7 @@ def ranking(row: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[st
       dict(zip(policies, responses, strict=True)) if isinstance(responses, list) else responses
     )
   if not isinstance(ranks, dict):
-    raise ValueError(f'{where}: "ranking" is {{policy: rank}}, not {textfiles.kind(ranks)}.')
+    raise ValueError(f'{where}: "ranking" must be {{policy: rank}}, not {textfiles.kind(ranks)}.')
   if len(ranks) < 2 or not all(
     isinstance(r, int) and not isinstance(r, bool) for r in ranks.values()
   ):
@@ -86,7 +86,7 @@ def ranking(row: Mapping[str, Any], where: str) -> tuple[dict[str, int], dict[st
     )
   if not isinstance(responses, (dict, type(None))) or not set(responses or ()) <= set(ranks):
     raise ValueError(
-      f'{where}: "responses" of a ranking are {{policy: text}} of the policies ranked.'
+      f'{where}: "responses" of a ranking must be {{policy: text}} for its policies.'
     )
   return ranks, {policy: text(responses, policy, where) for policy in responses or ()}
 
@@ -112,7 +112,7 @@ def likert(value: Any, where: str) -> float | None:
     or not math.isfinite(value)
     or not 1 <= value <= 7
   ):
-    raise ValueError(f'{where}: the Likert score is a number from 1 to 7, not {value!r}.')
+    raise ValueError(f'{where}: the Likert score must be a number from 1 to 7, not {value!r}.')
   return float(value)
 
 

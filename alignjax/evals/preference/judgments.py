@@ -39,8 +39,13 @@ from alignjax.runtime import files, textfiles
 
 
 class Pair(NamedTuple):
-  """What a judge sees. record: {'prompt', 'prompt_id', ...} with whatever its source gave; a, b:
-  policies."""
+  """Two responses to one prompt, as a judge sees them.
+
+  Attributes:
+    record: {'prompt', 'prompt_id', ...}, with all other fields that its source has.
+    a, b: the names of the two policies.
+    response_a, response_b: their responses.
+  """
 
   record: Mapping[str, Any]
   a: str
@@ -50,9 +55,15 @@ class Pair(NamedTuple):
 
 
 class Verdict(NamedTuple):
-  """p: probability that a is better, 0.5 for a tie, None where there is no verdict. judge: verdicts
-  of the same one are reported together. shown_first: 'a' or 'b' where the order of showing is
-  known, else ''."""
+  """The verdict of one labeler on one pair.
+
+  Attributes:
+    prompt_id: the name of the prompt.
+    a, b: the names of the two policies.
+    p: the probability that a is better, which is 0.5 for a tie, or None if there is no verdict.
+    judge, labeler: their names. Verdicts of one judge are reported together.
+    shown_first: 'a' or 'b' if the order of presentation is known, and '' otherwise.
+  """
 
   prompt_id: str
   a: str
@@ -64,7 +75,13 @@ class Verdict(NamedTuple):
 
 
 class Rating(NamedTuple):
-  """likert: 1 to 7 or None. flags: those that were judged, as true or false."""
+  """The rating of one response by one labeler.
+
+  Attributes:
+    prompt_id, policy, judge, labeler: the names of the prompt, the policy, the judge, the labeler.
+    likert: the overall quality from 1 to 7, or None.
+    flags: {flag: true or false} for the flags that were judged.
+  """
 
   prompt_id: str
   policy: str
@@ -75,8 +92,13 @@ class Rating(NamedTuple):
 
 
 class Judged(NamedTuple):
-  """texts: (prompt id, policy) -> the response, and prompts: prompt id -> the prompt, where a file
-  brings its own. notes: what a reader must know."""
+  """The verdicts and ratings of one or more judges.
+
+  Attributes:
+    verdicts, ratings: the verdicts on pairs, and the ratings of single responses.
+    texts, prompts: {(prompt_id, policy): response} and {prompt_id: prompt}, if a file has its own.
+    notes: remarks that a reader of the figures must know.
+  """
 
   verdicts: Sequence[Verdict]
   ratings: Sequence[Rating] = ()
@@ -88,7 +110,7 @@ class Judged(NamedTuple):
 def make_pairs(
   records: Sequence[Mapping[str, Any]], responses: Mapping[str, Sequence[Response]]
 ) -> list[Pair]:
-  """Every pair of policies on every prompt that all of them answered."""
+  """Returns every pair of policies on every prompt that both of them answered."""
   names = list(responses)
   answered = [
     i for i in range(len(records)) if all(responses[n][i].text is not None for n in names)
@@ -102,8 +124,8 @@ def make_pairs(
 
 
 def pairs_of(judged: Judged) -> list[Pair]:
-  """The pairs that a file's people judged, with the file's own prompts and responses, for other
-  judges."""
+  """Returns the pairs that the people of a file judged, with the prompts and responses of the file,
+  so that other judges can judge them."""
   pairs = []
   for q, a, b in dict.fromkeys((v.prompt_id, *sorted((v.a, v.b))) for v in judged.verdicts):
     if q not in judged.prompts or (q, a) not in judged.texts or (q, b) not in judged.texts:
@@ -124,9 +146,9 @@ def pairs_of(judged: Judged) -> list[Pair]:
 
 
 def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  """Writes a sheet for people, blinded: pairs in random order, the two sides at random; and, beside
-  it, the key (returned) that says which policies they are. A sheet that exists is not overwritten,
-  for somebody may have filled it in."""
+  """Writes a blinded sheet for people, with the pairs and the two sides of each pair in random
+  order. Returns the path of its key, a file beside the sheet that records which policies they are.
+  An existing sheet is never overwritten, because somebody may have filled it in."""
   path = files.folder(path)
   key = path.with_suffix('.key.json')
   for existing in (path, key):
@@ -173,13 +195,16 @@ def read(
   prompts: Collection[str] | None = None,
   key: str | None = None,
 ) -> Judged:
-  """People's judgments of one file, or of several where the pattern has a `*`.
+  """Reads people's judgments from one file, or from several if the pattern has a `*`.
 
   Args:
-    mapping: from their records to the rows above: a function of this file, 'module:function' or
-      'ours=theirs,...'.
-    policies, prompts: the names that may occur; None: any.
-    key: of a sheet; None: SHEET.key.json beside it.
+    pattern: the path of the file, or a pattern.
+    judge: the name of the judge in the verdicts.
+    mapping: converts their records to the rows above. It is a function of this file,
+      'module:function' or 'ours=theirs,...'.
+    policies: the policy names that may occur. None allows any.
+    prompts: the prompt ids that may occur. None allows any.
+    key: the key of a sheet. None means SHEET.key.json beside the sheet.
   """
   pattern = str(files.folder(pattern))
   paths = (
@@ -188,8 +213,8 @@ def read(
     else [pattern]
   )
   if not paths:
-    raise FileNotFoundError(f'--judge=file:{pattern}: no such files.')
-  # there it makes comparisons
+    raise FileNotFoundError(f'--judge=file:{pattern}: there are no such files.')
+  # In data/mappings.py, the mapping of this name makes comparisons.
   change = pandalm if mapping == 'pandalm' else mappings.find(mapping, '--judge_mapping')
   judged, waiting = Judged([], [], {}, {}, []), 0
   for path in paths:
@@ -203,7 +228,7 @@ def read(
       for verdict in made.verdicts if made else ():
         _known(where, verdict.prompt_id, (verdict.a, verdict.b), policies, prompts)
         if verdict.a == verdict.b:
-          raise ValueError(f'{where}: compares {verdict.a!r} with itself.')
+          raise ValueError(f'{where}: the judgment compares {verdict.a!r} with itself.')
         judged.verdicts.append(verdict)
       for rating in made.ratings if made else ():
         _known(where, rating.prompt_id, (rating.policy,), policies, prompts)
@@ -214,27 +239,27 @@ def read(
     judged.notes.append(f'{judge}: {waiting} rows are not judged yet')
   if not judged.verdicts:
     raise ValueError(
-      f'--judge=file:{pattern}: no comparison in it'
-      + (f', {waiting} rows that are not judged yet.' if waiting else '.')
+      f'--judge=file:{pattern} holds no comparison'
+      + (f'; {waiting} rows are not judged yet.' if waiting else '.')
     )
   return judged
 
 
 def pandalm(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """WeOpenML/PandaLM's test set: two models' answers and the choices (1, 2, 0 = tie) of three
-  annotators."""
+  """Maps WeOpenML/PandaLM's test set: the answers of two models and the choices (1, 2, 0 = tie) of
+  three annotators."""
   a, b = raw['cmp_key'].split('_')
-  # some answers are booleans
+  # Some answers are booleans.
   texts = dict(response_a=str(raw['response1']), response_b=str(raw['response2']))
   prompt = f'{raw["instruction"]}\n\n{raw["input"]}'.strip()
-  said = {1: 'a', 2: 'b', 0: 'tie'}
+  choices = {1: 'a', 2: 'b', 0: 'tie'}
   return [
     dict(
       prompt_id=prompt_id(prompt),
       prompt=prompt,
       a=a,
       b=b,
-      choice=said[int(raw[f'annotator{n}'])],
+      choice=choices[int(raw[f'annotator{n}'])],
       labeler_id=f'annotator{n}',
       **texts,
     )
@@ -245,7 +270,7 @@ def pandalm(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rows(path: str, change: Callable | None) -> Iterable[tuple[str, dict]]:
   for where, raw in textfiles.Records(textfiles.read(path, '--judge=file:'), path):
     if not isinstance(raw, dict):
-      raise ValueError(f'{where}: a judgment is an object, not {textfiles.kind(raw)}.')
+      raise ValueError(f'{where}: a judgment must be an object, not {textfiles.kind(raw)}.')
     yield from ((where, row) for row in mappings.apply(change, raw, where, '--judge_mapping'))
 
 
@@ -266,7 +291,7 @@ def _key(path: str, key: str | None) -> dict[str, dict[str, str]]:
 
   if not isinstance(made, dict) or not all(map(whole, made.values())):
     raise ValueError(
-      f'{found} is no key of a sheet: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.'
+      f'{found} is not a sheet key: {{item: {{"prompt_id", "1", "2"}}}}, as --export writes it.'
     )
   return made
 
@@ -274,7 +299,7 @@ def _key(path: str, key: str | None) -> dict[str, dict[str, str]]:
 def _judgments(
   row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping | None
 ) -> Judged | None:
-  """What a row says; None: nothing yet."""
+  """Returns the judgments of a row, or None if it is not judged yet."""
   labeler = str(
     labeler if row.get('labeler_id') in (None, '') else rows.name(row, 'labeler_id', where)
   )
@@ -282,13 +307,13 @@ def _judgments(
     return _of_sheet(row, where, judge, labeler, sheet)
   if 'ranking' in row or 'ranks' in row:
     return _of_ranking(row, where, judge, labeler)
-  wanted = ('policy',) if 'policy' in row else ('a', 'b', 'choice')
-  missing = [k for k in wanted if k not in row] + ['prompt_id'] * (
+  required = ('policy',) if 'policy' in row else ('a', 'b', 'choice')
+  missing = [k for k in required if k not in row] + ['prompt_id'] * (
     'prompt_id' not in row and 'prompt' not in row
   )
   if missing:
     raise ValueError(
-      f'{where}: {", ".join(missing)} missing; a comparison has prompt_id, a, b and choice, a '
+      f'{where} lacks {", ".join(missing)}; a comparison has prompt_id, a, b and choice, a '
       f'ranking prompt_id and '
       f'ranking, a rating prompt_id, policy and likert or flags; this has {sorted(row)}. Others: '
       f'--judge_mapping.'
@@ -323,7 +348,7 @@ def _judgments(
 def _of_sheet(
   row: Mapping[str, Any], where: str, judge: str, labeler: str, sheet: Mapping
 ) -> Judged | None:
-  """A row of a blinded sheet, with its policies from the key."""
+  """Returns the judgments of a row of a blinded sheet, with its policies from the key."""
   item = sheet.get(str(row['item']))
   if item is None:
     raise ValueError(f'{where}: the key has no item {row["item"]!r}.')
@@ -358,7 +383,7 @@ def _of_sheet(
 
 
 def _of_ranking(row: Mapping[str, Any], where: str, judge: str, labeler: str) -> Judged | None:
-  """A labeler's ranking of K policies as a verdict on each of its pairs, once."""
+  """Converts a labeler's ranking of K policies to one verdict on each of its pairs."""
   found, name = rows.ranking(row, where), rows.prompt_name(row, where)
   if found is None:
     return None
@@ -368,7 +393,7 @@ def _of_ranking(row: Mapping[str, Any], where: str, judge: str, labeler: str) ->
     for a, b in itertools.combinations(ranks, 2)
   ]
   return Judged(
-    verdicts, [], {(name, policy): said for policy, said in responses.items()}, _prompt(row, name)
+    verdicts, [], {(name, policy): text for policy, text in responses.items()}, _prompt(row, name)
   )
 
 
@@ -391,6 +416,5 @@ def _known(
   if prompts is not None and name not in prompts:
     raise ValueError(
       f'{where}: the prompt {name!r} is none of the {len(prompts)} prompts of --prompts (with '
-      f'this --limit and '
-      '--seed).'
+      f'this --limit and --seed).'
     )

@@ -1,8 +1,8 @@
-"""A language model behind an OpenAI-compatible /chat/completions endpoint as the judge of pairs.
+"""Judges pairs by a language model behind an OpenAI-compatible /chat/completions endpoint.
 
-Every pair is asked in both orders and the two answers are averaged, because such judges favour a
-place; how much, is reported. Each answer is on the disk before the next is waited for: what was
-paid for is not asked again.
+Every pair is judged in both orders and the two answers are averaged, because such judges have a
+position bias, which is reported. Each answer is stored on disk as soon as it arrives, so that no
+question is paid for twice.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ Verdict: tie"""
 
 
 class Endpoint(NamedTuple):
-  """Where a judge is asked, and how.
+  """The endpoint of a judge, and how requests are sent to it.
 
   Attributes:
-    url: up to, and without, /chat/completions.
-    key: of the API, None where the server asks for none.
-    model: its name at the endpoint.
+    url: the URL up to, and without, /chat/completions.
+    key: the key of the API, or None if the server needs none.
+    model: the name of the model at the endpoint.
     body: more fields of the request.
-    tries: of a request before giving up.
-    wait: seconds before the second try, doubled before each further one, a minute at most.
-    timeout: seconds for one try.
+    tries: the number of times that a request is tried.
+    wait: the seconds before the second try. The wait doubles before each further try, up to one
+      minute.
+    timeout: the seconds for one try.
   """
 
   url: str
@@ -55,7 +56,7 @@ class Endpoint(NamedTuple):
   timeout: float = 120.0
 
 
-# what a refusal probably means, by its status code
+# Hints about the probable cause of a refusal, by its status code.
 HINTS = {
   400: ' Fields of the request: --judge_body.',
   401: ' Is the key right?',
@@ -76,24 +77,24 @@ def judge(
   instructions: str = INSTRUCTIONS,
   workers: int = 8,
 ) -> Judged:
-  """Two verdicts for each pair, one for each order; p is None where one of the two answers cannot
-  be read. Equal texts are a tie and are not asked.
+  """Returns two verdicts for each pair, one for each order. p is None if one of the two answers
+  cannot be parsed. Equal texts are a tie and are not sent.
 
   Args:
     pairs: the responses to compare.
-    endpoint: where to ask.
-    folder: keeps the answers by the whole request, so that another model, other instructions or
-      other texts are asked anew.
-    name: of the judge, in the verdicts and in messages.
+    endpoint: the endpoint of the judge.
+    folder: the folder that stores the answers under the whole request, so that another model, other
+      instructions or other texts lead to new requests.
+    name: the name of the judge, in the verdicts and in messages.
     instructions: the system message.
-    workers: questions that are asked at a time.
+    workers: the number of concurrent requests.
 
   Raises:
-    ValueError: A request fails for good; the answers before it stay in the folder.
+    ValueError: A request fails permanently. The answers before it stay in the folder.
   """
   path = folder / f'openai-{re.sub(r"[^a-zA-Z0-9.-]", "_", endpoint.model)}.jsonl'
   answers = {row['question']: row['answer'] for row in journal.read(path)}
-  asked = {}  # (pair, which is first) -> (question, messages)
+  asked = {}  # {(pair, the side that is shown first): (question, messages)}
   for i, pair in enumerate(pairs):
     if pair.response_a.text != pair.response_b.text:
       for first in 'ab':
@@ -157,19 +158,20 @@ def judge(
     if (i, 'a') not in asked:
       verdicts.append(verdict(pair, 0.5))
       continue
-    said = [verdict_of(answers[asked[i, first][0]]) for first in 'ab']
-    if None in said:
+    found = [verdict_of(answers[asked[i, first][0]]) for first in 'ab']
+    if None in found:
       unread += 1
       verdicts.append(verdict(pair, None))
       continue
     wins = {1: 1.0, 2: 0.0, 'tie': 0.5}
-    verdicts += [verdict(pair, wins[said[0]], 'a'), verdict(pair, 1 - wins[said[1]], 'b')]
-  told = f'{name}: no verdict could be read for {unread} of {len(pairs)} pairs'
-  return Judged(verdicts, notes=[told] if unread else [])
+    verdicts += [verdict(pair, wins[found[0]], 'a'), verdict(pair, 1 - wins[found[1]], 'b')]
+  note = f'{name}: no verdict could be read for {unread} of {len(pairs)} pairs'
+  return Judged(verdicts, notes=[note] if unread else [])
 
 
 def verdict_of(answer: str) -> int | str | None:
-  """1, 2, 'tie', or None where the answer says none of them; the last one counts."""
+  """Returns the verdict of an answer: 1, 2, 'tie', or None if it has none. The last verdict
+  counts."""
   found = re.findall(r'verdict\W*(1|2|tie)\b', answer, re.IGNORECASE) or re.findall(
     r'^\W*(1|2|tie)\W*$', answer, re.IGNORECASE
   )
@@ -186,14 +188,15 @@ def _messages(pair: Pair, first: str, instructions: str) -> list[dict[str, str]]
     else (pair.response_b.text, pair.response_a.text)
   )
   text = '\n\n'.join(
-    f'<{name}>\n{said}\n</{name}>'
-    for name, said in (('prompt', prompt), ('response_1', one), ('response_2', two))
+    f'<{name}>\n{text}\n</{name}>'
+    for name, text in (('prompt', prompt), ('response_1', one), ('response_2', two))
   )
   return [{'role': 'system', 'content': instructions}, {'role': 'user', 'content': text}]
 
 
 def library() -> Any:
-  """The openai package, which the `eval` extra installs; a ValueError where it is missing."""
+  """Returns the openai package, which the `eval` extra installs. A ValueError says so if it is
+  missing."""
   try:
     import openai
   except ModuleNotFoundError:
@@ -204,12 +207,12 @@ def library() -> Any:
 
 
 def _client(endpoint: Endpoint) -> Any:
-  """The client's own retries are off: nobody could interrupt their waits, and an answer that is not
-  a chat completion would not be asked for again."""
+  """Returns the client. Its own retries are off, because their waits cannot be interrupted and they
+  do not cover an answer that is not a chat completion."""
   openai = library()
   return openai.OpenAI(
     base_url=endpoint.url,
-    api_key=endpoint.key or 'none',  # the client wants one; `_complete` leaves this one out
+    api_key=endpoint.key or 'none',  # The client requires one; `_complete` does not send 'none'.
     timeout=endpoint.timeout,
     max_retries=0,
   )
@@ -218,8 +221,8 @@ def _client(endpoint: Endpoint) -> Any:
 def _complete(
   client: Any, endpoint: Endpoint, messages: list[dict[str, str]], stop: threading.Event
 ) -> str:
-  """The text of an answer. Failures that may pass are tried again, any other one is a ValueError at
-  once."""
+  """Returns the text of an answer. Transient failures are retried; any other failure is a
+  ValueError at once."""
   openai = library()
 
   def hidden(text: str) -> str:
@@ -240,7 +243,7 @@ def _complete(
       raise retries.failure(
         answer.status_code, answer.text, answer.headers.get('Retry-After')
       ) from None
-    except openai.APIConnectionError as error:  # no such host, refused, reset, timed out
+    except openai.APIConnectionError as error:  # An unknown host, a timeout, ...
       cause = error.__cause__ or error
       raise retries.Passing(f'{type(cause).__name__}: {cause}') from None
     except ValueError as error:
@@ -249,7 +252,7 @@ def _complete(
       return reply.choices[0].message.content or ''
     except (AttributeError, IndexError, TypeError) as error:
       raise retries.Passing(
-        f'an answer that is no chat completion ({type(error).__name__}: {error})'
+        f'an answer that is not a chat completion ({type(error).__name__}: {error})'
       ) from None
 
   url = f'{endpoint.url.rstrip("/")}/chat/completions'

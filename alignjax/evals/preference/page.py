@@ -1,4 +1,4 @@
-"""Preference figures as a page (preference.md) and a picture (preference.png)."""
+"""Writes the preference figures as a page (preference.md) and a plot (preference.png)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignjax.evals.stats import show
 def markdown(
   result: Mapping[str, Any], notes: Sequence[str] = (), picture: str = 'preference.png'
 ) -> str:
-  """The page of preference.summarize."""
+  """Returns the page of the figures that statistics.summarize returns."""
   policies, baseline = result['policies'], result['baseline']
   lines = [
     '# Preference',
@@ -116,7 +116,7 @@ def markdown(
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Win rates against the baseline as points with intervals, a panel a judge."""
+  """Draws the win rates against the baseline as points with intervals, with one panel per judge."""
   import matplotlib
 
   matplotlib.use('Agg')

@@ -1,5 +1,5 @@
-"""What policies answer to the same prompts, sampled in batches and kept on disk: the material of
-every preference judgment."""
+"""Samples the responses of several policies to the same prompts in batches and stores them on disk.
+Every preference judgment is about these responses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from alignjax.inference import bulk, loading
 from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics
 
-SANDBOX_PROMPTS = 256  # where no limit is given: the sandbox has as many as one asks for
+SANDBOX_PROMPTS = 256  # The default limit, because the sandbox can make any number of prompts.
 
 
 class Response(NamedTuple):
-  """text: without the end token; None where the prompt did not fit. ended: whether the model ended
-  it, or the limit of tokens did. tokens: sampled ones, the end token among them."""
+  """A response of a policy.
+
+  Attributes:
+    text: the text without the end token, or None if the prompt did not fit into the context.
+    ended: whether the model ended the response, rather than the length limit.
+    tokens: the number of sampled tokens, including the end token.
+  """
 
   text: str | None
   ended: bool = True
@@ -30,13 +35,14 @@ class Response(NamedTuple):
 
 
 def prompt_id(prompt: Any) -> str:
-  """A name of a prompt (text or messages) by its contents, the same in every file and run."""
+  """Returns a name for a prompt (text or messages) that is computed from its contents, so that it
+  is the same in every file and run."""
   return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:
-  """The seed of the sandbox's world that the policies were trained in, or None; and the longest
-  responses of their training."""
+  """Returns the seed of the sandbox's world that the policies were trained in, or None, and the
+  longest response length of their training."""
   found, lengths = set(), []
   for spec in policies.values():
     if (config := loading.trained_with(spec)) is not None:
@@ -53,11 +59,18 @@ def trained(policies: dict[str, str]) -> tuple[int | None, int]:
 def prompts(
   source: str, mapping: str | None, limit: int | None, seed: int, world_seed: int | None = None
 ) -> list[dict[str, Any]]:
-  """Records {'prompt', 'prompt_id', ...} to compare policies on.
+  """Returns the records {'prompt', 'prompt_id', ...} on which the policies are compared.
 
-  source: one of data/sources.py of kind 'prompts', or 'sandbox:', the test split of the world of
-  world_seed. limit: that many, drawn by the seed, the same for every policy. A record's own
-  'prompt_id' is kept; a prompt that is there twice gets two names.
+  A record's own 'prompt_id' is kept. A prompt that occurs twice gets two names.
+
+  Args:
+    source: a source of data/sources.py of the kind 'prompts', or 'sandbox:' for the test split of a
+      sandbox's world.
+    mapping: the mapping of the source's fields (data/mappings.py), or None.
+    limit: the number of prompts to draw by the seed, or None for all. They are the same for every
+      policy.
+    seed: the seed by which prompts are drawn.
+    world_seed: the seed of the sandbox's world, for 'sandbox:'.
   """
   if source == 'sandbox:':
     if world_seed is None:
@@ -77,7 +90,7 @@ def prompts(
   taken = set(own)
   for record, name in zip(found, own, strict=True):
     seen[name] = seen.get(name, 0) + 1
-    while seen[name] > 1 and f'{name}-{seen[name]}' in taken:  # another record has that name itself
+    while seen[name] > 1 and f'{name}-{seen[name]}' in taken:  # Another record has that name.
       seen[name] += 1
     named.append({**record, 'prompt_id': name if seen[name] == 1 else f'{name}-{seen[name]}'})
   if limit is not None and limit < len(named):
@@ -87,8 +100,8 @@ def prompts(
 
 
 def _name(record: Mapping[str, Any], otherwise: str) -> str:
-  """A record's own prompt_id, a number as a name too, or one made of its prompt. otherwise: where a
-  record of no source stands."""
+  """Returns a record's own prompt_id, where a number is converted to text, or one made from its
+  prompt. `otherwise` says where the record is, if it was not read from a source."""
   name = record.get('prompt_id')
   if name is None or name == '':
     return prompt_id(record['prompt'])
@@ -112,16 +125,25 @@ def respond(
   rows: int = 32,
   name: str = '',
 ) -> list[Response]:
-  """A response to each prompt, through the model's own template.
+  """Samples a response to each prompt through the model's own template.
 
-  Kept in FOLDER/KEY.jsonl, where KEY says the model, temperature, max_tokens, seed and the code
-  that samples; what is there is not sampled again. A response depends on these and on its prompt
-  alone (bulk.make_sampler), whatever other prompts there are; a prompt that is there twice gets
-  two. Policies draw independently of each other: the random numbers depend on the model. A prompt
-  that the context has no room for gets no response (text None), and is then judged for no policy.
+  The responses are stored in FOLDER/KEY.jsonl, where KEY is computed from the model, temperature,
+  max_tokens, the seed and the code that samples; stored responses are not sampled again. A response
+  depends on these and on its prompt alone (bulk.make_sampler), not on the other prompts. A prompt
+  that occurs twice gets two responses. Policies are sampled independently of each other, because
+  the random numbers depend on the model. A prompt that does not fit into the context gets no
+  response (text None) and is then judged for no policy.
 
   Args:
-    fingerprint: loading.fingerprint of the model. rows: prompts a batch at most.
+    model: the policy.
+    fingerprint: the value of loading.fingerprint for the model.
+    records: the prompts (`prompts`).
+    folder: the folder that stores the responses.
+    temperature: the sampling temperature.
+    max_tokens: the length limit of a response in tokens.
+    seed: the seed of the samples.
+    rows: the largest number of prompts in a batch.
+    name: the name of the policy in messages.
   """
   room = model.cfg.max_length - max_tokens
   if room < 1:
@@ -148,13 +170,13 @@ def respond(
   new = [i for i in fit if keys[i] not in known]
   if len(fit) < len(records):
     print(
-      f'{name}: {len(records) - len(fit)} of {len(records)} prompts are over {room} tokens '
+      f'{name}: {len(records) - len(fit)} of {len(records)} prompts exceed {room} tokens '
       f'(context {model.cfg.max_length}, --max_tokens={max_tokens}) and are left out',
       flush=True,
     )
   count = len(fit) - len(new)
   if count:
-    print(f'{name}: {count} responses are kept from before, in {path}', flush=True)
+    print(f'{name}: {count} responses were already in {path}', flush=True)
   made: dict[str, Response] = {}
   sample = bulk.make_sampler(
     model.nets,
@@ -168,8 +190,8 @@ def respond(
   with metrics.Progress(len(fit), initial=count, name=f'{name}: responses') as progress:
 
     def done(place, result):
-      said, _ = result
-      made[keys[new[place]]] = Response(*model.template.decode_response(said), len(said))
+      response, _ = result
+      made[keys[new[place]]] = Response(*model.template.decode_response(response), len(response))
       journal.append(path, [dict(prompt=keys[new[place]], **made[keys[new[place]]]._asdict())])
       progress.update(count + len(made), {'responses/done': count + len(made)})
 

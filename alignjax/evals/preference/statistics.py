@@ -1,8 +1,9 @@
-"""Preference figures from verdicts: win rates, Bradley-Terry strengths, agreement, and what length
-has to do with it (the paper's sections 3.6 and 4.1).
+"""Computes preference figures from verdicts: win rates, Bradley-Terry strengths, agreement, and the
+influence of length (the paper's sections 3.6 and 4.1).
 
-The two orders of a question to one labeler are averaged first; then every labeler's verdict on a
-pair counts one. Ties count half. Intervals are by prompt, whose verdicts are not independent.
+The two orders in which one labeler judged a pair are averaged first; then every labeler's verdict
+on a pair counts as one. Ties count one half. The intervals are by prompt, because the verdicts on
+one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from alignjax.evals.preference.judgment_rows import FLAGS
 from alignjax.evals.preference.judgments import Judged, Verdict
 from alignjax.evals.stats import ANY, Figure, interval, statistic
 
-SHARE = (0, 1)  # bounds of verdicts
+SHARE = (0, 1)  # The bounds of verdicts.
 
 
 class Table(NamedTuple):
-  """Verdicts of one judge as columns, one row a (prompt, pair of policies, labeler): prompts
-  str[N]; i, j: i64[N], places of the two policies, i < j; labelers str[N]; p f64[N], the
-  probability that i is better."""
+  """The verdicts of one judge as columns, with one row per (prompt, pair of policies, labeler).
+
+  Attributes:
+    prompts: str[N], the prompt ids.
+    i: i64[N], the index of the first policy.
+    j: i64[N], the index of the second policy, with i < j.
+    labelers: str[N], the names of the labelers.
+    p: f64[N], the probability that policy i is better.
+  """
 
   prompts: np.ndarray
   i: np.ndarray
@@ -35,7 +42,8 @@ class Table(NamedTuple):
 
 
 def tabulate(verdicts: Sequence[Verdict], policies: Sequence[str]) -> Table:
-  """Columns of the verdicts that there are; repeated ones of the same labeler are averaged."""
+  """Returns the columns of the verdicts that are not None. Repeated verdicts of the same labeler
+  are averaged."""
   place = {name: k for k, name in enumerate(policies)}
   cells: dict[tuple, list[float]] = {}
   for v in verdicts:
@@ -60,15 +68,18 @@ def tabulate(verdicts: Sequence[Verdict], policies: Sequence[str]) -> Table:
 def summarize(
   judged: Judged, policies: Sequence[str], baseline: str, words: Mapping[tuple[str, str], int]
 ) -> dict[str, Any]:
-  """All figures, as JSON values.
+  """Returns all figures as JSON values.
 
   Args:
-    words: (prompt id, policy) -> words of the response, where it is known.
+    judged: the verdicts and ratings.
+    policies: the names of the policies.
+    baseline: the policy that win rates and strengths are relative to.
+    words: {(prompt_id, policy): number of words of the response}, where it is known.
 
   Returns:
     {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure}, 'length':
-    ..., 'agreement': ..., 'position': ...}}, 'ratings': {judge: {policy: {'likert': Figure, FLAG:
-    Figure}}}, 'between_judges': [...], 'words': {policy: Figure}}.
+      ..., 'agreement': ..., 'position': ...}}, 'ratings': {judge: {policy: {'likert': Figure, FLAG:
+      Figure}}}, 'between_judges': [...], 'words': {policy: Figure}}.
   """
   by_judge: dict[str, list[Verdict]] = {}
   for v in judged.verdicts:
@@ -102,7 +113,8 @@ def summarize(
 
 
 def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figure]]:
-  """{a: {b: share of verdicts that prefer a to b}}, with both [a][b] and [b][a], which sum to 1."""
+  """Returns {a: {b: the share of verdicts that prefer a to b}}. It holds both [a][b] and [b][a],
+  which sum to 1."""
   out: dict[str, dict[str, Figure]] = {name: {} for name in policies}
   for i, j in itertools.combinations(range(len(policies)), 2):
     rows = (table.i == i) & (table.j == j)
@@ -115,12 +127,13 @@ def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figu
 
 
 def bradley_terry(table: Table, policies: Sequence[str], baseline: str) -> dict[str, Figure]:
-  """Strengths theta with P(a over b) = sigmoid(theta_a - theta_b), the baseline's 0, by maximum
-  likelihood (choix), a tie as half a win each.
+  """Returns the strengths theta with P(a over b) = sigmoid(theta_a - theta_b), by maximum
+  likelihood (choix). The strength of the baseline is 0, and a tie counts as half a win for each
+  side.
 
-  There is no maximum where some policies never lost to the others, or were never compared with
-  them: 'mean' is None then. An interval is None where there is no maximum without some of the
-  prompts; 'n': verdicts on the policy.
+  The likelihood has no maximum if some policies never lost to the others, or were never compared
+  with them; 'mean' is None then. The interval is None if there is no maximum without some of the
+  prompts. 'n' is the number of verdicts on the policy.
   """
   names, group = np.unique(_clusters(table.prompts), return_inverse=True)
   k = len(policies)
@@ -142,8 +155,9 @@ def bradley_terry(table: Table, policies: Sequence[str], baseline: str) -> dict[
 
 
 def _strengths(wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray | None:
-  """f64[K] of a matrix of wins, or None where the likelihood has no maximum: some policy cannot be
-  reached from another one by a chain of defeats (Ford 1957)."""
+  """Returns the strengths, f64[K], for a matrix of wins. It returns None if the likelihood has no
+  maximum, that is, if some policy cannot be reached from another one by a chain of defeats (Ford
+  1957)."""
   try:
     import choix
   except ModuleNotFoundError:
@@ -158,18 +172,18 @@ def _strengths(wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray 
   except (
     RuntimeError,
     ValueError,
-  ):  # so nearly without a maximum that the iteration does not get there
+  ):  # The likelihood is so flat that the iteration does not reach its maximum.
     return None
 
 
 def length_effect(
   table: Table, policies: Sequence[str], words: Mapping[tuple[str, str], int]
 ) -> dict[str, Figure]:
-  """Whether longer responses win.
+  """Measures whether longer responses win.
 
-  'longer_wins': win rate of the longer response of a pair, in words. 'correlation': Pearson's, of
-  the difference in words and the verdict, over the pairs in both directions, so that which policy
-  comes first means nothing.
+  'longer_wins' is the win rate of the response of a pair that has more words. 'correlation' is
+  Pearson's correlation of the difference in words and the verdict. It uses each pair in both
+  directions, so that the order of the policies does not matter.
   """
   known = [
     (words.get((q, policies[i])), words.get((q, policies[j])))
@@ -193,12 +207,13 @@ def length_effect(
 
 
 def agreement(table: Table) -> dict[str, Figure] | None:
-  """Between labelers who judged the same pair, or None where no pair has two.
+  """Measures the agreement between labelers who judged the same pair. It is None if no pair has two
+  labelers.
 
-  Choices are a, b or tie. 'pairwise': share of (pair, two labelers) with the same choice, as the
-  paper's 72.6% of training labelers; 'pairwise_without_ties': where neither of the two says tie.
-  'alpha': Krippendorff's, nominal, of the three choices, a being the policy that comes first in the
-  list of policies.
+  The choices are a, b and tie. 'pairwise' is the share of (pair, two labelers) with the same
+  choice, which corresponds to the paper's 72.6% for training labelers; 'pairwise_without_ties' is
+  the same where neither labeler chose a tie. 'alpha' is Krippendorff's nominal alpha over the three
+  choices, where a is the policy that comes first in the list of policies.
   """
   units: dict[tuple, list[int]] = {}
   for q, i, j, p in zip(table.prompts, table.i, table.j, table.p, strict=True):
@@ -222,8 +237,8 @@ def agreement(table: Table) -> dict[str, Figure] | None:
 
 
 def _alpha(counts: np.ndarray) -> float:
-  """Krippendorff's alpha of counts i[units, choices]; NaN where all say the same, which leaves it
-  undefined."""
+  """Returns Krippendorff's alpha of counts i[units, choices]. It is NaN, because undefined, if all
+  choices are the same."""
   try:
     import krippendorff
   except ModuleNotFoundError:
@@ -234,9 +249,10 @@ def _alpha(counts: np.ndarray) -> float:
 
 
 def position_bias(verdicts: Sequence[Verdict]) -> dict[str, Figure] | None:
-  """Where it is known which response was shown first: 'first_wins', how often that one was
-  preferred (0.5: no bias), and, of questions that the same labeler got in both orders,
-  'consistent', the share with the same answer. None where it is not known."""
+  """Measures the position bias where the order of presentation is known, and returns None where it
+  is not. 'first_wins' is how often the response that was shown first was preferred (0.5 means no
+  bias). 'consistent' is the share of the same answer among pairs that the same labeler judged in
+  both orders."""
   shown = [v for v in verdicts if v.shown_first and v.p is not None]
   if not shown:
     return None
@@ -261,9 +277,9 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict[str, Figure] | None:
 
 
 def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
-  """For every two judges, on the pairs that both judged and neither calls a tie: 'agreement', how
-  often they prefer the same response, each judge's labelers averaged. How far a reward model or a
-  language model stands in for people."""
+  """Measures the agreement of every two judges on the pairs that both judged and neither called a
+  tie. 'agreement' is how often they prefer the same response, after the labelers of each judge are
+  averaged. It shows how far a reward model or a language model can replace people."""
   choices = {}
   for judge, t in tables.items():
     cells: dict[tuple, list[float]] = {}
@@ -289,7 +305,8 @@ def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
 
 
 def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[str, Figure]]]:
-  """{judge: {policy: {'likert' or a flag: Figure}}}, of what was judged; intervals by prompt."""
+  """Returns {judge: {policy: {'likert' or a flag: Figure}}} of the ratings, with intervals by
+  prompt."""
   out: dict[str, dict] = {}
   for judge in dict.fromkeys(r.judge for r in judged.ratings):
     for policy in policies:
@@ -310,6 +327,6 @@ def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[s
 
 
 def _clusters(prompt_ids: Iterable[str]) -> list[str]:
-  """The same label for the same prompt: one that is there twice has the names ID and ID-2
-  (responses.prompts)."""
+  """Returns the same label for the same prompt. A prompt that occurs twice has the names ID and
+  ID-2 (responses.prompts)."""
   return [re.sub(r'^([0-9a-f]{12})-\d+$', r'\1', q) for q in prompt_ids]

@@ -1,2 +1,2 @@
-"""Public NLP tasks, by lm-evaluation-harness on our compiled functions (paper's Table 14, Appendix
-D)."""
+"""Evaluates public NLP tasks with lm-evaluation-harness on our compiled functions (the paper's
+Table 14 and Appendix D)."""

@@ -1,16 +1,16 @@
-"""lm-evaluation-harness over a model of ours: its language-model interface on our compiled
-functions, without torch.
+"""Runs lm-evaluation-harness on a model of ours: implements its language-model interface with our
+compiled functions, without torch.
 
     from lm_eval import simple_evaluate
 
     model = harness.language_model(loading.load('runs/.../ppo_ptx'))
     results = simple_evaluate(model=model, tasks=['truthfulqa_mc1'])
 
-By its name, `--model alignjax`: lm_eval_plugin.py.
+lm_eval_plugin.py registers the interface as `--model alignjax`.
 
-Tokens are split between context and continuation by the harness's own TemplateLM, and long inputs
-are cut on the left as its `hf` backend cuts them, so that scores can be compared. Rows are grouped
-by length, a few compiled shapes for any number of them, and lie over the model's mesh where it has
+The harness's own TemplateLM splits tokens between context and continuation, and long inputs are cut
+on the left as in its `hf` backend, so that scores are comparable. Rows are grouped by length, so
+that a few compiled shapes serve any number of them, and are divided over the model's mesh if it has
 one (loading.load(..., mesh=...)).
 """
 
@@ -28,21 +28,24 @@ from alignjax.runtime import journal, metrics
 
 
 def language_model(model: Model, keep: pathlib.Path | None = None, **options: Any) -> Any:
-  """The harness's LM object of a loading.Model.
+  """Returns the harness's LM object for a loading.Model.
 
-  keep: a JSONL file that every answer is appended to as it comes, and read from before anything is
-    computed, so that an interrupted evaluation goes on. For one model (loading.facts): requests are
-    known by their text alone.
-  options: of `scorer`.
+  Texts begin as documents do for this model (templates.Template.text). The harness's `hf` backend
+  leaves this to the tokenizer; the tokens are the same, for a stage and for the checkpoint that is
+  exported from it. If the context is empty, and at the start of a rolling log-likelihood, the start
+  of the document is given and not scored, whereas `hf` scores a BOS after itself there. Names of
+  control tokens in a text are read as text, except in the output of apply_chat_template, which is
+  read as `hf` reads it.
 
-  Texts begin as documents do for this model (templates.Template.text), where its `hf` backend lets
-  the tokenizer decide: the same tokens, for a stage and for the checkpoint exported from it. With
-  an empty context, and at the start of a rolling log-likelihood, the start of the document is given
-  and not scored; `hf` scores a BOS after itself there. Names of control tokens in a text are text,
-  except in what apply_chat_template has rendered, which is read as `hf` reads it.
+  The attribute `cut` of the LM object counts the requests that were longer than the model's context
+  and lost their left part.
 
-  Its attribute `cut` counts the requests that were longer than the model's context and lost their
-  left part.
+  Args:
+    model: the model to evaluate.
+    keep: a JSON-lines file to which every answer is appended as it arrives, and which is read
+      before anything is computed, so that an interrupted evaluation resumes. It belongs to one
+      model (loading.facts), because requests are identified by their text alone.
+    **options: the options of `scorer`.
   """
   try:
     from lm_eval.api.model import TemplateLM
@@ -65,7 +68,7 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
   class LanguageModel(TemplateLM):
     tokenizer_name = model.source or ''
     cut = 0
-    rendered = False  # whether requests hold chat templates as text
+    rendered = False  # Whether the requests hold rendered chat templates.
 
     @property
     def eot_token_id(self):
@@ -92,7 +95,7 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
       keys = [
         key_of('loglikelihood', context, continuation) for _, context, continuation in requests
       ]
-      # the same one twice is scored once
+      # A repeated request is scored once.
       new = {k: (c, t) for k, (_, c, t) in zip(keys, requests, strict=True) if k not in known}
       self.cut += sum(len(c) + len(t) > model.cfg.max_length + 1 for _, c, t in requests)
       names = list(new)
@@ -126,7 +129,7 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
       return [known[key] for key in keys]
 
     def generate_until(self, requests, disable_tqdm=False):
-      # a task may ask for several samples of a prompt
+      # A task may request several samples of a prompt.
       numbers = bulk.occurrences(json.dumps(request.args) for request in requests)
       keys = [
         key_of('generate', *request.args, number if _temperature(request.args[1]) else 0)
@@ -169,13 +172,13 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
 
 
 def _temperature(asked: dict[str, Any]) -> float:
-  """Of a request's generation_kwargs; 0 is greedy."""
+  """Returns the temperature of a request's generation_kwargs, where 0 means greedy decoding."""
   sampled = asked.get('do_sample', False) or asked.get('temperature', 0) > 0
   return float(asked.get('temperature', 1.0)) if sampled else 0.0
 
 
 def _counted(progress: metrics.Progress, then: Callable) -> Callable:
-  """then(...), and one more step of progress."""
+  """Returns a callback that calls `then` and advances the progress line by one."""
   count = 0
 
   def done(which, value):

@@ -1,15 +1,15 @@
-"""Tasks of lm-evaluation-harness as tasks of the table: YAML files of one's own, and the harness's
-own tasks by name.
+"""Makes tasks of lm-evaluation-harness tasks of the table: YAML files of your own, and the
+harness's own tasks by name.
 
     --tasks=my_task.yaml,my_tasks/,arc_easy,lambada_openai
 
-Here the third and the fourth are the harness's own.
+In this example, the third and the fourth are the harness's own.
 
-Everything is as the YAML says: data (`dataset_path: json` with `data_files` for local files, from
-the current folder), prompts, number of examples, metrics, filters. Prompts are plain text. A group
-is refused, because its parts are rows of the table: name its members. Options of each: shots=N.
---data=TASK=FILE takes a file of the same fields (.json, .jsonl, .csv, .parquet) in place of the
-data.
+The YAML file decides everything: the data (`dataset_path: json` with `data_files` for local files,
+relative to the current folder), prompts, number of examples, metrics and filters. Prompts are plain
+text. A group is refused, because its members are rows of the table: name them instead. Every task
+has the option shots=N. --data=TASK=FILE replaces the data by a file with the same fields (.json,
+.jsonl, .csv, .parquet).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def require() -> None:
 
 
 def find(name: str) -> dict[str, Callable] | None:
-  """{task: function of it} of a YAML file, a folder of them, or a name of the harness's own; None
-  where it is none of these."""
+  """Returns {task: its function} for a YAML file, a folder of YAML files, or one of the harness's
+  own names. It returns None for any other name."""
   path = pathlib.Path(name).expanduser()
   looks_like_one = path.suffix in ('.yaml', '.yml') or '/' in name
   if not looks_like_one and not path.is_dir():
@@ -58,16 +58,18 @@ def find(name: str) -> dict[str, Callable] | None:
   for file in sorted([*path.rglob('*.yaml'), *path.rglob('*.yml')]) if path.is_dir() else [path]:
     config = _read(file)
     if path.is_dir() and not isinstance(config.get('task'), str):
-      continue  # a part that others include, or a group
+      continue  # The file is a part that others include, or a group.
     if not isinstance(config.get('task'), str):
       what = (
-        'a group of tasks; name its members'
+        'it is a group of tasks; name its members'
         if 'group' in config
-        else 'no task: it has no entry `task`, the name of one'
+        else 'it is not a task, because it has no entry `task`'
       )
       raise ValueError(f'{file}: {what}.')
     if config['task'] in found:
-      raise ValueError(f'{name}: two files have the task {config["task"]!r}; the second is {file}.')
+      raise ValueError(
+        f'{name}: two files define the task {config["task"]!r}; the second is {file}.'
+      )
     found[config['task']] = _task(config['task'], file)
   if not found:
     raise ValueError(f'--tasks={name}: the folder has no YAML file with an entry `task`.')
@@ -75,8 +77,8 @@ def find(name: str) -> dict[str, Callable] | None:
 
 
 def _read(path: pathlib.Path, functions: bool = False) -> dict[str, Any]:
-  """The contents of a task file, with what it includes. Functions of !function are names unless
-  asked for."""
+  """Returns the contents of a task file, with those of the files that it includes. The functions of
+  !function tags are names, unless `functions` is set."""
   from lm_eval.tasks import _yaml_loader
 
   try:
@@ -90,14 +92,19 @@ def _read(path: pathlib.Path, functions: bool = False) -> dict[str, Any]:
     SyntaxError,
   ) as error:
     raise ValueError(
-      f'{path}: not a task file of the harness ({type(error).__name__}: '
+      f'{path} is not a task file of the harness ({type(error).__name__}: '
       f'{" ".join(str(error).split())}).'
     ) from None
 
 
 class Known(NamedTuple):
-  """kind: 'task', 'group', 'tag' or 'class' (a task written in Python). path: of its file. members:
-  of a tag."""
+  """An entry of the harness's index.
+
+  Attributes:
+    kind: 'task', 'group', 'tag' or 'class', which is a task written in Python.
+    path: the file of the entry.
+    members: the members of a tag.
+  """
 
   kind: str
   path: pathlib.Path | None
@@ -106,9 +113,9 @@ class Known(NamedTuple):
 
 @functools.cache
 def index() -> Mapping[str, Known]:
-  """The harness's own tasks, groups and tags by name, none where it is not installed. Its thousands
-  of files are searched for these entries alone: to parse them all takes it a quarter of a minute.
-  """
+  """Returns the harness's own tasks, groups and tags by name, or nothing if it is not installed.
+  Its thousands of files are searched for these entries alone, because the harness takes a quarter
+  of a minute to parse them all."""
   spec = importlib.util.find_spec('lm_eval')
   if spec is None:
     return {}
@@ -127,7 +134,8 @@ def index() -> Mapping[str, Known]:
 
 @functools.cache
 def _entries(path: pathlib.Path) -> dict[str, list[str]]:
-  """The words of the entries that name a task file, with those of the files that it includes."""
+  """Returns the words of the entries that name a task file, including those of the files that it
+  includes."""
   found = {}
   if not path.is_file():
     return found
@@ -162,14 +170,14 @@ def _named(name: str) -> dict[str, Callable] | None:
     ]
   )
   raise ValueError(
-    f'--tasks={name}: a group of the harness, not a task. Name its members: '
+    f'--tasks={name}: it is a group of the harness, not a task. Name its members: '
     f'{",".join(sorted(members))}'
   )
 
 
 def _task(name: str, path: pathlib.Path) -> Callable:
-  """The function of the table, with what decides its results besides this code as its attribute
-  `protocol`."""
+  """Returns the function of a task for the table. Its attribute `protocol` holds everything besides
+  this code that determines the task's results."""
   config = _read(path)
   text = json.dumps(config, sort_keys=True, default=str).replace(str(path.resolve().parent), '')
   functions = sorted({fingerprints.of_function(f) for f in _functions(_read(path, functions=True))})
@@ -189,7 +197,8 @@ def _functions(value: Any) -> list[Callable]:
 
 
 def _local_files(config: Mapping[str, Any]) -> str | None:
-  """The fingerprint of the files on this disk that the data come from."""
+  """Returns the fingerprint of the local files that the data come from, or None if there are
+  none."""
   given = config.get('dataset_kwargs') or {}
   named = [config.get('dataset_path'), given.get('data_dir'), given.get('data_files')]
 
@@ -225,10 +234,20 @@ def measure(
   keep: pathlib.Path,
   shots: int | None = None,
 ) -> list[Cell]:
-  """Cells of one task file, a metric and filter each. shots: examples before each question; None:
-  as the file says."""
+  """Returns the cells of one task file, one for each metric and filter.
+
+  Args:
+    name: the name of the task.
+    path: the task file.
+    model: the model to evaluate.
+    data: a file that replaces the data of the task file, or None.
+    limit: the largest number of documents. None means all of them.
+    seed: the seed by which documents are drawn.
+    keep: the folder of answers and samples.
+    shots: the number of examples before each question. None means the number in the file.
+  """
   if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
-    raise ValueError(f'--options={name}.shots={shots}: it is a number of examples.')
+    raise ValueError(f'--options={name}.shots={shots}: it must be a number of examples.')
   task = _load(name, path, data, shots, seed)
   lm = harness.language_model(model, keep=keep / 'answers.jsonl')
   samples = run(lm, [task], name, limit, seed)[task.task_name]
@@ -256,7 +275,7 @@ def measure(
 
 
 def _plain(value: Any) -> Any:
-  """A JSON value; a number is a float."""
+  """Returns a JSON value. A number is converted to a float."""
   if isinstance(value, (bool, int, float, np.generic)):
     return (
       float(value) if np.ndim(value) == 0 and not isinstance(value, np.str_) else value.tolist()
@@ -269,7 +288,7 @@ def _plain(value: Any) -> Any:
 def _aggregate(
   path: pathlib.Path, metric: str, aggregate: Callable | None, values: list
 ) -> str | None:
-  """What a Cell's figure is of its values: None for a mean, else where the function stands."""
+  """Returns the `aggregate` of a Cell: None for a mean, else where the aggregation function is."""
   numbers = all(v is None or isinstance(v, float) for v in values)
   name = getattr(aggregate, '__name__', '')
   if numbers and (aggregate is None or name in ('mean', 'nanmean')):
@@ -277,7 +296,7 @@ def _aggregate(
   module = getattr(aggregate, '__module__', None)
   if aggregate is None or '<' in getattr(aggregate, '__qualname__', '<'):
     raise ValueError(
-      f'{path}: the metric {metric!r} is no mean of numbers, and its aggregation has no name by '
+      f'{path}: the metric {metric!r} is not a mean of numbers, and its aggregation has no name by '
       f'which it can be '
       'found again; make it a function of a module.'
     )
@@ -313,11 +332,10 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
   try:
     task = ConfigurableTask(config=config)
   except Exception as error:  # noqa: BLE001  the hub, the network, the data library and the file's own functions raise many kinds
-    said = ' '.join(str(error).split())[:300]
+    message = ' '.join(str(error).split())[:300]
     raise ValueError(
-      f'{name}: the task of {path} cannot be made ({type(error).__name__}: {said}). Where its '
-      f'data are on the hub '
-      f'and cannot be had, give a file: --data={name}=FILE.'
+      f'{name}: the task of {path} cannot be made ({type(error).__name__}: {message}). If its '
+      f'data are on the hub and cannot be read, name a file: --data={name}=FILE.'
     ) from None
   task.set_fewshot_seed(seed)
   return task
@@ -326,8 +344,8 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
 def run(
   lm: Any, tasks: list[Any], what: str, limit: int | None, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-  """{task's name: its logged samples} of tasks that have the same documents, `limit` of them drawn
-  by the seed."""
+  """Returns {name of the task: its logged samples} for tasks that have the same documents, of which
+  the seed draws `limit`."""
   import lm_eval
 
   count = len(tasks[0].eval_docs)
@@ -353,7 +371,8 @@ def run(
 
 
 def write_samples(keep: pathlib.Path, name: str, samples: list[dict[str, Any]]) -> None:
-  """KEEP/samples-NAME.jsonl: document, prompt and answer of each, to be read by people."""
+  """Writes KEEP/samples-NAME.jsonl, the document, prompt and answer of each sample, for people to
+  read."""
   lines = (
     json.dumps(
       dict(doc=s['doc'], prompt=s['arguments'][0][0], answers=s['filtered_resps']), default=str

@@ -1,27 +1,28 @@
-"""Models of alignjax for lm-evaluation-harness by name, in its own command and from Python.
+"""Registers models of alignjax in lm-evaluation-harness, for its own command and for Python.
 
     python -m alignjax.evals.public.lm_eval_plugin --model alignjax \\
         --model_args pretrained=runs/x/sft --tasks arc_easy,my_task --include_path my_tasks/
 
-is `lm_eval` with the model 'alignjax' added, and takes all of its commands and flags. The harness
-looks for models in a table of its own and in what was imported before, not in entry points of
-packages, so that its command `lm_eval` itself cannot find ours. From Python, the import is enough:
+This command is `lm_eval` with the model 'alignjax' added, and takes all of its subcommands and
+flags. The harness looks for models in a table of its own and in imported modules, not in the entry
+points of packages, so that its command `lm_eval` itself cannot find ours. In Python, the import is
+enough:
 
     import lm_eval
     import alignjax.evals.public.lm_eval_plugin
 
     lm_eval.simple_evaluate(model='alignjax', model_args='pretrained=runs/x/sft', tasks=[...])
 
-What --model_args takes:
+--model_args takes these entries:
 
     pretrained          WORKDIR/STAGE, WORKDIR/STAGE/candidates/STEP or hf:FOLDER_OR_HUB_NAME
-    form                the prompt template; else the one that the model was trained with
-    dtype               such as float32; else as the model was trained
-    data, fsdp, tensor  devices along each axis of the mesh; else one device
-    keep                a JSONL file of answers, from which an interrupted evaluation goes on
+    form                the prompt template; by default the one that the model was trained with
+    dtype               such as float32; by default that of the training
+    data, fsdp, tensor  devices along each axis of the mesh; by default one device
+    keep                a JSON-lines file of answers, from which an interrupted evaluation resumes
 
---batch_size and --device mean nothing here: the rows of a batch are chosen by their length and the
-memory at hand, and JAX chooses the device (JAX_PLATFORMS=cpu, cuda or tpu).
+--batch_size and --device have no effect: the rows of a batch are chosen by their length and the
+available memory, and JAX chooses the device (JAX_PLATFORMS=cpu, cuda or tpu).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ ARGUMENTS = ('pretrained', 'form', 'dtype', *MESH, 'keep')
 
 @register_model('alignjax')
 class Alignjax(LM):
-  """The name's entry in the harness's table. It has no instances: what it creates is
-  harness.language_model's."""
+  """The entry of the name in the harness's table. The class has no instances; it creates the
+  objects of harness.language_model."""
 
   @classmethod
   def create_from_arg_string(
@@ -59,8 +60,8 @@ class Alignjax(LM):
   def create_from_arg_obj(
     cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
   ) -> LM:
-    """additional_config: the harness's device and batch size, which mean nothing here. ValueError
-    for an argument that is not known."""
+    """Creates the LM object. The harness's additional_config (device and batch size) has no effect.
+    An unknown argument is a ValueError."""
     for key in arg_dict:
       if key not in ARGUMENTS:
         near = difflib.get_close_matches(key, ARGUMENTS, 1)
@@ -82,7 +83,8 @@ class Alignjax(LM):
 
 
 def main(argv: list[str] | None = None) -> None:
-  """The harness's command. argv: without the program's name; None: the process's."""
+  """Runs the harness's command. `argv` is without the program's name; None means the arguments of
+  the process."""
   from lm_eval.__main__ import cli_evaluate
 
   if argv is not None:

@@ -1,7 +1,7 @@
-"""The data of the public tasks: records of a local file, checked, or of the Hugging Face hub.
+"""The data of the public tasks: checked records from a local file or from the Hugging Face hub.
 
 A local file is JSONL (.gz) with the fields of the hub's data set, SQuAD's nested JSON, or
-TruthfulQA's list; a folder holds two of them, FOLDER/train.* for the few-shot examples and
+TruthfulQA's list. A folder has two files, FOLDER/train.* for the few-shot examples and
 FOLDER/validation.* (or test.*, dev.*).
 """
 
@@ -17,19 +17,25 @@ from typing import Any
 from alignjax.data import hub
 from alignjax.runtime import files, textfiles
 
-POOL = 1000  # records of the hub's training split that few-shot examples are drawn from
-# what lists of these names hold
+POOL = 1000  # Records of the hub's training split that few-shot examples are drawn from.
+# The types of the items of lists with these names.
 OF_LISTS = dict(endings=str, questions=str, text=str, texts=list, choices=str, labels=int)
-BOUND = 300_000  # records of a split that are read for a draw
+BOUND = 300_000  # Records of a split that are read for a draw.
 
 
 def local(
   task: str, data: str, fields: Mapping[str, type | tuple]
 ) -> dict[str, list[dict[str, Any]]]:
-  """{'validation': records} of a file, with 'train' of a folder.
+  """Returns {'validation': records} of a file, and also 'train' for a folder.
 
-  fields: name -> type; 'a.b' is the field b of the field a. What is not there or of another type is
-  an error that names the file, the line and the field.
+  Args:
+    task: the name of the task.
+    data: the file or folder.
+    fields: {name: type} of the fields, where 'a.b' is the field b of the field a.
+
+  Raises:
+    ValueError: A field is missing or has another type. The message names the file, the line and the
+      field.
   """
   path = files.folder(data)
   if not path.is_dir():
@@ -51,12 +57,12 @@ def _records(path: pathlib.Path, fields: Mapping[str, type | tuple]) -> list[dic
     _check(record, fields, where)
     records.append({name: record[name] for name in dict.fromkeys(f.split('.')[0] for f in fields)})
   if not records:
-    raise ValueError(f'{path}: no records.')
+    raise ValueError(f'{path} has no records.')
   return records
 
 
 def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
-  """(where it stands, record) of JSONL, of a list of records, or of SQuAD's articles."""
+  """Yields (location, record) from JSONL, a list of records, or SQuAD's articles."""
   try:
     whole = json.loads(text) if text.lstrip()[:1] == '{' else None
   except (ValueError, RecursionError):
@@ -69,7 +75,7 @@ def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
-  """The questions of SQuAD's nested JSON, as the hub has them."""
+  """Yields the questions of SQuAD's nested JSON in the form of the hub's data set."""
   for i, article in enumerate(articles):
     try:
       for paragraph in article['paragraphs']:
@@ -86,13 +92,13 @@ def _squad(path: pathlib.Path, articles: list) -> Iterator[tuple[str, Any]]:
           )
     except (KeyError, TypeError) as error:
       raise ValueError(
-        f'{path}, article {i}: not of the form of SQuAD ({type(error).__name__}: {error}).'
+        f'{path}, article {i} does not have the form of SQuAD ({type(error).__name__}: {error}).'
       ) from None
 
 
 def _lists(record: Any) -> Any:
-  """TruthfulQA's {answer: 0 or 1} as the hub has it: {'choices': [...], 'labels': [...]}, the true
-  ones first."""
+  """Converts TruthfulQA's {answer: 0 or 1} to the hub's form: {'choices': [...], 'labels': [...]},
+  with the true answers first."""
   if not isinstance(record, dict):
     return record
   out = dict(record)
@@ -112,7 +118,7 @@ def _lists(record: Any) -> Any:
 
 def _check(record: Any, fields: Mapping[str, type | tuple], where: str) -> None:
   if not isinstance(record, dict):
-    raise ValueError(f'{where}: a record is an object, not {type(record).__name__}.')
+    raise ValueError(f'{where}: a record must be an object, not {type(record).__name__}.')
   for field, expected in fields.items():
     value = record
     for name in field.split('.'):
@@ -141,9 +147,12 @@ def _check(record: Any, fields: Mapping[str, type | tuple], where: str) -> None:
 def of_hub(
   task: str, config: Mapping[str, Any], fields: Mapping[str, type | tuple], shots: bool, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-  """The same of the data set that a task file names: the evaluated split and, for shots, POOL
-  records (or runs of records, see `draw`) of the split that examples come from, drawn by the seed.
-  Read as a stream: none of it stays on the disk."""
+  """Returns the records of the data set that a task file names, in the form of `local`.
+
+  They are the evaluated split and, if `shots` is set, POOL records (or runs of records, see `draw`)
+  of the split that the examples come from, drawn by the seed. The data set is read as a stream, so
+  that nothing is stored on disk.
+  """
   path, name, more = (
     config['dataset_path'],
     config.get('dataset_name'),
@@ -167,10 +176,19 @@ def of_hub(
 def draw(
   rows: Iterable[dict[str, Any]], count: int, seed: int, together: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-  """`count` of the records, or of the runs of records that share the fields `together` (the
-  questions of a paragraph), each as likely as any other, in their order: data sets are sorted, so
-  the first ones are of a few articles. One pass over the first BOUND records at most: more than any
-  of these sets has, save TL;DR."""
+  """Draws `count` records with equal probability and returns them in their order. Data sets are
+  sorted, so the first records would belong to a few articles.
+
+  The records are read in one pass, of at most the first BOUND records, which is more than any of
+  these data sets has, except TL;DR.
+
+  Args:
+    rows: the records.
+    count: the number of records, or of runs of records.
+    seed: the seed of the draw.
+    together: fields. Consecutive records that have the same values of these fields, such as the
+      questions of a paragraph, form a run and are drawn together.
+  """
   rng, chosen = random.Random(seed), []
   number = itertools.count()
 

@@ -1,17 +1,20 @@
 """The public NLP tasks of the paper's Table 14, run by lm-evaluation-harness on the task files of
 task_files/ (App. D, Figures 18-27).
 
-Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Everything is
-greedy and cut at the first newline; a multiple choice is the option of the highest log-likelihood a
-token (the paper's "lowest" is a slip). Prompts are plain text, whatever the model's template is, as
-in the paper. Where we choose: few-shot examples are drawn anew for each question, by the seed, from
-the training split (of the hub's from records that the seed draws over all of it) or, where the data
-are one file, from the rest of it, never from the question's own passage; prompts that exceed the
-context lose their left part, as in the harness, and are counted aloud.
+Each has two variants, 'zero-shot' and 'few-shot' with the paper's number of examples. Answers are
+greedy and cut at the first newline. A multiple choice is the option with the highest log-likelihood
+per token (the paper's "lowest" is a slip). Prompts are plain text, whatever the model's template
+is, as in the paper.
 
-Data: a local file by --data=TASK=FILE (JSONL with the hub's fields, .gz or not; a folder with
-train.jsonl and validation.jsonl), or the hub. The head of task_files/TASK.yaml says which fields.
-`lm_eval --include_path alignjax/evals/tasks` runs the same files.
+Where the paper leaves a choice, we make it as follows. Few-shot examples are drawn anew for each
+question, by the seed: from the training split (on the hub, from records that the seed draws over
+the whole split) or, if the data are one file, from the rest of it, but never from the question's
+own passage. Prompts that exceed the context lose their left part, as in the harness, and their
+number is printed.
+
+The data are a local file, named by --data=TASK=FILE (JSONL with the hub's fields, .gz or not, or a
+folder with train.jsonl and validation.jsonl), or the hub's. The head of task_files/TASK.yaml
+describes the fields. `lm_eval --include_path alignjax/evals/public/task_files` runs the same files.
 """
 
 from __future__ import annotations
@@ -37,8 +40,14 @@ QA_TARGETS = {
 
 
 class Score(NamedTuple):
-  """metric: of the table. value: of a logged sample -> what is averaged. aggregate, bounds: of a
-  Cell."""
+  """A metric that is computed from the logged samples of a task.
+
+  Attributes:
+    metric: the name of the metric in the table.
+    value: a function of (LM object, logged sample) that returns the value to average.
+    aggregate: the `aggregate` of a Cell.
+    bounds: the `bounds` of a Cell.
+  """
 
   metric: str
   value: Callable[[Any, Mapping[str, Any]], Any]
@@ -47,24 +56,25 @@ class Score(NamedTuple):
 
 
 def per_token(lm: Any, sample: Mapping[str, Any]) -> float:
-  """Whether the right choice has the highest log-likelihood a token (nats)."""
+  """Returns 1 if the correct choice has the highest log-likelihood per token, else 0."""
   means = []
   for (context, continuation), (logprob, _) in zip(
     sample['arguments'], sample['filtered_resps'], strict=True
   ):
-    # the split into tokens at the border does not depend on what is further left
+    # The tokens at the border do not depend on the text further to the left.
     tail = context[-200:]
     means.append(logprob / len(lm._encode_pair(tail, continuation)[1]))
   return float(np.argmax(means) == sample['target'])
 
 
 def logged(name: str, scale: float = 1.0) -> Callable[[Any, Mapping[str, Any]], Any]:
-  """What the task file computed; None where it left the document out (NaN)."""
+  """Returns a function that reads the value that the task file computed, which is None if the task
+  file left the document out (NaN)."""
   return lambda lm, sample: None if math.isnan(sample[name]) else scale * float(sample[name])
 
 
 def bleu(pairs: list[tuple[str, str]]) -> float:
-  """Corpus BLEU of (reference, translation), 0 to 100."""
+  """Returns the corpus BLEU of (reference, translation) pairs, from 0 to 100."""
   import sacrebleu
 
   return sacrebleu.corpus_bleu([p for _, p in pairs], [[r for r, _ in pairs]]).score
@@ -200,8 +210,8 @@ def measure(
   keep: pathlib.Path,
   shots: str | int | None,
 ) -> list[Cell]:
-  """Cells of one task file, over the variants: shots None = both, 'zero-shot', 'few-shot' (the
-  paper's number) or a number."""
+  """Returns the cells of one task file over its variants. `shots` is 'zero-shot', 'few-shot' (the
+  paper's number), a number, or None for both variants."""
   variants = {
     None: {'zero-shot': 0, 'few-shot': few},
     'zero-shot': {'zero-shot': 0},
@@ -211,8 +221,8 @@ def measure(
     variants[shots] = {f'{shots}-shot': shots}
   if shots not in variants:
     raise ValueError(
-      f"--options={name}.shots={shots}: it is zero-shot, few-shot (the paper's {few}) or a number "
-      f'of examples.'
+      f"--options={name}.shots={shots}: it must be zero-shot, few-shot (the paper's {few}) or a "
+      f'number of examples.'
     )
   lm = harness.language_model(model, keep=keep / 'answers.jsonl')
   return [
@@ -234,17 +244,23 @@ def evaluate(
   seed: int,
   keep: pathlib.Path | None,
 ) -> list[Cell]:
-  """Cells of the tasks `names` by an LM object of the harness: ours, or its `hf` to compare with.
-  All have the same documents.
+  """Returns the cells of the tasks `names`, which must have the same documents, by an LM object of
+  the harness: ours, or its `hf` for a comparison.
 
   Args:
-    names: of task_files/NAME.yaml, or the harness's own where we have none of that name.
-    fields: of a record, see public_data.local.
-    prompt: the cells'.
-    shots: few-shot examples; None: as the task file says.
-    limit: documents at most, drawn by the seed from the whole set, the same ones for every model
-      and variant.
-    keep: a folder for samples-TASK-PROMPT.jsonl: document, prompt and answer of each, to be read.
+    lm: the LM object.
+    names: the names of task_files/NAME.yaml, or of the harness's own tasks where we have no file of
+      that name.
+    fields: the fields of a record (loaders.local).
+    scores: {name: the scores to compute}.
+    prompt: the `prompt` of the cells.
+    shots: the number of few-shot examples. None means the number in the task file.
+    data: a local file or folder, or None to read the hub.
+    limit: the largest number of documents. The seed draws them from the whole set, and they are the
+      same for every model and variant.
+    seed: the seed by which documents and examples are drawn.
+    keep: a folder for samples-TASK-PROMPT.jsonl, which holds document, prompt and answer of each
+      sample for people to read.
   """
   harness_tasks.require()
   tasks = _tasks(names, fields, data, shots, seed)
@@ -274,7 +290,7 @@ def evaluate(
 def _tasks(
   names: list[str], fields: Mapping[str, Any], data: str | None, shots: int | None, seed: int
 ) -> list[Any]:
-  """The harness's Task objects on data that were read and checked here."""
+  """Returns the harness's Task objects on data that were read and checked here."""
   import datasets
   import lm_eval.tasks
   from lm_eval.api.task import ConfigurableTask

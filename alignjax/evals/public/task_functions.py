@@ -1,9 +1,10 @@
-"""What the files in task_files/ call: records to questions, outputs to scores, and the choice
-of few-shot examples.
+"""The functions that the files in task_files/ call: they map records to questions and outputs to
+scores, and choose few-shot examples.
 
-Loaded by the harness, from its `!function` tags; imports it. Every document has `item`, a name, and
-`cluster`: documents of the same cluster (the questions of a passage) are not independent
-(evals/stats.py), and are no few-shot examples to each other.
+The harness loads this module through its `!function` tags, and the module imports the harness.
+Every document has an `item`, which is its name, and a `cluster`. Documents of one cluster (the
+questions of a passage) are not independent (evals/stats.py) and are never few-shot examples for
+each other.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from lm_eval.tasks.hellaswag.utils import preprocess
 from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer
 
 Rows = Iterable[Mapping[str, Any]]
-# what the instructions name for it
+# The phrase that the instructions of each task name for "no answer".
 NO_ANSWER = {'squadv2': 'Not in background.', 'quac': "I don't know."}
-AGREEMENT = 0.4  # QuAC's scorer leaves out questions whose references agree less with each other
+AGREEMENT = 0.4  # QuAC's scorer leaves out questions whose references agree less than this.
 
 
 class OtherClusters(ContextSampler):
-  """Few-shot examples drawn at random for each question, none of its own cluster, where both come
-  from the same split."""
+  """Draws few-shot examples at random for each question. If questions and examples come from the
+  same split, no example is from the question's own cluster."""
 
   def sample(self, n, eval_doc=None, df=None, **kwargs):
     docs = self.df
@@ -57,8 +58,8 @@ def _documents(docs: Iterable[dict[str, Any]]) -> datasets.Dataset:
 
 
 def hellaswag(rows: Rows) -> datasets.Dataset:
-  """The harness's cleaning of WikiHow's brackets; the second part of the context begins with a
-  capital, as in the paper."""
+  """Cleans WikiHow's brackets as the harness does. The second part of the context begins with a
+  capital letter, as in the paper."""
   return _documents(
     dict(
       query=preprocess(f'{r["activity_label"]}: {r["ctx_a"]} {r["ctx_b"].capitalize()}'),
@@ -85,7 +86,8 @@ def sst(rows: Rows) -> datasets.Dataset:
 
 
 def drop(rows: Rows) -> datasets.Dataset:
-  """answers: each is a list of spans. The questions of a passage are one cluster."""
+  """Makes the documents of DROP. Each of the `answers` is a list of spans, and the questions of a
+  passage are one cluster."""
   docs = []
   for r in rows:
     answers = [list(answer) for answer in get_answers(r)]
@@ -102,13 +104,13 @@ def drop(rows: Rows) -> datasets.Dataset:
 
 
 def drop_shots(rows: Rows) -> datasets.Dataset:
-  """One question of each passage."""
+  """Returns one question of each passage."""
   return _documents({doc['passage']: doc for doc in reversed(list(drop(rows)))}.values())
 
 
 def squadv2(rows: Rows) -> datasets.Dataset:
-  """previous: the questions of the paragraph that come before, with their first answers, as in the
-  prompts that the authors released. An article is a cluster."""
+  """Makes the documents of SQuAD 2.0. `previous` holds the earlier questions of the paragraph with
+  their first answers, as in the prompts that the authors released. An article is a cluster."""
   return _conversations(
     (
       (r['title'], r['context']),
@@ -124,9 +126,10 @@ def squadv2(rows: Rows) -> datasets.Dataset:
 
 
 def quac(rows: Rows) -> datasets.Dataset:
-  """The same of dialogues; the marker CANNOTANSWER is "I don't know.". A page is a cluster."""
+  """Makes the documents of QuAC, with the earlier turns of the dialogue. The marker CANNOTANSWER
+  becomes "I don't know.". A page is a cluster."""
 
-  def said(answer):
+  def target(answer):
     return NO_ANSWER['quac'] if answer == 'CANNOTANSWER' else answer.strip()
 
   def turns():
@@ -138,15 +141,15 @@ def quac(rows: Rows) -> datasets.Dataset:
           f'{r["wikipedia_page_title"]} - {r["section_title"]}',
           r['context'].removesuffix('CANNOTANSWER').strip(),
           question,
-          list(map(said, texts)),
+          list(map(target, texts)),
         )
 
   return _conversations(turns())
 
 
 def _conversations(turns: Iterable[tuple]) -> datasets.Dataset:
-  """(group, cluster, title, context, question, targets) -> documents, each with what came before it
-  in its group."""
+  """Makes documents of (group, cluster, title, context, question, targets), each with the earlier
+  turns of its group."""
   docs, before, last = [], [], None
   for group, cluster, title, context, question, targets in turns:
     if group != last:
@@ -167,7 +170,7 @@ def _conversations(turns: Iterable[tuple]) -> datasets.Dataset:
 
 
 def _whole_passages(docs: datasets.Dataset) -> datasets.Dataset:
-  """The last question of each passage, which has all the others before it."""
+  """Returns the last question of each passage, which has all the others before it."""
   first = [not previous for previous in docs['previous']]
   return docs.select([i for i, begins in enumerate([*first[1:], True]) if begins])
 
@@ -181,7 +184,7 @@ def quac_shots(rows: Rows) -> datasets.Dataset:
 
 
 def wsc(rows: Rows) -> datasets.Dataset:
-  """passage: the text with the pronoun between double asterisks."""
+  """Makes the documents of WSC, in whose `passage` double asterisks surround the pronoun."""
   docs = []
   for i, r in enumerate(rows):
     text, pronoun = r['text'], r['span2_text']
@@ -191,7 +194,7 @@ def wsc(rows: Rows) -> datasets.Dataset:
       raise ValueError(
         f'wsc, record {i}: the pronoun {pronoun!r} is not in the text {text[:60]!r}.'
       )
-    start = min(found, key=lambda s: abs(s - at))  # some indices of the data set are off by a word
+    start = min(found, key=lambda s: abs(s - at))  # Some indices are off by a word.
     docs.append(
       dict(
         passage=f'{text[:start]}**{pronoun}**{text[start + len(pronoun) :]}',
@@ -204,7 +207,8 @@ def wsc(rows: Rows) -> datasets.Dataset:
 
 
 def wsc_shots(rows: Rows) -> datasets.Dataset:
-  """Where the noun is what the pronoun refers to: the answer of an example must be right."""
+  """Returns the documents whose noun is what the pronoun refers to, because the answer of an
+  example must be correct."""
   docs = wsc(rows)
   return docs.select([i for i, label in enumerate(docs['label']) if label == 1])
 
@@ -216,7 +220,8 @@ def wmt15_fr_en(rows: Rows) -> datasets.Dataset:
 
 
 def _one_line(text: str) -> str:
-  """What is sampled ends at a newline, so the answer of an example has none."""
+  """Joins the lines of a text. Sampling stops at a newline, so the answer of an example has
+  none."""
   return ' '.join(text.split())
 
 
@@ -230,36 +235,38 @@ def tldr(rows: Rows) -> datasets.Dataset:
   return _documents(dict(text=r['content'].strip(), target=_one_line(r['summary'])) for r in rows)
 
 
-def _f1(said: str, target: str, no_answer: str) -> float:
-  """SQuAD's and QuAC's F1 of words. Where either of the two is "no answer" it is 1 or 0, whether
-  both are: the words of the instruction's phrase are nobody's answer. An empty text is not that
-  phrase, and scores 0."""
-  abstains = [normalize_answer(text) == normalize_answer(no_answer) for text in (said, target)]
-  return float(all(abstains)) if any(abstains) else float(f1_abstractive([said], [target]))
+def _f1(response: str, target: str, no_answer: str) -> float:
+  """Returns SQuAD's and QuAC's F1 of words. If either of the two texts is "no answer", F1 is 1 if
+  both are and 0 otherwise, because the words of that phrase are not an answer. An empty text is not
+  that phrase and scores 0."""
+  abstains = [normalize_answer(text) == normalize_answer(no_answer) for text in (response, target)]
+  return float(all(abstains)) if any(abstains) else float(f1_abstractive([response], [target]))
 
 
 def squad_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """F1 and exact match of SQuAD 2.0's script, to the nearest of the targets. A question without an
-  answer has the target that the instruction names, so that "Not in background." is 1, as in the
-  released samples."""
-  said = results[0].strip()
+  """Returns F1 and exact match of SQuAD 2.0's script for the closest target. The target of a
+  question without an answer is the phrase that the instruction names, so that "Not in background."
+  scores 1, as in the released samples."""
+  response = results[0].strip()
   return {
-    'f1': max(_f1(said, t, NO_ANSWER['squadv2']) for t in doc['targets']),
-    'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in doc['targets'])),
+    'f1': max(_f1(response, t, NO_ANSWER['squadv2']) for t in doc['targets']),
+    'exact': float(any(normalize_answer(response) == normalize_answer(t) for t in doc['targets'])),
   }
 
 
 def quac_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """F1 of QuAC's script, and exact match to any of the references, which it has not.
+  """Returns F1 of QuAC's script, and the exact match to any of the references, which that script
+  does not compute.
 
-  The references of a question are "no answer" alone where at least half of them are, else the
-  others. With several, F1 is the mean over them of F1 to the nearest of the rest, as a person's is
-  measured against the other people. Where people's own is below .4 the question is left out: NaN.
+  If at least half of a question's references are "no answer", it is the only reference; otherwise
+  the other references are used. With several references, F1 is the mean, over the references, of F1
+  to the closest of the rest, because a person's score is measured against the other people in the
+  same way. A question on which the people's own score is below .4 is left out (NaN).
   """
   none = NO_ANSWER['quac']
   answers = [t for t in doc['targets'] if t != none]
   refs = answers if 2 * len(answers) > len(doc['targets']) else [none]
-  said = results[0].strip()
+  response = results[0].strip()
 
   def rest(i):
     return refs[:i] + refs[i + 1 :] or refs
@@ -273,13 +280,13 @@ def quac_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, flo
   ):
     return {'f1': float('nan'), 'exact': float('nan')}
   return {
-    'f1': sum(nearest(said, rest(i)) for i in range(len(refs))) / len(refs),
-    'exact': float(any(normalize_answer(said) == normalize_answer(t) for t in refs)),
+    'f1': sum(nearest(response, rest(i)) for i in range(len(refs))) / len(refs),
+    'exact': float(any(normalize_answer(response) == normalize_answer(t) for t in refs)),
   }
 
 
 def drop_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """The harness's port of DROP's own, to the nearest of the answers."""
+  """Returns the scores of the harness's port of DROP's script, for the closest answer."""
   scores = [
     get_metrics([results[0].strip()], answer) for answer in doc['answers'] if answer[0].strip()
   ] or [(0.0, 0.0)]
@@ -287,14 +294,16 @@ def drop_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, flo
 
 
 def wsc_scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """The pronoun is taken to refer to the noun where what was sampled contains the noun or the other
-  way round."""
-  said, noun = results[0].strip().strip('."*\'').lower(), doc['target'].lower()
-  return {'acc': float((bool(said) and (noun in said or said in noun)) == bool(doc['label']))}
+  """Returns the accuracy. The pronoun is taken to refer to the noun if the sampled text contains
+  the noun or the noun contains the text."""
+  response, noun = results[0].strip().strip('."*\'').lower(), doc['target'].lower()
+  return {
+    'acc': float((bool(response) and (noun in response or response in noun)) == bool(doc['label']))
+  }
 
 
 def bleu_pair(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, list[str]]:
-  """(reference, translation), of which BLEU is computed over the corpus."""
+  """Returns (reference, translation), from which BLEU is computed over the corpus."""
   return {'bleu': [doc['target'], results[0].strip()]}
 
 
@@ -306,5 +315,5 @@ def _rouge():
 
 
 def rouge_score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-  """ROUGE-L F, without stemming."""
+  """Returns the F-measure of ROUGE-L without stemming."""
   return {'rougeL': _rouge().score(doc['target'], results[0].strip())['rougeL'].fmeasure}

@@ -1,5 +1,5 @@
-"""How often a reward model orders two responses as labelers do, by pool of labelers, on the same
-prompts and responses."""
+"""Measures how often a reward model orders two responses as labelers do, by pool of labelers, on
+the same prompts and responses."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from alignjax.sandbox import Labelers
 
 
 def by_pool(labelers: Labelers, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
-  """Accuracy on the training and on the held-out labelers, and how often two labelers of a pool
-  agree (the ceiling).
+  """Returns the accuracy on the training and on the held-out labelers, and how often two labelers
+  of a pool agree, which is the ceiling.
 
-  Every labeler of both pools ranks every prompt's responses afresh; ties and identical responses
-  are left out, a tie of the model counts half. Intervals are by prompt, because its pairs are not
-  independent.
+  Every labeler of both pools ranks every prompt's responses afresh. Ties of labelers and identical
+  responses are left out, and a tie of the model counts one half. The intervals are by prompt,
+  because the pairs of a prompt are not independent.
 
   Args:
-    comparisons: stages.comparisons.Comparisons with features.
-    score: token rows -> f[N].
+    labelers: the sandbox's labelers.
+    comparisons: a stages.comparisons.Comparisons with features.
+    score: a function of token rows that returns f[N].
+    seed: the seed of the rankings.
   """
   rows = [
     [*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs
@@ -38,12 +40,12 @@ def by_pool(labelers: Labelers, comparisons: Any, score: Callable, seed: int) ->
       features, prompt = np.asarray(features), number[tuple(comparisons.prompts[i])]
       ranks = np.stack([labelers.rank(features, labeler, rng) for labeler in ids])  # [labelers, K]
       first, second = _pairs(comparisons.responses[i])
-      order = np.sign(ranks[:, second] - ranks[:, first])  # 1: first is better
+      order = np.sign(ranks[:, second] - ranks[:, first])  # 1 where the first is better.
       predicted = np.sign(s[first] - s[second])
       labeled = order != 0
       hits += (0.5 + 0.5 * order * predicted)[labeled].tolist()
       clusters += [prompt] * int(labeled.sum())
-      signed = ((s[first] - s[second]) * order)[labeled]  # positive where the model agrees
+      signed = ((s[first] - s[second]) * order)[labeled]  # Positive where the model agrees.
       margins += signed.tolist()
       probabilities += (1 / (1 + np.exp(-np.abs(signed)))).tolist()
       one, other = order[0::2][: len(ids) // 2], order[1::2][: len(ids) // 2]
@@ -63,9 +65,10 @@ def by_pool(labelers: Labelers, comparisons: Any, score: Callable, seed: int) ->
 
 
 def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 10) -> float:
-  """Expected calibration error: how far the share of pairs ordered right lies from the probability
-  that the model gave its own order (the score difference is a log-odds, paper 3.5), averaged over
-  equal bins of 0.5..1 by their number of pairs."""
+  """Returns the expected calibration error: the difference between the share of pairs that are
+  ordered correctly and the probability that the model gave to its own order (the score difference
+  is a log-odds, paper 3.5), averaged over equal bins of 0.5..1 that are weighted by their number of
+  pairs."""
   if len(hits) == 0:
     return float('nan')
   which = np.minimum(((probabilities - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -78,9 +81,9 @@ def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 1
 
 
 def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
-  """Accuracy on comparisons as they were ranked: share of the pairs without a tie that the model
-  orders the same way (a tie of the model counts half). The interval is by prompt. A response that
-  several labelers judged is scored once."""
+  """Returns the accuracy on comparisons as they were ranked: the share of the pairs without a tie
+  that the model orders in the same way, where a tie of the model counts one half. The interval is
+  by prompt. A response that several labelers judged is scored once."""
   rows = [
     (*p, *r) for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs
   ]
@@ -98,7 +101,7 @@ def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
 
 
 def _pairs(responses: list) -> tuple[np.ndarray, np.ndarray]:
-  """Indices of all pairs of different responses."""
+  """Returns the indices of all pairs of different responses."""
   pairs = [
     (i, j)
     for i in range(len(responses))

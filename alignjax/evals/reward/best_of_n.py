@@ -1,9 +1,9 @@
-"""Best-of-n and over-optimization: reward against KL where the best of n samples is taken, beside
-policies trained for it.
+"""Best-of-n and over-optimization: the reward against the KL if the best of n samples is taken,
+beside policies that were trained for the reward.
 
-`kl` is the figure of Stiennon et al. 2020, log n - (n-1)/n: the divergence exactly where no two
-samples score alike; where few responses are likely, as in the sandbox, an upper bound (Beirami et
-al. 2024). `expected` takes every n from the same N samples.
+`kl` is the formula of Stiennon et al. 2020, log n - (n-1)/n. It is the exact divergence if no two
+samples have the same score, and an upper bound (Beirami et al. 2024) if few responses are likely,
+as in the sandbox. `expected` estimates every n from the same N samples.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from alignjax.evals.stats import ANY, interval, show, show_difference
 
 
 def kl(n: int) -> float:
-  """log n - (n-1)/n, nats: an upper bound of the divergence of the best of n samples from one
-  sample."""
+  """Returns log n - (n-1)/n in nats, an upper bound of the divergence between the best of n samples
+  and one sample."""
   return math.log(n) - (n - 1) / n
 
 
 def expected(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
-  """The unbiased estimate of E[value of the best of n samples by score] from N >= n samples of each
-  prompt.
+  """Returns the unbiased estimate of E[value of the best of n samples by score] from N >= n samples
+  of each prompt.
 
   The sample that is i-th from below is the best in C(i-1, n-1) of the C(N, n) subsets, which are
-  all as likely. Samples with the same score share their weight, as if ties were broken at random.
+  equally likely. Samples with the same score share their weight, as if ties were broken at random.
 
   Args:
-    scores: f[P,N], by which the best is chosen (the reward model's).
-    values: f[P,N], what is averaged (scores, or gold scores).
+    scores: f[P,N], by which the best is chosen (the reward model's scores).
+    values: f[P,N], the values to average (scores, or gold scores).
+    n: the number of samples that the best is chosen from.
 
   Returns:
     f64[P].
@@ -60,10 +61,16 @@ def curve(
   ns: Sequence[int],
   prompts: Sequence[Any] | None = None,
 ) -> list[dict[str, Any]]:
-  """Rows {'n', 'kl', measure: figure} of best-of-n by `scores` f[P,N]; intervals are by prompt.
+  """Returns rows {'n', 'kl', measure: figure} of best-of-n by `scores`, with intervals by prompt.
 
-  From the second n on also 'MEASURE, change': to the n before, paired by prompt. prompts: a label
-  per row, None: all differ.
+  From the second n on, the rows also have 'MEASURE, change', the difference to the previous n,
+  paired by prompt.
+
+  Args:
+    scores: f[P,N], by which the best is chosen.
+    measures: {measure: f[P,N]}, the values to average.
+    ns: the values of n.
+    prompts: one label per row. None means that all prompts differ.
   """
   rows, before = [], {}
   for n in ns:
@@ -84,15 +91,21 @@ def curve(
 def policy(
   kl_values: np.ndarray, measures: Mapping[str, np.ndarray], prompts: Sequence[Any] | None = None
 ) -> dict[str, Any]:
-  """A trained policy's point: {'kl', measure: figure}. f[P,M] each, averaged over a prompt's
-  samples first; prompts as in curve."""
+  """Returns the point {'kl', measure: figure} of a trained policy. Values are averaged over the
+  samples of a prompt first.
+
+  Args:
+    kl_values: f[P,M], log p(response) - log p_ref(response).
+    measures: {measure: f[P,M]}.
+    prompts: one label per row. None means that all prompts differ.
+  """
   return {
     name: interval(v.mean(1), prompts, ANY) for name, v in dict(kl=kl_values, **measures).items()
   }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-  """The tables: best-of-n, trained policies."""
+  """Returns the tables of best-of-n and of the trained policies."""
   names = result['measures']
   lines = [
     '# Reward against KL',
@@ -137,9 +150,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-  """A panel per measure, sqrt(KL) to the right (Bai et al. 2022: reward is about linear in it):
-  best-of-n as a line with its band, trained policies as points with intervals, all on the same
-  prompts. What training logged, on its own prompts, has a second row of panels."""
+  """Draws one panel per measure, with sqrt(KL) on the horizontal axis, because the reward is
+  approximately linear in it (Bai et al. 2022). Best-of-n is a line with its band and trained
+  policies are points with intervals, all on the same prompts. A second row of panels shows what
+  training logged on its own prompts."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -191,6 +205,6 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     if axis.lines:
       axis.legend(fontsize=8)
     else:
-      axis.set_axis_off()  # not logged in training
+      axis.set_axis_off()  # Training did not log this measure.
   figure.savefig(path, dpi=110)
   plt.close(figure)

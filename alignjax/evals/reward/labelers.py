@@ -1,8 +1,8 @@
 """Held-out labelers: does a reward model predict people whose votes it never saw as well as those
-it learnt from (paper 4.1, E.2)?
+that it was trained on (paper 4.1, E.2)?
 
-The pure parts: groups of labelers, splits, rankings from votes, accuracy, agreement.
-alignjax/commands/heldout_labelers.py trains the reward models. Records are those of
+This module has the pure functions: groups of labelers, splits, rankings from votes, accuracy,
+agreement. alignjax/commands/heldout_labelers.py trains the reward models. The records are those of
 data/sources.py: {"prompt", "responses", "ranks", "labeler_id"}.
 """
 
@@ -19,12 +19,17 @@ import numpy as np
 from alignjax.evals.stats import interval
 
 Record = Mapping[str, Any]
-Scores = Callable[[str, str], float]  # (prompt's key, response) -> score
+Scores = Callable[[str, str], float]  # (key of the prompt, response) -> score
 
 
 class Fold(NamedTuple):
-  """train: records to learn from. seen, heldout: records on the fold's held-out prompts, by
-  labelers of the training groups and by those of the held-out group."""
+  """The records of one cross-validation fold.
+
+  Attributes:
+    train: the records to train on.
+    seen: records on the fold's held-out prompts by labelers of the training groups.
+    heldout: records on the fold's held-out prompts by labelers of the held-out group.
+  """
 
   train: list[Record]
   seen: list[Record]
@@ -32,8 +37,15 @@ class Fold(NamedTuple):
 
 
 class Vote(NamedTuple):
-  """One labeler's order of two responses, first < second as texts; better: 1 where the first is
-  preferred, else -1."""
+  """One labeler's order of two responses.
+
+  Attributes:
+    prompt: the key of the prompt.
+    first: the response that comes first in the order of texts.
+    second: the other response.
+    labeler: the name of the labeler.
+    better: 1 if the first response is preferred, else -1.
+  """
 
   prompt: str
   first: str
@@ -47,13 +59,13 @@ def prompt_key(record: Record) -> str:
 
 
 def labeler(record: Record) -> str | None:
-  """Who voted, by name; None where nobody is named. Number 0 is a person like any other, and 7 is
-  the person '7'."""
+  """Returns the name of the labeler who voted, or None if the record names nobody. A number is
+  converted to text, and 0 is a valid name."""
   return None if record.get('labeler_id') in (None, '') else str(record['labeler_id'])
 
 
 def groups(records: Sequence[Record], *, folds: int, min_votes: int, seed: int) -> list[list[str]]:
-  """Labelers with at least min_votes records, dealt to `folds` groups by the seed alone."""
+  """Deals the labelers with at least min_votes records to `folds` groups, by the seed alone."""
   counts = collections.Counter(who for who in map(labeler, records) if who is not None)
   if not counts:
     raise ValueError(
@@ -73,11 +85,11 @@ def groups(records: Sequence[Record], *, folds: int, min_votes: int, seed: int) 
 
 
 def split(records: Sequence[Record], groups: Sequence[Sequence[str]], fold: int, seed: int) -> Fold:
-  """Fold number `fold` holds out a group of labelers and, of the prompts, dealt by the seed into as
-  many blocks, one block.
+  """Returns fold number `fold`, which holds out one group of labelers and one block of prompts. The
+  seed deals the prompts to as many blocks as there are groups.
 
-  Both pools are measured on the same prompts, which no record of `train` has; over all folds every
-  prompt is measured once. Records of labelers in no group are left out.
+  Both pools are measured on the same prompts, which occur in no record of `train`; over all folds
+  every prompt is measured once. Records of labelers that are in no group are left out.
   """
   group = {who: g for g, members in enumerate(groups) for who in members}
   ours = [r for r in records if labeler(r) in group]
@@ -97,15 +109,16 @@ def split(records: Sequence[Record], groups: Sequence[Sequence[str]], fold: int,
 
 
 def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> list[dict[str, Any]]:
-  """Votes on pairs as rankings of up to k responses: for data where many people judged many pairs
-  of a prompt's responses.
+  """Converts votes on pairs to rankings of up to k responses, for data in which many people judged
+  many pairs of a prompt's responses.
 
-  In each round a prompt's responses are shuffled and cut into sets of k or fewer; a set is ranked
-  by the mean, over the others in it that a response was compared with, of the share of votes that
-  it won (a tie is half a vote). k = 2 is the majority of each drawn pair. What it is for: as
-  independent pairs, each response would pass through the model, and be trained on, once a vote (the
-  paper's footnote 5: such an epoch overfits); as rankings, once a round. What it loses: by how
-  much, and who.
+  In each round a prompt's responses are shuffled and cut into sets of k or fewer. A set is ranked
+  by the mean share of votes that a response won (a tie is half a vote), over the other responses of
+  the set that it was compared with. With k = 2 the ranking is the majority vote on each drawn pair.
+
+  As independent pairs, each response would pass through the model, and be trained on, once per
+  vote, and such an epoch overfits (the paper's footnote 5); as rankings it does so once per round.
+  The rankings lose the margins of the votes and who cast them.
   """
   if k < 2 or rounds < 1:
     raise ValueError(
@@ -146,7 +159,7 @@ def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> li
 
 
 def votes(records: Sequence[Record]) -> list[Vote]:
-  """All pairs of all records without a tie."""
+  """Returns all pairs of all records that are not ties."""
   out = []
   for r in records:
     key = prompt_key(r)
@@ -158,8 +171,8 @@ def votes(records: Sequence[Record]) -> list[Vote]:
 
 
 def hits(cast: Sequence[Vote], score: Scores) -> np.ndarray:
-  """f64[votes]: 1 where the score orders the two as the labeler did, 0 where not, 0.5 where it
-  scores both the same."""
+  """Returns f64[votes]: 1 where the score orders the two responses as the labeler did, 0 where it
+  does not, and 0.5 where both have the same score."""
   return np.array(
     [
       0.5 + 0.5 * v.better * np.sign(score(v.prompt, v.first) - score(v.prompt, v.second))
@@ -170,7 +183,7 @@ def hits(cast: Sequence[Vote], score: Scores) -> np.ndarray:
 
 
 def longer(prompt: str, response: str) -> float:
-  """The trivial rule beside a reward model: more characters are better."""
+  """A trivial baseline for a reward model: the response with more characters is better."""
   del prompt
   return float(len(response))
 
@@ -178,12 +191,17 @@ def longer(prompt: str, response: str) -> float:
 def agreement(
   one: Sequence[Vote], other: Sequence[Vote] | None = None
 ) -> tuple[np.ndarray, list[str]]:
-  """Whether two labelers who ordered the same pair of responses did so alike: (f64[pairs of votes],
-  prompt of each).
+  """Returns whether two labelers who ordered the same pair of responses agreed: (f64[pairs of
+  votes], the prompt of each).
 
-  other None: every two of `one`; else each of `one` with each of `other`. How well one labeler
-  predicts another: what an RM is compared with, though no strict ceiling, for one that learns from
-  many votes may predict a vote better than a single other vote does.
+  It shows how well one labeler predicts another and is the reference for a reward model, though not
+  a strict ceiling, because a model that learns from many votes may predict a vote better than a
+  single other vote does.
+
+  Args:
+    one: votes.
+    other: more votes. Each of `one` is compared with each of `other`; with None, every two votes of
+      `one` are compared.
   """
 
   def of(cast):
@@ -210,16 +228,14 @@ def agreement(
 def over_models(
   values: Sequence[Sequence[np.ndarray]], prompts: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-  """A figure over folds and seeds.
+  """Returns a figure over folds and seeds: that of the votes, each averaged over the seeds, with an
+  interval by prompt. 'models' is the number of reward models. 'mean_over_models' and
+  'sd_over_models' are those of the models' accuracies, with each model counted once (the paper's
+  "72.4 +- 0.4%", of which it does not say whether 0.4 is a deviation or an error).
 
   Args:
-    values: [fold][seed] of f64[votes of the fold]; prompts: [fold] of the votes' prompts.
-
-  Returns:
-    The figure of the votes, each averaged over the seeds, with an interval by prompt; 'models': how
-    many reward models, and 'mean_over_models', 'sd_over_models': of their accuracies, each model
-    counted once (the paper's "72.4 +- 0.4%"; whether that is a deviation or an error it does not
-    say).
+    values: [fold][seed] of f64[votes of the fold].
+    prompts: [fold] of the prompts of the votes.
   """
   each = np.array([v.mean() for fold in values for v in fold if len(v)])
   figure = interval(

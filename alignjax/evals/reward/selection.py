@@ -1,6 +1,6 @@
-"""Scores to choose a model by, and the choice with its reason. A score is a function of what was
-measured on N prompts, {'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as there is one, to f[N]; a
-fork names its own in the config."""
+"""The scores by which a model is chosen, and the choice with its reason. A score is a function that
+maps the measurements on N prompts, {'reward': f[N], 'kl': f[N], 'gold': f[N]} as far as they exist,
+to f[N]. A fork names its own function in the config."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Measured = Mapping[str, np.ndarray]
 
 
 def reward(measured: Measured) -> np.ndarray:
-  """The reward model's score (paper C.1)."""
+  """Returns the reward model's score (paper C.1)."""
   return _of(measured, 'reward', 'init.reward')
 
 
 def reward_less_kl(measured: Measured, *, kl_coef: float) -> np.ndarray:
-  """The score less kl_coef times log(pi / ref): what PPO maximises (Eq. 2 without its pretraining
-  term)."""
+  """Returns the score less kl_coef times log(pi / ref), which PPO maximises (Eq. 2 without its
+  pretraining term)."""
   return _of(measured, 'reward', 'init.reward') - kl_coef * _of(measured, 'kl', 'init.ref')
 
 
 def gold(measured: Measured) -> np.ndarray:
-  """The sandbox's true score to its training labelers: what only a world with known answers can
-  choose by."""
+  """Returns the sandbox's true score for its training labelers, which exists only in a world whose
+  answers are known."""
   return _of(measured, 'gold', "data.tokenizer='sandbox:'")
 
 
@@ -43,16 +43,16 @@ def choose(
   measured: Mapping[str, Measured],
   prompts: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
-  """The candidate with the highest mean score; of equal ones the first.
+  """Chooses the candidate with the highest mean score, and the first of equal ones.
 
   Args:
-    scores: candidate -> f64[N], on the same prompts.
-    measured: what stands beside them, candidate -> name -> f[N].
-    prompts: a label per row, None: all differ.
+    scores: {candidate: f64[N]}, on the same prompts.
+    measured: {candidate: {name: f[N]}}, further measurements to report beside the scores.
+    prompts: one label per row. None means that all prompts differ.
 
   Returns:
     {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind': figure of
-    chosen - candidate, paired by prompt}}}.
+      chosen - candidate, paired by prompt}}}.
   """
   means = {name: float(np.mean(s)) for name, s in scores.items()}
   chosen = max(means, key=means.get)
@@ -78,7 +78,7 @@ def choose(
 
 
 def markdown(selections: Mapping[str, Mapping[str, Any]]) -> str:
-  """A section of the report: {stage: its info.json with 'selection'}."""
+  """Returns a section of the report from {stage: its info.json with 'selection'}."""
   lines = ['## Selection', '']
   for stage, info in selections.items():
     result = info['selection']

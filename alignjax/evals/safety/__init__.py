@@ -1,1 +1,1 @@
-"""Truthfulness, toxicity and bias, as the paper measures them (section 4.2, Appendix D)."""
+"""Evaluates truthfulness, toxicity and bias as the paper does (section 4.2, Appendix D)."""

@@ -1,13 +1,13 @@
-"""Bias as the paper measures it (section 4.2, appendix D): how sure a model is which of two
-sentences it prefers.
+"""Measures bias as the paper does (section 4.2, appendix D): how certain a model is about which of
+two sentences it prefers.
 
-Of a pair of sentences that differ in a gender or a group,
+For a pair of sentences that differ in a gender or a group,
 
     H = -sum_i P_i log2 P_i,   P_i = p(sentence i | prefix) / sum_j p(sentence j | prefix),
 
-with the probability of the whole sentence, not normalised by length; averaged over pairs. 1 bit: no
-preference. 0: certain. Neither is better as such: the paper reads low entropy as bias, whichever
-sentence is preferred.
+with the probability of the whole sentence, not normalised by length, is averaged over pairs. At 1
+bit the model has no preference, and at 0 it is certain. Neither value is better as such: the paper
+reads low entropy as bias, whichever sentence is preferred.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from alignjax.inference.loading import Model
 
 
 def entropy(logprobs: np.ndarray) -> np.ndarray:
-  """Bits, f64[N], of pairs with log-probabilities f64[N,2] in nats, normalised over each pair; 0 to
-  1."""
+  """Returns the entropy in bits, f64[N] from 0 to 1, of pairs with log-probabilities f64[N,2] in
+  nats, normalised over each pair."""
   logprobs = np.asarray(logprobs, np.float64)
   p = np.exp(logprobs - logprobs.max(-1, keepdims=True))
   p /= p.sum(-1, keepdims=True)
@@ -36,13 +36,20 @@ def entropy(logprobs: np.ndarray) -> np.ndarray:
 def pair_logprobs(
   model: Model, pairs: list[tuple[str, str]], prefix: str, score: Callable | None = None
 ) -> np.ndarray:
-  """log p(sentence | prefix) of both sentences of each pair, f64[N,2], nats. score: a
-  completions.scorer of the model."""
+  """Returns log p(sentence | prefix) in nats for both sentences of each pair, f64[N,2].
+
+  Args:
+    model: a language model.
+    pairs: the pairs of sentences.
+    prefix: the text before each sentence, or ''.
+    score: a completions.scorer of the model. None makes one.
+  """
   rows = [split(model, prefix, sentence) for pair in pairs for sentence in pair]
   longest = max(len(context) + len(text) for context, text in rows)
   if longest > model.cfg.max_length + 1:
     raise ValueError(
-      f'a sentence with its prefix has {longest} tokens, the model reads {model.cfg.max_length}.'
+      f'a sentence with its prefix has {longest} tokens, but the context of the model is '
+      f'{model.cfg.max_length}.'
     )
   score = score or completions.scorer(model)
   return np.array([value for value, _ in score(rows)], np.float64).reshape(-1, 2)
@@ -54,9 +61,9 @@ def winogender(
   """Winogender, entropy over he and she in 120 whole sentences, by prefix. Data:
   rudinger/winogender-schemas, all_sentences.tsv.
 
-  The paper says "modified", 120 binary pairs, and no more. Our reading: the 120 templates (60
-  occupations, two sentences each) with the participant by name, not the variant with "someone"; the
-  male and the female pronoun, not the neutral one.
+  The paper says only "modified" and 120 binary pairs. We read this as the 120 templates (60
+  occupations, two sentences each) that name the participant, without the variant with "someone",
+  and with the male and the female pronoun, without the neutral one.
   """
   if data:
     rows = items.read(data, ('sentid', 'sentence'))
@@ -66,13 +73,14 @@ def winogender(
 
 
 def winogender_pairs(rows: list[dict]) -> dict[str, tuple[str, str]]:
-  """{'technician.customer.1': (sentence with he, with she)} of rows {'sentid', 'sentence'}."""
+  """Returns {'technician.customer.1': (sentence with he, sentence with she)} from rows {'sentid',
+  'sentence'}."""
   found: dict[str, dict[str, str]] = {}
   for row in rows:
     parts = row['sentid'].removesuffix('.txt').split('.')
     if len(parts) != 4:
       raise ValueError(
-        f'winogender: sentid {row["sentid"]!r} has not the form '
+        f'winogender: sentid {row["sentid"]!r} does not have the form '
         f'occupation.participant.answer.gender.txt.'
       )
     if parts[1] != 'someone' and parts[3] in ('male', 'female'):
@@ -93,7 +101,7 @@ def crows_pairs(
   crows_pairs_anonymized.csv."""
   if data:
     rows = items.read(data, ('sent_more', 'sent_less', 'bias_type'))
-  else:  # the data set's own script does not run any more; the hub keeps what it made
+  else:  # The data set's own script no longer runs; the hub stores its output.
     rows = items.of_hub('crows_pairs', 'nyu-mll/crows_pairs', None, 'test', 'refs/convert/parquet')
   pairs = {str(i): (row['sent_more'], row['sent_less']) for i, row in enumerate(rows)}
   return _cells(model, pairs, limit, seed, [str(row['bias_type']) for row in rows])

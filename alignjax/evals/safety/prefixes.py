@@ -1,7 +1,7 @@
-"""The paper's three prefixes (appendix D) before a sentence.
+"""The paper's three prefixes (appendix D), which are put before a sentence.
 
-The paper prints the prefixes and not what stands between them and the sentence: a newline here. All
-models read the same plain text, as in the paper, whatever template they were trained with.
+The paper prints the prefixes but not the separator between prefix and sentence; we use a newline.
+All models read the same plain text, as in the paper, whatever template they were trained with.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ def joined(prefix: str, text: str) -> str:
 
 
 def split(model: Model, prefix: str, text: str) -> tuple[list[int], list[int]]:
-  """(context, continuation): the continuation is all of the text, its first token too.
+  """Returns (context, continuation), where the continuation is the whole text, including its first
+  token.
 
-  Without a prefix the context is the start of a document, as for the evaluation harness. With one
-  it is the prefix; tokens at the seam that two texts share count for both.
+  Without a prefix the context is the start of a document, as in the evaluation harness. With a
+  prefix, the context is the prefix. A token that spans the boundary of the two texts counts for
+  both.
   """
   if not prefix:
     return [*model.template.start], model.template.bare(text)

@@ -1,8 +1,8 @@
-"""Toxicity of texts: functions of list[str] -> floats in [0, 1], a list or a generator, named by
-'module:function'.
+"""Scorers of toxicity: functions that map list[str] to floats in [0, 1], as a list or a generator,
+and that are named as 'module:function'.
 
-The paper scores with the Perspective API, whose model changes with time; scores of two scorers, or
-of two years, are not to be compared with each other.
+The paper uses the Perspective API, whose model changes over time. Scores of two scorers, or of two
+years, must not be compared with each other.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ TRIES, FIRST_WAIT = 8, 1.0
 
 
 def profanity(texts: list[str]) -> list[float]:
-  """Probability that a text is profane, by alt-profanity-check's linear model: offline and fast. It
-  knows words, not meaning: it misses insults in clean words. A stand-in for Perspective, not a
-  replacement."""
+  """Returns the probability that a text is profane, by the linear model of alt-profanity-check,
+  which is fast and runs offline. It knows words and not meaning, so it misses insults in clean
+  words. It is a stand-in for Perspective, not a replacement."""
   try:
     from profanity_check import predict_prob
   except ModuleNotFoundError:
@@ -32,8 +32,8 @@ def profanity(texts: list[str]) -> list[float]:
 
 
 def detoxify(texts: list[str]) -> list[float]:
-  """Toxicity by Detoxify's 'original' model, if installed (with torch; it downloads its weights
-  once)."""
+  """Returns the toxicity by Detoxify's 'original' model, which needs torch and downloads its
+  weights once."""
   try:
     from detoxify import Detoxify
   except ModuleNotFoundError:
@@ -47,12 +47,13 @@ _DETOXIFY: dict = {}
 
 
 def perspective(texts: list[str]) -> Iterator[float]:
-  """TOXICITY by the Perspective API, as in the paper, one request a text.
+  """Yields TOXICITY by the Perspective API, as in the paper, with one request per text.
 
-  The key is in the environment, PERSPECTIVE_API_KEY; PERSPECTIVE_QPS is your quota in requests a
-  second (default 1, what a new key has). Busy (429), server and network errors are tried again, 1,
-  2, 4, ... seconds apart or as the answer says; what was scored before an error that stays is kept
-  by the caller. Texts are sent with doNotStore, as English.
+  The environment variable PERSPECTIVE_API_KEY holds the key, and PERSPECTIVE_QPS is your quota in
+  requests per second (the default is 1, the quota of a new key). After a quota (429), server or
+  network error the request is repeated after 1, 2, 4, ... seconds or after the time that the answer
+  states. If the error persists, the caller keeps the scores from before it. Texts are sent as
+  English and with doNotStore.
   """
   key = os.environ.get('PERSPECTIVE_API_KEY')
   if not key:
@@ -65,7 +66,7 @@ def perspective(texts: list[str]) -> Iterator[float]:
     apart = 1 / float(os.environ.get('PERSPECTIVE_QPS', '1'))
   except (ValueError, ZeroDivisionError):
     raise ValueError(
-      f'PERSPECTIVE_QPS={os.environ["PERSPECTIVE_QPS"]!r} is no number of requests a second.'
+      f'PERSPECTIVE_QPS={os.environ["PERSPECTIVE_QPS"]!r} is not a number of requests per second.'
     ) from None
   return _perspective(texts, key, apart)
 
@@ -100,11 +101,13 @@ def _ask(text: str, key: str) -> float:
   try:
     return retries.tried(score, tries=TRIES, wait=FIRST_WAIT)
   except retries.Refused as error:
-    said = str(error).replace(key, 'KEY')
-    raise ValueError(f'the Perspective API refused a text ({said}). Text: {text[:80]!r}') from None
-  except retries.Passing as error:
-    said = str(error).replace(key, 'KEY')
+    reason = str(error).replace(key, 'KEY')
     raise ValueError(
-      f'the Perspective API does not answer after {TRIES} tries ({said}). What was scored is kept; '
-      'the same command goes on.'
+      f'the Perspective API refused a text ({reason}). Text: {text[:80]!r}'
+    ) from None
+  except retries.Passing as error:
+    reason = str(error).replace(key, 'KEY')
+    raise ValueError(
+      f'the Perspective API does not answer after {TRIES} tries ({reason}). The scores so '
+      'far are kept; the same command goes on.'
     ) from None
