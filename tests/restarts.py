@@ -27,6 +27,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -84,14 +85,26 @@ def stop(
     )
   if way == 'one':
     rng.choice(started).send_signal(signal.SIGKILL)
+  handled = all(map(handles_sigterm, started))
   for process in started if way != 'one' else ():
     process.send_signal(signal.SIGTERM if way == 'term' else signal.SIGKILL)
   codes = wait(started, ALONE_SECONDS)
   if any(code is None for code in codes):
     return f'they did not end within {ALONE_SECONDS} s: {codes}'
-  if way == 'term' and set(codes) - {0, 75}:
+  if way == 'term' and set(codes) - ({0, 75} if handled else {0, 75, -signal.SIGTERM}):
     return f'after SIGTERM they ended with {codes}'
   return ''
+
+
+def handles_sigterm(process: subprocess.Popen) -> bool:
+  """Whether a process has come so far that it handles SIGTERM; while it imports modules it just
+  ends."""
+  try:
+    status = pathlib.Path(f'/proc/{process.pid}/status').read_text()
+  except FileNotFoundError:
+    return False
+  caught = int(re.search(r'^SigCgt:\s*(\w+)', status, re.MULTILINE)[1], 16)
+  return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def wait(started: list[subprocess.Popen], seconds: float) -> list[int | None]:
