@@ -23,3 +23,22 @@ if not (compiled := os.environ.get('JAX_COMPILATION_CACHE_DIR')):
   atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', compiled)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+# The files that take minutes, longest first: with `-n 2` no worker is left alone with one of them.
+LONG_FILES = (
+  'test_train.py',
+  'test_processes.py',
+  'test_weights.py',
+  'test_preference.py',
+  'test_compile.py',
+  'test_data.py',
+  'test_files.py',
+  'test_versions.py',
+  'test_sharding.py',
+  'test_recipes.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  rank = {name: i for i, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

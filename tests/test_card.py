@@ -273,5 +273,5 @@ def test_what_cannot_be_pushed_is_said_before_any_work(tmp_path, monkeypatch):
     exported(tmp_path / 'out', '--push=mine')
   with pytest.raises(ValueError, match='--push=me/mine: nobody is logged in.*hf auth login'):
     exported(tmp_path / 'out', '--push=me/mine')
-  with pytest.raises(ValueError, match='--private goes with --push'):
+  with pytest.raises(ValueError, match='--private requires --push'):
     exported(tmp_path / 'out', '--private')
