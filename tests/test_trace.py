@@ -95,6 +95,26 @@ def test_a_trace_tells_phases_apart(tmp_path, capsys):
     trace.phases(tmp_path / 'nowhere')
 
 
+def test_two_programs_of_one_name_are_told_apart(tmp_path):
+  """Their operations have the same names too, and each has scopes of its own."""
+  x = jnp.ones((300, 300))
+
+  def program(scope, number):
+    def step(x):
+      with jax.named_scope(scope):
+        return jnp.sin(x @ x + number) @ x
+
+    return jax.jit(step)
+
+  first, second = program('score', 1.0), program('update', 2.0)
+  for step in (first, second):
+    step(x).block_until_ready()
+  with jax.profiler.trace(str(tmp_path)):
+    for step in (first, second):
+      step(x).block_until_ready()
+  assert {'score', 'update'} <= trace.phases(tmp_path).keys()
+
+
 # ---- throughput
 
 

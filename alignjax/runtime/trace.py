@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,12 +116,12 @@ def phases(folder: str | pathlib.Path) -> dict[str, float]:
   for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
     for line in plane.lines:
       operations = [
-        (e.start_ns, -e.duration_ns, str(s['hlo_op']), str(s.get('hlo_module', '')))
+        (e.start_ns, -e.duration_ns, str(s['hlo_op']), _program(s))
         for e in line.events
         if 'hlo_op' in (s := dict(e.stats))
       ]
       for name, module, own in _own_times(sorted(operations)):
-        seconds[phase_of(scopes.get((module.split('(')[0], name), ''))] += own
+        seconds[phase_of(scopes.get((module, name), ''))] += own
   total = sum(seconds.values())
   largest = sorted(seconds.items(), key=lambda item: -item[1])
   return {name: t / total for name, t in largest} if total else {}
@@ -149,21 +149,34 @@ def _own_times(operations: list[tuple]) -> Iterator[tuple[str, str, float]]:
     yield tuple(open_.pop()[1:])
 
 
+def _program(stats: Mapping[str, Any]) -> str:
+  """The name of the program that an operation belongs to, as 'jit_step(4)'. The number tells two
+  programs of one name apart; some platforms have it in the name already."""
+  name, number = str(stats.get('hlo_module', '')), stats.get('program_id')
+  return name if '(' in name or number is None else f'{name}({number})'
+
+
 def _scopes(trace: bytes) -> dict[tuple[str, str], str]:
-  """(module, operation) -> its path of scopes, from the programs (hlo.proto) in a trace (XSpace of
-  tsl's xplane.proto)."""
+  """(program, operation) -> its path of scopes, from the programs (hlo.proto) in a trace (XSpace of
+  tsl's xplane.proto). A program stands there under its name with its number, and under its bare
+  name for operations that have no number."""
   out = {}
   for plane in _fields(trace, 1):
     if _text(plane, 2) != '/host:metadata':
       continue
-    events = (event for entry in _fields(plane, 4) for event in _fields(entry, 2))
     programs = (
-      program for event in events for stat in _fields(event, 5) for program in _fields(stat, 6)
+      (_text(event, 2), module)
+      for entry in _fields(plane, 4)
+      for event in _fields(entry, 2)
+      for stat in _fields(event, 5)
+      for program in _fields(stat, 6)
+      for module in _fields(program, 1)
     )
-    for module in (m for program in programs for m in _fields(program, 1)):
+    for numbered, module in programs:
       for instruction in (i for computation in _fields(module, 3) for i in _fields(computation, 2)):
         for metadata in _fields(instruction, 7):
-          out[_text(module, 1), _text(instruction, 1)] = _text(metadata, 2)
+          for name in (numbered, _text(module, 1)):
+            out[name, _text(instruction, 1)] = _text(metadata, 2)
   return out
 
 
