@@ -32,6 +32,7 @@ import ml_collections
 import pytest
 
 from alignjax import train
+from alignjax.commands import config_flags
 from alignjax.models.config import TransformerConfig
 from alignjax.runtime import failures
 
@@ -44,7 +45,7 @@ PAGES = [
   ROOT / 'examples/README.md',
 ]
 COMMANDS = ROOT / 'alignjax/commands'
-CONFIGS = ROOT / ('alignjax/configs' if COMMANDS.is_dir() else 'experiments/configs')
+CONFIGS = ROOT / 'alignjax/configs'
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / 'setup.cfg')
 
@@ -167,26 +168,15 @@ def subcommand(words):
 
 def program(sub):
   """How this interpreter runs a subcommand."""
-  if COMMANDS.is_dir():
-    scripts = SETUP['options.entry_points']['console_scripts']
-    module, function = re.search(r'alignjax\s*=\s*([\w.]+):(\w+)', scripts).groups()
-    call = f'from {module} import {function} as main; main()'
-    return [sys.executable, '-c', f"import sys; sys.argv[0] = 'alignjax'; {call}", sub]
-  file = ROOT / f'experiments/{dict(estimate="compile").get(sub, sub)}.py'
-  assert file.is_file(), f'there is no subcommand {sub}'
-  return [sys.executable, str(file)]
-
-
-def config_of(arguments):
-  """The arguments with --config=NAME[:ARG] as this state of the project reads it."""
-  if COMMANDS.is_dir():
-    return arguments
-  return [re.sub(r'^--config=(\w+)(:|$)', r'--config=configs/\1.py\2', word) for word in arguments]
+  scripts = SETUP['options.entry_points']['console_scripts']
+  module, function = re.search(r'alignjax\s*=\s*([\w.]+):(\w+)', scripts).groups()
+  call = f'from {module} import {function} as main; main()'
+  return [sys.executable, '-c', f"import sys; sys.argv[0] = 'alignjax'; {call}", sub]
 
 
 def run(words, folder, timeout=600):
   """(status, output) of a subcommand with the arguments, in the folder."""
-  sub, arguments = words[0], config_of(words[1:])
+  sub, arguments = words[0], words[1:]
   environ = os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
@@ -217,8 +207,7 @@ def flags(sub, more=False):
 def read_config(arguments):
   """The config of --config=NAME[:ARG] and --config.ENTRY=VALUE, as the commands read them.
   SystemExit with a message for what is wrong."""
-  module = 'alignjax.commands.config_flags' if COMMANDS.is_dir() else 'experiments.command'
-  return importlib.import_module(module).read_config(config_of(arguments))[0]
+  return config_flags.read_config(arguments)[0]
 
 
 @pytest.mark.parametrize('sub', sorted({s[0] for c in ALL if (s := subcommand(c.words))}))
@@ -356,7 +345,6 @@ def test_commands_with_a_finished_run_work(tmp_path):
     runs(command, tmp_path)
 
 
-@pytest.mark.skipif(not COMMANDS.is_dir(), reason='the console command is not there yet')
 def test_subcommands_in_running_text_exist():
   found = {s for p in PAGES for s in re.findall(r'`alignjax ([a-z_]+)', prose(p))}
   assert found and all((COMMANDS / f'{sub}.py').is_file() for sub in found), found

@@ -12,6 +12,7 @@ from typing import Any
 
 import alignjax
 from alignjax.data import sources
+from alignjax.evals.markdown import table
 from alignjax.evals.stats import show
 from alignjax.inference import loading
 from alignjax.runtime import checkpoint, files
@@ -68,11 +69,11 @@ def write(name: str, model: loading.Model, exported: Mapping[str, Any]) -> str:
     if last[2].get('config'):
       lines += ['', f'The fingerprint of its config is `{last[2]["config"]}`.']
   if data:
-    lines += ['', '| stage | data | source | fingerprint |', '|---|---|---|---|']
-    lines += [f'| {s} | {e.removeprefix("data.")} | `{n}` | `{f}` |' for s, e, n, f in data]
+    rows = [(s, e.removeprefix('data.'), f'`{n}`', f'`{f}`') for s, e, n, f in data]
+    lines += ['', *table(('stage', 'data', 'source', 'fingerprint'), rows)]
   if figures := _figures(name):
     lines += ['', '## Results', '', 'Means with 95% intervals, and n.', '']
-    lines += ['| measured | value |', '|---|---|', *(f'| {k} | {v} |' for k, v in figures)]
+    lines += table(('measured', 'value'), figures)
   lines += ['', '## Use', '', *_use(name, model, exported)]
   lines += ['', '## Limits', '', *(REWARD_LIMITS if scalar else LIMITS).splitlines(), '']
   return '\n'.join(lines)
@@ -209,15 +210,15 @@ def _of_sandbox(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _of_tasks(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
   """Returns the figures in WORKDIR/evaluation/table.json."""
-  table = _json(folder.parent / 'evaluation' / 'table.json')
+  measured = _json(folder.parent / 'evaluation' / 'table.json')
   names = [
     policy
-    for policy, spec in table.get('models', {}).items()
+    for policy, spec in measured.get('models', {}).items()
     if not spec.startswith('hf:') and os.path.basename(spec) == folder.name
   ]
   return [
     (f'{row["task"]}, {row["metric"]}' + f', {row["prompt"]}' * bool(row['prompt']), figure)
-    for row in table.get('rows', ())
+    for row in measured.get('rows', ())
     for policy in names
     if (figure := row['models'].get(policy))
   ]
