@@ -141,7 +141,7 @@ if __name__ == '__main__':
 
 def test_every_subcommand_is_a_module_and_a_script():
   folder = ROOT / 'alignjax/commands'
-  shared = {'__init__', 'main', 'command', 'config_flags', 'overrides'}
+  shared = {'__init__', 'main', 'command', 'config_flags', 'overrides', 'estimate_page'}
   assert {p.stem for p in folder.glob('*.py')} == {*main.SUBCOMMANDS, *shared}
   scripts = {p.stem: p.read_text() for p in (ROOT / 'experiments').glob('*.py')}
   assert scripts.keys() == {*main.SUBCOMMANDS, 'this_clone'} - {'configs'}

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from alignjax import sharding
 from alignjax.commands import estimate as command
-from alignjax.compiler import chips, cost, hlo, liveness, operations, report
+from alignjax.commands import estimate_page
+from alignjax.compiler import chips, cost, hlo, liveness, operations
 from alignjax.stages import abstract
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -256,9 +257,9 @@ def test_a_stage_compiled_for_eight_devices(tmp_path):
   inside = [s for s in result['collectives'] if s['phase'] == 'decode' and s['in_loop']]
   assert max((s['bytes'] / s['times'] for s in inside), default=0) <= 64, inside
   assert result['needed']['decode'][1] == 0
-  text = report.describe('tiny', result)
+  text = estimate_page.describe('tiny', result)
   assert 'peak' in text and '| decode |' in text and 'Decode loop' in text
-  row = report.summary({'tiny': json.loads(json.dumps(result))})
+  row = estimate_page.summary({'tiny': json.loads(json.dumps(result))})
   assert '| tiny | 1 x 8 x 1 |' in row
 
 

@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
   )
 
   def run():
-    from alignjax.compiler import report
+    from alignjax.commands import estimate_page
     from alignjax.runtime import failures, files
 
     if out.value:
@@ -180,15 +180,15 @@ def main(argv: list[str]) -> None:
     chosen = stage.value or config.stages_to_run[-1]
     result = compile_stage(config, chosen, devices, chip)
     title = f'{name} {chosen} {topology.value}'
-    print(report.describe(title, result))
+    print(estimate_page.describe(title, result))
     if out.value:
       (folder / f'{re.sub("[ :]", "-", title)}.json').write_text(
         json.dumps(result | {'title': title})
       )
       found = [json.loads(p.read_text()) for p in sorted(folder.glob('*.json'))]
-      text = report.summary({r['title']: r for r in found})
+      text = estimate_page.summary({r['title']: r for r in found})
       (folder / 'table.md').write_text(
-        '\n'.join([text, '', *(report.describe(r['title'], r) for r in found)])
+        '\n'.join([text, '', *(estimate_page.describe(r['title'], r) for r in found)])
       )
       print(text)
     if not result['fits']:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from typing import Any
 
 import numpy as np
 
@@ -179,15 +178,6 @@ def short(op_name: str) -> str:
     'transpose(jvp())',
   }
   return '/'.join(p for p in op_name.split('/')[1:] if p not in drop) or op_name
-
-
-def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-  """A Markdown table."""
-
-  def line(cells):
-    return '| ' + ' | '.join(str(c) for c in cells) + ' |'
-
-  return '\n'.join([line(head), line('---' for _ in head), *map(line, rows)])
 
 
 def si(x: float, unit: str = '') -> str:

@@ -15,6 +15,7 @@ from alignjax.data import sources
 from alignjax.evals.markdown import table
 from alignjax.evals.stats import show
 from alignjax.inference import loading
+from alignjax.models import hub
 from alignjax.runtime import checkpoint, files
 
 # What each stage of alignjax does, and the hub's tag for it, by the module of its build function.
@@ -133,12 +134,12 @@ def _front_matter(model: loading.Model, stages: list) -> list[str]:
     facts['license'] = known
   if datasets := sorted(
     {
-      hub
+      name
       for _, _, made in stages
       for source in made.get('inputs', {}).values()
       if source['kind'] == 'data'
       for part in sources.split(source['name'])
-      if (hub := _hub_data(part))
+      if (name := _hub_data(part))
     }
   ):
     facts['datasets'] = datasets
@@ -147,8 +148,9 @@ def _front_matter(model: loading.Model, stages: list) -> list[str]:
 
 def _hub_name(source: str | None) -> str | None:
   """Returns the name of the checkpoint on the hub, or None for a local folder."""
-  named = source and re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', source)
-  return source if named and not pathlib.Path(source).is_dir() else None
+  if source and hub.is_hub_name(source) and not pathlib.Path(source).is_dir():
+    return source
+  return None
 
 
 def _license(source: str | None) -> str | None:

@@ -14,6 +14,12 @@ SUMS = 'SHA256SUMS'
 HUB_SECONDS = 10  # the time limit of an answer of the hub
 
 
+def is_hub_name(text: str) -> bool:
+  """Whether a text has the form of a model's name on the hub, NAME or USER/NAME. A relative path
+  may have this form, too."""
+  return re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', text) is not None
+
+
 def folder_of(name: str | os.PathLike) -> pathlib.Path:
   """The local folder of a checkpoint: a path, or a name on the hub, which is downloaded without
   pickles and code.
@@ -35,7 +41,7 @@ def folder_of(name: str | os.PathLike) -> pathlib.Path:
       f'hf:{text}: {path} is a file; name the folder that holds config.json and model.safetensors.'
     )
   model = text.rstrip('/')
-  if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', model):
+  if not is_hub_name(model):
     raise FileNotFoundError(f'hf:{text}: no such folder ({path.absolute()}).')
   from huggingface_hub import HfApi, snapshot_download
 
@@ -101,7 +107,7 @@ def check_push(repository: str) -> None:
   hub's, or nobody is logged in."""
   from huggingface_hub import get_token
 
-  if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repository):
+  if '/' not in repository or not is_hub_name(repository):
     raise ValueError(f'--push={repository}: a repository on the hub is named USER/NAME.')
   if get_token() is None:
     raise ValueError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from alignjax import plugins
 from alignjax.compiler import flops
 from alignjax.data.templates import Template
 from alignjax.models import transformer
@@ -151,6 +152,16 @@ def check_loss(
   for name, value in metrics.items():
     if not isinstance(name, str) or not _is_float(value, ()):
       raise ValueError(f'{rule}; its metric {name!r} is {_shapes(value)}.')
+
+
+def check_stage_loss(
+  setup: Setup, name: str, params: Params, batch: Any, key: jax.Array | None = None
+) -> None:
+  """check_loss for the entry stages.NAME.loss, to which the stage passes the networks and nothing
+  else."""
+  spec, where = setup.config.stages[name].loss, f'stages.{name}.loss'
+  loss_fn = plugins.bind(spec, where, given=('nets',))
+  check_loss(loss_fn, where, spec.fn, params, batch, setup.nets, key)
 
 
 def check_arrays(made: Any, where: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -170,12 +170,4 @@ def check(setup: Setup, name: str) -> None:
   state, frozen, batch = abstract_step(own, name).arguments
   if frozen:
     batch = batch.replace(ref_logprobs=jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32))
-  abstract.check_loss(
-    plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)),
-    f'{where}.loss',
-    cfg.loss.fn,
-    state.params,
-    batch,
-    own.nets,
-    jax.random.key(0),
-  )
+  abstract.check_stage_loss(own, name, state.params, batch, jax.random.key(0))

@@ -144,15 +144,7 @@ def check(setup: Setup, name: str) -> None:
   comparisons.check(setup, name)
   check_counts(setup, where, 'demonstrations', bias_demonstrations=cfg.bias_demonstrations)
   state, batch = abstract_step(setup, name).arguments
-  abstract.check_loss(
-    plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)),
-    f'{where}.loss',
-    cfg.loss.fn,
-    state.params,
-    batch,
-    setup.nets,
-    jax.random.key(0),
-  )
+  abstract.check_stage_loss(setup, name, state.params, batch, jax.random.key(0))
 
 
 def shift_bias(params, delta: float):

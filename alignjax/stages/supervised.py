@@ -64,15 +64,7 @@ def check(setup: Setup, name: str, abstract_step: Callable[[Setup, str], Plan]) 
   own = for_stage(setup, name)
   state, batch = abstract_step(own, name).arguments
   key = jax.random.key(0) if own.policy_model.dropout > 0 else None
-  abstract.check_loss(
-    plugins.bind(cfg.loss, f'{where}.loss', given=('nets',)),
-    f'{where}.loss',
-    cfg.loss.fn,
-    state.params,
-    batch,
-    own.nets,
-    key,
-  )
+  abstract.check_stage_loss(own, name, state.params, batch, key)
 
 
 def make_step(
