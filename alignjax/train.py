@@ -39,6 +39,7 @@ from alignjax.setup.objects import Setup, for_stage, make_setup
 from alignjax.setup.records import say
 from alignjax.stages.loop import Run, loop
 from alignjax.stages.stage import Stage
+from alignjax.types import TrainState
 
 
 def main(
@@ -245,9 +246,8 @@ def run_stage(
     if finished(setup, name):
       say(f'{name}: finished before, reused ({folder})')
       return
-    if (folder / 'final').exists() and not files.is_bucket(
-      folder
-    ):  # A kill may leave it in a bucket.
+    # A kill may leave such a folder in a bucket.
+    if (folder / 'final').exists() and not files.is_bucket(folder):
       say(f'{name}: {folder / "final"} is damaged, as its info.json is missing: it is made again')
     say(f'{name}: start')
     if outdated is not None and main_process:
@@ -255,14 +255,7 @@ def run_stage(
     began = time.perf_counter()
     stage = builder(setup, name)
     made = record(setup, name)
-    state, first = stage.state, 0
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    restored = saved.restore(shapes)
-    if restored is not None:
-      first, state = restored
-      say(f'{name}: goes on from step {first} of {stage.num_steps}')
+    first, state = last_state(stage, saved, name)
     built = time.perf_counter()
     tracer = trace.Tracer(wanted, folder, first=first, num_steps=stage.num_steps)
     with (
@@ -300,6 +293,18 @@ def run_stage(
       folder / 'final', params, info | {'seconds': seconds, 'steps': stage.num_steps}, made
     )
     say(f'{name}: done in {seconds:.0f} s (data and model {built - began:.0f} s)')
+
+
+def last_state(stage: Stage, saved: checkpoint.Checkpoints, name: str) -> tuple[int, TrainState]:
+  """(step, state) of the last checkpoint or, without one, of the start."""
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), stage.state
+  )
+  restored = saved.restore(shapes)
+  if restored is None:
+    return 0, stage.state
+  say(f'{name}: goes on from step {restored[0]} of {stage.num_steps}')
+  return restored
 
 
 def record(setup: Setup, name: str) -> dict:

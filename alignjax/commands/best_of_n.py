@@ -15,11 +15,21 @@ its own prompts, is drawn in panels of its own. --policy should be the reference
 Samples are stored in OUT/kept, so that an interrupted call resumes.
 """
 
+from __future__ import annotations
+
 import argparse
+import functools
 import json
 import pathlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from alignjax.commands import command
+
+if TYPE_CHECKING:
+  from alignjax.inference.samples import Responses
+
+  Gold = Callable[[Responses], dict]  # responses to {measure: f[P,count]}
 
 PPO_SAMPLES = 8  # Samples per prompt of the trained policies, whose mean is measured.
 LOGGED = {
@@ -82,14 +92,8 @@ def main(argv: list[str]) -> None:
   run(arguments(argv))
 
 
-def run(options: argparse.Namespace) -> None:
-  import numpy as np
-
-  from alignjax.data import sources
-  from alignjax.evals.reward import best_of_n
-  from alignjax.inference import loading, samples
-  from alignjax.runtime import failures, files, fingerprints, metrics
-
+def check(options: argparse.Namespace) -> tuple[list[int], int]:
+  """Returns (the values of --n, samples per prompt), after checking the flags."""
   try:
     ns = sorted({int(n) for n in options.n.split(',')})
   except ValueError:
@@ -109,34 +113,51 @@ def run(options: argparse.Namespace) -> None:
   ):
     if wrong:
       raise ValueError(message)
+  return ns, most
+
+
+def find_prompts(options: argparse.Namespace, saved: dict | None) -> tuple[list[dict], Gold | None]:
+  """Returns (records with prompts, how their responses are scored by the truth, which is None
+  outside the sandbox). saved: the config that --policy was trained with."""
+  import numpy as np
+
+  from alignjax import sandbox
+  from alignjax.data import sources
+  from alignjax.inference import samples
+
+  in_sandbox = options.prompts.startswith('sandbox:')
+  if not options.gold and not in_sandbox:
+    records = sources.read(options.prompts, 'prompts', options.mapping)
+    chosen = np.random.default_rng(options.seed).permutation(len(records))[: options.limit]
+    return [records[i] for i in np.sort(chosen)], None
+  if not saved or saved['data']['tokenizer'] != 'sandbox:':
+    raise ValueError(
+      f'--policy={options.policy} is not a policy of the sandbox: give --prompts, and leave --gold '
+      'out.'
+    )
+  if not in_sandbox:
+    raise ValueError(
+      f'--gold=sandbox scores only its own prompts, not --prompts={options.prompts}.'
+    )
+  seed = saved['world']['seed']
+  world, labelers = sandbox.World(seed), sandbox.Labelers(seed)
+  split = options.prompts.removeprefix('sandbox:') or 'test'
+  records = sandbox.prompts(world, options.limit, split)
+  if not options.gold:
+    return records, None
+  return records, functools.partial(samples.gold, world, labelers, records)
+
+
+def run(options: argparse.Namespace) -> None:
+  from alignjax.evals.reward import best_of_n
+  from alignjax.inference import loading, samples
+  from alignjax.runtime import failures, files, fingerprints
+
+  ns, most = check(options)
   out = files.folder(options.out)
   failures.check_writable(out, '--out')
   saved = loading.trained_with(options.policy)
-  world = None
-  split = (
-    options.prompts.removeprefix('sandbox:') if options.prompts.startswith('sandbox:') else None
-  )
-  if options.gold or split is not None:
-    if not saved or saved['data']['tokenizer'] != 'sandbox:':
-      raise ValueError(
-        f'--policy={options.policy} is not a policy of the sandbox: give '
-        f'--prompts, and leave --gold out.'
-      )
-    if split is None:
-      raise ValueError(
-        f'--gold=sandbox scores only its own prompts, not --prompts={options.prompts}.'
-      )
-    from alignjax import sandbox
-
-    world, labelers = (
-      sandbox.World(saved['world']['seed']),
-      sandbox.Labelers(saved['world']['seed']),
-    )
-    records = sandbox.prompts(world, options.limit, split or 'test')
-  else:
-    records = sources.read(options.prompts, 'prompts', options.mapping)
-    chosen = np.random.default_rng(options.seed).permutation(len(records))[: options.limit]
-    records = [records[i] for i in np.sort(chosen)]
+  records, gold = find_prompts(options, saved)
   max_tokens = options.max_tokens or (saved['data']['response_length'] if saved else 128)
   prompts = [r['prompt'] for r in records]
   names = [json.dumps(p) for p in prompts]  # A repeated prompt is one cluster.
@@ -149,11 +170,18 @@ def run(options: argparse.Namespace) -> None:
 
   model = load(options.policy, 'lm')
   reward = load(options.reward_model, 'scalar')
-  policies = {name: load(p, 'lm') for name, p in ppo.items()}
+  policies = {name: load(path, 'lm') for name, path in ppo.items()}
+  for name, policy in policies.items():
+    if policy.cfg != model.cfg:
+      raise ValueError(
+        f'{ppo[name]} has another architecture than {options.policy}, which should be its '
+        'reference.'
+      )
   rewarder = samples.make_rewarder(reward, prompts, rows=options.rows)
 
-  def measured(model, count):
+  def measured(path, model, count):
     """Returns (responses, {measure: f[P,count]})."""
+    print(f'{path}: {count} samples of {len(prompts)} prompts', flush=True)
     key = [
       loading.fingerprint(model),
       prompts,
@@ -174,12 +202,9 @@ def run(options: argparse.Namespace) -> None:
     )
     responses = respond(model.params, options.seed, kept)
     values = {'reward model': rewarder(reward.params, responses)}
-    if options.gold:
-      values |= samples.gold(world, labelers, records, responses)
-    return responses, values
+    return responses, values | (gold(responses) if gold else {})
 
-  print(f'{options.policy}: {most} samples of {len(prompts)} prompts', flush=True)
-  _, values = measured(model, most)
+  _, values = measured(options.policy, model, most)
   result = dict(
     policy=options.policy,
     reward_model=options.reward_model,
@@ -193,24 +218,10 @@ def run(options: argparse.Namespace) -> None:
     policies={},
   )
   for name, policy in policies.items():
-    path = ppo[name]
-    if policy.cfg != model.cfg:
-      raise ValueError(
-        f'{path} has another architecture than {options.policy}, which should be its reference.'
-      )
-    print(f'{path}: {PPO_SAMPLES} samples of {len(prompts)} prompts', flush=True)
-    responses, values = measured(policy, PPO_SAMPLES)
+    responses, values = measured(ppo[name], policy, PPO_SAMPLES)
     divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
-    result['policies'][name] = best_of_n.policy(
-      divergence(policy.params, model.params, responses), values, names
-    )
-    log = files.folder(path) / 'metrics.jsonl'
-    logged = metrics.read(log) if log.exists() else {}
-    if 'objective/kl' in logged:
-      result['policies'][name]['training'] = {
-        'kl': logged['objective/kl'].tolist(),
-        **{m: logged[LOGGED[m]].tolist() for m in result['measures'] if LOGGED[m] in logged},
-      }
+    kl = divergence(policy.params, model.params, responses)
+    result['policies'][name] = best_of_n.policy(kl, values, names) | logged(ppo[name], values)
   out.mkdir(parents=True, exist_ok=True)
   (out / 'best_of_n.json').write_text(json.dumps(result, indent=2))
   (out / 'best_of_n.md').write_text(
@@ -218,6 +229,19 @@ def run(options: argparse.Namespace) -> None:
   )
   best_of_n.plot(result, out / 'best_of_n.png')
   print(best_of_n.markdown(result), flush=True)
+
+
+def logged(stage: str, measures: Iterable[str]) -> dict[str, dict]:
+  """Returns {'training': {'kl': values, measure: values}} from metrics.jsonl of a PPO stage, or {}
+  if the stage has no such log."""
+  from alignjax.runtime import files, metrics
+
+  path = files.folder(stage) / 'metrics.jsonl'
+  log = metrics.read(path) if path.exists() else {}
+  if 'objective/kl' not in log:
+    return {}
+  found = {m: log[LOGGED[m]].tolist() for m in measures if LOGGED[m] in log}
+  return {'training': {'kl': log['objective/kl'].tolist(), **found}}
 
 
 def label(stage: str) -> str:

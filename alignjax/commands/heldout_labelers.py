@@ -15,10 +15,17 @@ OUT/fold<i>-seed<j>, so that the same command resumes after an interruption. Sta
 folder or a checkpoint, because a 'stage:' would be trained again for each model.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from alignjax.commands import config_flags
+
+if TYPE_CHECKING:
+  from alignjax.evals.reward import labelers
 
 
 def cross_validate(
@@ -51,10 +58,8 @@ def cross_validate(
     dtype: the dtype that the models are measured in.
   """
   from alignjax.data import sources
-  from alignjax.evals import stats
   from alignjax.evals.reward import labelers
-  from alignjax.evals.stats import interval
-  from alignjax.runtime import fingerprints, journal
+  from alignjax.runtime import fingerprints
 
   records = sources.read(config.data.comparisons, 'comparisons', config.data.mapping.comparisons)
   groups = labelers.groups(records, folds=folds, min_votes=min_votes, seed=split_seed)
@@ -69,6 +74,42 @@ def cross_validate(
     models=made_from(config, out),
     code=fingerprints.of_function(labelers.split),
   )
+  check_protocol(out, protocol)
+  known = {name for group in groups for name in group}
+  chosen = [r for r in records if labelers.labeler(r) in known]
+  print(
+    f'{len(known)} labelers with {min_votes} votes or more, {len(chosen)} of {len(records)} votes, '
+    f'{len({labelers.prompt_key(r) for r in chosen})} prompts',
+    flush=True,
+  )
+  cuts = [labelers.split(chosen, groups, fold, split_seed) for fold in range(folds)]
+  for fold, cut in enumerate(cuts):
+    check_fold(fold, cut)
+  scores: list[list[labelers.Scores]] = []  # [fold][seed]
+  for fold, cut in enumerate(cuts):
+    train = cut.train
+    if rankings:
+      train = labelers.rankings(train, k=rankings, rounds=rounds, seed=split_seed + fold)
+    scores.append(
+      [
+        score_fold(config, out, train, cut, fold=fold, seed=seed, dtype=dtype)
+        for seed in range(seeds)
+      ]
+    )
+  return dict(
+    protocol=protocol,
+    labelers=len(known),
+    groups=groups,
+    votes=len(chosen),
+    figures=figures(cuts, scores),
+  )
+
+
+def check_protocol(out: pathlib.Path, protocol: dict) -> None:
+  """Writes the protocol to OUT/protocol.json, or raises a ValueError if the results in OUT are
+  those of another protocol."""
+  from alignjax.runtime import journal
+
   path = out / 'protocol.json'
   before = journal.read_whole(path)
   if before not in (None, protocol):
@@ -78,69 +119,92 @@ def cross_validate(
       'Use another --out, or delete the folder.'
     )
   journal.write_whole(path, protocol)
-  known = {name for group in groups for name in group}
-  chosen = [r for r in records if labelers.labeler(r) in known]
-  print(
-    f'{len(known)} labelers with {min_votes} votes or more, {len(chosen)} of {len(records)} votes, '
-    f'{len({labelers.prompt_key(r) for r in chosen})} prompts',
-    flush=True,
-  )
-  pools = dict(seen=[], heldout=[])  # [fold] of votes
-  hits = dict(seen=[], heldout=[], seen_longer=[], heldout_longer=[])  # [fold][seed] of values
-  agree = dict(seen=[], heldout=[])  # [fold] of (values, prompts)
-  for fold in range(folds):
-    cut = labelers.split(chosen, groups, fold, split_seed)
-    cast = dict(seen=labelers.votes(cut.seen), heldout=labelers.votes(cut.heldout))
-    for pool, votes in cast.items():
-      if not votes or not cut.train:
-        raise ValueError(
-          f'fold {fold}: no votes to {"measure on" if cut.train else "train on"} are left; '
-          'lower --folds or --min_votes.'
-        )
-      pools[pool].append(votes)
-      hits[pool].append([])
-      hits[f'{pool}_longer'].append([labelers.hits(votes, labelers.longer)])
-    agree['seen'].append(labelers.agreement(cast['seen']))
-    agree['heldout'].append(labelers.agreement(cast['heldout'], cast['seen']))
-    for seed in range(seeds):
-      folder = out / f'fold{fold}-seed{seed}'
-      scored = journal.read_whole(folder / 'scores.json')
-      if scored is None:
-        train = (
-          labelers.rankings(cut.train, k=rankings, rounds=rounds, seed=split_seed + fold)
-          if rankings
-          else cut.train
-        )
-        scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
-        journal.write_whole(folder / 'scores.json', scored)
-      else:
-        print(f'fold {fold}, seed {seed}: scores were already in {folder}', flush=True)
-      scores = {(p, r): s for p, r, s in scored['scores']}
-      for pool, votes in cast.items():
-        hits[pool][fold].append(labelers.hits(votes, lambda p, r: scores[p, r]))  # noqa: B023  used at once
-      print(
-        f'fold {fold}, seed {seed}: seen {hits["seen"][fold][-1].mean():.3f}, held out '
-        f'{hits["heldout"][fold][-1].mean():.3f}',
-        flush=True,
+
+
+def check_fold(fold: int, cut: labelers.Fold) -> None:
+  """Raises a ValueError if a part of the fold has no votes."""
+  from alignjax.evals.reward import labelers
+
+  for part, purpose in (
+    (cut.train, 'train'),
+    (labelers.votes(cut.seen), 'measure'),
+    (labelers.votes(cut.heldout), 'measure'),
+  ):
+    if not part:
+      raise ValueError(
+        f'fold {fold}: no votes to {purpose} on are left; lower --folds or --min_votes.'
       )
-  prompts = {pool: [[v.prompt for v in votes] for votes in pools[pool]] for pool in pools}
 
-  def flat(lists):
-    return [x for one in lists for x in one]
 
-  mean = {pool: [sum(fold) / len(fold) for fold in hits[pool]] for pool in hits}
-  result = {f'accuracy_{pool}': labelers.over_models(hits[pool], prompts[pool]) for pool in pools}
+def score_fold(
+  config, out: pathlib.Path, train: list, cut: labelers.Fold, *, fold: int, seed: int, dtype: str
+) -> labelers.Scores:
+  """Returns the scores that a reward model, trained on the records `train`, gives to the responses
+  that the fold is measured on. Scores that OUT has are read from there."""
+  from alignjax.evals.reward import labelers
+  from alignjax.runtime import journal
+
+  folder = out / f'fold{fold}-seed{seed}'
+  scored = journal.read_whole(folder / 'scores.json')
+  if scored is None:
+    scored = dict(scores=trained(config, folder, train, [*cut.seen, *cut.heldout], seed, dtype))
+    journal.write_whole(folder / 'scores.json', scored)
+  else:
+    print(f'fold {fold}, seed {seed}: scores were already in {folder}', flush=True)
+  scores = {(prompt, response): score for prompt, response, score in scored['scores']}
+
+  def score(prompt: str, response: str) -> float:
+    return scores[prompt, response]
+
+  seen, heldout = (
+    labelers.hits(labelers.votes(part), score).mean() for part in (cut.seen, cut.heldout)
+  )
+  print(f'fold {fold}, seed {seed}: seen {seen:.3f}, held out {heldout:.3f}', flush=True)
+  return score
+
+
+def figures(
+  cuts: Sequence[labelers.Fold], scores: Sequence[Sequence[labelers.Scores]]
+) -> dict[str, dict]:
+  """Returns the figures of heldout_labelers.json, with intervals: the accuracy of the reward models
+  by pool of labelers, their difference, the agreement of labelers, and the accuracy of the rule
+  that the longer response wins. scores: [fold][seed]."""
+  from alignjax.evals import stats
+  from alignjax.evals.reward import labelers
+
+  votes = {
+    'seen': [labelers.votes(cut.seen) for cut in cuts],
+    'heldout': [labelers.votes(cut.heldout) for cut in cuts],
+  }
+  prompts = {pool: [[v.prompt for v in fold] for fold in votes[pool]] for pool in votes}
+
+  def over_folds(values: Iterable[Iterable], clusters: Iterable[Iterable]) -> dict:
+    return stats.interval(flat(values), flat(clusters), (0, 1))
+
+  result, means = {}, {}
+  for pool, folds in votes.items():
+    hits = [
+      [labelers.hits(fold, score) for score in own] for fold, own in zip(folds, scores, strict=True)
+    ]
+    means[pool] = [sum(fold) / len(fold) for fold in hits]
+    result[f'accuracy_{pool}'] = labelers.over_models(hits, prompts[pool])
   result['gap'] = stats.gap(
-    flat(mean['seen']), flat(prompts['seen']), flat(mean['heldout']), flat(prompts['heldout'])
+    flat(means['seen']), flat(prompts['seen']), flat(means['heldout']), flat(prompts['heldout'])
   )
-  for pool in pools:
-    result[f'agreement_{pool}'] = interval(
-      flat(v for v, _ in agree[pool]), flat(p for _, p in agree[pool]), (0, 1)
-    )
-    result[f'longer_{pool}'] = interval(flat(mean[f'{pool}_longer']), flat(prompts[pool]), (0, 1))
-  return dict(
-    protocol=protocol, labelers=len(known), groups=groups, votes=len(chosen), figures=result
-  )
+  agreed = {
+    'seen': [labelers.agreement(fold) for fold in votes['seen']],
+    'heldout': list(map(labelers.agreement, votes['heldout'], votes['seen'])),
+  }
+  for pool, folds in votes.items():
+    values, clusters = zip(*agreed[pool], strict=True)
+    result[f'agreement_{pool}'] = over_folds(values, clusters)
+    longer = [labelers.hits(fold, labelers.longer) for fold in folds]
+    result[f'longer_{pool}'] = over_folds(longer, prompts[pool])
+  return result
+
+
+def flat(lists: Iterable[Iterable]) -> list:
+  return [x for one in lists for x in one]
 
 
 def made_from(config, out: pathlib.Path) -> str:
@@ -205,6 +269,7 @@ def trained(
 
 def markdown(result: dict) -> str:
   """Returns the contents of heldout_labelers.md."""
+  from alignjax.evals.markdown import table
   from alignjax.evals.stats import show
 
   f, p = result['figures'], result['protocol']
@@ -219,6 +284,12 @@ def markdown(result: dict) -> str:
       return mean
     return f'{mean} ± {figure["sd_over_models"]:.3f}'
 
+  rows = [
+    ('reward model', 'accuracy', cell),
+    ('mean over models ± their deviation', 'accuracy', mean_and_deviation),
+    ('the longer response wins', 'longer', cell),
+    ('agreement with one of the training groups', 'agreement', cell),
+  ]
   return '\n'.join(
     [
       '# Held-out labelers',
@@ -228,14 +299,10 @@ def markdown(result: dict) -> str:
       'model saw; mean and 95% interval by prompt (votes). Paper: 72.4 ± 0.4% seen, 69.6 ± 0.9% '
       'held out.',
       '',
-      '| | labelers of the training groups | labelers of the held-out group |',
-      '|---|---|---|',
-      f'| reward model | {cell(f["accuracy_seen"])} | {cell(f["accuracy_heldout"])} |',
-      f'| mean over models ± their deviation | {mean_and_deviation(f["accuracy_seen"])} | '
-      f'{mean_and_deviation(f["accuracy_heldout"])} |',
-      f'| the longer response wins | {cell(f["longer_seen"])} | {cell(f["longer_heldout"])} |',
-      f'| agreement with one of the training groups | {cell(f["agreement_seen"])} | '
-      f'{cell(f["agreement_heldout"])} |',
+      *table(
+        ('', 'labelers of the training groups', 'labelers of the held-out group'),
+        [(name, show_as(f[f'{k}_seen']), show_as(f[f'{k}_heldout'])) for name, k, show_as in rows],
+      ),
       '',
       f'Seen less held out: {cell(f["gap"])}.',
       '',

@@ -101,51 +101,92 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  from alignjax.evals.preference import judgments, page, statistics
-  from alignjax.runtime import files, metrics
+  from alignjax.evals.preference import judgments
 
   policies, kinds, out = check(options)
-  judged = judgments.Judged([], [], {}, {}, [])
-  people = [spec for kind, spec in kinds if kind == 'file']
-  records, pairs, responses, known, world = [], [], {}, {}, None
+  records, world = [], None
   if policies:
     from alignjax.evals.preference import responses as answers
 
     world, _ = answers.trained(policies)
     records = answers.prompts(options.prompts, options.mapping, options.limit, options.seed, world)
+  # Wrong files are reported before anything is sampled.
+  sheets = [spec for kind, spec in kinds if kind == 'file']
+  judged = read_sheets(sheets, options, policies, records)
+  responses, pairs = {}, []
+  if policies:
+    responses = sample(options, policies, records, out)
+    pairs = answered_pairs(records, responses, judged)
+    if options.export:
+      export(pairs, options)
+  elif len(sheets) < len(kinds):
+    pairs = judgments.pairs_of(judged)
+  for kind, spec in kinds:
+    if kind != 'file':
+      add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
+  if judged.verdicts:
+    write(summarize(judged, options, policies, records, responses), out)
+
+
+def read_sheets(
+  paths: list[str], options: argparse.Namespace, policies: dict[str, str], records: list[dict]
+):
+  """Returns the judgments in people's files. If there are policies, the files may judge only these,
+  and only the prompts of the records."""
+  from alignjax.evals.preference import judgments
+
+  judged = judgments.Judged([], [], {}, {}, [])
+  known = {}
+  if policies:
     known = dict(policies=list(policies), prompts={r['prompt_id'] for r in records})
-  for path in people:  # Wrong files are reported before anything is sampled.
+  for path in paths:
     add(
       judged,
       judgments.read(
         path, judge=f'file:{path}', mapping=options.judge_mapping, key=options.judge_key, **known
       ),
     )
-  if policies:
-    responses = sample(options, policies, records, out)
-    pairs = judgments.make_pairs(records, responses)
-    if not pairs:
-      raise ValueError('no prompt has a response of every policy; lower --max_tokens.')
-    left = len(records) - len({p.record['prompt_id'] for p in pairs})
-    if left:
-      judged.notes.append(
-        f'{left} of {len(records)} prompts lack a response of some policy and are left out'
-      )
-    if options.export:
-      key = judgments.export(pairs, files.folder(options.export), options.seed)
-      print(
-        f'{options.export}: {len(pairs)} pairs to judge; {key} names their policies', flush=True
-      )
-  elif len(people) < len(kinds):
-    pairs = judgments.pairs_of(judged)
-  for kind, spec in kinds:
-    if kind != 'file':
-      add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
-  if not judged.verdicts:
-    return
-  names = list(policies) or list(
-    dict.fromkeys(n for v in judged.verdicts for n in sorted((v.a, v.b)))
-  )
+  return judged
+
+
+def answered_pairs(records: list[dict], responses: dict[str, list], judged) -> list:
+  """Returns the pairs of the policies' responses, and adds a note to the judgments if prompts are
+  left out."""
+  from alignjax.evals.preference import judgments
+
+  pairs = judgments.make_pairs(records, responses)
+  if not pairs:
+    raise ValueError('no prompt has a response of every policy; lower --max_tokens.')
+  left = len(records) - len({p.record['prompt_id'] for p in pairs})
+  if left:
+    judged.notes.append(
+      f'{left} of {len(records)} prompts lack a response of some policy and are left out'
+    )
+  return pairs
+
+
+def export(pairs: list, options: argparse.Namespace) -> None:
+  """Writes the sheet for people to judge."""
+  from alignjax.evals.preference import judgments
+  from alignjax.runtime import files
+
+  key = judgments.export(pairs, files.folder(options.export), options.seed)
+  print(f'{options.export}: {len(pairs)} pairs to judge; {key} names their policies', flush=True)
+
+
+def summarize(
+  judged,
+  options: argparse.Namespace,
+  policies: dict[str, str],
+  records: list[dict],
+  responses: dict[str, list],
+) -> dict:
+  """Returns the contents of preference.json."""
+  from alignjax.evals import stats
+  from alignjax.evals.preference import statistics
+
+  judged_names = (name for v in judged.verdicts for name in sorted((v.a, v.b)))
+  names = list(policies) or list(dict.fromkeys(judged_names))
   baseline = options.baseline or names[0]
   if baseline not in names:
     raise ValueError(f'--baseline={baseline} is none of the policies {", ".join(names)}.')
@@ -161,43 +202,42 @@ def run(options: argparse.Namespace) -> None:
         f'the judgments are of another response of {at[1]!r} to the prompt {at[0]!r} than the one '
         'sampled with these --temperature, --max_tokens and --seed.'
       )
-  result = statistics.summarize(
-    judged, names, baseline, {at: len(text.split()) for at, text in texts.items()}
-  )
+  words = {at: len(text.split()) for at, text in texts.items()}
+  result = statistics.summarize(judged, names, baseline, words)
   result |= dict(
     notes=judged.notes, options={k: v for k, v in vars(options).items() if v is not None}
   )
   if responses:
-    from alignjax.evals.stats import interval
-
     result['ended'] = {
-      n: interval([a.ended for a in answers if a.text is not None], bounds=(0, 1))
+      n: stats.interval([a.ended for a in answers if a.text is not None], bounds=(0, 1))
       for n, answers in responses.items()
     }
+  return result
+
+
+def write(result: dict, out: pathlib.Path) -> None:
+  """Writes preference.json, .md and .png, and prints the notes and a short table."""
+  from alignjax.evals.preference import page
+  from alignjax.runtime import metrics
+
   out.mkdir(parents=True, exist_ok=True)
   (out / 'preference.json').write_text(json.dumps(result, indent=1))
-  (out / 'preference.md').write_text(page.markdown(result, judged.notes))
+  (out / 'preference.md').write_text(page.markdown(result, result['notes']))
   page.plot(result, out / 'preference.png')
-  for note in judged.notes:
+  for note in result['notes']:
     print(note, flush=True)
 
-  def short(f):
-    return '-' if not f or f['mean'] is None else f'{f["mean"]:.3f}'
+  def short(figure):
+    return '-' if not figure or figure['mean'] is None else f'{figure["mean"]:.3f}'
 
-  rows = [
-    (
-      p,
-      *(
-        f'{short(j["win_rate"][p].get(baseline))} ({short(j["bradley_terry"][p])})'
-        for j in result['judges'].values()
-      ),
-    )
-    for p in names
-  ]
+  def cell(judge, policy):
+    rate = judge['win_rate'][policy].get(result['baseline'])
+    return f'{short(rate)} ({short(judge["bradley_terry"][policy])})'
+
   metrics.print_table(
-    f'{out}/preference.md: win rate against {baseline} (strength)',
+    f'{out}/preference.md: win rate against {result["baseline"]} (strength)',
     ('policy', *result['judges']),
-    rows,
+    [(p, *(cell(judge, p) for judge in result['judges'].values())) for p in result['policies']],
   )
 
 

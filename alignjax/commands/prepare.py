@@ -16,6 +16,7 @@ From pretraining text only blank texts and duplicates are removed, and whole tex
 import argparse
 import gzip
 import json
+import pathlib
 import re
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ def number(text: str) -> int | None:
   return value
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]) -> argparse.Namespace:
   parser = command.make_parser(__name__)
   parser.add_argument(
     '--source', required=True, help='jsonl:FILE, tfds:..., hf:... (alignjax/data/sources.py)'
@@ -74,31 +75,19 @@ def main(argv: list[str]) -> None:
   )
   parser.add_argument('--shares', default='train=0.9,valid=0.05,test=0.05')
   parser.add_argument('--seed', type=int, default=0, help='the seed of the split')
-  options = parser.parse_args(argv)
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  options = arguments(argv)
   from alignjax.data import hygiene, sources
   from alignjax.runtime import failures, files
 
   out = files.folder(options.out)
   failures.check_writable(out if out.exists() else out.parent, '--out')
-  try:
-    parts = [part.strip().split('=') for part in options.shares.split(',')]
-    shares = {name: float(share) for name, share in parts}
-  except ValueError:
-    raise ValueError(
-      f"--shares={options.shares} does not have the form 'train=0.9,valid=0.05,test=0.05'."
-    ) from None
-  if len(shares) < len(parts) or not all(re.fullmatch(r'\w[\w.-]*', name) for name in shares):
-    raise ValueError(
-      f'--shares={options.shares}: each split must have a name of its own, of letters, digits, _, '
-      f'. and -.'
-    )
   if options.shards < 1:
     raise ValueError(f'--shards={options.shards}: a split must have one file or more.')
-  if not all(0 <= share < float('inf') for share in shares.values()) or not sum(shares.values()):
-    raise ValueError(
-      f'--shares={options.shares}: a share must be a number from 0 on, and at least one '
-      f'must be above 0.'
-    )
+  shares = parse_shares(options.shares)
   length = length_by(options.tokenizer)
   records = sources.read(options.source, options.kind, options.mapping)
   splits, log = hygiene.clean(
@@ -119,25 +108,54 @@ def main(argv: list[str]) -> None:
     print(f'{name}: {len(rows)} records, {len({hygiene.user_of(r) for r in rows} - {None})} users')
   for name in (name for name, rows in splits.items() if not rows):
     print(
-      f'WARNING: the split {name} is empty: none of the {log[-1][2]} remaining records fell '
-      f'into its share of '
-      f'{shares[name]:g}. Give more records, other --shares, or another --seed.'
+      f'WARNING: the split {name} is empty: none of the {log[-1][2]} remaining records fell into '
+      f'its share of {shares[name]:g}. Give more records, other --shares, or another --seed.'
     )
   out.mkdir(parents=True, exist_ok=True)
   if options.format == 'tfds':
-    from alignjax.data.records import records_dataset_builder
-
-    folder = records_dataset_builder.store(
-      {k: v for k, v in splits.items() if v}, options.kind, out, options.shards
-    )
-    names = [f'tfds:{folder}:{name}' for name, rows in splits.items() if rows]
+    names = write_shards(splits, options.kind, out, options.shards)
   else:
-    names = []
-    for name, rows in splits.items():
-      with gzip.open(out / f'{name}.jsonl.gz', 'wt', encoding='utf-8') as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-      names.append(f'jsonl:{out / name}.jsonl.gz')
+    names = [write_lines(rows, out / f'{name}.jsonl.gz') for name, rows in splits.items()]
   print('\n'.join(names))
+
+
+def parse_shares(text: str) -> dict[str, float]:
+  """Returns {split: share} of 'train=0.9,valid=0.1'."""
+  try:
+    parts = [part.strip().split('=') for part in text.split(',')]
+    shares = {name: float(share) for name, share in parts}
+  except ValueError:
+    raise ValueError(
+      f"--shares={text} does not have the form 'train=0.9,valid=0.05,test=0.05'."
+    ) from None
+  if len(shares) < len(parts) or not all(re.fullmatch(r'\w[\w.-]*', name) for name in shares):
+    raise ValueError(
+      f'--shares={text}: each split must have a name of its own, of letters, digits, _, . and -.'
+    )
+  if not all(0 <= share < float('inf') for share in shares.values()) or not sum(shares.values()):
+    raise ValueError(
+      f'--shares={text}: a share must be a number from 0 on, and at least one must be above 0.'
+    )
+  return shares
+
+
+def write_lines(rows: list[dict], path: pathlib.Path) -> str:
+  """Writes the records as gzipped JSON lines and returns their source for the config."""
+  with gzip.open(path, 'wt', encoding='utf-8') as file:
+    file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  return f'jsonl:{path}'
+
+
+def write_shards(
+  splits: dict[str, list[dict]], kind: str, out: pathlib.Path, shards: int
+) -> list[str]:
+  """Writes the splits that have records as array_record shards and returns their sources for the
+  config."""
+  from alignjax.data.records import records_dataset_builder
+
+  filled = {name: rows for name, rows in splits.items() if rows}
+  folder = records_dataset_builder.store(filled, kind, out, shards)
+  return [f'tfds:{folder}:{name}' for name in filled]
 
 
 def length_by(tokenizer: str | None) -> Callable[[str], int]:

@@ -82,19 +82,22 @@ def evaluate(
         )
     del model
   rows = table.assemble(measured, baseline)
-  if jax.process_index():
-    return rows
-  result = dict(
-    models=dict(models), baseline=baseline, limit=limit, seed=seed, dtype=dtype, rows=rows
-  )
+  if jax.process_index() == 0:
+    result = dict(
+      models=dict(models), baseline=baseline, limit=limit, seed=seed, dtype=dtype, rows=rows
+    )
+    _write(result, out)
+  return rows
+
+
+def _write(result: Mapping[str, Any], out: files.Folder) -> None:
+  """Writes the files of `evaluate` and prints the table. result: the contents of table.json."""
+  models, baseline, rows = list(result['models']), result['baseline'], result['rows']
   files.write(out / 'table.json', json.dumps(result, indent=2))
-  files.write(
-    out / 'table.md',
-    table.markdown(rows, list(models), baseline)
-    + ('\n![differences](table.png)\n' if len(models) > 1 else ''),
-  )
+  picture = '\n![differences](table.png)\n' if len(models) > 1 else ''
+  files.write(out / 'table.md', table.markdown(rows, models, baseline) + picture)
   if len(models) > 1:
-    table.plot(rows, list(models), baseline, out / 'table.png')
+    table.plot(rows, models, baseline, out / 'table.png')
   elif (out / 'table.png').exists():
     (out / 'table.png').unlink()  # An earlier call with more models wrote it.
 
@@ -109,4 +112,3 @@ def evaluate(
       for r in rows
     ],
   )
-  return rows

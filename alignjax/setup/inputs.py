@@ -278,25 +278,11 @@ def check(
   if not finished and not (steps.exists() and any(p.name.isdigit() for p in steps.iterdir())):
     return
   what = f'{folder} {"was made" if finished else "goes on"}'
-  if finished and 'made' not in checkpoint.load_info(folder / 'final'):
-    if choice == 'fail':
-      raise ChangedInput(
-        f'{folder} does not say what it was made from: another version of alignjax wrote it. '
-        f'{_choose(folder)}'
-      )
-    if choice == 'restart':
-      files.remove(folder)
+  found = _noted(folder, finished)
+  if found is None:
+    _of_another_version(folder, choice)
     return
-  found = (
-    checkpoint.load_info(folder / 'final')['made'] if finished else _load(folder / 'inputs.json')
-  )
-  if not fingerprints.is_of_config(found['config'], config):
-    if (folder / 'checkpoints' / 'config.json').exists():
-      # This error names the entries.
-      saved_config.check(folder / 'checkpoints' / 'config.json', config)
-    raise saved_config.Mismatch(
-      f'{what} with another config than this one. Use another --workdir, or delete the folder.'
-    )
+  _check_config(found, config, folder, what)
   if finished:
     now = logs(folder)
     wrong = [folder / name for name, was in found.get('logs', {}).items() if now.get(name) != was]
@@ -310,11 +296,7 @@ def check(
     )
   if not changes:
     return
-  lines = []
-  for entry, now in changes.items():
-    was = found['inputs'][entry]
-    name = f' ({was["name"]})' if was['name'] != entry else ''
-    lines.append(f'  {entry}{name}: {was["fingerprint"]} then, {now} now')
+  lines = [_line(entry, found['inputs'][entry], now) for entry, now in changes.items()]
   has_weights = any(found['inputs'][entry]['kind'] == 'weights' for entry in changes)
   if choice == 'restart':
     say('\n'.join([f'{stage}: done again, as its inputs are others:', *lines]))
@@ -322,14 +304,60 @@ def check(
   elif choice == 'keep' and not has_weights:
     first = f'{stage}: kept, although its inputs are others (--on_changed_input=keep):'
     say('\n'.join([first, *lines]))
-    for entry, now in changes.items():
-      found['inputs'][entry]['fingerprint'] = now
-    if finished:
-      checkpoint.save_made(folder / 'final', found)
-    _write(folder / 'inputs.json', {k: found[k] for k in ('origin', 'config', 'inputs')})
+    _accept(changes, found, folder, finished)
   else:
     first = f'{what} from other inputs than those that are there now:'
     raise ChangedInput('\n'.join([first, *lines, _choose(folder, has_weights)]))
+
+
+def _noted(folder: files.Folder, finished: bool) -> dict[str, Any] | None:
+  """What `record` noted about a stage's folder; None for a finished one of another version, which
+  noted nothing."""
+  if finished:
+    return checkpoint.load_info(folder / 'final').get('made')
+  return _load(folder / 'inputs.json')
+
+
+def _of_another_version(folder: files.Folder, choice: str) -> None:
+  """What `choice` does to a finished stage that does not say what it was made from."""
+  if choice == 'fail':
+    raise ChangedInput(
+      f'{folder} does not say what it was made from: another version of alignjax wrote it. '
+      f'{_choose(folder)}'
+    )
+  if choice == 'restart':
+    files.remove(folder)
+
+
+def _check_config(
+  found: Mapping[str, Any], config: Mapping[str, Any], folder: files.Folder, what: str
+) -> None:
+  """Raises saved_config.Mismatch where the folder was made with another config."""
+  if fingerprints.is_of_config(found['config'], config):
+    return
+  if (folder / 'checkpoints' / 'config.json').exists():
+    # This error names the entries.
+    saved_config.check(folder / 'checkpoints' / 'config.json', config)
+  raise saved_config.Mismatch(
+    f'{what} with another config than this one. Use another --workdir, or delete the folder.'
+  )
+
+
+def _line(entry: str, was: Mapping[str, str], now: str) -> str:
+  """A line of a message about an input that has changed."""
+  name = f' ({was["name"]})' if was['name'] != entry else ''
+  return f'  {entry}{name}: {was["fingerprint"]} then, {now} now'
+
+
+def _accept(
+  changes: Mapping[str, str], found: dict[str, Any], folder: files.Folder, finished: bool
+) -> None:
+  """Notes the present contents of the inputs as those that the folder was made from."""
+  for entry, now in changes.items():
+    found['inputs'][entry]['fingerprint'] = now
+  if finished:
+    checkpoint.save_made(folder / 'final', found)
+  _write(folder / 'inputs.json', {k: found[k] for k in ('origin', 'config', 'inputs')})
 
 
 def _changes(

@@ -15,104 +15,134 @@ def markdown(
   result: Mapping[str, Any], notes: Sequence[str] = (), picture: str = 'preference.png'
 ) -> str:
   """Returns the page of the figures that statistics.summarize returns."""
-  policies, baseline = result['policies'], result['baseline']
   lines = [
     '# Preference',
     '',
     'Mean and 95% interval by prompt; ties count half.',
     '',
-    f'![win rates against {baseline}]({picture})',
+    f'![win rates against {result["baseline"]}]({picture})',
   ]
-  lines += [*(['', *[f'- {note}' for note in notes]] if notes else [])]
+  if notes:
+    lines += ['', *(f'- {note}' for note in notes)]
   for judge, found in result['judges'].items():
-    people = f', {len(found["labelers"])} labelers' if len(found['labelers']) > 1 else ''
-    lines += [
-      '',
-      f'## Judge: {judge}',
-      '',
-      f'{found["verdicts"]} verdicts on {found["prompts"]} prompts{people}; ties '
-      f'{show(found["ties"])}'
-      + (f'; {found["unjudged"]} without a verdict' if found['unjudged'] else '')
-      + '.',
-      '',
-    ]
-    lines += table(
+    lines += _judge(judge, found, result['policies'], result['baseline'])
+  if result['between_judges']:
+    lines += _between_judges(result['between_judges'])
+  for judge, ratings in result['ratings'].items():
+    lines += _ratings(judge, ratings, result['policies'])
+  if any(figure['n'] for figure in result['words'].values()):
+    lines += _responses(result['words'], result.get('ended', {}), result['policies'])
+  return '\n'.join([*lines, ''])
+
+
+def _judge(
+  judge: str, found: Mapping[str, Any], policies: Sequence[str], baseline: str
+) -> list[str]:
+  people = f', {len(found["labelers"])} labelers' if len(found['labelers']) > 1 else ''
+  unjudged = f'; {found["unjudged"]} without a verdict' if found['unjudged'] else ''
+  rates = found['win_rate']
+
+  def strength(policy):
+    if policy == baseline:
+      return '0 (baseline)'
+    return show(found['bradley_terry'][policy]) or 'no maximum'
+
+  return [
+    '',
+    f'## Judge: {judge}',
+    '',
+    f'{found["verdicts"]} verdicts on {found["prompts"]} prompts{people}; ties '
+    f'{show(found["ties"])}{unjudged}.',
+    '',
+    *table(
       ['policy', f'win rate against {baseline}', 'strength (Bradley-Terry)', 'verdicts'],
       [
-        [
-          p,
-          show(found['win_rate'][p].get(baseline)) or '-',
-          '0 (baseline)' if p == baseline else show(found['bradley_terry'][p]) or 'no maximum',
-          found['bradley_terry'][p]['n'],
-        ]
+        [p, show(rates[p].get(baseline)) or '-', strength(p), found['bradley_terry'][p]['n']]
         for p in policies
       ],
-    )
-    lines += ['', 'Win rate of the row over the column:', '']
-    lines += table(
-      ['', *policies],
-      [[a, *(show(found['win_rate'][a].get(b), True) for b in policies)] for a in policies],
-    )
-    length = found['length']
-    if length['longer_wins']['n']:
-      lines += [
-        '',
-        f'The longer response wins {show(length["longer_wins"])}; correlation of the difference '
-        f'in words and the '
-        f'verdict {show(length["correlation"]) or "undefined"}.',
-      ]
-    if agreed := found['agreement']:
-      lines += [
-        '',
-        f'Two labelers make the same choice {show(agreed["pairwise"])} '
-        f'({agreed["pairwise"]["n"]} times two on '
-        f'{agreed["pairs"]} pairs), {show(agreed["pairwise_without_ties"]) or "-"} where neither '
-        f'says tie; '
-        f"Krippendorff's alpha {show(agreed['alpha']) or 'undefined'}.",
-      ]
-    if found['position']:
-      same = show(found['position']['consistent'])
-      lines += [
-        '',
-        f'The response shown first wins {show(found["position"]["first_wins"])}'
-        + (f'; the answer is the same in both orders for {same}.' if same else '.'),
-      ]
-  if result['between_judges']:
+    ),
+    '',
+    'Win rate of the row over the column:',
+    '',
+    *table(
+      ['', *policies], [[a, *(show(rates[a].get(b), True) for b in policies)] for a in policies]
+    ),
+    *_remarks(found),
+  ]
+
+
+def _remarks(found: Mapping[str, Any]) -> list[str]:
+  """Lines about the length of responses, the agreement of labelers and the order of presentation,
+  as far as the judge's verdicts say something about them."""
+  lines = []
+  length, agreed, position = found['length'], found['agreement'], found['position']
+  if length['longer_wins']['n']:
     lines += [
       '',
-      '## Between judges',
-      '',
-      'How often two judges prefer the same response, where neither says tie:',
-      '',
+      f'The longer response wins {show(length["longer_wins"])}; correlation of the difference in '
+      f'words and the verdict {show(length["correlation"]) or "undefined"}.',
     ]
-    lines += table(
+  if agreed:
+    lines += [
+      '',
+      f'Two labelers make the same choice {show(agreed["pairwise"])} ({agreed["pairwise"]["n"]} '
+      f'times two on {agreed["pairs"]} pairs), {show(agreed["pairwise_without_ties"]) or "-"} '
+      f"where neither says tie; Krippendorff's alpha {show(agreed['alpha']) or 'undefined'}.",
+    ]
+  if position:
+    same = show(position['consistent'])
+    lines += [
+      '',
+      f'The response shown first wins {show(position["first_wins"])}'
+      + (f'; the answer is the same in both orders for {same}.' if same else '.'),
+    ]
+  return lines
+
+
+def _between_judges(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  return [
+    '',
+    '## Between judges',
+    '',
+    'How often two judges prefer the same response, where neither says tie:',
+    '',
+    *table(
       ['judge', 'judge', 'agreement', 'pairs'],
-      [[*r['judges'], show(r['agreement']), r['agreement']['n']] for r in result['between_judges']],
-    )
-  for judge, ratings in result['ratings'].items():
-    columns = [c for c in ('likert', *FLAGS) if any(c in ratings[p] for p in policies)]
-    lines += ['', f'## Ratings: {judge}', '']
-    lines += table(
+      [[*r['judges'], show(r['agreement']), r['agreement']['n']] for r in rows],
+    ),
+  ]
+
+
+def _ratings(judge: str, ratings: Mapping[str, Any], policies: Sequence[str]) -> list[str]:
+  names = {'likert': 'overall quality, 1 to 7', **FLAGS}
+  return [
+    '',
+    f'## Ratings: {judge}',
+    '',
+    *table(
       ['', *policies],
       [
-        [
-          'overall quality, 1 to 7' if c == 'likert' else FLAGS[c],
-          *(show(ratings[p].get(c), True) for p in policies),
-        ]
-        for c in columns
+        [name, *(show(ratings[p].get(key), True) for p in policies)]
+        for key, name in names.items()
+        if any(key in ratings[p] for p in policies)
       ],
-    )
-  if any(figure['n'] for figure in result['words'].values()):
-    lines += ['', '## Responses', '']
-    cut = result.get('ended', {})
-    lines += table(
-      ['policy', 'words', *(['ended by the model'] if cut else [])],
-      [
-        [p, show(result['words'][p], digits=1), *([show(cut.get(p))] if cut else [])]
-        for p in policies
-      ],
-    )
-  return '\n'.join([*lines, ''])
+    ),
+  ]
+
+
+def _responses(
+  words: Mapping[str, Any], ended: Mapping[str, Any], policies: Sequence[str]
+) -> list[str]:
+  """The lengths of the responses and, if it is known, how many of them the model ended itself."""
+  return [
+    '',
+    '## Responses',
+    '',
+    *table(
+      ['policy', 'words', *(['ended by the model'] if ended else [])],
+      [[p, show(words[p], digits=1), *([show(ended.get(p))] if ended else [])] for p in policies],
+    ),
+  ]
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:

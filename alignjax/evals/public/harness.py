@@ -20,7 +20,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignjax.inference import bulk, completions
 from alignjax.inference.loading import Model
@@ -49,7 +49,6 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
   """
   try:
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
   except ModuleNotFoundError:
     raise ValueError(
       "the evaluation harness is not installed: pip install 'alignjax[eval]'."
@@ -61,9 +60,6 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
     known[key] = answer
     if keep:
       journal.append(keep, [dict(request=key, answer=answer)])
-
-  def key_of(*request):
-    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
 
   class LanguageModel(TemplateLM):
     tokenizer_name = model.source or ''
@@ -79,22 +75,13 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
       return model.template.start[-1]
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
+      whole = add_special_tokens is not False
       if self.rendered:
-        tokens = model.tokenizer.encode(string, add_special_tokens=False, verbose=False)
-        first = model.template.first
-        return (
-          tokens
-          if add_special_tokens is False or tuple(tokens[: len(first)]) == first
-          else [*first, *tokens]
-        )
-      return (
-        model.template.bare(string) if add_special_tokens is False else model.template.text(string)
-      )
+        return _encode_rendered(model, string, whole)
+      return model.template.text(string) if whole else model.template.bare(string)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
-      keys = [
-        key_of('loglikelihood', context, continuation) for _, context, continuation in requests
-      ]
+      keys = [_key('loglikelihood', context, continued) for _, context, continued in requests]
       # A repeated request is scored once.
       new = {k: (c, t) for k, (_, c, t) in zip(keys, requests, strict=True) if k not in known}
       self.cut += sum(len(c) + len(t) > model.cfg.max_length + 1 for _, c, t in requests)
@@ -105,23 +92,15 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
       return [tuple(known[k]) for k in keys]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      keys = [key_of('rolling', *request.args) for request in requests]
-      new = {
+      keys = [_key('rolling', *request.args) for request in requests]
+      texts = {
         key: request.args[0]
         for key, request in zip(keys, requests, strict=True)
         if key not in known
       }
       cut = {
-        key: [
-          make_disjoint_window(w)
-          for w in get_rolling_token_windows(
-            self.tok_encode(text, add_special_tokens=False),
-            self.prefix_token_id,
-            model.cfg.max_length,
-            1,
-          )
-        ]
-        for key, text in new.items()
+        key: _windows(self.tok_encode(text, add_special_tokens=False), model)
+        for key, text in texts.items()
       }
       scores = iter(score([w for windows in cut.values() for w in windows]))
       for key, windows in cut.items():
@@ -131,34 +110,27 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
     def generate_until(self, requests, disable_tqdm=False):
       # A task may request several samples of a prompt.
       numbers = bulk.occurrences(json.dumps(request.args) for request in requests)
-      keys = [
-        key_of('generate', *request.args, number if _temperature(request.args[1]) else 0)
-        for request, number in zip(requests, numbers, strict=True)
-      ]
-      groups: dict[tuple, dict[str, tuple[list[int], int]]] = {}
-      for key, request, number in zip(keys, requests, numbers, strict=True):
-        asked = request.args[1]
-        until = asked.get('until') or []
-        until = (until,) if isinstance(until, str) else tuple(until)
-        prompt, most = self.tok_encode(request.args[0]), int(asked.get('max_gen_toks', 256))
-        self.cut += len(prompt) > model.cfg.max_length - most
+      keys, groups = [], {}  # {how to sample: {key: (prompt, number)}}
+      for request, number in zip(requests, numbers, strict=True):
+        how = _sampling(request.args[1])
+        key = _key('generate', *request.args, number if how.temperature else 0)
+        keys.append(key)
+        prompt = self.tok_encode(request.args[0])
+        self.cut += len(prompt) > model.cfg.max_length - how.max_tokens
         if key not in known:
-          groups.setdefault((until, most, _temperature(asked)), {})[key] = prompt, number
-      with metrics.Progress(
-        sum(map(len, groups.values())), name='written', active=not disable_tqdm
-      ) as progress:
-        count = _counted(progress, lambda key, text: add(key, text))
-        for (until, most, temperature), prompts in groups.items():
+          groups.setdefault(how, {})[key] = prompt, number
+      count = sum(map(len, groups.values()))
+      with metrics.Progress(count, name='written', active=not disable_tqdm) as progress:
+        written = _counted(progress, add)
+        for how, prompts in groups.items():
           names = list(prompts)
           rows, which = zip(*prompts.values(), strict=True)
           completions.continuations(
             model,
             list(rows),
-            max_tokens=most,
-            until=until,
-            temperature=temperature,
+            **how._asdict(),
             numbers=which,
-            done=lambda i, text, names=names: count(names[i], text),
+            done=lambda i, text, names=names: written(names[i], text),
           )
       return [known[k] for k in keys]
 
@@ -169,6 +141,46 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
       )
 
   return LanguageModel()
+
+
+def _key(*request: Any) -> str:
+  """Returns the name of a request's answer in the file of kept answers."""
+  return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
+
+
+def _encode_rendered(model: Model, text: str, whole: bool) -> list[int]:
+  """Returns the tokens of a text that a chat template has rendered, where names of control tokens
+  are control tokens. whole: the text begins as documents do, unless it does so by itself."""
+  tokens = model.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+  first = model.template.first
+  return [*first, *tokens] if whole and tuple(tokens[: len(first)]) != first else tokens
+
+
+def _windows(tokens: list[int], model: Model) -> list[tuple[list[int], list[int]]]:
+  """Cuts a text into (context, continuation) pairs that fit the model, in which each token is
+  scored once."""
+  from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+  start, most = model.template.start[-1], model.cfg.max_length
+  return [make_disjoint_window(w) for w in get_rolling_token_windows(tokens, start, most, 1)]
+
+
+class _Sampling(NamedTuple):
+  """How a continuation is sampled, as completions.continuations takes it."""
+
+  until: tuple[str, ...]
+  max_tokens: int
+  temperature: float
+
+
+def _sampling(asked: dict[str, Any]) -> _Sampling:
+  """Reads a request's generation_kwargs."""
+  until = asked.get('until') or []
+  return _Sampling(
+    until=(until,) if isinstance(until, str) else tuple(until),
+    max_tokens=int(asked.get('max_gen_toks', 256)),
+    temperature=_temperature(asked),
+  )
 
 
 def _temperature(asked: dict[str, Any]) -> float:
