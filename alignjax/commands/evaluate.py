@@ -19,6 +19,7 @@ template, data, the source of the task and of functions of your own). A second c
 computes only what is new and reports what it reuses, and an interrupted call resumes.
 """
 
+import argparse
 import contextlib
 import json
 
@@ -57,7 +58,7 @@ def describe(part: str) -> str:
   )
 
 
-def main(argv: list[str]) -> None:
+def arguments(argv: list[str]) -> argparse.Namespace:
   parser = command.make_parser(__name__)
   parser.add_argument('--models', default='', help='NAME=MODEL,NAME=MODEL')
   parser.add_argument(
@@ -99,10 +100,13 @@ def main(argv: list[str]) -> None:
     help='run as one of several processes, as `alignjax run` does',
   )
   parser.add_argument('--out', default='runs/evaluation')
-  options = parser.parse_args(argv)
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  options = arguments(argv)
   from alignjax.evals import evaluation, registry
   from alignjax.runtime import distributed, failures, files
-  from alignjax.sharding import AXES
 
   if options.tasks.partition(':')[0] == 'help':
     print(describe(options.tasks.partition(':')[2]))
@@ -112,14 +116,9 @@ def main(argv: list[str]) -> None:
   tasks = registry.find_tasks(names)
   if not models:
     raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
-  own: dict[str, dict] = {}
-  for key, value in command.pairs(options.options, '--options').items():
-    task, dot, option = key.rpartition('.')
-    if not dot:
-      raise ValueError(f'--options: {key!r} does not have the form TASK.OPTION.')
-    own.setdefault(task, {})[option] = value_of(value)
-  for flag, names in (('--data', data), ('--options', own)):
-    for name in names:
+  own = parse_options(options.options)
+  for flag, given in (('--data', data), ('--options', own)):
+    for name in given:
       if name not in tasks:
         raise ValueError(
           f'{flag} names the task {name!r}, which is not among --tasks={",".join(tasks)}.'
@@ -129,14 +128,7 @@ def main(argv: list[str]) -> None:
     raise ValueError(f'--baseline={baseline} is none of the models {", ".join(models)}.')
   if options.limit is not None and options.limit < 1:
     raise ValueError('--limit must be 1 or more.')
-  try:
-    mesh = {axis: int(size) for axis, size in command.pairs(options.mesh, '--mesh').items()} or None
-    if mesh and not set(mesh) <= set(AXES):
-      raise ValueError
-  except ValueError:
-    raise ValueError(
-      f'--mesh={options.mesh} does not have the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
-    ) from None
+  mesh = parse_mesh(options.mesh)
   with (
     distributed.joined(distributed.facts(vars(options)), 300)
     if options.distributed
@@ -157,3 +149,29 @@ def main(argv: list[str]) -> None:
       mesh=mesh,
       dtype=options.dtype,
     )
+
+
+def parse_options(text: str) -> dict[str, dict]:
+  """Returns {task: {option: value}} of 'TASK.OPTION=VALUE,...'."""
+  found: dict[str, dict] = {}
+  for key, value in command.pairs(text, '--options').items():
+    task, dot, option = key.rpartition('.')
+    if not dot:
+      raise ValueError(f'--options: {key!r} does not have the form TASK.OPTION.')
+    found.setdefault(task, {})[option] = value_of(value)
+  return found
+
+
+def parse_mesh(text: str) -> dict[str, int] | None:
+  """Returns {axis: size} of 'data=2,fsdp=4', or None for an empty text."""
+  from alignjax.sharding import AXES
+
+  try:
+    mesh = {axis: int(size) for axis, size in command.pairs(text, '--mesh').items()}
+    if not set(mesh) <= set(AXES):
+      raise ValueError
+  except ValueError:
+    raise ValueError(
+      f'--mesh={text} does not have the form data=2,fsdp=4; the axes are {", ".join(AXES)}.'
+    ) from None
+  return mesh or None

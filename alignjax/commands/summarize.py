@@ -11,10 +11,12 @@ import json
 import pathlib
 
 from alignjax.commands import command
+from alignjax.evals import markdown
 from alignjax.report_page import COLUMNS, NAMES
 
 
-def mean_and_deviation(values: list[float]) -> str:
+def mean_and_range(values: list[float]) -> str:
+  """Returns the mean with the smallest and the largest value, and '' if there are no values."""
   return (
     f'{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})' if values else ''
   )
@@ -22,45 +24,45 @@ def mean_and_deviation(values: list[float]) -> str:
 
 def table(reports: list[dict]) -> str:
   """Returns Markdown of the policies, findings, reward models and seconds of the reports."""
-  lines = [
-    f'Seeds {", ".join(str(r["seed"]) for r in reports)}: mean (smallest to largest).',
-    '',
-    '| policy | ' + ' | '.join(COLUMNS.values()) + ' |',
-    '|---' * (len(COLUMNS) + 1) + '|',
-  ]
-  for name in reports[0]['policies']:
-    cells = [
-      [r['policies'][name][c]['mean'] for r in reports if c in r['policies'].get(name, {})]
-      for c in COLUMNS
+  first = reports[0]
+  policies = [
+    [
+      NAMES.get(name, name),
+      *(
+        mean_and_range(
+          [r['policies'][name][c]['mean'] for r in reports if c in r['policies'].get(name, {})]
+        )
+        for c in COLUMNS
+      ),
     ]
-    lines.append(
-      f'| {NAMES.get(name, name)} | ' + ' | '.join(map(mean_and_deviation, cells)) + ' |'
-    )
+    for name in first['policies']
+  ]
   outcomes = ('yes', 'no', 'not shown')
-  lines += [
-    '',
-    '| finding, seeds by its intervals | ' + ' | '.join(outcomes) + ' |',
-    '|---' * (1 + len(outcomes)) + '|',
-  ]
-  for claim in reports[0]['findings']:
+  findings = []
+  for claim in first['findings']:
     held = [r['findings'][claim]['held'] for r in reports]
-    lines.append(
-      f'| {claim} | ' + ' | '.join(f'{held.count(o)} of {len(held)}' for o in outcomes) + ' |'
-    )
-  figures = [k for k, v in reports[0]['reward_model'].items() if isinstance(v, dict)]
-  lines += ['', '| reward model | |', '|---|---|']
-  for k in figures:
-    means = [report['reward_model'][k]['mean'] for report in reports]
-    lines.append(f'| {k.replace("_", " ")} | {mean_and_deviation(means)} |')
-  lines += [
-    '',
-    'Seconds: '
-    + ', '.join(
-      f'{k} {mean_and_deviation([r["seconds"][k] for r in reports])}' for k in reports[0]['seconds']
-    )
-    + '.',
+    findings.append([claim, *(f'{held.count(o)} of {len(held)}' for o in outcomes)])
+  reward_models = [
+    [name.replace('_', ' '), mean_and_range([r['reward_model'][name]['mean'] for r in reports])]
+    for name, figure in first['reward_model'].items()
+    if isinstance(figure, dict)
   ]
-  return '\n'.join(lines)
+  seconds = (
+    f'{name} {mean_and_range([r["seconds"][name] for r in reports])}' for name in first['seconds']
+  )
+  return '\n'.join(
+    [
+      f'Seeds {", ".join(str(r["seed"]) for r in reports)}: mean (smallest to largest).',
+      '',
+      *markdown.table(('policy', *COLUMNS.values()), policies),
+      '',
+      *markdown.table(('finding, seeds by its intervals', *outcomes), findings),
+      '',
+      *markdown.table(('reward model', ''), reward_models),
+      '',
+      f'Seconds: {", ".join(seconds)}.',
+    ]
+  )
 
 
 def check(reports: dict[str, dict]) -> None:
