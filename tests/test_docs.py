@@ -210,6 +210,22 @@ def read_config(arguments):
   return config_flags.read_config(arguments)[0]
 
 
+def write_files_of_the_pages(folder):
+  """Writes the files that a page has its reader write: the Python block below a line with the name
+  of the file."""
+  found = [
+    file
+    for page in PAGES
+    for file in re.findall(
+      r'`([\w/]+\.py)`[^`\n]*:\n\n```python\n(.*?)^```', page.read_text(), re.M | re.S
+    )
+  ]
+  assert [path for path, _ in found] == ['mylab/losses.py', 'mine.py']
+  for path, source in found:
+    (folder / path).parent.mkdir(exist_ok=True)
+    (folder / path).write_text(source)
+
+
 @pytest.mark.parametrize('sub', sorted({s[0] for c in ALL if (s := subcommand(c.words))}))
 def test_subcommands_and_their_flags_exist(sub):
   for command in ALL:
@@ -225,7 +241,9 @@ def test_subcommands_and_their_flags_exist(sub):
 @pytest.mark.parametrize(
   'command', [c for c in ALL if any(w.startswith('--config=') for w in c.words)], ids=lambda c: c[0]
 )
-def test_configs_and_their_entries_exist(command):
+def test_configs_and_their_entries_exist(command, tmp_path, monkeypatch):
+  write_files_of_the_pages(tmp_path)
+  monkeypatch.chdir(tmp_path)
   arguments = [w for w in command.words if w.startswith('--config') and '...' not in w]
   if not arguments:
     return
@@ -298,6 +316,8 @@ def test_runs_of_the_sandbox_are_accepted_up_to_their_first_step(command, tmp_pa
   def stop(folder):
     raise Checked
 
+  write_files_of_the_pages(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
   config = read_config([w for w in command.words if w.startswith('--config')])
   one = jax.devices()[:1]
   monkeypatch.setattr(jax, 'devices', lambda *_: one)

@@ -280,7 +280,7 @@ COMMANDS = re.findall(
 def test_the_commands_of_the_examples_name_what_their_stage_accepts(one_device, line, tmp_path):
   """All but their training: the config is read and every function is checked on shapes."""
   config, _, rest = config_flags.read_config(shlex.split(line))
-  assert [word.partition('=')[0] for word in rest] == ['--config']
+  assert {word.partition('=')[0] for word in rest} == {'--config', '--workdir'}
   setup = make_setup(config, tmp_path)
   changed = [name for name in ('dpo', 'ppo') if f'config.stages.{name}.' in line]
   assert changed
