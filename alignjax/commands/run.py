@@ -114,9 +114,9 @@ def main(argv: list[str]) -> None:
       except Exception as error:  # noqa: BLE001 of every kind the message first
         explain(error, folder / failures.TRACEBACK)
       except SystemExit as stopped:
-        # Everything is written. An interrupted compilation may leave threads that
+        # Everything is written. An interrupted compilation may leave threads that crash Python's
+        # regular exit.
         if stopped.code == interrupt.EXIT_CODE and jax.process_count() == 1:
-          # crash Python's regular exit.
           sys.stdout.flush()
           os._exit(stopped.code)
         raise

@@ -45,8 +45,8 @@ def ppo(ptx_coef, iterations, episodes):
       temperature=1.0,
       missing_end_penalty=0.0,
       generate_rows=config_dict.placeholder(int),  # None: all episodes at once
-      score_rows=config_dict.placeholder(int),
-    ),  # None: a minibatch at once
+      score_rows=config_dict.placeholder(int),  # None: a minibatch at once
+    ),
     reward=dict(fn='alignjax.rewards:model_reward'),
     kl=dict(coef=0.1, target=None, horizon=None),
     advantage=dict(fn='alignjax.ops:gae', gamma=1.0, lam=0.95),
@@ -178,18 +178,17 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
       init=dict(policy='stage:pretrain'),
       demonstrations=s.demos,
       epochs=3,
-      # pretrain_mix: a share of the loss (stages/sft.py)
       batch_size=16,
       prompt_weight=0.0,
-      pretrain_mix=0.1,
+      pretrain_mix=0.1,  # a share of the loss (stages/sft.py)
       documents=2000,
       microbatches=1,
       loss=dict(fn='alignjax.losses:sft'),
       optimizer=dict(policy=adam(5e-4, schedule='cosine', warmup=0.05)),
       log_every=5,
       save_every=50,
-      keep_candidates=config_dict.placeholder(int),
-    ),  # to choose from: configs/selected.py
+      keep_candidates=config_dict.placeholder(int),  # to choose from: configs/selected.py
+    ),
     rm=dict(
       build='alignjax.stages.rm:build',
       init=dict(reward='stage:sft'),

@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from alignjax.configs import base, smollm2_135m
 
+# What the stage has in common with the reward model.
 SHARED = (
   'prompts',
   'responses',
@@ -24,7 +25,7 @@ SHARED = (
   'microbatches',
   'log_every',
   'save_every',
-)  # what the stage has in common with the reward model
+)
 
 
 def get_config(size: str = 'default'):

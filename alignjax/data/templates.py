@@ -106,10 +106,6 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
   pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
   first = _first(tokenizer)
   start, close = (first, (eos,)) if first else ((eos,), ())
-
-  def decode(tokens):
-    return tokenizer.decode([int(token) for token in tokens])
-
   named = _named_ends(tokenizer)
   special = control.special(tokenizer, named)
   if text := sorted(named & {*tokenizer.get_vocab().values()} - special.keys()):
@@ -122,36 +118,47 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
       flush=True,
     )
 
-  def ends(end):
-    return tuple(sorted({end, eos, *named & special.keys()}))
+  def decode(tokens):
+    return tokenizer.decode([int(token) for token in tokens])
 
   if form == 'chat':
-    made = chat.make(tokenizer, special, date, opened, without_end)
+    parts = _of_chat(chat.make(tokenizer, special, date, opened, without_end))
+  else:
+    parts = _of_text(tokenizer, form, control.make(tokenizer, special).encode, first)
+  return Template(
+    **parts,
+    decode=decode,
+    ends=tuple(sorted({parts['end'], eos, *named & special.keys()})),
+    pad=pad,
+    first=first,
+    start=start,
+    close=close,
+  )
 
-    def chat_response(text):
-      return made.pair([chat.QUESTION], text)[1]
 
-    return Template(
-      prompt=made.prompt,
-      pair=made.pair,
-      response=chat_response,
-      bare=made.control.encode,
-      decode=decode,
-      end=made.end,
-      ends=ends(made.end),
-      pad=pad,
-      first=first,
-      start=start,
-      close=close,
-    )
-  template = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
-  if '{prompt}' not in template:
+def _of_chat(made: chat.Chat) -> dict[str, Any]:
+  """Returns the attributes prompt, pair, response, bare and end of a Template for 'chat'."""
+
+  def response(text):
+    return made.pair([chat.QUESTION], text)[1]
+
+  return dict(
+    prompt=made.prompt, pair=made.pair, response=response, bare=made.control.encode, end=made.end
+  )
+
+
+def _of_text(
+  tokenizer: Any, form: str, bare: Callable[[str], list[int]], first: tuple[int, ...]
+) -> dict[str, Any]:
+  """Returns the same attributes for every other form. bare and first are those of the Template."""
+  eos = tokenizer.eos_token_id
+  around = {'plain': '{prompt}', 'dialogue': '\n\nHuman: {prompt}\n\nAssistant:'}.get(form, form)
+  if '{prompt}' not in around:
     raise ValueError(
       f'data.template={form!r} is none of {NAMES}, nor a text with {{prompt}} in it.'
     )
-  before, after = template.split('{prompt}', 1)
+  before, after = around.split('{prompt}', 1)
   space = ' ' if form == 'dialogue' else ''
-  bare = control.make(tokenizer, special).encode
 
   def prompt(text):
     if not isinstance(text, str):
@@ -161,30 +168,16 @@ def make(tokenizer: Any, form: str, date: str | None = None, opened: bool = Fals
       )
     if form == 'dialogue' and text.startswith('\n\nHuman:'):
       return [*first, *bare(text.removesuffix(' '))]
-    return [*first, *bare(before + text + after)] or [*start]
+    return [*first, *bare(before + text + after)] or [eos]
 
   def response(text):
-    return [
-      *bare(space + without_end(text, [tokenizer.eos_token]).removeprefix(' ' if space else '')),
-      eos,
-    ]
+    answer = without_end(text, [tokenizer.eos_token]).removeprefix(' ' if space else '')
+    return [*bare(space + answer), eos]
 
   def pair(question, answer):
     return prompt(question), response(answer)
 
-  return Template(
-    prompt=prompt,
-    pair=pair,
-    response=response,
-    bare=bare,
-    decode=decode,
-    end=eos,
-    ends=ends(eos),
-    pad=pad,
-    first=first,
-    start=start,
-    close=close,
-  )
+  return dict(prompt=prompt, pair=pair, response=response, bare=bare, end=eos)
 
 
 def of_words(

@@ -1,29 +1,31 @@
 """Experiment trackers: W&B, Trackio, MLflow, or one of a user's own.
 
-config.tracker names the tracker: 'none', 'wandb', 'trackio', 'mlflow', or the 'module:function' of
-a user's. config.tracker_project is the project (in MLflow: the experiment) that the runs belong to.
+config.tracker names the tracker: 'none', 'wandb', 'trackio', 'mlflow', or a user's own function as
+'module:function'. config.tracker_project is the project (in MLflow: the experiment) that the runs
+belong to.
 
 Every stage is one run of the tracker, named WORKDIR/STAGE and grouped by WORKDIR; in W&B the stage
 is the job type. Stages are separate runs because each counts its steps from 1, has its own config,
-and may be done again alone: so the SFT stages of two work directories lie over each other in a
-chart, and a filter such as `config.stages.sft.batch_size` finds them. With one run for all stages,
-their steps would overlap and W&B, which takes steps in increasing order only, would drop most of
-them.
+and may be trained again alone. A chart can therefore show the SFT stages of two work directories
+over each other, and a filter such as `config.stages.sft.batch_size` finds them. In one run for all
+stages the steps would overlap, and W&B, which accepts steps in increasing order only, would drop
+most of them.
 
 A tracker is a function
 
     start(project: str, folder: files.Folder, config: dict, run: str | None) -> run
 
-of the project, the stage's folder WORKDIR/STAGE, the config entries that decide the stage's result
-(train.identity), and the id of the run to go on with, None for a new one. The object that it
-returns has
+It receives the project, the stage's folder WORKDIR/STAGE, the config entries that decide the
+stage's result (train.identity), and the id of the run to resume, or None for a new run. The object
+that it returns has
 
-    id: str                        by which `start` finds this run again
-    log(step: int, values: dict)   finite numbers by their names, in increasing order of steps
-    finish(status: str)            'finished', 'stopped' (the same command goes on) or 'failed'
+    id: str                        the id by which `start` finds this run again
+    log(step: int, values: dict)   receives finite numbers by name, in increasing order of steps
+    finish(status: str)            receives 'finished', 'stopped' (the same command goes on) or
+                                   'failed'
 
-All of it is called on process 0, in a thread of its own. What it raises is said once and ends
-nothing.
+All of them are called on process 0, in a thread of their own. The first exception is printed, and
+none ends the run.
 """
 
 from __future__ import annotations
@@ -42,12 +44,9 @@ from alignjax import plugins
 from alignjax.runtime import files
 from alignjax.runtime.tracker_packages import STARTS
 
-KEPT = 'tracker.json'  # in the stage's folder
-PATIENCE = {
-  'finished': 30.0,
-  'failed': 30.0,
-  'stopped': 5.0,
-}  # seconds for what is still to be sent
+KEPT = 'tracker.json'  # The file in the stage's folder.
+# The seconds to wait, at the end, for metrics that have not been sent yet.
+PATIENCE = {'finished': 30.0, 'failed': 30.0, 'stopped': 5.0}
 HELP = {
   'wandb': 'Log in by `wandb login`, or set WANDB_MODE=offline and call `wandb sync` later.',
   'trackio': 'Without TRACKIO_SPACE_ID and TRACKIO_SERVER_URL, Trackio needs no network.',
@@ -56,7 +55,13 @@ HELP = {
 
 
 class Tracker(NamedTuple):
-  """What the config says. name: as there. start: the function."""
+  """The tracker that the config names.
+
+  Attributes:
+    name: the entry `tracker` of the config.
+    project: the entry `tracker_project`.
+    start: the function that starts or resumes a run.
+  """
 
   name: str
   project: str
@@ -64,8 +69,11 @@ class Tracker(NamedTuple):
 
 
 def of_config(config: Any) -> Tracker | None:
-  """The tracker that the config names, None where it names none. ValueError for a name that is not
-  known and for a package that is not installed."""
+  """Returns the tracker that the config names, or None for 'none'.
+
+  Raises:
+    ValueError: the name is not known, or its package is not installed.
+  """
   name, project = config.get('tracker') or 'none', config.get('tracker_project') or 'alignjax'
   if not isinstance(name, str) or not isinstance(project, str):
     raise ValueError(f'tracker={name!r} and tracker_project={project!r} must be text.')
@@ -100,15 +108,16 @@ def of_config(config: Any) -> Tracker | None:
 class Sender:
   """Hands rows of metrics to a tracker in a thread, so that training never waits for it.
 
-  FOLDER/tracker.json keeps, for each tracker and project, the id of the run and the last step that
-  it was given. A resumed stage goes on in that run: rows that the run has are not sent again, and
-  those that it has not, for which the tracker failed or was not yet named, are sent first.
+  For each tracker and project, FOLDER/tracker.json keeps the id of the run and the last step that
+  was sent to it. A resumed stage goes on in that run. Rows that the run has are not sent again;
+  rows that it lacks, because the tracker failed or the config did not name it yet, are sent first.
 
   Args:
-    folder: the stage's.
-    config: for the tracker to show.
-    rows: of an earlier start of the stage, in the order of their steps: each has 'step' and
-      numbers by their names, None for what was not finite.
+    tracker: the tracker to send to.
+    folder: the folder of the stage.
+    config: the entries that the tracker shows.
+    rows: the metrics of earlier starts of the stage, in the order of their steps. Each has 'step'
+      and numbers by name, with None for a number that was not finite.
   """
 
   def __init__(
@@ -127,11 +136,12 @@ class Sender:
     self._thread.start()
 
   def send(self, row: Mapping[str, Any]) -> None:
-    if self._thread.is_alive():  # else it could not start
+    if self._thread.is_alive():  # It has ended if the tracker could not start.
       self._rows.put(row)
 
   def close(self, status: str) -> None:
-    """Waits a little while for what is still to be sent. status: as of a run's `finish`."""
+    """Waits for the metrics that have not been sent yet, for a limited time. status: see `finish`
+    above."""
     self._rows.put(status)
     self._thread.join(PATIENCE[status])
     if self._thread.is_alive():
@@ -174,7 +184,7 @@ class Sender:
     files.write(self._folder / KEPT, json.dumps(runs))
 
   def _complain(self, why: BaseException | str) -> None:
-    """Says it the first time."""
+    """Prints the first error of the tracker."""
     if self._complained:
       return
     self._complained = True
@@ -189,8 +199,8 @@ class Sender:
 
 
 def _read(folder: files.Folder) -> dict[str, dict[str, Any]]:
-  """FOLDER/tracker.json; empty where there is none, or none that can be read, which starts a new
-  run."""
+  """Returns the contents of FOLDER/tracker.json. They are empty if the file is missing or cannot be
+  read, and then a new run starts."""
   try:
     found = json.loads((folder / KEPT).read_bytes())
     return {key: dict(run=value['run'], sent=int(value['sent'])) for key, value in found.items()}

@@ -94,61 +94,20 @@ def judge(
   """
   path = folder / f'openai-{re.sub(r"[^a-zA-Z0-9.-]", "_", endpoint.model)}.jsonl'
   answers = {row['question']: row['answer'] for row in journal.read(path)}
-  asked = {}  # {(pair, the side that is shown first): (question, messages)}
-  for i, pair in enumerate(pairs):
-    if pair.response_a.text != pair.response_b.text:
-      for first in 'ab':
-        messages = _messages(pair, first, instructions)
-        digest = hashlib.sha256(
-          json.dumps(
-            [endpoint.url, endpoint.model, endpoint.body, messages], sort_keys=True
-          ).encode()
-        )
-        asked[i, first] = digest.hexdigest()[:32], messages
+  asked = _questions(pairs, endpoint, instructions)
+  client = _client(endpoint)
   todo = {
     question: (pairs[i], first, messages)
     for (i, first), (question, messages) in asked.items()
     if question not in answers
   }
-  client, lock, stop = _client(endpoint), threading.Lock(), threading.Event()
-
-  def ask(question, pair, first, messages):
-    answer = _complete(client, endpoint, messages, stop)
-    with lock:
-      journal.append(
-        path,
-        [
-          dict(
-            question=question,
-            prompt_id=pair.record['prompt_id'],
-            first=getattr(pair, first),
-            second=getattr(pair, 'b' if first == 'a' else 'a'),
-            verdict=verdict_of(answer),
-            answer=answer,
-          )
-        ],
-      )
-      answers[question] = answer
-
-  with metrics.Progress(len(todo), name=f'{name}: questions') as progress:
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-      futures = [pool.submit(ask, question, *rest) for question, rest in todo.items()]
-      for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
-        future.result()
-        progress.update(count, {'questions/done': count})
-    except ValueError as error:
-      stop.set()
-      pool.shutdown(cancel_futures=True)
-      raise ValueError(
-        f'--judge={name}: {error} {len(answers)} answers are kept in {path}; the same command '
-        f'goes on from '
-        'there.'
-      ) from None
-    finally:
-      stop.set()
-      pool.shutdown(cancel_futures=True)
-      client.close()
+  try:
+    _ask_all(client, todo, endpoint, path, answers, workers, name)
+  except ValueError as error:
+    raise ValueError(
+      f'--judge={name}: {error} {len(answers)} answers are kept in {path}; the same command goes '
+      'on from there.'
+    ) from None
 
   def verdict(pair, p, first=''):
     return Verdict(pair.record['prompt_id'], pair.a, pair.b, p, name, endpoint.model, first)
@@ -167,6 +126,75 @@ def judge(
     verdicts += [verdict(pair, wins[found[0]], 'a'), verdict(pair, 1 - wins[found[1]], 'b')]
   note = f'{name}: no verdict could be read for {unread} of {len(pairs)} pairs'
   return Judged(verdicts, notes=[note] if unread else [])
+
+
+def _questions(
+  pairs: Sequence[Pair], endpoint: Endpoint, instructions: str
+) -> dict[tuple[int, str], tuple[str, list[dict[str, str]]]]:
+  """Returns {(number of the pair, the side that is shown first): (name of the question, messages)}
+  for every pair of different texts. The name is a fingerprint of the whole request."""
+  asked = {}
+  for i, pair in enumerate(pairs):
+    if pair.response_a.text == pair.response_b.text:
+      continue
+    for first in 'ab':
+      messages = _messages(pair, first, instructions)
+      request = [endpoint.url, endpoint.model, endpoint.body, messages]
+      digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+      asked[i, first] = digest[:32], messages
+  return asked
+
+
+def _ask_all(
+  client: Any,
+  todo: Mapping[str, tuple[Pair, str, list[dict[str, str]]]],
+  endpoint: Endpoint,
+  path: pathlib.Path,
+  answers: dict[str, str],
+  workers: int,
+  name: str,
+) -> None:
+  """Asks the questions in several threads. Every answer is added to `answers` and to the file.
+
+  Args:
+    client: the client of the endpoint, which is closed at the end.
+    todo: {question: (pair, the side that is shown first, messages)}.
+    endpoint: the endpoint of the judge.
+    path: the file of the answers.
+    answers: {question: answer}.
+    workers: the number of concurrent requests.
+    name: the name of the judge in the progress line.
+
+  Raises:
+    ValueError: A request fails permanently. The requests that have not begun are cancelled.
+  """
+  lock, stop = threading.Lock(), threading.Event()
+
+  def ask(question, pair, first, messages):
+    answer = _complete(client, endpoint, messages, stop)
+    row = dict(
+      question=question,
+      prompt_id=pair.record['prompt_id'],
+      first=getattr(pair, first),
+      second=getattr(pair, 'b' if first == 'a' else 'a'),
+      verdict=verdict_of(answer),
+      answer=answer,
+    )
+    with lock:
+      journal.append(path, [row])
+      answers[question] = answer
+
+  with metrics.Progress(len(todo), name=f'{name}: questions') as progress:
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+      futures = [pool.submit(ask, question, *rest) for question, rest in todo.items()]
+      for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
+        future.result()
+        progress.update(count, {'questions/done': count})
+    finally:
+      stop.set()
+      pool.shutdown(cancel_futures=True)
+      client.close()
 
 
 def verdict_of(answer: str) -> int | str | None:
