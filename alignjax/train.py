@@ -303,8 +303,9 @@ def last_state(stage: Stage, saved: checkpoint.Checkpoints, name: str) -> tuple[
   restored = saved.restore(shapes)
   if restored is None:
     return 0, stage.state
-  say(f'{name}: goes on from step {restored[0]} of {stage.num_steps}')
-  return restored
+  step, state = restored
+  say(f'{name}: goes on from step {step} of {stage.num_steps}')
+  return step, state
 
 
 def record(setup: Setup, name: str) -> dict:

@@ -183,8 +183,8 @@ MUTATIONS = {
   23: (
     'the data position is one step off after a restart',
     'train.py',
-    '    first, state = restored\n',
-    '    first, state = restored[0] + 1, restored[1]\n',
+    '  step, state = restored\n',
+    '  step, state = restored[0] + 1, restored[1]\n',
     'test_train',
   ),
   24: (

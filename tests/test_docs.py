@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import json
 import os
 import pathlib
 import re
@@ -33,6 +34,7 @@ import pytest
 
 from alignjax import train
 from alignjax.commands import config_flags
+from alignjax.data import fields
 from alignjax.models.config import TransformerConfig
 from alignjax.runtime import failures
 
@@ -295,6 +297,16 @@ def test_a_command_that_is_not_run_says_why():
     words = ' '.join(command.words)
     if re.search(r'gs://|hf:|:cpu|smollm2|pythia|llama|topology=|tpu|gke|gpu_host', words):
       assert command.comment.startswith('needs'), f'{command.where}: {words}'
+
+
+def test_the_records_of_the_page_about_data_are_records():
+  page = (ROOT / 'docs/data.md').read_text()
+  lines = re.search(r'^```json\n(.*?)^```', page, re.M | re.S).group(1).splitlines()
+  kinds = ('demonstrations', 'comparisons', 'prompts', 'pretrain', 'comparisons')
+  made = [
+    fields.check(json.loads(line), kind, kind) for line, kind in zip(lines, kinds, strict=True)
+  ]
+  assert made[4]['responses'] == ['Blue.', 'A horse.'] and made[4]['ranks'] == [0, 1]
 
 
 class Checked(Exception):

@@ -303,6 +303,12 @@ def test_votes_join_their_arguments(tmp_path):
     ),
     (
       'comparisons',
+      'ultrafeedback',
+      {'prompt': 'p', 'responses': ['a', 'b'], 'ranks': [0, 1]},
+      "'completions'.*leave the mapping out",
+    ),
+    (
+      'comparisons',
       'pandalm',
       {'instruction': 'i', 'input': '', 'response1': 'a', 'response2': 'b', 'annotator1': 7},
       "mapping 'pandalm' does not fit.*KeyError",

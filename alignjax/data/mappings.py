@@ -25,6 +25,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from alignjax.data import fields
 from alignjax.runtime import textfiles
 
 Records = list[dict[str, Any]]
@@ -89,9 +90,11 @@ def apply(
   try:
     made = change(raw)
   except Exception as error:  # noqa: BLE001 a function of a fork's may raise anything
+    known = any(len(ours) > 1 and ours.keys() <= raw.keys() for ours in fields.FIELDS.values())
+    hint = ' These are already the fields of our records: leave the mapping out.' if known else ''
     raise ValueError(
       f'{where}: {flag} {name!r} does not fit this record, which has {sorted(raw)} '
-      f'({type(error).__name__}: {error}).'
+      f'({type(error).__name__}: {error}).{hint}'
     ) from error
   if not isinstance(made, list) or not all(isinstance(record, dict) for record in made):
     raise ValueError(
