@@ -80,7 +80,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     '--dtype',
     default='float32',
-    choices=('float32', 'bfloat16', 'float16'),
+    choices=command.DTYPES,
     help='the dtype that all models compute in',
   )
   parser.add_argument('--seed', type=int, default=0)

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+DTYPES = ('float32', 'bfloat16', 'float16')  # The choices of --dtype.
 # The errors of a write whose reader or terminal no longer exists.
 GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN)
 

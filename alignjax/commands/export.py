@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     '--dtype',
     default='float32',
-    choices=('float32', 'bfloat16', 'float16'),
+    choices=command.DTYPES,
     help='the dtype of the tensors in the file',
   )
   parser.add_argument(

@@ -22,7 +22,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from alignjax.commands import config_flags
+from alignjax.commands import command, config_flags
 
 if TYPE_CHECKING:
   from alignjax.evals.reward import labelers
@@ -343,10 +343,7 @@ def main(argv: list[str]) -> None:
     'rounds', 8, 'The number of rankings that each response is in, with --rankings.'
   )
   dtype = flags.DEFINE_enum(
-    'dtype',
-    'float32',
-    ['float32', 'bfloat16', 'float16'],
-    'The dtype that the models are measured in.',
+    'dtype', 'float32', command.DTYPES, 'The dtype that the models are measured in.'
   )
   out = flags.DEFINE_string('out', 'runs/heldout_labelers', 'The folder to write to.')
 

@@ -53,7 +53,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     '--dtype',
     default='float32',
-    choices=('float32', 'bfloat16', 'float16'),
+    choices=command.DTYPES,
     help='the dtype that policies and reward models compute in',
   )
   parser.add_argument(

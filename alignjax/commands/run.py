@@ -1,7 +1,7 @@
 """Runs an experiment, stage by stage.
 
     alignjax run --config=ppo_ptx              everything, on the embedded sandbox
-    alignjax run --config=ppo_ptx:tiny         the same in two minutes
+    alignjax run --config=ppo_ptx:tiny         a few steps of each stage, in two minutes
     alignjax run --config=sft --workdir=/tmp/sft --config.seed=3
     alignjax run --config=my_configs/mine.py   a config of your own
 
