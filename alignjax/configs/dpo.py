@@ -22,6 +22,7 @@ SHARED = (
   'row_lengths',
   'epochs',
   'microbatches',
+  'packed_rows',
   'log_every',
   'save_every',
 )  # what the stage has in common with the reward model
