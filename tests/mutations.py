@@ -90,8 +90,8 @@ MUTATIONS = {
   10: (
     'weights normalised by microbatch',
     'steps.py',
-    'lambda params, batch, key: loss_fn(params, batch, key, nets=nets)',
-    'lambda params, batch, key: loss_fn(params, batch.normalized(), key, nets=nets)',
+    'return jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, nets=nets)',
+    'return jax.value_and_grad(loss_fn, has_aux=True)(params, batch.normalized(), key, nets=nets)',
     'test_losses test_steps',
   ),
   11: (
