@@ -76,6 +76,7 @@ class Child:
       except subprocess.TimeoutExpired:
         self.process.kill()
         self.process.wait()
+    self.process.stdout.close()
 
 
 def serve(framework: str, name: str, tiny: bool) -> None:
