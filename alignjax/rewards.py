@@ -35,13 +35,22 @@ from alignjax.types import Networks, Params
 
 
 def model_reward(
-  prompts, prompt_mask, responses, mask, *, nets: Networks, frozen: Params, rows: int | None = None
+  prompts: jax.Array,
+  prompt_mask: jax.Array,
+  responses: jax.Array,
+  mask: jax.Array,
+  *,
+  nets: Networks,
+  frozen: Params,
+  rows: int | None = None,
+  live_rows: Callable | None = None,
 ) -> jax.Array:
   """The paper's reward (section 3.5): the reward model's scalar at the last live token of prompt
   and response, f32[B].
 
   Args:
     rows: responses that are read at a time; None reads all. It changes memory, not results.
+    live_rows: see steps.gradients. The stage gives it.
   """
   tokens, token_mask = (
     jnp.concatenate([prompts, responses], 1),
@@ -49,7 +58,10 @@ def model_reward(
   )
 
   def read(rows):
-    return ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+    def on(nets):
+      return ops.last_live(nets.scalar(frozen['reward'], *rows), rows[1])
+
+    return on(nets) if live_rows is None else live_rows(on, nets, rows[1])
 
   return ops.in_chunks(read, (tokens, token_mask), rows)
 

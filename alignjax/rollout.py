@@ -34,6 +34,7 @@ def collect(
   missing_end_penalty: float = 0.0,
   generate_rows: int | None = None,
   score_rows: int | None = None,
+  live_rows: Callable | None = None,
 ) -> tuple[Rollout, Metrics]:
   """Phases 1 to 4 of an iteration: responses, log-probabilities, values and scores.
 
@@ -54,6 +55,8 @@ def collect(
       reports none.
     generate_rows, score_rows: rows that are generated and scored at a time; None takes all. They
       change memory, not results.
+    live_rows: see steps.gradients. With it, score_rows must be the rows of an update's gradient, so
+      that both make the same arrangement.
 
   Returns:
     (Rollout of B * samples_per_prompt rows, metrics).
@@ -83,13 +86,17 @@ def collect(
       jnp.concatenate([prompts, responses], 1),
       jnp.concatenate([prompt_mask, mask], 1),
     )
-    logprobs, _ = nets.logprobs(params['policy'], tokens, token_mask, temperature=temperature)
-    ref_logprobs, _ = nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)
-    values = nets.scalar(params['value'], tokens, token_mask)
-    return [
-      jnp.where(mask, x, 0.0)
-      for x in (logprobs[:, first:], ref_logprobs[:, first:], values[:, first - 1 : -1])
-    ]
+
+    def on(nets):
+      logprobs, _ = nets.logprobs(params['policy'], tokens, token_mask, temperature=temperature)
+      ref_logprobs, _ = nets.logprobs(frozen['ref'], tokens, token_mask, temperature=temperature)
+      values = nets.scalar(params['value'], tokens, token_mask)
+      return [
+        jnp.where(mask, x, 0.0)
+        for x in (logprobs[:, first:], ref_logprobs[:, first:], values[:, first - 1 : -1])
+      ]
+
+    return on(nets) if live_rows is None else live_rows(on, nets, token_mask)
 
   rows = (prompts, prompt_mask, sampled.responses, mask)
   with jax.named_scope('score'):
@@ -115,6 +122,7 @@ def collect(
     'objective/entropy': jnp.mean(-jnp.sum(logprobs, -1)),
     'rollout/length': jnp.mean(jnp.sum(mask, -1).astype(jnp.float32)),
     'rollout/ended': jnp.mean(sampled.ended.astype(jnp.float32)),
+    'rollout/live': jnp.mean(jnp.concatenate([prompt_mask, mask], 1).astype(jnp.float32)),
     'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
   }
   return jax.lax.stop_gradient(rollout), metrics

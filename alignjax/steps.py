@@ -3,6 +3,7 @@ same for every stage and loss, and is skipped where the loss or a gradient is no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ def gradients(
   *,
   nets: Networks,
   microbatches: int = 1,
+  live_rows: Callable | None = None,
 ) -> tuple[Any, Metrics, jax.Array]:
   """Gradient, metrics and value of a loss over a whole minibatch, computed in equal microbatches,
   one after the other.
@@ -35,14 +37,20 @@ def gradients(
     key: of the dropout, or None.
     nets: the networks as pure functions.
     microbatches: a divisor of the rows.
+    live_rows: packing.on_live_rows with its sizes bound, which leaves out the pads of
+      batch.row_mask(); None reads all rows as they are.
 
   Returns:
     (gradients like params, metrics, loss f32[]).
   """
   batch = batch.normalized()
-  grad_fn = jax.value_and_grad(
-    lambda params, batch, key: loss_fn(params, batch, key, nets=nets), has_aux=True
-  )
+
+  def grad_fn(params, batch, key):
+    def on(nets):
+      return jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, nets=nets)
+
+    return on(nets) if live_rows is None else live_rows(on, nets, batch.row_mask())
+
   if microbatches == 1:
     (loss, metrics), grads = grad_fn(params, batch, key)
     return grads, metrics, loss
@@ -74,6 +82,7 @@ def update(
   nets: Networks,
   tx: optax.GradientTransformation,
   microbatches: int = 1,
+  live_rows: Callable | None = None,
   ema_decay: float | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One gradient and one optimizer update. state.step is not counted, because a PPO iteration has
@@ -85,6 +94,7 @@ def update(
 
   Args:
     tx: the optimizer of state.params.
+    microbatches, live_rows: see gradients.
     ema_decay: of the moving average of params['policy'], once per update (the paper: 0.992, C.4;
       its granularity is not reported). The average is float32, because in bfloat16 a decay this
       near to 1 would round to no change (docs/pitfalls.md, 18). None keeps no average.
@@ -94,7 +104,7 @@ def update(
   """
   with jax.named_scope('update'):
     grads, metrics, loss = gradients(
-      loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches
+      loss_fn, state.params, batch, key, nets=nets, microbatches=microbatches, live_rows=live_rows
     )
     norms = {f'optim/grad_norm_{name}': optax.tree.norm(tree) for name, tree in grads.items()}
     finite = jnp.all(jnp.isfinite(jnp.stack([loss, *norms.values()])))

@@ -119,6 +119,10 @@ class ComparisonBatch:
     present = self.ranks >= 0
     return better & present[:, :, None] & present[:, None, :]
 
+  def row_mask(self) -> Array:
+    """bool[B*K,T]: the mask of the rows that a loss passes to the networks."""
+    return self.mask.reshape(-1, self.mask.shape[-1])
+
   def normalized(self) -> ComparisonBatch:
     """The batch with the weights that losses and metrics sum with."""
     informative = jnp.where(self.pairs().any((1, 2)), self.weights, 0.0)
@@ -194,6 +198,10 @@ class PPOBatch:
   returns: jax.Array
   weights: jax.Array
   ptx: TokenBatch | None = None
+
+  def row_mask(self) -> jax.Array:
+    """bool[B,Q+R]: the mask of the episodes that a loss passes to the networks."""
+    return self.rollout.sequences()[1]
 
   def normalized(self) -> PPOBatch:
     """The batch with weights that add up to 1, and its pretraining rows likewise."""

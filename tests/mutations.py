@@ -90,8 +90,8 @@ MUTATIONS = {
   10: (
     'weights normalised by microbatch',
     'steps.py',
-    'lambda params, batch, key: loss_fn(params, batch, key, nets=nets)',
-    'lambda params, batch, key: loss_fn(params, batch.normalized(), key, nets=nets)',
+    'return jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key, nets=nets)',
+    'return jax.value_and_grad(loss_fn, has_aux=True)(params, batch.normalized(), key, nets=nets)',
     'test_losses test_steps',
   ),
   11: (
@@ -280,6 +280,27 @@ MUTATIONS = {
     'return _unembed(cfg, weights, x[:, 0]), cache',
     'test_transformer',
   ),
+  37: (
+    'packed episodes see each other',
+    'packing.py',
+    'jnp.arange(1, count + 1, dtype=jnp.int32)[:, None]',
+    'jnp.ones(count, jnp.int32)[:, None]',
+    'test_packing',
+  ),
+  38: (
+    'a program runs that does not hold the live tokens',
+    'packing.py',
+    'fits = jnp.searchsorted(jnp.asarray(sizes), arrangement.rows)',
+    'fits = jnp.searchsorted(jnp.asarray(sizes), arrangement.rows - 1)',
+    'test_packing',
+  ),
+  39: (
+    'scoring packs other rows than the update',
+    'stages/ppo_ptx_plan.py',
+    'cfg.rollout.episodes // (cfg.minibatches * cfg.microbatches)',
+    'cfg.rollout.episodes // cfg.minibatches',
+    'test_entries test_packing',
+  ),
 }
 
 
@@ -287,6 +308,7 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
   'ops.py': 'test_ops test_iteration test_losses',
   'losses.py': 'test_iteration test_losses',
   'steps.py': 'test_iteration test_steps test_losses',
+  'packing.py': 'test_packing',
   'types.py': 'test_losses test_iteration',
   'optim.py': 'test_optim test_iteration',
   'sampling.py': 'test_sampling test_iteration test_compile',

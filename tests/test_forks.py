@@ -206,6 +206,7 @@ def test_rloo_with_a_rule_for_a_reward_trains():
       minibatches=1,
       inner_epochs=1,
       microbatches=1,
+      live_rows=None,
       ema_decay=None,
       kl_target=None,
       kl_horizon=None,

@@ -257,6 +257,7 @@ def compiled(ptx_coef, microbatches):
       minibatches=MINIBATCHES,
       inner_epochs=EPOCHS,
       microbatches=microbatches,
+      live_rows=None,
       ema_decay=DECAY,
       kl_target=TARGET,
       kl_horizon=HORIZON,

@@ -28,7 +28,7 @@ def imports(path):
 # as there is no circle.
 ROOMS = (
   ('types', 'ops', 'plugins'),
-  ('losses', 'optim', 'sampling', 'rewards', 'steps'),
+  ('losses', 'optim', 'packing', 'sampling', 'rewards', 'steps'),
   ('rollout',),
   ('models',),
   ('sharding',),

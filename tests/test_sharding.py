@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import losses, ops, optim, rewards, rollout, sampling, sharding
+from alignjax import losses, ops, optim, packing, rewards, rollout, sampling, sharding
 from alignjax.compiler import cost, hlo
 from alignjax.configs import ppo_ptx
 from alignjax.inference import loading
@@ -21,8 +21,11 @@ from tests.fakes import close, config, model, prompts, token_batch
 RULES = sharding.RULES
 
 
-def one_iteration(mesh_shape, lr=1e-2):
-  """One whole PPO-ptx iteration on a mesh of a given shape: (state, metrics, rollout) as numpy."""
+def one_iteration(mesh_shape, lr=1e-2, packed=False):
+  """One whole PPO-ptx iteration on a mesh of a given shape: (state, metrics, rollout) as numpy.
+
+  packed: whether the live tokens of eight rows are read as four rows where they fit.
+  """
   cfg, _, policy, scalar = model('llama')
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
@@ -44,6 +47,8 @@ def one_iteration(mesh_shape, lr=1e-2):
     'ref': jax.device_put(policy, sharder.params(policy)),
     'reward': jax.device_put(scalar, sharder.params(scalar)),
   }
+  live_rows = functools.partial(packing.on_live_rows, fractions=(0.5,), shards=sharder.batch_shards)
+  live_rows = live_rows if packed else None
   step = compile_step(
     functools.partial(
       iteration,
@@ -54,6 +59,7 @@ def one_iteration(mesh_shape, lr=1e-2):
       minibatches=2,
       inner_epochs=1,
       microbatches=1,
+      live_rows=live_rows,
       ema_decay=None,
       kl_target=None,
       kl_horizon=None,
@@ -61,10 +67,11 @@ def one_iteration(mesh_shape, lr=1e-2):
       loss_fn=functools.partial(losses.ppo_ptx, ptx_coef=2.0),
       rollout_fn=functools.partial(
         rollout.collect,
-        reward_fn=rewards.model_reward,
+        reward_fn=functools.partial(rewards.model_reward, live_rows=live_rows),
         max_tokens=6,
-        stop_ids=(3, 4, 5),
+        stop_ids=range(3, 30),
         score_rows=8,
+        live_rows=live_rows,
       ),
     ),
     state,
@@ -79,14 +86,19 @@ def one_iteration(mesh_shape, lr=1e-2):
 
 
 @functools.cache
-def on(mesh_shape, lr=1e-2):
-  return one_iteration(mesh_shape, lr)
+def on(mesh_shape, lr=1e-2, packed=False):
+  return one_iteration(mesh_shape, lr, packed)
 
 
 @pytest.mark.slow
-def test_item_11_one_device_equals_eight():
+@pytest.mark.parametrize('packed', [False, True])
+def test_item_11_one_device_equals_eight(packed):
   (params, metrics, ro), *_ = on((1, 1, 1))
-  (params8, metrics8, ro8), state, _ = on((2, 2, 2))
+  (params8, metrics8, ro8), state, _ = on((2, 2, 2), packed=packed)
+  if packed:  # in at least one half the live tokens of eight rows fit into four
+    halves = np.split(np.asarray(ro.sequences()[1]), 2)
+    assert min(int(packing.arrange(jnp.asarray(half)).rows) for half in halves) <= 4
+    assert float(metrics8['ppo/ratio_max_dev']) == 0.0
   assert (ro.responses == ro8.responses).all() and (ro.mask == ro8.mask).all()
   close(ro8.logprobs, ro.logprobs, rtol=1e-4, atol=1e-4)
   for name in metrics:

@@ -482,6 +482,14 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
     ({'stages.ppo.minibatches': 5}, '32 does not divide by 5'),
     ({'stages.ppo.microbatches': 3}, 'does not divide by 3'),
     ({'stages.ppo.rollout.score_rows': 3}, 'by score_rows: 32 does not divide by 3'),
+    (
+      {'stages.ppo.packed_rows': (0.5,), 'stages.ppo.rollout.score_rows': 16},
+      'score_rows=16 does not go with stages.ppo.packed_rows: scoring has to pack the same 8 rows',
+    ),
+    (
+      {'stages.rm.packed_rows': (0.5, 1.5)},
+      'stages.rm.packed_rows=.* must be a tuple of numbers above 0 and below 1',
+    ),
     ({'stages.ppo.rollout.temperature': 0.0}, 'temperature'),
     ({'stages.ppo.kl.target': 6.0}, 'target and horizon'),
     ({'stages.ppo.loss.ptx_coef': 1.0}, 'rows_per_episode'),

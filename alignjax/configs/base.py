@@ -62,6 +62,7 @@ def ppo(ptx_coef, iterations, episodes):
     minibatches=minibatches,
     inner_epochs=1,
     microbatches=1,
+    packed_rows=(),  # parts of a batch that its live tokens may be packed into (packing.py)
     ema_decay=None,
     keep='policy',
     iterations=iterations,
@@ -206,6 +207,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
       row_lengths=(28,),
       epochs=1,
       microbatches=1,
+      packed_rows=(),
       loss=dict(fn='alignjax.losses:reward_ranking'),
       optimizer=dict(reward=adam(2e-3, schedule='cosine', warmup=0.05)),
       log_every=20,

@@ -23,6 +23,7 @@ SHARED = (
   'row_lengths',
   'epochs',
   'microbatches',
+  'packed_rows',
   'log_every',
   'save_every',
 )

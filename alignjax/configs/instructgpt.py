@@ -80,6 +80,7 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
     minibatches=8,
     inner_epochs=1,
     microbatches=memory['microbatches'],
+    packed_rows=(),
     # an update, and the average is evaluated: [ours], neither is reported
     ema_decay=0.992,
     keep='ema',
@@ -197,6 +198,7 @@ def get_config(
       row_lengths=(),
       epochs=1,
       microbatches=memory['rm_microbatches'],
+      packed_rows=(),
       loss=dict(fn='alignjax.losses:reward_ranking'),
       optimizer=dict(reward=paper_adam(9e-6, schedule='cosine')),
       log_every=5,

@@ -130,6 +130,10 @@ STAGE: dict[str, Kind] = {
     'a tuple of whole numbers',
     lambda x: isinstance(x, (tuple, list)) and all(map(whole(1), x)),
   ),
+  'packed_rows': (
+    'a tuple of numbers above 0 and below 1, parts of the rows of a batch',
+    lambda x: isinstance(x, (tuple, list)) and all(map(_number(lambda y: 0 < y < 1), x)),
+  ),
   'ema_decay': ('a number from 0 on, below 1, or None', _number(lambda x: 0 <= x < 1, none=True)),
 }
 

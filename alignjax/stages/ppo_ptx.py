@@ -27,7 +27,7 @@ from alignjax.sharding import fetch
 from alignjax.stages import ppo_ptx_plan
 from alignjax.stages.abstract import Plan
 from alignjax.stages.pretrain import text_mix
-from alignjax.stages.stage import Stage, compile_step
+from alignjax.stages.stage import Stage, compile_step, make_live_rows
 from alignjax.types import (
   LossFn,
   Metrics,
@@ -55,6 +55,7 @@ def iteration(
   minibatches: int,
   inner_epochs: int,
   microbatches: int,
+  live_rows: Callable | None,
   ema_decay: float | None,
   kl_target: float | None,
   kl_horizon: int | None,
@@ -76,6 +77,7 @@ def iteration(
     minibatches: updates per inner epoch; each takes an equal part of the episodes.
     inner_epochs: passes over the episodes of the iteration.
     microbatches: parts of a minibatch whose gradients are computed one after the other.
+    live_rows: leaves out the pads of the episodes (packing.on_live_rows); None reads them too.
     ema_decay: decay of the moving average of the policy; None keeps no average.
     kl_target, kl_horizon: of ops.adaptive_kl_coef; None keeps the KL coefficient fixed.
 
@@ -119,6 +121,7 @@ def iteration(
       nets=nets,
       tx=tx,
       microbatches=microbatches,
+      live_rows=live_rows,
       ema_decay=ema_decay,
     )
 
@@ -254,6 +257,7 @@ def make_step(
     prompts_by_tokens: the tokens of each prompt -> the prompt as its record has it.
   """
   cfg, where = setup.config.stages[name], f'stages.{name}'
+  live_rows = make_live_rows(setup, name)
   facts = ppo_ptx_plan.facts(setup, name, failures, prompts_by_tokens)
   rollout_fn = functools.partial(
     collect,
@@ -267,6 +271,7 @@ def make_step(
     missing_end_penalty=cfg.rollout.missing_end_penalty,
     generate_rows=cfg.rollout.generate_rows,
     score_rows=ppo_ptx_plan.score_rows(cfg),
+    live_rows=live_rows,
   )
   step = functools.partial(
     iteration,
@@ -280,6 +285,7 @@ def make_step(
     minibatches=cfg.minibatches,
     inner_epochs=cfg.inner_epochs,
     microbatches=cfg.microbatches,
+    live_rows=live_rows,
     ema_decay=cfg.ema_decay,
     kl_target=cfg.kl.target,
     kl_horizon=cfg.kl.horizon,

@@ -19,7 +19,7 @@ from alignjax.setup.objects import Setup
 from alignjax.setup.weights import freeze
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Work
-from alignjax.stages.stage import check_functions, make_optimizer, make_state
+from alignjax.stages.stage import check_functions, make_live_rows, make_optimizer, make_state
 from alignjax.types import Params, PPOBatch, Rollout, TrainState
 
 
@@ -40,9 +40,9 @@ def first_state(
 
 
 def score_rows(cfg) -> int:
-  """Responses scored at a time. The default is a minibatch: the rows that an update without
-  microbatches sees together."""
-  return cfg.rollout.score_rows or cfg.rollout.episodes // cfg.minibatches
+  """Responses scored at a time. The default is the rows of one gradient of an update, so that
+  scoring and update run the same program on the same rows."""
+  return cfg.rollout.score_rows or cfg.rollout.episodes // (cfg.minibatches * cfg.microbatches)
 
 
 def reward_uses_network(cfg, where: str) -> bool:
@@ -65,6 +65,7 @@ def facts(
     advantage=samples,
     reward=dict(  # the last three are for rewards.host_reward
       samples,
+      live_rows=make_live_rows(setup, name),
       prompts_by_tokens=prompts_by_tokens,
       decode_response=setup.text.template.decode_response,
       failures=failures,
@@ -211,6 +212,13 @@ def _check_sizes(setup: Setup, name: str) -> None:
     f'{where}: the prompts of a step by the devices that share a batch',
   )
   check_divides(episodes, score_rows(cfg), f'{where}.rollout.episodes by score_rows')
+  updated = episodes // (cfg.minibatches * cfg.microbatches)
+  if cfg.get('packed_rows') and score_rows(cfg) != updated:
+    raise ValueError(
+      f'{where}.rollout.score_rows={score_rows(cfg)} does not go with {where}.packed_rows: scoring '
+      f'has to pack the same {updated} rows as an update does, so that the ratio before it is '
+      f'exactly 1. Set {where}.rollout.score_rows=None.'
+    )
   rows = cfg.rollout.generate_rows
   if rows is not None:
     check_divides(episodes, rows, f'{where}.rollout.episodes by generate_rows')

@@ -28,7 +28,14 @@ from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
 from alignjax.setup.weights import freeze, initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
-from alignjax.stages.stage import Stage, check_functions, compile_step, make_optimizer, make_state
+from alignjax.stages.stage import (
+  Stage,
+  check_functions,
+  compile_step,
+  make_live_rows,
+  make_optimizer,
+  make_state,
+)
 from alignjax.types import Metrics, Networks, Params, PreferenceBatch, TrainState
 
 
@@ -86,8 +93,9 @@ def update(
   key: jax.Array,
   loss_fn: Callable,
   nets: Networks,
-  tx,
+  tx: optax.GradientTransformation,
   microbatches: int,
+  live_rows: Callable | None,
 ) -> tuple[TrainState, Metrics, None]:
   """One update: the log-probabilities of the reference, a microbatch of rows at a time, and then
   the loss."""
@@ -95,14 +103,24 @@ def update(
     b, k, _ = batch.tokens.shape
 
     def read(rows):
-      return response_logprobs(frozen['ref'], rows, nets=nets)
+      def on(nets):
+        return response_logprobs(frozen['ref'], rows, nets=nets)
+
+      return on(nets) if live_rows is None else live_rows(on, nets, rows.row_mask())
 
     batch = batch.replace(
       ref_logprobs=jax.lax.stop_gradient(ops.in_chunks(read, batch, b // microbatches))
     )
   key = jax.random.fold_in(key, state.step)
   state, metrics = steps.update(
-    state, batch, key, loss_fn=loss_fn, nets=nets, tx=tx, microbatches=microbatches
+    state,
+    batch,
+    key,
+    loss_fn=loss_fn,
+    nets=nets,
+    tx=tx,
+    microbatches=microbatches,
+    live_rows=live_rows,
   )
   return state.replace(step=state.step + 1), metrics, None
 
@@ -123,6 +141,7 @@ def make_step(
       nets=setup.nets,
       tx=tx,
       microbatches=cfg.microbatches,
+      live_rows=make_live_rows(setup, name),
     ),
     state,
   )

@@ -21,7 +21,14 @@ from alignjax.setup.weights import initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.comparisons import Comparisons, Updates
-from alignjax.stages.stage import Stage, check_functions, compile_step, make_optimizer, make_state
+from alignjax.stages.stage import (
+  Stage,
+  check_functions,
+  compile_step,
+  make_live_rows,
+  make_optimizer,
+  make_state,
+)
 from alignjax.types import TrainState
 
 
@@ -101,6 +108,7 @@ def make_step(
   """One compiled update: (state, batch) -> (state, metrics, None)."""
   cfg, key = setup.config.stages[name], stage_key(setup, name)
   loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
+  live_rows = make_live_rows(setup, name)
 
   def step(state, batch):
     state, metrics = steps.update(
@@ -111,6 +119,7 @@ def make_step(
       nets=setup.nets,
       tx=tx,
       microbatches=cfg.microbatches,
+      live_rows=live_rows,
     )
     return state.replace(step=state.step + 1), metrics, None
 

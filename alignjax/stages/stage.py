@@ -3,6 +3,7 @@ first state and compiled step."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax import optim, plugins
+from alignjax import optim, packing, plugins
 from alignjax.setup.objects import Setup
 from alignjax.types import Metrics, Params, TrainState
 
@@ -110,6 +111,16 @@ def make_state(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
   return jax.jit(build, out_shardings=shardings)(params)
+
+
+def make_live_rows(setup: Setup, name: str) -> Callable | None:
+  """packing.on_live_rows with the sizes of the stage's `packed_rows`, or None where it has none."""
+  fractions = setup.config.stages[name].get('packed_rows')
+  if not fractions:
+    return None
+  return functools.partial(
+    packing.on_live_rows, fractions=fractions, shards=setup.sharder.batch_shards
+  )
 
 
 def compile_step(step: Callable, state: TrainState) -> Callable:
