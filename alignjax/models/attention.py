@@ -36,7 +36,7 @@ AXES = (
   ('batch', None),
 )  # the logical axes of the arguments of Attend; the result has those of the queries
 # Into blocks of the first of these sizes that lengthens a row by an eighth at most, splash cuts it.
-BLOCKS = (1024, 512, 256, 128)
+BLOCKS = (512, 256, 128)
 
 
 def whole(function: Callable, inputs: tuple, output: tuple) -> Callable:
@@ -230,7 +230,8 @@ def splash(
       block_kv=block,
       block_q_dkv=block,
       block_kv_dkv=block,
-      use_fused_bwd_kernel=True,
+      block_q_dq=block,
+      block_kv_dq=block,
     ),
     residual_checkpoint_name='attention',
     interpret=interpret,
