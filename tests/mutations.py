@@ -319,8 +319,8 @@ MUTATIONS = {
   46: (
     'a cotangent is cast before it is complete',
     'ops.py',
-    'p = jnp.exp(logprobs)\n  entropy = -jnp',
-    'p = jnp.exp(logprobs).astype(jnp.bfloat16).astype(jnp.float32)\n  entropy = -jnp',
+    '  p = jnp.exp(logprobs)\n  grad = 0.0',
+    '  p = jnp.exp(logprobs).astype(jnp.bfloat16).astype(jnp.float32)\n  grad = 0.0',
     'test_ops',
   ),
 }
