@@ -2,6 +2,7 @@
 documents; backward products run in the dtype of the model."""
 
 import functools
+import types
 
 import jax
 import jax.extend.core
@@ -212,12 +213,27 @@ def test_the_kernel_is_chosen_by_platform_dtype_and_width(machine, changes, kern
     (GPU, dict(attention='splash', dtype='bfloat16'), 'runs on a TPU, and this mesh is of GPUs'),
     (GPU, dict(attention='cudnn'), 'model.dtype is float32'),
     (GPU, dict(attention='cudnn', dtype='bfloat16', head_dim=12), 'multiple of 8, but has 12'),
-    (Machine('gpu', 7.5), dict(attention='cudnn', dtype='float16'), 'this GPU has 7.5'),
+    (
+      Machine('gpu', 7.5),
+      dict(attention='cudnn', dtype='float16'),
+      '8.0 or more, and this one has 7.5',
+    ),
   ],
 )
 def test_a_kernel_that_cannot_be_used_is_refused_with_the_reason(machine, changes, words):
   with pytest.raises(ValueError, match=words):
     transformer.make_networks(config(**changes), machine=machine)
+
+
+def test_the_machine_of_a_device():
+  """A topology's device need not be attached; a GPU that is not NVIDIA's has another capability."""
+  device = lambda **kw: types.SimpleNamespace(**kw)
+  found = attention.machine_of(device(platform='gpu', compute_capability='9.0'))
+  assert found == Machine('gpu', 9.0)
+  amd = attention.machine_of(device(platform='gpu', compute_capability='gfx90a'))
+  assert attention.chosen(config(dtype='bfloat16'), amd) == 'reference'
+  assert attention.machine_of(device(platform='tpu')) == Machine('tpu')
+  assert attention.machine_of(jax.devices('cpu')[0]) == Machine('cpu')
 
 
 def every(jaxpr):

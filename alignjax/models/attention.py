@@ -14,6 +14,7 @@ agree to the rounding of the model's dtype and not to the last bit.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ class Machine(NamedTuple):
 
   Attributes:
     platform: 'cpu', 'gpu' or 'tpu'.
-    capability: the compute capability of a GPU, such as 9.0, or None where it is not known.
+    capability: the compute capability of an NVIDIA GPU, such as 9.0, and 0 of another one; None
+      where it is not known.
     split: (function, logical axes of each argument, those of the result) -> function; it applies
       the function to each device's part of the arrays (sharding.Sharder.per_device).
   """
@@ -63,8 +65,10 @@ class Machine(NamedTuple):
 def machine_of(device: jax.Device, split: Callable = whole) -> Machine:
   """The machine that a device belongs to. The device need not be attached: `alignjax estimate`
   compiles for those of a topology."""
-  capability = getattr(device, 'compute_capability', None) if device.platform == 'gpu' else None
-  return Machine(device.platform, float(capability) if capability else None, split)
+  if device.platform != 'gpu':
+    return Machine(device.platform, None, split)
+  capability = re.fullmatch(r'\d+\.\d+', getattr(device, 'compute_capability', ''))
+  return Machine('gpu', float(capability[0]) if capability else 0.0, split)
 
 
 def make(cfg: TransformerConfig, machine: Machine) -> Attend:
@@ -111,7 +115,10 @@ def _why_not(kernel: str, cfg: TransformerConfig, machine: Machine) -> str | Non
   if kernel == 'splash':
     return None
   if machine.capability is not None and machine.capability < 8:
-    return f'it needs compute capability 8.0 or more, and this GPU has {machine.capability}'
+    return (
+      'it needs an NVIDIA GPU of compute capability 8.0 or more, and this one has '
+      f'{machine.capability}'
+    )
   widest = 256 if (machine.capability or 0) >= 9 else 128
   if cfg.head_width % 8 or cfg.head_width > widest:
     return (
@@ -200,8 +207,9 @@ def cudnn(
   if mask.dtype != bool:
     q, k, v, mask = (_lengthened(x, 2) for x in (q, k, v, mask))
     visible = (mask[:, :, None] == mask[:, None, :])[:, None]
-  out = jax.nn.dot_product_attention(
-    q, k, v, mask=visible, is_causal=True, implementation=implementation
+  # The residual makes it one kernel with and without a gradient, so that scoring and update agree.
+  out, _ = jax.nn.dot_product_attention(
+    q, k, v, mask=visible, is_causal=True, implementation=implementation, return_residual=True
   )
   return _zero_at_pads(out, mask)[:, :t]
 
