@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -63,11 +64,26 @@ def adam(
     moments = scale_by_tf_adam(b1, b2, eps)
   else:
     raise ValueError(f"eps_form={eps_form!r} is neither 'torch' nor 'tensorflow'.")
-  chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+  chain = [] if clip_norm is None else [clip(clip_norm)]
   chain.append(moments)
   if weight_decay:
     chain.append(optax.add_decayed_weights(weight_decay, mask=decays))
   return optax.chain(*chain, optax.scale_by_learning_rate(rate))
+
+
+def clip(largest: float) -> optax.GradientTransformation:
+  """Scales gradients whose global norm is above `largest` down to it, by one factor.
+
+  optax.clip_by_global_norm divides each gradient by the norm and then multiplies; XLA writes the
+  quotients to memory, and they are as large as the parameters.
+  """
+
+  def scaled(grads, params):
+    del params
+    factor = largest / jnp.maximum(optax.tree.norm(grads), largest)
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+
+  return optax.stateless(scaled)
 
 
 def decays(params: Any) -> Any:

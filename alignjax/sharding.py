@@ -13,7 +13,7 @@ the backward pass. Without any rule, every device would hold everything.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from alignjax.models import attention
 from alignjax.models.axes import logical_axes, logical_names, path_name
 from alignjax.models.config import TransformerConfig
 
@@ -192,6 +193,28 @@ class Sharder:
   def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins the sharding of an activation inside a compiled function."""
     return jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+
+  def per_device(self, function: Callable, inputs: tuple, output: tuple) -> Callable:
+    """The function, applied to each device's part of its arguments.
+
+    Args:
+      function: arrays -> array. It must need nothing of the parts of other devices.
+      inputs: the logical axes of each argument.
+      output: the logical axes of the result.
+    """
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=tuple(self.sharding(*axes).spec for axes in inputs),
+      out_specs=self.sharding(*output).spec,
+      check_vma=False,  # Kernels do not say along which mesh axes their results vary.
+    )
+
+  @property
+  def machine(self) -> attention.Machine:
+    """What networks have to know of the mesh to choose their kernels. It comes from the devices of
+    the mesh, which need not be those of this process."""
+    return attention.machine_of(self.mesh.devices.flat[0], self.per_device)
 
   def for_decoding(self, params: Any) -> Any:
     """Pins the sharding of weights in the sampling loop: they are gathered over the axes of the

@@ -268,7 +268,7 @@ MUTATIONS = {
   ),
   35: (
     'a query that sees nothing sees all',
-    'models/layers.py',
+    'models/attention.py',
     'weights = jnp.where(visible, weights, 0.0)',
     'weights = jnp.where(visible, weights, 1.0 / visible.shape[-1])',
     'test_transformer',
@@ -301,6 +301,49 @@ MUTATIONS = {
     'cfg.rollout.episodes // cfg.minibatches',
     'test_entries test_packing',
   ),
+  41: (
+    'a token reads pads',
+    'models/attention.py',
+    'return causal & (mask[:, start:stop, None] == keys) & (keys > 0)',
+    'return causal & ((mask[:, start:stop, None] == keys) | (keys == 0))',
+    'test_attention',
+  ),
+  42: (
+    'pads stay on the left of rows that cuDNN reads',
+    'models/transformer.py',
+    'order = attention.pads_last(mask)',
+    'order = attention.pads_last(jnp.ones_like(mask))',
+    'test_attention',
+  ),
+  43: (
+    'splash knows no documents',
+    'models/attention.py',
+    'documents = mask.astype(jnp.int32)',
+    'documents = jnp.ones_like(mask, jnp.int32)',
+    'test_attention',
+  ),
+  44: (
+    'ids that lengthen a vocabulary have a probability',
+    'models/transformer.py',
+    'unused_ids=(*cfg.unused_ids, (cfg.vocab_size, size))',
+    'unused_ids=cfg.unused_ids',
+    'test_attention',
+  ),
+  45: (
+    'backward products run in float32',
+    'models/products.py',
+    'return jax.vjp(product, a, b)[1](gradient.astype(dtype))',
+    'return jax.tree.map(lambda x: x.astype(dtype), jax.vjp(product, *(x.astype(jnp.float32) '
+    'for x in (a, b)))[1](gradient.astype(dtype)))',
+    'test_attention',
+  ),
+  46: (
+    'a cotangent is cast before it is complete',
+    'ops.py',
+    '  p = jnp.exp(logprobs)\n  grad = 0.0',
+    '  p = jnp.exp(logprobs).astype(jnp.bfloat16).astype(jnp.float32)\n  grad = 0.0',
+    'test_ops',
+  ),
 }
 
 
@@ -315,6 +358,8 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
   'rollout.py': 'test_iteration test_rollout',
   'stages/ppo_ptx.py': 'test_iteration test_compile test_train',
   'stages/ppo_ptx_plan.py': 'test_compile test_forks test_train',
+  'models/attention.py': 'test_attention test_transformer test_compile',
+  'models/products.py': 'test_attention test_transformer',
   'models/layers.py': 'test_transformer test_hf test_rollout test_compile',
   'models/transformer.py': 'test_transformer test_hf test_rollout test_compile',
   'models/rotary.py': 'test_hf test_transformer',

@@ -208,6 +208,52 @@ def test_products_by_cublas_are_counted():
   assert phases['update'].flops == 2 * 3 * 16 * 8 * 4
 
 
+SPLASH = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (b: s8[1,4,4], q: bf16[2,8,2048,128], k: bf16[2,4,2048,128]) -> bf16[2,8,2048,128] {
+  %b = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[2,8,2048,128]{3,2,1,0} parameter(1)
+  %k = bf16[2,4,2048,128]{3,2,1,0} parameter(2)
+  %splash_mha_fwd_segmented_residuals.1 = (f32[2,512,128]{2,1,0}, bf16[2,8,2048,128]{3,2,1,0}) custom-call(%b, %b, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/update/pallas_call"}
+  ROOT %out = bf16[2,8,2048,128]{3,2,1,0} get-tuple-element(%splash_mha_fwd_segmented_residuals.1), index=1
+}
+"""  # noqa: E501
+
+
+def test_operations_of_the_splash_kernel():
+  """Ten of the sixteen blocks of 512 queries and 512 keys are not above the diagonal, and the text
+  of the kernel's attributes goes over several lines."""
+  phases, _ = cost.analyse(hlo.parse(SPLASH), dict(data=1, fsdp=1, tensor=1), chips.CHIPS['v5e'])
+  assert phases['update'].flops == 2 * 2 * (2 * 8 * 128) * 10 * 512 * 512
+
+
+@pytest.mark.parametrize(
+  'target,mask,products',
+  [
+    ('fmhaSoftmax', 'CAUSAL', 1),
+    ('fmhaScaleBiasSoftmax', 'CAUSAL', 1),
+    ('fmhaSoftmaxBackward', 'CAUSAL', 2.5),
+    ('fmhaSoftmax', 'NO_MASK', 2),
+  ],
+)
+def test_operations_of_cudnn(target, mask, products):
+  """Two products of all pairs in the forward pass and five in the backward pass; half of the pairs
+  where it is causal."""
+  program = f"""HloModule jit_f, is_scheduled=true
+
+ENTRY %main (q: bf16[3,64,8,16], k: bf16[3,64,4,16]) -> bf16[3,64,8,16] {{
+  %q = bf16[3,64,8,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[3,64,4,16]{{3,2,1,0}} parameter(1)
+  %c = (bf16[3,64,8,16]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%q, %k, %k), custom_call_target="__cudnn${target}", backend_config={{"cudnn_fmha_backend_config":{{"mask_type":"{mask}"}}}}, metadata={{op_name="jit(f)/update/a"}}
+  ROOT %out = bf16[3,64,8,16]{{3,2,1,0}} get-tuple-element(%c), index=0
+}}
+"""  # noqa: E501
+  phases, _ = cost.analyse(hlo.parse(program), dict(data=1, fsdp=1, tensor=1), chips.CHIPS['v5e'])
+  assert phases['update'].flops == products * 2 * 3 * 8 * 64 * 64 * 16
+
+
 def scanned(x, w):
   with jax.named_scope('decode'):
     layer = lambda x, w: (

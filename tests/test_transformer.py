@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.models import layers, transformer
+from alignjax.models import attention, layers, transformer
 from alignjax.models.config import ranges_without
 from tests.fakes import (
   FAMILIES,
@@ -238,7 +238,7 @@ def test_attention_by_a_float64_loop(heads=2):
       ]
       for weight, s in zip(np.exp(logits) / np.exp(logits).sum(), seen, strict=True):
         expected[0, t, 0, n] += weight * np.asarray(v[0, 0, s], np.float64)
-  out, back = jax.vjp(jax.jit(lambda *x: layers._attend(*x, jnp.asarray(visible))), q, k, v)
+  out, back = jax.vjp(jax.jit(lambda *x: attention.product(*x, jnp.asarray(visible))), q, k, v)
   close(out, expected, rtol=1e-5)
   assert (np.asarray(out[0, 0]) == 0).all()
   assert all(np.isfinite(g).all() for g in back(jnp.ones_like(out)))
@@ -309,7 +309,9 @@ def test_ids_without_a_token_have_no_probability(family):
   np.testing.assert_array_equal(logits, without)
   close(decoded[:, known], without[:, -1, known], rtol=1e-4, atol=1e-4)
   for out in (decoded, after):
-    assert (np.delete(out, known, -1) == layers.MASKED_LOGIT).all() and (out[:, known] > -1e3).all()
+    assert (np.delete(out, known, -1) == attention.MASKED_LOGIT).all() and (
+      out[:, known] > -1e3
+    ).all()
   exact = np.exp(without[..., known].astype(np.float64))
   exact /= exact.sum(-1, keepdims=True)
   place = np.searchsorted(known, np.asarray(tokens))

@@ -134,7 +134,8 @@ def parse(text: str) -> Module:
   """The Module of compiled.as_text(). Raises ValueError where the text is no HLO."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = '', None
-  for line in text.splitlines():
+  # The attributes of a kernel in Pallas go on in lines that begin with a quotation mark or }}.
+  for line in re.sub(r'\n(?="|\}[^\s])', ' ', text).splitlines():
     if current is None or line.startswith(('%', 'ENTRY')):
       found = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{\s*$', line)
       if found and not line.startswith('HloModule'):

@@ -155,9 +155,11 @@ def _integers(text: str) -> list[int]:
 
 
 def flops(site: Site) -> int:
-  """Floating-point operations of one run of a matrix product or a convolution, two for each
-  multiply-add; 0 of every other instruction."""
+  """Floating-point operations of one run of a matrix product, a convolution or a kernel of
+  attention, two for each multiply-add; 0 of every other instruction."""
   instruction = site.instruction
+  if products := _attention_products(instruction):
+    return _attention_flops(site, products)
   cublas = (
     instruction.opcode == 'custom-call'
     and 'custom_call_target="__cublas$' in instruction.attributes
@@ -172,6 +174,35 @@ def flops(site: Site) -> int:
     ).group(1)
     return 2 * out * math.prod(left.dims[int(d)] for d in re.findall(r'\d+', dims))
   return 2 * _multiply_adds(instruction, left, right)
+
+
+def _attention_products(instruction: Instruction) -> int:
+  """The matrix products of [T,H] with [H,S], or of that size, that a kernel of attention computes
+  for each head: of the forward pass 2, of the backward pass 5. splash computes two of these twice,
+  because the gradients of queries and of keys and values are kernels of their own. 0 of every other
+  instruction."""
+  if instruction.opcode != 'custom-call':
+    return 0
+  found = re.search(r'splash_mha_(fwd|dkv|dq)', f'{instruction.name} {instruction.op_name}')
+  if found and 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+    return {'fwd': 2, 'dkv': 4, 'dq': 3}[found[1]]
+  found = re.search(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"', instruction.attributes)
+  return 0 if not found else 5 if found[1] else 2
+
+
+def _attention_flops(site: Site, products: int) -> int:
+  """What a kernel of attention with so many products computes: splash the blocks of
+  [queries, keys] that a causal mask leaves something of, cuDNN half of all pairs."""
+  shapes = [
+    site.computation[o].shapes[0] for o in site.instruction.operands if o in site.computation
+  ]
+  q, k = [s for s in shapes if s.dtype in ('bf16', 'f16', 'f32')][:2]
+  if 'fmha' in site.instruction.attributes:  # [B,T,N,H]
+    pairs, causal = k.dims[-3], '_CAUSAL' in site.instruction.attributes
+    causal = causal or '"CAUSAL"' in site.instruction.attributes
+    return products * 2 * math.prod(q.dims) * pairs // (2 if causal else 1)
+  pairs, blocks = k.dims[-2], shapes[0].dims[-2]  # [B,N,T,H], and one number for each block
+  return products * 2 * math.prod(q.dims) * pairs * (blocks + 1) // (2 * blocks)
 
 
 def _multiply_adds(convolution: Instruction, left: Shape, right: Shape) -> int:

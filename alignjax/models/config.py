@@ -40,11 +40,18 @@ class TransformerConfig:
     dropout: residual dropout (paper C.1: 0.2 in SFT); it is active only where a key is passed.
     dtype: of activations and matrix products. Parameters, softmax, the statistics of norms and
       log-probabilities stay float32.
-    remat: what is recomputed in the backward pass: 'none'; 'full' stores only the input of each
-      layer; 'dots' stores the results of matrix products.
+    remat: what is recomputed in the backward pass. 'none' stores everything. 'full' stores the
+      input of each layer, D numbers per token; 'attention' stores queries, keys, values and the
+      output of attention too (5 D with as many key/value heads as query heads); 'projections' also
+      the attention projection and the MLP's inner arrays, so that no matrix product is computed
+      twice (10 D with an MLP of 4 D); 'dots' stores the results of all matrix products.
     logits_chunk: tokens whose float32 logits exist at once in log-probabilities; None means all.
     attention_chunk: queries whose float32 attention logits exist at once, outside of decoding; None
-      means all. Both chunks change memory, not results.
+      means all. Both chunks change memory, not results. A fused kernel needs no chunks.
+    attention: the kernel of attention over whole rows: 'cudnn' (NVIDIA GPUs), 'splash' (TPUs),
+      'reference' (matrix products, anywhere), or 'auto', which takes the kernel of the platform
+      where dtype and head width allow it, and the reference elsewhere and in float32. See
+      models/attention.py.
   """
 
   vocab_size: int
@@ -75,13 +82,15 @@ class TransformerConfig:
   remat: str = 'none'
   logits_chunk: int | None = None
   attention_chunk: int | None = None
+  attention: str = 'auto'
 
   def __post_init__(self):
     choices = dict(
       positions=('learned', 'rotary'),
       norm=('layernorm', 'rmsnorm'),
       mlp=('gelu', 'gelu_exact', 'swiglu'),
-      remat=('none', 'full', 'dots'),
+      remat=('none', 'full', 'attention', 'projections', 'dots'),
+      attention=('auto', 'reference', 'cudnn', 'splash'),
       dtype=('float32', 'bfloat16', 'float16'),
     )
     for field, allowed in choices.items():

@@ -33,6 +33,7 @@ FREE = (
   'remat',
   'logits_chunk',
   'attention_chunk',
+  'attention',
   'embedding_std',
   'unused_ids',
 )

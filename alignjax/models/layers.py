@@ -14,17 +14,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from alignjax.models import rotary
+from alignjax.models.attention import Attend, product, reference
 from alignjax.models.config import TransformerConfig
-
-# Replaces a masked logit. It is finite, so that neither 0 * MASKED_LOGIT in an entropy nor a query
-# that sees nothing gives a NaN.
-MASKED_LOGIT = -1e30
-
-# A product of two arrays of cfg.dtype whose result stays in the float32 of its accumulator. Rounded
-# to bfloat16, a logit near 20 would move in steps of 0.125.
-to_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+from alignjax.models.products import to_float32
 
 
 def _norm(cfg: TransformerConfig, name: str, dtype: Any = None) -> nn.Module:
@@ -40,44 +35,23 @@ def unconstrained(x, *axes):
   return x
 
 
-def _attend(q, k, v, visible):
-  """Scaled dot-product attention; the scale and the softmax are computed in float32.
-
-  A query that sees nothing gets the output 0. The softmax of a row of MASKED_LOGIT alone would be
-  uniform over all columns, those of the future among them.
-
-  Args:
-    q: [B,T,G,N/G,H].
-    k, v: [B,G,S,H].
-    visible: bool[B,T,S], whether a query may attend to a key.
-
-  Returns:
-    [B,T,G,N/G,H], in the dtype of v.
-  """
-  logits = (
-    jnp.einsum('btgmh,bgsh->bgmts', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-  )
-  visible = visible[:, None, None]
-  weights = jax.nn.softmax(jnp.where(visible, logits, MASKED_LOGIT), axis=-1)
-  weights = jnp.where(visible, weights, 0.0)
-  return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
-
-
 class Attention(nn.Module):
   """Causal attention with grouped heads. With a cache, the new keys and values are written into it
   and the queries attend to all of its slots."""
 
   cfg: TransformerConfig
   constrain: Callable = unconstrained
+  attend: Attend = reference
 
   @nn.compact
-  def __call__(self, x, angles, visible, cache=None, index=None):
+  def __call__(self, x, angles, mask, cache=None, index=None):
     """Attends.
 
     Args:
       x: [B,T,D], the normalised residual stream.
       angles: rotary angles of the T positions (rotary.angles).
-      visible: bool[B,T,S].
+      mask: bool or i32 [B,T], the mask of the rows; with a cache bool[B,T,S], whether a token may
+        attend to a slot.
       cache: (k, v), each [B,G,S,H], or None, and then S = T.
       index: i32[], the first slot that the new keys and values are written to.
 
@@ -98,26 +72,23 @@ class Attention(nn.Module):
 
     q = rotary.rotate(normalize_heads(project(cfg.num_heads, 'query'), 'query_norm'), angles)
     k = rotary.rotate(normalize_heads(project(cfg.kv_heads, 'key'), 'key_norm'), angles)
-    k = k.swapaxes(1, 2)
-    v = project(cfg.kv_heads, 'value').swapaxes(1, 2)
-    if cache is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
-      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
+    v = project(cfg.kv_heads, 'value')
     q = self.constrain(q, 'batch', None, 'heads', None)
-    k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
-    q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
-    if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
-      parts = []  # Attention is causal: no query of a chunk reads a key beyond the chunk.
-      for stop in range(cfg.attention_chunk, t + cfg.attention_chunk, cfg.attention_chunk):
-        some = slice(stop - cfg.attention_chunk, stop)
-        parts.append(
-          jax.checkpoint(_attend)(
-            q[:, some], k[:, :, :stop], v[:, :, :stop], visible[:, some, :stop]
-          )
-        )
-      heads = jnp.concatenate(parts, axis=1)
+    if cache is None:
+      k, v = (self.constrain(y, 'batch', None, 'kv_heads', None) for y in (k, v))
+      q, k, v = (checkpoint_name(y, n) for y, n in ((q, 'query'), (k, 'key'), (v, 'value')))
+      heads = self.attend(q, k, v, mask)
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
-      heads = _attend(q, k, v, visible)
+      k, v = (
+        jax.lax.dynamic_update_slice_in_dim(
+          old, new.swapaxes(1, 2).astype(old.dtype), index, axis=2
+        )
+        for old, new in zip(cache, (k, v), strict=True)
+      )
+      k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
+      grouped = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
+      heads = product(grouped, k, v, mask)
     heads = self.constrain(
       heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', None, 'heads', None
     )
@@ -129,7 +100,7 @@ class Attention(nn.Module):
       kernel_init=_residual_init(cfg),
       name='out',
     )(heads)
-    return out, (k, v)
+    return checkpoint_name(out, 'out'), (k, v)
 
 
 class MLP(nn.Module):
@@ -143,8 +114,10 @@ class MLP(nn.Module):
     cfg = self.cfg
     dense = functools.partial(nn.Dense, use_bias=cfg.out_bias, dtype=cfg.dtype)
     hidden = self.constrain(dense(cfg.mlp_width, name='up')(x), 'batch', None, 'mlp')
+    hidden = checkpoint_name(hidden, 'up')
     if cfg.mlp == 'swiglu':
-      hidden = jax.nn.silu(dense(cfg.mlp_width, name='gate')(x)) * hidden
+      gate = checkpoint_name(dense(cfg.mlp_width, name='gate')(x), 'gate')
+      hidden = jax.nn.silu(gate) * hidden
     else:
       hidden = jax.nn.gelu(hidden, approximate=cfg.mlp == 'gelu')
     return dense(cfg.d_model, name='down', kernel_init=_residual_init(cfg))(hidden)
@@ -155,11 +128,12 @@ class Block(nn.Module):
 
   cfg: TransformerConfig
   constrain: Callable = unconstrained
+  attend: Attend = reference
 
   @nn.compact
-  def __call__(self, x, angles, visible, cache=None, index=None, dropout=False):
+  def __call__(self, x, angles, mask, cache=None, index=None, dropout=False):
     cfg = self.cfg
-    attention = Attention(cfg, self.constrain, name='attention')
+    attention = Attention(cfg, self.constrain, self.attend, name='attention')
     mlp = MLP(cfg, self.constrain, name='mlp')
 
     def norm(name, x):
@@ -170,7 +144,7 @@ class Block(nn.Module):
       y = self.constrain(y, 'batch', 'sequence', None)
       return nn.Dropout(cfg.dropout, deterministic=not dropout)(y)
 
-    attended, cache = attention(norm('norm_1', x), angles, visible, cache, index)
+    attended, cache = attention(norm('norm_1', x), angles, mask, cache, index)
     if cfg.parallel_residual:
       return x + drop(attended) + drop(mlp(norm('norm_2', x))), cache
     x = x + drop(attended)

@@ -15,6 +15,7 @@ unstacked once: that was measured to be faster, and every layer's cache is updat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,27 +25,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import ops
-from alignjax.models import rotary
+from alignjax.models import attention, rotary
+from alignjax.models.attention import MASKED_LOGIT, Machine
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
-from alignjax.models.layers import MASKED_LOGIT, Block, Embed, Final, to_float32, unconstrained
+from alignjax.models.layers import Block, Embed, Final, unconstrained
+from alignjax.models.products import to_float32
 from alignjax.types import Decoder, KVCache, Networks, Params
 
 Constrain = Callable[..., jax.Array]  # (x, *logical axis names) -> x
+POLICIES = jax.checkpoint_policies
+# The arrays of a layer that have a name (layers.py). The result of 'down' is read by no backward
+# pass, and the next layer stores the sum that it is part of.
+NAMES = ('query', 'key', 'value', 'attention', 'out', 'up', 'gate')
 REMAT_POLICIES = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': POLICIES.nothing_saveable,
+  'dots': POLICIES.save_from_both_policies(
+    POLICIES.dots_with_no_batch_dims_saveable, attention.saveable
+  ),
+  'attention': POLICIES.save_from_both_policies(
+    POLICIES.save_only_these_names('query', 'key', 'value'), attention.saveable
+  ),
+  'projections': POLICIES.save_from_both_policies(
+    POLICIES.save_only_these_names(*NAMES), attention.saveable
+  ),
 }
+VOCABULARY_MULTIPLE = 128
 
 
 def init(cfg: TransformerConfig, key: jax.Array, head: str = 'lm') -> Params:
   """Fresh float32 parameters. head: 'lm' or 'scalar'."""
   keys = jax.random.split(key, 3)
   x, tokens = jnp.zeros((1, 1, cfg.d_model), cfg.dtype), jnp.zeros((1, 1), jnp.int32)
-  angles, visible = rotary.angles(cfg, tokens), jnp.ones((1, 1, 1), bool)
+  angles, mask = rotary.angles(cfg, tokens), jnp.ones((1, 1), bool)
 
   def init_layer(key):
-    return Block(cfg).init(key, x, angles, visible)['params']
+    return Block(cfg).init(key, x, angles, mask)['params']
 
   return {
     'embed': Embed(cfg).init(keys[0], tokens, tokens)['params'],
@@ -70,6 +86,7 @@ def make_networks(
   cfg: TransformerConfig,
   constrain: Constrain = unconstrained,
   constrain_weights: Callable[[Any], Any] = lambda weights: weights,
+  machine: Machine | None = None,
 ) -> Networks:
   """The pure functions of an architecture (types.Networks).
 
@@ -79,34 +96,41 @@ def make_networks(
       (sharding.Sharder.constrain).
     constrain_weights: params -> params, pins the sharding of the weights in the sampling loop
       (sharding.Sharder.for_decoding).
+    machine: the devices that the functions are compiled for (sharding.Sharder.machine); by default
+      the first device of this process.
+
+  Raises:
+    ValueError: cfg.attention names a kernel that cannot be used there.
   """
+  machine = machine or attention.machine_of(jax.local_devices()[0])
+  attention.chosen(cfg, machine)  # It is refused before anything is traced.
   decoder = Decoder(
     prepare=functools.partial(_prepare, cfg, constrain, constrain_weights),
-    prefill=functools.partial(_prefill, cfg, constrain),
+    prefill=functools.partial(_prefill, cfg, constrain, machine),
     step=functools.partial(_step, cfg, constrain),
   )
   return Networks(
-    logits=functools.partial(_logits, cfg, constrain),
-    logprobs=functools.partial(_logprobs, cfg, constrain),
-    scalar=functools.partial(_scalar, cfg, constrain),
+    logits=functools.partial(_logits, cfg, constrain, machine),
+    logprobs=functools.partial(_logprobs, cfg, constrain, machine),
+    scalar=functools.partial(_scalar, cfg, constrain, machine),
     decoder=decoder,
   )
 
 
-# The functions of types.Networks. Each takes the TransformerConfig and the Constrain first, which
-# make_networks binds.
+# The functions of types.Networks. Each takes the TransformerConfig, the Constrain and the Machine
+# first, which make_networks binds.
 
 
-def _logits(cfg, constrain, params, tokens, mask, key=None):
-  x, _ = _run_layers(cfg, constrain, params, tokens, mask, key)
+def _logits(cfg, constrain, machine, params, tokens, mask, key=None):
+  x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask, key)
   return _unembed(cfg, params, x)
 
 
-def _logprobs(cfg, constrain, params, tokens, mask, temperature=1.0, key=None):
+def _logprobs(cfg, constrain, machine, params, tokens, mask, temperature=1.0, key=None):
   b, t = tokens.shape
-  x, _ = _run_layers(cfg, constrain, params, tokens, mask, key)
+  x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask, key)
   x, targets = x[:, :-1], tokens[:, 1:]  # the shift of logits against tokens
-  params = _gather_unembedding(cfg, constrain, params)
+  cfg, params = _lengthened_vocabulary(cfg, machine, _gather_unembedding(cfg, constrain, params))
 
   def score(x, targets):
     return ops.token_logprobs(_next_token_logits(cfg, params, x) / temperature, targets)
@@ -131,8 +155,8 @@ def _logprobs(cfg, constrain, params, tokens, mask, temperature=1.0, key=None):
   return tuple(jnp.pad(y.reshape(b, t - 1), ((0, 0), (1, 0))) for y in out)
 
 
-def _scalar(cfg, constrain, params, tokens, mask):
-  x, _ = _run_layers(cfg, constrain, params, tokens, mask)
+def _scalar(cfg, constrain, machine, params, tokens, mask):
+  x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask)
   return Final(cfg, 'scalar').apply({'params': params['final']}, x)
 
 
@@ -161,8 +185,8 @@ def _layer_of(stacked, index):
   return stacked[index]
 
 
-def _prefill(cfg, constrain, weights, tokens, mask, slots):
-  x, (k, v) = _run_layers(cfg, constrain, weights, tokens, mask, keep_cache=True)
+def _prefill(cfg, constrain, machine, weights, tokens, mask, slots):
+  x, (k, v) = _run_layers(cfg, constrain, machine, weights, tokens, mask, keep_cache=True)
   q = tokens.shape[1]
 
   def grow(stacked):  # [L,B,G,Q,H] -> L arrays [B,G,slots,H]
@@ -200,21 +224,28 @@ def _step(cfg, constrain, weights, tokens, mask, cache):
 # What these functions share
 
 
-def _run_layers(cfg, constrain, params, tokens, mask, key=None, keep_cache=False):
+def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_cache=False):
   """Embedding and layers: (hidden states [B,T,D] before the last norm, stacked (k, v)
   [L,B,G,T,H] or None)."""
   if tokens.shape[1] > cfg.max_length:
     raise ValueError(f'{tokens.shape[1]} tokens exceed model.max_length={cfg.max_length}.')
   where = ops.positions(mask)
+  order = None
+  if mask.dtype == bool and attention.chosen(cfg, machine) == 'cudnn':
+    if keep_cache:  # The cache stays in the order of its slots.
+      mask = mask.astype(jnp.int32)
+    else:
+      order = attention.pads_last(mask)
+      tokens, where, mask = (attention.moved(y, order.there) for y in (tokens, where, mask))
   angles = rotary.angles(cfg, where)
-  visible = ops.visible(mask)
+  attend = attention.make(cfg, machine)
   x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
 
   def layer(x, inputs):
     weights, layer_key = inputs
     rngs = {} if key is None else {'dropout': layer_key}
-    x, kv = Block(cfg, constrain).apply(
-      {'params': weights}, x, angles, visible, dropout=key is not None, rngs=rngs
+    x, kv = Block(cfg, constrain, attend).apply(
+      {'params': weights}, x, angles, mask, dropout=key is not None, rngs=rngs
     )
     return constrain(x, 'batch', 'sequence', None), (kv if keep_cache else None)
 
@@ -224,7 +255,26 @@ def _run_layers(cfg, constrain, params, tokens, mask, key=None, keep_cache=False
   # This is what is stored between layers and for the backward pass.
   x = constrain(x, 'batch', 'sequence', None)
   x, kv = jax.lax.scan(layer, x, (params['layers'], keys))
-  return constrain(x, 'batch', None, None), kv
+  x = constrain(x, 'batch', None, None)
+  return x if order is None else attention.moved(x, order.back), kv
+
+
+def _lengthened_vocabulary(cfg, machine, params):
+  """The declaration and the parameters of a head whose vocabulary is a multiple of
+  VOCABULARY_MULTIPLE on a GPU, whose matrix units want it so. The ids that are added have no
+  token, so the log-probabilities are those of the others."""
+  rest = -cfg.vocab_size % VOCABULARY_MULTIPLE
+  if machine.platform != 'gpu' or not rest:
+    return cfg, params
+  size = cfg.vocab_size + rest
+  longer = dataclasses.replace(
+    cfg, vocab_size=size, unused_ids=(*cfg.unused_ids, (cfg.vocab_size, size))
+  )
+  if cfg.tie_embeddings:
+    tokens = jnp.pad(params['embed']['tokens'], ((0, rest), (0, 0)))
+    return longer, params | {'embed': params['embed'] | {'tokens': tokens}}
+  head = {'kernel': jnp.pad(params['final']['head']['kernel'], ((0, 0), (0, rest)))}
+  return longer, params | {'final': params['final'] | {'head': head}}
 
 
 def _gather_unembedding(cfg, constrain, params):

@@ -1,0 +1,290 @@
+"""Attention over whole rows, without a cache, behind one function: `make` chooses the kernel.
+
+  attend(q [B,T,N,H], k [B,T,G,H], v [B,T,G,H], mask [B,T]) -> [B,T,N,H]
+
+A token attends to the tokens up to itself that have its document number in the mask. The mask is
+that of types.TokenBatch: bool, or the number of each token's document and 0 on pads. The output at
+a pad is 0, so no token reads a pad, and what a pad attends to never matters. No kernel reads or
+writes an array of [B,T,T] but cuDNN for packed rows.
+
+Every kernel computes softmax and sums in float32. What they round differs, so that their results
+agree to the rounding of the model's dtype and not to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from alignjax.models.config import TransformerConfig
+from alignjax.models.products import to_float32
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# Replaces a masked logit. It is finite, so that neither 0 * MASKED_LOGIT in an entropy nor a query
+# that sees nothing gives a NaN.
+MASKED_LOGIT = -1e30
+AXES = (
+  ('batch', None, 'heads', None),
+  ('batch', None, 'kv_heads', None),
+  ('batch', None, 'kv_heads', None),
+  ('batch', None),
+)  # the logical axes of the arguments of Attend; the result has those of the queries
+# Into blocks of the first of these sizes that lengthens a row by an eighth at most, splash cuts it.
+BLOCKS = (512, 256, 128)
+
+
+def whole(function: Callable, inputs: tuple, output: tuple) -> Callable:
+  """The default of Machine.split, for one device: the function itself."""
+  del inputs, output
+  return function
+
+
+class Machine(NamedTuple):
+  """The devices that a network is compiled for, as far as it needs to know them.
+
+  Attributes:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    capability: the compute capability of an NVIDIA GPU, such as 9.0, and 0 of another one; None
+      where it is not known.
+    split: (function, logical axes of each argument, those of the result) -> function; it applies
+      the function to each device's part of the arrays (sharding.Sharder.per_device).
+  """
+
+  platform: str
+  capability: float | None = None
+  split: Callable[[Callable, tuple, tuple], Callable] = whole
+
+
+def machine_of(device: jax.Device, split: Callable = whole) -> Machine:
+  """The machine that a device belongs to. The device need not be attached: `alignjax estimate`
+  compiles for those of a topology."""
+  if device.platform != 'gpu':
+    return Machine(device.platform, None, split)
+  capability = re.fullmatch(r'\d+\.\d+', getattr(device, 'compute_capability', ''))
+  return Machine('gpu', float(capability[0]) if capability else 0.0, split)
+
+
+def make(cfg: TransformerConfig, machine: Machine) -> Attend:
+  """The attention of an architecture on a machine, as cfg.attention asks.
+
+  'auto' takes the fused kernel of the platform where the dtype and the width of a head allow it,
+  and the reference elsewhere.
+
+  Raises:
+    ValueError: cfg.attention names a kernel that this model or machine cannot use. The message has
+      the reason.
+  """
+  choice = chosen(cfg, machine)
+  if choice == 'reference':
+    return functools.partial(reference, chunk=cfg.attention_chunk)
+  kernel = {'cudnn': cudnn, 'splash': splash}[choice]
+  return machine.split(kernel, AXES, AXES[0])
+
+
+def chosen(cfg: TransformerConfig, machine: Machine) -> str:
+  """The kernel that `make` takes: 'reference', 'cudnn' or 'splash'."""
+  if cfg.attention == 'reference':
+    return 'reference'
+  if cfg.attention == 'auto':
+    found = (name for name in ('cudnn', 'splash') if _why_not(name, cfg, machine) is None)
+    return next(found, 'reference')
+  if reason := _why_not(cfg.attention, cfg, machine):
+    raise ValueError(
+      f"model.attention='{cfg.attention}' cannot be used: {reason}. Set model.attention='auto', "
+      "which takes what fits, or 'reference'."
+    )
+  return cfg.attention
+
+
+def _why_not(kernel: str, cfg: TransformerConfig, machine: Machine) -> str | None:
+  """Why a kernel cannot be used, or None."""
+  platform, dtypes = {'cudnn': ('gpu', ('bfloat16', 'float16')), 'splash': ('tpu', ('bfloat16',))}[
+    kernel
+  ]
+  if machine.platform != platform:
+    return f'it runs on a {platform.upper()}, and this mesh is of {machine.platform.upper()}s'
+  if cfg.dtype not in dtypes:
+    return f'it computes in {" or ".join(dtypes)}, and model.dtype is {cfg.dtype}'
+  if kernel == 'splash':
+    return None
+  if machine.capability is not None and machine.capability < 8:
+    return (
+      'it needs an NVIDIA GPU of compute capability 8.0 or more, and this one has '
+      f'{machine.capability}'
+    )
+  widest = 256 if (machine.capability or 0) >= 9 else 128
+  if cfg.head_width % 8 or cfg.head_width > widest:
+    return (
+      f'a head has to be {widest} features wide or less, and a multiple of 8, but has '
+      f'{cfg.head_width}'
+    )
+  return None
+
+
+def saveable(primitive: Any, *_: Any, **parameters: Any) -> bool:
+  """A policy of jax.checkpoint that stores what a kernel's backward pass reads of its forward pass.
+  cuDNN's rule gives its results no names, so its primitive is known by its own."""
+  return (
+    primitive.name == 'dot_product_attention_fwd_wrapper' or parameters.get('name') == 'attention'
+  )
+
+
+def product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+  """Scaled dot-product attention; the scale and the softmax are computed in float32.
+
+  A query that sees nothing gets the output 0. The softmax of a row of MASKED_LOGIT alone would be
+  uniform over all columns, those of the future among them.
+
+  Args:
+    q: [B,T,G,N/G,H].
+    k, v: [B,G,S,H].
+    visible: bool[B,T,S], whether a query may attend to a key.
+
+  Returns:
+    [B,T,G,N/G,H], in the dtype of v.
+  """
+  b, t, g, m, h = q.shape
+  rows = q.transpose(0, 2, 3, 1, 4).reshape(b, g, m * t, h)
+  logits = to_float32(rows, k, (((3,), (3,)), ((0, 1), (0, 1)))).reshape(b, g, m, t, -1)
+  visible = visible[:, None, None]
+  weights = jax.nn.softmax(jnp.where(visible, logits * h**-0.5, MASKED_LOGIT), axis=-1)
+  weights = jnp.where(visible, weights, 0.0)
+  return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
+
+
+def reference(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, chunk: int | None = None
+) -> jax.Array:
+  """Attend by two matrix products, whose float32 logits are written to memory.
+
+  chunk: queries whose logits exist at once, None for all. Attention is causal, so no query of a
+    chunk reads a key beyond it.
+  """
+  b, t, n, h = q.shape
+  g = k.shape[2]
+  chunk = min(chunk or t, t)
+  attend = product if chunk == t else jax.checkpoint(product)
+  q = q.reshape(b, t, g, n // g, h)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,G,T,H]
+  parts = []
+  for start in range(0, t, chunk):
+    stop = min(start + chunk, t)
+    visible = _visible(mask, start, stop)
+    parts.append(attend(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], visible))
+  out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+  return checkpoint_name(out.reshape(b, t, n, h), 'attention')
+
+
+def _visible(mask: jax.Array, start: int, stop: int) -> jax.Array:
+  """bool[B,stop-start,stop]: whether a query from `start` to `stop` may attend to a key before
+  `stop`."""
+  query = jax.lax.broadcasted_iota(jnp.int32, (1, stop - start, stop), 1) + start
+  causal = jax.lax.broadcasted_iota(jnp.int32, query.shape, 2) <= query
+  keys = mask[:, None, :stop]
+  return causal & (mask[:, start:stop, None] == keys) & (keys > 0)
+
+
+def cudnn(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: str = 'cudnn'
+) -> jax.Array:
+  """Attend by cuDNN's fused kernel.
+
+  It has no documents and no pads on the left. Rows with a bool mask must therefore have their
+  tokens before their pads (`pads_last`), and being causal is then enough. For packed rows the mask
+  is a bias of [B,1,T,T] in the model's dtype, which is slower and needs an even T in training.
+
+  implementation: 'xla' takes the same arguments where there is no cuDNN, for tests.
+  """
+  t = q.shape[1]
+  visible = None
+  if mask.dtype != bool:
+    q, k, v, mask = (_lengthened(x, 2) for x in (q, k, v, mask))
+    visible = (mask[:, :, None] == mask[:, None, :])[:, None]
+  # The residual makes it one kernel with and without a gradient, so that scoring and update agree.
+  out, _ = jax.nn.dot_product_attention(
+    q, k, v, mask=visible, is_causal=True, implementation=implementation, return_residual=True
+  )
+  return _zero_at_pads(out, mask)[:, :t]
+
+
+def splash(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret: bool = False
+) -> jax.Array:
+  """Attend by the splash kernel of a TPU, whose segments are the documents and the pads.
+
+  The queries are scaled before they are rounded. A row is lengthened by pads to a multiple of the
+  kernel's block.
+
+  interpret: runs the kernel's program on any platform, for tests.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  t, n = q.shape[1:3]
+  q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+  block = next(b for b in BLOCKS if -t % b <= t // 8 or b == BLOCKS[-1])
+  q, k, v, mask = (_lengthened(x, block) for x in (q, k, v, mask))
+  kernel = kernels.make_splash_mha_single_device(
+    masks.MultiHeadMask([masks.CausalMask((q.shape[1],) * 2)] * n),
+    block_sizes=kernels.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    ),
+    residual_checkpoint_name='attention',
+    interpret=interpret,
+  )
+  documents = mask.astype(jnp.int32)
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(documents, documents)).swapaxes(1, 2)
+  return _zero_at_pads(out, mask)[:, :t]
+
+
+def _lengthened(x: jax.Array, multiple: int) -> jax.Array:
+  """x [B,T,...] with zeros behind it, so that T is a multiple."""
+  rest = -x.shape[1] % multiple
+  return jnp.pad(x, ((0, 0), (0, rest), *((0, 0),) * (x.ndim - 2)))
+
+
+def _zero_at_pads(out: jax.Array, mask: jax.Array) -> jax.Array:
+  return jnp.where((mask > 0)[..., None, None], out, 0)
+
+
+class Order(NamedTuple):
+  """An order of the columns of each row in which the live tokens precede the pads, and the way
+  back.
+
+  Attributes:
+    there: i32[B,T], the column that stands at each place.
+    back: i32[B,T], the place at which each column stands.
+  """
+
+  there: jax.Array
+  back: jax.Array
+
+
+def pads_last(mask: jax.Array) -> Order:
+  """The order in which cuDNN reads rows of a bool mask: [0, 1, 1, 0] -> [1, 2, 0, 3]. Positions
+  and masks that were computed before move along, so no live token sees a difference."""
+  there = jnp.argsort(~mask, axis=1, stable=True).astype(jnp.int32)
+  return Order(there, jnp.argsort(there, axis=1).astype(jnp.int32))
+
+
+def moved(x: jax.Array, columns: jax.Array) -> jax.Array:
+  """x [B,T,...] with the columns [B,T] of each row, which are a permutation. The gradient adds
+  nothing up, and so its bits do not depend on the order of any sums."""
+
+  def one(row, columns):
+    return row.at[columns].get(unique_indices=True, mode='promise_in_bounds')
+
+  return jax.vmap(one)(x, columns)
