@@ -127,6 +127,12 @@ class Sharder:
     return NamedSharding(self.mesh, PartitionSpec())
 
   @property
+  def platform(self) -> str:
+    """Of the devices: 'cpu', 'gpu' or 'tpu'. They need not be there: a step can be compiled for
+    others."""
+    return self.mesh.devices.flat[0].platform
+
+  @property
   def batch(self) -> NamedSharding:
     """The leading axis over the mesh axes of the batch, and the other axes replicated."""
     return self.sharding('batch')

@@ -172,10 +172,10 @@ def test_item_4_decoding_stops_when_all_rows_have():
   def logits(rows):
     return jnp.full((rows, 8), -1e9).at[:, 5].set(0.0)
 
-  def prefill(weights, tokens, mask, slots):
-    return logits(len(tokens)), KVCache((), (), jnp.zeros((len(tokens), slots), bool), jnp.int32(0))
+  def prefill(weights, tokens, mask, samples):
+    return logits(len(tokens)), KVCache((), mask, (), jnp.int32(0))
 
-  def step(weights, tokens, mask, cache):
+  def step(weights, tokens, cache):
     jax.debug.callback(lambda: steps.append(1))
     return logits(len(tokens)), cache
 

@@ -186,7 +186,7 @@ def _networks(cfg: TransformerConfig, sharder: Sharder | None) -> Networks:
   if sharder is None:
     return transformer.make_networks(cfg)
   sharder.check_heads(cfg)
-  return transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
+  return transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding, sharder.platform)
 
 
 def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) -> Model:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alignjax.models import rotary
+from alignjax.models import cached, rotary
 from alignjax.models.config import TransformerConfig
 
 # Replaces a masked logit. It is finite, so that neither 0 * MASKED_LOGIT in an entropy nor a query
@@ -64,8 +64,7 @@ def _attend(q, k, v, visible):
 
 
 class Attention(nn.Module):
-  """Causal attention with grouped heads. With a cache, the new keys and values are written into it
-  and the queries attend to all of its slots."""
+  """Causal attention with grouped heads, over whole rows or, with a cache, of one new token."""
 
   cfg: TransformerConfig
   constrain: Callable = unconstrained
@@ -77,12 +76,12 @@ class Attention(nn.Module):
     Args:
       x: [B,T,D], the normalised residual stream.
       angles: rotary angles of the T positions (rotary.angles).
-      visible: bool[B,T,S].
-      cache: (k, v), each [B,G,S,H], or None, and then S = T.
-      index: i32[], the first slot that the new keys and values are written to.
+      visible: bool[B,T,T]; with a cache the mask of the prompts, bool[B/n,Q].
+      cache: None, or the (k, v) of prompts and of responses in this layer (types.KVCache).
+      index: i32[], the slot of the response that the new keys and values are written to.
 
     Returns:
-      (output [B,T,D], (k, v) each [B,G,S,H]).
+      (output [B,T,D], (k, v) of the row, or with a cache of the response, each [B,G,S,H]).
     """
     cfg = self.cfg
     b, t = x.shape[:2]
@@ -100,13 +99,14 @@ class Attention(nn.Module):
     k = rotary.rotate(normalize_heads(project(cfg.kv_heads, 'key'), 'key_norm'), angles)
     k = k.swapaxes(1, 2)
     v = project(cfg.kv_heads, 'value').swapaxes(1, 2)
-    if cache is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), index, axis=2)
-      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), index, axis=2)
     q = self.constrain(q, 'batch', None, 'heads', None)
     k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
     q = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
-    if cache is None and cfg.attention_chunk is not None and t > cfg.attention_chunk:
+    if cache is not None:
+      heads, (k, v) = cached.attend(
+        *(q, k, v, *cache, visible, index), masked_logit=MASKED_LOGIT, constrain=self.constrain
+      )
+    elif cfg.attention_chunk is not None and t > cfg.attention_chunk:
       parts = []  # Attention is causal: no query of a chunk reads a key beyond the chunk.
       for stop in range(cfg.attention_chunk, t + cfg.attention_chunk, cfg.attention_chunk):
         some = slice(stop - cfg.attention_chunk, stop)

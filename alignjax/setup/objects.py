@@ -93,8 +93,12 @@ def make_setup(
         f'{name}.max_length={model.max_length} is shorter than the {needed} tokens that '
         'data.prompt_length + data.response_length, or data.row_length, ask for.'
       )
-  policy = transformer.make_networks(policy_model, sharder.constrain, sharder.for_decoding)
-  reward = transformer.make_networks(reward_model, sharder.constrain, sharder.for_decoding)
+  policy = transformer.make_networks(
+    policy_model, sharder.constrain, sharder.for_decoding, sharder.platform
+  )
+  reward = transformer.make_networks(
+    reward_model, sharder.constrain, sharder.for_decoding, sharder.platform
+  )
   return Setup(
     config=config,
     workdir=files.folder(workdir),
@@ -114,7 +118,9 @@ def for_stage(setup: Setup, name: str) -> Setup:
     return setup
   model = policy_config(setup.config, setup.text.ids, name)
   setup.sharder.check_heads(model, f'stages.{name}.model')
-  networks = transformer.make_networks(model, setup.sharder.constrain, setup.sharder.for_decoding)
+  networks = transformer.make_networks(
+    model, setup.sharder.constrain, setup.sharder.for_decoding, setup.sharder.platform
+  )
   return setup._replace(policy_model=model, nets=networks._replace(scalar=setup.nets.scalar))
 
 
