@@ -34,6 +34,9 @@ def collect(
   missing_end_penalty: float = 0.0,
   generate_rows: int | None = None,
   score_rows: int | None = None,
+  segments: int | None = None,
+  halvings: int = 0,
+  shards: int = 1,
 ) -> tuple[Rollout, Metrics]:
   """Phases 1 to 4 of an iteration: responses, log-probabilities, values and scores.
 
@@ -54,6 +57,7 @@ def collect(
       reports none.
     generate_rows, score_rows: rows that are generated and scored at a time; None takes all. They
       change memory, not results.
+    segments, halvings, shards: see sampling.generate. They change its time, not results.
 
   Returns:
     (Rollout of B * samples_per_prompt rows, metrics).
@@ -72,6 +76,9 @@ def collect(
     temperature=temperature,
     samples_per_prompt=samples_per_prompt,
     prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt,
+    segments=segments,
+    halvings=halvings,
+    shards=shards,
   )
   sampled = jax.lax.stop_gradient(sampled)
   prompts, prompt_mask = (jnp.repeat(x, samples_per_prompt, axis=0) for x in (prompts, prompt_mask))

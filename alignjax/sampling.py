@@ -33,6 +33,10 @@ class Generation(NamedTuple):
   ended: jax.Array
 
 
+# A segment is worth its compilation, of one decoding step, in a long loop.
+LONG, SEGMENTS = 256, 2
+
+
 class _Rows(NamedTuple):
   """What the loop carries of each row: the logits of its next token, the cache, the uniform number
   of each of its tokens f32[B,R], whether it has finished, and its response so far."""
@@ -58,7 +62,7 @@ def generate(
   samples_per_prompt: int = 1,
   chunk: int | None = None,
   prompts_at_once: int | None = None,
-  segments: int = 1,
+  segments: int | None = None,
   halvings: int = 0,
   shards: int = 1,
 ) -> Generation:
@@ -83,7 +87,7 @@ def generate(
     prompts_at_once: prompts that are answered together, one group after the other; the cache is as
       large as that of one group. None answers all at once.
     segments: the cache grows in this number of parts, so that the first tokens read few empty
-      slots.
+      slots. None is 1, or SEGMENTS from LONG tokens on.
     halvings: how often the batch is halved, each time as soon as at most half of its rows are
       unfinished. Each segment and each halving compiles the decoding step once more.
     shards: the number of devices that share the rows. Each halves its own rows, so that none is
@@ -95,8 +99,8 @@ def generate(
     7).
 
   Raises:
-    ValueError: chunk does not divide max_tokens, prompts_at_once the number of prompts, or shards
-      the prompts that are answered together.
+    ValueError: chunk does not divide max_tokens, prompts_at_once the number of prompts, or, where
+      rows are halved, shards the prompts that are answered together.
   """
   chex.assert_rank([prompts, prompt_mask], 2)
   if chunk is None:
@@ -107,10 +111,16 @@ def generate(
   at_once = min(prompts_at_once or len(prompts), len(prompts))
   if len(prompts) % at_once:
     raise ValueError(f'{len(prompts)} prompts do not divide into groups of {at_once}.')
-  if at_once % shards:
-    raise ValueError(f'{at_once} prompts do not divide over {shards} devices.')
-  parts = at_once if n > 1 else shards  # of the rows that are halved on their own
+  parts = 1  # of the rows, each of which is halved on its own
+  if halvings:
+    if at_once % shards:
+      raise ValueError(
+        f'halvings={halvings}: {at_once} prompts do not divide over {shards} devices.'
+      )
+    parts = at_once if n > 1 else shards
   sizes = [math.ceil(at_once * n / parts / 2**i) for i in range(halvings + 1)]
+  if segments is None:
+    segments = SEGMENTS if max_tokens >= LONG else 1
   checks = max_tokens // chunk
   stops = sorted({chunk * math.ceil(checks * i / segments) for i in range(1, segments + 1)})
   with jax.named_scope('prepare'):
