@@ -330,7 +330,7 @@ def test_no_cache_is_copied_in_the_loop(samples):
   text = run.lower(params, *prompts(0, rows=8, length=13)).compile().as_text()
   parts = {part.split()[0].lstrip('%'): part for part in text.split('\n\n') if part.strip()}
   loops = re.findall(r'body=%?([\w.-]+).*op_name="[^"]*decode/while"', text)
-  inside, rest = set(), loops
+  inside, rest = set(), list(loops)
   while rest:
     name = rest.pop()
     if name not in inside:
