@@ -33,8 +33,9 @@ class Generation(NamedTuple):
   ended: jax.Array
 
 
-# A segment is worth its compilation, of one decoding step, in a long loop.
-LONG, SEGMENTS = 256, 2
+# The tokens of a segment, and the most segments, where the caller names none: each compiles another
+# decoding step.
+SEGMENT, MOST_SEGMENTS = 128, 4
 
 
 class _Rows(NamedTuple):
@@ -87,7 +88,7 @@ def generate(
     prompts_at_once: prompts that are answered together, one group after the other; the cache is as
       large as that of one group. None answers all at once.
     segments: the cache grows in this number of parts, so that the first tokens read few empty
-      slots. None is 1, or SEGMENTS from LONG tokens on.
+      slots. None makes one of every SEGMENT tokens, and MOST_SEGMENTS at most.
     halvings: how often the batch is halved, each time as soon as at most half of its rows are
       unfinished. Each segment and each halving compiles the decoding step once more.
     shards: the number of devices that share the rows. Each halves its own rows, so that none is
@@ -120,7 +121,7 @@ def generate(
     parts = at_once if n > 1 else shards
   sizes = [math.ceil(at_once * n / parts / 2**i) for i in range(halvings + 1)]
   if segments is None:
-    segments = SEGMENTS if max_tokens >= LONG else 1
+    segments = min(max(1, max_tokens // SEGMENT), MOST_SEGMENTS)
   checks = max_tokens // chunk
   stops = sorted({chunk * math.ceil(checks * i / segments) for i in range(1, segments + 1)})
   with jax.named_scope('prepare'):

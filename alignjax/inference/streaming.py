@@ -165,6 +165,7 @@ def _sampled(
       top_k=top_k,
       top_p=top_p,
       samples_per_prompt=n,
+      segments=1,  # Every new length is compiled, and soon done.
     )
   )
   out = jax.tree.map(np.asarray, run(model.params))

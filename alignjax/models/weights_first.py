@@ -1,9 +1,9 @@
 """Products of a decoding step as weights times activations, for CPUs.
 
 XLA's products on a CPU copy their right factor into another layout first. A decoding step has few
-rows and reads every weight once, so this copy cost a quarter to two fifths of its products (up to
-64 rows; nothing was lost at 256). Here the weights are the left factor, in a layout that is made
-once before the loop.
+rows and reads every weight once, so with 16 rows this copy cost a quarter of the time of a layer's
+products, and two fifths of that of the vocabulary's; with 1 or 256 rows it cost nothing. Here the
+weights are the left factor, in a layout that is made once before the loop.
 """
 
 from __future__ import annotations
