@@ -35,6 +35,9 @@ def collect(
   generate_rows: int | None = None,
   score_rows: int | None = None,
   live_rows: Callable | None = None,
+  segments: int | None = None,
+  halvings: int = 0,
+  shards: int = 1,
 ) -> tuple[Rollout, Metrics]:
   """Phases 1 to 4 of an iteration: responses, log-probabilities, values and scores.
 
@@ -57,6 +60,7 @@ def collect(
       change memory, not results.
     live_rows: see steps.gradients. With it, score_rows must be the rows of an update's gradient, so
       that both make the same arrangement.
+    segments, halvings, shards: see sampling.generate. They change its time, not results.
 
   Returns:
     (Rollout of B * samples_per_prompt rows, metrics).
@@ -75,6 +79,9 @@ def collect(
     temperature=temperature,
     samples_per_prompt=samples_per_prompt,
     prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt,
+    segments=segments,
+    halvings=halvings,
+    shards=shards,
   )
   sampled = jax.lax.stop_gradient(sampled)
   prompts, prompt_mask = (jnp.repeat(x, samples_per_prompt, axis=0) for x in (prompts, prompt_mask))

@@ -211,20 +211,32 @@ class PPOBatch:
 
 @flax.struct.dataclass
 class KVCache:
-  """Keys and values of the tokens so far. All rows share one write index, and the mask says which
-  slots are real.
+  """Keys and values of the prompts, which are only read, and of the responses so far. The n samples
+  of a prompt share those of the prompt: row b * n + j is sample j of prompt b.
+
+  All rows write the same slot. A response has no pads before its end, so the slots before `index`
+  are those that are filled. Layers are a tuple and not one [L,...] array, so that a decoding step,
+  which visits the layers one by one, updates each in place and slices nothing.
 
   Attributes:
-    k, v: L arrays [B,G,S,H]. They are a tuple and not one [L,...] array, so that a decoding step,
-      which visits the layers one by one, updates each in place and slices nothing.
-    mask: bool[B,S].
-    index: i32[], the next slot to write.
+    prompt: of each layer (k, v), both [B,G,Q,H].
+    prompt_mask: bool[B,Q].
+    response: of each layer (k, v), both [B*n,G,S,H].
+    index: i32[], the tokens of a response so far, which is the next slot to write.
   """
 
-  k: tuple[jax.Array, ...]
-  v: tuple[jax.Array, ...]
-  mask: jax.Array
+  prompt: tuple[tuple[jax.Array, jax.Array], ...]
+  prompt_mask: jax.Array
+  response: tuple[tuple[jax.Array, jax.Array], ...]
   index: jax.Array
+
+  def with_slots(self, slots: int) -> KVCache:
+    """The cache with `slots` slots for each response, of which the new ones are empty."""
+
+    def grow(x):
+      return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+
+    return self.replace(response=jax.tree.map(grow, self.response))
 
 
 class Decoder(NamedTuple):
@@ -233,9 +245,10 @@ class Decoder(NamedTuple):
   Attributes:
     prepare: (params) -> weights; casts, re-shards and unstacks the parameters once, before the
       sampling loop.
-    prefill: (weights, tokens i32[B,Q], mask bool[B,Q], slots) -> (logits f32[B,V] after the last
-      column, KVCache with `slots` slots).
-    step: (weights, tokens i32[B], mask bool[B], cache) -> (logits f32[B,V], cache).
+    prefill: (weights, tokens i32[B,Q], mask bool[B,Q], samples=1) -> (logits f32[B*n,V] after the
+      last column, KVCache without slots for the n = `samples` responses to each prompt).
+    step: (weights, tokens i32[B*n], cache) -> (logits f32[B*n,V], cache); the cache needs a free
+      slot (KVCache.with_slots).
   """
 
   prepare: Callable[..., Any]

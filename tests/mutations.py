@@ -50,7 +50,13 @@ MUTATIONS = {
     '    weights[i, len(p) : len(p) + len(r)] = [float(x != pad) for x in r]\n  weights[:, 0]',
     'test_data test_losses',
   ),
-  4: ('decoding runs to the limit', 'sampling.py', '& ~jnp.all(state[1][2])', '', 'test_sampling'),
+  4: (
+    'decoding runs to the limit',
+    'sampling.py',
+    'return (t < stop) & (jnp.max(jnp.sum(~rows.out.ended.reshape(parts, -1), axis=1)) > leave)',
+    'return t < stop',
+    'test_sampling',
+  ),
   5: (
     'positions count pads',
     'ops.py',
@@ -68,8 +74,8 @@ MUTATIONS = {
   7: (
     'an end is forced at the limit',
     'sampling.py',
-    '    live = ~done\n',
-    '    live = ~done\n    token = jnp.where(t == max_tokens - 1, stop_ids[0] if stop_ids else '
+    '    live = ~ended\n',
+    '    live = ~ended\n    token = jnp.where(t == max_tokens - 1, stop_ids[0] if stop_ids else '
     'token, token)\n',
     'test_sampling',
   ),
@@ -198,8 +204,8 @@ MUTATIONS = {
   25: (
     'a decoded token stands at its cache slot',
     'models/transformer.py',
-    'where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)',
-    'where = jnp.broadcast_to(cache.index, (tokens.shape[0], 1))',
+    'where = jnp.repeat(lengths, len(tokens) // len(lengths))[:, None] + cache.index',
+    'where = jnp.full((len(tokens), 1), cache.prompt_mask.shape[1]) + cache.index',
     'test_transformer',
   ),
   # of no item: bugs that once no test saw
@@ -276,8 +282,8 @@ MUTATIONS = {
   36: (
     'ids without a token are drawn',
     'models/transformer.py',
-    'return _next_token_logits(cfg, weights, x[:, 0]), cache',
-    'return _unembed(cfg, weights, x[:, 0]), cache',
+    'return _next_token_logits(cfg, weights, x, products.multiply)',
+    'return _unembed(cfg, weights, x, products.multiply)',
     'test_transformer',
   ),
   37: (
@@ -344,6 +350,41 @@ MUTATIONS = {
     '  p = jnp.exp(logprobs).astype(jnp.bfloat16).astype(jnp.float32)\n  grad = 0.0',
     'test_ops',
   ),
+  50: (
+    'a segment ends a check too late',
+    'sampling.py',
+    'return (t < stop) & ',
+    'return (t < jnp.minimum(stop + chunk, max_tokens)) & ',
+    'test_sampling',
+  ),
+  51: (
+    'a row is halved away too early',
+    'sampling.py',
+    'leaves = [*sizes[1:], 0]',
+    'leaves = [*(size + 1 for size in sizes[1:]), 0]',
+    'test_sampling',
+  ),
+  52: (
+    'a halved row draws the numbers of another',
+    'sampling.py',
+    'jax.tree.map(take, (rows.logits, rows.numbers, rows.out))',
+    'jax.tree.map(take, (rows.logits, jnp.roll(rows.numbers, 1, 0), rows.out))',
+    'test_sampling',
+  ),
+  53: (
+    'a sample reads the cache of another prompt',
+    'models/cached.py',
+    'x = x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2)',
+    'x = x.reshape(-1, prompts, *x.shape[1:]).swapaxes(0, 1).swapaxes(1, 2)',
+    'test_sampling',
+  ),
+  54: (
+    'a token is drawn by the share of another block',
+    'sampling.py',
+    'place, _ = _invert(jnp.exp(chosen - largest), u)',
+    'place, _ = _invert(jnp.exp(chosen - largest), jnp.zeros_like(u))',
+    'test_sampling',
+  ),
 }
 
 
@@ -362,6 +403,8 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
   'models/products.py': 'test_attention test_transformer',
   'models/layers.py': 'test_transformer test_hf test_rollout test_compile',
   'models/transformer.py': 'test_transformer test_hf test_rollout test_compile',
+  'models/cached.py': 'test_transformer test_sampling',
+  'models/weights_first.py': 'test_transformer test_sampling',
   'models/rotary.py': 'test_hf test_transformer',
   'data/encode.py': 'test_data',
   'data/batches.py': 'test_data',

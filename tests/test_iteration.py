@@ -36,21 +36,17 @@ def _logprobs(params, tokens, mask, temperature=1.0, key=None):
   return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in out)
 
 
-def _cache(rows, slots):
-  return KVCache((), (), jnp.zeros((rows, slots), bool), jnp.int32(0))
-
-
 NETS = Networks(
   logits=lambda params, tokens, mask, key=None: params['table'][tokens],
   logprobs=_logprobs,
   scalar=lambda params, tokens, mask: params['w'][tokens],
   decoder=Decoder(
     lambda params: params,
-    lambda weights, tokens, mask, slots: (
-      weights['table'][tokens[:, -1]],
-      _cache(len(tokens), slots),
+    lambda weights, tokens, mask, samples: (
+      jnp.repeat(weights['table'][tokens[:, -1]], samples, axis=0),
+      KVCache((), mask, (), jnp.int32(0)),
     ),
-    lambda weights, tokens, mask, cache: (weights['table'][tokens], cache),
+    lambda weights, tokens, cache: (weights['table'][tokens], cache),
   ),
 )
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 
 from alignjax import sampling
 from alignjax.inference import bulk, loading, streaming
+from alignjax.models import transformer
+from alignjax.models.attention import Machine
 from alignjax.setup import models, texts
 from alignjax.types import Decoder, KVCache
 from tests.fakes import VOCAB, close, model, prompts
@@ -172,10 +175,10 @@ def test_item_4_decoding_stops_when_all_rows_have():
   def logits(rows):
     return jnp.full((rows, 8), -1e9).at[:, 5].set(0.0)
 
-  def prefill(weights, tokens, mask, slots):
-    return logits(len(tokens)), KVCache((), (), jnp.zeros((len(tokens), slots), bool), jnp.int32(0))
+  def prefill(weights, tokens, mask, samples):
+    return logits(len(tokens)), KVCache((), mask, (), jnp.int32(0))
 
-  def step(weights, tokens, mask, cache):
+  def step(weights, tokens, cache):
     jax.debug.callback(lambda: steps.append(1))
     return logits(len(tokens)), cache
 
@@ -199,6 +202,159 @@ def test_item_4_decoding_stops_when_all_rows_have():
   run((6,))
   jax.effects_barrier()
   assert len(steps) == 64
+
+
+def make_bookkeeper(steps):
+  """A decoder whose next token depends on the prompt and on every token in the cache: one of two
+  tokens, with equal probability. Each step notes its rows and the slots of a response."""
+
+  def logits(cache):
+    (ids,), (said,) = cache.prompt, cache.response
+    ids = jnp.repeat(ids[0][:, 0, -1, 0], len(said[0]) // len(ids[0]))
+    first = (ids + 3 * jnp.sum(said[0], axis=(1, 2, 3)) + cache.index.astype(jnp.float32)) % 7
+    token = jnp.arange(8.0)[None]
+    return jnp.where((token == first[:, None]) | (token == first[:, None] + 1), 0.0, -jnp.inf)
+
+  def prefill(weights, tokens, mask, samples):
+    ids = jnp.where(mask, tokens, 0).astype(jnp.float32)[:, None, :, None]
+    said = jnp.zeros((len(tokens) * samples, 1, 0, 1))
+    cache = KVCache(((ids, ids),), mask, ((said, said),), jnp.int32(0))
+    return logits(cache), cache
+
+  def step(weights, tokens, cache):
+    ((k, v),) = cache.response
+    jax.debug.callback(lambda: steps.append((len(tokens), k.shape[2])))
+    new = tokens.astype(jnp.float32)[:, None, None, None]
+    k, v = (jax.lax.dynamic_update_slice_in_dim(x, new, cache.index, axis=2) for x in (k, v))
+    cache = cache.replace(response=((k, v),), index=cache.index + 1)
+    return logits(cache), cache
+
+  return Decoder(lambda params: params, prefill, step)
+
+
+def expected_of_bookkeeper(ids, samples, key, length):
+  """The responses of `make_bookkeeper`, one row after the other, to the stop token 0."""
+  u = [jax.random.uniform(jax.random.fold_in(key, t), (len(ids) * samples,)) for t in range(length)]
+  rows = []
+  for row, name in enumerate(np.repeat(ids, samples)):
+    said = []
+    while len(said) < length and said[-1:] != [0]:
+      first = (name + 3 * sum(said) + len(said)) % 7
+      said.append(int(first + (u[len(said)][row] >= 0.5)))
+    rows.append(said)
+  return rows
+
+
+@pytest.mark.parametrize(
+  'how',
+  [
+    {},
+    dict(segments=3),
+    dict(halvings=2),
+    dict(halvings=2, segments=2, shards=2),
+    dict(halvings=1, segments=4, prompts_at_once=4),
+    dict(halvings=9, chunk=1),
+    dict(samples_per_prompt=4),
+    dict(samples_per_prompt=4, halvings=2, segments=2, shards=2),
+    dict(samples_per_prompt=3, halvings=1, segments=3, prompts_at_once=2),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('seed', [0, 1])
+def test_a_row_draws_the_same_whatever_is_sampled_with_it(how, seed):
+  """Segments, halvings and groups, against a loop over rows; and the batch is halved as soon as a
+  check finds at most half of the rows unfinished."""
+  steps, key, length, samples = [], jax.random.key(seed), 24, how.get('samples_per_prompt', 1)
+  how = dict(chunk=2) | how
+  ids = np.random.default_rng(seed).integers(0, 50, (8, 3))
+  out = sampling.generate(
+    make_bookkeeper(steps), {}, ids, np.ones(ids.shape, bool), key,
+    max_tokens=length, stop_ids=(0,), **how,
+  )  # fmt: skip
+  jax.effects_barrier()
+  rows = expected_of_bookkeeper(ids[:, -1], samples, key, length)
+  assert [list(row[live]) for row, live in zip(out.responses, out.mask, strict=True)] == rows
+  assert (np.asarray(out.ended) == [row[-1] == 0 for row in rows]).all()
+  close(out.logprobs, np.where(out.mask, np.log(0.5), 0.0))
+  lengths = np.array([len(row) for row in rows])
+  assert len(set(lengths.tolist())) > 4
+  if 'prompts_at_once' in how:
+    return
+  parts = lengths.reshape(len(ids) if samples > 1 else how.get('shards', 1), -1)
+  sizes = [-(-parts.shape[1] // 2**i) for i in range(how.get('halvings', 0) + 1)]
+  stops = [length * (i + 1) / how.get('segments', 1) for i in range(how.get('segments', 1))]
+  wanted, level = [], 0
+  for t in range(0, length, how['chunk']):
+    unfinished = (parts > t).sum(1).max()
+    while level + 1 < len(sizes) and unfinished <= sizes[level + 1]:
+      level += 1
+    if unfinished:
+      slots = length if level else min(s for s in stops if s >= t + how['chunk'])
+      wanted += [(sizes[level] * len(parts), slots)] * how['chunk']
+  assert steps == wanted
+
+
+@pytest.mark.parametrize('family,samples', [('gpt2', 1), ('llama', 3)])
+def test_a_model_draws_the_same_in_segments_and_halves(family, samples):
+  """Prompts of different lengths; the products of a CPU and of other platforms."""
+  cfg, _, params, _ = model(family)
+
+  def run(platform, **how):
+    decoder = transformer.make_networks(cfg, machine=Machine(platform)).decoder
+    return jax.jit(
+      lambda p, *x: sampling.generate(
+        decoder, p, *x, jax.random.key(1), max_tokens=12, stop_ids=tuple(range(0, VOCAB, 3)),
+        chunk=2, samples_per_prompt=samples, **how,
+      )
+    )(params, *prompts(0))  # fmt: skip
+
+  whole = run('tpu')
+  parts = np.asarray(whole.mask.sum(1)).reshape(1 if samples == 1 else 8, -1)
+  unfinished = [(parts > t).sum(1).max() for t in range(2, 12, 2)]
+  assert any(0 < count <= (parts.shape[1] + 1) // 2 for count in unfinished), 'nothing is halved'
+  for out in (run('cpu'), run('cpu', segments=3, halvings=2), run('tpu', segments=2, halvings=1)):
+    assert (out.responses == whole.responses).all() and (out.mask == whole.mask).all()
+    assert (out.ended == whole.ended).all()
+    close(out.logprobs, whole.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('samples', [1, 2])
+def test_no_cache_is_copied_in_the_loop(samples):
+  """Nor any weight: a token of a long response would cost a copy of all that was said before."""
+  _, nets, params, _ = model('llama')
+  run = jax.jit(
+    lambda p, *x: sampling.generate(
+      nets.decoder, p, *x, jax.random.key(0), max_tokens=24, stop_ids=(3,),
+      samples_per_prompt=samples, segments=2, halvings=1,
+    )
+  )  # fmt: skip
+  text = run.lower(params, *prompts(0, rows=8, length=13)).compile().as_text()
+  parts = {part.split()[0].lstrip('%'): part for part in text.split('\n\n') if part.strip()}
+  loops = re.findall(r'body=%?([\w.-]+).*op_name="[^"]*decode/while"', text)
+  inside, rest = set(), list(loops)
+  while rest:
+    name = rest.pop()
+    if name not in inside:
+      inside.add(name)
+      rest += re.findall(r'(?:calls|body|to_apply)=%?([\w.-]+)', parts[name])
+  lines = '\n'.join(parts[name] for name in inside).splitlines()
+  slots = '|'.join(map(str, (13, 16, 24)))
+  cache = re.compile(rf'= f32\[\d+,2,({slots}),8\]\S* (copy|transpose|concatenate|pad|select)\(')
+  matrix = re.compile(r'= f32\[(32|64|128|16|50),(32|64|128|16|50)\]\S* (copy|transpose)\(')
+  assert len(loops) == 3 and any('dynamic-update-slice(' in line for line in lines)
+  assert any(re.search(rf'= f32\[\d+,2,({slots}),8\]', line) for line in lines)
+  assert not [line for line in lines if cache.search(line) or matrix.search(line)]
+
+
+def test_what_cannot_be_divided_is_refused():
+  _, nets, params, _ = model()
+  run = lambda **how: sampling.generate(
+    nets.decoder, params, *prompts(0, rows=6), jax.random.key(0), max_tokens=4, stop_ids=(), **how
+  )
+  with pytest.raises(ValueError, match='6 prompts do not divide into groups of 4'):
+    run(prompts_at_once=4)
+  with pytest.raises(ValueError, match='3 prompts do not divide over 2 devices'):
+    run(prompts_at_once=3, shards=2, halvings=1)
 
 
 def test_a_chunk_that_does_not_divide_is_refused():

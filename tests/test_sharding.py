@@ -136,12 +136,54 @@ def test_item_24_no_weight_is_gathered_inside_the_decoding_loop(once):
     cfg, sharder.constrain, *([sharder.for_decoding] if once else [])
   )
   params = jax.device_put(model('llama')[2], sharder.params(model('llama')[2]))
-  run = jax.jit(lambda p, *x: sampling.generate(nets.decoder, p, *x, max_tokens=8, stop_ids=(3,)))
+  run = jax.jit(
+    lambda p, *x: sampling.generate(
+      nets.decoder, p, *x, max_tokens=8, stop_ids=(3,), chunk=2, segments=2, halvings=1, shards=8
+    )
+  )
   text = run.lower(params, *sharder.put(prompts(0, rows=16)), jax.random.key(0)).compile().as_text()
   _, sent = cost.analyse(hlo.parse(text), dict(sharder.mesh.shape), None)
   largest = max((s.bytes / s.times for s in sent if s.phase == 'decode' and s.in_loop), default=0)
   assert (largest <= 64) == once
   assert any(s.kind == 'all-gather' and not s.in_loop for s in sent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('samples', [1, 2])
+def test_halves_and_segments_draw_the_same_on_eight_devices(samples):
+  cfg, nets, params, _ = model('llama')
+  sharder = sharding.Sharder(sharding.make_mesh(2, 2, 2))
+  eight = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
+
+  def run(nets, params, batch, **how):
+    return jax.jit(
+      lambda p, *x: sampling.generate(
+        nets.decoder,
+        p,
+        *x,
+        jax.random.key(0),
+        max_tokens=8,
+        stop_ids=tuple(range(0, 50, 5)),
+        samples_per_prompt=samples,
+        chunk=2,
+        **how,
+      )
+    )(params, *batch)
+
+  one = run(nets, params, prompts(0, rows=16))
+  placed = jax.device_put(params, sharder.params(params))
+  out = run(
+    eight,
+    placed,
+    sharder.put(prompts(0, rows=16)),
+    halvings=2,
+    segments=2,
+    shards=sharder.batch_shards,
+  )
+  assert (np.asarray(one.mask).sum(1) <= 4).sum() > len(one.mask) / 2
+  assert (np.asarray(out.responses) == np.asarray(one.responses)).all()
+  assert (np.asarray(out.mask) == np.asarray(one.mask)).all()
+  close(out.logprobs, one.logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,11 @@ def test_item_25_decode_equals_the_full_forward(family):
   sequences, new = rows(3, count=4, length=6), np.random.default_rng(4).integers(0, VOCAB, (4, 5))
   prompts, mask = padded(sequences, 7, 'left')
   weights = nets.decoder.prepare(params)
-  logits, cache = nets.decoder.prefill(weights, prompts, mask, 12)
+  logits, cache = nets.decoder.prefill(weights, prompts, mask)
+  cache = cache.with_slots(5)
   steps = [logits]
   for t in range(5):
-    logits, cache = nets.decoder.step(weights, jnp.asarray(new[:, t]), jnp.ones(4, bool), cache)
+    logits, cache = nets.decoder.step(weights, jnp.asarray(new[:, t]), cache)
     steps.append(logits)
   full = nets.logits(
     params,
@@ -169,8 +170,8 @@ def test_bfloat16_logits_of_untied_embeddings_come_out_in_float32():
   @jax.jit
   def decode(params):
     weights = nets.decoder.prepare(params)
-    logits, cache = nets.decoder.prefill(weights, tokens, mask, 24)
-    return logits, nets.decoder.step(weights, tokens[:, 0], mask[:, -1], cache)[0]
+    logits, cache = nets.decoder.prefill(weights, tokens, mask)
+    return logits, nets.decoder.step(weights, tokens[:, 0], cache.with_slots(4))[0]
 
   for logits in decode(params):
     assert_not_rounded(logits)
@@ -259,8 +260,8 @@ def test_an_empty_prompt_does_not_see_what_follows(family, chunk):
   def run(params):
     score = lambda tokens, mask: nets.logprobs(params, tokens, mask)[0]
     weights = nets.decoder.prepare(params)
-    first, cache = nets.decoder.prefill(weights, prompts, mask[:, :3], 6)
-    second, _ = nets.decoder.step(weights, jnp.array([3, 3]), jnp.ones(2, bool), cache)
+    first, cache = nets.decoder.prefill(weights, prompts, mask[:, :3])
+    second, _ = nets.decoder.step(weights, jnp.array([3, 3]), cache.with_slots(3))
     grads = jax.grad(lambda p: nets.logprobs(p, row(3, 4, 5), mask)[0].sum())(params)
     return (
       score(row(3, 4, 5), mask),
@@ -292,8 +293,8 @@ def test_ids_without_a_token_have_no_probability(family):
   def run(params):
     grads = jax.grad(lambda p: sum(x.sum() for x in nets.logprobs(p, tokens, mask)))(params)
     weights = nets.decoder.prepare(params)
-    decoded, cache = nets.decoder.prefill(weights, tokens, mask, 7)
-    after, _ = nets.decoder.step(weights, tokens[:, 0], mask[:, 1], cache)
+    decoded, cache = nets.decoder.prefill(weights, tokens, mask)
+    after, _ = nets.decoder.step(weights, tokens[:, 0], cache.with_slots(1))
     return (
       nets.logits(params, tokens, mask),
       plain.logits(params, tokens, mask),

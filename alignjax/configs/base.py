@@ -46,6 +46,8 @@ def ppo(ptx_coef, iterations, episodes):
       missing_end_penalty=0.0,
       generate_rows=config_dict.placeholder(int),  # None: all episodes at once
       score_rows=config_dict.placeholder(int),  # None: a minibatch at once
+      segments=config_dict.placeholder(int),  # None: by the length of responses
+      halvings=0,
     ),
     reward=dict(fn='alignjax.rewards:model_reward'),
     kl=dict(coef=0.1, target=None, horizon=None),

@@ -63,6 +63,8 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       missing_end_penalty=0.0,
       generate_rows=memory['generate_rows'],
       score_rows=config_dict.placeholder(int),
+      segments=config_dict.placeholder(int),
+      halvings=0,
     ),
     reward=dict(fn='alignjax.rewards:model_reward', rows=64),
     kl=dict(coef=0.02, target=config_dict.placeholder(float), horizon=config_dict.placeholder(int)),

@@ -283,6 +283,7 @@ def _sampled(nets: Networks, max_tokens: int, stop_ids: tuple[int, ...], greedy:
       max_tokens=max_tokens,
       stop_ids=stop_ids,
       temperature=0 if greedy else temperature,
+      segments=1,  # Every new length is compiled, and soon done.
     )
 
   return run

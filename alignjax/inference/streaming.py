@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignjax.data import encode
@@ -51,7 +50,7 @@ def stream(
   """
   tokens, mask, slots, most = _padded(model, prompt, max_tokens)
   starting(slots)
-  weights, prefill, step = _decoder(model.nets, model.cfg, slots, temperature, top_p, top_k)
+  weights, prefill, step = _decoder(model.nets, model.cfg, most, temperature, top_p, top_k)
   weights = weights(model.params)
   logits, cache = prefill(weights, tokens, mask)
   key, sampled, shown = jax.random.key(seed), [], ''
@@ -72,17 +71,18 @@ def stream(
 
 @functools.lru_cache(maxsize=8)
 def _decoder(nets, cfg, slots: int, temperature: float, top_p, top_k):
-  """Returns the functions compiled for a number of cache slots. Further turns of a conversation use
-  them again."""
+  """Returns the functions compiled for a number of cache slots for the response. Further turns of a
+  conversation use them again."""
 
   @jax.jit
   def prefill(weights, tokens, mask):
-    return nets.decoder.prefill(weights, tokens, mask, slots)
+    logits, cache = nets.decoder.prefill(weights, tokens, mask)
+    return logits, cache.with_slots(slots)
 
   @functools.partial(jax.jit, donate_argnums=2)
   def step(weights, logits, cache, key):
     token, _ = sample(key, logits, temperature, top_k, top_p)
-    return token, *nets.decoder.step(weights, token, jnp.ones(token.shape, bool), cache)
+    return token, *nets.decoder.step(weights, token, cache)
 
   return jax.jit(nets.decoder.prepare), prefill, step
 
@@ -165,6 +165,7 @@ def _sampled(
       top_k=top_k,
       top_p=top_p,
       samples_per_prompt=n,
+      segments=1,  # Every new length is compiled, and soon done.
     )
   )
   out = jax.tree.map(np.asarray, run(model.params))

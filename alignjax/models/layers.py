@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from alignjax.models import rotary
-from alignjax.models.attention import Attend, product, reference
+from alignjax.models import cached, rotary
+from alignjax.models.attention import Attend, reference
 from alignjax.models.config import TransformerConfig
 from alignjax.models.products import to_float32
 
@@ -36,8 +36,7 @@ def unconstrained(x, *axes):
 
 
 class Attention(nn.Module):
-  """Causal attention with grouped heads. With a cache, the new keys and values are written into it
-  and the queries attend to all of its slots."""
+  """Causal attention with grouped heads, over whole rows or, with a cache, of one new token."""
 
   cfg: TransformerConfig
   constrain: Callable = unconstrained
@@ -50,13 +49,12 @@ class Attention(nn.Module):
     Args:
       x: [B,T,D], the normalised residual stream.
       angles: rotary angles of the T positions (rotary.angles).
-      mask: bool or i32 [B,T], the mask of the rows; with a cache bool[B,T,S], whether a token may
-        attend to a slot.
-      cache: (k, v), each [B,G,S,H], or None, and then S = T.
-      index: i32[], the first slot that the new keys and values are written to.
+      mask: bool or i32 [B,T], the mask of the rows; with a cache that of the prompts, bool[B/n,Q].
+      cache: None, or the (k, v) of prompts and of responses in this layer (types.KVCache).
+      index: i32[], the slot of the response that the new keys and values are written to.
 
     Returns:
-      (output [B,T,D], (k, v) each [B,G,S,H]).
+      (output [B,T,D], (k, v) of the row, or with a cache of the response, each [B,G,S,H]).
     """
     cfg = self.cfg
     b, t = x.shape[:2]
@@ -74,21 +72,15 @@ class Attention(nn.Module):
     k = rotary.rotate(normalize_heads(project(cfg.kv_heads, 'key'), 'key_norm'), angles)
     v = project(cfg.kv_heads, 'value')
     q = self.constrain(q, 'batch', None, 'heads', None)
+    k, v = (self.constrain(y, 'batch', None, 'kv_heads', None) for y in (k, v))
     if cache is None:
-      k, v = (self.constrain(y, 'batch', None, 'kv_heads', None) for y in (k, v))
       q, k, v = (checkpoint_name(y, n) for y, n in ((q, 'query'), (k, 'key'), (v, 'value')))
       heads = self.attend(q, k, v, mask)
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
-      k, v = (
-        jax.lax.dynamic_update_slice_in_dim(
-          old, new.swapaxes(1, 2).astype(old.dtype), index, axis=2
-        )
-        for old, new in zip(cache, (k, v), strict=True)
-      )
-      k, v = (self.constrain(y, 'batch', 'kv_heads', None, None) for y in (k, v))
       grouped = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
-      heads = product(grouped, k, v, mask)
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+      heads, (k, v) = cached.attend(grouped, k, v, *cache, mask, index, constrain=self.constrain)
     heads = self.constrain(
       heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', None, 'heads', None
     )

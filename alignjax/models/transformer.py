@@ -15,17 +15,18 @@ unstacked once: that was measured to be faster, and every layer's cache is updat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alignjax import ops
-from alignjax.models import attention, rotary
+from alignjax.models import attention, rotary, weights_first
 from alignjax.models.attention import MASKED_LOGIT, Machine
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
@@ -97,17 +98,22 @@ def make_networks(
     constrain_weights: params -> params, pins the sharding of the weights in the sampling loop
       (sharding.Sharder.for_decoding).
     machine: the devices that the functions are compiled for (sharding.Sharder.machine); by default
-      the first device of this process.
+      the first device of this process. It decides the kernel of attention, and sampling multiplies
+      in another order on CPUs (weights_first.py).
 
   Raises:
     ValueError: cfg.attention names a kernel that cannot be used there.
   """
   machine = machine or attention.machine_of(jax.local_devices()[0])
   attention.chosen(cfg, machine)  # It is refused before anything is traced.
+  if machine.platform == 'cpu' and cfg.dtype == 'float32':
+    products = Products(weights_first.relayout, weights_first.projections, weights_first.multiply)
+  else:
+    products = Products(lambda params: params, contextlib.nullcontext, _times_transposed)
   decoder = Decoder(
-    prepare=functools.partial(_prepare, cfg, constrain, constrain_weights),
-    prefill=functools.partial(_prefill, cfg, constrain, machine),
-    step=functools.partial(_step, cfg, constrain),
+    prepare=functools.partial(_prepare, cfg, constrain, constrain_weights, products),
+    prefill=functools.partial(_prefill, cfg, constrain, machine, products),
+    step=functools.partial(_step, cfg, constrain, products),
   )
   return Networks(
     logits=functools.partial(_logits, cfg, constrain, machine),
@@ -163,7 +169,7 @@ def _scalar(cfg, constrain, machine, params, tokens, mask):
 # The functions of types.Decoder
 
 
-def _prepare(cfg, constrain, constrain_weights, params):
+def _prepare(cfg, constrain, constrain_weights, products, params):
   # The prefill reads the layers one by one as they are stored: to gather the stack for it too would
   # hold a second copy.
   params = as_used(params, jnp.dtype(cfg.dtype))
@@ -178,6 +184,8 @@ def _prepare(cfg, constrain, constrain_weights, params):
     # It is gathered in one step, because the TPU compiler failed at a detour over pieces of it.
     gathered = _gather_unembedding(cfg, constrain, params)
     whole['embed'] = whole['embed'] | {'tokens': gathered['embed']['tokens']}
+  for part in ('unstacked', 'final'):
+    whole[part] = products.relayout(whole[part])
   return {'layers': params['layers'], **whole}
 
 
@@ -185,40 +193,63 @@ def _layer_of(stacked, index):
   return stacked[index]
 
 
-def _prefill(cfg, constrain, machine, weights, tokens, mask, slots):
-  x, (k, v) = _run_layers(cfg, constrain, machine, weights, tokens, mask, keep_cache=True)
-  q = tokens.shape[1]
+def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1):
+  x, stacked = _run_layers(cfg, constrain, machine, weights, tokens, mask, keep_cache=True)
 
-  def grow(stacked):  # [L,B,G,Q,H] -> L arrays [B,G,slots,H]
-    padding = ((0, 0), (0, 0), (0, slots - q), (0, 0))
-    return tuple(
-      constrain(jnp.pad(layer, padding), 'batch', 'kv_heads', None, None) for layer in stacked
-    )
+  def place(layer):
+    return constrain(layer, 'batch', 'kv_heads', None, None)
 
+  def without_slots(layer):
+    return jnp.zeros((layer.shape[0] * samples, layer.shape[1], 0, layer.shape[3]), layer.dtype)
+
+  prompt = tuple(tuple(map(place, layer)) for layer in zip(*stacked, strict=True))
   cache = KVCache(
-    k=grow(k), v=grow(v), mask=jnp.pad(mask, ((0, 0), (0, slots - q))), index=jnp.int32(q)
+    prompt=prompt,
+    prompt_mask=mask,
+    response=jax.tree.map(without_slots, prompt),
+    index=jnp.int32(0),
   )
-  return _next_token_logits(cfg, weights, x[:, -1]), cache
+  logits = _decoded_logits(cfg, products, weights, x[:, -1])
+  return jnp.repeat(logits, samples, axis=0) if samples > 1 else logits, cache
 
 
-def _step(cfg, constrain, weights, tokens, mask, cache):
-  seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask[:, None], cache.index, axis=1)
-  where = jax.lax.dynamic_slice_in_dim(ops.positions(seen), cache.index, 1, axis=1)
+def _step(cfg, constrain, products, weights, tokens, cache):
+  lengths = jnp.sum(cache.prompt_mask, axis=-1, dtype=jnp.int32)
+  where = jnp.repeat(lengths, len(tokens) // len(lengths))[:, None] + cache.index
   angles = rotary.angles(cfg, where)
   x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
 
   def constrain_token(x, *axes):  # one token has no sequence that could be divided
     return constrain(x, *(None if axis == 'sequence' else axis for axis in axes))
 
-  ks, vs = [], []
-  for layer, k, v in zip(weights['unstacked'], cache.k, cache.v, strict=True):
-    x, (k, v) = Block(cfg, constrain_token).apply(
-      {'params': layer}, x, angles, seen[:, None, :], (k, v), cache.index
-    )
-    ks.append(k)
-    vs.append(v)
-  cache = KVCache(k=tuple(ks), v=tuple(vs), mask=seen, index=cache.index + 1)
-  return _next_token_logits(cfg, weights, x[:, 0]), cache
+  response = []
+  with products.projections():
+    for layer, *kv in zip(weights['unstacked'], cache.prompt, cache.response, strict=True):
+      x, new = Block(cfg, constrain_token).apply(
+        {'params': layer}, x, angles, cache.prompt_mask, kv, cache.index
+      )
+      response.append(new)
+  cache = cache.replace(response=tuple(response), index=cache.index + 1)
+  return _decoded_logits(cfg, products, weights, x[:, 0]), cache
+
+
+class Products(NamedTuple):
+  """How the matrix products of a decoding step are computed.
+
+  Attributes:
+    relayout: (params) -> the params in the layout that `projections` reads.
+    projections: () -> a context for the dense layers.
+    multiply: (x [...,D], table [V,D]) -> float32 [...,V].
+  """
+
+  relayout: Callable[[Any], Any]
+  projections: Callable[[], contextlib.AbstractContextManager]
+  multiply: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _decoded_logits(cfg, products, weights, x):
+  with products.projections():
+    return _next_token_logits(cfg, weights, x, products.multiply)
 
 
 # What these functions share
@@ -288,19 +319,23 @@ def _gather_unembedding(cfg, constrain, params):
   return params | {'final': params['final'] | {'head': head}}
 
 
-def _unembed(cfg, params, x):
+def _times_transposed(x, table):
+  """x [..., D] times table [V, D], summed over D: float32 [..., V]."""
+  return to_float32(x, table, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _unembed(cfg, params, x, multiply=_times_transposed):
   """Hidden states [..., D] -> float32 logits [..., V]."""
   x = Final(cfg, 'lm').apply({'params': params['final']}, x)
   if cfg.tie_embeddings:
-    table = params['embed']['tokens'].astype(jnp.dtype(cfg.dtype))
-    x = to_float32(x, table, (((x.ndim - 1,), (1,)), ((), ())))
+    x = multiply(x, params['embed']['tokens'].astype(jnp.dtype(cfg.dtype)))
   return x
 
 
-def _next_token_logits(cfg, params, x):
+def _next_token_logits(cfg, params, x, multiply=_times_transposed):
   """The logits of the distribution that is sampled, scored and trained: those of `_unembed`, and
   MASKED_LOGIT at ids that no token has."""
-  x = _unembed(cfg, params, x)
+  x = _unembed(cfg, params, x, multiply)
   if cfg.unused_ids:
     unused = np.isin(np.arange(cfg.vocab_size), np.r_[tuple(slice(*ids) for ids in cfg.unused_ids)])
     x = jnp.where(unused.reshape((1,) * (x.ndim - 1) + (-1,)), MASKED_LOGIT, x)

@@ -121,6 +121,8 @@ STAGE: dict[str, Kind] = {
   'prompts': (COUNT[0], lambda x: DICT[1](x) or COUNT[1](x)),
   'iterations': ('a whole number, 0 or more', whole(0)),
   'ptx.rows_per_episode': ('a whole number, 0 or more', whole(0)),
+  'rollout.segments': ('a whole number, 1 or more, or None', whole(1, none=True)),
+  'rollout.halvings': ('a whole number, 0 or more', whole(0)),
   'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
   'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
   'kl.coef': ('a number', _number(lambda x: True)),

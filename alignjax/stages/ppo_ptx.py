@@ -270,6 +270,9 @@ def make_step(
     samples_per_prompt=cfg.rollout.samples_per_prompt,
     missing_end_penalty=cfg.rollout.missing_end_penalty,
     generate_rows=cfg.rollout.generate_rows,
+    segments=cfg.rollout.get('segments'),
+    halvings=cfg.rollout.get('halvings', 0),
+    shards=setup.sharder.batch_shards,
     score_rows=ppo_ptx_plan.score_rows(cfg),
     live_rows=live_rows,
   )

@@ -223,6 +223,12 @@ def _check_sizes(setup: Setup, name: str) -> None:
   if rows is not None:
     check_divides(episodes, rows, f'{where}.rollout.episodes by generate_rows')
     check_divides(rows, samples, f'{where}.rollout.generate_rows by samples_per_prompt')
+    if cfg.rollout.get('halvings'):
+      check_divides(
+        rows // samples,
+        setup.sharder.batch_shards,
+        f'{where}.rollout.halvings: the prompts of generate_rows by the devices that share a batch',
+      )
 
 
 def check_returns(setup: Setup, name: str) -> None:
