@@ -34,6 +34,19 @@ def test_draws_follow_the_softmax(seed, temperature):
   assert chi2 < 45  # 19 degrees of freedom: p = 0.0007
 
 
+@pytest.mark.parametrize('vocabulary', [7, 130, 1000])
+def test_a_draw_inverts_the_cumulative_distribution(vocabulary):
+  """Against sums in float64, at numbers that are not next to a step."""
+  logits = np.random.default_rng(0).normal(0, 2, vocabulary).astype(np.float32)
+  steps = np.cumsum(np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum())
+  u = np.linspace(0, 1, 3001)[:-1].astype(np.float32)
+  u = u[np.abs(u[:, None] - steps).min(1) > 2e-6]
+  assert len(u) > 2500
+  rows = jnp.broadcast_to(jnp.asarray(logits)[None], (len(u), vocabulary))
+  token, _ = sampling.sample(None, rows, u=jnp.asarray(u)[:, None])
+  assert (token == np.searchsorted(steps, u, side='right')).all()
+
+
 def test_impossible_tokens_are_never_drawn():
   logits = np.full(100, -np.inf)
   logits[[0, 7, 99]] = [0.0, 1.0, -9.0]
