@@ -341,7 +341,7 @@ def test_no_cache_is_copied_in_the_loop(samples):
       samples_per_prompt=samples, segments=2, halvings=1,
     )
   )  # fmt: skip
-  text = run.lower(params, *prompts(0, rows=8, length=13)).compile().as_text()
+  text = run.lower(params, *prompts(0, rows=5, length=13)).compile().as_text()
   parts = {part.split()[0].lstrip('%'): part for part in text.split('\n\n') if part.strip()}
   loops = re.findall(r'body=%?([\w.-]+).*op_name="[^"]*decode/while"', text)
   inside, rest = set(), list(loops)
