@@ -110,6 +110,8 @@ def main(argv: list[str]) -> None:
   models, data = command.pairs(options.models, '--models'), command.pairs(options.data, '--data')
   names = [t for t in options.tasks.split(',') if t]
   tasks = registry.find_tasks(names)
+  if not names:
+    raise ValueError('--tasks names no task; it has the form TASK,TASK.')
   if not models:
     raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
   own: dict[str, dict] = {}
@@ -118,8 +120,8 @@ def main(argv: list[str]) -> None:
     if not dot:
       raise ValueError(f'--options: {key!r} does not have the form TASK.OPTION.')
     own.setdefault(task, {})[option] = value_of(value)
-  for flag, names in (('--data', data), ('--options', own)):
-    for name in names:
+  for flag, given in (('--data', data), ('--options', own)):
+    for name in given:
       if name not in tasks:
         raise ValueError(
           f'{flag} names the task {name!r}, which is not among --tasks={",".join(tasks)}.'
