@@ -45,6 +45,17 @@ def test_comparisons_keep_absent_ones_apart():
     encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 1, 1)
 
 
+def test_preferences_are_comparisons_that_know_their_responses():
+  arguments = ([[9, 5, 8], [9]], [[[7, 1], [2]], [[3, 3], [4]]], [[1, 0], [0, 1]], 6, 3, 0)
+  batch, plain = encode.preferences(*arguments), encode.comparisons(*arguments)
+  for name in ('tokens', 'mask', 'ranks', 'weights'):
+    np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name))
+  assert batch.response_mask.astype(int).tolist() == [
+    [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0], [0] * 6],
+    [[0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0] * 6],
+  ]
+
+
 def test_too_long_is_an_error():
   with pytest.raises(ValueError, match='prompt 1 has 5 tokens.*data.prompt_length'):
     encode.left_pad([[1], [1] * 5], 4, 0)
