@@ -184,11 +184,11 @@ def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
 
 
 @pytest.mark.parametrize('pack', [False, True])
-@pytest.mark.parametrize('processes', [2, 4])
-def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, processes):
+@pytest.mark.parametrize('count,processes', [(2048, 2), (2048, 4), (600, 2)])
+def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, count, processes):
   """Processes 0..P-1 together give the batch of one process, and no document is read by two of
-  them."""
-  count, rows, read = 2048, 8, []
+  them. A shard has one position of the batch, or four."""
+  rows, read = 8, []
   source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
   to_rows = lambda texts: text.rows_of(texts, lambda t: [10, *(int(c) for c in t)], 13, 0, pack)
   make = lambda: text.mix(source, rows, to_rows, (3, 1))
