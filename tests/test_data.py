@@ -123,6 +123,8 @@ def test_records_are_read(tmp_path, kind, suffix):
   text = json.dumps(GOOD[kind]) + '\n\n' + json.dumps(GOOD[kind]) + '\n'
   path.write_bytes(gzip.compress(text.encode()) if suffix.endswith('gz') else text.encode())
   assert sources.read(f'jsonl:{path}', kind) == [GOOD[kind]] * 2
+  places = [sources.place(r, 'x') for r in sources.read(f'jsonl:{path}', kind)]
+  assert places == [f'{path}, line 1', f'{path}, line 3'] and sources.place({}, 'x') == 'x'
 
 
 @pytest.mark.parametrize(
