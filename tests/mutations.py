@@ -296,15 +296,20 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
   'models/layers.py': 'test_transformer test_hf test_rollout test_compile',
   'models/transformer.py': 'test_transformer test_hf test_rollout test_compile',
   'models/rotary.py': 'test_hf test_transformer',
-  'data/encode.py': 'test_data',
-  'data/batches.py': 'test_data',
-  'data/text.py': 'test_data',
+  'data/encode.py': 'test_limit_lengths test_data',
+  'data/batches.py': 'test_limit_lengths test_data',
+  'data/text.py': 'test_data test_start',
+  'data/fields.py': 'test_textfiles test_mappings test_templates',
+  'data/hygiene.py': 'test_hygiene',
+  'data/mappings.py': 'test_mappings test_textfiles',
+  'data/sources.py': 'test_textfiles test_data test_mappings',
   'evals/reward/accuracy.py': 'test_evals',
   'evals/reward/selection.py': 'test_select test_best_of_n',
   'compiler/flops.py': 'test_trace',
 }
 # a survivor, by its file and its line as it would be: why no test can or need tell it from the code
 EQUIVALENT = {
+  'data/batches.py: if count is None or count > len(items):': 'all items are drawn and sorted: in their order',
   'optim.py: after = optax.cosine_decay_schedule(lr, max(steps - warm, 2), alpha=final)': 'they differ '
   'after the last update only',
   'optim.py: t = state.count': 'a float to the power of an int32 is a float32',
