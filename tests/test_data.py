@@ -3,6 +3,7 @@
 import gzip
 import json
 import operator
+import types
 
 import fakes
 import jax
@@ -175,6 +176,30 @@ def test_no_file_and_no_records(tmp_path):
   (tmp_path / 'empty.jsonl').write_text('\n')
   with pytest.raises(ValueError, match='no records'):
     sources.read(f'jsonl:{tmp_path}/empty.jsonl', 'prompts')
+
+
+def test_a_pattern_names_files_and_a_file_of_that_name_is_itself(tmp_path):
+  for name in ('a.txt', 'ab.txt', 'b*.txt', 'bc.txt'):
+    (tmp_path / name).write_text(f'text of {name}')
+  (tmp_path / 'ac.txt').mkdir()
+  read = lambda name: [r['text'] for r in sources.read(f'text:{tmp_path}/{name}', 'pretrain')]
+  assert read('a*.txt') == ['text of a.txt', 'text of ab.txt']
+  assert read('b*.txt') == ['text of b*.txt']
+
+
+def test_a_row_of_other_peoples_tfds_data_is_left_as_it_is(monkeypatch):
+  """An empty text stands for an absent entry in rows that prepare.py stored, and only there."""
+  import tensorflow_datasets as tfds
+
+  rows = [{'prompt': b'a', 'user_id': b''}]
+  features = tfds.features.FeaturesDict({k: tfds.features.Text() for k in rows[0]})
+  builder = types.SimpleNamespace(
+    download_and_prepare=lambda: None,
+    as_data_source=lambda split: rows,
+    info=types.SimpleNamespace(features=features),
+  )
+  monkeypatch.setattr(tfds, 'builder', lambda name, file_format: builder)
+  assert sources.read('tfds:theirs:train', 'prompts') == [{'prompt': 'a', 'user_id': ''}]
 
 
 @pytest.mark.parametrize(
