@@ -66,11 +66,21 @@ def text_rows(length):
   return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
 
 
+def check_plan(plan, stage, rows, length):
+  """What a stage compiles without data and weights is what it runs, on rows of these shapes."""
+  describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+  assert describe(plan.arguments) == describe((stage.state, stage.batch(0)))
+  ((kind, (work,)),) = plan.work.items()
+  assert kind == work.kind == 'update' and work.rows * work.times == rows and work.length == length
+
+
 def test_pretraining(config, tmp_path):
   config.stages.pretrain = config.stages.sft.copy_and_resolve_references()
   with config.ignore_type():
     config.stages.pretrain.update(batch_size=4, epochs=1.5)
-  stage = pretrain.build(make_setup(config, tmp_path, jax.devices()[:1]), 'pretrain')
+  setup = make_setup(config, tmp_path, jax.devices()[:1])
+  stage = pretrain.build(setup, 'pretrain')
+  check_plan(pretrain.abstract_step(setup, 'pretrain'), stage, 4, 8)
   rows = text_rows(8)
   wanted = order(len(rows), SEED, seed_of('pretrain'))
   assert len(rows) == 6 and stage.num_steps == math.ceil(1.5 * 6 / 4)
@@ -95,7 +105,9 @@ def test_fine_tuning_on_demonstrations_and_text(config, tmp_path):
   """A quarter of the loss, and two of eight rows, are text."""
   with config.ignore_type():
     config.stages.sft.update(pretrain_mix=0.25, prompt_weight=0.5, epochs=1.8, demonstrations=None)
-  stage = sft.build(make_setup(config, tmp_path, jax.devices()[:1]), 'sft')
+  setup = make_setup(config, tmp_path, jax.devices()[:1])
+  stage = sft.build(setup, 'sft')
+  check_plan(sft.abstract_step(setup, 'sft'), stage, 8, LENGTH)
   texts = text_rows(LENGTH)
   own = order(11, SEED, seed_of('sft'))
   theirs = order(len(texts), SEED, seed_of('sft'), 1, 0)
@@ -114,6 +126,25 @@ def test_fine_tuning_on_demonstrations_and_text(config, tmp_path):
   assert info == {'head': 'lm', 'demonstrations': 11}
 
 
+def test_fine_tuning_on_packed_demonstrations(config, tmp_path):
+  """Several in a row of 16; each is whole and keeps its weights."""
+  config.data.update(pack=True, prompt_length=12)
+  config.stages.sft.update(pretrain_mix=0.0, prompt_weight=0.5, batch_size=1, demonstrations=None)
+  stage = sft.build(make_setup(config, tmp_path, jax.devices()[:1]), 'sft')
+  found = []
+  for i in range(stage.num_steps):
+    batch = stage.batch(i)
+    tokens, mask, weights = (np.asarray(x)[0] for x in (batch.tokens, batch.mask, batch.weights))
+    for number in range(1, mask.max() + 1):
+      found.append((tokens[mask == number].tolist(), weights[mask == number].tolist()))
+  wanted = []
+  for i in range(11):
+    tokens, weights = demonstration(i)
+    size = LENGTH - tokens.count(PAD)
+    wanted.append((tokens[:size], weights[:size]))
+  assert sorted(found) == sorted(wanted) and stage.num_steps < 11
+
+
 def test_a_reward_model(config, tmp_path):
   """Its bias makes the demonstrations' score 0 on average."""
   config.stages.rm.update(
@@ -122,6 +153,7 @@ def test_a_reward_model(config, tmp_path):
   config.stages.rm.init.reward = f'hf:{CHAT}'
   setup = make_setup(config, tmp_path, jax.devices()[:1])
   stage = rm.build(setup, 'rm')
+  check_plan(rm.abstract_step(setup, 'rm'), stage, 6, LENGTH)
   assert stage.num_steps == 4, 'two prompts of three responses an update, seven prompts'
   seen = []
   for i in range(4):
