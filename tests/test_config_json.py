@@ -520,7 +520,14 @@ def test_a_hub_that_cannot_be_reached_is_an_error(silent, tmp_path):
 
 
 def test_score_bias_is_a_number(tmp_path):
-  for value, right in ((0.5, True), (2, True), ('0.5', False), (None, False), (True, False)):
+  for value, right in (
+    (0.5, True),
+    (2, True),
+    ('0.5', False),
+    (None, False),
+    (True, False),
+    (10**400, False),
+  ):
     (tmp_path / 'config.json').write_text(json.dumps({'alignjax_score_bias': value}))
     if right:
       assert config_json.score_bias(tmp_path) == value

@@ -122,6 +122,7 @@ def test_a_judge_of_ones_own_is_checked(tmp_path):
     ([0.5], 'returned 1 probabilities for 2'),
     ([0.5, 2], 'not a probability'),
     ([float('nan'), 1], 'not a probability'),
+    ([10**400, 1], 'not a probability'),
   ):
     with pytest.raises(ValueError, match=words):
       judges.own(pairs, lambda ps, *, keep, out=wrong: out, tmp_path / 'k', 'm:f')

@@ -98,6 +98,7 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
     ('{"a": 1, "b": 2, "a": 3}', "field 'a' is there twice"),
     ('{"a": {"x": 1, "x": 1}}', "field 'x' is there twice"),
     ('{"s": [1, NaN]}', r"field 's\[1\]' is nan"),
+    ('{"s": {"x": -1' + '0' * 400 + '}}', "field 's.x' has 401 digits, more than"),
     ('{"s": -Infinity}', "field 's' is -inf"),
     ('{"s": 1e999}', "field 's' is inf"),
     ('[' * 100_000, 'nested too deeply'),
