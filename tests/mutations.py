@@ -291,7 +291,13 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
   'optim.py': 'test_optim test_iteration',
   'sampling.py': 'test_sampling test_iteration test_compile',
   'rollout.py': 'test_iteration test_rollout',
-  'stages/ppo_ptx.py': 'test_iteration test_compile test_train',
+  'stages/ppo_ptx.py': 'test_iteration test_stages test_compile test_train',
+  'stages/pretrain.py': 'test_stages test_train',
+  'stages/sft.py': 'test_stages test_weights test_train',
+  'stages/rm.py': 'test_stages test_weights test_train',
+  'stages/stage.py': 'test_steps test_failures',
+  'stages/loop.py': 'test_failures test_select',
+  'stages/selection.py': 'test_select test_weights',
   'stages/ppo_ptx_plan.py': 'test_compile test_forks test_train',
   'models/layers.py': 'test_transformer test_hf test_rollout test_compile',
   'models/transformer.py': 'test_transformer test_hf test_rollout test_compile',
@@ -309,6 +315,7 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
 }
 # a survivor, by its file and its line as it would be: why no test can or need tell it from the code
 EQUIVALENT = {
+  "stages/rm.py: tx = make_optimizer(cfg.optimizer, 11**6, f'stages.{name}')": 'a number of updates for shapes alone',
   'data/batches.py: if count is None or count > len(items):': 'all items are drawn and sorted: in their order',
   'optim.py: after = optax.cosine_decay_schedule(lr, max(steps - warm, 2), alpha=final)': 'they differ '
   'after the last update only',

@@ -12,7 +12,7 @@ import pytest
 
 from alignjax.configs import smollm2_135m
 from alignjax.setup.objects import make_setup, seed_of
-from alignjax.stages import pretrain, rm, sft
+from alignjax.stages import ppo_ptx, pretrain, rm, sft
 from tests.fakes import close
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -184,3 +184,30 @@ def test_a_reward_model(config, tmp_path):
   close(scores(params), before - before.mean(), rtol=1e-4, atol=1e-5)
   close(info.pop('bias'), -before.mean(), rtol=1e-4, atol=1e-5)
   assert info == {'head': 'scalar', 'prompts': 7, 'pairs': 7 * 3}
+
+
+def test_what_an_iteration_of_ppo_reads(config, tmp_path):
+  """Eight episodes are two of each of four prompts; each episode has two rows of text."""
+  config.data.prompts = write(tmp_path / 'p.jsonl', [dict(prompt=f'ask{i}') for i in range(9)])
+  config.data.mapping.prompts = None
+  cfg = config.stages.ppo_ptx
+  cfg.init = {role: f'hf:{CHAT}' for role in cfg.init}
+  with config.ignore_type():
+    cfg.update(prompts=None)
+  cfg.rollout.update(episodes=8, samples_per_prompt=2)
+  cfg.ptx.rows_per_episode = 2
+  setup = make_setup(config, tmp_path, jax.devices()[:1])
+  stage = ppo_ptx.build(setup, 'ppo_ptx')
+  own = order(9, SEED, seed_of('ppo_ptx'))
+  assert stage.num_steps == 3
+  for i in (0, 1, 2):
+    tokens, mask, text = stage.batch(i)
+    wanted = [letters(f'ask{n}') for n in own[4 * i : 4 * i + 4]]
+    assert tokens.tolist() == [[PAD, PAD, *prompt] for prompt in wanted]
+    assert mask.tolist() == [[False] * 2 + [True] * 4] * 4
+    assert text.tokens.shape == (16, 8)
+  assert text.weights.tolist() == [[0.0] + [1.0] * 7] * 16
+  plan = ppo_ptx.abstract_step(setup, 'ppo_ptx')
+  describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+  assert describe(plan.arguments[0]) == describe(stage.state)
+  assert describe(plan.arguments[-1]) == describe(stage.batch(0))
