@@ -41,6 +41,9 @@ python=${PYTHON:-$root/.venv/bin/python}
 [[ -n ${PYTHON-} || -x $python ]] || python=python3
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
+# A signal that comes while they are being started is passed on behind that.
+stopped=
+trap 'stopped=1' TERM INT
 pids=()
 for ((i = 0; i < count; i++)); do
   settings=(JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_COORDINATOR_BIND_ADDRESS="127.0.0.1:$port"
@@ -57,7 +60,9 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+pass_on() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+trap pass_on TERM INT
+[[ ! $stopped ]] || pass_on
 
 status=0 deadline=
 while ((${#pids[@]})); do

@@ -17,8 +17,12 @@ import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# tests/mutations.py shares one between processes
-if not (compiled := os.environ.get('JAX_COMPILATION_CACHE_DIR')):
+# tests/mutations.py and tests/repeat.py keep one. Each worker of pytest-xdist has its own in it,
+# because jax writes an entry in place, and another worker would read it half written.
+if compiled := os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+  compiled = os.path.join(compiled, os.environ.get('PYTEST_XDIST_WORKER', ''))
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = compiled
+else:
   compiled = tempfile.mkdtemp(prefix='alignjax-compiled-')
   atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update('jax_compilation_cache_dir', compiled)

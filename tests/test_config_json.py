@@ -494,10 +494,9 @@ def test_names_are_read_or_refused_in_words(tmp_path, monkeypatch):
 def test_a_hub_that_cannot_be_reached_is_an_error(silent, tmp_path):
   """Nobody listens, or somebody who never answers: this hung without end."""
   code = (
-    'import time\nfrom alignjax.models import hf, hub\nhub.HUB_SECONDS = 1\nbegan = '
-    'time.monotonic()\n'
+    'from alignjax.models import hf, hub\nhub.HUB_SECONDS = 1\n'
     'try: hf.fields("org/model")\n'
-    'except FileNotFoundError as error: print(error, time.monotonic() - began < 60)'
+    'except FileNotFoundError as error: print(error)'
   )
   with socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))
@@ -517,13 +516,18 @@ def test_a_hub_that_cannot_be_reached_is_an_error(silent, tmp_path):
         'PYTHONPATH': str(pathlib.Path(__file__).parent.parent),
       },
     )
-  assert "no model 'org/model' is to be had from the hub" in done.stdout and done.stdout.endswith(
-    ' True\n'
-  ), done.stderr[-2000:]
+  assert "no model 'org/model' is to be had from the hub" in done.stdout, done.stderr[-2000:]
 
 
 def test_score_bias_is_a_number(tmp_path):
-  for value, right in ((0.5, True), (2, True), ('0.5', False), (None, False), (True, False)):
+  for value, right in (
+    (0.5, True),
+    (2, True),
+    ('0.5', False),
+    (None, False),
+    (True, False),
+    (10**400, False),
+  ):
     (tmp_path / 'config.json').write_text(json.dumps({'alignjax_score_bias': value}))
     if right:
       assert config_json.score_bias(tmp_path) == value

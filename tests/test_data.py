@@ -3,6 +3,7 @@
 import gzip
 import json
 import operator
+import types
 
 import fakes
 import jax
@@ -43,6 +44,17 @@ def test_comparisons_keep_absent_ones_apart():
   assert not batch.mask[0, 2].any()
   with pytest.raises(ValueError, match='comparison 0 has 2 responses'):
     encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 1, 1)
+
+
+def test_preferences_are_comparisons_that_know_their_responses():
+  arguments = ([[9, 5, 8], [9]], [[[7, 1], [2]], [[3, 3], [4]]], [[1, 0], [0, 1]], 6, 3, 0)
+  batch, plain = encode.preferences(*arguments), encode.comparisons(*arguments)
+  for name in ('tokens', 'mask', 'ranks', 'weights'):
+    np.testing.assert_array_equal(getattr(batch, name), getattr(plain, name))
+  assert batch.response_mask.astype(int).tolist() == [
+    [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0], [0] * 6],
+    [[0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0] * 6],
+  ]
 
 
 def test_too_long_is_an_error():
@@ -112,6 +124,8 @@ def test_records_are_read(tmp_path, kind, suffix):
   text = json.dumps(GOOD[kind]) + '\n\n' + json.dumps(GOOD[kind]) + '\n'
   path.write_bytes(gzip.compress(text.encode()) if suffix.endswith('gz') else text.encode())
   assert sources.read(f'jsonl:{path}', kind) == [GOOD[kind]] * 2
+  places = [sources.place(r, 'x') for r in sources.read(f'jsonl:{path}', kind)]
+  assert places == [f'{path}, line 1', f'{path}, line 3'] and sources.place({}, 'x') == 'x'
 
 
 @pytest.mark.parametrize(
@@ -164,6 +178,30 @@ def test_no_file_and_no_records(tmp_path):
     sources.read(f'jsonl:{tmp_path}/empty.jsonl', 'prompts')
 
 
+def test_a_pattern_names_files_and_a_file_of_that_name_is_itself(tmp_path):
+  for name in ('a.txt', 'ab.txt', 'b*.txt', 'bc.txt'):
+    (tmp_path / name).write_text(f'text of {name}')
+  (tmp_path / 'ac.txt').mkdir()
+  read = lambda name: [r['text'] for r in sources.read(f'text:{tmp_path}/{name}', 'pretrain')]
+  assert read('a*.txt') == ['text of a.txt', 'text of ab.txt']
+  assert read('b*.txt') == ['text of b*.txt']
+
+
+def test_a_row_of_other_peoples_tfds_data_is_left_as_it_is(monkeypatch):
+  """An empty text stands for an absent entry in rows that prepare.py stored, and only there."""
+  import tensorflow_datasets as tfds
+
+  rows = [{'prompt': b'a', 'user_id': b''}]
+  features = tfds.features.FeaturesDict({k: tfds.features.Text() for k in rows[0]})
+  builder = types.SimpleNamespace(
+    download_and_prepare=lambda: None,
+    as_data_source=lambda split: rows,
+    info=types.SimpleNamespace(features=features),
+  )
+  monkeypatch.setattr(tfds, 'builder', lambda name, file_format: builder)
+  assert sources.read('tfds:theirs:train', 'prompts') == [{'prompt': 'a', 'user_id': ''}]
+
+
 @pytest.mark.parametrize(
   'documents,rows,expected',
   [(100, 64, 1), (512, 64, 2), (40_000, 256, 64), (10**6, 6, 2), (10**6, 7, 1)],
@@ -173,11 +211,11 @@ def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
 
 
 @pytest.mark.parametrize('pack', [False, True])
-@pytest.mark.parametrize('processes', [2, 4])
-def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, processes):
+@pytest.mark.parametrize('count,processes', [(2048, 2), (2048, 4), (600, 2)])
+def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, count, processes):
   """Processes 0..P-1 together give the batch of one process, and no document is read by two of
-  them."""
-  count, rows, read = 2048, 8, []
+  them. A shard has one position of the batch, or four."""
+  rows, read = 8, []
   source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
   to_rows = lambda texts: text.rows_of(texts, lambda t: [10, *(int(c) for c in t)], 13, 0, pack)
   make = lambda: text.mix(source, rows, to_rows, (3, 1))

@@ -4,6 +4,7 @@ model behind a fake endpoint."""
 import http.server
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -121,6 +122,7 @@ def test_a_judge_of_ones_own_is_checked(tmp_path):
     ([0.5], 'returned 1 probabilities for 2'),
     ([0.5, 2], 'not a probability'),
     ([float('nan'), 1], 'not a probability'),
+    ([10**400, 1], 'not a probability'),
   ):
     with pytest.raises(ValueError, match=words):
       judges.own(pairs, lambda ps, *, keep, out=wrong: out, tmp_path / 'k', 'm:f')
@@ -342,12 +344,15 @@ def test_a_failure_half_way_loses_nothing(tmp_path):
 
 
 def test_an_endpoint_that_is_not_there(tmp_path):
-  with Fake(by_length) as server:
-    gone = server.endpoint(tries=2)
-  with pytest.raises(
-    ValueError, match=r'cannot be used after 2 tries: ConnectError.*refused.*0 answers are kept'
-  ):
-    openai_judge.judge(PAIRS, gone, tmp_path, 'openai:m')
+  with socket.socket() as holder:  # has the port, so that nobody else gets it, and does not listen
+    holder.bind(('127.0.0.1', 0))
+    gone = Endpoint(
+      f'http://127.0.0.1:{holder.getsockname()[1]}/v1', key='x', model='m/1', wait=0.01, tries=2
+    )
+    with pytest.raises(
+      ValueError, match=r'cannot be used after 2 tries: ConnectError.*refused.*0 answers are kept'
+    ):
+      openai_judge.judge(PAIRS, gone, tmp_path, 'openai:m')
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,9 @@ if sys.argv[3] == 'fail' and number == 1:
   sys.exit(7)
 if sys.argv[3] == 'kill' and number == 1:
   os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(0 if sys.argv[3] == 'end' else 300)
+if sys.argv[3] == 'early' and number == 0:
+  os.kill(os.getppid(), signal.SIGTERM)
+time.sleep({'end': 0, 'early': 30}.get(sys.argv[3], 300))
 """
 
 
@@ -436,6 +438,7 @@ def local(tmp_path, what, **more):
   )
   (tmp_path / 'python').chmod(0o755)
   env = os.environ | {'PYTHON': str(tmp_path / 'python'), 'PORT': '1', 'XLA_FLAGS': '--of-mine'}
+  env |= more.pop('env', {})
   return subprocess.Popen(
     [LAUNCH / 'local.sh', '--devices=3', '3', what],
     env=env,
@@ -483,3 +486,13 @@ def test_local_passes_a_signal_on_once(tmp_path, number):
   assert process.returncode == 75 and sorted(out.splitlines()) == [
     f'[{i}] saves' for i in range(3)
   ], (out, errors)
+
+
+def test_local_passes_on_a_signal_that_comes_while_it_starts(tmp_path):
+  """bash is slowed down between its processes, the first of which sends it the signal. The later
+  ones may be too young to save."""
+  (tmp_path / 'slow.sh').write_text("""trap '[[ $BASH_COMMAND != pids+=* ]] || sleep 1' DEBUG\n""")
+  process = local(tmp_path, 'early', env={'BASH_ENV': str(tmp_path / 'slow.sh')})
+  assert process.wait(300) in (75, 128 + signal.SIGTERM)
+  out, _ = process.communicate(timeout=300)
+  assert '[0] saves' in out.splitlines()

@@ -44,3 +44,10 @@ def test_dropping_leaves_out_a_comparison_that_has_one_response_left():
   limited = encode.limit_lengths(rows, 3, 2, 'drop', 'data.x')
   assert limited.index == [0, 2] and limited.kept == [[0, 1], [0]]
   assert limited.rows == [([1], [near, near]), ([3], [near])]
+
+
+@pytest.mark.parametrize('too_long', encode.TOO_LONG)
+def test_what_just_fits_stays_as_it_is(too_long):
+  rows = [([1, 2, 3], [[4, 5], [6, 7]]), ([8, 9, 1], [[2, 3]])]
+  limited = encode.limit_lengths(rows, 3, 2, too_long, 'data.x')
+  assert limited.rows == rows and limited.kept == [[0, 1], [0]] and limited.note == ''

@@ -78,6 +78,14 @@ def test_item_19_ranking_equals_the_explicit_pairs(seed):
   )
 
 
+def test_a_model_that_scores_all_alike_orders_nothing():
+  _, nets, _, scalar = model()
+  params = {'reward': jax.tree.map(jnp.zeros_like, scalar)}
+  batch = comparison_batch(0).normalized()
+  _, metrics = losses.reward_ranking(params, batch, None, nets=nets)
+  assert metrics['rm/accuracy'] == metrics['rm/margin'] == 0 and metrics['rm/loss'] > 0.1
+
+
 def test_item_19_a_prompt_of_ties_counts_for_nothing():
   """Nor does it make the others heavier: each of the four has a quarter. The figures are means over
   the three."""

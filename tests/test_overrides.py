@@ -101,6 +101,7 @@ def test_a_dict_takes_the_place_of_a_whole_dict():
     ('seed=True', 'not True'),
     ('seed=', 'seed is a whole number'),
     ('seed=1e999', 'not inf'),
+    ('stages.ppo.kl.coef=1' + '0' * 400, 'a number or None'),
     ('data.pack=1', 'True or False or None, not 1'),
     ('stages.ppo.kl.coef=high', 'a number or None'),
     ("stages.ppo.kl.coef='0.1'", 'a number or None'),

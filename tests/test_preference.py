@@ -471,6 +471,7 @@ GOOD = dict(prompt_id='q', a='x', b='y', choice='a')
     (GOOD | dict(b='x'), ['line 2', 'with itself']),
     (dict(prompt_id='q', a='x'), ['line 2', 'lacks b, choice;']),
     (dict(prompt_id='q', policy='x', likert=8), ['line 2', '1 to 7']),
+    (dict(prompt_id='q', policy='x', likert=10**400), ['line 2', 'likert', '401 digits']),
     (dict(prompt_id='q', policy='x', flags=['rude']), ['line 2', 'hallucination', 'rude']),
     (dict(prompt_id='q', policy='x'), ['line 2', 'likert']),
     ([1], ['line 2', 'object']),

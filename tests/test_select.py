@@ -1,6 +1,8 @@
 """Model selection: the choice and its reason by hand; a tiny run that keeps candidates and chooses
 one."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -145,3 +147,23 @@ def test_a_selection_without_candidates_is_refused_before_anything_runs(tmp_path
   c.stages.sft_selected.by = dict(fn='alignjax.evals.reward.selection:rewards')
   with pytest.raises(ValueError, match='did you mean reward'):
     train.main(c, tmp_path)
+
+
+def test_candidates_are_the_whole_ones_of_the_same_training(tmp_path):
+  """Not one that was being written, nor one that another training of the stage left."""
+  setup = types.SimpleNamespace(workdir=tmp_path, config=tiny())
+  setup.config.stages.sft_selected.candidates = ('stage:sft',)
+  folder = tmp_path / 'sft'
+  for name, origin in (
+    ('candidates/10', 'now'),
+    ('candidates/9', 'now'),
+    ('candidates/8', 'before'),
+    ('candidates/7.partial', 'now'),
+    ('final', 'now'),
+  ):
+    checkpoint.save_params(folder / name, {'w': jax.numpy.ones(2)}, {}, dict(origin=origin))
+  (folder / 'candidates/6').mkdir()
+  found = stage.find_candidates(setup, 'sft_selected')
+  assert list(found) == ['sft/9', 'sft/10', 'sft/final'] and found['sft/10'].samefile(
+    folder / 'candidates/10'
+  )

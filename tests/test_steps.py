@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from alignjax import losses, optim, steps
-from alignjax.stages.stage import steps_per_epoch
+from alignjax.stages.stage import compile_step, make_optimizer, steps_per_epoch
 from alignjax.types import TrainState
 from tests.fakes import close, model, token_batch
 
@@ -86,3 +86,23 @@ def test_maxima_are_told_by_name():
 )
 def test_steps_of_epochs(rows, epochs, batch, expected):
   assert steps_per_epoch(rows, batch, epochs) == expected
+
+
+def test_a_step_takes_the_buffers_of_its_state_and_leaves_the_batch():
+  state, batch = (
+    state_of({'policy': jnp.ones(3)}, optim.make({'policy': optax.sgd(0.1)})),
+    jnp.ones(3),
+  )
+  step = compile_step(lambda state, batch: (state.replace(step=state.step + 1), {}, None), state)
+  before = jax.tree.leaves(state)
+  step(state, batch)
+  assert all(x.is_deleted() for x in before) and not batch.is_deleted()
+
+
+def test_the_only_update_of_a_run_is_not_a_warmup_from_zero():
+  spec = dict(fn='alignjax.optim:adam', lr=0.1, schedule='cosine', warmup=0.05, final=0.1)
+  params = {'policy': {'w': jnp.ones((2, 2))}}
+  for steps_of_run in (0, 1):
+    tx = make_optimizer({'policy': spec}, steps_of_run, 'stages.x')
+    updates, _ = tx.update(params, tx.init(params), params)
+    close(updates['policy']['w'], np.full((2, 2), -0.1), rtol=1e-3)

@@ -42,6 +42,11 @@ def letters(model, *, data, limit, seed, keep, add: float = 0.0):
   ]
 
 
+def vowels(model, *, data, limit, seed, keep):
+  """A task without options."""
+  return [Cell('accuracy', 'zero-shot', [1.0, 0.0], ['a', 'b'])]
+
+
 def total(values):
   return float(sum(b - a for a, b in values))
 
@@ -221,7 +226,7 @@ def test_a_task_named_twice_and_one_that_is_not_there():
 def test_the_command_writes_one_table(tmp_path, capsys):
   arguments = [
     f'--models=pretrained=hf:{CHAT},tuned=hf:{CHAT}',
-    '--tasks=test_table:letters',
+    '--tasks=test_table:letters,test_table:vowels',
     f'--out={tmp_path}',
     '--options=test_table:letters.add=0.5',
     '--limit=3',
@@ -231,6 +236,9 @@ def test_the_command_writes_one_table(tmp_path, capsys):
   made = json.loads((tmp_path / 'table.json').read_text())
   assert CALLS[0] == dict(data=None, limit=3, seed=0, add=0.5) and made['baseline'] == 'pretrained'
   assert made['rows'][0]['models']['tuned']['difference']['mean'] == 0
+  assert {r['task'] for r in made['rows']} == {'test_table:letters', 'test_table:vowels'}, (
+    'with options or without'
+  )
   text = (tmp_path / 'table.md').read_text()
   assert (
     '| test_table:letters | accuracy ↑ | zero-shot |' in text
@@ -246,6 +254,7 @@ def test_the_command_writes_one_table(tmp_path, capsys):
   [
     (['--tasks=winogander'], "no task 'winogander'.*Tasks: "),
     (['--tasks=no_module:f'], 'no module named'),
+    (['--tasks=,', '--models=a=hf:x'], '--tasks names no task'),
     (['--tasks=test_table:letters', '--models='], 'names no model'),
     (['--tasks=test_table:letters', '--models=a'], "'a' does not have the form NAME=VALUE"),
     (['--tasks=test_table:letters', '--models=a=hf:x,a=hf:y'], "'a' occurs twice"),

@@ -98,6 +98,7 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
     ('{"a": 1, "b": 2, "a": 3}', "field 'a' is there twice"),
     ('{"a": {"x": 1, "x": 1}}', "field 'x' is there twice"),
     ('{"s": [1, NaN]}', r"field 's\[1\]' is nan"),
+    ('{"s": {"x": -1' + '0' * 400 + '}}', "field 's.x' has 401 digits, more than"),
     ('{"s": -Infinity}', "field 's' is -inf"),
     ('{"s": 1e999}', "field 's' is inf"),
     ('[' * 100_000, 'nested too deeply'),
@@ -353,6 +354,9 @@ def test_a_folder_is_that_folder_or_an_error(tmp_path, monkeypatch, form):
     with pytest.raises(ValueError, match=f'rows.jsonl is a file, .* is jsonl:{name}'):
       sources.read(f'{form}:{name}:train', 'prompts')
   assert library.asked == []
+  assert sources._folder(f'{"x" * 300}/a/b', 'data.prompts') is None, 'a name may be of any length'
+  with pytest.raises((FileNotFoundError, ValueError), match='data.pretrain.*has no records'):
+    sources.read(f'text:{"x" * 300}*', 'pretrain')
   if form == 'hf':
     for name in (f'{tmp_path}/some/where/data', '~/some/where/data', 'some/where/data', 'some'):
       assert sources.read(f'hf:{name}:train', 'prompts') == [dict(prompt='q')]

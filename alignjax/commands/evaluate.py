@@ -114,6 +114,8 @@ def main(argv: list[str]) -> None:
   models, data = command.pairs(options.models, '--models'), command.pairs(options.data, '--data')
   names = [t for t in options.tasks.split(',') if t]
   tasks = registry.find_tasks(names)
+  if not names:
+    raise ValueError('--tasks names no task; it has the form TASK,TASK.')
   if not models:
     raise ValueError('--models names no model; it has the form NAME=MODEL,NAME=MODEL.')
   own = parse_options(options.options)

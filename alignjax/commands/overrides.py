@@ -19,8 +19,8 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-import math
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -170,7 +170,7 @@ _WRONG = object()
 def _fitted(value: Any, kind: type, name: str) -> Any:
   """Returns the value converted to `kind`, or _WRONG."""
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if number and not math.isfinite(value):
+  if number and not abs(value) <= sys.float_info.max:  # an integer may be too large for isfinite
     return _WRONG
   if value is None or kind is type(None):
     return value

@@ -20,8 +20,8 @@ import hashlib
 import importlib
 import inspect
 import itertools
-import math
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,7 +160,8 @@ def from_scores(raw: dict) -> Records:
   if len(raw['scores']) != len(raw['responses']):
     raise ValueError(f'{len(raw["responses"])} responses, but {len(raw["scores"])} scores')
   for score in raw['scores']:
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+    number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    if not number or not abs(score) <= sys.float_info.max:
       raise ValueError(f'a score must be a number, not {score!r}')
   return [rest | dict(ranks=_ranks(raw['scores']))]
 
@@ -168,7 +169,7 @@ def from_scores(raw: dict) -> Records:
 def _ranks(scores: Sequence[float]) -> list[int]:
   """Returns the ranks: 0 for the highest score, then 1, and so on. Equal scores have equal
   ranks."""
-  if not all(map(math.isfinite, scores)):
+  if not all(abs(score) <= sys.float_info.max for score in scores):
     raise ValueError(f'a score must be a finite number; got {list(scores)}')
   order = sorted(set(scores), reverse=True)
   return [order.index(score) for score in scores]

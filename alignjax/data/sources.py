@@ -36,6 +36,7 @@ import functools
 import glob
 import inspect
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -180,7 +181,7 @@ def _text(pattern: str, kind: str) -> Raw:
   if '*' in pattern and files.is_bucket(folder):
     fixed = next(p for p in folder.parents if '*' not in str(p))
     paths = sorted(str(p) for p in fixed.glob(folder.relative_to(fixed).as_posix()))
-  elif '*' in pattern and not folder.exists():
+  elif '*' in pattern and not os.path.exists(folder):
     paths = sorted(p for p in glob.glob(str(folder)) if not pathlib.Path(p).is_dir())
   else:
     paths = [pattern]
@@ -216,7 +217,7 @@ def _folder(name: str, where: str) -> pathlib.Path | None:
   if path.is_absolute() or name.startswith(('.', '~')):
     raise FileNotFoundError(f'{where} names the folder {path}, which does not exist.')
   owner = pathlib.Path(*path.parts[:2])
-  if len(path.parts) > 2 and owner.is_dir():
+  if len(path.parts) > 2 and os.path.isdir(owner):  # of a name that is too long, False
     raise FileNotFoundError(
       f'{where}: there is no folder {path}, but there is {owner}, which would be read in its '
       f'place; '

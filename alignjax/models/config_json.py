@@ -5,9 +5,9 @@ models/transformer.py does not cover is refused by name."""
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -70,7 +70,7 @@ def score_bias(folder: pathlib.Path) -> float:
   alignjax_score_bias of config.json, or 0."""
   path = folder / 'config.json'
   bias = read_object(path).get('alignjax_score_bias', 0.0)
-  if type(bias) not in (int, float) or not math.isfinite(bias):
+  if type(bias) not in (int, float) or not abs(bias) <= sys.float_info.max:
     raise ValueError(f'{path}: alignjax_score_bias={reprlib.repr(bias)} is not a number.')
   return float(bias)
 
@@ -121,7 +121,7 @@ class Entries(NamedTuple):
 
   def number(self, name: str, default: Any = REQUIRED) -> float:
     def right(v):
-      return type(v) in (int, float) and 0 < v < 1e30 and math.isfinite(v)
+      return type(v) in (int, float) and 0 < v < 1e30
 
     return float(self._take(name, default, False, right, 'a number above 0'))
 

@@ -214,8 +214,9 @@ def _receive(here: Place, facts: Mapping[str, str], timeout: float) -> tuple[boo
   with _listen(here) as server, selectors.DefaultSelector() as ready:
     ready.register(server, selectors.EVENT_READ)
     while len(came) < here.count and not wrong and (left := deadline - time.monotonic()) > 0:
-      for key, _ in ready.select(left):
-        if key.fileobj is not server:  # The process ended while it waited, and may come again.
+      # Ends before beginnings: a process may have ended while it waited and come again.
+      for key, _ in sorted(ready.select(left), key=lambda found: found[0].fileobj is server):
+        if key.fileobj is not server:
           ready.unregister(key.fileobj)
           lines[key.data].close()
           del lines[key.data], came[key.data]

@@ -3,9 +3,9 @@
 A file is plain or gzip by its content, not by its name, on a disk or in a bucket; `~` is the home
 folder; the text is UTF-8 with or without a byte order mark. A line ends at "\\n" or "\\r\\n" and
 nowhere else, so that U+2028, U+0085 and a form feed are text. JSON is read strictly: no key twice
-in an object, no NaN or Infinity, no half of a surrogate pair, which no tokenizer could read. Every
-error is a ValueError (FileNotFoundError where there is no file) that names the file and, as far as
-there is one, line and field.
+in an object, no NaN or Infinity, no integer that is larger than every float, no half of a surrogate
+pair, which no tokenizer could read. Every error is a ValueError (FileNotFoundError where there is
+no file) that names the file and, as far as there is one, line and field.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -179,6 +180,12 @@ def parse(text: str, where: str) -> Any:
       odd.append(digits)
     return value
 
+  def integer(digits: str) -> int:
+    value = int(digits)
+    if abs(value) > sys.float_info.max:
+      odd.append(digits)
+    return value
+
   def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -189,7 +196,9 @@ def parse(text: str, where: str) -> Any:
     return made
 
   try:
-    value = json.loads(text, object_pairs_hook=fields, parse_constant=number, parse_float=number)
+    value = json.loads(
+      text, object_pairs_hook=fields, parse_constant=number, parse_float=number, parse_int=integer
+    )
     if odd or SURROGATE.search(text):
       for fault in _faults(value, ''):
         raise ValueError(fault)
@@ -219,6 +228,8 @@ def _faults(value: Any, at: str) -> Iterator[str]:
       )
   elif isinstance(value, float) and not math.isfinite(value):
     yield f'{name} is {value}, which is no number of JSON; write null, or leave the record out'
+  elif isinstance(value, int) and abs(value) > sys.float_info.max:
+    yield f'{name} has {len(str(abs(value)))} digits, more than any number that can be used here'
   elif isinstance(value, dict):
     for key, inner in value.items():
       yield from _faults(key, f'{at}.{key!r}' if at else repr(key))

@@ -15,7 +15,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -172,7 +171,7 @@ def own(pairs: Sequence[Pair], function: Callable, folder: pathlib.Path, judge: 
   if len(found) != len(pairs):
     raise ValueError(f'--judge={judge} returned {len(found)} probabilities for {len(pairs)} pairs.')
   for pair, p in zip(pairs, found, strict=True):
-    good = p is None or isinstance(p, (int, float, np.number)) and math.isfinite(p) and 0 <= p <= 1
+    good = p is None or isinstance(p, (int, float, np.number)) and 0 <= p <= 1
     if not good:
       raise ValueError(
         f'--judge={judge}: {p!r} for the prompt {pair.record["prompt_id"]!r} is not a probability.'

@@ -3,7 +3,6 @@ the line in errors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,12 +105,7 @@ def probability(choice: Any, where: str) -> float:
 def likert(value: Any, where: str) -> float | None:
   if value is None:
     return None
-  if (
-    isinstance(value, bool)
-    or not isinstance(value, (int, float))
-    or not math.isfinite(value)
-    or not 1 <= value <= 7
-  ):
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 7:
     raise ValueError(f'{where}: the Likert score must be a number from 1 to 7, not {value!r}.')
   return float(value)
 
