@@ -36,15 +36,6 @@ def positions(mask: jax.Array) -> jax.Array:
   return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
 
 
-def visible(mask: jax.Array) -> jax.Array:
-  """bool[B,T,T]: whether token t may attend to token s, which must be real, not behind t, and in a
-  packed row of the same document."""
-  causal = jnp.tril(jnp.ones((mask.shape[-1],) * 2, bool))[None]
-  if mask.dtype == bool:
-    return causal & mask[:, None, :]
-  return causal & (mask[:, :, None] == mask[:, None, :]) & (mask > 0)[:, None, :]
-
-
 def last_live(x: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
   """x[..., T] at the last True of mask[..., T], whichever side is padded; at position 0 where the
   mask has no True."""
