@@ -11,6 +11,7 @@ import pytest
 
 from alignjax import losses, ops, packing, rewards, rollout, steps
 from alignjax.configs import ppo_ptx as ppo_ptx_config
+from alignjax.models import transformer
 from alignjax.stages import ppo_ptx, ppo_ptx_plan
 from alignjax.types import PPOBatch, TrainState
 from tests import fakes
@@ -290,3 +291,41 @@ def test_a_whole_iteration_on_packed_rows():
   for name in m:
     close(n[name], m[name], rtol=1e-3, atol=1e-4)
   jax.tree.map(functools.partial(close, rtol=1e-3, atol=1e-4), a.params, b.params)
+
+
+@pytest.mark.parametrize('live_rows', [None, halve])
+def test_item_8_the_ratio_is_exactly_1_in_bfloat16(live_rows):
+  """Scoring without a gradient and the update with one read the same rows by the same products."""
+  _, _, params, scalar = model()
+  nets = transformer.make_networks(fakes.config(dtype='bfloat16', remat='dots'))
+
+  @jax.jit
+  def deviation(params, *prompts):
+    out, _ = rollout.collect(
+      nets,
+      params,
+      {'ref': params['policy'], 'reward': params['value']},
+      *prompts,
+      reward_fn=rewards.model_reward,
+      max_tokens=10,
+      stop_ids=tuple(range(3, 20)),
+      score_rows=4,
+      live_rows=live_rows,
+    )
+    batch = PPOBatch(out, out.values, out.values, out.mask.astype(jnp.float32))
+
+    def update(total, minibatch):
+      grads, metrics, _ = steps.gradients(
+        losses.ppo, params, minibatch, None, nets=nets, live_rows=live_rows
+      )
+      # The gradients are used, or else the program would have no backward pass.
+      return total + jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, grads)), metrics
+
+    total, metrics = jax.lax.scan(update, 0.0, steps.split(batch, 2))
+    return metrics['ppo/ratio_max_dev'], total
+
+  for seed in range(3):
+    found, total = deviation(
+      {'policy': params, 'value': scalar}, *fakes.prompts(seed, rows=8), jax.random.key(seed)
+    )
+    assert found.tolist() == [0.0, 0.0] and float(total) != 0

@@ -1,6 +1,7 @@
 """Traces, throughput and the debugging switches of jax."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -275,3 +276,12 @@ def test_without_jit(tmp_path, stage):
   assert done.returncode == 0, done.stderr[-3000:]
   logged = json.loads((tmp_path / stage / 'metrics.jsonl').read_text())
   assert logged['sft/loss'] > 0 if stage == 'sft' else logged['ppo/ratio_max_dev'] < 1e-5
+
+
+def test_a_profiled_run_launches_operations_by_name(monkeypatch):
+  """What stood in XLA_FLAGS stays there, and jax takes the flag."""
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=3')
+  trace.keep_names()
+  code = 'import jax; print(jax.device_count())'
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert found.stdout.split() == ['3'] and 'command_buffer=' in os.environ['XLA_FLAGS']

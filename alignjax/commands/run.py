@@ -85,8 +85,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
 
     from alignjax import train
-    from alignjax.runtime import distributed, failures, files, interrupt, lock
+    from alignjax.runtime import distributed, failures, files, interrupt, lock, trace
 
+    if profile.value:
+      trace.keep_names()
     try:
       folder = files.folder(workdir.value or f'runs/{name}-s{config.seed}')
     except ValueError as error:
