@@ -160,8 +160,8 @@ def test_a_model_that_runs_cudnn_scores_as_the_reference(family, kind, monkeypat
       out = logprobs, values, jax.grad(score)(params)
       if kind != 'left':
         return out
-      _, cache = nets.decoder.prefill(nets.decoder.prepare(params), tokens, mask, LENGTH)
-      return *out, [jnp.where(mask[:, None, :, None], k, 0) for k in cache.k]
+      _, cache = nets.decoder.prefill(nets.decoder.prepare(params), tokens, mask)
+      return *out, [jnp.where(mask[:, None, :, None], k, 0) for k, _ in cache.prompt]
 
     return run(params, scalar)
 

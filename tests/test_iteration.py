@@ -397,6 +397,7 @@ def test_a_rollout_equals_a_float64_loop():
     'objective/entropy': entropy.mean(),
     'rollout/length': lengths.mean(),
     'rollout/ended': ended.mean(),
+    'rollout/live': (ro.prompt_mask.sum() + lengths.sum()) / (len(lengths) * (Q + R)),
     'rollout/sampler_gap_max': 0.0,
   }
   assert set(metrics) == set(want)
