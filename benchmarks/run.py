@@ -69,13 +69,12 @@ class Child:
     return json.loads(line)
 
   def stop(self) -> None:
-    if self.process.poll() is None:
-      self.process.stdin.close()
-      try:
-        self.process.wait(timeout=20)
-      except subprocess.TimeoutExpired:
-        self.process.kill()
-        self.process.wait()
+    self.process.stdin.close()
+    try:
+      self.process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      self.process.wait()
     self.process.stdout.close()
 
 
