@@ -288,6 +288,7 @@ def _invert(weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
   Returns:
     (index i32[B,1], the share of that weight which lies below: f32[B,1], in [0, 1)).
   """
+  u = jnp.clip(u, 2**-24, 1 - 2**-23)  # A share of exactly 0 would find any weight, however small.
   cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
   below = u * jnp.max(cumulative, axis=-1, keepdims=True)
   index = jnp.argmax(cumulative > below, axis=-1, keepdims=True)  # the first True

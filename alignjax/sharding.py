@@ -214,7 +214,8 @@ class Sharder:
   def machine(self) -> attention.Machine:
     """What networks have to know of the mesh to choose their kernels. It comes from the devices of
     the mesh, which need not be those of this process."""
-    return attention.machine_of(self.mesh.devices.flat[0], self.per_device)
+    grouped = _as_tuple(self.rules.get('heads')) == _as_tuple(self.rules.get('kv_heads'))
+    return attention.machine_of(self.mesh.devices.flat[0], self.per_device, grouped)
 
   def for_decoding(self, params: Any) -> Any:
     """Pins the sharding of weights in the sampling loop: they are gathered over the axes of the

@@ -198,14 +198,23 @@ def _strings(tree: Any) -> Iterator[str]:
 
 
 def identity(config: ml_collections.ConfigDict, name: str) -> dict:
-  """The entries that decide a stage's result: its own and the shared ones. How often it logs and
-  saves does not count, nor which candidates it keeps."""
+  """The entries that decide a stage's result: its own and the shared ones.
+
+  How often it logs and saves does not count, nor which candidates it keeps, nor how its sampling
+  loop is cut. An entry that version 0.1.0 did not have is left out where it asks for what that
+  version did, so that a run of then goes on.
+  """
   config = config.to_dict()
   stage = {
     k: v
     for k, v in config['stages'][name].items()
     if k not in ('log_every', 'save_every', 'keep_candidates')
+    and not (k == 'packed_rows' and not v)
   }
+  if isinstance(stage.get('rollout'), dict):
+    stage['rollout'] = {
+      k: v for k, v in stage['rollout'].items() if k not in ('segments', 'halvings')
+    }
   return {k: config[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
     'stages': {name: stage}
   }

@@ -52,7 +52,7 @@ def _sft(w: Workload):
   c = _config(w)
   c.stages.sft.update(batch_size=w.rows, microbatches=w.microbatches)
   c.stages.sft.optimizer.policy.clip_norm = 1.0
-  setup = for_stage(abstract.setup(c, jax.devices()), 'sft')
+  setup = for_stage(abstract.setup(c, jax.devices()[:1]), 'sft')
   plan = sft.abstract_step(setup, 'sft')
   tx = make_optimizer(c.stages.sft.optimizer, 10**6, 'stages.sft')
   state = make_state(setup, {'policy': _weights(setup.policy_model, 'lm', 0)}, tx)
@@ -68,7 +68,7 @@ def _rm(w: Workload):
     k_buckets=(w.k,), responses_per_batch=w.rows * w.k, microbatches=w.microbatches
   )
   c.stages.rm.optimizer.reward.clip_norm = 1.0
-  setup = for_stage(abstract.setup(c, jax.devices()), 'rm')
+  setup = for_stage(abstract.setup(c, jax.devices()[:1]), 'rm')
   plan = rm.abstract_step(setup, 'rm')
   tx = make_optimizer(c.stages.rm.optimizer, 10**6, 'stages.rm')
   state = make_state(setup, {'reward': _weights(setup.reward_model, 'scalar', 0)}, tx)
@@ -93,7 +93,7 @@ def _ppo(w: Workload):
   s.rollout.update(episodes=w.rows, generate_rows=config_dict.placeholder(int))
   s.reward.rows = w.rows // w.minibatches
   s.ptx.rows_per_episode = w.text_rows
-  setup = for_stage(abstract.setup(c, jax.devices()), name)
+  setup = for_stage(abstract.setup(c, jax.devices()[:1]), name)
   if w.mean_length is not None:  # So many ids stop a response that it has this length on average.
     stops = tuple(range(max(1, w.model['vocab_size'] // w.mean_length)))
     template = setup.text.template._replace(ends=stops)
@@ -110,8 +110,13 @@ def _ppo(w: Workload):
     'ref': freeze(_weights(policy, 'lm', 0), policy),
     'reward': freeze(_weights(value, 'scalar', 2), value),
   }
-  batch = _filled(plan.arguments[2], setup)
-  return _stepper(plan.step, state, frozen, batch), ppo_ptx_plan.work_of_iteration(setup, name)
+  prompts, live, text = _filled(plan.arguments[2], setup)
+  if w.mean_length is not None:  # Prompts are short too: up to three quarters of the limit.
+    lengths = jnp.arange(len(prompts)) % max(1, w.prompt * 3 // 4) + 1
+    live = jnp.arange(w.prompt)[None] >= w.prompt - lengths[:, None]
+  return _stepper(plan.step, state, frozen, (prompts, live, text)), ppo_ptx_plan.work_of_iteration(
+    setup, name
+  )
 
 
 def _config(w: Workload) -> ml_collections.ConfigDict:

@@ -121,11 +121,22 @@ def trl_ppo(w: Workload) -> Callable[[], Any]:
     train_dataset=Dataset.from_dict({'input_ids': rows}),
     callbacks=[Gate()],
   )
-  threading.Thread(target=trainer.train, daemon=True).start()
+  failed: list[Exception] = []
+
+  def train():
+    try:
+      trainer.train()
+    except Exception as error:  # noqa: BLE001 raised again below
+      failed.append(error)
+    done.release()
+
+  threading.Thread(target=train, daemon=True).start()
 
   def run():
     go.release()
     done.acquire()
+    if failed:
+      raise failed[0]
 
   return run
 

@@ -115,7 +115,9 @@ def measure(name: str, repeats: int, tiny: bool, ceilings: dict[str, float]) -> 
   """The lines of one workload, alignjax's first."""
   workload = workloads.ALL[name]
   workload = workloads.tiny(workload) if tiny else workload
-  frameworks = [OURS, *installed_peers(workload.kind)]
+  frameworks = [OURS]
+  if workload.mean_length is None and not workload.text_rows:  # TRL's PPO has neither.
+    frameworks += installed_peers(workload.kind)
   with contextlib.ExitStack() as stack:
     children, begun, seconds, last = [], {}, {}, {}
     for framework in frameworks:
@@ -166,8 +168,13 @@ def installed_peers(kind: str) -> list[str]:
   from benchmarks import peers
 
   found = [n for n in peers.PEERS[kind] if all(find_spec(package) for package in NEEDS[n])]
-  if 'trl' in found and not find_spec('trl.experimental.ppo'):
-    found.remove('trl')
+  if 'trl' in found:
+    try:
+      there = find_spec('trl.experimental.ppo')
+    except ModuleNotFoundError:  # a TRL without `experimental`
+      there = None
+    if there is None:
+      found.remove('trl')
   return found
 
 

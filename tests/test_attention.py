@@ -200,6 +200,8 @@ def test_splash_on_a_mesh_is_the_reference_on_one_device():
     (Machine('gpu', 7.5), dict(dtype='float16'), 'reference'),
     (TPU, dict(dtype='bfloat16'), 'splash'),
     (TPU, {}, 'reference'),
+    (Machine('tpu', grouped=False), dict(dtype='bfloat16', num_kv_heads=2), 'reference'),
+    (Machine('tpu', grouped=False), dict(dtype='bfloat16'), 'splash'),
   ],
 )
 def test_the_kernel_is_chosen_by_platform_dtype_and_width(machine, changes, kernel):

@@ -21,7 +21,7 @@ def test_each_kind_of_workload_runs(name):
   else:
     assert all(math.isfinite(value) for value in second.values())
   if name == 'ppo_1b3_half_packed':
-    assert second['ppo/ratio_max_dev'] == 0 and 0.4 < second['rollout/live'] < 1
+    assert second['ppo/ratio_max_dev'] == 0 and 0.2 < second['rollout/live'] < 0.8
 
 
 def test_the_least_that_decoding_reads():

@@ -413,3 +413,13 @@ def test_ids_beyond_the_tokenizer_are_never_sampled():
     models.model_config(
       dict(vocab_size=5, num_layers=1, d_model=4, num_heads=1, max_length=8), range(260), 'model'
     )
+
+
+@pytest.mark.parametrize('vocabulary', [100, 1000])
+def test_the_least_number_draws_no_token_that_is_next_to_impossible(vocabulary):
+  """The first of a block has a probability of e^-60 there, which no share may find."""
+  logits = np.zeros((1, vocabulary), np.float32)
+  logits[:, :: -(-vocabulary // sampling.BLOCKS)] = -60 if vocabulary > sampling.BLOCKS else 0
+  logits[:, 0] = -60
+  token, logprob = sampling.sample(None, jnp.asarray(logits), u=jnp.zeros((1, 1)))
+  assert int(token[0]) == 1 and float(logprob[0]) > -10

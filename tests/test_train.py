@@ -487,6 +487,14 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
       'score_rows=16 does not go with stages.ppo.packed_rows: scoring has to pack the same 8 rows',
     ),
     (
+      {
+        'stages.ppo_ptx.packed_rows': (0.5,),
+        'stages.ppo_ptx.ptx.rows_per_episode': 1,
+        'data.row_length': 44,
+      },
+      'packed_rows cannot tell the 8 pretraining rows of 44 tokens from the episodes',
+    ),
+    (
       {'stages.rm.packed_rows': (0.5, 1.5)},
       'stages.rm.packed_rows=.* must be a tuple of numbers above 0 and below 1',
     ),

@@ -45,7 +45,7 @@ def ppo(ptx_coef, iterations, episodes):
       temperature=1.0,
       missing_end_penalty=0.0,
       generate_rows=config_dict.placeholder(int),  # None: all episodes at once
-      score_rows=config_dict.placeholder(int),  # None: a minibatch at once
+      score_rows=config_dict.placeholder(int),  # None: the rows of one gradient
       segments=config_dict.placeholder(int),  # None: by the length of responses
       halvings=0,
     ),

@@ -62,7 +62,7 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       temperature=1.0,
       missing_end_penalty=0.0,
       generate_rows=memory['generate_rows'],
-      score_rows=config_dict.placeholder(int),
+      score_rows=64,  # a minibatch: fewer rows would gather the weights more often
       segments=config_dict.placeholder(int),
       halvings=0,
     ),

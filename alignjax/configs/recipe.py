@@ -92,7 +92,6 @@ def get_config(
   p.prompts, p.iterations, p.save_every = config_dict.placeholder(int), iterations, 10
   p.kl.coef, p.rollout.episodes, p.loss.ptx_coef = 0.05, episodes, 1.0
   p.ptx.update(documents=config_dict.placeholder(int), rows_per_episode=1)
-  p.packed_rows = (0.5625, 0.75)
   p.optimizer.policy.update(
     base.adam(lr['policy'], warmup=min(10, iterations // 2) * p.minibatches, warmup_from=0.1)
   )
@@ -139,5 +138,5 @@ def shrink(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   s.ppo_ptx.rollout.episodes = 8
   s.ppo_ptx.ptx.documents = 20
   s.ppo_ptx.optimizer.policy.warmup = 4
-  s.ppo_ptx.update(microbatches=1, packed_rows=())
+  s.ppo_ptx.update(microbatches=1)
   return c

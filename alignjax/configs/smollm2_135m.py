@@ -51,6 +51,6 @@ def get_config(size: str = 'default'):
       responses_per_batch=16,
       log_every=2,
     )
-    c.stages.ppo_ptx.update(prompts=400, packed_rows=())
+    c.stages.ppo_ptx.update(prompts=400)
     c.stages.ppo_ptx.ptx.documents = 200
   return recipe.shrink(c) if size == 'tiny' else c

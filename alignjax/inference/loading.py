@@ -310,6 +310,8 @@ def _load_stage(
       if found == 'lm'
       else reward_config(config, text.ids)
     )
+    # A kernel that was named for the machine of the training need not be on this one.
+    cfg = dataclasses.replace(cfg, attention='auto')
     response_length = config.data.response_length
   except (AttributeError, KeyError) as error:
     raise ValueError(

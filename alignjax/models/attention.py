@@ -4,8 +4,8 @@
 
 A token attends to the tokens up to itself that have its document number in the mask. The mask is
 that of types.TokenBatch: bool, or the number of each token's document and 0 on pads. The output at
-a pad is 0, so no token reads a pad, and what a pad attends to never matters. No kernel reads or
-writes an array of [B,T,T] but cuDNN for packed rows.
+a pad is 0, so no token reads a pad, and what a pad attends to never matters. The fused
+kernels write no array of [B,T,T], but cuDNN reads one for packed rows and for prompts.
 
 Every kernel computes softmax and sums in float32. What they round differs, so that their results
 agree to the rounding of the model's dtype and not to the last bit.
@@ -55,20 +55,23 @@ class Machine(NamedTuple):
       where it is not known.
     split: (function, logical axes of each argument, those of the result) -> function; it applies
       the function to each device's part of the arrays (sharding.Sharder.per_device).
+    grouped: whether each device has the key/value heads of its query heads and no others, so that
+      a kernel may pair those that it has.
   """
 
   platform: str
   capability: float | None = None
   split: Callable[[Callable, tuple, tuple], Callable] = whole
+  grouped: bool = True
 
 
-def machine_of(device: jax.Device, split: Callable = whole) -> Machine:
+def machine_of(device: jax.Device, split: Callable = whole, grouped: bool = True) -> Machine:
   """The machine that a device belongs to. The device need not be attached: `alignjax estimate`
   compiles for those of a topology."""
   if device.platform != 'gpu':
-    return Machine(device.platform, None, split)
+    return Machine(device.platform, None, split, grouped)
   capability = re.fullmatch(r'\d+\.\d+', getattr(device, 'compute_capability', ''))
-  return Machine('gpu', float(capability[0]) if capability else 0.0, split)
+  return Machine('gpu', float(capability[0]) if capability else 0.0, split, grouped)
 
 
 def make(cfg: TransformerConfig, machine: Machine) -> Attend:
@@ -112,6 +115,8 @@ def _why_not(kernel: str, cfg: TransformerConfig, machine: Machine) -> str | Non
     return f'it runs on a {platform.upper()}, and this mesh is of {machine.platform.upper()}s'
   if cfg.dtype not in dtypes:
     return f'it computes in {" or ".join(dtypes)}, and model.dtype is {cfg.dtype}'
+  if cfg.kv_heads != cfg.num_heads and not machine.grouped:
+    return 'the mesh divides query heads and key/value heads over different numbers of devices'
   if kernel == 'splash':
     return None
   if machine.capability is not None and machine.capability < 8:

@@ -104,8 +104,9 @@ class Tracer:
 def keep_names() -> None:
   """Tells XLA to launch the operations of a GPU one by one. In a CUDA graph they have no names, and
   a trace gives all of their time to 'other'. It has to be called before jax looks for devices."""
-  flag = '--xla_gpu_enable_command_buffer='
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'.strip()
+  flag, flags = '--xla_gpu_enable_command_buffer=', os.environ.get('XLA_FLAGS', '')
+  if flag not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
 
 
 def phases(folder: str | pathlib.Path) -> dict[str, float]:

@@ -219,6 +219,18 @@ def _check_sizes(setup: Setup, name: str) -> None:
       f'has to pack the same {updated} rows as an update does, so that the ratio before it is '
       f'exactly 1. Set {where}.rollout.score_rows=None.'
     )
+  text_rows = updated * cfg.ptx.rows_per_episode
+  length, text_length = setup.length, setup.config.data.row_length
+  if (
+    cfg.get('packed_rows')
+    and not setup.config.data.pack
+    and (text_rows, text_length) == (updated, length)
+  ):
+    raise ValueError(
+      f'{where}.packed_rows cannot tell the {text_rows} pretraining rows of {text_length} tokens '
+      f'from the episodes of a gradient, which have the same shape: set data.pack=True, another '
+      f'data.row_length, or {where}.packed_rows=().'
+    )
   rows = cfg.rollout.generate_rows
   if rows is not None:
     check_divides(episodes, rows, f'{where}.rollout.episodes by generate_rows')
