@@ -236,7 +236,7 @@ class KVCache:
     def grow(x):
       return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
-    return self.replace(response=jax.tree.map(grow, self.response))
+    return dataclasses.replace(self, response=jax.tree.map(grow, self.response))
 
 
 class Decoder(NamedTuple):

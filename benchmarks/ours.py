@@ -90,7 +90,11 @@ def _ppo(w: Workload):
     ema_decay=config_dict.placeholder(float),
     keep='policy',
   )
-  s.rollout.update(episodes=w.rows, generate_rows=config_dict.placeholder(int))
+  s.rollout.update(
+    episodes=w.rows,
+    generate_rows=config_dict.placeholder(int),
+    score_rows=config_dict.placeholder(int),
+  )
   s.reward.rows = w.rows // w.minibatches
   s.ptx.rows_per_episode = w.text_rows
   setup = for_stage(abstract.setup(c, jax.devices()[:1]), name)

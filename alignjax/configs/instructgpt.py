@@ -62,7 +62,8 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       temperature=1.0,
       missing_end_penalty=0.0,
       generate_rows=memory['generate_rows'],
-      score_rows=64,  # a minibatch: fewer rows would gather the weights more often
+      # a minibatch: fewer rows gather the weights more often, but read what an update reads
+      score_rows=64,
       segments=config_dict.placeholder(int),
       halvings=0,
     ),
