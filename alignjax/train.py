@@ -28,6 +28,7 @@ from alignjax.runtime import (
   failures,
   files,
   lock,
+  memory,
   metrics,
   saved_config,
   trace,
@@ -67,6 +68,8 @@ def main(
       template_date.pin(config, workdir)
       trackers.of_config(config)  # an error before anything is read
       setup = make_setup(config, files.folder(workdir))
+      if setup.sharder.mesh.devices.flat[0].platform == 'cpu':
+        memory.keep_freed_memory()
       order = resolve(config)
       wanted = trace.parse(traced) if traced else None
       trace.check(wanted, order)
