@@ -15,6 +15,7 @@ from alignjax.compiler import flops
 from alignjax.configs import instructgpt_1b3
 from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
+from alignjax.runtime import memory
 from alignjax.sampling import generate
 from alignjax.setup.objects import Setup, for_stage
 from alignjax.setup.weights import freeze
@@ -26,6 +27,8 @@ from benchmarks.workloads import Workload
 def build(workload: Workload) -> tuple[Callable[[], Any], dict[str, float]]:
   """(run, facts). facts: 'flops', the operations of one run, and for 'generate' 'bytes', the least
   that one run reads: for each token the weights and the keys and values so far."""
+  if jax.default_backend() == 'cpu':
+    memory.keep_freed_memory()  # as train.main does
   return {'generate': _generate, 'sft': _sft, 'rm': _rm, 'ppo': _ppo}[workload.kind](workload)
 
 

@@ -9,8 +9,9 @@ key/value heads. The parameter tree of either head is
    'final': {'norm' [, 'head' | 'score']}}
 
 Layers are stored stacked. Training, scoring and prefill scan over them, so that the compile time
-does not grow with the depth; on CPUs the scan of a shallow network is unrolled. A decoding step unrolls them over weights that `prepare` has cast and
-unstacked once: that was measured to be faster, and every layer's cache is updated in place.
+does not grow with the depth; on CPUs the scan of a shallow network is unrolled. A decoding step
+unrolls them over weights that `prepare` has cast and unstacked once: that was measured to be
+faster, and every layer's cache is updated in place.
 """
 
 from __future__ import annotations

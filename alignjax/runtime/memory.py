@@ -11,7 +11,7 @@ LARGEST_INT, STRIDE = 2**31 - 1, 2**26
 
 
 def keep_freed_memory() -> bool:
-  """Lets the process keep the memory that it frees, and returns whether the C library could be told.
+  """Lets the process keep the memory that it frees, and returns whether the C library agreed.
 
   XLA allocates the arrays of a step on a CPU anew in every step. glibc returns large ones to the
   system at once, and then the system clears each page again in the next step: that was a third of
