@@ -68,7 +68,7 @@ def main(
       template_date.pin(config, workdir)
       trackers.of_config(config)  # an error before anything is read
       setup = make_setup(config, files.folder(workdir))
-      if setup.sharder.mesh.devices.flat[0].platform == 'cpu':
+      if setup.sharder.machine.platform == 'cpu':
         memory.keep_freed_memory()
       order = resolve(config)
       wanted = trace.parse(traced) if traced else None

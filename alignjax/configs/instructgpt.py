@@ -62,7 +62,7 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       temperature=1.0,
       missing_end_penalty=0.0,
       generate_rows=memory['generate_rows'],
-      # a minibatch: fewer rows gather the weights more often, but read what an update reads
+      # A minibatch. Fewer rows would gather the weights more often.
       score_rows=64,
       segments=config_dict.placeholder(int),
       halvings=0,

@@ -9,8 +9,8 @@ key/value heads. The parameter tree of either head is
    'final': {'norm' [, 'head' | 'score']}}
 
 Layers are stored stacked. Training, scoring and prefill scan over them, so that the compile time
-does not grow with the depth; on CPUs the scan of a shallow network is unrolled. A decoding step
-unrolls them over weights that `prepare` has cast and unstacked once: that was measured to be
+does not grow with the depth; on CPUs the scan of a shallow float32 network is unrolled. A decoding
+step unrolls them over weights that `prepare` has cast and unstacked once: that was measured to be
 faster, and every layer's cache is updated in place.
 """
 
@@ -55,8 +55,8 @@ REMAT_POLICIES = {
 VOCABULARY_MULTIPLE = 128
 # On CPUs XLA copies what each layer stores for the backward pass once more after the loop. Without
 # the loop, the steps of the sandbox (2 layers) took 0.55 to 0.9 of their time. GPT-2 small (12
-# layers) took 1.2 to 1.4 times as long. In bfloat16 the ratio before the first update would not be
-# exactly 1, as a program with a backward pass and one without would round at other places.
+# layers) took 1.2 to 1.4 times as long. Networks in bfloat16 keep the loop: without it, scoring and
+# update would round at different places, and the ratio before the first update would not be 1.
 UNROLLED_LAYERS = 4
 
 
@@ -112,7 +112,7 @@ def make_networks(
   """
   machine = machine or attention.machine_of(jax.local_devices()[0])
   attention.chosen(cfg, machine)  # It is refused before anything is traced.
-  if machine.platform == 'cpu' and cfg.dtype == 'float32':
+  if _float32_on_cpu(cfg, machine):
     products = Products(weights_first.relayout, weights_first.projections, weights_first.multiply)
   else:
     products = Products(lambda params: params, contextlib.nullcontext, _times_transposed)
@@ -291,11 +291,14 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
   keys = None if key is None else jax.random.split(key, cfg.num_layers)
   # This is what is stored between layers and for the backward pass.
   x = constrain(x, 'batch', 'sequence', None)
-  unrolled = (machine.platform, cfg.dtype) == ('cpu', 'float32')
-  unrolled = unrolled and cfg.num_layers <= UNROLLED_LAYERS
+  unrolled = _float32_on_cpu(cfg, machine) and cfg.num_layers <= UNROLLED_LAYERS
   x, kv = jax.lax.scan(layer, x, (params['layers'], keys), unroll=unrolled)
   x = constrain(x, 'batch', None, None)
   return x if order is None else attention.moved(x, order.back), kv
+
+
+def _float32_on_cpu(cfg, machine):
+  return machine.platform == 'cpu' and cfg.dtype == 'float32'
 
 
 def _lengthened_vocabulary(cfg, machine, params):

@@ -13,10 +13,10 @@ LARGEST_INT, STRIDE = 2**31 - 1, 2**26
 def keep_freed_memory() -> bool:
   """Lets the process keep the memory that it frees, and returns whether the C library agreed.
 
-  XLA allocates the arrays of a step on a CPU anew in every step. glibc returns large ones to the
-  system at once, and then the system clears each page again in the next step: that was a third of
-  the time of a pretraining step of the sandbox. The process stays as large as it has once been. It
-  is for a process that repeats the same steps, and only glibc knows these parameters.
+  On a CPU, XLA allocates the arrays of a step anew in every step. glibc returns large ones to the
+  system at once, and the system clears their pages again in the next step: that was a third of the
+  time of a pretraining step of the sandbox. Call it in a process that repeats the same steps; the
+  process never becomes smaller again. Other C libraries than glibc are left as they are.
   """
   if platform.libc_ver()[0] != 'glibc':
     return False
