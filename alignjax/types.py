@@ -262,9 +262,10 @@ class Networks(NamedTuple):
   A dropout key of None means no dropout.
 
   Attributes:
-    logits: (params, tokens, mask, key=None) -> f32[B,T,V]; position t predicts token t + 1. These
-      are the model's own logits over its whole vocabulary, as in transformers, for evaluations that
-      compare with other tools.
+    logits: (params, tokens, mask, key=None, positions=None) -> f32[B,T,V]; position t predicts
+      token t + 1. These are the model's own logits over its whole vocabulary, as in transformers,
+      for evaluations that compare with other tools. With positions i[B,N], the logits of these
+      positions alone: f32[B,N,V].
     logprobs: (params, tokens, mask, temperature=1.0, key=None) -> (logprobs, entropy), both
       f32[B,T]: logprobs[:, t] = log p(tokens[:, t] | tokens[:, :t]) and the entropy of that
       distribution. Column 0 is 0. This is the one place where logits are shifted against tokens and

@@ -7,16 +7,21 @@ usage() {
   cat <<'END'
 launch/gpu_host.sh ACTION HOST[,HOST...] [--dry-run] [arguments of run.py]
 
-  setup    copy this clone to ~/alignjax on every host and install it with CUDA's jax
-  start    start the run on every host, in the background: one process a host, with all its GPUs; the first host coordinates
-  logs     follow the first host's output                status   of the run on every host
-  stop     SIGTERM to all: the run saves and ends
+Runs an experiment on one or several GPU machines that ssh reaches. The actions are:
+
+  setup    copies this clone to ~/alignjax on every host and installs it with CUDA's jax.
+  start    starts the run on every host, in the background. Each host has one process with all of its GPUs, and the first host is
+           the coordinator.
+  logs     follows the output of the first host.
+  status   shows the status of the run on every host.
+  stop     sends SIGTERM to all hosts: the run saves a checkpoint and ends.
 
   launch/gpu_host.sh setup gpu-1,gpu-2
   launch/gpu_host.sh start gpu-1,gpu-2 --config=configs/instructgpt_1b3.py --workdir=/shared/runs/1b3
   launch/gpu_host.sh logs gpu-1,gpu-2
 
-The hosts reach each other by these names (PORT=8476 on the first) and share the --workdir: a network folder, or gs://.
+The hosts must reach each other by these names, and the first one at the port that the variable PORT sets (8476 by default). All of
+them must share the --workdir, which is a network folder or a bucket (gs://). With --dry-run, the commands are printed and not run.
 END
 }
 

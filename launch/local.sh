@@ -7,16 +7,18 @@ usage() {
   cat <<'END'
 launch/local.sh [--devices=D] [--dry-run] N [arguments of run.py]
 
-Starts N real processes of experiments/run.py on this machine, joined by jax.distributed over loopback (gloo collectives), each with
-D CPU devices (2). Every line of output begins with the number of its process.
+Starts N processes of experiments/run.py on this machine as one run. jax.distributed joins them over loopback, with gloo collectives,
+and each of them has D CPU devices (2 by default). Every line of the output begins with the number of its process.
 
-When one process fails, the others are ended within 5 seconds, and the exit status is that of the one that failed. SIGTERM and Ctrl-C go
-to all of them, so that they save; the status is then that of the run (75: run the same command again).
+If one process fails, the others are ended within 5 seconds, and the exit status is that of the one that failed. SIGTERM and Ctrl-C are
+passed on to all processes, so that they save. The exit status is then that of the run; 75 means that the same command resumes it.
+With --dry-run, the commands are printed and not run.
 
   launch/local.sh 2 --config=configs/sft.py:tiny
   launch/local.sh --devices=4 2 --config=configs/ppo_ptx.py:tiny --config.mesh.fsdp=4
 
-Environment: PYTHON, the interpreter (.venv/bin/python where there is one, else python3); PORT, the coordinator's (a free one).
+Two environment variables change the defaults. PYTHON is the interpreter, by default .venv/bin/python if it exists and python3
+otherwise. PORT is the port of the coordinator, by default a free one.
 END
 }
 

@@ -7,24 +7,32 @@ usage() {
   cat <<'END'
 launch/tpu_vm.sh ACTION NAME [--zone=Z] [--type=T] [--spot] [--dry-run] [-- arguments of run.py]
 
-  up       all of it: create, wait, copy and install, run, watch; starts again after a preemption or a failure of a machine, until
-           the run has ended. The same command again goes on with what is there.
-  create   ask for the slice by a queued resource (needs --type)       wait     until it is there
-  setup    copy this clone to all workers and install it               start    start the run on all workers, in the background
-  logs     follow the first worker's output (--worker=N, all)          status   of the slice, and of the run on the first worker
-  stop     SIGTERM to all workers: the run saves and ends              delete   the slice and what is on it
+Runs an experiment on a slice of Cloud TPU VMs, which it asks for as a queued resource. The actions are:
+
+  up       does everything: it creates the slice, waits for it, copies and installs this clone, runs the experiment and watches it. After
+           a preemption or a failure of a machine it starts again, until the run has ended. The same command goes on with what is there.
+  create   asks for the slice as a queued resource (this needs --type).
+  wait     waits until the slice is there.
+  setup    copies this clone to all workers and installs it.
+  start    starts the run on all workers, in the background.
+  logs     follows the output of the first worker, or of another one with --worker=N or --worker=all.
+  status   shows the status of the slice, and of the run on the first worker.
+  stop     sends SIGTERM to all workers: the run saves a checkpoint and ends.
+  delete   deletes the slice and everything on its disks.
 
   launch/tpu_vm.sh up ptx --zone=us-east5-a --type=v5p-128 --spot -- --config=configs/instructgpt_6b.py --workdir=gs://BUCKET/ptx
   launch/tpu_vm.sh logs ptx --zone=us-east5-a
   launch/tpu_vm.sh delete ptx --zone=us-east5-a
 
-  --type=T       accelerator type, such as v5p-128, v5litepod-16 or v6e-64
-  --runtime=R    software version; by default the one that goes with the type
-  --spot         cheaper, may be preempted at any time
-  --restarts=N   after so many starts on one slice, none of which ran for ten minutes, up gives up (3)
-  --every=S      seconds between two looks at the slice and the run (30)
-  --dry-run      print the commands instead of running them
-Project, and zone where --zone is left out, are those of `gcloud config`. Give the run a --workdir on gs://: the slice's disks go with it.
+  --type=T       the accelerator type, such as v5p-128, v5litepod-16 or v6e-64
+  --runtime=R    the software version; by default, the one that belongs to the type
+  --spot         asks for a spot slice, which is cheaper and may be preempted at any time
+  --restarts=N   `up` gives up after N starts on one slice none of which ran for ten minutes (3 by default)
+  --every=S      the seconds between two checks of the slice and the run (30 by default)
+  --dry-run      prints the commands and does not run them
+
+The project is that of `gcloud config`, and so is the zone if --zone is left out. Put the run's --workdir on gs://, because the disks
+of the slice are deleted with it.
 END
 }
 

@@ -5,10 +5,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
   cat <<'END'
-launch/worker.sh [--dry-run] setup tpu|gpu|cpu     a virtual environment with a Python of its own (the machine's may be too old)
-launch/worker.sh [--dry-run] start [ARGUMENTS]     run.py --distributed ARGUMENTS in the background, output in run.log
-launch/worker.sh [--dry-run] stop                  SIGTERM: the run saves and ends
-launch/worker.sh status                            running; lost (ended unseen); none; or the exit status of the run
+launch/worker.sh [--dry-run] setup tpu|gpu|cpu     installs alignjax in a virtual environment with a Python of its own, because
+                                                   that of the machine may be too old
+launch/worker.sh [--dry-run] start [ARGUMENTS]     starts run.py --distributed ARGUMENTS in the background, with its output in run.log
+launch/worker.sh [--dry-run] stop                  sends SIGTERM: the run saves a checkpoint and ends
+launch/worker.sh status                            prints "running", "lost" (the process is gone and left no status), "none", or the
+                                                   exit status of the run
 END
 }
 

@@ -123,3 +123,67 @@ def test_likelihoods_of_rows_of_any_length(model, monkeypatch):
     for i, (a, b) in enumerate(rows)
   ]
   np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_the_head_is_computed_only_where_a_token_is_weighted(model, monkeypatch):
+  """Weights with gaps, of any size, a row with none, and a batch that ends before the last
+  weighted position of another."""
+  dear(monkeypatch)
+  rng = np.random.default_rng(1)
+  lengths = np.array([5, 40, 12, 3, 77])
+  tokens = rng.integers(3, 200, (5, 80)).astype(np.int32)
+  mask = np.arange(80) < lengths[:, None]
+  weights = np.zeros(tokens.shape, np.float32)
+  weights[0, [1, 4]], weights[1, 10:15], weights[2, 11], weights[4, [2, 40, 76]] = 1, 0.5, 2, 1
+  asked = []
+
+  def logits(params, tokens, mask, positions):
+    asked.append(positions.shape)
+    return model.nets.logits(params, tokens, mask, positions=positions)
+
+  likelihood = bulk.make_likelihood(
+    model.nets._replace(logits=logits), None, lambda w: {8: 2}[w]
+  )
+  found, greedy = likelihood(model.params, tokens, mask, weights)
+  assert set(asked) == {(2, 8), (1, 8)}
+  full = np.asarray(model.nets.logits(model.params, tokens, mask), np.float64)
+  logprobs = full - np.log(np.exp(full).sum(-1, keepdims=True))
+  expected = [
+    sum(weights[i, t] * logprobs[i, t - 1, tokens[i, t]] for t in range(1, 80)) for i in range(5)
+  ]
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  assert found[3] == 0 and greedy.tolist() == [
+    all(full[i, t - 1].argmax() == tokens[i, t] for t in np.flatnonzero(weights[i]))
+    for i in range(5)
+  ]
+  likely = tokens.copy()
+  likely[1, 10] = full[1, 9].argmax()  # It is greedy where this token alone is weighted.
+  weights[1], weights[1, 10] = 0, 1
+  assert likelihood(model.params, likely, mask, weights)[1][1]
+
+
+def test_a_cpu_reads_no_more_tokens_at_once_than_its_caches_hold(model):
+  seen = []
+  nets = model.nets._replace(
+    scalar=lambda params, tokens, mask: seen.append(tokens.shape) or tokens * 1.0
+  )
+  bulk.make_scorer(nets, None, length=512, pad=9)(model.params, [[3] * 500] * 40 + [[4] * 60] * 99)
+  assert seen and all(size * length <= 2048 for size, length in seen)
+
+
+def test_results_arrive_in_the_order_of_the_batches(model, monkeypatch):
+  """One batch is computed while another is collected; each result goes to its own row."""
+  dear(monkeypatch)
+  order = []
+  out = bulk.each(
+    lambda params, x: x + 1,
+    lambda some, length: (np.array(some),),
+    [9, 3, 40, 8, 17],
+    model.params,
+    most=40,
+    rows=1,
+    sharder=None,
+    done=lambda i, x: order.append((i, int(x))),
+  )
+  assert order == [(2, 3), (4, 5), (0, 1), (1, 2), (3, 4)]
+  assert [int(x) for x in out] == [1, 2, 3, 4, 5]

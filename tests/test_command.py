@@ -279,3 +279,27 @@ def test_home_folders_are_found(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='zero byte'):
     files.folder('a\0b')
   assert command.in_words(KeyError('x')) == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize(
+  'before,flags,expected',
+  [
+    ('', '', 3),
+    ('', '--xla_force_host_platform_device_count=4', 4),  # XLA's own flag goes first
+    ('jax.devices()', '', 1),  # too late: jax has its devices, and the run uses them
+  ],
+)
+def test_a_config_divides_the_cpu_into_devices(before, flags, expected):
+  code = f"""
+import jax
+{before}
+from alignjax.commands import run
+run.divide_cpu(3)
+print(jax.device_count())
+run.divide_cpu(None)
+"""
+  env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+  )
+  assert (done.stdout.strip(), done.returncode) == (str(expected), 0), done.stderr

@@ -32,7 +32,9 @@ def instances(*args):
 @pytest.mark.parametrize(
   'length,most,expected',
   [
-    (3, 512, 32),
+    (3, 512, 8),
+    (9, 512, 12),
+    (13, 512, 16),
     (32, 512, 32),
     (33, 512, 48),
     (49, 512, 64),

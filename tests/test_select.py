@@ -149,6 +149,15 @@ def test_a_selection_without_candidates_is_refused_before_anything_runs(tmp_path
     train.main(c, tmp_path)
 
 
+@pytest.mark.parametrize('candidates', [('stage:sft', 'stage:pretrain'), ('hf:/a/folder',)])
+def test_only_a_single_stage_has_to_keep_candidates(tmp_path, candidates):
+  """Several candidates are enough to choose from, and a checkpoint has no entries in the config."""
+  c = tiny()
+  c.stages.sft.keep_candidates = None
+  c.stages.sft_selected.candidates = candidates
+  stage.check(make_setup(c, tmp_path), 'sft_selected')
+
+
 def test_candidates_are_the_whole_ones_of_the_same_training(tmp_path):
   """Not one that was being written, nor one that another training of the stage left."""
   setup = types.SimpleNamespace(workdir=tmp_path, config=tiny())

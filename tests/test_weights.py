@@ -210,7 +210,7 @@ def test_every_update_can_be_cut_into_the_microbatches(microbatches, k, tmp_path
   [
     (
       {'microbatches': 12},
-      r'microbatches=12 cuts an update of stages.rm.responses_per_batch=45 into parts of no prompt',
+      r'microbatches=12 cuts an update of stages.rm.responses_per_batch=54 into parts of no prompt',
     ),
     ({'microbatches': 0}, 'microbatches=0'),
     ({'epochs': 0.5}, 'epochs=0.5 must be a whole number'),

@@ -20,15 +20,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-  """Built from a copy, since a build leaves files in the tree, which a later one would pick up."""
+  """Built from a copy of the files that the Dockerfile copies, so that the image holds the same. A
+  build leaves files in the tree, which a later one would pick up."""
   folder = tmp_path_factory.mktemp('wheel')
   (folder / 'tree').mkdir()
-  for path in (
-    ROOT / 'alignjax',
-    *ROOT.glob('setup.cfg'),
-    *ROOT.glob('*.toml'),
-    *ROOT.glob('*.md'),
-  ):
+  lines = (ROOT / 'Dockerfile').read_text().splitlines()
+  copied = [name for line in lines if line.startswith('COPY ') for name in line.split()[1:-1]]
+  assert 'alignjax' in copied
+  for path in (ROOT / name for name in copied):
     if path.is_dir():
       ignore = shutil.ignore_patterns('__pycache__')
       shutil.copytree(path, folder / 'tree' / path.name, ignore=ignore)

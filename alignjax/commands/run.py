@@ -38,6 +38,16 @@ def explain(error: Exception, path) -> None:
   raise SystemExit(f'error: {words}\n(traceback: {path})')
 
 
+def divide_cpu(count: int | None) -> None:
+  """Lets jax see the CPU as `count` devices. XLA's own flag for it goes first, and so does a jax
+  that has looked for its devices already. It has no effect on where a run with accelerators is."""
+  import jax
+
+  if count and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    with contextlib.suppress(RuntimeError):
+      jax.config.update('jax_num_cpu_devices', count)
+
+
 def main(argv: list[str]) -> None:
   # Nothing has begun yet; train.main installs its own handler.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -87,6 +97,7 @@ def main(argv: list[str]) -> None:
     from alignjax import train
     from alignjax.runtime import distributed, failures, files, interrupt, lock, trace
 
+    divide_cpu(config.get('cpu_devices'))
     if profile.value:
       trace.keep_names()
     try:

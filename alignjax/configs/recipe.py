@@ -46,6 +46,7 @@ def get_config(
 
   c.stages_to_run = ('ppo_ptx',)
   c.mesh.update(mesh or {})
+  c.cpu_devices = config_dict.placeholder(int)  # each would hold the weights once more
   kinds = ('pretrain', 'demonstrations', 'comparisons', 'prompts')
   c.data = dict(
     tokenizer=spec(),

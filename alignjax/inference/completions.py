@@ -31,8 +31,8 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
   cfg = model.cfg
   shards = model.sharder.batch_shards if model.sharder else 1
 
-  def at_once(length):
-    return shards * max(1, min(64, logits_bytes // (4 * length * cfg.vocab_size)))
+  def at_once(positions):
+    return shards * max(1, min(64, logits_bytes // (4 * positions * cfg.vocab_size)))
 
   likelihood = bulk.make_likelihood(model.nets, model.sharder, at_once)
 

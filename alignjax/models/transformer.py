@@ -133,8 +133,10 @@ def make_networks(
 # first, which make_networks binds.
 
 
-def _logits(cfg, constrain, machine, params, tokens, mask, key=None):
+def _logits(cfg, constrain, machine, params, tokens, mask, key=None, positions=None):
   x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask, key)
+  if positions is not None:
+    x = jnp.take_along_axis(x, positions[..., None], axis=1)
   return _unembed(cfg, params, x)
 
 

@@ -75,6 +75,7 @@ SHARED: dict[str, Kind] = {
     'a whole number, 1 or more, or None (the rest of the devices)',
     whole(1, none=True),
   ),
+  'cpu_devices': ('a whole number, 1 or more, or None (as jax decides)', whole(1, none=True)),
   'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
   'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
   'grace_seconds': ('a number, 0 or more', _number(lambda x: x >= 0)),

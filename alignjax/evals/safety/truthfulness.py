@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from alignjax import ops, plugins
+from alignjax import plugins
 from alignjax.data import encode, mappings
 from alignjax.evals import items
 from alignjax.evals.table import Cell
@@ -216,8 +217,9 @@ def reader(model: Model, rows: int = 32) -> Callable[[list[str]], list[float]]:
 
   @jax.jit
   def run(params, tokens, mask):
-    logits = model.nets.logits(params, tokens, mask)
-    return ops.last_live(logits[..., yes[at]] - logits[..., no[at]], mask)
+    last = jnp.sum(mask, axis=-1, keepdims=True) - 1
+    logits = model.nets.logits(params, tokens, mask, positions=last)[:, 0]
+    return logits[:, yes[at]] - logits[:, no[at]]
 
   def read(prompts: list[str]) -> list[float]:
     asked = [model.template.prompt(prompt) + yes[:at] for prompt in prompts]
