@@ -219,9 +219,9 @@ class KVCache:
   which visits the layers one by one, updates each in place and slices nothing.
 
   Attributes:
-    prompt: of each layer (k, v), both [B,G,Q,H].
+    prompt: of each layer (k, v), both [B,G,Q,H], or models.cached.Quantized with these axes.
     prompt_mask: bool[B,Q].
-    response: of each layer (k, v), both [B*n,G,S,H].
+    response: of each layer (k, v), both [B*n,G,S,H], or Quantized.
     index: i32[], the tokens of a response so far, which is the next slot to write.
   """
 

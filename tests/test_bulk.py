@@ -141,9 +141,7 @@ def test_the_head_is_computed_only_where_a_token_is_weighted(model, monkeypatch)
     asked.append(positions.shape)
     return model.nets.logits(params, tokens, mask, positions=positions)
 
-  likelihood = bulk.make_likelihood(
-    model.nets._replace(logits=logits), None, lambda w: {8: 2}[w]
-  )
+  likelihood = bulk.make_likelihood(model.nets._replace(logits=logits), None, lambda w: {8: 2}[w])
   found, greedy = likelihood(model.params, tokens, mask, weights)
   assert set(asked) == {(2, 8), (1, 8)}
   full = np.asarray(model.nets.logits(model.params, tokens, mask), np.float64)

@@ -1,5 +1,6 @@
 """Sampling: the distribution, when it stops, and that it edits nothing."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -307,10 +308,13 @@ def test_a_row_draws_the_same_whatever_is_sampled_with_it(how, seed):
   assert steps == wanted
 
 
-@pytest.mark.parametrize('family,samples', [('gpt2', 1), ('llama', 3)])
-def test_a_model_draws_the_same_in_segments_and_halves(family, samples):
+@pytest.mark.parametrize(
+  'family,samples,kv_cache', [('gpt2', 1, None), ('llama', 3, None), ('llama', 3, 'int8')]
+)
+def test_a_model_draws_the_same_in_segments_and_halves(family, samples, kv_cache):
   """Prompts of different lengths; the products of a CPU and of other platforms."""
   cfg, _, params, _ = model(family)
+  cfg = dataclasses.replace(cfg, kv_cache=kv_cache)
 
   def run(platform, **how):
     decoder = transformer.make_networks(cfg, machine=Machine(platform)).decoder

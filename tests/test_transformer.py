@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.models import attention, layers, transformer
+from alignjax.models import attention, cached, layers, transformer
 from alignjax.models.config import ranges_without
 from tests.fakes import (
   FAMILIES,
@@ -68,6 +68,77 @@ def test_item_25_decode_equals_the_full_forward(family):
     jnp.pad(mask, ((0, 0), (0, 5)), constant_values=True),
   )
   close(jnp.stack(steps, 1), full[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_logits_at_some_positions_are_those_of_all():
+  _, nets, params, _ = model('llama')
+  tokens, mask = padded(rows(5), 9, 'right')
+  positions = jnp.array([[0, 3], [1, 1], [2, 0]])
+  full = nets.logits(params, tokens, mask)
+  some = nets.logits(params, tokens, mask, positions=positions)
+  close(some, full[jnp.arange(3)[:, None], positions], rtol=1e-6, atol=1e-6)
+
+
+def test_a_vector_is_quantized_to_half_a_step():
+  """The scale is the largest feature over 127; a vector of zeros stays one."""
+  x = np.random.default_rng(0).normal(size=(5, 4, 16)).astype(np.float32)
+  x[1, 2] = 0
+  values, scales = cached.quantize(jnp.asarray(x))
+  assert values.dtype == jnp.int8 and scales.dtype == jnp.float32
+  close(scales[..., 0], np.abs(x).max(-1) / 127, rtol=1e-6)
+  assert (np.abs(values * scales - x) <= scales / 2 * (1 + 1e-5)).all()
+  assert (np.abs(values).max(-1) == np.where(np.abs(x).max(-1) > 0, 127, 0)).all()
+
+
+def test_attention_to_an_int8_cache_by_a_loop():
+  """Two prompts with two samples each, two query heads on each of two key heads, the third of four
+  slots: a softmax in float64 over the vectors that the cache holds, the new ones among them."""
+  rng = np.random.default_rng(1)
+  vectors = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  prompt = tuple(cached.quantize(vectors(2, 2, 3, 8)) for _ in 'kv')
+  response = tuple(cached.quantize(vectors(4, 2, 4, 8)) for _ in 'kv')
+  q, k, v = vectors(4, 1, 2, 2, 8), vectors(4, 2, 1, 8), vectors(4, 2, 1, 8)
+  mask = jnp.array([[False, True, True], [True, True, True]])
+  heads, kept = cached.attend(
+    q, k, v, prompt, response, mask, jnp.int32(2), constrain=layers.unconstrained
+  )
+  whole = lambda x: np.asarray(x.values, np.float64) * np.asarray(x.scales, np.float64)
+  for x, old, new in zip(kept, response, (k, v), strict=True):
+    expected = whole(old)
+    expected[:, :, 2] = whole(cached.quantize(new))[:, :, 0]
+    close(whole(x), expected, rtol=1e-6)
+  for row, group, head in np.ndindex(4, 2, 2):
+    seen = [
+      np.concatenate(
+        [whole(p)[row // 2, group][np.asarray(mask[row // 2])], whole(r)[row, group, :3]]
+      )
+      for p, r in zip(prompt, kept, strict=True)
+    ]
+    weights = np.exp(seen[0] @ np.asarray(q[row, 0, group, head], np.float64) / 8**0.5)
+    close(heads[row, 0, group, head], weights @ seen[1] / weights.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_an_int8_cache_moves_the_logits_a_little(family):
+  _, plain, params, _ = model(family)
+  nets = transformer.make_networks(config(family, kv_cache='int8'))
+  prompts, mask = padded(rows(3, count=4, length=6), 7, 'left')
+
+  def decode(nets):
+    weights = nets.decoder.prepare(params)
+    logits, cache = nets.decoder.prefill(weights, prompts, mask)
+    cache, out = cache.with_slots(5), [logits]
+    for t in range(5):
+      logits, cache = nets.decoder.step(weights, jnp.arange(4) + t, cache)
+      out.append(logits)
+    return np.stack(out), {
+      leaf.dtype.name for leaf in jax.tree.leaves((cache.prompt, cache.response))
+    }
+
+  (found, dtypes), (expected, _) = decode(nets), decode(plain)
+  assert dtypes == {'int8', 'float32'}
+  assert (found[0] == expected[0]).all()  # The prefill reads no cache.
+  assert 0 < np.abs(found - expected).max() < 0.1
 
 
 @pytest.mark.parametrize('chunk', [5, 8, 100])

@@ -143,7 +143,12 @@ def facts(model: Model) -> dict[str, Any]:
     weights=fingerprints.of_params(model.params),
     head=model.head,
     # Kernels of attention differ in rounding alone.
-    model={k: v for k, v in dataclasses.asdict(model.cfg).items() if k != 'attention'},
+    # Results that were kept before there was a `kv_cache` hold where it is None.
+    model={
+      k: v
+      for k, v in dataclasses.asdict(model.cfg).items()
+      if k != 'attention' and not (k == 'kv_cache' and v is None)
+    },
     code=fingerprints.of_function(transformer.make_networks),
     tokenizer=_tokenizer(model.tokenizer),
     template=[shown, template.ends, template.pad, template.start],

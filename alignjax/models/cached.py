@@ -2,16 +2,38 @@
 
 The prompt's keys and values are those of the prefill and are only read: the samples of a prompt
 share them, and they are not copied for any. The response's keys and values are updated in place.
+With `model.kv_cache='int8'` both are stored as Quantized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from alignjax.models.attention import MASKED_LOGIT
+
+
+class Quantized(NamedTuple):
+  """Vectors of H features as whole numbers, each with a scale of its own.
+
+  Attributes:
+    values: i8[...,H], from -127 to 127.
+    scales: f32[...,1]; values * scales is within half a scale of what was quantized.
+  """
+
+  values: jax.Array
+  scales: jax.Array
+
+
+def quantize(x: jax.Array) -> Quantized:
+  """x [...,H] with the largest feature of each vector at 127 or -127."""
+  x = x.astype(jnp.float32)
+  scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+  values = jnp.round(x / jnp.where(scales > 0, scales, 1.0))
+  return Quantized(values.astype(jnp.int8), scales)
 
 
 def attend(
@@ -31,8 +53,8 @@ def attend(
   Args:
     q: [B*n,1,G,N/G,H].
     k, v: [B*n,G,1,H], of the new tokens.
-    prompt: (k, v), each [B,G,Q,H].
-    response: (k, v), each [B*n,G,S,H].
+    prompt: (k, v), each [B,G,Q,H] or Quantized.
+    response: (k, v), each [B*n,G,S,H] or Quantized, as those of the prompt.
     prompt_mask: bool[B,Q].
     index: i32[], the slot of the new tokens. The slots behind it are empty.
     constrain: pins the sharding of an array (sharding.Sharder.constrain).
@@ -40,15 +62,16 @@ def attend(
   Returns:
     (heads [B*n,1,G,N/G,H] in the dtype of v, the response's (k, v) with the new ones).
   """
-  kept = tuple(
-    constrain(
-      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2),
-      *('batch', 'kv_heads', None, None),
-    )
-    for old, new in zip(response, (k, v), strict=True)
-  )
+  quantized = isinstance(response[0], Quantized)
+
+  def write(old, new):
+    new = jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
+    return constrain(new, 'batch', 'kv_heads', None, None)
+
+  new = (quantize(k), quantize(v)) if quantized else (k, v)
+  kept = jax.tree.map(write, response, new)
   rows, _, groups, share, width = q.shape
-  prompts, _, length, _ = prompt[0].shape
+  prompts, length = prompt_mask.shape
 
   def to_prompts(x):  # [B*n,G,N/G,W] -> [B,G,n*N/G,W]
     x = x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2)
@@ -59,10 +82,23 @@ def attend(
     return x.reshape(rows, groups, share, -1)
 
   def product(shapes, x, y):
-    return jnp.einsum(shapes, x, y, preferred_element_type=jnp.float32)
+    return jnp.einsum(shapes, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+  def columns(x):  # the scales of the keys or values [B,G,S,1] beside the weights [B,G,M,S]
+    return x.scales.swapaxes(-1, -2)
+
+  def times_keys(q, keys):
+    if not quantized:
+      return product('bgmh,bgsh->bgms', q, keys)
+    return product('bgmh,bgsh->bgms', q, keys.values) * columns(keys)
+
+  def times_values(weights, values):
+    if not quantized:
+      return product('bgms,bgsh->bgmh', weights.astype(v.dtype), values)
+    return product('bgms,bgsh->bgmh', (weights * columns(values)).astype(v.dtype), values.values)
 
   q = q[:, 0]
-  filled = jnp.arange(kept[0].shape[2]) <= index
+  filled = jnp.arange(jax.tree.leaves(kept)[0].shape[2]) <= index
   visible = jnp.concatenate(
     [
       jnp.repeat(prompt_mask, rows // prompts, axis=0),
@@ -71,16 +107,11 @@ def attend(
     axis=1,
   )
   logits = jnp.concatenate(
-    [
-      to_rows(product('bgmh,bgsh->bgms', to_prompts(q), prompt[0])),
-      product('bgmh,bgsh->bgms', q, kept[0]),
-    ],
-    axis=-1,
+    [to_rows(times_keys(to_prompts(q), prompt[0])), times_keys(q, kept[0])], axis=-1
   )
   logits = jnp.where(visible[:, None, None], logits * width**-0.5, MASKED_LOGIT)
   # A token sees itself, so that no row of logits is masked as a whole.
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  heads = to_rows(
-    product('bgms,bgsh->bgmh', to_prompts(weights[..., :length]), prompt[1])
-  ) + product('bgms,bgsh->bgmh', weights[..., length:], kept[1])
+  weights = jax.nn.softmax(logits, axis=-1)
+  heads = to_rows(times_values(to_prompts(weights[..., :length]), prompt[1]))
+  heads = heads + times_values(weights[..., length:], kept[1])
   return heads.astype(v.dtype)[:, None], kept

@@ -52,6 +52,9 @@ class TransformerConfig:
       'reference' (matrix products, anywhere), or 'auto', which takes the kernel of the platform
       where dtype and head width allow it, and the reference elsewhere and in float32. See
       models/attention.py.
+    kv_cache: how sampling stores keys and values: None in `dtype`, 'int8' as whole numbers with a
+      scale for each vector (models/cached.py), in about half the memory of bfloat16. It moves the
+      sampler away from the scorer, and 'rollout/sampler_gap_max' shows how far.
   """
 
   vocab_size: int
@@ -83,6 +86,7 @@ class TransformerConfig:
   logits_chunk: int | None = None
   attention_chunk: int | None = None
   attention: str = 'auto'
+  kv_cache: str | None = None
 
   def __post_init__(self):
     choices = dict(
@@ -92,6 +96,7 @@ class TransformerConfig:
       remat=('none', 'full', 'attention', 'projections', 'dots'),
       attention=('auto', 'reference', 'cudnn', 'splash'),
       dtype=('float32', 'bfloat16', 'float16'),
+      kv_cache=(None, 'int8'),
     )
     for field, allowed in choices.items():
       if getattr(self, field) not in allowed:

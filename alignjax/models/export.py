@@ -34,6 +34,7 @@ FREE = (
   'logits_chunk',
   'attention_chunk',
   'attention',
+  'kv_cache',
   'embedding_std',
   'unused_ids',
 )

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import ops
-from alignjax.models import attention, rotary, weights_first
+from alignjax.models import attention, cached, rotary, weights_first
 from alignjax.models.attention import MASKED_LOGIT, Machine
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
@@ -205,7 +205,9 @@ def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1
   x, stacked = _run_layers(cfg, constrain, machine, weights, tokens, mask, keep_cache=True)
 
   def place(layer):
-    return constrain(layer, 'batch', 'kv_heads', None, None)
+    if cfg.kv_cache == 'int8':
+      layer = cached.quantize(layer)
+    return jax.tree.map(lambda x: constrain(x, 'batch', 'kv_heads', None, None), layer)
 
   def without_slots(layer):
     return jnp.zeros((layer.shape[0] * samples, layer.shape[1], 0, layer.shape[3]), layer.dtype)
