@@ -50,10 +50,10 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ja
   """The log-probability of each target and the entropy of each distribution, in float32 (nats).
 
   The gradient is written out (d logprob = onehot - p, d entropy = -p (log p + H)). It stores the
-  logits and their normalizer, no softmax beside them, and takes one pass over the logits. The
-  forward pass is the same program with and without a gradient. With automatic differentiation the
-  two differed in the last bit of one log-probability in three hundred, and so did the PPO ratio
-  from 1 before the first update.
+  logits and their normalizer but no softmax, and takes one pass over the logits. The forward pass
+  is the same program with and without a gradient. Automatic differentiation makes two programs of
+  it, whose results differed in the last bit of one log-probability in three hundred, so that the
+  PPO ratio was not exactly 1 before the first update.
 
   Args:
     logits: [..., V], of any float dtype, already divided by the temperature.

@@ -53,7 +53,8 @@ def adam(
     clip_norm: the largest global gradient norm of this entry of params; None does not clip.
 
   Raises:
-    ValueError: schedule or eps_form is unknown, or the warmup is as long as the run.
+    ValueError: schedule or eps_form is unknown, the warmup is as long as the run, or clip_norm is
+      not above 0.
   """
   rate = make_schedule(
     steps=steps, lr=lr, schedule=schedule, warmup=warmup, warmup_from=warmup_from, final=final
@@ -64,6 +65,8 @@ def adam(
     moments = scale_by_tf_adam(b1, b2, eps)
   else:
     raise ValueError(f"eps_form={eps_form!r} is neither 'torch' nor 'tensorflow'.")
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(f'clip_norm={clip_norm} must be above 0, or None, which does not clip.')
   chain = [] if clip_norm is None else [clip(clip_norm)]
   chain.append(moments)
   if weight_decay:

@@ -101,7 +101,7 @@ def generate(
 
   Raises:
     ValueError: chunk does not divide max_tokens, prompts_at_once the number of prompts, or, where
-      rows are halved, shards the prompts that are answered together.
+      rows are halved, shards the prompts that are answered together; or segments is below 1.
   """
   chex.assert_rank([prompts, prompt_mask], 2)
   if chunk is None:
@@ -122,6 +122,8 @@ def generate(
   sizes = [math.ceil(at_once * n / parts / 2**i) for i in range(halvings + 1)]
   if segments is None:
     segments = min(max(1, max_tokens // SEGMENT), MOST_SEGMENTS)
+  if segments < 1:
+    raise ValueError(f'segments={segments} must be 1 or more, or None.')
   checks = max_tokens // chunk
   stops = sorted({chunk * math.ceil(checks * i / segments) for i in range(1, segments + 1)})
   with jax.named_scope('prepare'):

@@ -378,6 +378,28 @@ MUTATIONS = {
     'x = x.reshape(-1, prompts, *x.shape[1:]).swapaxes(0, 1).swapaxes(1, 2)',
     'test_sampling',
   ),
+  60: (
+    "an int8 cache's values lose their scales",
+    'models/cached.py',
+    '(weights * columns(values)).astype(v.dtype)',
+    'weights.astype(v.dtype)',
+    'test_transformer',
+  ),
+  61: (
+    'the new vector of an int8 cache keeps the scale of the old slot',
+    'models/cached.py',
+    'kept = jax.tree.map(write, response, new)',
+    'kept = tuple(r._replace(values=write(r.values, n.values)) if quantized else write(r, n) '
+    'for r, n in zip(response, new))',
+    'test_transformer',
+  ),
+  62: (
+    'the logits of a likelihood are those of the position after',
+    'inference/bulk.py',
+    'where = np.minimum(positions[some], length - 1)',
+    'where = np.minimum(positions[some] + 1, length - 1)',
+    'test_bulk',
+  ),
   54: (
     'a token is drawn by the share of another block',
     'sampling.py',

@@ -129,3 +129,9 @@ def test_decay_of_a_parameter_of_a_fork_goes_by_the_shape_in_a_layer():
 def test_wrong_choices_are_refused(wrong, words):
   with pytest.raises(ValueError, match=words):
     optim.adam(steps=3, lr=1.0, **wrong)
+
+
+@pytest.mark.parametrize('largest', [0.0, -1.0, float('nan')])
+def test_a_norm_that_cannot_be_clipped_to_is_refused(largest):
+  with pytest.raises(ValueError, match='clip_norm=.* must be above 0, or None'):
+    optim.adam(steps=1, lr=1.0, clip_norm=largest)

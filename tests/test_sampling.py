@@ -370,6 +370,8 @@ def test_what_cannot_be_divided_is_refused():
   )
   with pytest.raises(ValueError, match='6 prompts do not divide into groups of 4'):
     run(prompts_at_once=4)
+  with pytest.raises(ValueError, match='segments=0 must be 1 or more'):
+    run(segments=0)
   with pytest.raises(ValueError, match='3 prompts do not divide over 2 devices'):
     run(prompts_at_once=3, shards=2, halvings=1)
 

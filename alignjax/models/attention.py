@@ -36,7 +36,8 @@ AXES = (
   ('batch', None, 'kv_heads', None),
   ('batch', None),
 )  # the logical axes of the arguments of Attend; the result has those of the queries
-# Into blocks of the first of these sizes that lengthens a row by an eighth at most, splash cuts it.
+# The sizes of the blocks that splash cuts rows into. It takes the first one whose padding lengthens a
+# row by an eighth at most.
 BLOCKS = (512, 256, 128)
 
 

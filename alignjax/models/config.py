@@ -39,7 +39,8 @@ class TransformerConfig:
     embedding_std: standard deviation of the embeddings at initialisation.
     dropout: residual dropout (paper C.1: 0.2 in SFT); it is active only where a key is passed.
     dtype: of activations and matrix products. Parameters, softmax, the statistics of norms and
-      log-probabilities stay float32.
+      log-probabilities stay float32. 'float16' is for inference: in training, gradients below 6e-8
+      would become 0, because nothing scales the loss.
     remat: what is recomputed in the backward pass. 'none' stores everything. 'full' stores the
       input of each layer, D numbers per token; 'attention' stores queries, keys, values and the
       output of attention too (5 D with as many key/value heads as query heads); 'projections' also
