@@ -36,8 +36,8 @@ AXES = (
   ('batch', None, 'kv_heads', None),
   ('batch', None),
 )  # the logical axes of the arguments of Attend; the result has those of the queries
-# The sizes of the blocks that splash cuts rows into. It takes the first one whose padding lengthens a
-# row by an eighth at most.
+# The sizes of the blocks that splash cuts rows into. It takes the first one whose padding lengthens
+# a row by an eighth at most.
 BLOCKS = (512, 256, 128)
 
 
