@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax import sharding
+from alignjax import sampling, sharding
 from alignjax.commands import estimate as command
 from alignjax.commands import estimate_page
 from alignjax.compiler import chips, cost, hlo, liveness, operations
 from alignjax.stages import abstract
+from tests import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -281,6 +282,26 @@ def test_a_program_really_compiled():
   assert sum(s.bytes for s in sent) == 5 * 64 * 64 * 4 * 7 // 8 and {s.axes for s in sent} == {
     'fsdp'
   }
+
+
+@pytest.mark.parametrize(
+  'how', [{}, dict(segments=3), dict(segments=2, halvings=1), dict(segments=2, prompts_at_once=4)]
+)
+def test_the_tokens_of_decoding_are_counted_once(how):
+  """In segments as without them: a segment goes on where the one before has ended. The batch is
+  halved when it has ended in part, which is after the last token at the latest."""
+  cfg, nets, params, _ = fakes.model('llama')
+  run = jax.jit(
+    lambda p, *x: sampling.generate(
+      nets.decoder, p, *x, jax.random.key(0), max_tokens=24, stop_ids=(3,), chunk=4, **how
+    )
+  )
+  compiled = run.lower(params, *fakes.prompts(0, rows=8)).compile()
+  phases, _ = cost.analyse(hlo.parse(compiled.as_text()), dict(data=1, fsdp=1, tensor=1), None)
+  layer = 2 * cfg.d_model * (2 * (cfg.num_heads + cfg.kv_heads) * cfg.head_width)
+  layer += 3 * 2 * cfg.d_model * cfg.mlp_width
+  products = 8 * 24 * (cfg.num_layers * layer + 2 * cfg.d_model * cfg.vocab_size)
+  assert products < phases['decode'].flops < 1.3 * products  # the rest is attention
 
 
 @functools.cache

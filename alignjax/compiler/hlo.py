@@ -191,16 +191,24 @@ def _shapes(text: str) -> tuple[Shape, ...]:
   )
 
 
-def trips(module: Module, loop: Instruction) -> int:
+def trips(module: Module, computation: dict[str, Instruction], loop: Instruction) -> int:
   """How often the body of a while loop runs; the most that it can, of a loop that may stop early,
   such as decoding.
 
-  It is what the compiler has noted, or else what the condition says: `i < bound`, where i starts at
-  a constant and grows by a constant step. Raises ValueError where the condition has another form.
+  It is what the compiler has noted, or else what the condition says: `i < bound`, where i grows by
+  a constant step. i starts at a constant, or where an earlier loop over i ends, as in the segments
+  of decoding, or else at 0. `computation` holds the loop. Raises ValueError where the condition has
+  another form.
   """
   found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if found:
     return int(found.group(1))
+  place, step, bound = _counter(module, loop)
+  return max(0, -(-(bound - _start(module, computation, loop, place)) // step))
+
+
+def _counter(module: Module, loop: Instruction) -> tuple[int, int, int]:
+  """(place in the loop's tuple, step, bound) of the i in a condition `i < bound`."""
   (condition,), (body,) = (
     [module.computations[c] for c in loop.called(key)] for key in ('condition', 'body')
   )
@@ -209,17 +217,48 @@ def trips(module: Module, loop: Instruction) -> int:
     if compare.opcode != 'compare' or 'direction=LT' not in compare.attributes:
       continue
     counter, bound = map(find, compare.operands)
-    place = re.search(r'index=(\d+)', counter.attributes)
-    if counter.opcode != 'get-tuple-element' or bound.opcode != 'constant' or not place:
+    place = _place(counter)
+    if bound.opcode != 'constant' or place is None:
       continue
-    next_counter = root.operands[int(place[1])]
-    for step, find in _unfused(module, body, next_counter):
+    for step, find in _unfused(module, body, root.operands[place]):
       if step.opcode != 'add':
         continue
       steps = [int(o.arguments) for o in map(find, step.operands) if o.opcode == 'constant']
       if len(steps) == 1:
-        return -(-int(bound.arguments) // steps[0])
+        return place, steps[0], int(bound.arguments)
   raise ValueError(f'cannot tell how often the loop {loop.name} ({loop.op_name}) runs.')
+
+
+def _start(
+  module: Module, computation: dict[str, Instruction], loop: Instruction, place: int
+) -> int:
+  """Where the counter at `place` of a loop's tuple starts; 0 where that is not known."""
+  given = computation[loop.operands[0]]
+  if given.opcode != 'tuple':
+    return 0
+  start = computation[given.operands[place]]
+  while start.opcode in ('copy', 'bitcast'):
+    start = computation[start.operands[0]]
+  if start.opcode == 'constant':
+    return int(start.arguments)
+  if _place(start) is None:
+    return 0
+  before = computation[start.operands[0]]
+  if before.opcode != 'while':
+    return 0
+  place, step, bound = _counter(module, before)
+  if place != _place(start):
+    return 0
+  first = _start(module, computation, before, place)
+  return first + step * max(0, -(-(bound - first) // step))
+
+
+def _place(instruction: Instruction) -> int | None:
+  """The index of a get-tuple-element, None of other instructions."""
+  if instruction.opcode != 'get-tuple-element':
+    return None
+  found = re.search(r'index=(\d+)', instruction.attributes)
+  return int(found.group(1)) if found else None
 
 
 def _unfused(module: Module, computation: dict[str, Instruction], name: str | None = None):
@@ -264,7 +303,7 @@ def _walk(module, name, times, op_name, fused, loops) -> Iterator[Site]:
     inside = dict(times=times, op_name=site.op_name, fused=fused, loops=loops)
     if instruction.opcode == 'while':
       keys = ('body',)
-      inside['times'] = times * trips(module, instruction)
+      inside['times'] = times * trips(module, computation, instruction)
       inside['loops'] = (*loops, instruction.name)
     elif instruction.opcode == 'fusion':
       keys = ('calls',)
