@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.inference import bulk, loading
+from alignjax.inference import batching, bulk, loading
 from tests.test_preference import CHAT
 
 
@@ -27,7 +27,7 @@ def test_every_row_is_planned_once_in_a_batch_that_it_fits():
     for cost in (0, 300, 10**4, 10**9):
       for count in (0, 1, 7, 59, 200):
         lengths = rng.integers(1, 500, count).tolist()
-        plan = bulk.plan(
+        plan = batching.plan(
           lengths, 500, lambda length: 4000 // length, shards=shards, shape_cost=cost
         )
         assert sorted(i for b in plan for i in b.rows) == list(range(count))
@@ -41,25 +41,27 @@ def test_few_rows_are_not_padded_to_many_where_rows_are_dear():
   """59 responses of 30 to 400 tokens, 32 a batch at most: 32 rows for each of their 9 padded
   lengths are 54,784 tokens."""
   lengths = [30 + (i * i * 370) // 58**2 for i in range(59)]
-  assert len({bulk.bucket(n, 512) for n in lengths}) == 9 and sum(lengths) == 9076
-  close = bulk.plan(lengths, 512, 32, shape_cost=0, batch_cost=10)
+  assert len({batching.bucket(n, 512) for n in lengths}) == 9 and sum(lengths) == 9076
+  close = batching.plan(lengths, 512, 32, shape_cost=0, batch_cost=10)
   assert tokens(close) < 1.3 * sum(lengths) and len(close) < 30
-  some = bulk.plan(lengths, 512, 32, shape_cost=600, batch_cost=10)
+  some = batching.plan(lengths, 512, 32, shape_cost=600, batch_cost=10)
   assert tokens(some) < 1.7 * sum(lengths) and len(shapes(some)) <= 6
   # padding is cheap: one shape, which others have too
-  assert shapes(bulk.plan(lengths, 512, 32, shape_cost=10**6)) == {(512, 32)}
-  assert shapes(bulk.plan(lengths[:3], 512, 32, shape_cost=10**6)) == {(512, 32)}
+  assert shapes(batching.plan(lengths, 512, 32, shape_cost=10**6)) == {(512, 32)}
+  assert shapes(batching.plan(lengths[:3], 512, 32, shape_cost=10**6)) == {(512, 32)}
   # by hand: 2 + 1 rows are 144 tokens and 2 batches; 3 x 1 row one batch more and one shape less
-  assert bulk.plan([40, 41, 42], 512, 32, batch_cost=10) == [
-    bulk.Batch([0, 1], 48, 2),
-    bulk.Batch([2], 48, 1),
+  assert batching.plan([40, 41, 42], 512, 32, batch_cost=10) == [
+    batching.Batch([0, 1], 48, 2),
+    batching.Batch([2], 48, 1),
   ]
-  assert [b.size for b in bulk.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=10)] == [
+  assert [b.size for b in batching.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=10)] == [
     1,
     1,
     1,
   ]
-  assert [b.size for b in bulk.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=50)] == [4]
+  assert [b.size for b in batching.plan([40, 41, 42], 512, 32, shape_cost=100, batch_cost=50)] == [
+    4
+  ]
 
 
 def dear(monkeypatch):

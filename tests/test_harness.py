@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.evals.public import harness
-from alignjax.inference import bulk, completions, loading
+from alignjax.inference import batching, completions, loading
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 TEXTS = [
@@ -45,7 +45,7 @@ def instances(*args):
   ],
 )
 def test_buckets(length, most, expected):
-  assert bulk.bucket(length, most) == expected
+  assert batching.bucket(length, most) == expected
 
 
 def test_scores_are_sums_of_log_probabilities(model):

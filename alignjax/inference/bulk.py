@@ -1,11 +1,11 @@
 """Bulk inference over lists of token rows: sampling, scores, losses and greedy matches, over any
 number of rows of any length.
 
-`plan` decides which rows are computed together: rows of similar length, in few compiled shapes.
-Each `make_*` returns a function of (params, rows, ...) that pads the rows of a batch, puts them on
-the mesh and returns numpy arrays. Its sharder is that of the mesh, or None for one device. Every
-process passes all rows and gets all results. The optional callback done(i, result) is called as
-results arrive, which is not in the order of the rows.
+batching.py decides which rows are computed together. Each `make_*` returns a function of (params,
+rows, ...) that pads the rows of a batch, puts them on the mesh and returns numpy arrays. Its
+sharder is that of the mesh, or None for one device. Every process passes all rows and gets all
+results. The optional callback done(i, result) is called as results arrive, which is not in the
+order of the rows.
 
 The result of a row depends on the row alone and not on the rows that it is computed with, up to the
 rounding of another shape.
@@ -24,6 +24,7 @@ import numpy as np
 
 from alignjax import ops
 from alignjax.data import encode
+from alignjax.inference import batching
 from alignjax.sampling import generate
 from alignjax.sharding import Sharder, fetch
 from alignjax.types import Networks
@@ -52,108 +53,6 @@ class Speed(NamedTuple):
 SPEEDS, OTHER = dict(cpu=Speed(1.0, 3e10, 1e10, 5e-4, 2048)), Speed(10.0, 5e13, 1.5e12, 3e-3)
 
 
-class Batch(NamedTuple):
-  """The rows of one batch.
-
-  Attributes:
-    rows: the positions of the rows in the list, at most `size` of them.
-    length: the length of the padded array.
-    size: the number of rows of the padded array.
-  """
-
-  rows: list[int]
-  length: int
-  size: int
-
-
-def bucket(length: int, most: int, smallest: int = 8) -> int:
-  """Returns the padded length of a row: a power of two, or the value halfway between two of them,
-  but at most `most`."""
-  size = smallest
-  while size < length:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return min(size, most)
-
-
-def plan(
-  lengths: Sequence[int],
-  most: int,
-  rows: int | Callable[[int], int],
-  *,
-  shards: int = 1,
-  shape_cost: float = 0,
-  batch_cost: float = 0,
-  more: int = 0,
-) -> list[Batch]:
-  """Decides which rows are computed together, in batches that begin with the longest rows.
-
-  It returns the plan with the fewest padded tokens, where a shape costs `shape_cost` tokens and a
-  batch costs `batch_cost` tokens. If full batches of the greatest length cost less than one shape,
-  it returns those, because the next call can use their only shape again. It is a pure function of
-  its arguments.
-
-  Args:
-    lengths: the lengths of the rows.
-    most: the length that no row exceeds.
-    rows: the largest number of rows in a batch, as a number or a function of the padded length.
-    shards: the size of a batch is a multiple of it.
-    shape_cost: the cost of compiling a shape, in tokens.
-    batch_cost: the cost of a batch, in tokens.
-    more: the number of tokens that are computed for each row in addition, such as sampled tokens.
-  """
-
-  def at_most(length):
-    return max(shards, (rows(length) if callable(rows) else rows) // shards * shards)
-
-  full = [at_most(most)] * -(-len(lengths) // at_most(most))
-  if sum(full) * (most + more) + len(full) * batch_cost <= shape_cost:
-    return _cut(sorted(range(len(lengths)), key=lambda i: -lengths[i]), most, full)
-  groups: dict[int, list[int]] = {}
-  for i, length in enumerate(lengths):
-    groups.setdefault(bucket(length, most), []).append(i)
-  sizes = sorted(groups, reverse=True)
-  # The best plan of the groups so far: (cost, [(groups, length, sizes of the batches)]).
-  best: list[tuple[float, list]] = [(0.0, [])]
-  for end in range(1, len(sizes) + 1):
-    choices = []
-    for begin in range(end):
-      length, count = sizes[begin], sum(len(groups[s]) for s in sizes[begin:end])
-      cost, cut = _sizes(count, length + more, at_most(length), shards, shape_cost, batch_cost)
-      choices.append((best[begin][0] + cost, [*best[begin][1], (sizes[begin:end], length, cut)]))
-    best.append(min(choices, key=lambda choice: choice[0]))
-  return [
-    batch
-    for lengths, length, cut in best[-1][1]
-    for batch in _cut([i for s in lengths for i in groups[s]], length, cut)
-  ]
-
-
-def _sizes(
-  count: int, length: int, most: int, shards: int, shape_cost: float, batch_cost: float
-) -> tuple[float, list[int]]:
-  """Returns (cost, sizes) of the batches for `count` rows of one length. The number of rows per
-  shard is a power of two, and all batches have the same size, except that the last one may be
-  smaller."""
-  best: tuple[float, list[int]] = (float('inf'), [])
-  powers = [shards << p for p in range(most.bit_length()) if shards << p <= most]
-  for size in sorted({*powers, most}):
-    full, rest = divmod(count, size)
-    last = next((p for p in powers if p >= rest), size) if rest else 0
-    for cut in ([size] * (full + bool(rest)), [size] * full + [last] * bool(rest)):
-      cost = sum(cut) * length + len(set(cut)) * shape_cost + len(cut) * batch_cost
-      if cost < best[0]:
-        best = cost, cut
-  return best
-
-
-def _cut(order: list[int], length: int, sizes: list[int]) -> list[Batch]:
-  starts = np.cumsum([0, *sizes])
-  return [
-    Batch(order[start : start + size], length, size)
-    for start, size in zip(starts, sizes, strict=False)
-  ]
-
-
 def each(
   run: Callable,
   make: Callable[[list[int], int], Any],
@@ -173,10 +72,10 @@ def each(
     make: a function of (positions of rows, padded length) that returns a tuple of numpy arrays.
     lengths: the lengths of the rows.
     params: the parameters. Their number determines the costs of the plan.
-    most: as in `plan`.
-    rows: as in `plan`.
+    most: as in batching.plan.
+    rows: as in batching.plan.
     sharder: the Sharder of the mesh, or None for one device.
-    more: as in `plan`.
+    more: as in batching.plan.
     done: an optional callback done(i, result), which is called as results arrive.
   """
   speed, size = (
@@ -203,7 +102,7 @@ def each(
         done(i, out[i])
 
   running = None  # The device computes a batch while the results of the one before are collected.
-  for batch in plan(
+  for batch in batching.plan(
     lengths, most, at_most, shards=sharder.batch_shards if sharder else 1, more=more, **costs
   ):
     arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
@@ -365,7 +264,7 @@ def make_likelihood(
       np.where(mask, np.arange(1, mask.shape[1] + 1), 0).max(1, initial=0) - 1, 1
     )
     # The head is computed only where a token is weighted: [N,W], and others where a row has fewer.
-    most = bucket(int((weights != 0).sum(1).max(initial=1)), weights.shape[1])
+    most = batching.bucket(int((weights != 0).sum(1).max(initial=1)), weights.shape[1])
     positions = np.argsort(weights == 0, axis=1, kind='stable')[:, :most].astype(np.int32)
     targets, weights = (np.take_along_axis(x, positions, 1) for x in (targets, weights))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from alignjax.data import encode
-from alignjax.inference import bulk
+from alignjax.inference import batching, bulk
 from alignjax.inference.loading import Model
 
 
@@ -43,7 +43,7 @@ def scorer(model: Model, logits_bytes: int = 2**28) -> Callable[..., list[tuple[
       for context, continuation in pairs
     ]
     # The last token is only predicted.
-    width = bulk.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1
+    width = batching.bucket(max(map(len, wholes), default=2) - 1, cfg.max_length) + 1
     tokens, mask = encode.right_pad(wholes, width, model.template.pad)
     weights = np.zeros(tokens.shape, np.float32)
     for i, (whole, (_, continuation)) in enumerate(zip(wholes, pairs, strict=True)):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from alignjax.data import encode
-from alignjax.inference import bulk
+from alignjax.inference import batching, bulk
 from alignjax.inference.loading import Model
 from alignjax.sampling import generate, sample
 
@@ -111,7 +111,7 @@ def _padded(
       f'leaves {max(room, 0)}. '
       'Ask for fewer tokens, or shorten the prompt.'
     )
-  length = bulk.bucket(len(tokens), room, smallest=16)
+  length = batching.bucket(len(tokens), room, smallest=16)
   return *encode.left_pad([tokens], length, model.template.pad), length + most, most
 
 

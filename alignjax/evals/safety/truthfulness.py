@@ -24,7 +24,7 @@ from alignjax import plugins
 from alignjax.data import encode, mappings
 from alignjax.evals import items
 from alignjax.evals.table import Cell
-from alignjax.inference import bulk
+from alignjax.inference import batching, bulk
 from alignjax.inference.loading import Model
 from alignjax.runtime import files
 
@@ -239,7 +239,7 @@ def reader(model: Model, rows: int = 32) -> Callable[[list[str]], list[float]]:
         make,
         list(map(len, asked)),
         model.params,
-        most=bulk.bucket(longest, model.cfg.max_length),
+        most=batching.bucket(longest, model.cfg.max_length),
         rows=rows,
         sharder=model.sharder,
       ),
