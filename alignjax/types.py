@@ -219,7 +219,7 @@ class KVCache:
   which visits the layers one by one, updates each in place and slices nothing.
 
   Attributes:
-    prompt: of each layer (k, v), both [B,G,Q,H], or models.cached.Quantized with these axes.
+    prompt: of each layer (k, v), both [B,G,Q,H], or models.cached.Quantized of them.
     prompt_mask: bool[B,Q].
     response: of each layer (k, v), both [B*n,G,S,H], or Quantized.
     index: i32[], the tokens of a response so far, which is the next slot to write.
@@ -234,7 +234,7 @@ class KVCache:
     """The cache with `slots` slots for each response, of which the new ones are empty."""
 
     def grow(x):
-      return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+      return jnp.pad(x, [(0, slots - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)])
 
     return dataclasses.replace(self, response=jax.tree.map(grow, self.response))
 

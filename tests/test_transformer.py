@@ -85,8 +85,8 @@ def test_a_vector_is_quantized_to_half_a_step():
   x[1, 2] = 0
   values, scales = cached.quantize(jnp.asarray(x))
   assert values.dtype == jnp.int8 and scales.dtype == jnp.float32
-  close(scales[..., 0], np.abs(x).max(-1) / 127, rtol=1e-6)
-  assert (np.abs(values * scales - x) <= scales / 2 * (1 + 1e-5)).all()
+  close(scales, np.abs(x).max(-1) / 127, rtol=1e-6)
+  assert (np.abs(values * scales[..., None] - x).max(-1) <= scales / 2 * (1 + 1e-5)).all()
   assert (np.abs(values).max(-1) == np.where(np.abs(x).max(-1) > 0, 127, 0)).all()
 
 
@@ -102,7 +102,7 @@ def test_attention_to_an_int8_cache_by_a_loop():
   heads, kept = cached.attend(
     q, k, v, prompt, response, mask, jnp.int32(2), constrain=layers.unconstrained
   )
-  whole = lambda x: np.asarray(x.values, np.float64) * np.asarray(x.scales, np.float64)
+  whole = lambda x: np.asarray(x.values, np.float64) * np.asarray(x.scales, np.float64)[..., None]
   for x, old, new in zip(kept, response, (k, v), strict=True):
     expected = whole(old)
     expected[:, :, 2] = whole(cached.quantize(new))[:, :, 0]

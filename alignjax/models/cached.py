@@ -15,13 +15,16 @@ import jax.numpy as jnp
 
 from alignjax.models.attention import MASKED_LOGIT
 
+CACHE_AXES = ('batch', 'kv_heads', None, None)  # of keys, values and, without the last, scales
+
 
 class Quantized(NamedTuple):
   """Vectors of H features as whole numbers, each with a scale of its own.
 
   Attributes:
     values: i8[...,H], from -127 to 127.
-    scales: f32[...,1]; values * scales is within half a scale of what was quantized.
+    scales: f32[...]; a value times its scale is within half a scale of what was quantized. There
+      is no last axis of size 1, which a TPU would lengthen to 128.
   """
 
   values: jax.Array
@@ -31,8 +34,8 @@ class Quantized(NamedTuple):
 def quantize(x: jax.Array) -> Quantized:
   """x [...,H] with the largest feature of each vector at 127 or -127."""
   x = x.astype(jnp.float32)
-  scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-  values = jnp.round(x / jnp.where(scales > 0, scales, 1.0))
+  scales = jnp.max(jnp.abs(x), axis=-1) / 127
+  values = jnp.round(x / jnp.where(scales > 0, scales, 1.0)[..., None])
   return Quantized(values.astype(jnp.int8), scales)
 
 
@@ -66,7 +69,7 @@ def attend(
 
   def write(old, new):
     new = jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=2)
-    return constrain(new, 'batch', 'kv_heads', None, None)
+    return constrain(new, *CACHE_AXES[: new.ndim])
 
   new = (quantize(k), quantize(v)) if quantized else (k, v)
   kept = jax.tree.map(write, response, new)
@@ -84,8 +87,8 @@ def attend(
   def product(shapes, x, y):
     return jnp.einsum(shapes, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
-  def columns(x):  # the scales of the keys or values [B,G,S,1] beside the weights [B,G,M,S]
-    return x.scales.swapaxes(-1, -2)
+  def columns(x):  # the scales of the keys or values [B,G,S] beside the weights [B,G,M,S]
+    return x.scales[:, :, None]
 
   def times_keys(q, keys):
     if not quantized:

@@ -207,10 +207,11 @@ def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1
   def place(layer):
     if cfg.kv_cache == 'int8':
       layer = cached.quantize(layer)
-    return jax.tree.map(lambda x: constrain(x, 'batch', 'kv_heads', None, None), layer)
+    return jax.tree.map(lambda x: constrain(x, *cached.CACHE_AXES[: x.ndim]), layer)
 
   def without_slots(layer):
-    return jnp.zeros((layer.shape[0] * samples, layer.shape[1], 0, layer.shape[3]), layer.dtype)
+    rows, groups, _, *width = layer.shape
+    return jnp.zeros((rows * samples, groups, 0, *width), layer.dtype)
 
   prompt = tuple(tuple(map(place, layer)) for layer in zip(*stacked, strict=True))
   cache = KVCache(
