@@ -288,8 +288,8 @@ def test_a_program_really_compiled():
   'how', [{}, dict(segments=3), dict(segments=2, halvings=1), dict(segments=2, prompts_at_once=4)]
 )
 def test_the_tokens_of_decoding_are_counted_once(how):
-  """In segments as without them: a segment goes on where the one before has ended. The batch is
-  halved when it has ended in part, which is after the last token at the latest."""
+  """In segments as without them: a segment goes on where the one before has ended. A batch that is
+  halved after its last token counts once, for 4 tokens of half of the rows."""
   cfg, nets, params, _ = fakes.model('llama')
   run = jax.jit(
     lambda p, *x: sampling.generate(
