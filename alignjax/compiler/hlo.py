@@ -197,9 +197,9 @@ def trips(module: Module, computation: dict[str, Instruction], loop: Instruction
 
   It is what the compiler has noted, or else what the condition says: `i < bound`, where i grows by
   a constant step. i starts at a constant, or where an earlier loop over i ends, as in the segments
-  of decoding, or else at 0. Where that is the bound, as for a batch that is halved when a part of it
-  has ended, the loop counts as run once, so that what is in it is seen. `computation` holds the
-  loop. Raises ValueError where the condition has another form.
+  of decoding, or else at 0. Where that is the bound, as for a batch that is halved when some of its
+  rows have ended, the loop counts as run once, so that what is in it is seen. `computation` holds
+  the loop. Raises ValueError where the condition has another form.
   """
   found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if found:
