@@ -42,12 +42,12 @@ def known(max_length=40):
   cfg = TransformerConfig(
     vocab_size=len(WORDS), num_layers=1, d_model=8, num_heads=1, max_length=max_length
   )
-  nets = Networks(
-    logits=lambda params, tokens, mask: jnp.log(jnp.asarray(CHAIN, jnp.float32))[tokens],
-    logprobs=None,
-    scalar=None,
-    decoder=None,
-  )
+
+  def logits(params, tokens, mask, key=None, positions=None):
+    found = jnp.log(jnp.asarray(CHAIN, jnp.float32))[tokens]
+    return found if positions is None else jnp.take_along_axis(found, positions[..., None], 1)
+
+  nets = Networks(logits=logits, logprobs=None, scalar=None, decoder=None)
   encode = lambda text: [WORDS.index(w) if w in WORDS else 1 for w in text.split()]
   # a text begins with itself, a document after 0
   template = of_words(encode, None, 0, 0, '')._replace(first=())
