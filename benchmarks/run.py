@@ -6,11 +6,11 @@
   python benchmarks/run.py --table=FILE.jsonl     the table of earlier lines
 
 Every framework of a workload is a process of its own. All are built and warmed up first, and then
-they run in turns, one at a time, so that a change of the machine's speed meets all of them. A line
-of JSON is printed for each, with the median of its runs, and the ratio to alignjax's. What the
-machine can do (a matrix product, a copy) is measured first, in the same call. Peers that are not
-installed are left out: transformers and torch are in `pip install -e '.[parity]'`, and TRL had its
-PPOTrainer until trl==1.12.
+they run in turns, one at a time, so that a change of the machine's speed meets all of them. In each
+turn a step goes before the one that is timed. A line of JSON is printed for each, with the median
+of its runs, and the ratio to alignjax's. What the machine can do (a matrix product, a copy) is
+measured first, in the same call. Peers that are not installed are left out: transformers and torch
+are in `pip install -e '.[parity]'`, and TRL had its PPOTrainer until trl==1.12.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def serve(framework: str, name: str, tiny: bool) -> None:
     return
   answer(first=first, facts=facts)
   for _ in sys.stdin:
+    run()  # After a rest beside the others' turns, a step on a CPU took up to 1.4 times as long.
     before = time.perf_counter()
     seen = run()
     answer(seconds=time.perf_counter() - before, metrics=_scalars(seen), peak_gib=_peak(framework))
