@@ -187,3 +187,27 @@ def test_results_arrive_in_the_order_of_the_batches(model, monkeypatch):
   )
   assert order == [(2, 3), (4, 5), (0, 1), (1, 2), (3, 4)]
   assert [int(x) for x in out] == [1, 2, 3, 4, 5]
+
+
+def test_what_was_computed_before_an_error_is_not_lost(model, monkeypatch):
+  dear(monkeypatch)
+  seen, calls = [], []
+
+  def run(params, x):
+    calls.append(x)
+    if len(calls) == 3:
+      raise MemoryError('the third batch does not fit')
+    return x
+
+  with pytest.raises(MemoryError, match='third batch'):
+    bulk.each(
+      run,
+      lambda some, length: (np.array(some),),
+      [40, 20, 9],
+      model.params,
+      most=40,
+      rows=1,
+      sharder=None,
+      done=lambda i, x: seen.append((i, int(x))),
+    )
+  assert seen == [(0, 0), (1, 1)]

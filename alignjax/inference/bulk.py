@@ -102,16 +102,18 @@ def each(
         done(i, out[i])
 
   running = None  # The device computes a batch while the results of the one before are collected.
-  for batch in batching.plan(
-    lengths, most, at_most, shards=sharder.batch_shards if sharder else 1, more=more, **costs
-  ):
-    arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
-    made = run(params, *(sharder.put_full(arrays) if sharder else arrays))
+  try:
+    for batch in batching.plan(
+      lengths, most, at_most, shards=sharder.batch_shards if sharder else 1, more=more, **costs
+    ):
+      arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
+      made = run(params, *(sharder.put_full(arrays) if sharder else arrays))
+      before, running = running, (batch, made)
+      if before:
+        collect(*before)
+  finally:  # What was computed before an error is not lost.
     if running:
       collect(*running)
-    running = batch, made
-  if running:
-    collect(*running)
   return out
 
 
