@@ -204,12 +204,13 @@ def trips(module: Module, computation: dict[str, Instruction], loop: Instruction
   found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if found:
     return int(found.group(1))
-  place, step, bound = _counter(module, loop)
-  return max(1, -(-(bound - _start(module, computation, loop, place)) // step))
+  return max(1, len(_counter(module, computation, loop)[1]))
 
 
-def _counter(module: Module, loop: Instruction) -> tuple[int, int, int]:
-  """(place in the loop's tuple, step, bound) of the i in a condition `i < bound`."""
+def _counter(
+  module: Module, computation: dict[str, Instruction], loop: Instruction
+) -> tuple[int, range]:
+  """(place in the loop's tuple, values) of the i in a condition `i < bound`."""
   (condition,), (body,) = (
     [module.computations[c] for c in loop.called(key)] for key in ('condition', 'body')
   )
@@ -226,7 +227,8 @@ def _counter(module: Module, loop: Instruction) -> tuple[int, int, int]:
         continue
       steps = [int(o.arguments) for o in map(find, step.operands) if o.opcode == 'constant']
       if len(steps) == 1:
-        return place, steps[0], int(bound.arguments)
+        start = _start(module, computation, loop, place)
+        return place, range(start, int(bound.arguments), steps[0])
   raise ValueError(f'cannot tell how often the loop {loop.name} ({loop.op_name}) runs.')
 
 
@@ -247,11 +249,8 @@ def _start(
   before = computation[start.operands[0]]
   if before.opcode != 'while':
     return 0
-  place, step, bound = _counter(module, before)
-  if place != _place(start):
-    return 0
-  first = _start(module, computation, before, place)
-  return first + step * max(0, -(-(bound - first) // step))
+  place, values = _counter(module, computation, before)
+  return values.start + len(values) * values.step if place == _place(start) else 0
 
 
 def _place(instruction: Instruction) -> int | None:
