@@ -286,6 +286,7 @@ def test_home_folders_are_found(tmp_path, monkeypatch):
   [
     ('', '', 3),
     ('', '--xla_force_host_platform_device_count=4', 4),  # XLA's own flag goes first
+    ("jax.config.update('jax_num_cpu_devices', 5)", '', 5),  # as --jax_num_cpu_devices=5 does
     ('jax.devices()', '', 1),  # too late: jax has its devices, and the run uses them
   ],
 )

@@ -1,6 +1,7 @@
 """The table of evaluations: what is kept, how figures and differences come about, what the command
 refuses."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -192,6 +193,11 @@ def test_the_same_weights_in_another_dtype_template_tokenizer_or_context_are_mea
   # a call leaves its settings in the tokenizer
   again.tokenizer('a b', truncation=True, max_length=3)
   assert loading.facts(again) == facts[0] and run(again, loading.facts(again))
+  # A cache in int8 changes what is sampled. Where there is none, the facts are those of a version
+  # that did not have it.
+  assert 'kv_cache' not in facts[0]['model']
+  rounded = again._replace(cfg=dataclasses.replace(again.cfg, kv_cache='int8'))
+  assert not run(rounded, loading.facts(rounded))
 
 
 def test_a_declared_dtype_is_what_the_products_are_computed_in():

@@ -39,11 +39,12 @@ def explain(error: Exception, path) -> None:
 
 
 def divide_cpu(count: int | None) -> None:
-  """Lets jax see the CPU as `count` devices. XLA's own flag for it goes first, and so does a jax
-  that has looked for its devices already. It has no effect on where a run with accelerators is."""
+  """Lets jax see the CPU as `count` devices, unless XLA_FLAGS or jax's own setting say how many, or
+  jax has looked for its devices already. A run on accelerators stays on them."""
   import jax
 
-  if count and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  said = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if count and not said and jax.config.jax_num_cpu_devices < 0:
     with contextlib.suppress(RuntimeError):
       jax.config.update('jax_num_cpu_devices', count)
 

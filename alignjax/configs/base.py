@@ -121,7 +121,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   c.tracker = 'none'
   c.tracker_project = 'alignjax'
   c.world = dict(seed=c.get_oneway_ref('seed'))
-  # Two halves of a batch of these small networks, one on each core, take 0.75 to 0.9 of the time of
+  # Two halves of a batch of these small networks, one on each core, take 0.8 to 0.95 of the time of
   # two cores that share every operation. None, or XLA_FLAGS: as jax decides.
   c.cpu_devices = 2
   c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
