@@ -264,7 +264,7 @@ def test_other_commands_name_files_extras_and_markers_that_exist(command):
   first, *rest = command.words
   rest = [w for w in rest if '...' not in w]
   if first == 'pip':
-    extra = re.fullmatch(r'\.(?:\[(\w+)\])?', rest[-1])
+    extra = re.fullmatch(r'\.(?:\[([\w-]+)\])?', rest[-1])
     assert rest[0] == 'install' and extra, f'{command.where}: {rest}'
     assert extra.group(1) in (None, *SETUP['options.extras_require'])
   elif first == 'pytest':

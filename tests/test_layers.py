@@ -51,6 +51,7 @@ ROOMS = (
     'evals.findings',
     'evals.card',
   ),
+  ('label',),
   ('stages',),
   ('plots',),
   ('report_page',),
@@ -166,18 +167,22 @@ def test_every_import_is_a_declared_dependency():
   install it."""
   setup = configparser.ConfigParser()
   setup.read(ROOT.parent / 'setup.cfg')
-  text = setup['options']['install_requires'] + setup['options.extras_require']['eval']
+  extras = setup['options.extras_require']
   normal = lambda name: re.sub('[-_.]+', '-', name).lower()
-  declared = {
-    normal(re.match(r'[\w.-]+', line).group()) for line in text.split('\n') if line.strip()
-  }
   owners = importlib.metadata.packages_distributions()
   optional = {'datasets', 'detoxify', 'wandb', 'trackio', 'mlflow', 'torch'}
-  for module in sorted({name.split('.')[0] for path in FILES for name in imports(path)}):
-    if module not in {*sys.stdlib_module_names, 'alignjax', 'lm_eval', *optional}:
-      assert {normal(d) for d in owners[module]} & declared, (
-        f'{module} is imported, but not in setup.cfg'
-      )
+  for path in FILES:
+    text = setup['options']['install_requires'] + extras['eval']
+    if 'label' in (path.parent.name, path.stem) or 'migrations' in path.parts:
+      text += extras['label'] + extras['label-postgres']
+    declared = {
+      normal(re.match(r'[\w.-]+', line).group()) for line in text.split('\n') if line.strip()
+    }
+    for module in {name.split('.')[0] for name in imports(path)}:
+      if module not in {*sys.stdlib_module_names, 'alignjax', 'lm_eval', *optional}:
+        assert {normal(d) for d in owners[module]} & declared, (
+          f'{path}: {module} is imported, but not in setup.cfg'
+        )
 
 
 def test_every_pitfall_has_a_test_and_every_document_that_is_named_exists():

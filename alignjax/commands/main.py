@@ -20,6 +20,7 @@ SUBCOMMANDS = (
   'heldout_labelers',
   'summarize',
   'estimate',
+  'label',
 )
 # The output of these is their only result, so they end quietly when its reader goes.
 END_WITH_READER = ('configs', 'generate', 'summarize')

@@ -10,6 +10,7 @@ from alignjax.runtime import textfiles
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = dict(
   demonstrations=dict(prompt=(str, list), response=(str, list, dict)),
   comparisons=dict(prompt=(str, list), responses=list, ranks=list),
+  candidates=dict(prompt=(str, list), responses=list),
   prompts=dict(prompt=(str, list)),
   pretrain=dict(text=str),
 )
@@ -80,11 +81,12 @@ def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
       **record,
       'response': answer(record['response'], record['prompt'], "'response'", where),
     }
-  if kind == 'comparisons':
+  if kind in ('comparisons', 'candidates'):
     texts = [
       answer(r, record['prompt'], "every entry of 'responses'", where) for r in record['responses']
     ]
     record = {**record, 'responses': texts}
+  if kind == 'comparisons':
     check_comparison(record, where)
   return record
 

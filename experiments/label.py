@@ -1,0 +1,13 @@
+"""`alignjax label` of this clone.
+
+python experiments/label.py serve
+"""
+
+import sys
+
+import this_clone  # noqa: F401
+
+from alignjax.commands import main
+
+if __name__ == '__main__':
+  main.start('label', sys.argv[1:])
