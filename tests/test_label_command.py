@@ -9,7 +9,7 @@ import pytest
 
 from alignjax.commands import label
 from alignjax.data import sources
-from alignjax.label import client
+from alignjax.label import client, exchange
 from tests import labeling
 
 
@@ -80,6 +80,28 @@ def test_an_import_adds_to_a_task_and_changes_its_rules(tmp_path, capsys):
   said = call(capsys, tmp_path, 'import', '--task=t', f'--source={more}', '--overlap=3')
   assert said == 't: 3 items added, 2 were there already\n'
   assert '0 answers, 15 left' in call(capsys, tmp_path, 'status')
+
+
+def test_samples_of_stages_become_items(tmp_path, capsys):
+  """Three stages on two prompts: one item has four different responses, the other prompt one."""
+  for stage, rows in dict(
+    sft=[(5, 'p', 'a'), (5, 'q', 'x')],
+    ppo=[(5, 'p', 'b'), (9, 'p', 'c')],
+    ptx=[(9, 'p', 'a'), (9, 'p', 'd')],
+  ).items():
+    (tmp_path / stage).mkdir()
+    lines(
+      tmp_path / stage / 'samples.jsonl', [dict(step=s, prompt=p, response=r) for s, p, r in rows]
+    )
+  files = ','.join(f'{tmp_path}/{stage}/samples.jsonl' for stage in ('sft', 'ppo', 'ptx'))
+  said = call(capsys, tmp_path, 'import', '--task=t', '--format=samples', f'--source={files}')
+  assert said.splitlines()[-1] == 't: 1 items added' and said.startswith('1 prompts have fewer')
+  candidates, _ = exchange.samples(files.split(','))
+  found = dict(zip(candidates[0]['responses'], candidates[0]['policies'], strict=True))
+  assert found == {'a': 'ptx, step 9', 'b': 'ppo, step 5', 'c': 'ppo, step 9', 'd': 'ptx, step 9'}
+  (tmp_path / 'bad.jsonl').write_text('{"prompt": "p"}\n')
+  with pytest.raises(ValueError, match='bad.jsonl, line 1: a line of samples.jsonl has'):
+    exchange.samples([str(tmp_path / 'bad.jsonl')])
 
 
 def test_tasks_of_demonstrations(tmp_path, capsys):

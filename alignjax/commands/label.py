@@ -62,7 +62,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   )
   importing.add_argument('--mapping', help='the mapping of the fields (docs/data.md)')
   importing.add_argument(
-    '--format', default='records', choices=('records', 'label_studio', 'argilla')
+    '--format',
+    default='records',
+    choices=('records', 'samples', 'label_studio', 'argilla'),
+    help='samples: the samples.jsonl of training stages, several joined by commas',
   )
   importing.add_argument('--pool', choices=('training', 'heldout', 'screening', 'all'))
   importing.add_argument('--overlap', type=int, help='labelers for each item; default: 1')
@@ -197,6 +200,10 @@ def import_items(engine: Any, options: argparse.Namespace) -> None:
     raise ValueError(f'--style={options.style} needs --kind=demonstration.')
   if options.style in ('plain', 'few_shot'):
     rows = exchange.demonstration_items([], options.style, options.count)
+  elif options.format == 'samples':
+    found_there, left_out = exchange.samples(options.source.split(','))
+    print(f'{left_out} prompts have fewer than two different responses and are left out')
+    rows = exchange.ranking_items(found_there)
   elif options.format != 'records':
     reader = {'label_studio': label_studio, 'argilla': argilla}[options.format]
     rows = reader.read(options.source.removeprefix('jsonl:'), kind)

@@ -8,6 +8,8 @@ readers of this package read unchanged: comparisons and demonstrations for `c.da
 from __future__ import annotations
 
 import itertools
+import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from alignjax.label import answers as forms
 from alignjax.label import figures
 from alignjax.label.figures import Answer
 from alignjax.label.schema import answers, events, items, people, tasks
+from alignjax.runtime import textfiles
 
 Row = dict[str, Any]
 
@@ -78,6 +81,41 @@ def _gold(record: Mapping[str, Any], where: str) -> Row:
       f"{{'likert': 5, 'flags': []}}."
     )
   return dict(ranks=ranks, ratings=ratings, all_bad=False)
+
+
+def samples(paths: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+  """Reads files samples.jsonl, as training stages write them, and returns (candidates, the number
+  of prompts that are left out).
+
+  Responses to one prompt become one candidate, each text once. Its policy is the folder of its file
+  and the step. Of more than nine responses the newest stay. A prompt with one response
+  is left out.
+  """
+  found: dict[str, list[dict[str, Any]]] = {}
+  for path in paths:
+    rows = textfiles.Records(textfiles.read(path, '--source: '), path)
+    for where, row in (rows[i] for i in range(len(rows))):
+      if not isinstance(row, dict) or not {'step', 'prompt', 'response'} <= row.keys():
+        raise ValueError(
+          f'{where}: a line of samples.jsonl has step, prompt and response; this one has not.'
+        )
+      policy = f'{pathlib.Path(path).absolute().parent.name}, step {row["step"]}'
+      key = json.dumps(row['prompt'], sort_keys=True)
+      found.setdefault(key, []).append(row | dict(policy=policy))
+  made = []
+  for key, rows in found.items():
+    newest = sorted(rows, key=lambda row: -row['step'])
+    texts = {row['response']: row for row in reversed(newest)}
+    kept = sorted(texts.values(), key=lambda row: -row['step'])[: forms.RESPONSES[1]]
+    if len(kept) >= forms.RESPONSES[0]:
+      made.append(
+        dict(
+          prompt=json.loads(key),
+          responses=[row['response'] for row in kept],
+          policies=[row['policy'] for row in kept],
+        )
+      )
+  return made, len(found) - len(made)
 
 
 def demonstration_items(
