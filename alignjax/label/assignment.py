@@ -7,15 +7,79 @@ given to somebody else. Leases and answers together never exceed the item's over
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from alignjax.label.history import log, now
-from alignjax.label.schema import answers, items, leases, tasks
+from alignjax.label.schema import answers, items, leases, people, tasks
 
 LEASE_SECONDS = 3600
+PATIENCE = 0.5  # Seconds to wait for items that others are getting or submitting at this moment.
+
+# The statements are made once: to make one takes longer than to send it.
+_ITEM, _PERSON, _TASK = (
+  sa.bindparam(name, type_=sa.Integer) for name in ('item', 'person', 'task')
+)
+_RUNNING = (
+  sa.select(sa.func.count())
+  .select_from(leases)
+  .where(
+    leases.c.item_id == items.c.id,
+    leases.c.person_id != _PERSON,
+    leases.c.expires > sa.bindparam('at', type_=sa.Float),
+  )
+  .scalar_subquery()
+)
+_WANTED = sa.func.coalesce(items.c.overlap, sa.bindparam('overlap', type_=sa.Integer))
+# Whether the answers to an item, and the running leases of others, are fewer than its overlap.
+# everybody: gold items, and those of a screening, have no limit.
+_ROOM = sa.bindparam('everybody', type_=sa.Boolean) | (
+  (items.c.answers < _WANTED) & (items.c.answers + _RUNNING < _WANTED)
+)
+_FREE = (
+  sa.select(items.c.id)
+  .where(
+    items.c.task_id == _TASK,
+    items.c.is_gold == sa.bindparam('gold', type_=sa.Boolean),
+    items.c.hidden.is_(None),
+    _ROOM,
+    ~sa.exists().where(answers.c.item_id == items.c.id, answers.c.person_id == _PERSON),
+    ~sa.exists().where(leases.c.item_id == items.c.id, leases.c.person_id == _PERSON),
+  )
+  .order_by(items.c.priority, items.c.id)
+  .limit(1)
+)
+_IF_ROOM = sa.select(items).where(items.c.id == _ITEM, _ROOM)
+_OWN = (
+  sa.select(leases)
+  .join(items, items.c.id == leases.c.item_id)
+  .where(leases.c.person_id == _PERSON, items.c.task_id == _TASK, items.c.hidden.is_(None))
+  .order_by(leases.c.id)
+)
+_NUMBER = (
+  sa.select(sa.func.count())
+  .select_from(answers.join(items, items.c.id == answers.c.item_id))
+  .where(answers.c.person_id == _PERSON, answers.c.version == 1, items.c.task_id == _TASK)
+)
+_TASK_ROW = sa.select(tasks).where(tasks.c.id == _TASK)
+_LEASE = sa.select(leases).where(leases.c.item_id == _ITEM, leases.c.person_id == _PERSON)
+_CURRENT = sa.select(answers).where(
+  answers.c.item_id == _ITEM, answers.c.person_id == _PERSON, answers.c.current
+)
+
+
+def locking(query: sa.Select, table: sa.Table, skip: bool = False) -> sa.Select:
+  """A query that locks the rows of a table until the transaction ends, on PostgreSQL. skip: whether
+  it passes over those that another transaction has locked, instead of waiting for it."""
+  return query.with_for_update(of=table, key_share=True, skip_locked=skip)
+
+
+_FREE_LOCKED = locking(_FREE, items, skip=True)
+_ITEM_LOCKED = locking(sa.select(items.c.is_gold).where(items.c.id == _ITEM), items, skip=True)
+_PERSON_LOCKED = locking(sa.select(people.c.id).where(people.c.id == _PERSON), people)
 
 
 def order_of(item: int, person: int, count: int) -> list[int]:
@@ -35,122 +99,86 @@ def next_item(
   is known, and otherwise the open item with the smallest priority. It has never been given to this
   person before.
   """
-  at = now(connection)
-  mine = connection.execute(
-    sa.select(leases.c.id, leases.c.item_id)
-    .join(items, items.c.id == leases.c.item_id)
-    .where(leases.c.person_id == person, items.c.task_id == task, items.c.hidden.is_(None))
-    .order_by(leases.c.id)
-  ).all()
+  asked: dict[str, Any] = dict(task=task, person=person)
+  # One request of a person at a time: two at once, as of two windows, get the same item.
+  connection.execute(_PERSON_LOCKED, asked)
+  mine = connection.execute(_OWN, asked).all()
+  row = connection.execute(_TASK_ROW, asked).one()
+  asked['overlap'] = row.overlap
   for lease in mine:
-    if _renew(connection, lease.id, lease.item_id, person, at, seconds):
+    if _renew(connection, row, lease, asked, seconds):
       return lease.item_id
-  row = connection.execute(sa.select(tasks).where(tasks.c.id == task)).one()
-  number = connection.execute(
-    sa.select(sa.func.count())
-    .select_from(answers.join(items, items.c.id == answers.c.item_id))
-    .where(answers.c.person_id == person, answers.c.version == 1, items.c.task_id == task)
-  ).scalar_one()
-  draw = np.random.default_rng([task, person, number]).random()
-  wanted = draw < row.gold_rate
-  for gold in (wanted, not wanted) if row.gold_rate or row.pool == 'screening' else (False,):
-    found = _free_item(connection, row, person, at, gold)
+  for gold in _kinds(connection, row, asked):
+    found = _free_item(connection, asked | dict(gold=gold, everybody=_everybody(row, gold)))
     if found is not None:
-      count = len(found.responses)
-      connection.execute(
-        leases.insert().values(
-          item_id=found.id,
-          person_id=person,
-          shown=order_of(found.id, person, count),
-          since=at,
-          expires=at + seconds,
-        )
+      at = log(connection, 'leased', person, found.id)
+      given = dict(
+        item_id=found.id,
+        person_id=person,
+        shown=order_of(found.id, person, len(found.responses)),
+        since=at,
+        expires=at + seconds,
       )
-      log(connection, 'leased', person, found.id)
+      connection.execute(leases.insert(), given)
       return found.id
   return None
 
 
-def _taken(item: Any, at: float, but: int | None = None) -> Any:
-  """The current answers and the running leases of an item, as an expression. but: a person whose
-  lease does not count."""
-  running = (
-    sa.select(sa.func.count())
-    .select_from(leases)
-    .where(leases.c.item_id == item.id, leases.c.expires > at)
-  )
-  if but is not None:
-    running = running.where(leases.c.person_id != but)
-  return item.answers + running.scalar_subquery()
+def _kinds(connection: sa.Connection, task: Any, asked: dict[str, Any]) -> tuple[bool, ...]:
+  """Which items are looked for, one after the other: with a known answer (True) or without."""
+  if not task.gold_rate and task.pool != 'screening':
+    return (False,)
+  number = connection.execute(_NUMBER, asked).scalar_one()
+  draw = np.random.default_rng([task.id, asked['person'], number]).random()
+  return (True, False) if draw < task.gold_rate else (False, True)
 
 
-def _free_item(connection: sa.Connection, task: Any, person: int, at: float, gold: bool) -> Any:
+def _everybody(task: Any, gold: bool) -> bool:
+  """Whether an item is given to everybody, however many have answered it."""
+  return gold or task.pool == 'screening'
+
+
+def _free_item(connection: sa.Connection, asked: dict[str, Any]) -> Any:
   """An item that nobody has to answer any more than `overlap` says, locked until the transaction
-  ends. Gold items, and those of a screening, are for everybody."""
-  everybody = gold or task.pool == 'screening'
-  overlap = sa.func.coalesce(items.c.overlap, task.overlap)
-  seen = sa.exists().where(answers.c.item_id == items.c.id, answers.c.person_id == person)
-  left = sa.exists().where(leases.c.item_id == items.c.id, leases.c.person_id == person)
-  query = (
-    sa.select(items)
-    .where(items.c.task_id == task.id, items.c.is_gold == gold, items.c.hidden.is_(None))
-    .where(~seen, ~left)
-    .order_by(items.c.priority, items.c.id)
-    .limit(1)
-  )
-  if not everybody:
-    query = query.where(items.c.answers < overlap, _taken(items.c, at) < overlap)
-  refused: list[int] = []
+  ends, or None."""
+  asked, began = asked | dict(at=now(connection)), time.monotonic()
   while True:
-    found = connection.execute(
-      query.where(items.c.id.not_in(refused)).with_for_update(skip_locked=True, of=items)
-    ).first()
-    if found is None or everybody:
-      return found
-    # PostgreSQL may have chosen the row before another transaction gave it out; now it is locked.
-    taken = connection.execute(
-      sa.select(_taken(items.c, at) < overlap).where(items.c.id == found.id)
-    ).scalar_one()
-    if taken:
-      return found
-    refused.append(found.id)
+    number = connection.execute(_FREE_LOCKED, asked).scalar()
+    if number is not None:
+      # PostgreSQL may have chosen the item before somebody else got it. It is locked now.
+      found = connection.execute(_IF_ROOM, asked | dict(item=number)).first()
+      if found is not None:
+        return found
+    elif connection.dialect.name == 'sqlite' or time.monotonic() > began + PATIENCE:
+      return None
+    elif connection.execute(_FREE, asked).first() is None:
+      return None
+    else:
+      time.sleep(0.01)  # All that are left are locked: some may be free when that ends.
 
 
 def _renew(
-  connection: sa.Connection, lease: int, item: int, person: int, at: float, seconds: float
+  connection: sa.Connection, task: Any, lease: Any, asked: dict[str, Any], seconds: float
 ) -> bool:
   """Prolongs a person's lease. It is False where the lease has ended and others have taken the
   item."""
-  row = connection.execute(
-    sa.select(items, tasks.c.overlap.label('usual'), tasks.c.pool)
-    .join(tasks, tasks.c.id == items.c.task_id)
-    .where(items.c.id == item)
-    .with_for_update(of=items)
-  ).one()
-  others = connection.execute(
-    sa.select(_taken(items.c, at, but=person)).where(items.c.id == item)
-  ).scalar_one()
-  expired = connection.execute(
-    sa.select(leases.c.expires <= at).where(leases.c.id == lease)
-  ).scalar_one()
-  limited = not (row.is_gold or row.pool == 'screening')
-  if expired and limited and others >= (row.overlap or row.usual):
-    return False
-  connection.execute(leases.update().where(leases.c.id == lease).values(expires=at + seconds))
+  item = connection.execute(_ITEM_LOCKED, dict(item=lease.item_id)).first()
+  at = now(connection)
+  if item is None:  # Somebody is getting or submitting it: let the lease be as it is.
+    return lease.expires > at
+  if lease.expires <= at:
+    limit = dict(item=lease.item_id, at=at, everybody=_everybody(task, item.is_gold))
+    if connection.execute(_IF_ROOM, asked | limit).first() is None:
+      return False
+  connection.execute(leases.update().where(leases.c.id == lease.id).values(expires=at + seconds))
   return True
 
 
 def lease_of(connection: sa.Connection, item: int, person: int) -> Any:
   """The lease of an item to a person, running or ended, or None."""
-  return connection.execute(
-    sa.select(leases).where(leases.c.item_id == item, leases.c.person_id == person)
-  ).first()
+  return connection.execute(_LEASE, dict(item=item, person=person)).first()
 
 
 def current_answer(connection: sa.Connection, item: int, person: int) -> Any:
   """The newest version of a person's answer to an item, or None."""
-  return connection.execute(
-    sa.select(answers).where(
-      answers.c.item_id == item, answers.c.person_id == person, answers.c.current
-    )
-  ).first()
+  return connection.execute(_CURRENT, dict(item=item, person=person)).first()

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from starlette import responses
 
 from alignjax.evals.preference.judgment_rows import FLAGS
-from alignjax.label import accounts, answers, assignment, submissions
+from alignjax.label import accounts, answers, assignment, history, submissions
 from alignjax.label.schema import answers as answers_table
 from alignjax.label.schema import items, tasks
 from alignjax.label.server import Halt, Visit, go, log_in, message, page, route
@@ -126,7 +126,8 @@ def instructions(visit: Visit) -> responses.Response:
 
 class Open:
   """An item in the hands of a person: the row, the order in which they see its responses, and what
-  they have filled in. `fields` is {step: {field: value}}."""
+  they have filled in. `fields` is {step: {field: value}}, and `age` how many seconds ago they were
+  saved."""
 
   def __init__(self, connection: sa.Connection, visit: Visit, number: int):
     self.lease = assignment.lease_of(connection, number, visit.number)
@@ -144,6 +145,9 @@ class Open:
     self.steps = self.count * self.rated + 1
     draft = submissions.draft_of(connection, number, visit.number)
     self.fields: dict[str, dict[str, Any]] = draft.get('fields') or self._answered()
+    self.at = history.now(connection)
+    since = draft.get('at') or (self.answer.at if self.answer else None)
+    self.age = 'Infinity' if since is None else round(self.at - since, 1)
 
   def _answered(self) -> dict[str, dict[str, Any]]:
     """The fields of a form that an earlier answer would have filled in."""
@@ -176,6 +180,9 @@ class Open:
     if self.rated and step < self.steps:
       taken['flags'] = [str(flag) for flag in form.getlist('flags')]
     self.fields[str(step)] = taken
+
+  def draft(self) -> dict[str, Any]:
+    return {'fields': self.fields, 'at': self.at}
 
   def examples(self, step: int) -> int:
     """How many examples the form of an instruction with examples has."""
@@ -244,7 +251,7 @@ def item(visit: Visit) -> responses.Response:
     opened.take(visit, step)
     if visit.form.get('go') == 'more':
       opened.fields[str(step)].setdefault(f'query_{opened.examples(step) + 1}', '')
-    submissions.save_draft(connection, number, visit.number, {'fields': opened.fields})
+    submissions.save_draft(connection, number, visit.number, opened.draft())
   if visit.form.get('go') == 'more':
     return _on(visit, f'/items/{number}?step={step}')
   if visit.form.get('go') == 'back':
@@ -301,7 +308,7 @@ def draft(visit: Visit) -> responses.Response:
   with visit.writing() as connection:
     opened = Open(connection, visit, number)
     opened.take(visit, opened.step(visit.form.get('step')))
-    submissions.save_draft(connection, number, visit.number, {'fields': opened.fields})
+    submissions.save_draft(connection, number, visit.number, opened.draft())
   return responses.Response(status_code=204)
 
 

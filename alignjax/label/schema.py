@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import sqlalchemy as sa
@@ -18,6 +20,10 @@ from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, Strin
 BUSY_SECONDS = 30  # A writer waits this long for another one before SQLite gives up.
 
 metadata = sa.MetaData()
+
+# SQLite lets one transaction write at a time. The threads of a process wait for each other here:
+# SQLite itself would try again after ever longer pauses, so that some wait for very long.
+_turns: weakref.WeakKeyDictionary[sa.Engine, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
@@ -201,6 +207,7 @@ def connect(database: str, upgrade: bool = False) -> sa.Engine:
     engine = sa.create_engine(url, connect_args={'timeout': BUSY_SECONDS}, pool_size=20)
     event.listen(engine, 'connect', _set_up_sqlite)
     event.listen(engine, 'begin', _begin_sqlite)
+    _turns[engine] = threading.Lock()
   try:
     _check_version(engine, database, upgrade)
   except exc.DatabaseError as error:
@@ -234,15 +241,19 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 @contextlib.contextmanager
 def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
   """A transaction that only reads, and so sees one state of the database."""
-  with engine.connect() as connection, connection.begin():
-    yield connection
+  with engine.connect() as connection:
+    if engine.dialect.name == 'postgresql':
+      connection = connection.execution_options(isolation_level='REPEATABLE READ')
+    with connection.begin():
+      yield connection
 
 
 @contextlib.contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
   """A transaction that writes. On SQLite there is one at a time, and the others wait."""
-  with engine.connect().execution_options(writes=True) as connection, connection.begin():
-    yield connection
+  with _turns.get(engine, contextlib.nullcontext()):
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+      yield connection
 
 
 def _check_version(engine: sa.Engine, database: str, upgrade: bool) -> None:

@@ -4,16 +4,38 @@ comes after its lease has ended is kept all the same: no work of a person is los
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from alignjax.label import answers as forms
-from alignjax.label.assignment import current_answer, lease_of
+from alignjax.label.assignment import current_answer, lease_of, locking
 from alignjax.label.catalog import hide
 from alignjax.label.history import log, now
-from alignjax.label.schema import answers, drafts, instructions, items, leases
+from alignjax.label.schema import answers, drafts, items, leases, tasks
+
+# The statements are made once: to make one takes longer than to send it.
+_ITEM, _PERSON = (sa.bindparam(name, type_=sa.Integer) for name in ('item', 'person'))
+_STATE = (
+  sa.select(items.c.hidden, tasks.c.version)
+  .join(tasks, tasks.c.id == items.c.task_id)
+  .where(items.c.id == _ITEM)
+)
+_LOCKED_STATE = locking(_STATE, items)
+_DRAFT = sa.select(drafts.c.payload).where(drafts.c.item_id == _ITEM, drafts.c.person_id == _PERSON)
+_ENDED = [
+  table.delete().where(table.c.item_id == _ITEM, table.c.person_id == _PERSON)
+  for table in (leases, drafts)
+]
+_DONE = (
+  sa.select(sa.func.count())
+  .select_from(answers)
+  .where(answers.c.item_id == _ITEM, answers.c.current, answers.c.status == 'done')
+)
+_COUNT = items.update().where(items.c.id == _ITEM).values(answers=_DONE.scalar_subquery())
 
 
 class Gone(ValueError):
@@ -24,17 +46,23 @@ def save_draft(
   connection: sa.Connection, item: int, person: int, payload: Mapping[str, Any]
 ) -> None:
   """Keeps what a person has filled in so far."""
-  _shown(connection, item, person)
-  values = dict(payload=dict(payload), at=now(connection))
-  key = (drafts.c.item_id == item) & (drafts.c.person_id == person)
-  if not connection.execute(drafts.update().where(key).values(**values)).rowcount:
-    connection.execute(drafts.insert().values(item_id=item, person_id=person, **values))
+  _given(connection, item, person)
+  values = dict(item_id=item, person_id=person, payload=dict(payload), at=now(connection))
+  connection.execute(_save(connection.dialect.name), values)
+
+
+@functools.cache
+def _save(dialect: str) -> Any:
+  # A page saves itself while its form is sent, so two requests may make the first draft at once.
+  insert = (postgresql.insert if dialect == 'postgresql' else sqlite.insert)(drafts)
+  return insert.on_conflict_do_update(
+    index_elements=['item_id', 'person_id'],
+    set_=dict(payload=insert.excluded.payload, at=insert.excluded.at),
+  )
 
 
 def draft_of(connection: sa.Connection, item: int, person: int) -> dict[str, Any]:
-  found = connection.execute(
-    sa.select(drafts.c.payload).where(drafts.c.item_id == item, drafts.c.person_id == person)
-  ).scalar()
+  found = connection.execute(_DRAFT, dict(item=item, person=person)).scalar()
   return dict(found or {})
 
 
@@ -47,7 +75,9 @@ def submit(
   status: str = 'done',
   active: float | None = None,
 ) -> None:
-  """Keeps an answer as the person's newest one. An earlier answer to the item stays as a version.
+  """Keeps an answer as the person's newest one. An earlier answer to the item stays as a version,
+  whose times are added to those of the new one. The same answer again, as when somebody presses a
+  button twice, changes nothing.
 
   Args:
     connection: of a writing transaction.
@@ -60,36 +90,32 @@ def submit(
   Raises:
     Gone: if the item was never given to this person, or is hidden.
   """
-  shown, since = _shown(connection, item, person)
-  earlier = current_answer(connection, item, person)
+  version, lease, earlier = _given(connection, item, person, lock=True)
+  ended = dict(item=item, person=person)
+  for statement in _ENDED:
+    connection.execute(statement, ended)
+  if earlier and (earlier.status, earlier.payload) == (status, payload):
+    return
   at = log(connection, status, person, item, **({'amends': earlier.id} if earlier else {}))
-  version = connection.execute(
-    sa.select(instructions.c.version)
-    .join(items, items.c.task_id == instructions.c.task_id)
-    .where(items.c.id == item)
-    .order_by(instructions.c.version.desc())
-    .limit(1)
-  ).scalar_one()
-  mine = (answers.c.item_id == item) & (answers.c.person_id == person)
-  connection.execute(answers.update().where(mine, answers.c.current).values(current=False))
-  connection.execute(
-    answers.insert().values(
-      item_id=item,
-      person_id=person,
-      version=earlier.version + 1 if earlier else 1,
-      current=True,
-      status=status,
-      payload=dict(payload),
-      shown=shown,
-      instructions_version=version,
-      elapsed=at - since,
-      active=active,
-      at=at,
-    )
+  if earlier:
+    if earlier.active is not None:
+      active = earlier.active + (active or 0.0)
+    connection.execute(answers.update().where(answers.c.id == earlier.id).values(current=False))
+  row = dict(
+    item_id=item,
+    person_id=person,
+    version=earlier.version + 1 if earlier else 1,
+    current=True,
+    status=status,
+    payload=dict(payload),
+    shown=(lease or earlier).shown,
+    instructions_version=version,
+    elapsed=at - lease.since if lease else earlier.elapsed,
+    active=active,
+    at=at,
   )
-  for table in (leases, drafts):
-    connection.execute(table.delete().where(table.c.item_id == item, table.c.person_id == person))
-  _count(connection, item)
+  connection.execute(answers.insert(), row)
+  connection.execute(_COUNT, ended)
 
 
 def skip(connection: sa.Connection, item: int, person: int, reason: str) -> None:
@@ -109,26 +135,27 @@ def withdraw(connection: sa.Connection, item: int, person: int) -> None:
   submit(connection, item, person, {}, status='withdrawn')
 
 
-def _shown(connection: sa.Connection, item: int, person: int) -> tuple[list[int], float]:
-  """(the order in which the person saw the responses, since when), of the lease or of the earlier
-  answer."""
-  hidden = connection.execute(sa.select(items.c.hidden).where(items.c.id == item)).scalar()
-  if hidden:
-    raise Gone('This item was taken out, so your answer to it is no longer needed.')
+def _given(
+  connection: sa.Connection, item: int, person: int, lock: bool = False
+) -> tuple[int, Any, Any]:
+  """(the version of the instructions, the person's lease of the item, their answer to it). One of
+  the last two is None: an answer takes the place of the lease.
+
+  Args:
+    connection: of a transaction.
+    item: the number of the item.
+    person: the number of the person.
+    lock: whether others who submit the same item, or ask for it, wait until the transaction ends:
+      each then sees the answer of the one before.
+
+  Raises:
+    Gone: if the item was never given to this person, or is hidden.
+  """
+  row = connection.execute(_LOCKED_STATE if lock else _STATE, dict(item=item)).first()
   lease = lease_of(connection, item, person)
-  if lease is not None:
-    return lease.shown, lease.since
-  earlier = current_answer(connection, item, person)
-  if earlier is None:
+  earlier = None if lease else current_answer(connection, item, person)
+  if row is None or not (lease or earlier):
     raise Gone('This item was not given to you.')
-  return earlier.shown, now(connection)
-
-
-def _count(connection: sa.Connection, item: int) -> None:
-  done = (
-    sa.select(sa.func.count())
-    .select_from(answers)
-    .where(answers.c.item_id == item, answers.c.current, answers.c.status == 'done')
-    .scalar_subquery()
-  )
-  connection.execute(items.update().where(items.c.id == item).values(answers=done))
+  if row.hidden:
+    raise Gone('This item was taken out, so your answer to it is no longer needed.')
+  return row.version, lease, earlier

@@ -64,6 +64,7 @@ function startSaving(form) {
   async function save(event) {
     const leaving = Boolean(event);
     if (sending && !leaving) return later(300);
+    if (sending) sending.abort();
     const stored = kept(key);
     sending = new AbortController();
     changed = false;
@@ -72,6 +73,7 @@ function startSaving(form) {
         method: 'POST', body: new URLSearchParams(new FormData(form)), keepalive: leaving,
         signal: leaving ? null : sending.signal,
       });
+      if (answer.status >= 500) throw new Error();
       if (answer.ok) {
         if (kept(key) === stored) keep(key, null);
         say('Draft saved.');
@@ -80,7 +82,7 @@ function startSaving(form) {
           410: 'Not saved: this item is no longer yours.',
           401: 'Not saved: log in again. This browser keeps your draft.',
           403: 'Not saved: reload this page. This browser keeps your draft.',
-        }[answer.status] || 'Not saved on the server; this browser keeps your draft.');
+        }[answer.status] || 'Not saved on the server.');
       }
     } catch (error) {
       if (error.name === 'AbortError') return;
@@ -90,9 +92,13 @@ function startSaving(form) {
       sending = null;
     }
   }
+  const text = (fields) => JSON.stringify({ ...fields, seconds: 0 });
+  let last = text(fieldsOf(form));
   const change = () => {
+    if (text(fieldsOf(form)) === last) return;
+    last = text(fieldsOf(form));
     changed = true;
-    keep(key, JSON.stringify({ fields: fieldsOf(form) }));
+    keep(key, JSON.stringify({ fields: fieldsOf(form), at: Date.now() }));
     later(700);
   };
   form.addEventListener('input', change);
@@ -102,16 +108,16 @@ function startSaving(form) {
     if (sending) sending.abort();
     changed = false;
     form.elements.sent.value = Math.random().toString(36).slice(2);
-    keep(key, JSON.stringify({ fields: fieldsOf(form), sent: form.elements.sent.value }));
+    keep(key, JSON.stringify({ fields: fieldsOf(form), at: Date.now(), sent: form.elements.sent.value }));
   });
   addEventListener('pagehide', (event) => { if (changed) save(event); });
-  const mine = JSON.parse(kept(key) || '{}').fields;
+  // What this browser has kept goes before what the server has, unless that is clearly newer.
+  const mine = JSON.parse(kept(key) || 'null');
   if (!mine) return;
-  const text = (fields) => JSON.stringify({ ...fields, seconds: 0 });
-  if (text(mine) === text(fieldsOf(form))) {
+  if (text(mine.fields) === last || Date.now() - mine.at > 1000 * (Number(form.dataset.age) + 5)) {
     keep(key, null);
   } else {
-    fill(form, mine);
+    fill(form, mine.fields);
     change();
     say('Restored from this browser.');
   }
