@@ -3,6 +3,7 @@ labelers and the tests use it."""
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class Labeler:
     """{name: number} of the tasks that this person may work on."""
     text = self._checked(self.http.get('/')).text
     names = re.findall(r'<section class="card" aria-label="([^"]*)">', text)
+    names = map(html.unescape, names)
     return dict(zip(names, map(int, re.findall(r'action="/tasks/(\d+)/next"', text)), strict=True))
 
   def next_item(self, task: int) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from alignjax.evals.preference import statistics
 from alignjax.evals.preference.judgment_rows import FLAGS
 from alignjax.evals.preference.judgments import Verdict
 from alignjax.label import history
+from alignjax.label.assignment import order_of
 from alignjax.label.schema import answers, items, leases, people, reviews, tasks
 
 RESPONSES = [str(i) for i in range(99)]  # the names of an item's responses in verdicts
@@ -120,12 +121,16 @@ def verdicts(rows: Iterable[Answer]) -> list[Verdict]:
 def _of_ranks(
   ranks: Sequence[int], item: int, labeler: str, shown: Sequence[int] = ()
 ) -> list[Verdict]:
+  """The verdicts of one ranking. The responses of an item are named in a random order of its own,
+  because Krippendorff's alpha depends on it: where the better response is always stored first, the
+  choice "first" would be likelier than "second" by chance too."""
   place = {response: at for at, response in enumerate(shown)}
+  names = [RESPONSES[k] for k in order_of(item, 0, len(ranks))]
   return [
     Verdict(
       f'item {item}',
-      RESPONSES[i],
-      RESPONSES[j],
+      names[i],
+      names[j],
       0.5 * (1 + np.sign(ranks[j] - ranks[i])),
       'people',
       labeler,

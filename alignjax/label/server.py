@@ -25,6 +25,8 @@ from alignjax.label import accounts, answers, history, schema, submissions
 from alignjax.label.schema import people
 
 COOKIE = 'alignjax_label'
+# Fields that an error page does not show again.
+UNSHOWN = ('token', 'password', 'old', 'new', 'seconds', 'sent', 'step', 'go')
 LARGEST_FORM = 1_000_000  # bytes of a field
 HEADERS = {
   'content-security-policy': "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -226,7 +228,7 @@ def _texts(form: Any) -> list[tuple[str, str]]:
   return [
     (name, str(value))
     for name, value in (form.multi_items() if hasattr(form, 'multi_items') else ())
-    if name not in ('token', 'password', 'seconds') and str(value).strip()
+    if name not in UNSHOWN and str(value).strip()
   ]
 
 
