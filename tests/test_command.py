@@ -144,8 +144,8 @@ def test_every_subcommand_is_a_module_and_a_script():
   shared = {'__init__', 'main', 'command', 'config_flags', 'overrides', 'estimate_page'}
   assert {p.stem for p in folder.glob('*.py')} == {*main.SUBCOMMANDS, *shared}
   scripts = {p.stem: p.read_text() for p in (ROOT / 'experiments').glob('*.py')}
-  assert scripts.keys() == {*main.SUBCOMMANDS, 'this_clone'} - {'configs'}
-  for name in scripts.keys() - {'this_clone'}:
+  assert scripts.keys() == {*main.SUBCOMMANDS, 'this_clone', 'measure_rounds'} - {'configs'}
+  for name in scripts.keys() - {'this_clone', 'measure_rounds'}:
     assert scripts[name].endswith(SCRIPT.format(name=name)), name
     assert f'experiments/{name}.py ' in scripts[name].removesuffix(SCRIPT.format(name=name)), name
 

@@ -57,6 +57,7 @@ ROOMS = (
   ('report_page',),
   ('report',),
   ('train',),
+  ('rounds', 'rounds_items', 'rounds_report'),
   ('configs',),
   ('commands',),
   ('__main__',),

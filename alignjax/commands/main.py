@@ -21,6 +21,7 @@ SUBCOMMANDS = (
   'summarize',
   'estimate',
   'label',
+  'rounds',
 )
 # The output of these is their only result, so they end quietly when its reader goes.
 END_WITH_READER = ('configs', 'generate', 'summarize')
