@@ -33,7 +33,7 @@ import ml_collections
 import pytest
 
 from alignjax import train
-from alignjax.commands import config_flags
+from alignjax.commands import config_flags, label
 from alignjax.data import fields
 from alignjax.models.config import TransformerConfig
 from alignjax.runtime import failures
@@ -202,7 +202,9 @@ def run(words, folder, timeout=600):
 @functools.cache
 def flags(sub, more=False):
   """The flags that a subcommand's help names; more: those of the libraries that it takes too."""
-  text = run([sub, '--helpfull' if more else '--help'], ROOT)[1]
+  wanted = '--helpfull' if more else '--help'
+  actions = label.ACTIONS if sub == 'label' and not more else ()
+  text = '\n'.join(run([sub, *action, wanted], ROOT)[1] for action in [(), *zip(actions)])
   return set(re.findall(r'--(?:\[no\])?([A-Za-z]\w*)', text))
 
 

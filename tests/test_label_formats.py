@@ -49,6 +49,7 @@ def answer(engine, task, person, *payloads):
   with schema.writing(engine) as connection:
     for payload in payloads:
       item = assignment.next_item(connection, task, person)
+      assert item is not None
       submissions.submit(connection, item, person, payload, active=12.5)
 
 
@@ -116,6 +117,13 @@ def write(engine, tool, task, pool=None):
     text, count, lost = tool.write(connection, task, pool)
   assert len(json.loads(text)) == count
   return text, lost
+
+
+def asked(lost):
+  """The arguments of `config` or `settings` in the last sentence."""
+  found = re.fullmatch(r".*\('(\w+)', (\d)\)\.", lost[-1])
+  assert found
+  return found[1], int(found[2])
 
 
 def records_of(tool, text, what):
@@ -246,6 +254,7 @@ def test_what_is_lost_is_said(engine, tool):
     submissions.withdraw(connection, b, people['ann'])
     catalog.hide(connection, c, 'pii')
     skipped = assignment.next_item(connection, task, people['bob'])
+    assert skipped is not None
     submissions.skip(connection, skipped, people['bob'], 'unclear')
   text, lost = write(engine, tool, task)
   assert lost[:7] == [
@@ -296,8 +305,7 @@ def test_sources_are_only_in_the_meta_data(engine, tool):
 def test_the_interface_of_label_studio_has_every_control(engine, make):
   """Each result names a control, an object and a value that the labeling interface has."""
   text, lost = write(engine, label_studio, make(engine, people_of(engine)))
-  kind, k = re.fullmatch(r".*config\('(\w+)', (\d)\)\.", lost[-1]).groups()
-  view = ElementTree.fromstring(label_studio.config(kind, int(k)).replace('{{idx}}', '3'))
+  view = ElementTree.fromstring(label_studio.config(*asked(lost)).replace('{{idx}}', '3'))
   named = {tag.attrib['name']: tag for tag in view.iter() if 'name' in tag.attrib}
   used = set()
   for raw in json.loads(text):
@@ -312,11 +320,8 @@ def test_the_interface_of_label_studio_has_every_control(engine, make):
         control = named[re.sub(r'_\d$', '_3', result['from_name'])]
         used.add(control.tag)
         assert control.attrib['toName'] == re.sub(r'_\d$', '_3', result['to_name'])
-        assert control.tag.lower() == result['type'] and result['to_name'].rstrip('0123') in (
-          'prompt',
-          'response_',
-          'responses',
-        )
+        assert control.tag.lower() == result['type']
+        assert re.fullmatch('prompt|responses|response_[0-3]', result['to_name'])
         (value,) = result['value'].values()
         if control.tag == 'Choices':
           assert value and set(value) <= {choice.attrib['alias'] for choice in control}
@@ -329,8 +334,8 @@ def test_the_interface_of_label_studio_has_every_control(engine, make):
           assert 1 <= value <= int(control.attrib['maxRating']) == 7
         if control.tag == 'TextArea':
           assert len(value) == 1 or 'maxSubmissions' not in control.attrib
-  expected = dict(ranking={'Ranker', 'Choices', 'Rating'}, toxicity={'Ranker', 'Choices', 'Rating'})
-  assert used == expected.get(make.__name__, {'TextArea'})
+  rated = make in (ranking, toxicity)
+  assert used == ({'Ranker', 'Choices', 'Rating'} if rated else {'TextArea'})
 
 
 def test_the_interface_of_label_studio_starts_unranked():
@@ -382,17 +387,15 @@ def complaints(settings, record):
 @pytest.mark.parametrize('make', [ranking, toxicity, demonstration, few_shot])
 def test_argilla_accepts_every_response(engine, make):
   text, lost = write(engine, argilla, make(engine, people_of(engine)))
-  kind, k = re.fullmatch(r".*settings\('(\w+)', (\d)\)\.", lost[-1]).groups()
-  settings = argilla.settings(kind, int(k))
+  settings = argilla.settings(*asked(lost))
   records = json.loads(text)
   assert [complaint for record in records for complaint in complaints(settings, record)] == []
   assert all(record['responses'] for record in records)
   ratings = [q for q in settings['questions'] if q['settings']['type'] == 'rating']
   assert all(0 <= o['value'] <= 10 for q in ratings for o in q['settings']['options'])
   assert settings['allow_extra_metadata'] and not settings['metadata']
-  names = {f'ann {argilla.user_id("ann")}'} | (
-    {f'bob {argilla.user_id("bob")}'} if make is ranking else set()
-  )
+  people = ('ann', 'bob') if make is ranking else ('ann',)
+  names = [f'{name} {argilla.user_id(name)}' for name in people]
   assert any(all(name in line for name in names) for line in lost)
 
 
