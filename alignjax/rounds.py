@@ -29,6 +29,7 @@ from alignjax import rounds_items, rounds_report, train
 from alignjax.label import collect
 from alignjax.rounds_items import Run
 from alignjax.runtime import failures, files
+from alignjax.runtime.interrupt import Interrupt
 from alignjax.setup import entries, template_date
 from alignjax.setup.objects import Setup, make_setup
 from alignjax.setup.records import say
@@ -63,7 +64,8 @@ def main(
     run = Run(config, workdir, base, make_setup(of_base(config), base), on_changed_input)
     check(run)
   failures.check_writable(workdir)
-  with train.alone(workdir):
+  # Between stages a signal ends the run at once: what is written appears whole or not at all.
+  with Interrupt(config.grace_seconds), train.alone(workdir):
     train.main(of_base(config), base, on_changed_input=on_changed_input)
     figures = []
     for number in range(1, len(config.rounds.labels) + 1):

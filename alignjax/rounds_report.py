@@ -305,7 +305,10 @@ def markdown(result: Mapping[str, Any]) -> str:
       'reward model.',
     ]
   else:
-    lines.append('- The reward model is measured on what people ranked of held-out prompts.')
+    lines.append(
+      '- It is measured on what people ranked of held-out prompts, which no stage is trained on. '
+      'These rankings count as labels too.'
+    )
   return '\n'.join([*lines, '', '![The rounds](rounds.png)', ''])
 
 

@@ -40,6 +40,7 @@ LONG_FILES = (
   'test_versions.py',
   'test_sharding.py',
   'test_recipes.py',
+  'test_rounds.py',
 )
 
 

@@ -2,10 +2,13 @@
 stopped anywhere; the same with people."""
 
 import contextlib
+import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -342,6 +345,24 @@ def test_every_round_has_prompts_of_its_own(tmp_path):
   assert len({p for part in parts for p in part}) == 25
 
 
+def last_first(items, scores):
+  """A function of a user that needs nothing else."""
+  assert scores.shape == (0, 30, 4)
+  return range(len(items))[::-1]
+
+
+def test_a_users_function_and_the_places_of_held_out_items(tmp_path):
+  c = get_config()
+  c.rounds.choose = dict(fn='tests.test_rounds:last_first')
+  run, items = run_of(c, tmp_path), items_of(30)
+  assert rounds_items.ordered(run, 1, items, []) == items[::-1]
+  extra = [dict(one, held_out=True) for one in items_of(4)]
+  made = rounds_items.ordered(run, 1, [*extra, *items], [])
+  assert [one for one in made if 'held_out' not in one] == items[::-1]
+  places = [i for i, one in enumerate(made) if 'held_out' in one]
+  assert len(places) == 4 and places[-1] < 14 and places != [0, 1, 2, 3] != [10, 11, 12, 13]
+
+
 def test_responses_that_read_the_same_are_one():
   rows = [dict(prompt='p'), dict(prompt='q'), dict(prompt='p')]
   draws = [(0, 0), (0, 1), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
@@ -645,8 +666,6 @@ def test_people_are_waited_for(finished, tmp_path):
 
 
 def environment():
-  import os
-
   return os.environ | {
     'XLA_FLAGS': '',
     'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
@@ -694,3 +713,57 @@ def test_rounds_on_real_data_have_held_out_items(patch, tmp_path):
   rounds.label(run, 1)
   measured = rounds_report._held_out(run, lines(run.comparisons(1)))
   assert len(measured.prompts) == len(extra) and measured.ranks[0][:2] == [0, 1]
+
+
+# ---- experiments/measure_rounds.py
+
+
+@pytest.fixture(scope='module')
+def measuring():
+  with pytest.MonkeyPatch.context() as m:
+    m.syspath_prepend(str(ROOT / 'experiments'))
+    yield importlib.import_module('measure_rounds')
+
+
+def test_the_runs_of_a_measurement_have_the_same_labels_and_prompts(measuring, tmp_path):
+  c = config_of_rounds.get_config()
+  options = types.SimpleNamespace(labels=2000, ensemble=3)
+  assert measuring.arms(['random', 'near_tie']) == [('random', 1), ('random', 2), ('near_tie', 2)]
+  one, two = (measuring.changed(c, 7, 'random', n, options, tmp_path).rounds for n in (1, 2))
+  assert (one.labels, one.prompts) == ((2000,), 6000)
+  assert (two.labels, two.prompts) == ((1000, 1000), 3000)
+  made = measuring.changed(c, 7, 'disagreement', 2, options, tmp_path)
+  assert (made.seed, made.world.seed, made.rounds.ensemble) == (7, 7, 3)
+
+
+def test_differences_are_paired_by_seed(measuring):
+  def rounds_of(*golds):
+    figures = lambda gold: {key: dict(mean=gold) for key in measuring.FIGURES}
+    return [figures(gold) | dict(labels_so_far=10 * i) for i, gold in enumerate(golds, 1)]
+
+  found = {
+    seed: {
+      'random-1': rounds_of(seed),
+      'random-2': rounds_of(9.0, seed + 1.0 + 0.1 * (seed % 2)),
+      'near_tie-2': rounds_of(9.0, seed + 1.0 - 2 * (seed % 2)),
+    }
+    for seed in range(4)
+  }
+  last = {row['name']: row for row in measuring.means(found) if row['labels'] == 20}
+  assert last['random-2']['gold']['mean'] == pytest.approx(1.5 + 1.05)
+  rows = {row['what']: row['gold'] for row in measuring.differences(found)}
+  assert list(rows) == ['random: two rounds less one', 'two rounds: near_tie less random']
+  assert rows['random: two rounds less one']['mean'] == pytest.approx(1.05)
+  assert rows['two rounds: near_tie less random']['mean'] == pytest.approx(-1.05)
+  text = measuring.markdown(
+    dict(
+      labels=20,
+      seeds=[0, 1, 2, 3],
+      runs=measuring.means(found),
+      differences=measuring.differences(found),
+    )
+  )
+  assert '- random: two rounds less one: accuracy on the samples of round 0 better, ' in text
+  assert (
+    '- two rounds: near_tie less random: accuracy on the samples of round 0 not told apart' in text
+  )

@@ -2,10 +2,11 @@
 
   alignjax rounds --config=rounds[:tiny]
   alignjax rounds --config=rounds --config.rounds.labels="(1000, 500, 500)"
-  alignjax rounds --config=rounds --config.rounds.choose="dict(fn='alignjax.label.choose:near_tie')"
+  alignjax rounds --config=rounds --config.rounds.choose.fn=alignjax.label.choose:near_tie
 
 On the sandbox, whose labelers answer at once. Any other config has rounds when it gets an entry
 `rounds` like this one, with labelers='people' outside of the sandbox: c.rounds = rounds.entry().
+It takes the place of what the reward model's stage says about its comparisons.
 """
 
 from ml_collections import config_dict
@@ -52,8 +53,6 @@ def entry(**changes) -> dict:
 def get_config(size: str = 'default'):
   c = base.get_config(size)
   del c.stages.ppo
-  # What the rounds decide.
-  c.stages.rm.update(policies=(), evaluation_prompts=0)
   c.rounds = entry()
   if size == 'tiny':
     c.rounds.update(labels=(48, 48), prompts=96, evaluation_prompts=12)

@@ -93,10 +93,12 @@ def read_data(
   setup: Setup, name: str
 ) -> tuple[Comparisons, Updates, Comparisons | None, list[list[int]]]:
   """(comparisons, their updates, held-out comparisons, the rows of demonstrations that set the
-  bias). The held-out ones are None in the sandbox, where they are sampled at the end."""
+  bias). The held-out ones are None where the sandbox makes the comparisons: then they are sampled
+  at the end."""
   data = comparisons.training(setup, name)
   plan = comparisons.updates(setup, name, data)
-  held_out = None if setup.text.labelers is not None else comparisons.evaluation(setup, name)
+  sampled = setup.config.data.comparisons == 'sandbox:'
+  held_out = None if sampled else comparisons.evaluation(setup, name)
   demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
   limited = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
   return data, plan, held_out, [prompt + responses[0] for prompt, responses in limited.rows]
