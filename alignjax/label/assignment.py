@@ -26,15 +26,11 @@ _ITEM, _PERSON, _TASK = (
 _RUNNING = (
   sa.select(sa.func.count())
   .select_from(leases)
-  .where(
-    leases.c.item_id == items.c.id,
-    leases.c.person_id != _PERSON,
-    leases.c.expires > sa.bindparam('at', type_=sa.Float),
-  )
+  .where(leases.c.item_id == items.c.id, leases.c.expires > sa.bindparam('at', type_=sa.Float))
   .scalar_subquery()
 )
 _WANTED = sa.func.coalesce(items.c.overlap, sa.bindparam('overlap', type_=sa.Integer))
-# Whether the answers to an item, and the running leases of others, are fewer than its overlap.
+# Whether the answers to an item and its running leases are fewer than its overlap.
 # everybody: gold items, and those of a screening, have no limit.
 _ROOM = sa.bindparam('everybody', type_=sa.Boolean) | (
   (items.c.answers < _WANTED) & (items.c.answers + _RUNNING < _WANTED)
@@ -166,7 +162,7 @@ def _renew(
   at = now(connection)
   if item is None:  # Somebody is getting or submitting it: let the lease be as it is.
     return lease.expires > at
-  if lease.expires <= at:
+  if lease.expires <= at:  # Then it does not count any more.
     limit = dict(item=lease.item_id, at=at, everybody=_everybody(task, item.is_gold))
     if connection.execute(_IF_ROOM, asked | limit).first() is None:
       return False

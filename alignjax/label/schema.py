@@ -19,6 +19,9 @@ from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, Strin
 
 BUSY_SECONDS = 30  # A writer waits this long for another one before SQLite gives up.
 
+MIGRATIONS = pathlib.Path(__file__).parent / 'migrations'
+UPGRADE_LOCK = 20_305  # The number of the lock on PostgreSQL for whoever makes the tables.
+
 metadata = sa.MetaData()
 
 # SQLite lets one transaction write at a time. The threads of a process wait for each other here:
@@ -78,7 +81,8 @@ items = _table(
   Column('answers', Integer, nullable=False),
   Column('created', Float, nullable=False),
   sa.UniqueConstraint('task_id', 'key'),
-  Index('items_open', 'task_id', 'is_gold', 'priority', 'id'),
+  # It holds all that the search for an open item looks at, so that this reads no texts.
+  Index('items_open', 'task_id', 'is_gold', 'hidden', 'priority', 'id', 'answers', 'overlap'),
 )
 people = _table(
   'people',
@@ -166,17 +170,24 @@ settings = sa.Table(
 )
 
 
-def url_of(database: str) -> str:
+def url_of(database: str) -> sa.URL:
   """Returns the address of a database for SQLAlchemy. A path is a SQLite file."""
-  if database.startswith(('postgresql://', 'postgres://')):
-    return 'postgresql+psycopg://' + database.partition('://')[2]
-  if '://' in database:
-    scheme = database.partition('://')[0]
+  scheme, found, rest = database.partition('://')
+  if not found:
+    path = pathlib.Path(database).expanduser().absolute()
+    return sa.URL.create('sqlite', database=str(path))
+  if scheme not in ('postgresql', 'postgres'):
     raise ValueError(
-      f'--database={scheme}://...: the database is the path of a SQLite file, or '
-      f'postgresql://USER@HOST/NAME.'
+      f'--database={scheme}://... is of a kind that is not known. Name the path of a SQLite file, '
+      f'or postgresql://USER@HOST/NAME.'
     )
-  return f'sqlite:///{pathlib.Path(database).expanduser().absolute()}'
+  try:
+    return sa.make_url(f'postgresql+psycopg://{rest}')
+  except (ValueError, exc.ArgumentError):
+    raise ValueError(
+      '--database=postgresql://... cannot be understood. Write it as '
+      'postgresql://USER:PASSWORD@HOST:PORT/NAME.'
+    ) from None
 
 
 def connect(database: str, upgrade: bool = False) -> sa.Engine:
@@ -188,35 +199,53 @@ def connect(database: str, upgrade: bool = False) -> sa.Engine:
       file a copy is made first.
 
   Raises:
-    ValueError: if the tables are those of another version, or not ours.
+    ValueError: if it cannot be opened, or its tables are those of another version, or not ours.
   """
   url = url_of(database)
-  sqlite = url.startswith('sqlite')
-  if not sqlite:
-    try:
-      import psycopg  # noqa: F401
-    except ModuleNotFoundError:
-      raise ValueError(
-        "a PostgreSQL database needs psycopg: pip install 'alignjax[label-postgres]'."
-      ) from None
-    engine = sa.create_engine(url, pool_size=20, max_overflow=20, pool_pre_ping=True)
+  if url.get_backend_name() == 'sqlite':
+    engine = _sqlite(url)
+    place, advice = f'--database={database}', 'is a database of alignjax label, and yours to write'
   else:
-    path = pathlib.Path(url.removeprefix('sqlite:///'))
-    if not path.parent.is_dir():
-      raise ValueError(f'--database={database}: there is no folder {path.parent}.')
-    engine = sa.create_engine(url, connect_args={'timeout': BUSY_SECONDS}, pool_size=20)
-    event.listen(engine, 'connect', _set_up_sqlite)
-    event.listen(engine, 'begin', _begin_sqlite)
-    _turns[engine] = threading.Lock()
+    engine = _postgres(url)
+    address = url.set(drivername='postgresql').render_as_string()  # It hides the password.
+    place, advice = f'--database={address}', 'is the address of a server that runs, and lets you in'
   try:
-    _check_version(engine, database, upgrade)
+    _check_version(engine, place, upgrade)
   except exc.DatabaseError as error:
     engine.dispose()
-    raise ValueError(f'--database={database} cannot be opened: {error.orig}.') from None
+    reason = ' '.join(str(error.orig).split()).rstrip('.')
+    raise ValueError(f'{place} cannot be used: {reason}. Check that it {advice}.') from None
   except BaseException:
     engine.dispose()
     raise
   return engine
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
+  folder = pathlib.Path(str(url.database)).parent
+  if not folder.is_dir():
+    raise ValueError(f'--database: there is no folder {folder}. Make it, or name another one.')
+  engine = sa.create_engine(
+    url, connect_args={'timeout': BUSY_SECONDS}, pool_size=20, max_overflow=20
+  )
+  event.listen(engine, 'connect', _set_up_sqlite)
+  event.listen(engine, 'begin', _begin_sqlite)
+  _turns[engine] = threading.Lock()
+  return engine
+
+
+def _postgres(url: sa.URL) -> sa.Engine:
+  try:
+    import psycopg  # noqa: F401
+  except ModuleNotFoundError:
+    raise ValueError(
+      "a PostgreSQL database needs psycopg: pip install 'alignjax[label-postgres]'."
+    ) from None
+  # What is locked is looked at again by a statement of its own (assignment.py), which must see what
+  # others have committed by then.
+  return sa.create_engine(
+    url, isolation_level='READ COMMITTED', pool_size=20, max_overflow=20, pool_pre_ping=True
+  )
 
 
 def _set_up_sqlite(connection, _) -> None:
@@ -256,12 +285,12 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
       yield connection
 
 
-def _check_version(engine: sa.Engine, database: str, upgrade: bool) -> None:
+def _check_version(engine: sa.Engine, place: str, upgrade: bool) -> None:
   from alembic import command, config, script
   from alembic.runtime import migration
 
   settings = config.Config()
-  settings.set_main_option('script_location', str(pathlib.Path(__file__).parent / 'migrations'))
+  settings.set_main_option('script_location', str(MIGRATIONS))
   directory = script.ScriptDirectory.from_config(settings)
   newest = directory.get_current_head()
   with reading(engine) as connection:
@@ -271,26 +300,27 @@ def _check_version(engine: sa.Engine, database: str, upgrade: bool) -> None:
     return
   if found is None and set(names) - {'alembic_version'}:
     raise ValueError(
-      f'--database={database} has tables that are not those of alignjax label '
-      f'({", ".join(sorted(names)[:3])}, ...); choose another database.'
+      f'{place} has tables that are not those of alignjax label '
+      f'({", ".join(sorted(names)[:3])}, ...). Choose another database.'
     )
   if found is not None and found not in {s.revision for s in directory.walk_revisions()}:
     raise ValueError(
-      f'--database={database} was made by a newer version of alignjax (its tables are of revision '
-      f'{found}, this version knows those up to {newest}); use that version. Nothing was changed.'
+      f'{place} was made by a newer version of alignjax: its tables are of revision {found}, and '
+      f'this version knows those up to {newest}. Use that version; nothing was changed.'
     )
   if found is not None and not upgrade:
     raise ValueError(
-      f'--database={database} was made by an older version of alignjax (its tables are of revision '
-      f'{found}, this version needs {newest}). `alignjax label serve --upgrade` changes them; of a '
-      f'SQLite file it keeps a copy.'
+      f'{place} was made by an older version of alignjax: its tables are of revision {found}, and '
+      f'this version needs {newest}. Stop its server, and let `alignjax label serve --upgrade` '
+      f'change them; of a SQLite file it keeps a copy.'
     )
   if found is not None and engine.dialect.name == 'sqlite':
     copy = f'{engine.url.database}.before-{newest}-{time.strftime("%Y%m%dT%H%M%S")}'
     with contextlib.closing(engine.raw_connection()) as raw:
       raw.cursor().execute('VACUUM INTO ?', (copy,))
   with writing(engine) as connection:
-    # Another process may have made the tables while this one waited.
-    if migration.MigrationContext.configure(connection).get_current_revision() != newest:
-      settings.attributes['connection'] = connection
-      command.upgrade(settings, 'head')
+    if engine.dialect.name == 'postgresql':
+      connection.execute(sa.select(sa.func.pg_advisory_xact_lock(UPGRADE_LOCK)))
+    # If another process has made the tables while this one waited, nothing is left to do.
+    settings.attributes['connection'] = connection
+    command.upgrade(settings, 'head')

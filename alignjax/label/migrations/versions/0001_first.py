@@ -94,7 +94,12 @@ def upgrade() -> None:
     sa.PrimaryKeyConstraint('id'),
     sa.UniqueConstraint('task_id', 'key'),
   )
-  op.create_index('items_open', 'items', ['task_id', 'is_gold', 'priority', 'id'], unique=False)
+  op.create_index(
+    'items_open',
+    'items',
+    ['task_id', 'is_gold', 'hidden', 'priority', 'id', 'answers', 'overlap'],
+    unique=False,
+  )
   op.create_table(
     'answers',
     sa.Column('id', sa.Integer(), nullable=False),
