@@ -296,13 +296,15 @@ def check(made):
   assert {name: made[name] for name in label_load.ZERO} == dict.fromkeys(label_load.ZERO, 0)
 
 
-def test_labelers_at_two_servers(kind):
-  """12 labelers, as fast as they can, half of them at another server with the same database."""
-  made = label_load.run(kind, labelers=12, count=24, overlap=2, servers=2)
+@pytest.mark.slow
+def test_labelers_at_two_servers():
+  """12 labelers, as fast as they can, half of them at another server with the same SQLite file."""
+  made = label_load.run('sqlite', labelers=12, count=24, overlap=2, servers=2)
   check(made)
   assert made['answers'] == 48
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed(kind):
   """Every answer that was acknowledged is there after the restart, and the labelers go on."""
   made = label_load.run(kind, labelers=12, count=20, overlap=3, kills=1)

@@ -506,7 +506,7 @@ def test_the_second_round_is_chosen_by_two_reward_models_of_the_first(finished):
   assert np.all(np.diff(spread) <= 1e-5) and spread[0] > 2 * spread[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_stopped_ends_with_the_same_results(finished, tmp_path, monkeypatch):
   """After each step that a round has. The stages themselves are tests/test_train.py's."""
   workdir, result = finished
@@ -673,7 +673,7 @@ def environment():
   }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_on_real_data_have_held_out_items(patch, tmp_path):
   """A checkpoint and a file of prompts: people also rank samples of the newest policy on held-out
   prompts, which the reward model is measured on and not trained on."""
