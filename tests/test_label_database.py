@@ -140,6 +140,31 @@ def test_a_full_or_read_only_disk(tmp_path, pragma, repair, reason):
   engine.dispose()
 
 
+def test_a_database_that_goes_away(tmp_path):
+  """The page says so with what the person typed, also where it cannot be known who they are."""
+  engine = schema.connect(str(tmp_path / 'labels.db'))
+  labeling.people(engine, ann='labeler')
+  task = labeling.task(engine)
+  away = []
+
+  def refuse(*_):
+    if away:
+      raise sqlite3.OperationalError('unable to open database file')
+
+  sa.event.listen(engine, 'do_connect', refuse)
+  with labeling.serving(engine) as url:
+    browser = labeling.labeler(url, 'ann')
+    item = browser.next_item(task)
+    away.append(True)
+    engine.dispose()
+    fields = dict(token=item['token'], step='1', go='next', likert='5', note='my careful words')
+    answer = browser.http.post(f'/items/{item["item"]}', data=fields)
+    assert answer.status_code == 507 and 'my careful words' in answer.text
+    away.clear()
+    assert browser.http.get(f'/items/{item["item"]}').status_code == 200  # Still logged in.
+  engine.dispose()
+
+
 def test_a_database_that_may_not_be_written(tmp_path_factory):
   """Refused at the start, in two sentences."""
   # A folder that others may pass, and without the rights of root, who may write everything.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import threading
 from typing import Any
 
 import argon2
@@ -28,6 +29,8 @@ SHORTEST_PASSWORD = 10
 WINDOW, PER_NAME, PER_ADDRESS = 900, 10, 50
 
 _hasher = argon2.PasswordHasher()
+# A comparison takes 64 MiB and a core for a moment: many at once must not stop the server.
+_comparing = threading.BoundedSemaphore(2)
 # A login with an unknown name takes as long as one with a wrong password.
 _nobody = _hasher.hash(secrets.token_hex())
 
@@ -157,7 +160,8 @@ def login(engine: sa.Engine, name: str, password: str, address: str) -> Any:
       sa.select(people).where(sa.func.lower(people.c.name) == name)
     ).first()
   try:
-    _hasher.verify(found.password if found else _nobody, password)
+    with _comparing:
+      _hasher.verify(found.password if found else _nobody, password)
   except argon2.exceptions.VerificationError:
     found = None
   with schema.writing(engine) as connection:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import sqlalchemy as sa
 from starlette import responses, routing, staticfiles
 from starlette.applications import Starlette
@@ -9,6 +11,10 @@ from starlette.requests import Request
 
 from alignjax.label import accounts, assignment, labeler_pages, researcher_pages, schema
 from alignjax.label.server import FOLDER, Headers, Settings, templates
+
+# Requests that are worked on at once, in the order in which they came. More threads only wait for
+# each other, and the last one for longest.
+AT_ONCE = 8
 
 
 def make_app(
@@ -32,6 +38,7 @@ def make_app(
     exception_handlers={404: _not_found, 405: _not_found, 400: _bad_request},
   )
   app.add_middleware(Headers)
+  app.state.turns = asyncio.Semaphore(AT_ONCE)
   app.state.settings = Settings(engine, sessions, lease_seconds, secure)
   return app
 

@@ -108,9 +108,9 @@ def _task(connection: sa.Connection, visit: Visit, number: int) -> Any:
 
 
 def next_item(visit: Visit) -> responses.Response:
-  with visit.writing() as connection:
+  with visit.reading() as connection:
     task = _task(connection, visit, visit.path('task'))
-    item = assignment.next_item(connection, task.id, visit.number, visit.settings.lease_seconds)
+  item = _next(visit, task.id)
   if item is None:
     return message(
       visit, 200, 'Nothing is left for you', f'Every item of “{task.name}” is answered or taken.'
@@ -118,10 +118,22 @@ def next_item(visit: Visit) -> responses.Response:
   return go(f'/items/{item}')
 
 
+def _next(visit: Visit, task: int) -> int | None:
+  """The next item of a task. What was submitted before is committed: others who ask at the same
+  moment need not wait for it."""
+  with visit.writing() as connection:
+    return assignment.next_item(connection, task, visit.number, visit.settings.lease_seconds)
+
+
 def instructions(visit: Visit) -> responses.Response:
   with visit.reading() as connection:
     task = _task(connection, visit, visit.path('task'))
   return page(visit, 'instructions.html', task=task)
+
+
+# The statements of every page of an item are made once: to make one takes longer than to send it.
+_ITEM = sa.select(items).where(items.c.id == sa.bindparam('item'))
+_TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam('task'))
 
 
 class Open:
@@ -131,13 +143,15 @@ class Open:
 
   def __init__(self, connection: sa.Connection, visit: Visit, number: int):
     self.lease = assignment.lease_of(connection, number, visit.number)
-    self.answer = assignment.current_answer(connection, number, visit.number)
-    if self.lease is None and self.answer is None:
-      raise submissions.Gone('This item was not given to you.')
-    self.item = connection.execute(sa.select(items).where(items.c.id == number)).one()
+    self.answer: Any = None  # An answer takes the place of the lease.
+    if self.lease is None:
+      self.answer = assignment.current_answer(connection, number, visit.number)
+      if self.answer is None:
+        raise submissions.Gone('This item was not given to you.')
+    self.item = connection.execute(_ITEM, dict(item=number)).one()
     if self.item.hidden:
       raise submissions.Gone('This item was taken out, so your answer to it is no longer needed.')
-    self.task = connection.execute(sa.select(tasks).where(tasks.c.id == self.item.task_id)).one()
+    self.task = connection.execute(_TASK, dict(task=self.item.task_id)).one()
     self.shown: list[int] = (self.lease or self.answer).shown
     self.texts = [self.item.responses[i]['text'] for i in self.shown]
     self.rated = answers.needs_ratings(self.task.kind, self.task.ratings)
@@ -225,6 +239,19 @@ class Open:
       all_bad=all_bad,
     )
 
+  def checked(self, step: int) -> tuple[dict[str, Any] | None, int, str]:
+    """(the answer if this is the last step and nothing is missing, the step to show otherwise, what
+    is wrong there)."""
+    try:
+      if step < self.steps:
+        self.rating(step)
+        return None, step, ''
+      if (unrated := self.first_unrated()) < self.steps:
+        return None, unrated, 'This response is not rated yet.'
+      return self.payload(), step, ''
+    except answers.FormError as error:
+      return None, step, str(error)
+
   def active(self) -> float | None:
     """The seconds that the browser counted, where it did."""
     found = []
@@ -245,35 +272,27 @@ def item(visit: Visit) -> responses.Response:
       opened = Open(connection, visit, number)
     asked = visit.request.query_params.get('step')
     return _show(visit, opened, opened.step(asked) if asked else opened.first_unrated())
+  wanted = visit.form.get('go')
   with visit.writing() as connection:
     opened = Open(connection, visit, number)
     step = opened.step(visit.form.get('step'))
     opened.take(visit, step)
-    if visit.form.get('go') == 'more':
+    if wanted == 'more':
       opened.fields[str(step)].setdefault(f'query_{opened.examples(step) + 1}', '')
-    submissions.save_draft(connection, number, visit.number, opened.draft())
-  if visit.form.get('go') == 'more':
-    return _on(visit, f'/items/{number}?step={step}')
-  if visit.form.get('go') == 'back':
-    return _on(visit, f'/items/{number}?step={max(step - 1, 1)}')
-  try:
-    if step < opened.steps:
-      opened.rating(step)
-      return _on(visit, f'/items/{number}?step={step + 1}')
-    if (unrated := opened.first_unrated()) < opened.steps:
-      return _show(visit, opened, unrated, 'This response is not rated yet.')
-    payload = opened.payload()
-  except answers.FormError as error:
-    return _show(visit, opened, step, str(error))
-  with visit.writing() as connection:
-    submissions.submit(connection, number, visit.number, payload, active=opened.active())
-    if opened.answer is None:
-      following = assignment.next_item(
-        connection, opened.task.id, visit.number, visit.settings.lease_seconds
-      )
+    payload, shown, error = (None, step, '') if wanted in ('more', 'back') else opened.checked(step)
+    if payload is None:
+      submissions.save_draft(connection, number, visit.number, opened.draft())
     else:
-      following = None
-  return _on(visit, f'/items/{following}' if following else '/answers' if opened.answer else '/')
+      submissions.submit(connection, number, visit.number, payload, active=opened.active())
+  if error:
+    return _show(visit, opened, shown, error)
+  if payload is None:
+    following = {'more': step, 'back': max(step - 1, 1)}.get(str(wanted), step + 1)
+    return _on(visit, f'/items/{number}?step={following}')
+  if opened.answer:
+    return _on(visit, '/answers')
+  following = _next(visit, opened.task.id)
+  return _on(visit, f'/items/{following}' if following else '/')
 
 
 def _on(visit: Visit, path: str) -> responses.Response:
@@ -320,9 +339,7 @@ def skip(visit: Visit) -> responses.Response:
       submissions.skip(connection, number, visit.number, str(visit.form.get('reason', '')))
     except answers.FormError as error:
       return message(visit, 422, 'The item was not skipped', str(error))
-    following = assignment.next_item(
-      connection, opened.task.id, visit.number, visit.settings.lease_seconds
-    )
+  following = _next(visit, opened.task.id)
   return go(f'/items/{following}' if following else '/')
 
 

@@ -7,6 +7,7 @@ anything elsewhere, and the errors.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,9 @@ HEADERS = {
   'cross-origin-resource-policy': 'same-origin',
   'permissions-policy': 'camera=(), geolocation=(), microphone=()',
 }
+_PERSON = sa.select(people).where(
+  people.c.id == sa.bindparam('person'), people.c.active, people.c.epoch == sa.bindparam('epoch')
+)
 FOLDER = pathlib.Path(__file__).parent
 
 # No HTML, and no images: a page makes no request to another server.
@@ -45,6 +49,7 @@ _markdown = markdown_it.MarkdownIt('commonmark', {'html': False}).disable('image
 _markdown.enable('table')
 
 
+@functools.lru_cache(maxsize=64)
 def rendered(text: str) -> markupsafe.Markup:
   """Returns Markdown as HTML."""
   return markupsafe.Markup(_markdown.render(text))
@@ -166,7 +171,8 @@ def route(
     form: Any = {}
     if request.method == 'POST':
       form = await request.form(max_files=0, max_part_size=LARGEST_FORM)
-    return await concurrency.run_in_threadpool(_answer, request, form, handler, roles)
+    async with request.app.state.turns:
+      return await concurrency.run_in_threadpool(_answer, request, form, handler, roles)
 
   return routing.Route(path, endpoint, methods=list(methods), name=handler.__name__)
 
@@ -176,23 +182,18 @@ def _answer(
 ) -> responses.Response:
   settings: Settings = request.app.state.settings
   fresh = False
-  with schema.reading(settings.engine) as connection:
-    at = history.now(connection)
-    session = settings.sessions.read(request.cookies.get(COOKIE, ''), at)
-    if session is None:
-      session, fresh = settings.sessions.begin(at), True
-    person = connection.execute(
-      sa.select(people).where(
-        people.c.id == session.get('person'),
-        people.c.active,
-        people.c.epoch == session.get('epoch'),
-      )
-    ).first()
-  visit = Visit(request, settings, form, session, person)
+  visit = Visit(request, settings, form, settings.sessions.begin(0.0), None)
   try:
-    if request.method == 'POST' and not settings.sessions.check(
-      session, str(form.get('token', ''))
-    ):
+    with visit.reading() as connection:
+      at = history.now(connection)
+      session = settings.sessions.read(request.cookies.get(COOKIE, ''), at)
+      if session is None:
+        session, fresh = settings.sessions.begin(at), True
+      known = dict(person=session.get('person'), epoch=session.get('epoch'))
+      person = connection.execute(_PERSON, known).first()
+    visit = visit._replace(session=session, person=person)
+    token = str(form.get('token', ''))
+    if request.method == 'POST' and not settings.sessions.check(session, token):
       raise Halt(
         403,
         'This page is too old',
@@ -218,7 +219,7 @@ def _answer(
     text = 'This is a fault of the server, which has noted it. What you filled in is below.'
     response = message(visit, 500, 'Something went wrong', text, kept=_texts(form))
   if fresh and not any(k == b'set-cookie' for k, _ in response.raw_headers):
-    _set_cookie(response, settings, session)
+    _set_cookie(response, settings, visit.session)
   response.headers['cache-control'] = 'no-store'
   return response
 
@@ -234,9 +235,8 @@ def _texts(form: Any) -> list[tuple[str, str]]:
 
 def _trouble(error: exc.OperationalError) -> str:
   text = str(error.orig)
-  reason = (
-    'The disk of the server is full.' if 'full' in text else 'The database cannot be written now.'
-  )
+  full = 'is full' in text or 'No space left' in text
+  reason = 'The disk of the server is full.' if full else 'The database cannot be written now.'
   return (
     f'{reason} Your answer was not saved. What you filled in is below, and your browser keeps a '
     f'draft. Tell the people who run this server ({text}), and send it again later.'
