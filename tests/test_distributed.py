@@ -181,8 +181,9 @@ from alignjax.sharding import sync
 with distributed.joined({'seed': sys.argv[2]}, 30) as here:
   import jax.numpy as jnp
   from jax.experimental import multihost_utils
-  print('devices', jax.device_count(), jax.local_device_count(),
-        multihost_utils.process_allgather(jnp.array([here.process])).ravel().tolist(), flush=True)
+  ranks = multihost_utils.process_allgather(jnp.array([here.process])).ravel().tolist()
+  # In one write, because gloo writes to the same pipe.
+  os.write(1, f'devices {jax.device_count()} {jax.local_device_count()} {ranks}\\n'.encode())
   if here.process == 1:
     if sys.argv[1] == 'killed':
       os.kill(os.getpid(), signal.SIGKILL)
