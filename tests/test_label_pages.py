@@ -273,6 +273,27 @@ def test_invitations_through_the_pages(site):
   assert raw(url).get(link).status_code == 410  # It was for one person.
 
 
+def test_a_score_counts_once(site):
+  """However often the button is pressed."""
+  url, engine, people = site
+  with schema.writing(engine) as connection:
+    task = labeling.catalog.add_task(connection, 'write', 'demonstration')
+    rows = exchange.demonstration_items([{'prompt': 'Say hello.'}])
+    labeling.catalog.add_items(connection, task, rows)
+  ann, rita = labeling.labeler(url, 'ann'), labeling.labeler(url, 'rita')
+  ann.write(ann.next_item(task), response='Hello.')
+  page = rita.http.get('/review').text
+  answer = re.search(r'name="answer" value="(\d+)"', page)[1]
+  assert 'Hello.' in page and 'ann' not in page
+  for score in (6, 6, 2):
+    rita._post('/review', token_of(page), answer=answer, score=score)
+  with schema.reading(engine) as connection:
+    assert connection.execute(sa.select(schema.reviews.c.score)).scalars().all() == [6]
+  refused = rita.http.post('/review', data=dict(token=token_of(page), answer=answer, score=8))
+  assert refused.status_code == 422
+  assert 'no demonstration' in rita.http.get('/review').text
+
+
 def test_a_page_too_large_is_refused(site):
   url, _, _ = site
   ann = labeling.labeler(url, 'ann')

@@ -182,10 +182,12 @@ def change_person(connection: sa.Connection, number: int, by: int | None, **chan
     changes.get('role', 'admin') not in ROLES or changes.get('pool', 'training') not in forms.POOLS
   ):
     raise ValueError(f'there is no such role or pool: {changes}.')
+  admins = sa.select(people.c.id).where(people.c.role == 'admin', people.c.active)
+  # On PostgreSQL two admins who change each other at once wait here for each other.
+  connection.execute(admins.order_by(people.c.id).with_for_update()).all()
   connection.execute(
     people.update().where(people.c.id == number).values(epoch=people.c.epoch + 1, **changes)
   )
-  admins = sa.select(people.c.id).where(people.c.role == 'admin', people.c.active)
   if by is not None and connection.execute(admins).first() is None:
     raise Refused('The last admin must stay an active admin.')
   history.log(connection, 'person changed', by, person=number, **changes)

@@ -143,10 +143,16 @@ def review(visit: Visit) -> responses.Response:
       error = 'Give a score from 1 to 7.'
     else:
       with visit.writing() as connection:
-        at = history.log(connection, 'reviewed', visit.number, None, answer=number, score=score)
-        connection.execute(
-          reviews.insert().values(answer_id=number, person_id=visit.number, score=score, at=at)
-        )
+        earlier = connection.execute(
+          sa.select(reviews.c.id).where(
+            reviews.c.answer_id == number, reviews.c.person_id == visit.number
+          )
+        ).first()
+        if earlier is None:  # The button may have been pressed twice.
+          at = history.log(connection, 'reviewed', visit.number, None, answer=number, score=score)
+          connection.execute(
+            reviews.insert().values(answer_id=number, person_id=visit.number, score=score, at=at)
+          )
       return go('/review')
   mine = sa.exists().where(
     reviews.c.answer_id == answers_table.c.id, reviews.c.person_id == visit.number
