@@ -9,7 +9,7 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from alignjax.label import assignment, catalog, exchange, schema, submissions
+from alignjax.label import accounts, assignment, catalog, exchange, schema, submissions
 from alignjax.label.schema import answers, drafts, items, leases, tasks
 from tests import label_databases, label_load, labeling
 
@@ -143,6 +143,23 @@ def test_two_submit_the_same_item(servers):
     together(lambda i=item: submit(one, i, ann), lambda i=item: submit(two, i, bob))
   assert [row.answers for row in rows(one, items)] == [2] * 50
   assert take(one, task, cleo) is None
+
+
+def test_two_admins_deactivate_each_other(servers):
+  """At the same moment, 20 times: one of them stays."""
+  pairs = list(labeling.people(servers[0], **{f'admin {i}': 'admin' for i in range(2)}).values())
+
+  def deactivate(engine, other, mine):
+    with schema.writing(engine) as connection:
+      accounts.change_person(connection, other, mine, active=False)
+
+  for _ in range(20):
+    ended = together(
+      lambda: deactivate(servers[0], *pairs), lambda: deactivate(servers[1], *pairs[::-1])
+    )
+    assert sorted(type(e) for e in ended if e) == [accounts.Refused]
+    with schema.writing(servers[0]) as connection:
+      connection.execute(schema.people.update().values(active=True))
 
 
 def test_a_button_is_pressed_twice(servers):
