@@ -18,6 +18,7 @@ from alignjax.setup import inputs
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.records import encoded, records, say
 from alignjax.setup.weights import initial_params
+from alignjax.stages.comparisons import make_sampler
 
 # What a function of rounds.choose is told where it has an argument of that name.
 FACTS = ('seed', 'labels', 'features', 'earlier')
@@ -211,14 +212,7 @@ def respond(
   setup = run.setup
   limited = encoded(setup, 'prompts', rows)
   queries = {i: prompt for i, (prompt, _) in zip(limited.index, limited.rows, strict=True)}
-  sampler = bulk.make_sampler(
-    setup.nets,
-    setup.sharder,
-    prompt_length=setup.prompt_length,
-    max_tokens=setup.response_length,
-    stop_ids=setup.text.template.ends,
-    pad=setup.text.template.pad,
-  )
+  sampler = make_sampler(setup)
   said = {}
   for number, policy in enumerate(policies):
     own = [j for j, (i, which) in enumerate(draws) if which == number and i in queries]

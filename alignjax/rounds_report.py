@@ -25,7 +25,7 @@ from alignjax.runtime import files, fingerprints, journal
 from alignjax.setup.objects import seed_of
 from alignjax.setup.records import encoded, records, say
 from alignjax.setup.weights import initial_params
-from alignjax.stages.comparisons import Comparisons
+from alignjax.stages.comparisons import Comparisons, make_sampler
 
 COLUMNS = {
   'accuracy_before': 'accuracy before',
@@ -109,14 +109,7 @@ def sampled(run: Run, number: int) -> Samples:
   limited = encoded(setup, 'prompts', rows)
   prompts, each = [prompt for prompt, _ in limited.rows], cfg.evaluation_samples
   asked = [prompt for prompt in prompts for _ in range(each)]
-  sampler = bulk.make_sampler(
-    setup.nets,
-    setup.sharder,
-    prompt_length=setup.prompt_length,
-    max_tokens=setup.response_length,
-    stop_ids=setup.text.template.ends,
-    pad=setup.text.template.pad,
-  )
+  sampler = make_sampler(setup)
   params = initial_params(setup, run.policy(number), 'lm', 0)
   out, _ = sampler(params, asked, seed_of(f'{run.config.seed}/rounds/evaluation'))
   logprobs = bulk.make_response_logprobs(

@@ -260,14 +260,7 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   owner = np.repeat(np.arange(count), k)
   shares = np.array([p['share'] for p in policies], float)
   drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
-  sample = bulk.make_sampler(
-    setup.nets,
-    setup.sharder,
-    prompt_length=setup.prompt_length,
-    max_tokens=setup.response_length,
-    stop_ids=setup.text.template.ends,
-    pad=setup.text.template.pad,
-  )
+  sample = make_sampler(setup)
   responses: list = [None] * len(owner)
   loaded = {}
   for i, policy in enumerate(policies):
@@ -298,6 +291,19 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   ]
   return Comparisons(
     prompts=prompts, responses=grouped, ranks=ranks, features=[f.tolist() for f in features]
+  )
+
+
+def make_sampler(setup: Setup) -> Callable:
+  """Returns the sampler of whole sets of prompts (bulk.make_sampler) for a run's own networks and
+  lengths."""
+  return bulk.make_sampler(
+    setup.nets,
+    setup.sharder,
+    prompt_length=setup.prompt_length,
+    max_tokens=setup.response_length,
+    stop_ids=setup.text.template.ends,
+    pad=setup.text.template.pad,
   )
 
 
