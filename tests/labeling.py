@@ -7,13 +7,15 @@ import time
 
 import argon2
 import httpx
+import sqlalchemy as sa
 import uvicorn
 
-from alignjax.label import accounts, app, catalog, client, exchange, schema
+from alignjax.label import accounts, app, assignment, catalog, client, exchange, schema, submissions
 
 PASSWORD = 'correct horse'
 # A real hash takes a tenth of a second on purpose.
 accounts._hasher = argon2.PasswordHasher(time_cost=1, memory_cost=64, parallelism=1)
+RANKS = dict(ratings=None, ranks=[1, 2, 2, 3], all_bad=False)  # an answer about four responses
 OPEN = []  # the clients that `serving` closes
 
 
@@ -66,6 +68,21 @@ def task(engine, name='a task', kind='ranking', records=None, gold=False, **opti
     number = catalog.add_task(connection, name, kind, **options)
     catalog.add_items(connection, number, rows)
   return number
+
+
+def take(engine, task, person, seconds=3600):
+  with schema.writing(engine) as connection:
+    return assignment.next_item(connection, task, person, seconds)
+
+
+def submit(engine, item, person, payload=RANKS):
+  with schema.writing(engine) as connection:
+    submissions.submit(connection, item, person, payload)
+
+
+def rows(engine, table):
+  with schema.reading(engine) as connection:
+    return connection.execute(sa.select(table).order_by(table.c.id)).all()
 
 
 def labeler(url, name):

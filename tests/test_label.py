@@ -22,6 +22,7 @@ from alignjax.label import (
   submissions,
 )
 from tests import labeling
+from tests.labeling import take
 
 
 @pytest.fixture
@@ -31,15 +32,9 @@ def engine(tmp_path):
   made.dispose()
 
 
-def take(engine, task, person):
-  with schema.writing(engine) as connection:
-    return assignment.next_item(connection, task, person)
-
-
 def submit(engine, item, person, ranks=(1, 2, 3, 4), **more):
   payload = dict(ratings=None, ranks=list(ranks), all_bad=False) | more
-  with schema.writing(engine) as connection:
-    submissions.submit(connection, item, person, payload)
+  labeling.submit(engine, item, person, payload)
 
 
 def export(engine, what, **options):

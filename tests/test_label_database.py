@@ -13,11 +13,10 @@ import time
 import pytest
 import sqlalchemy as sa
 
-from alignjax.label import assignment, catalog, client, exchange, history, schema, submissions
+from alignjax.label import catalog, client, exchange, history, schema
 from alignjax.label.schema import answers, drafts, events, items, leases
 from tests import label_databases, labeling
-
-RANKS = dict(ratings=None, ranks=[1, 2, 2, 3], all_bad=False)
+from tests.labeling import rows, submit, take
 
 
 @pytest.fixture(scope='module')
@@ -28,21 +27,6 @@ def cluster():
 @pytest.fixture(params=['sqlite', 'postgres'])
 def address(request, tmp_path):
   return label_databases.new(request, tmp_path)
-
-
-def take(engine, task, person, seconds=3600):
-  with schema.writing(engine) as connection:
-    return assignment.next_item(connection, task, person, seconds)
-
-
-def submit(engine, item, person, payload=RANKS):
-  with schema.writing(engine) as connection:
-    submissions.submit(connection, item, person, payload)
-
-
-def rows(engine, table):
-  with schema.reading(engine) as connection:
-    return connection.execute(sa.select(table).order_by(table.c.id)).all()
 
 
 # The clock

@@ -12,8 +12,7 @@ import sqlalchemy as sa
 from alignjax.label import accounts, assignment, catalog, exchange, schema, submissions
 from alignjax.label.schema import answers, drafts, items, leases, tasks
 from tests import label_databases, label_load, labeling
-
-RANKS = dict(ratings=None, ranks=[1, 2, 2, 3], all_bad=False)
+from tests.labeling import RANKS, rows, submit, take
 
 
 @pytest.fixture(scope='module')
@@ -61,21 +60,6 @@ def together(*calls):
   for thread in threads:
     thread.join()
   return results
-
-
-def take(engine, task, person, seconds=3600):
-  with schema.writing(engine) as connection:
-    return assignment.next_item(connection, task, person, seconds)
-
-
-def submit(engine, item, person, payload=RANKS):
-  with schema.writing(engine) as connection:
-    submissions.submit(connection, item, person, payload)
-
-
-def rows(engine, table):
-  with schema.reading(engine) as connection:
-    return connection.execute(sa.select(table).order_by(table.c.id)).all()
 
 
 # Several at once

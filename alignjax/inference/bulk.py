@@ -218,14 +218,28 @@ def make_scorer(
 ) -> Callable:
   """Returns a function score(params, sequences, done=None) -> f32[N], the scalar head at the last
   token of each row. Rows have at most `length` tokens."""
+  return at_last(_scored(nets), sharder, length=length, pad=pad, rows=rows)
 
-  def score(params, sequences, done=None):
+
+def at_last(
+  run: Callable,
+  sharder: Sharder | None,
+  *,
+  length: int,
+  pad: int,
+  rows: int | Callable[[int], int] = 256,
+) -> Callable:
+  """Returns a function of (params, sequences, done=None), with the results of
+  run(params, tokens [B,T], mask) of every sequence as f32[N,...]. run is compiled, and returns a
+  value for each row. Rows have at most `length` tokens."""
+
+  def results(params, sequences, done=None):
     def make(some, width):
       return encode.right_pad([sequences[i] for i in some], width, pad)
 
     return np.array(
       each(
-        _scored(nets),
+        run,
         make,
         list(map(len, sequences)),
         params,
@@ -237,7 +251,7 @@ def make_scorer(
       np.float32,
     )
 
-  return score
+  return results
 
 
 @functools.lru_cache(maxsize=32)

@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from alignjax import ops
-from alignjax.data import encode
 from alignjax.inference import bulk
 from alignjax.sharding import Sharder
 from alignjax.types import Networks
@@ -26,25 +24,7 @@ def make_features(
 ) -> Callable:
   """Returns a function features(params, sequences) -> f32[N,D], what the scalar head multiplies
   with its kernel at the last token of each row. Rows have at most `length` tokens."""
-
-  def features(params, sequences):
-    def make(some, width):
-      return encode.right_pad([sequences[i] for i in some], width, pad)
-
-    return np.array(
-      bulk.each(
-        _last_layer(nets),
-        make,
-        list(map(len, sequences)),
-        params,
-        most=length,
-        rows=rows,
-        sharder=sharder,
-      ),
-      np.float32,
-    )
-
-  return features
+  return bulk.at_last(_last_layer(nets), sharder, length=length, pad=pad, rows=rows)
 
 
 @functools.lru_cache(maxsize=32)

@@ -52,7 +52,6 @@ class Answer(NamedTuple):
   seconds: float
   active: float | None
   at: float
-  instructions_version: int
 
 
 def read(connection: sa.Connection, task: int | None = None) -> list[Answer]:
@@ -85,7 +84,6 @@ def read(connection: sa.Connection, task: int | None = None) -> list[Answer]:
         row.elapsed,
         row.active,
         row.at,
-        row.instructions_version,
       )
     )
   return made
@@ -155,15 +153,32 @@ def _same(pairs: Iterable[tuple[int, Sequence[int], Sequence[int]]]) -> stats.Fi
   return stats.interval(same, clusters, (0, 1))
 
 
-def of_labeler(rows: Sequence[Answer], person: int) -> dict[str, Any]:
-  """Returns the figures of one labeler among the answers of a task."""
-  mine = [row for row in rows if row.person == person]
+def _with_known(rankings: Iterable[Answer]) -> stats.Figure:
+  """The agreement of rankings with the known answers of their items."""
+  return _same(
+    (row.item.id, row.payload['ranks'], row.item.gold['ranks'])
+    for row in rankings
+    if row.item.gold and row.item.gold.get('ranks')
+  )
+
+
+def labelers(rows: Sequence[Answer]) -> list[dict[str, Any]]:
+  """Returns the figures of each labeler among the answers of a task, and their alarms."""
+  by_item: dict[int, list[Answer]] = {}
+  for row in ranked(rows):
+    by_item.setdefault(row.item.id, []).append(row)
+  usual = seconds([row for row in rows if row.status == 'done'])
+  made = []
+  for person in dict.fromkeys(row.person for row in rows):
+    figures = _of_labeler([row for row in rows if row.person == person], by_item)
+    made.append(figures | {'alarms': alarms(figures, usual)})
+  return made
+
+
+def _of_labeler(mine: Sequence[Answer], by_item: Mapping[int, Sequence[Answer]]) -> dict[str, Any]:
+  """The figures of one labeler. by_item: everybody's rankings of each item."""
   done = [row for row in mine if row.status == 'done']
   rankings = ranked(mine)
-  others = [row for row in ranked(rows) if row.person != person]
-  by_item: dict[int, list[Answer]] = {}
-  for row in others:
-    by_item.setdefault(row.item.id, []).append(row)
   forward = [_in_order(row) for row in rankings if len(set(row.payload['ranks'])) > 1]
   ties = [
     float(a == b) for row in rankings for a, b in itertools.combinations(row.payload['ranks'], 2)
@@ -171,29 +186,25 @@ def of_labeler(rows: Sequence[Answer], person: int) -> dict[str, Any]:
   flags = [
     set(r['flags']) for row in done for r in row.payload.get('ratings') or () if 'flags' in r
   ]
-  figures = dict(
-    person=person,
-    name=mine[0].name if mine else '',
-    pool=mine[0].pool if mine else '',
+  return dict(
+    person=mine[0].person,
+    name=mine[0].name,
+    pool=mine[0].pool,
     done=len(done),
     skipped=sum(row.status == 'skipped' for row in mine),
     seconds=seconds(done),
     others=_same(
       (row.item.id, row.payload['ranks'], other.payload['ranks'])
       for row in rankings
-      for other in by_item.get(row.item.id, ())
+      for other in by_item[row.item.id]
+      if other.person != row.person
     ),
-    gold=_same(
-      (row.item.id, row.payload['ranks'], row.item.gold['ranks'])
-      for row in rankings
-      if row.item.gold and row.item.gold.get('ranks')
-    ),
+    gold=_with_known(rankings),
     position=statistics.position_bias(verdicts(rankings)),
     ties=float(np.mean(ties)) if ties else None,
     flags={f: sum(f in have for have in flags) / len(flags) for f in FLAGS} if flags else {},
     same_order=float(np.mean(forward)) if forward else None,
   )
-  return figures | {'alarms': alarms(figures, seconds([r for r in rows if r.status == 'done']))}
 
 
 def _in_order(row: Answer) -> bool:
@@ -226,18 +237,29 @@ def alarms(figures: dict[str, Any], usual: float | None) -> list[str]:
 
 
 def of_task(connection: sa.Connection, task: Any) -> dict[str, Any]:
-  """Returns the figures of a task: what is done and left, the rate, agreement, each labeler."""
+  """Returns the figures of a task: those of `summary`, and of each labeler."""
   rows = read(connection, task.id)
-  at = history.now(connection)
+  return summary(connection, task, rows) | dict(labelers=labelers(rows))
+
+
+def wanted(connection: sa.Connection, task: Any) -> tuple[int, int, int]:
+  """(the number of items of a task, how many of them are taken out, the answers that are left)."""
   overlap = sa.func.coalesce(items.c.overlap, task.overlap)
   left = sa.case((items.c.answers < overlap, overlap - items.c.answers), else_=0)
-  totals = connection.execute(
+  count, hidden, missing = connection.execute(
     sa.select(
       sa.func.count(),
       sa.func.sum(sa.case((items.c.hidden.is_not(None), 1), else_=0)),
       sa.func.sum(sa.case((items.c.is_gold | items.c.hidden.is_not(None), 0), else_=left)),
     ).where(items.c.task_id == task.id)
   ).one()
+  return count, int(hidden or 0), int(missing or 0)
+
+
+def summary(connection: sa.Connection, task: Any, rows: Sequence[Answer]) -> dict[str, Any]:
+  """Returns what is done and left of a task, the rate, and agreement. rows: its current answers."""
+  at = history.now(connection)
+  count, hidden, left = wanted(connection, task)
   held = connection.execute(
     sa.select(sa.func.count())
     .select_from(leases.join(items, items.c.id == leases.c.item_id))
@@ -248,17 +270,16 @@ def of_task(connection: sa.Connection, task: Any) -> dict[str, Any]:
   span = (at - min((row.at for row in last_day), default=at)) / 3600
   return dict(
     task=task,
-    items=totals[0],
-    hidden=int(totals[1] or 0),
+    items=count,
+    hidden=hidden,
     done=len(done),
-    left=int(totals[2] or 0),
+    left=left,
     held=held,
     skipped=sum(row.status == 'skipped' for row in rows),
     per_hour=len(last_day) / span if span > 1 / 60 else None,
     seconds=seconds(done),
     agreement=agreement(rows),
     position=statistics.position_bias(verdicts(rows)),
-    labelers=[of_labeler(rows, person) for person in dict.fromkeys(row.person for row in rows)],
   )
 
 
@@ -281,11 +302,7 @@ def screening(connection: sa.Connection) -> list[dict[str, Any]]:
   ):
     mine = [row for row in rows if row.person == candidate.id and row.status == 'done']
     judged = [row for row in mine if row.item.gold]
-    ranking = _same(
-      (row.item.id, row.payload['ranks'], row.item.gold['ranks'])
-      for row in ranked(judged)
-      if row.item.gold and row.item.gold.get('ranks')
-    )
+    ranking = _with_known(ranked(judged))
     flagged = _flags_agree(judged)
     written = [
       float(np.mean(scores[row.id]))

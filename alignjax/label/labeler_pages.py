@@ -26,9 +26,8 @@ def login(visit: Visit) -> responses.Response:
   if visit.request.method == 'GET':
     return page(visit, 'login.html', error='', name='')
   name, password = (str(visit.form.get(field, '')) for field in ('name', 'password'))
-  address = visit.request.client.host if visit.request.client else ''
   try:
-    person = accounts.login(visit.settings.engine, name, password, address)
+    person = accounts.login(visit.settings.engine, name, password, visit.address)
   except accounts.Refused as refused:
     status = 429 if isinstance(refused, accounts.TooMany) else 401
     return page(visit, 'login.html', status, error=str(refused), name=name)
@@ -65,10 +64,9 @@ def password(visit: Visit) -> responses.Response:
   """Changes one's own password."""
   if visit.request.method == 'GET':
     return page(visit, 'password.html', error='')
-  address = visit.request.client.host if visit.request.client else ''
   try:
     old = str(visit.form.get('old', ''))
-    accounts.login(visit.settings.engine, visit.person.name, old, address)
+    accounts.login(visit.settings.engine, visit.person.name, old, visit.address)
     with visit.writing() as connection:
       accounts.set_password(connection, visit.number, str(visit.form.get('new', '')))
   except accounts.Refused as refused:

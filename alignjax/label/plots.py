@@ -15,13 +15,14 @@ from alignjax.label.figures import Answer
 BLUE, GREY = '#1a4f8b', '#6e7781'
 
 
-def progress(rows: Sequence[Answer], wanted: int) -> bytes:
-  """The answers so far against time. wanted: how many the task needs in all."""
+def progress(rows: Sequence[Answer], left: int) -> bytes:
+  """The answers so far against time. left: how many the task still needs."""
   made = figures.Figure(figsize=(7, 2.8), layout='constrained')
   axes = made.subplots()
   times = [
     datetime.datetime.fromtimestamp(row.at, datetime.UTC) for row in rows if row.status == 'done'
   ]
+  wanted = len(times) + left
   axes.step(np.asarray(times), np.arange(1, len(times) + 1), where='post', color=BLUE)
   axes.axhline(wanted, color=GREY, linewidth=1, linestyle='--')
   axes.annotate(

@@ -28,7 +28,7 @@ def _task(connection: sa.Connection, visit: Visit) -> Any:
 def dashboard(visit: Visit) -> responses.Response:
   with visit.reading() as connection:
     rows = [
-      figures.of_task(connection, task)
+      figures.summary(connection, task, figures.read(connection, task.id))
       for task in connection.execute(sa.select(tasks).order_by(tasks.c.id)).all()
     ]
     screened = figures.screening(connection)
@@ -52,12 +52,12 @@ def picture(visit: Visit) -> responses.Response:
   name = visit.request.path_params['name']
   with visit.reading() as connection:
     row = _task(connection, visit)
-    made = figures.of_task(connection, row)
     rows = figures.read(connection, row.id)
+    left = figures.wanted(connection, row)[2]
   if name == 'progress':
-    image = plots.progress(rows, made['done'] + made['left'])
+    image = plots.progress(rows, left)
   elif name == 'labelers':
-    image = plots.labelers(made['labelers'])
+    image = plots.labelers(figures.labelers(rows))
   else:
     raise Halt(404, 'There is no such picture', name)
   return responses.Response(image, media_type='image/png')

@@ -92,6 +92,11 @@ class Visit(NamedTuple):
   def number(self) -> int:
     return self.person.id
 
+  @property
+  def address(self) -> str:
+    """Where the request comes from, for the limit on failed logins."""
+    return self.request.client.host if self.request.client else ''
+
   def path(self, name: str) -> int:
     return int(self.request.path_params[name])
 
