@@ -345,6 +345,22 @@ def test_alpha_does_not_depend_on_the_order_in_which_responses_are_stored(engine
   assert made['alpha']['mean'] == pytest.approx(1 - 19 / 30, abs=0.06)
 
 
+def test_what_is_done_and_left(engine):
+  """Of six items with two labelers each, one is taken out; one answer, one skip, one lease."""
+  people = labeling.people(engine, ann='labeler', bob='labeler')
+  task = labeling.task(engine, records=labeling.candidates(6), overlap=2)
+  submit(engine, take(engine, task, people['ann']), people['ann'])
+  with schema.writing(engine) as connection:
+    skipped = assignment.next_item(connection, task, people['ann'])
+    submissions.skip(connection, skipped, people['ann'], 'unclear')
+    catalog.hide(connection, 6, 'researcher')
+  take(engine, task, people['bob'])
+  with schema.reading(engine) as connection:
+    made = figures.of_task(connection, connection.execute(sa.select(schema.tasks)).one())
+  names = ('items', 'hidden', 'done', 'left', 'held', 'skipped')
+  assert [made[name] for name in names] == [6, 1, 1, 9, 1, 1]
+
+
 def test_position_bias_and_alarms(engine, monkeypatch):
   """One labeler always ranks in the order shown, and in a tenth of the time."""
   records = labeling.candidates(20)
