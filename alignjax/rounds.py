@@ -32,7 +32,7 @@ from alignjax.runtime import failures, files
 from alignjax.runtime.interrupt import Interrupt
 from alignjax.setup import entries, template_date
 from alignjax.setup.objects import Setup, make_setup
-from alignjax.setup.records import say
+from alignjax.setup.records import of_sandbox, say
 
 LABELERS = ('sandbox', 'clients', 'people')
 
@@ -185,7 +185,7 @@ def check_entries(cfg: Any, setup: Setup) -> None:
       'rounds.policies must have shares of 0 or more, and one above 0 of a policy that the first '
       "round has: not 'newest' or 'earlier'."
     )
-  if cfg.labelers != 'people' and setup.text.world is None:
+  if cfg.labelers != 'people' and not of_sandbox(setup, 'prompts'):
     raise ValueError(
       f'rounds.labelers={cfg.labelers!r} are those of the sandbox, which this config is not about. '
       f"Set rounds.labelers='people'."

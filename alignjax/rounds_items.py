@@ -16,7 +16,7 @@ from alignjax.label import choose
 from alignjax.runtime import files, journal, saved_config
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup, seed_of
-from alignjax.setup.records import encoded, records, say
+from alignjax.setup.records import encoded, of_sandbox, records, say
 from alignjax.setup.weights import initial_params
 from alignjax.stages.comparisons import make_sampler
 
@@ -149,7 +149,7 @@ def prompts(run: Run, number: int) -> list[Row]:
   """Returns new prompts for a round: a prompt of a file is in one round at most, and those of the
   sandbox are drawn anew."""
   count, setup = run.config.rounds.prompts, run.setup
-  if setup.config.data.prompts == 'sandbox:':
+  if of_sandbox(setup, 'prompts'):
     return records(setup, 'prompts', number * count)[-count:]
   every = records(setup, 'prompts', None)
   order = np.random.default_rng([run.config.seed, seed_of('rounds')]).permutation(len(every))
@@ -170,7 +170,7 @@ def sample(run: Run, number: int, policies: Sequence[Policy]) -> list[Row]:
   for i in range(len(rows)):
     count = rng.integers(cfg.responses[0], cfg.responses[1] + 1)
     draws += [(i, int(j)) for j in rng.choice(len(policies), count, p=shares / shares.sum())]
-  if setup.text.world is None:
+  if not of_sandbox(setup, 'prompts'):
     first = len(rows)
     rows = [
       *rows,
@@ -262,7 +262,7 @@ def item(
     number=number,
     **{k: row[k] for k in ('use_case', 'user_id', 'held_out') if row.get(k) is not None},
   )
-  if setup.text.world is not None:
+  if of_sandbox(setup, 'prompts'):
     from alignjax import sandbox
 
     judged = [

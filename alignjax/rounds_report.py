@@ -23,7 +23,7 @@ from alignjax.inference import bulk
 from alignjax.rounds_items import Row, Run
 from alignjax.runtime import files, fingerprints, journal
 from alignjax.setup.objects import seed_of
-from alignjax.setup.records import encoded, records, say
+from alignjax.setup.records import encoded, of_sandbox, records, say
 from alignjax.setup.weights import initial_params
 from alignjax.stages.comparisons import Comparisons, make_sampler
 
@@ -79,7 +79,7 @@ def _measured(run: Run, number: int) -> Row:
     kl=interval(samples[number].kl.mean(1), samples[number].names, ANY),
     proxy_gain=_gain(proxy[number], proxy[0], samples[0].names),
   )
-  if run.setup.text.world is None:
+  if not of_sandbox(run.setup, 'prompts'):
     held_out = _held_out(run, rows)
     figures['labels_held_out'] = len(held_out.prompts)
     for name, model in (('before', number - 1), ('after', number)):
@@ -120,7 +120,7 @@ def sampled(run: Run, number: int) -> Samples:
   responses = [out[i : i + each] for i in range(0, len(out), each)]
   kept = [rows[i] for i in limited.index]
   features = None
-  if setup.text.world is not None:
+  if of_sandbox(setup, 'prompts'):
     from alignjax import sandbox
 
     features = [
@@ -248,7 +248,7 @@ def result(run: Run, figures: Sequence[Mapping[str, Any]]) -> Row:
   left_out = ('database', 'task', 'base')
   return dict(
     seed=run.config.seed,
-    sandbox=run.setup.text.world is not None,
+    sandbox=of_sandbox(run.setup, 'prompts'),
     rounds=[
       dict(one, labels_so_far=sum(f['labels'] for f in figures[: i + 1]))
       for i, one in enumerate(figures)

@@ -154,16 +154,18 @@ def check_data(setup: Setup, builders: Mapping[str, Callable]) -> None:
   """Reads what the later stages will read, so that a wrong line is reported now and not after the
   hours of another stage.
 
-  The first stage is left out, because it reads its data at once, and so is the sandbox, whose data
-  are sampled from earlier stages. Each stage reads its records again when its turn comes, and
-  prints its notes about them then.
+  The first stage is left out, because it reads its data at once, and so are the sandbox's records,
+  which have no wrong lines, and its comparisons, which are sampled from earlier stages. Each stage
+  reads its records again when its turn comes, and prints its notes about them then.
   """
-  if setup.text.world is not None:
+  data = setup.config.data
+  if {data.pretrain, data.demonstrations, data.comparisons, data.prompts} == {'sandbox:'}:
     return
   for name, builder in list(builders.items())[1:]:
+    sampled = data.comparisons == 'sandbox:' and 'policies' in setup.config.stages[name]
     # A stage of a fork may have no such function.
     read = getattr(sys.modules.get(builder.__module__), 'read_data', None)
-    if read is not None:
+    if read is not None and not sampled:
       with contextlib.redirect_stdout(io.StringIO()):
         read(for_stage(setup, name)._replace(read={}), name)
 

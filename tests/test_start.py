@@ -281,7 +281,10 @@ def test_a_reward_on_the_host_reads_what_samples_show(form):
     )
   )(*prompts, *right)
   assert scores.tolist() == [1.0, 1.0, 1.0] and not failures
-  fake = types.SimpleNamespace(text=types.SimpleNamespace(template=template, world=None))
+  fake = types.SimpleNamespace(
+    text=types.SimpleNamespace(template=template),
+    config=types.SimpleNamespace(data={'prompts': 'jsonl:prompts.jsonl'}),
+  )
   rollout = types.SimpleNamespace(responses=right[0], mask=right[1], scores=np.ones(3))
   assert [
     row[:2] for row in ppo_ptx.samples_and_gold(fake, [dict(prompt=said[0])] * 3, rollout)[1]

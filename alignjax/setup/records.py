@@ -31,7 +31,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
       f'data.heldout.share={share} must be from 0 to below 1: the share of prompts that no stage '
       f'is trained on.'
     )
-  if source == 'sandbox:':
+  if of_sandbox(setup, kind):
     from alignjax import sandbox
 
     make = {
@@ -54,11 +54,29 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   return batches.draw(made, count, (setup.config.seed, seed_of(kind)))
 
 
+def of_sandbox(setup: Setup, kind: str) -> bool:
+  """Returns whether the records of data.<kind> are the sandbox's own. Only of these do its labelers
+  know what a response should say: the words of a run (data.tokenizer) may be the sandbox's, and its
+  records those of a file.
+
+  Raises:
+    ValueError: the records are the sandbox's and the tokenizer is another, which lacks its words.
+  """
+  own = setup.config.data[kind] == 'sandbox:'
+  if own and setup.text.world is None:
+    raise ValueError(
+      f"data.{kind}='sandbox:' needs data.tokenizer='sandbox:', which is "
+      f'{setup.config.data.tokenizer!r}. Name a source of {kind} (docs/data.md), or set the '
+      f'tokenizer.'
+    )
+  return own
+
+
 def open_documents(setup: Setup, count: int | None) -> sources.Source:
   """`count` documents of data.pretrain, a random choice by the seed, to read by index (None:
   all)."""
   config = setup.config
-  if config.data.pretrain == 'sandbox:':
+  if of_sandbox(setup, 'pretrain'):
     made = records(setup, 'pretrain', count)
     return sources.Source(len(made), lambda i: [made[i]])
   setup.read.update(

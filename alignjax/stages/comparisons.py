@@ -19,7 +19,7 @@ from alignjax.runtime import files, fingerprints
 from alignjax.setup import inputs
 from alignjax.setup.entries import check_counts, check_epochs
 from alignjax.setup.objects import Setup, seed_of, stage_dir
-from alignjax.setup.records import encoded, records, say
+from alignjax.setup.records import encoded, of_sandbox, records, say
 from alignjax.setup.weights import initial_params
 from alignjax.sharding import sync
 from alignjax.stages import abstract
@@ -47,7 +47,7 @@ def training(setup: Setup, name: str) -> Comparisons:
   each prompt. Prompts whose responses all tie carry no information and are left out, with a notice;
   it is an error if no other prompt is left."""
   cfg = setup.config.stages[name]
-  if setup.config.data.comparisons == 'sandbox:':
+  if of_sandbox(setup, 'comparisons'):
     made = _read_or_make(
       stage_dir(setup, name) / 'comparisons.json',
       made_from(setup, name),
@@ -78,7 +78,7 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   without those whose responses all tie.
   """
   cfg = setup.config.stages[name]
-  if setup.config.data.comparisons == 'sandbox:':
+  if of_sandbox(setup, 'comparisons'):
     return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
   rows = records(setup, 'comparisons', None, 'test')
   names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
@@ -229,7 +229,13 @@ def check(setup: Setup, name: str) -> None:
       f'{cfg.responses_per_batch} into parts of no prompt: lower microbatches, or raise '
       f'responses_per_batch.'
     )
-  if setup.config.data.comparisons == 'sandbox:' and not 2 <= cfg.responses[0] <= cfg.responses[
+  if of_sandbox(setup, 'comparisons') and not of_sandbox(setup, 'prompts'):
+    raise ValueError(
+      f"{where}: data.comparisons='sandbox:' ranks responses to the sandbox's prompts, but "
+      f'data.prompts={setup.config.data.prompts!r}. Name a file of comparisons, or set '
+      f"data.prompts='sandbox:'."
+    )
+  if of_sandbox(setup, 'comparisons') and not 2 <= cfg.responses[0] <= cfg.responses[
     1
   ] <= max(cfg.k_buckets):
     raise ValueError(

@@ -21,7 +21,7 @@ from alignjax import ops, plugins, steps
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
 from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
-from alignjax.setup.records import encoded, records
+from alignjax.setup.records import encoded, of_sandbox, records
 from alignjax.setup.weights import freeze, initial_params
 from alignjax.sharding import fetch
 from alignjax.stages import ppo_ptx_plan
@@ -321,8 +321,8 @@ def samples_and_gold(
     prompt_records: the record of each row's prompt.
 
   Returns:
-    (metrics, rows). The metrics are the gold scores of the sandbox's labelers, and empty outside of
-    the sandbox. The rows are (prompt, response, score, gold score or None).
+    (metrics, rows). The metrics are the gold scores of the sandbox's labelers, and empty where the
+    prompts are not the sandbox's. The rows are (prompt, response, score, gold score or None).
   """
   responses, mask, scores = fetch((rollout.responses, rollout.mask, rollout.scores))
   texts, ended = zip(
@@ -333,7 +333,7 @@ def samples_and_gold(
     strict=True,
   )
   metrics, gold = {}, [None] * len(texts)
-  if setup.text.world is not None:
+  if of_sandbox(setup, 'prompts'):
     from alignjax import sandbox
 
     judged = [

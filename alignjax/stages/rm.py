@@ -16,7 +16,7 @@ from alignjax.evals.reward import accuracy
 from alignjax.inference import bulk
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of, stage_key
-from alignjax.setup.records import encoded, records
+from alignjax.setup.records import encoded, of_sandbox, records
 from alignjax.setup.weights import initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
@@ -97,7 +97,7 @@ def read_data(
   at the end."""
   data = comparisons.training(setup, name)
   plan = comparisons.updates(setup, name, data)
-  sampled = setup.config.data.comparisons == 'sandbox:'
+  sampled = of_sandbox(setup, 'comparisons')
   held_out = None if sampled else comparisons.evaluation(setup, name)
   demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
   limited = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])

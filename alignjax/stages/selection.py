@@ -74,7 +74,7 @@ def _measure(
   setup: Setup, name: str, records: list[dict], candidates: dict[str, files.Folder]
 ) -> dict[str, dict[str, np.ndarray]]:
   """candidate -> {'reward': f[N], 'kl': f[N], 'gold': f[N]}, as far as the stage names a reward
-  model and a reference, and the run is in the sandbox."""
+  model and a reference, and the prompts are the sandbox's."""
   cfg = setup.config.stages[name]
   prompts = [record['prompt'] for record in records]
   reward = _load(setup, name, cfg.init.reward, 'scalar') if cfg.init.reward else None
@@ -115,7 +115,7 @@ def _measure(
       values['reward'] = rewarder(reward, responses)[:, 0]
     if ref is not None:
       values['kl'] = divergence(params, ref, responses)[:, 0]
-    if setup.text.world is not None:
+    if cfg.prompts.source == 'sandbox:':
       gold = samples.gold(setup.text.world, setup.text.labelers, records, responses)
       values['gold'] = gold['gold, training labelers'][:, 0]
     measured[label] = values

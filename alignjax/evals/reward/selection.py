@@ -29,7 +29,7 @@ def reward_less_kl(measured: Measured, *, kl_coef: float) -> np.ndarray:
 def gold(measured: Measured) -> np.ndarray:
   """Returns the sandbox's true score for its training labelers, which exists only in a world whose
   answers are known."""
-  return _of(measured, 'gold', "data.tokenizer='sandbox:'")
+  return _of(measured, 'gold', "prompts.source='sandbox:'")
 
 
 def _of(measured: Measured, name: str, source: str) -> np.ndarray:
