@@ -235,9 +235,9 @@ def check(setup: Setup, name: str) -> None:
       f'data.prompts={setup.config.data.prompts!r}. Name a file of comparisons, or set '
       f"data.prompts='sandbox:'."
     )
-  if of_sandbox(setup, 'comparisons') and not 2 <= cfg.responses[0] <= cfg.responses[
-    1
-  ] <= max(cfg.k_buckets):
+  if of_sandbox(setup, 'comparisons') and not 2 <= cfg.responses[0] <= cfg.responses[1] <= max(
+    cfg.k_buckets
+  ):
     raise ValueError(
       f'{where}.responses={cfg.responses} must be a range from 2 up to k_buckets={cfg.k_buckets}.'
     )
