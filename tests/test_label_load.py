@@ -2,6 +2,7 @@
 and nothing is lost, also where the server is killed. tests/label_load.py is the same as a program,
 with any number of labelers."""
 
+import contextlib
 import re
 import threading
 import time
@@ -244,12 +245,70 @@ def test_reading_sees_one_state(engine):
 
 
 def test_servers_start_at_once_on_a_new_database(address):
-  """One of them makes the tables, and the others wait for it."""
+  """One of them makes the tables, and the others wait for it; so it is with the secret of the
+  cookies."""
   made = together(*[lambda: schema.connect(address)] * 6)
   assert [type(m).__name__ for m in made] == ['Engine'] * 6
+
+  def secret(engine):
+    with schema.writing(engine) as connection:
+      return accounts.secret(connection)
+
+  for _ in range(10):
+    found = together(*[lambda e=e: secret(e) for e in made])
+    assert len(set(found)) == 1 and isinstance(found[0], str), found
+    with schema.writing(made[0]) as connection:
+      connection.execute(schema.settings.delete())
   for i, one in enumerate(made):
     labeling.people(one, **{f'p{i}': 'labeler'})
     one.dispose()
+
+
+def test_two_make_the_same_at_once(servers):
+  """The second one is told that the name is taken, or adds no item that is there already."""
+  records = exchange.ranking_items(labeling.candidates(20), False)
+
+  def join(engine, i):
+    return labeling.people(engine, **{f'ann{i}': 'labeler'})
+
+  def task(engine, i):
+    return labeling.task(engine, f'task {i}', records=[])
+
+  def add(engine, i):
+    with schema.writing(engine) as connection:
+      return catalog.add_items(connection, i + 1, records)
+
+  for i in range(10):
+    for call, error in ((join, accounts.Refused), (task, ValueError)):
+      ended = together(*[lambda e=e, c=call, i=i: c(e, i) for e in servers])
+      assert [type(e) for e in ended if isinstance(e, Exception)] == [error], ended
+    added = together(*[lambda e=e, i=i: add(e, i) for e in servers])
+    assert sorted(added) == [(0, 20), (20, 0)]
+
+
+def test_a_page_saves_itself_while_its_form_is_sent(servers):
+  """Of two requests of one person neither takes back what the other has kept."""
+  labeling.people(servers[0], ann='labeler')
+  task = labeling.task(servers[0])
+  with contextlib.ExitStack() as stack:
+    urls = [stack.enter_context(labeling.serving(engine)) for engine in servers]
+    one, two = [labeling.labeler(url, 'ann') for url in urls]
+    item = one.next_item(task)
+    tokens = [item['token'], two.item(item['item'])['token']]
+    for i in range(20):
+      sent = [
+        dict(labeling.RATING, step=step, token=t, likert=i % 7 + 1)
+        for step, t in enumerate(tokens, 1)
+      ]
+      together(
+        lambda sent=sent: one.http.post(f'/items/{item["item"]}', data=sent[0] | {'go': 'next'}),
+        lambda sent=sent: two.http.post(f'/items/{item["item"]}/draft', data=sent[1]),
+      )
+      (kept,) = rows(servers[0], drafts)
+      assert {k: v['likert'] for k, v in kept.payload['fields'].items()} == {
+        '1': str(i % 7 + 1),
+        '2': str(i % 7 + 1),
+      }
 
 
 def test_two_researchers_send_the_same_form(tmp_path):

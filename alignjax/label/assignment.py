@@ -78,6 +78,12 @@ _ITEM_LOCKED = locking(sa.select(items.c.is_gold).where(items.c.id == _ITEM), it
 _PERSON_LOCKED = locking(sa.select(people.c.id).where(people.c.id == _PERSON), people)
 
 
+def one_request_at_a_time(connection: sa.Connection, person: int) -> None:
+  """Waits until no other writing request of this person is open. On SQLite there is none."""
+  if connection.dialect.name == 'postgresql':
+    connection.execute(_PERSON_LOCKED, dict(person=person))
+
+
 def order_of(item: int, person: int, count: int) -> list[int]:
   """Returns the order in which a person sees the responses of an item, as their numbers. It is the
   same whenever it is computed, and uniform over items and people."""
@@ -96,8 +102,8 @@ def next_item(
   person before.
   """
   asked: dict[str, Any] = dict(task=task, person=person)
-  # One request of a person at a time: two at once, as of two windows, get the same item.
-  connection.execute(_PERSON_LOCKED, asked)
+  # Two requests of a person at once, as of two windows, get the same item.
+  one_request_at_a_time(connection, person)
   mine = connection.execute(_OWN, asked).all()
   row = connection.execute(_TASK_ROW, asked).one()
   asked['overlap'] = row.overlap

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from alignjax.label import answers as forms
-from alignjax.label.history import add, log
+from alignjax.label.history import add, log, wait_for
 from alignjax.label.schema import instructions, items, tasks
 from alignjax.runtime import fingerprints
 
@@ -45,6 +45,7 @@ def add_task(
     person: who makes it.
   """
   _check_task(name=name, kind=kind, pool=pool, overlap=overlap, gold_rate=gold_rate)
+  wait_for(connection, 'tasks')
   taken = connection.execute(sa.select(tasks.c.id).where(tasks.c.name == name)).scalar()
   if taken:
     raise ValueError(f'there is a task {name!r} already.')
@@ -134,6 +135,7 @@ def add_items(
       and 'overlap'.
     person: who adds them.
   """
+  wait_for(connection, f'items of task {task}')
   there = set(connection.execute(sa.select(items.c.key).where(items.c.task_id == task)).scalars())
   first = (
     connection.execute(

@@ -272,6 +272,8 @@ def item(visit: Visit) -> responses.Response:
     return _show(visit, opened, opened.step(asked) if asked else opened.first_unrated())
   wanted = visit.form.get('go')
   with visit.writing() as connection:
+    # A page saves itself while its form is sent, and neither may take back what the other kept.
+    assignment.one_request_at_a_time(connection, visit.number)
     opened = Open(connection, visit, number)
     step = opened.step(visit.form.get('step'))
     opened.take(visit, step)
@@ -323,6 +325,7 @@ def draft(visit: Visit) -> responses.Response:
   """Keeps what the browser sends while a person works."""
   number = visit.path('item')
   with visit.writing() as connection:
+    assignment.one_request_at_a_time(connection, visit.number)
     opened = Open(connection, visit, number)
     opened.take(visit, opened.step(visit.form.get('step')))
     submissions.save_draft(connection, number, visit.number, opened.draft())
@@ -332,6 +335,7 @@ def draft(visit: Visit) -> responses.Response:
 def skip(visit: Visit) -> responses.Response:
   number = visit.path('item')
   with visit.writing() as connection:
+    assignment.one_request_at_a_time(connection, visit.number)
     opened = Open(connection, visit, number)
     try:
       submissions.skip(connection, number, visit.number, str(visit.form.get('reason', '')))

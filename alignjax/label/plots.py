@@ -1,4 +1,5 @@
-"""The pictures of the dashboard, as PNG."""
+"""The pictures of the dashboard, as PNG. They import matplotlib, so that a server that shows none
+starts without it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import figure as figures
 
 from alignjax.label.figures import Answer
 
@@ -17,7 +17,7 @@ BLUE, GREY = '#1a4f8b', '#6e7781'
 
 def progress(rows: Sequence[Answer], left: int) -> bytes:
   """The answers so far against time. left: how many the task still needs."""
-  made = figures.Figure(figsize=(7, 2.8), layout='constrained')
+  made = _figure(2.8)
   axes = made.subplots()
   times = [
     datetime.datetime.fromtimestamp(row.at, datetime.UTC) for row in rows if row.status == 'done'
@@ -37,7 +37,7 @@ def progress(rows: Sequence[Answer], left: int) -> bytes:
 def labelers(people: Sequence[dict[str, Any]]) -> bytes:
   """The agreement of each labeler with the others and with known answers, with 95% intervals."""
   shown = [p for p in people if p['others']['mean'] is not None or p['gold']['mean'] is not None]
-  made = figures.Figure(figsize=(7, 1.3 + 0.3 * max(len(shown), 1)), layout='constrained')
+  made = _figure(1.3 + 0.3 * max(len(shown), 1))
   axes = made.subplots()
   for kind, colour, shift in (('others', BLUE, 0.12), ('gold', GREY, -0.12)):
     label = 'with other labelers' if kind == 'others' else 'with known answers'
@@ -59,9 +59,15 @@ def labelers(people: Sequence[dict[str, Any]]) -> bytes:
   return _png(made)
 
 
-def _png(made: figures.Figure) -> bytes:
+def _png(made: Any) -> bytes:
   for axes in made.axes:
     axes.spines[['top', 'right']].set_visible(False)
   buffer = io.BytesIO()
   made.savefig(buffer, format='png', dpi=110)
   return buffer.getvalue()
+
+
+def _figure(height: float) -> Any:
+  from matplotlib import figure
+
+  return figure.Figure(figsize=(7, height), layout='constrained')

@@ -18,13 +18,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from alignjax import plugins
 from alignjax.runtime import files
 from alignjax.runtime.versions import VERSIONS
-from alignjax.sharding import fetch
 
 LENGTH = 16  # hexadecimal digits
 # A file that was changed more recently may change again without a change of its times.
@@ -48,6 +46,10 @@ def is_of_config(fingerprint: str, config: Any) -> bool:
 def of_params(params: Any) -> str:
   """The fingerprint of a tree of arrays: names, shapes, dtypes and bits. Every process has to call
   it, and all get the same."""
+  import jax  # The server of labelers needs the other fingerprints, and starts without jax.
+
+  from alignjax.sharding import fetch
+
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     array = fetch(leaf)

@@ -1,12 +1,13 @@
-"""Checks the fields of the judgments that people hand in (judgments.py). `where` names the file and
-the line in errors."""
+"""The responses that are judged, and checks of the fields of the judgments that people hand in
+(judgments.py). `where` names the file and the line in errors."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from alignjax.evals.preference.responses import prompt_id
 from alignjax.runtime import textfiles
 
 FLAGS = {
@@ -24,11 +25,31 @@ FLAGS = {
 }
 
 
+class Response(NamedTuple):
+  """A response of a policy.
+
+  Attributes:
+    text: the text without the end token, or None if the prompt did not fit into the context.
+    ended: whether the model ended the response, rather than the length limit.
+    tokens: the number of sampled tokens, including the end token.
+  """
+
+  text: str | None
+  ended: bool = True
+  tokens: int = 0
+
+
 def name(row: Mapping[str, Any], field: str, where: str) -> str:
   """Returns the name in a field. A number is converted to text, and 0 is a valid name."""
   if isinstance(row[field], bool) or not isinstance(row[field], (str, int)):
     raise ValueError(f'{where}: "{field}" must be text or a whole number, not {row[field]!r}.')
   return str(row[field])
+
+
+def prompt_id(prompt: Any) -> str:
+  """Returns a name for a prompt (text or messages) that is computed from its contents, so that it
+  is the same in every file and run."""
+  return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
 def prompt_name(row: Mapping[str, Any], where: str) -> str:

@@ -34,7 +34,7 @@ import numpy as np
 
 from alignjax.data import mappings
 from alignjax.evals.preference import judgment_rows as rows
-from alignjax.evals.preference.responses import Response, prompt_id
+from alignjax.evals.preference.judgment_rows import Response, prompt_id
 from alignjax.runtime import files, textfiles
 
 

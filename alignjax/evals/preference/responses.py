@@ -3,41 +3,20 @@ Every preference judgment is about these responses."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import pathlib
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from alignjax.data import sources, templates
+from alignjax.evals.preference.judgment_rows import Response, prompt_id
 from alignjax.inference import bulk, loading
 from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics
 
 SANDBOX_PROMPTS = 256  # The default limit, because the sandbox can make any number of prompts.
-
-
-class Response(NamedTuple):
-  """A response of a policy.
-
-  Attributes:
-    text: the text without the end token, or None if the prompt did not fit into the context.
-    ended: whether the model ended the response, rather than the length limit.
-    tokens: the number of sampled tokens, including the end token.
-  """
-
-  text: str | None
-  ended: bool = True
-  tokens: int = 0
-
-
-def prompt_id(prompt: Any) -> str:
-  """Returns a name for a prompt (text or messages) that is computed from its contents, so that it
-  is the same in every file and run."""
-  return hashlib.sha256(json.dumps(prompt, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
 def trained(policies: dict[str, str]) -> tuple[int | None, int]:
