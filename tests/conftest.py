@@ -9,7 +9,11 @@ import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=8'
+  # By default XLA aborts the process where a device waits a minute for another, as happens to eight
+  # on two busy cores.
+  + ' --xla_cpu_collective_call_terminate_timeout_seconds=3600'
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 

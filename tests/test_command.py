@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import alignjax
-from alignjax.commands import command, configs, main
+from alignjax.commands import command, configs, main, run
 from alignjax.runtime import files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -304,3 +304,36 @@ run.divide_cpu(None)
     [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
   )
   assert (done.stdout.strip(), done.returncode) == (str(expected), 0), done.stderr
+
+
+@pytest.mark.parametrize(
+  'seconds,flags,waits', [(1, '', False), (1, f'--{run.PATIENCE}=60', True), (60, '', True)]
+)
+def test_a_device_waits_for_another(seconds, flags, waits):
+  """A collective of two CPU devices of which one is 4 s late: what divide_cpu sets is what XLA goes
+  by, and a user's own setting stays."""
+  code = f"""
+import time
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+from alignjax.commands import run
+
+run.PATIENT_SECONDS = {seconds}
+run.divide_cpu(2)
+late = lambda x: (time.sleep(4 * float(x[0])), x)[1]
+
+def add(x):
+  x = jax.pure_callback(late, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+  return jax.lax.psum(x, 'data')
+
+mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+specs = dict(in_specs=PartitionSpec('data'), out_specs=PartitionSpec(), check_vma=False)
+print(jax.jit(jax.shard_map(add, mesh=mesh, **specs))(np.arange(2, dtype=np.float32)))
+"""
+  warned = '--xla_cpu_collective_call_warn_stuck_timeout_seconds=1'  # The limit counts from there.
+  env = os.environ | {'XLA_FLAGS': f'{warned} {flags}', 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+  )
+  assert (done.returncode == 0, '[1.]' in done.stdout) == (waits, waits), done.stderr[-2000:]

@@ -69,7 +69,7 @@ def text_rows(length):
 def check_plan(plan, stage, rows, length):
   """What a stage compiles without data and weights is what it runs, on rows of these shapes."""
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-  assert describe(plan.arguments) == describe((stage.state, stage.batch(0)))
+  assert describe(plan.arguments) == describe((stage.state, stage.batch(0), {}))
   ((kind, (work,)),) = plan.work.items()
   assert kind == work.kind == 'update' and work.rows * work.times == rows and work.length == length
 

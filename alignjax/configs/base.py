@@ -30,6 +30,12 @@ def adam(lr, **kw):
   )
 
 
+def lora(rank=0, alpha=32.0, targets=()):
+  """Adapters in place of whole parameters (alignjax/models/lora.py); rank 0: none. targets: () is
+  all projections."""
+  return dict(rank=rank, alpha=alpha, targets=targets)
+
+
 def ppo(ptx_coef, iterations, episodes):
   """RL settings, those of the paper (C.4) where it reports them and they carry over to this size:
   clip 0.2, fixed KL coefficient, one inner epoch, temperature 1, warmup over 10 iterations from a
@@ -67,6 +73,7 @@ def ppo(ptx_coef, iterations, episodes):
     packed_rows=(),  # parts of a batch that its live tokens may be packed into (packing.py)
     ema_decay=None,
     keep='policy',
+    lora=lora(),
     iterations=iterations,
     log_every=1,
     save_every=20,
@@ -189,6 +196,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
       pretrain_mix=0.1,  # a share of the loss (stages/sft.py)
       documents=2000,
       microbatches=1,
+      lora=lora(),
       loss=dict(fn='alignjax.losses:sft'),
       optimizer=dict(policy=adam(5e-4, schedule='cosine', warmup=0.05)),
       log_every=5,
@@ -213,6 +221,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
       epochs=1,
       microbatches=1,
       packed_rows=(),
+      lora=lora(),
       loss=dict(fn='alignjax.losses:reward_ranking'),
       optimizer=dict(reward=adam(2e-3, schedule='cosine', warmup=0.05)),
       log_every=20,

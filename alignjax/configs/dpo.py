@@ -42,6 +42,7 @@ def get_config(size: str = 'default'):
     init=dict(policy='stage:sft', ref='stage:sft'),
     loss=dict(fn='alignjax.losses:dpo', beta=0.1),
     optimizer=dict(policy=base.adam(1e-6 if real else 2e-4, schedule='cosine', warmup=0.05)),
+    lora=base.lora(),
     keep_candidates=config_dict.placeholder(int),
     **{key: s.rm[key] for key in SHARED},
   )

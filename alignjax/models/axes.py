@@ -32,6 +32,8 @@ AXES = (
   (r'score/kernel', ('embed', None)),
   (r'score/bias', (None,)),
 )
+# Adapters (models/lora.py) lie where the inputs and the outputs of their kernel do.
+ADAPTERS = {'lora_a': lambda axes: (*axes[:-1], None), 'lora_b': lambda axes: (None, axes[-1])}
 ACTIVATIONS = ('batch', 'sequence')  # the logical axes that only activations have
 
 
@@ -47,8 +49,11 @@ def logical_axes(params: Any) -> Any:
 
   def one(path, leaf):
     name = path_name(path)
+    module, _, last = name.rpartition('/')
+    kernel = f'{module}/kernel' if last in ADAPTERS else name
     for pattern, axes in AXES:
-      if re.search(f'(^|/){pattern}$', name):
+      if re.search(f'(^|/){pattern}$', kernel):
+        axes = ADAPTERS[last](axes) if last in ADAPTERS else axes
         axes = ('layers', *axes) if '/layers/' in f'/{name}' else axes
         if len(axes) != len(leaf.shape):
           raise ValueError(

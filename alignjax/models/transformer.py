@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import ops
-from alignjax.models import attention, cached, rotary, weights_first
+from alignjax.models import attention, cached, lora, rotary, weights_first
 from alignjax.models.attention import MASKED_LOGIT, Machine
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
@@ -180,11 +180,12 @@ def _scalar(cfg, constrain, machine, params, tokens, mask):
 def _prepare(cfg, constrain, constrain_weights, products, params):
   # The prefill reads the layers one by one as they are stored: to gather the stack for it too would
   # hold a second copy.
-  params = as_used(params, jnp.dtype(cfg.dtype))
-  layers = [
-    jax.tree.map(functools.partial(_layer_of, index=i), params['layers'])
-    for i in range(cfg.num_layers)
-  ]
+  dtype = jnp.dtype(cfg.dtype)
+  trained, params = params['layers'], as_used(params, dtype)
+  if lora.has_adapters(trained):  # They are added to the kernels before anything is rounded.
+    layers = [as_used(lora.merge(_layer_of(trained, i)), dtype) for i in range(cfg.num_layers)]
+  else:
+    layers = [_layer_of(params['layers'], i) for i in range(cfg.num_layers)]
   whole = constrain_weights(
     {'embed': params['embed'], 'final': params['final'], 'unstacked': layers}
   )
@@ -198,7 +199,7 @@ def _prepare(cfg, constrain, constrain_weights, products, params):
 
 
 def _layer_of(stacked, index):
-  return stacked[index]
+  return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1):
@@ -286,9 +287,10 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
   def layer(x, inputs):
     weights, layer_key = inputs
     rngs = {} if key is None else {'dropout': layer_key}
-    x, kv = Block(cfg, constrain, attend).apply(
-      {'params': weights}, x, angles, mask, dropout=key is not None, rngs=rngs
-    )
+    with lora.projections():
+      x, kv = Block(cfg, constrain, attend).apply(
+        {'params': weights}, x, angles, mask, dropout=key is not None, rngs=rngs
+      )
     return constrain(x, 'batch', 'sequence', None), (kv if keep_cache else None)
 
   if cfg.remat != 'none':

@@ -90,7 +90,7 @@ REPORT: dict[str, Kind] = dict.fromkeys(
 )
 STAGE: dict[str, Kind] = {
   **dict.fromkeys(
-    ('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage'), DICT
+    ('init', 'optimizer', 'kl', 'ptx', 'rollout', 'loss', 'reward', 'advantage', 'lora'), DICT
   ),
   **dict.fromkeys(
     (

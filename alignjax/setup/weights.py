@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import jax
 
-from alignjax.models import hf, transformer
+from alignjax.models import hf, lora, transformer
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
 from alignjax.runtime import checkpoint, files
@@ -55,16 +55,53 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
 def stage_params(
   folder: files.Folder, model: TransformerConfig, head: str, sharder: Sharder
 ) -> Params:
-  """The parameters in a folder that checkpoint.save_params wrote, on their shardings. head: the one
-  that was saved."""
-  shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-  return checkpoint.load_params(
-    folder,
-    jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      sharder.params(shapes),
-    ),
+  """The parameters in a folder that checkpoint.save_params wrote, on their shardings, with adapters
+  (setup/adapters.py) added to what they belong to. head: the one that was saved."""
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(lambda: transformer.init(model, key, head))
+  declared, base = saved_adapters(folder)
+  if declared is None:
+    return checkpoint.load_params(folder, placed(shapes, sharder))
+  own = checkpoint.load_params(folder, placed(adapter_shapes(declared, model, head), sharder))
+  if base.startswith('hf:'):
+    whole = hf.load(base.removeprefix('hf:'), model, head, sharder.params, key)
+  else:
+    below = files.folder(base)
+    saved = checkpoint.load_info(below)['head']
+    whole = stage_params(below, model, saved, sharder)
+    if saved != head:
+      whole = transformer.with_scalar_head(model, whole, key)  # The adapters have a head.
+  return jax.jit(
+    lambda whole, own: lora.merge(lora.join(whole, own, declared.scale)),
+    out_shardings=sharder.params(shapes),
+  )(whole, own)
+
+
+def saved_adapters(folder: files.Folder) -> tuple[lora.LoRA | None, str]:
+  """(the declaration of the adapters in a folder, what they belong to: 'hf:NAME' or a folder), or
+  (None, '') where the folder has whole parameters."""
+  entry = checkpoint.load_info(folder).get('lora')
+  if entry is None:
+    return None, ''
+  base = entry['base']
+  if base.startswith('stage:'):  # of the same workdir, which may have been moved
+    stage = folder.parent.parent if folder.parent.name == 'candidates' else folder.parent
+    base = str(inputs.weights_folder(stage.parent, base))
+  return lora.declared({k: v for k, v in entry.items() if k != 'base'}, f'{folder}: lora'), base
+
+
+def adapter_shapes(declared: lora.LoRA, model: TransformerConfig, head: str) -> Params:
+  """The shapes of a tree of adapters (models/lora.py). A scalar head is trained whole."""
+  key = jax.random.key(0)
+  whole = jax.eval_shape(lambda: transformer.init(model, key, head))
+  shapes = jax.eval_shape(lambda: lora.init(declared, whole, key))
+  return shapes | {'final': {'score': whole['final']['score']}} if head == 'scalar' else shapes
+
+
+def placed(shapes: Params, sharder: Sharder) -> Params:
+  """Shapes of parameters with their shardings."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharder.params(shapes)
   )
 
 

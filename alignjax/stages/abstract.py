@@ -4,6 +4,7 @@ count what the mathematics of a step needs: floating-point operations, and bytes
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ from alignjax.compiler import flops
 from alignjax.data.templates import Template
 from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
+from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, make_setup
 from alignjax.setup.texts import Text
+from alignjax.setup.weights import placed
 from alignjax.types import LossFn, Networks, Params, TokenBatch
 
 
@@ -74,11 +77,7 @@ def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> P
   weights.initial_params. model: the architecture; by default that of the setup for the head."""
   model = model or (setup.policy_model if head == 'lm' else setup.reward_model)
   shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    setup.sharder.params(shapes),
-  )
+  return placed(shapes, setup.sharder)
 
 
 def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -120,7 +119,8 @@ def check_loss(
   fn: str,
   params: Params,
   batch: Any,
-  nets: Networks,
+  nets: Callable[[Params], Networks],
+  frozen: Params,
   key: jax.Array | None = None,
 ) -> None:
   """Checks from shapes alone that a loss returns (loss f32[], metrics {name: f32[]}), as
@@ -131,14 +131,16 @@ def check_loss(
     where, fn: the config key and the function that it names, for the message.
     params: of the stage, as shapes.
     batch: of the stage, as shapes, before `normalized()`.
-    nets: the networks as pure functions.
+    nets: frozen -> the networks as pure functions (adapters.networks).
+    frozen: what no update changes, as shapes.
     key: of the dropout, or None.
   """
   made = evaluate(
-    lambda params, batch: loss_fn(params, batch.normalized(), key, nets=nets),
+    lambda params, batch, frozen: loss_fn(params, batch.normalized(), key, nets=nets(frozen)),
     f'{where}: {fn}',
     params,
     batch,
+    frozen,
   )
   rule = (
     f'{where}: {fn} must return (loss, metrics), a float32 scalar and a dict of names to '
@@ -155,13 +157,14 @@ def check_loss(
 
 
 def check_stage_loss(
-  setup: Setup, name: str, params: Params, batch: Any, key: jax.Array | None = None
+  setup: Setup, name: str, params: Params, batch: Any, frozen: Params, key: jax.Array | None = None
 ) -> None:
   """check_loss for the entry stages.NAME.loss, to which the stage passes the networks and nothing
   else."""
   spec, where = setup.config.stages[name].loss, f'stages.{name}.loss'
   loss_fn = plugins.bind(spec, where, given=('nets',))
-  check_loss(loss_fn, where, spec.fn, params, batch, setup.nets, key)
+  nets = functools.partial(adapters.networks, setup, name)
+  check_loss(loss_fn, where, spec.fn, params, batch, nets, frozen, key)
 
 
 def check_arrays(made: Any, where: str, names: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -20,9 +20,9 @@ import optax
 from alignjax import ops, plugins, steps
 from alignjax.data import batches, encode
 from alignjax.rollout import collect
+from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
 from alignjax.setup.records import encoded, of_sandbox, records
-from alignjax.setup.weights import freeze, initial_params
 from alignjax.sharding import fetch
 from alignjax.stages import ppo_ptx_plan
 from alignjax.stages.abstract import Plan
@@ -189,17 +189,15 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 2. Of the four networks, policy and value are trained. Reference and reward model are frozen:
   # they are kept in the dtype of the computation and are no part of a checkpoint.
-  def load(role, head):
-    return initial_params(setup, cfg.init[role], head, seed_of(f'{name}/{role}'))
-
-  tx = ppo_ptx_plan.optimizer(setup, name)
-  state = ppo_ptx_plan.first_state(
-    setup, name, {'policy': load('policy', 'lm'), 'value': load('value', 'scalar')}, tx
+  parts = adapters.load(
+    setup,
+    name,
+    trained=ppo_ptx_plan.TRAINED,
+    frozen=ppo_ptx_plan.FROZEN,
+    seed=lambda role: seed_of(f'{name}/{role}'),
   )
-  frozen = {
-    'ref': freeze(load('ref', 'lm'), setup.policy_model),
-    'reward': freeze(load('reward', 'scalar'), setup.reward_model),
-  }
+  tx = ppo_ptx_plan.optimizer(setup, name)
+  state, frozen = ppo_ptx_plan.first_state(setup, name, parts.params, tx), parts.frozen
 
   # 3. The step is `iteration` with the functions and coefficients of the config bound to it. What a
   # reward function on the host reports as its failure ends the run (stages/loop.py).
@@ -220,7 +218,10 @@ def build(setup: Setup, name: str) -> Stage:
     step=lambda state, batch: compiled(state, frozen, batch),
     batch=batch,
     num_steps=cfg.iterations,
-    finish=lambda state: (final_params(state, cfg.keep), {'head': 'lm'}),
+    finish=lambda state: (
+      final_params(state, cfg.keep),
+      {'head': 'lm'} | parts.info.get('policy', {}),
+    ),
     observe=observe,
     failures=failures,
     work=lambda _: ppo_ptx_plan.work_of_iteration(setup, name),
@@ -276,10 +277,9 @@ def make_step(
     score_rows=ppo_ptx_plan.score_rows(cfg),
     live_rows=live_rows,
   )
-  step = functools.partial(
+  bound = functools.partial(
     iteration,
     key=stage_key(setup, name),
-    nets=setup.nets,
     rollout_fn=rollout_fn,
     advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage', facts=facts['advantage']),
     whiten=cfg.whiten_advantages,
@@ -293,6 +293,10 @@ def make_step(
     kl_target=cfg.kl.target,
     kl_horizon=cfg.kl.horizon,
   )
+
+  def step(state, frozen, batch):
+    return bound(state, frozen, batch, nets=adapters.networks(setup, name, frozen))
+
   return compile_step(step, state)
 
 

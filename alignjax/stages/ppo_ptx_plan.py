@@ -4,6 +4,7 @@ its work, and whether the entries of its config fit together. stages/ppo_ptx.py 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -14,13 +15,17 @@ import optax
 
 from alignjax import plugins, rewards
 from alignjax.compiler import flops
+from alignjax.setup import adapters
 from alignjax.setup.entries import check_counts, check_divides
 from alignjax.setup.objects import Setup
-from alignjax.setup.weights import freeze
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Work
 from alignjax.stages.stage import check_functions, make_live_rows, make_optimizer, make_state
 from alignjax.types import Params, PPOBatch, Rollout, TrainState
+
+# The networks of the stage and their heads.
+TRAINED = {'policy': 'lm', 'value': 'scalar'}
+FROZEN = {'ref': 'lm', 'reward': 'scalar'}
 
 
 def optimizer(setup: Setup, name: str) -> optax.GradientTransformation:
@@ -78,9 +83,8 @@ def abstract_arguments(
 ) -> tuple[TrainState, Params, tuple]:
   """(state, frozen, batch) of ppo_ptx.iteration as shapes on their shardings."""
   cfg = setup.config.stages[name]
-  policy, scalar = abstract.params(setup, 'lm'), abstract.params(setup, 'scalar')
-  state = first_state(setup, name, {'policy': policy, 'value': scalar}, tx)
-  frozen = {'ref': freeze(policy, setup.policy_model), 'reward': freeze(scalar, setup.reward_model)}
+  parts = adapters.shapes(setup, name, TRAINED, FROZEN, abstract.params)
+  state, frozen = first_state(setup, name, parts.params, tx), parts.frozen
   prompts = (cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.prompt_length)
   text_rows = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = abstract.token_rows(setup, text_rows, setup.config.data.row_length) if text_rows else None
@@ -165,6 +169,7 @@ def check_entries(setup: Setup, name: str) -> None:
   """Raises ValueError for the first entry that cannot be, or that does not fit another one."""
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where, facts(setup, name))
+  adapters.check(setup, name, TRAINED)
   check_counts(setup, where, 'prompts', prompts=cfg.prompts)
   if cfg.ptx.rows_per_episode:
     check_counts(setup, where, 'pretrain', **{'ptx.documents': cfg.ptx.documents})
@@ -249,6 +254,7 @@ def check_returns(setup: Setup, name: str) -> None:
   cfg, where = setup.config.stages[name], f'stages.{name}'
   state, frozen, batch = abstract_arguments(setup, name, optimizer(setup, name))
   prompts, prompt_mask, ptx = batch
+  nets = functools.partial(adapters.networks, setup, name)
   rows, length, known = cfg.rollout.episodes, setup.response_length, facts(setup, name)
 
   def of_responses(dtype):
@@ -277,7 +283,7 @@ def check_returns(setup: Setup, name: str) -> None:
   texts = (rollout.prompts, rollout.prompt_mask, rollout.responses, rollout.mask)
   reward = bind('reward', given=('nets', 'frozen'))
   scores = abstract.evaluate(
-    lambda frozen, *texts: reward(*texts, nets=setup.nets, frozen=frozen),
+    lambda frozen, *texts: reward(*texts, nets=nets(frozen), frozen=frozen),
     title('reward'),
     frozen,
     *texts,
@@ -291,5 +297,6 @@ def check_returns(setup: Setup, name: str) -> None:
     cfg.loss.fn,
     state.params,
     PPOBatch(rollout=rollout, advantages=numbers, returns=numbers, weights=numbers, ptx=ptx),
-    setup.nets,
+    nets,
+    frozen,
   )

@@ -24,8 +24,8 @@ from alignjax import ops, plugins, steps
 from alignjax.compiler import flops
 from alignjax.data import encode
 from alignjax.losses import response_logprobs
+from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
-from alignjax.setup.weights import freeze, initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.stage import (
@@ -49,14 +49,8 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 2. The policy is trained; the reference is frozen.
   tx = make_optimizer(cfg.optimizer, len(plan.order), f'stages.{name}')
-  state = make_state(
-    setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
-  )
-  frozen = {}
-  if cfg.init.ref is not None:
-    frozen = {
-      'ref': freeze(initial_params(setup, cfg.init.ref, 'lm', seed_of(name)), setup.policy_model)
-    }
+  parts = adapters.load(setup, name, {'policy': 'lm'}, reference(cfg), lambda role: seed_of(name))
+  state, frozen = make_state(setup, parts.params, tx), parts.frozen
   compiled = make_step(setup, name, tx, state)
 
   def work_of(rows, length):
@@ -79,6 +73,11 @@ def build(setup: Setup, name: str) -> Stage:
   )
 
 
+def reference(cfg) -> dict[str, str]:
+  """{role: head} of what is frozen: the reference, where the stage has one."""
+  return {} if cfg.init.ref is None else {'ref': 'lm'}
+
+
 def read_data(setup: Setup, name: str) -> tuple[comparisons.Comparisons, comparisons.Updates]:
   """The comparisons, and the updates that they are divided into."""
   data = comparisons.training(setup, name)
@@ -99,7 +98,7 @@ def update(
 ) -> tuple[TrainState, Metrics, None]:
   """One update: the log-probabilities of the reference, a microbatch of rows at a time, and then
   the loss."""
-  if frozen:
+  if 'ref' in frozen:
     b, k, _ = batch.tokens.shape
 
     def read(rows):
@@ -138,7 +137,7 @@ def make_step(
       batch,
       key=key,
       loss_fn=loss_fn,
-      nets=setup.nets,
+      nets=adapters.networks(setup, name, frozen),
       tx=tx,
       microbatches=cfg.microbatches,
       live_rows=make_live_rows(setup, name),
@@ -153,9 +152,8 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   cfg = setup.config.stages[name]
   # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
-  policy = abstract.params(setup, 'lm')
-  state = make_state(setup, {'policy': policy}, tx)
-  frozen = {'ref': freeze(policy, setup.policy_model)} if cfg.init.ref is not None else {}
+  parts = adapters.shapes(setup, name, {'policy': 'lm'}, reference(cfg), abstract.params)
+  state, frozen = make_state(setup, parts.params, tx), parts.frozen
   made = comparisons.abstract_batch(setup, name)
   batch = PreferenceBatch(
     tokens=made.tokens,
@@ -176,7 +174,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
       times=cfg.microbatches,
     )
 
-  work = {'score': [part('forward')] if frozen else [], 'update': [part('update')]}
+  work = {'score': [part('forward')] if 'ref' in frozen else [], 'update': [part('update')]}
   return Plan(make_step(setup, name, tx, state), (state, frozen, batch), work)
 
 
@@ -186,7 +184,8 @@ def check(setup: Setup, name: str) -> None:
   check_functions(cfg, where)
   comparisons.check(setup, name)
   own = for_stage(setup, name)
+  adapters.check(own, name, {'policy': 'lm'})
   state, frozen, batch = abstract_step(own, name).arguments
-  if frozen:
+  if 'ref' in frozen:
     batch = batch.replace(ref_logprobs=jax.ShapeDtypeStruct(batch.tokens.shape, jnp.float32))
-  abstract.check_stage_loss(own, name, state.params, batch, jax.random.key(0))
+  abstract.check_stage_loss(own, name, state.params, batch, frozen, jax.random.key(0))

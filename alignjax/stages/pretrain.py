@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from alignjax.compiler import flops
 from alignjax.data import batches, text
+from alignjax.setup import adapters
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.records import open_documents, records
-from alignjax.setup.weights import initial_params
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, token_rows
 from alignjax.stages.stage import Stage, make_optimizer, make_state, steps_per_epoch
@@ -26,12 +26,11 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 2. A fresh (or given) language model and its optimizer.
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
-  state = make_state(
-    setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
-  )
+  parts = adapters.load(setup, name, {'policy': 'lm'}, {}, lambda role: seed_of(name))
+  state = make_state(setup, parts.params, tx)
 
   # 3. The loss is the cross-entropy.
-  step = supervised.stage_step(setup, name, tx, state)
+  compiled = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
     index = batches.indices(len(rows.tokens), cfg.batch_size, i, (setup.config.seed, seed_of(name)))
@@ -39,10 +38,13 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(
     state=state,
-    step=step,
+    step=lambda state, batch: compiled(state, batch, parts.frozen),
     batch=batch,
     num_steps=num_steps,
-    finish=lambda state: (state.params['policy'], {'head': 'lm', 'rows': len(rows.tokens)}),
+    finish=lambda state: (
+      state.params['policy'],
+      {'head': 'lm', 'rows': len(rows.tokens)} | parts.info.get('policy', {}),
+    ),
     work=lambda _: flops.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]),
   )
 

@@ -14,10 +14,10 @@ from alignjax.compiler import flops
 from alignjax.data import encode
 from alignjax.evals.reward import accuracy
 from alignjax.inference import bulk
+from alignjax.setup import adapters
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of, stage_key
 from alignjax.setup.records import encoded, of_sandbox, records
-from alignjax.setup.weights import initial_params
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.comparisons import Comparisons, Updates
@@ -43,20 +43,24 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 2. The trunk of the policy gets a fresh scalar head and is trained with the ranking loss.
   tx = make_optimizer(cfg.optimizer, len(plan.order), f'stages.{name}')
-  params = initial_params(setup, cfg.init.reward, 'scalar', seed_of(name))
-  state = make_state(setup, {'reward': params}, tx)
-  step = make_step(setup, name, tx, state)
+  parts = adapters.load(setup, name, {'reward': 'scalar'}, {}, lambda role: seed_of(name))
+  state = make_state(setup, parts.params, tx)
+  compiled = make_step(setup, name, tx, state)
 
   # 3. A bias is set such that the labelers' demonstrations score 0 on average (section 3.5). Then
   # the accuracy is measured by labeler pool.
   def finish(state):
-    score = bulk.make_scorer(
+    of_whole = bulk.make_scorer(
       setup.nets,
       setup.sharder,
       length=length,
       pad=setup.text.template.pad,
       rows=cfg.responses_per_batch,
     )
+
+    def score(params, rows):
+      return of_whole(adapters.whole(setup, name, params, parts.frozen), rows)
+
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
     info = {
@@ -64,7 +68,7 @@ def build(setup: Setup, name: str) -> Stage:
       'bias': -bias,
       'prompts': len(data.prompts),
       'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
-    }
+    } | parts.info.get('reward', {})
     if held_out is None:
       made = comparisons.evaluation(setup, name)
       if made.prompts:
@@ -79,7 +83,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(
     state=state,
-    step=step,
+    step=lambda state, batch: compiled(state, batch, parts.frozen),
     batch=lambda i: comparisons.batch(setup, data, plan, i, encode.comparisons),
     num_steps=len(plan.order),
     finish=finish,
@@ -107,18 +111,18 @@ def read_data(
 def make_step(
   setup: Setup, name: str, tx: optax.GradientTransformation, state: TrainState
 ) -> Callable:
-  """One compiled update: (state, batch) -> (state, metrics, None)."""
+  """One compiled update: (state, batch, frozen) -> (state, metrics, None)."""
   cfg, key = setup.config.stages[name], stage_key(setup, name)
   loss_fn = plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',))
   live_rows = make_live_rows(setup, name)
 
-  def step(state, batch):
+  def step(state, batch, frozen=None):
     state, metrics = steps.update(
       state,
       batch,
       jax.random.fold_in(key, state.step),
       loss_fn=loss_fn,
-      nets=setup.nets,
+      nets=adapters.networks(setup, name, frozen),
       tx=tx,
       microbatches=cfg.microbatches,
       live_rows=live_rows,
@@ -134,7 +138,8 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   cfg = setup.config.stages[name]
   # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
-  state = make_state(setup, {'reward': abstract.params(setup, 'scalar')}, tx)
+  parts = adapters.shapes(setup, name, {'reward': 'scalar'}, {}, abstract.params)
+  state = make_state(setup, parts.params, tx)
   batch = comparisons.abstract_batch(setup, name)
   rows, k, length = batch.tokens.shape
   work = Work(
@@ -145,7 +150,8 @@ def abstract_step(setup: Setup, name: str) -> Plan:
     length=length,
     times=cfg.microbatches,
   )
-  return Plan(make_step(setup, name, tx, state), (state, batch), {'update': [work]})
+  step = make_step(setup, name, tx, state)
+  return Plan(step, (state, batch, parts.frozen), {'update': [work]})
 
 
 def check(setup: Setup, name: str) -> None:
@@ -154,8 +160,9 @@ def check(setup: Setup, name: str) -> None:
   check_functions(cfg, where)
   comparisons.check(setup, name)
   check_counts(setup, where, 'demonstrations', bias_demonstrations=cfg.bias_demonstrations)
-  state, batch = abstract_step(setup, name).arguments
-  abstract.check_stage_loss(setup, name, state.params, batch, jax.random.key(0))
+  adapters.check(setup, name, {'reward': 'scalar'})
+  state, batch, frozen = abstract_step(setup, name).arguments
+  abstract.check_stage_loss(setup, name, state.params, batch, frozen, jax.random.key(0))
 
 
 def shift_bias(params, delta: float):

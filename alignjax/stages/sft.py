@@ -15,10 +15,10 @@ import numpy as np
 
 from alignjax.compiler import flops
 from alignjax.data import batches, encode
+from alignjax.setup import adapters
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.records import encoded, records
-from alignjax.setup.weights import initial_params
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, array, token_rows
 from alignjax.stages.pretrain import text_mix
@@ -50,10 +50,9 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 3. The model to start from, its optimizer, and the cross-entropy.
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
-  state = make_state(
-    setup, {'policy': initial_params(setup, cfg.init.policy, 'lm', seed_of(name))}, tx
-  )
-  step = supervised.stage_step(setup, name, tx, state)
+  parts = adapters.load(setup, name, {'policy': 'lm'}, {}, lambda role: seed_of(name))
+  state = make_state(setup, parts.params, tx)
+  compiled = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
     # The rows of a batch are demonstrations first and then text.
@@ -70,10 +69,13 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(
     state=state,
-    step=step,
+    step=lambda state, batch: compiled(state, batch, parts.frozen),
     batch=batch,
     num_steps=num_steps,
-    finish=lambda state: (state.params['policy'], {'head': 'lm', 'demonstrations': len(pairs)}),
+    finish=lambda state: (
+      state.params['policy'],
+      {'head': 'lm', 'demonstrations': len(pairs)} | parts.info.get('policy', {}),
+    ),
     work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length),
   )
 

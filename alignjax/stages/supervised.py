@@ -8,12 +8,13 @@ import jax
 import optax
 
 from alignjax import plugins, steps
+from alignjax.setup import adapters
 from alignjax.setup.entries import check_divides, check_epochs
 from alignjax.setup.objects import Setup, for_stage, stage_key
 from alignjax.stages import abstract
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.stage import check_functions, compile_step, make_optimizer, make_state
-from alignjax.types import LossFn, Metrics, Networks, TokenBatch, TrainState
+from alignjax.types import LossFn, Metrics, Networks, Params, TokenBatch, TrainState
 
 
 def stage_step(
@@ -24,7 +25,7 @@ def stage_step(
   return make_step(
     state,
     loss_fn=plugins.bind(cfg.loss, f'stages.{name}.loss', given=('nets',)),
-    nets=setup.nets,
+    nets=lambda frozen: adapters.networks(setup, name, frozen),
     tx=tx,
     key=stage_key(setup, name),
     microbatches=cfg.microbatches,
@@ -37,7 +38,8 @@ def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
   cfg = setup.config.stages[name]
   # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
-  state = make_state(setup, {'policy': abstract.params(setup, 'lm')}, tx)
+  parts = adapters.shapes(setup, name, {'policy': 'lm'}, {}, abstract.params)
+  state = make_state(setup, parts.params, tx)
   work = Work(
     kind='update',
     model=setup.policy_model,
@@ -46,7 +48,8 @@ def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
     length=batch.tokens.shape[1],
     times=cfg.microbatches,
   )
-  return Plan(stage_step(setup, name, tx, state), (state, batch), {'update': [work]})
+  step = stage_step(setup, name, tx, state)
+  return Plan(step, (state, batch, parts.frozen), {'update': [work]})
 
 
 def check(setup: Setup, name: str, abstract_step: Callable[[Setup, str], Plan]) -> None:
@@ -62,33 +65,40 @@ def check(setup: Setup, name: str, abstract_step: Callable[[Setup, str], Plan]) 
     f'{where}.batch_size by the devices that share a batch',
   )
   own = for_stage(setup, name)
-  state, batch = abstract_step(own, name).arguments
+  adapters.check(own, name, {'policy': 'lm'})
+  state, batch, frozen = abstract_step(own, name).arguments
   key = jax.random.key(0) if own.policy_model.dropout > 0 else None
-  abstract.check_stage_loss(own, name, state.params, batch, key)
+  abstract.check_stage_loss(own, name, state.params, batch, frozen, key)
 
 
 def make_step(
   state: TrainState,
   *,
   loss_fn: LossFn,
-  nets: Networks,
+  nets: Networks | Callable[[Params], Networks],
   tx,
   key: jax.Array,
   microbatches: int = 1,
   ema_decay: float | None = None,
   dropout: bool = False,
 ) -> Callable:
-  """A compiled step(state, batch) -> (state, metrics, None) for states like `state`, which is
-  donated. For the other arguments see steps.update; dropout: whether the loss receives a key."""
+  """A compiled step(state, batch, frozen=None) -> (state, metrics, None) for states like `state`,
+  which is donated.
 
-  def step(state: TrainState, batch) -> tuple[TrainState, Metrics, None]:
+  Args:
+    nets: the networks, or frozen -> the networks (adapters.networks).
+    dropout: whether the loss receives a key.
+    state, loss_fn, tx, key, microbatches, ema_decay: see steps.update.
+  """
+
+  def step(state: TrainState, batch, frozen=None) -> tuple[TrainState, Metrics, None]:
     step_key = jax.random.fold_in(key, state.step) if dropout else None
     state, metrics = steps.update(
       state,
       batch,
       step_key,
       loss_fn=loss_fn,
-      nets=nets,
+      nets=nets(frozen) if callable(nets) else nets,
       tx=tx,
       microbatches=microbatches,
       ema_decay=ema_decay,

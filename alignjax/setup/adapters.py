@@ -1,0 +1,251 @@
+"""What a stage trains and what it keeps frozen, with or without adapters.
+
+Without an entry `lora`, or with rank 0, a stage trains all parameters of the networks that its
+init names. With
+
+    c.stages.sft.lora = dict(rank=16, alpha=32.0, targets=())      (models/lora.py: LoRA)
+
+it trains adapters, and what they belong to, the base, is frozen and kept in the dtype of the
+computation. The result of such a stage holds its adapters and the name of the base. A later stage
+with the same entry goes on with these adapters and with the same base, so that policy, reference,
+value and reward model can share one copy of it: the reference is then the base with the adapters
+that the policy starts with. With another entry, or none, what a stage starts from is merged first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from alignjax.models import lora, transformer
+from alignjax.runtime import checkpoint, files
+from alignjax.setup import inputs
+from alignjax.setup.objects import Setup
+from alignjax.setup.weights import adapter_shapes, freeze, initial_params, placed, saved_adapters
+from alignjax.types import Networks, Params
+
+
+class Parts(NamedTuple):
+  """The networks of a stage.
+
+  Attributes:
+    params: {role: what is trained}, whole parameters or adapters.
+    frozen: {role: what no update changes}, and {'base': {'lm', 'scalar' or 'shared': whole
+      parameters}} where there are adapters (lora.networks).
+    info: {role: what the result of the stage says about its adapters}.
+  """
+
+  params: dict[str, Params]
+  frozen: dict[str, Params]
+  info: dict[str, dict[str, Any]]
+
+
+class Origin(NamedTuple):
+  """What a role starts from.
+
+  Attributes:
+    base: a spec of weights.initial_params.
+    folder: of the adapters to go on with, or None.
+  """
+
+  base: str
+  folder: files.Folder | None = None
+
+
+def declared(setup: Setup, name: str) -> lora.LoRA | None:
+  """The adapters that a stage of the config trains, or None."""
+  return lora.declared(setup.config.stages[name].get('lora'), f'stages.{name}.lora')
+
+
+def networks(setup: Setup, name: str, frozen: Mapping[str, Params] | None) -> Networks:
+  """The networks of a stage, for its params and for what is frozen."""
+  own = declared(setup, name)
+  return setup.nets if own is None else lora.networks(setup.nets, (frozen or {})['base'], own.scale)
+
+
+def check(setup: Setup, name: str, trained: Mapping[str, str]) -> None:
+  """Raises ValueError for an entry `lora` that cannot be. trained: {role: head}."""
+  own = declared(setup, name)
+  if own is None:
+    return
+  for role, head in trained.items():
+    if setup.config.stages[name].init[role] == 'random':
+      raise ValueError(
+        f"stages.{name}.init.{role}='random' has no base that stages.{name}.lora could be added "
+        f'to: name a checkpoint or a stage, or leave lora out.'
+      )
+    try:
+      adapter_shapes(own, _model(setup, head), head)
+    except ValueError as error:
+      raise ValueError(f'stages.{name}.{error}') from None
+
+
+def load(
+  setup: Setup,
+  name: str,
+  trained: Mapping[str, str],
+  frozen: Mapping[str, str],
+  seed: Callable[[str], int],
+) -> Parts:
+  """The networks that a stage starts with.
+
+  Args:
+    setup, name: the stage, whose config names the weights of each role under `init`.
+    trained, frozen: {role: head}, 'lm' or 'scalar'.
+    seed: role -> the seed of a fresh head.
+  """
+  own, init = declared(setup, name), setup.config.stages[name].init
+
+  def whole(role, head):
+    return initial_params(setup, init[role], head, seed(role))
+
+  def still(role, head):
+    return freeze(whole(role, head), _model(setup, head))
+
+  if own is None:
+    return Parts(
+      {role: whole(role, head) for role, head in trained.items()},
+      {role: still(role, head) for role, head in frozen.items()},
+      {},
+    )
+  origins = {role: _origin(setup, init[role], own) for role in (*trained, *frozen)}
+  named = {head: origins[role].base for role, head in trained.items()}
+  of_base = {head: seed(role) for role, head in trained.items()}
+  if _shared(setup, named):
+    bases = {'shared': initial_params(setup, named['lm'], 'lm', of_base['lm'])}
+  else:
+    bases = {head: initial_params(setup, spec, head, of_base[head]) for head, spec in named.items()}
+
+  def adapters(role, head):
+    return _adapters(setup, own, origins[role], head, seed(role), bases.get(head, {}).get('final'))
+
+  params = {role: adapters(role, head) for role, head in trained.items()}
+  rest = {
+    role: freeze(adapters(role, head), _model(setup, head))
+    if origins[role].base == named.get(head)
+    else still(role, head)
+    for role, head in frozen.items()
+  }
+  info = {
+    role: {'lora': own._asdict() | {'base': _portable(origins[role].base)}} for role in trained
+  }
+  models = {head: _model(setup, head) for head in ('lm', 'scalar')} | {'shared': setup.policy_model}
+  return Parts(
+    params, rest | {'base': {k: freeze(tree, models[k]) for k, tree in bases.items()}}, info
+  )
+
+
+def shapes(
+  setup: Setup, name: str, trained: Mapping[str, str], frozen: Mapping[str, str], params: Callable
+) -> Parts:
+  """`load` as shapes, without weights: one base for each head, or one for both where their
+  architectures are the same. params: (setup, head) -> shapes of whole parameters."""
+  own = declared(setup, name)
+  if own is None:
+    return Parts(
+      {role: params(setup, head) for role, head in trained.items()},
+      {role: freeze(params(setup, head), _model(setup, head)) for role, head in frozen.items()},
+      {},
+    )
+  heads = dict.fromkeys(trained.values())
+  names = {'shared': 'lm'} if _shared(setup, heads) else {head: head for head in heads}
+  bases = {key: freeze(params(setup, head), _model(setup, head)) for key, head in names.items()}
+
+  def adapters(head):
+    return placed(adapter_shapes(own, _model(setup, head), head), setup.sharder)
+
+  return Parts(
+    {role: adapters(head) for role, head in trained.items()},
+    {role: freeze(adapters(head), _model(setup, head)) for role, head in frozen.items()}
+    | {'base': bases},
+    {},
+  )
+
+
+def whole(setup: Setup, name: str, params: Params, frozen: Mapping[str, Params]) -> Params:
+  """The params of a role as setup.nets read them: adapters are joined with their base. Nothing is
+  copied."""
+  own = declared(setup, name)
+  if own is None:
+    return params
+  kind = 'scalar' if 'score' in params.get('final', {}) else 'lm'
+  bases = frozen['base']
+  return lora.join(bases.get(kind, bases.get('shared')), params, own.scale)
+
+
+def _model(setup: Setup, head: str):
+  return setup.policy_model if head == 'lm' else setup.reward_model
+
+
+def _shared(setup: Setup, named: Mapping[str, Any]) -> bool:
+  """Whether the two heads have one base. named: {head: its base}."""
+  if len(named) < 2 or len(set(named.values())) > 1:
+    return False
+  key = jax.random.key(0)
+  policy, reward = (
+    jax.eval_shape(lambda model=model: transformer.init(model, key, 'lm'))
+    for model in (setup.policy_model, setup.reward_model)
+  )
+  return policy == reward
+
+
+def _origin(setup: Setup, spec: str, own: lora.LoRA) -> Origin:
+  if spec == 'random' or spec.startswith('hf:'):
+    return Origin(spec)
+  folder = inputs.weights_folder(setup.workdir, spec)
+  if checkpoint.is_finished(folder):
+    saved, base = saved_adapters(folder)
+    if saved is not None and (saved.rank, saved.targets) == (own.rank, own.targets):
+      setup.read.update(inputs.of_weights(spec))
+      return Origin(_spec_of(setup, base), folder)
+  return Origin(spec)
+
+
+def _spec_of(setup: Setup, base: str) -> str:
+  """'stage:NAME' for a folder of this workdir, so that a moved workdir still finds it."""
+  if base.startswith('hf:'):
+    return base
+  folder = files.folder(base)
+  of_this_run = folder.name == 'final' and folder.parent.parent == setup.workdir
+  return f'stage:{folder.parent.name}' if of_this_run else base
+
+
+def _portable(base: str) -> str:
+  return base if base.startswith(('hf:', 'stage:')) else str(files.absolute(base))
+
+
+def _adapters(
+  setup: Setup, own: lora.LoRA, origin: Origin, head: str, seed: int, final: Params | None
+) -> Params:
+  """The adapters of a role in float32, on their shardings: those of its folder, or fresh ones.
+
+  Args:
+    setup, own, origin, head: of the role.
+    seed: of fresh adapters and of a fresh scalar head.
+    final: that of the base, with its scalar head where it was loaded with one.
+  """
+  model = _model(setup, head)
+  key = jax.random.fold_in(jax.random.key(setup.config.seed), seed)
+  wanted = placed(adapter_shapes(own, model, head), setup.sharder)
+  shardings = jax.tree.map(lambda x: x.sharding, wanted)
+  if origin.folder is None:
+    shapes = jax.eval_shape(lambda: transformer.init(model, key, head))
+    made = jax.jit(
+      lambda: lora.init(own, shapes, key), out_shardings={'layers': shardings['layers']}
+    )()
+  else:
+    saved, _ = saved_adapters(origin.folder)
+    assert saved is not None
+    found = checkpoint.load_info(origin.folder)['head']
+    if found == 'scalar' and head == 'lm':
+      raise ValueError(f'{origin.folder} is a reward model; a policy cannot start from it.')
+    there = placed(adapter_shapes(saved, model, found), setup.sharder)
+    made = checkpoint.load_params(origin.folder, there)
+    if saved.scale != own.scale:
+      made = lora.rescaled(made, saved.scale / own.scale)
+  if head == 'scalar' and 'final' not in made:
+    score = (final or {}).get('score') or transformer.init_head(model, key)
+    made = made | {'final': {'score': jax.device_put(score, shardings['final']['score'])}}
+  return made
