@@ -4,6 +4,7 @@
     alignjax export --model=runs/smollm2_135m-s0/rm --out=my-reward-model \\
       --dtype=bfloat16 --bias=drop
     alignjax export --model=... --out=my-model --push=USER/NAME --private
+    alignjax export --model=... --out=my-adapters --adapters
 
 A policy becomes AutoModelForCausalLM, and a reward model becomes AutoModelForSequenceClassification
 with one label. config.json comes from the checkpoint that the run started from (model.source of its
@@ -38,6 +39,11 @@ def main(argv: list[str]) -> None:
     'it yourself',
   )
   parser.add_argument(
+    '--adapters',
+    action='store_true',
+    help="write the adapters of a stage with `lora` alone, in peft's files, without merging them",
+  )
+  parser.add_argument(
     '--push',
     metavar='USER/NAME',
     help='upload the folder to this repository on the Hugging Face hub, with the login of `hf auth '
@@ -61,12 +67,21 @@ def main(argv: list[str]) -> None:
     hub.check_push(options.push)
   elif options.private:
     raise ValueError('--private requires --push=USER/NAME.')
+  if options.adapters and options.push:
+    raise ValueError('--push uploads whole models; upload the folder of --adapters by yourself.')
   model = loading.load(options.model)
   if model.source is None:
     raise ValueError(
       f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to '
       "take over; the sandbox's architecture is none of transformers'."
     )
+  if options.adapters:
+    report = export.save_adapters(out, model, *loading.adapters(options.model, model))
+    print(
+      f'wrote {options.out}: adapters of {report["modules"]} modules a layer, '
+      f'{report["bytes"] / 1e6:.1f} MB'
+    )
+    return
   report = export.save(
     out,
     model.source,

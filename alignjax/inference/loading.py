@@ -20,10 +20,11 @@ import ml_collections
 from alignjax.data import templates
 from alignjax.models import hf, transformer
 from alignjax.models.config import TransformerConfig, ranges_without
+from alignjax.models.lora import LoRA
 from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup import inputs, texts
 from alignjax.setup.models import policy_config, reward_config
-from alignjax.setup.weights import stage_params
+from alignjax.setup.weights import adapter_shapes, placed, saved_adapters, stage_params
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
@@ -338,3 +339,25 @@ def _load_stage(
     sharder=sharder,
     response_length=response_length,
   )
+
+
+def adapters(name: str, model: Model) -> tuple[LoRA, Params, str]:
+  """Returns (the declaration, the adapters, the name of the checkpoint that they belong to) of a
+  finished stage that trained some, and that `load` has read as `model`."""
+  _, weights = folders(name)
+  declared, base = saved_adapters(weights)
+  if declared is None:
+    raise ValueError(f'{name} was trained without adapters: leave --adapters out.')
+  if model.head != 'lm':
+    raise ValueError(
+      f'{name} is a reward model, whose bias and pad token have no place in the files of peft: '
+      f'leave --adapters out, which writes the merged model.'
+    )
+  if not base.startswith('hf:'):
+    raise ValueError(
+      f'{name}: its adapters belong to {base}, which is no checkpoint that peft could load: leave '
+      f'--adapters out, which writes the merged model, or export that stage first.'
+    )
+  shapes = adapter_shapes(declared, model.cfg, 'lm')
+  own = checkpoint.load_params(weights, placed(shapes, model.sharder or _sharder(None)))
+  return declared, own, base.removeprefix('hf:')

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import config_json, hf, hub
+from alignjax.models import config_json, hf, hub, peft
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES, SCORE, Family
+from alignjax.models.lora import LoRA
 from alignjax.types import Params
 
 BIAS = ('drop', 'keep')
@@ -122,6 +123,30 @@ def save(
   if card is not None:
     (partial / 'README.md').write_text(card(report), encoding='utf-8')
   shutil.rmtree(folder, ignore_errors=True)
+  partial.rename(folder)
+  return report
+
+
+def save_adapters(
+  folder: str | os.PathLike, model: Any, declared: LoRA, adapters: Params, base: str
+) -> dict[str, Any]:
+  """Writes the adapters of a policy in the files of peft (models/peft.py), with the tokenizer. The
+  folder is whole or does not exist.
+
+  Args:
+    folder: the folder to write.
+    model: the policy, with cfg and tokenizer.
+    declared, adapters: the declaration and the tree of adapters.
+    base: the name of the checkpoint that they belong to.
+  """
+  folder = pathlib.Path(folder)
+  family = FAMILIES[config_json.declared(hub.folder_of(base)).kind]
+  partial = folder.with_name(folder.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  report = peft.save(partial, family, model.cfg, declared, jax.device_get(adapters), base)
+  if model.tokenizer is not None:
+    model.tokenizer.save_pretrained(partial)
   partial.rename(folder)
   return report
 

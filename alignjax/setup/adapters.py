@@ -20,10 +20,18 @@ from typing import Any, NamedTuple
 import jax
 
 from alignjax.models import lora, transformer
+from alignjax.models.config import TransformerConfig
 from alignjax.runtime import checkpoint, files
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup
-from alignjax.setup.weights import adapter_shapes, freeze, initial_params, placed, saved_adapters
+from alignjax.setup.weights import (
+  adapter_shapes,
+  freeze,
+  initial_params,
+  peft_adapters,
+  placed,
+  saved_adapters,
+)
 from alignjax.types import Networks, Params
 
 
@@ -48,10 +56,12 @@ class Origin(NamedTuple):
   Attributes:
     base: a spec of weights.initial_params.
     folder: of the adapters to go on with, or None.
+    peft: the declaration and the tree of adapters to go on with that peft has written, or None.
   """
 
   base: str
   folder: files.Folder | None = None
+  peft: tuple[lora.LoRA, Params] | None = None
 
 
 def declared(setup: Setup, name: str) -> lora.LoRA | None:
@@ -110,7 +120,10 @@ def load(
       {role: still(role, head) for role, head in frozen.items()},
       {},
     )
-  origins = {role: _origin(setup, init[role], own) for role in (*trained, *frozen)}
+  origins = {
+    role: _origin(setup, init[role], own, _model(setup, head))
+    for role, head in {**trained, **frozen}.items()
+  }
   named = {head: origins[role].base for role, head in trained.items()}
   of_base = {head: seed(role) for role, head in trained.items()}
   if _shared(setup, named):
@@ -119,13 +132,14 @@ def load(
     bases = {head: initial_params(setup, spec, head, of_base[head]) for head, spec in named.items()}
 
   def adapters(role, head):
-    return _adapters(setup, own, origins[role], head, seed(role), bases.get(head, {}).get('final'))
+    final = bases.get(head, {}).get('final')
+    return _adapters(setup, own, origins[role], head, seed(role), final, role in trained)
 
+  # Frozen adapters stay in float32: rounded before they are multiplied by the scale, they would
+  # not be exactly those that the policy starts with.
   params = {role: adapters(role, head) for role, head in trained.items()}
   rest = {
-    role: freeze(adapters(role, head), _model(setup, head))
-    if origins[role].base == named.get(head)
-    else still(role, head)
+    role: (adapters if origins[role].base == named.get(head) else still)(role, head)
     for role, head in frozen.items()
   }
   info = {
@@ -158,8 +172,7 @@ def shapes(
 
   return Parts(
     {role: adapters(head) for role, head in trained.items()},
-    {role: freeze(adapters(head), _model(setup, head)) for role, head in frozen.items()}
-    | {'base': bases},
+    {role: adapters(head) for role, head in frozen.items()} | {'base': bases},
     {},
   )
 
@@ -191,13 +204,22 @@ def _shared(setup: Setup, named: Mapping[str, Any]) -> bool:
   return policy == reward
 
 
-def _origin(setup: Setup, spec: str, own: lora.LoRA) -> Origin:
+def _origin(setup: Setup, spec: str, own: lora.LoRA, model: TransformerConfig) -> Origin:
+  def alike(other):
+    return adapter_shapes(other, model, 'lm') == adapter_shapes(own, model, 'lm')
+
   if spec == 'random' or spec.startswith('hf:'):
     return Origin(spec)
+  if spec.startswith('peft:'):
+    saved, tree, base = peft_adapters(spec, model)
+    if not alike(saved):
+      return Origin(spec)
+    setup.read.update(inputs.of_weights(spec))
+    return Origin(base, peft=(saved, tree))
   folder = inputs.weights_folder(setup.workdir, spec)
   if checkpoint.is_finished(folder):
     saved, base = saved_adapters(folder)
-    if saved is not None and (saved.rank, saved.targets) == (own.rank, own.targets):
+    if saved is not None and alike(saved):
       setup.read.update(inputs.of_weights(spec))
       return Origin(_spec_of(setup, base), folder)
   return Origin(spec)
@@ -217,25 +239,38 @@ def _portable(base: str) -> str:
 
 
 def _adapters(
-  setup: Setup, own: lora.LoRA, origin: Origin, head: str, seed: int, final: Params | None
+  setup: Setup,
+  own: lora.LoRA,
+  origin: Origin,
+  head: str,
+  seed: int,
+  final: Params | None,
+  trained: bool,
 ) -> Params:
-  """The adapters of a role in float32, on their shardings: those of its folder, or fresh ones.
+  """The adapters of a role in float32, on their shardings: those of its folder, or fresh ones. A
+  frozen role without a folder is the base itself.
 
   Args:
     setup, own, origin, head: of the role.
     seed: of fresh adapters and of a fresh scalar head.
     final: that of the base, with its scalar head where it was loaded with one.
+    trained: whether the stage trains them.
   """
   model = _model(setup, head)
   key = jax.random.fold_in(jax.random.key(setup.config.seed), seed)
   wanted = placed(adapter_shapes(own, model, head), setup.sharder)
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
-  if origin.folder is None:
+  made: Params = {}
+  if origin.peft is not None:
+    saved, tree = origin.peft
+    made = jax.device_put(tree, {'layers': shardings['layers']})
+    made = lora.rescaled(made, saved.scale / own.scale)
+  elif origin.folder is None and trained:
     shapes = jax.eval_shape(lambda: transformer.init(model, key, head))
     made = jax.jit(
       lambda: lora.init(own, shapes, key), out_shardings={'layers': shardings['layers']}
     )()
-  else:
+  elif origin.folder is not None:
     saved, _ = saved_adapters(origin.folder)
     assert saved is not None
     found = checkpoint.load_info(origin.folder)['head']

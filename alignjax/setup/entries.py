@@ -160,11 +160,14 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
     if spec is None and entry == 'ref':
       continue  # A loss may have no reference.
     if not isinstance(spec, str) or not (
-      spec == 'random' or spec.startswith(('stage:', 'hf:')) or checkpoint.is_finished(spec)
+      spec == 'random'
+      or spec.startswith(('stage:', 'hf:', 'peft:'))
+      or checkpoint.is_finished(spec)
     ):
       raise ValueError(
         f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', "
-        "'hf:FOLDER_OR_HUB_NAME' or the folder of a finished stage's weights, WORKDIR/STAGE/final."
+        "'hf:FOLDER_OR_HUB_NAME', 'peft:FOLDER_OR_HUB_NAME' or the folder of a finished stage's "
+        'weights, WORKDIR/STAGE/final.'
       )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from alignjax import plugins
 from alignjax.data import sources
-from alignjax.models import hf, hub
+from alignjax.models import hf, hub, peft
 from alignjax.runtime import checkpoint, files, fingerprints, metrics, saved_config
 
 CHOICES = ('fail', 'keep', 'restart')
@@ -83,11 +83,10 @@ def of_data(entry: str, source: str, mapping: str | None) -> Read:
 
 def of_weights(spec: str) -> Read:
   """What initial_params (setup/weights.py) starts from."""
-  return (
-    {}
-    if spec == 'random'
-    else {spec: ('checkpoint' if spec.startswith('hf:') else 'weights', spec)}
-  )
+  if spec == 'random':
+    return {}
+  kind = {'hf': 'checkpoint', 'peft': 'adapters'}.get(spec.partition(':')[0], 'weights')
+  return {spec: (kind, spec)}
 
 
 def is_function(text: str) -> bool:
@@ -143,11 +142,12 @@ def fingerprint(kind: str, name: str, workdir: files.Folder, known: dict[str, li
     return fingerprints.of_value(
       [_of_source(part, kind == 'beside', known) for part in sources.split(name)]
     )
-  folder = hub.folder_of(name.removeprefix('hf:'))
+  folder = hub.folder_of(name.removeprefix('hf:').removeprefix('peft:'))
   patterns = {
     'tokenizer': ('config.json', *TOKENIZER),
     'architecture': ('config.json',),
     'checkpoint': ('config.json',),
+    'adapters': (peft.CONFIG, peft.TENSORS),
   }[kind]
   paths = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
   names = [p.relative_to(folder).as_posix() for p in paths]

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import jax
 
-from alignjax.models import hf, lora, transformer
+from alignjax.models import config_json, hf, hub, lora, peft, transformer
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
+from alignjax.models.families import FAMILIES
 from alignjax.runtime import checkpoint, files
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup
@@ -20,7 +21,8 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
 
   Args:
     spec: 'random'; 'stage:NAME', the final weights of a finished stage of this workdir; the folder
-      of such weights; or 'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py.
+      of such weights; 'hf:FOLDER_OR_HUB_NAME', a checkpoint of models/families.py; or
+      'peft:FOLDER_OR_HUB_NAME', adapters of one, which are merged.
     head: 'lm' (policy) or 'scalar' (reward, value). The trunk of a language model gets a fresh
       scalar head.
     seed: of random parameters, in addition to the seed of the config.
@@ -33,6 +35,10 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
       hf.check_end_scored(spec.removeprefix('hf:'), setup.text.template.end)
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
   shardings = setup.sharder.params(jax.eval_shape(lambda: transformer.init(model, key, head)))
+  if spec.startswith('peft:'):
+    declared, own, base = peft_adapters(spec, model)
+    whole = initial_params(setup, base, head, seed)
+    return merged(whole, own, declared, shardings)
   if spec == 'random':
     return jax.jit(lambda: transformer.init(model, key, head), out_shardings=shardings)()
   folder = inputs.weights_folder(setup.workdir, spec)
@@ -42,6 +48,9 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
       'hf:FOLDER_OR_HUB_NAME, FOLDER.'
     )
   saved = checkpoint.load_info(folder)['head']
+  _, base = saved_adapters(folder)
+  if base.startswith('hf:'):  # A stage that is the base is known by what was made from it.
+    setup.read.update(inputs.of_weights(base))
   params = stage_params(folder, model, saved, setup.sharder)
   if saved == head:
     return params
@@ -71,10 +80,22 @@ def stage_params(
     whole = stage_params(below, model, saved, sharder)
     if saved != head:
       whole = transformer.with_scalar_head(model, whole, key)  # The adapters have a head.
+  return merged(whole, own, declared, sharder.params(shapes))
+
+
+def merged(whole: Params, own: Params, declared: lora.LoRA, shardings: Params) -> Params:
+  """Whole parameters with the products of adapters added."""
   return jax.jit(
-    lambda whole, own: lora.merge(lora.join(whole, own, declared.scale)),
-    out_shardings=sharder.params(shapes),
+    lambda whole, own: lora.merge(lora.join(whole, own, declared.scale)), out_shardings=shardings
   )(whole, own)
+
+
+def peft_adapters(spec: str, model: TransformerConfig) -> tuple[lora.LoRA, Params, str]:
+  """(the declaration, the adapters on the host, 'hf:NAME' of their base) of 'peft:FOLDER'."""
+  folder = hub.folder_of(spec.removeprefix('peft:'))
+  base = peft.base_of(folder)
+  family = FAMILIES[config_json.declared(hub.folder_of(base)).kind]
+  return *peft.read(folder, family, model), f'hf:{base}'
 
 
 def saved_adapters(folder: files.Folder) -> tuple[lora.LoRA | None, str]:

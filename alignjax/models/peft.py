@@ -1,0 +1,292 @@
+"""Adapters in the files of huggingface/peft: adapter_config.json and adapter_model.safetensors.
+
+The names of modules come from the tables of models/families.py. peft's lora_A.weight is our A
+transposed, and so is lora_B.weight. Where a file fuses projections, as GPT-2's c_attn, peft has one
+A for all of them. Ours, which has one for each, is written as adapters of their summed rank, which
+is the same function; read back, every projection gets a copy of A.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+from alignjax.models.config import TransformerConfig
+from alignjax.models.families import Family
+from alignjax.models.lora import LoRA
+from alignjax.types import Params
+
+CONFIG, TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
+PREFIX = 'base_model.model.'
+# What adapter_config.json may say only in this way, because it would change the function.
+PLAIN = dict(
+  peft_type='LORA',
+  bias='none',
+  use_dora=False,
+  lora_bias=False,
+  layers_to_transform=None,
+  trainable_token_indices=None,
+)
+
+
+class Module(NamedTuple):
+  """A module of a checkpoint whose weight is one or more of our kernels.
+
+  Attributes:
+    name: its name, where {i} stands for the layer.
+    targets: (group, name) of our projections; several where the file fuses them.
+    pattern: of the kernels, from the file to ours (families.Tensor).
+  """
+
+  name: str
+  targets: tuple[tuple[str, str], ...]
+  pattern: str
+
+  @property
+  def short(self) -> str:
+    """The last two parts of the name, which tell it from every other module of a layer."""
+    return '.'.join(self.name.split('.')[-2:])
+
+
+def save(
+  folder: str | os.PathLike,
+  family: Family,
+  cfg: TransformerConfig,
+  lora: LoRA,
+  adapters: Params,
+  base: str,
+) -> dict[str, Any]:
+  """Writes adapters of a policy. The folder exists.
+
+  Args:
+    folder: the folder to write to.
+    family, cfg: of the checkpoint that the adapters belong to.
+    lora: their declaration.
+    adapters: {'layers': ...} (models/lora.py).
+    base: the name of the checkpoint, for adapter_config.json.
+
+  Returns:
+    {'modules': how many modules of a layer have adapters, 'bytes'}.
+  """
+  from safetensors.numpy import save_file
+
+  tensors, names, ranks, alphas = {}, [], {}, {}
+  for module in modules(family, cfg):
+    there = [t for t in module.targets if t[1] in adapters['layers'].get(t[0], {})]
+    if not there:
+      continue
+    names.append(module.short)
+    if len(module.targets) > 1:
+      ranks[module.short] = lora.rank * len(there)
+      alphas[module.short] = lora.alpha * len(there)  # The same scale.
+    own = {t: adapters['layers'][t[0]][t[1]] for t in there}
+    for i in range(cfg.num_layers):
+      pair = [
+        {t: np.asarray(x[k][i], np.float32) for t, x in own.items()} for k in ('lora_a', 'lora_b')
+      ]
+      a, b = _fused(module, cfg, *pair)
+      name = PREFIX + module.name.format(i=i)
+      tensors[f'{name}.lora_A.weight'] = np.ascontiguousarray(a)
+      tensors[f'{name}.lora_B.weight'] = np.ascontiguousarray(b)
+  folder = pathlib.Path(folder)
+  save_file(tensors, folder / TENSORS, metadata={'format': 'pt'})
+  config = PLAIN | dict(
+    task_type='CAUSAL_LM',
+    base_model_name_or_path=base,
+    r=lora.rank,
+    lora_alpha=lora.alpha,
+    lora_dropout=0.0,
+    target_modules=names,
+    rank_pattern=ranks,
+    alpha_pattern=alphas,
+    fan_in_fan_out=_transposed(family),
+    inference_mode=True,
+  )
+  (folder / CONFIG).write_text(json.dumps(config, indent=2))
+  return {'modules': len(names), 'bytes': sum(x.nbytes for x in tensors.values())}
+
+
+def read(folder: str | os.PathLike, family: Family, cfg: TransformerConfig) -> tuple[LoRA, Params]:
+  """(the declaration, the adapters as numpy arrays) of a folder that peft has written for a causal
+  language model.
+
+  Modules of different ranks get the largest one, with zeros, and the scale of each becomes part of
+  B.
+
+  Raises:
+    ValueError: it holds something else than adapters of the projections.
+  """
+  from safetensors.numpy import load_file
+
+  folder = pathlib.Path(folder)
+  config = _read_config(folder / CONFIG)
+  try:
+    tensors = load_file(folder / TENSORS)
+  except Exception as error:  # noqa: BLE001 damaged files raise what safetensors raises
+    raise ValueError(
+      f'{folder / TENSORS}: not a whole safetensors file ({type(error).__name__}: {error}).'
+    ) from None
+  found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+  for module in modules(family, cfg):
+    names = [PREFIX + module.name.format(i=i) for i in range(cfg.num_layers)]
+    if not any(f'{name}.lora_A.weight' in tensors for name in names):
+      continue
+    for name in names:
+      a, b = (_taken(tensors, f'{name}.lora_{k}.weight', folder) for k in 'AB')
+      scale = _scale(config, name, len(a))
+      for target, pair in _parts(module, cfg, a, b * scale, f'{folder / TENSORS}: {name}').items():
+        found.setdefault(target, []).append(pair)
+  if tensors:
+    raise ValueError(
+      f'{folder / TENSORS}: {len(tensors)} tensors have no place among adapters of projections, '
+      f'first {min(tensors)!r}.'
+    )
+  if not found:
+    raise ValueError(f'{folder / TENSORS} has no adapters of this architecture.')
+  rank = max(a.shape[-1] for pairs in found.values() for a, _ in pairs)
+  layers: dict[str, Any] = {}
+  for (group, name), pairs in found.items():
+    layers.setdefault(group, {})[name] = {
+      'lora_a': np.stack([_padded(a, rank, -1) for a, _ in pairs]),
+      'lora_b': np.stack([_padded(b, rank, 0) for _, b in pairs]),
+    }
+  targets = tuple(sorted({name for _, name in found}))
+  return LoRA(rank=rank, alpha=float(rank), targets=targets), {'layers': layers}
+
+
+def base_of(folder: str | os.PathLike) -> str:
+  """The name of the checkpoint that adapters belong to, as adapter_config.json has it."""
+  path = pathlib.Path(folder) / CONFIG
+  base = _read_config(path).get('base_model_name_or_path')
+  if not isinstance(base, str) or not base:
+    raise ValueError(f'{path}: base_model_name_or_path={base!r} names no checkpoint.')
+  return base
+
+
+def modules(family: Family, cfg: TransformerConfig) -> Iterator[Module]:
+  """The modules of a layer that can have adapters."""
+  for tensor in family.tensors(cfg):
+    paths = [path.split('/') for path in tensor.paths]
+    if paths[0][0] == 'layers' and paths[0][-1] == 'kernel':
+      targets = tuple((group, name) for _, group, name, _ in paths)
+      yield Module(tensor.name.removesuffix('.weight'), targets, tensor.pattern)
+
+
+def _transposed(family: Family) -> bool:
+  """Whether weights are [inputs, outputs], as in transformers' Conv1D."""
+  return family.prefix == 'transformer.'
+
+
+def _sides(module: Module) -> tuple[str, str]:
+  """The outputs of the kernels in the file and in ours, as einops names: of 'd (j n h) -> j d (n
+  h)' '(j n h)' and 'j (n h)', and of a kernel that is not fused 'o' and 'o'."""
+  if len(module.targets) == 1:
+    return 'o', 'o'
+  left, right = (side.strip() for side in module.pattern.split('->'))
+  return left.removeprefix('d ').removesuffix(' d'), right.replace('j d', 'j')
+
+
+def _fused(module: Module, cfg: TransformerConfig, a: Mapping, b: Mapping) -> tuple[Any, Any]:
+  """(lora_A.weight, lora_B.weight) of one layer. a, b: of each target that has adapters."""
+  flat = [a[t].reshape(-1, a[t].shape[-1]).T for t in module.targets if t in a]
+  if len(module.targets) == 1:
+    (target,) = module.targets
+    return flat[0], b[target].T
+  rank = len(flat[0])
+  width = next(iter(b.values())).shape[-1]
+  # The columns of each projection's own part of the rank.
+  parts = np.zeros((len(module.targets), rank * len(flat), width), np.float32)
+  at = 0
+  for j, target in enumerate(module.targets):
+    if target in b:
+      parts[j, at : at + rank] = b[target]
+      at += rank
+  theirs, ours = _sides(module)
+  ours = ours.replace('j', 'j r', 1)
+  fused = rearrange(
+    parts, f'{ours} -> {theirs} r', n=cfg.num_heads, h=cfg.head_width, j=len(module.targets)
+  )
+  return np.concatenate(flat), fused
+
+
+def _parts(
+  module: Module, cfg: TransformerConfig, a: np.ndarray, b: np.ndarray, where: str
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+  """(A [inputs..., r], B [r, outputs]) of each target of one layer, from peft's two tensors."""
+  width, heads = cfg.head_width, cfg.num_heads
+  name = module.targets[0][1]
+  inputs = {'out': heads * width, 'down': cfg.mlp_width}.get(name, cfg.d_model)
+  outputs = {
+    'query': heads * width,
+    'key': cfg.kv_heads * width,
+    'value': cfg.kv_heads * width,
+    'up': cfg.mlp_width,
+    'gate': cfg.mlp_width,
+  }.get(name, cfg.d_model) * len(module.targets)
+  if a.shape != (len(a), inputs) or b.shape != (outputs, len(a)):
+    raise ValueError(
+      f'{where}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not belong to a projection '
+      f'of {inputs} inputs and {outputs} outputs: these are adapters of another base.'
+    )
+  if len(module.targets) == 1:
+    shape = (heads, width) if name == 'out' else (inputs,)
+    return {module.targets[0]: (a.T.reshape(*shape, len(a)), b.T)}
+  theirs, ours = _sides(module)
+  ours = ours.replace('j', 'j r', 1)
+  each = rearrange(b, f'{theirs} r -> {ours}', n=heads, h=width, j=len(module.targets))
+  return {target: (a.T, each[j]) for j, target in enumerate(module.targets)}
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    config = json.loads(path.read_bytes())
+    if not isinstance(config, dict):
+      raise TypeError('it is no object')
+  except (ValueError, TypeError, OSError) as error:
+    raise ValueError(f'{path}: no adapter_config.json of peft ({error}).') from None
+  for key, plain in PLAIN.items():
+    if config.get(key, plain) not in (plain, None, False, [], {}):
+      raise ValueError(f'{path}: {key}={config[key]!r} is not covered, only {plain!r}.')
+  if config.get('modules_to_save'):
+    raise ValueError(
+      f'{path}: modules_to_save={config["modules_to_save"]} are whole modules beside the adapters, '
+      f'which are not covered.'
+    )
+  for key in ('r', 'lora_alpha'):
+    if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)):
+      raise ValueError(f'{path}: {key}={config.get(key)!r} is no number.')
+  return config
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+  """alpha / rank of a module, as peft looks for them: a pattern that the name ends with, or the
+  entry of all."""
+
+  def of(pattern, default):
+    ends = [v for k, v in (config.get(pattern) or {}).items() if f'.{name}'.endswith(f'.{k}')]
+    return ends[0] if ends else default
+
+  declared = of('rank_pattern', config['r'])
+  if declared != rank:
+    raise ValueError(f'{CONFIG}: rank {declared} for {name}, whose tensors have {rank}.')
+  alpha = of('alpha_pattern', config['lora_alpha'])
+  return alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
+
+
+def _taken(tensors: dict[str, np.ndarray], name: str, folder: pathlib.Path) -> np.ndarray:
+  if name not in tensors:
+    raise ValueError(f'{folder / TENSORS}: tensor {name!r} is missing.')
+  return tensors.pop(name).astype(np.float32)
+
+
+def _padded(x: np.ndarray, rank: int, axis: int) -> np.ndarray:
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, rank - x.shape[axis])
+  return np.pad(x, widths)
