@@ -121,7 +121,7 @@ def run(
   devices: int,
   changes: list[str] = (),
   kill_when=None,
-  timeout: float = 600,
+  timeout: float = 2400,
 ) -> int:
   """Runs to the end, or until kill_when() is true, then -9 for all; 10 s behind one that failed.
   The largest exit status."""
