@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import alignjax
-from alignjax.commands import command, configs, main, run
+from alignjax.commands import command, configs, main
 from alignjax.runtime import files
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -307,19 +307,20 @@ run.divide_cpu(None)
 
 
 @pytest.mark.parametrize(
-  'seconds,flags,waits', [(1, '', False), (1, f'--{run.PATIENCE}=60', True), (60, '', True)]
+  'seconds,flags,waits', [(1, '', False), (1, f'--{command.PATIENCE}=60', True), (60, '', True)]
 )
 def test_a_device_waits_for_another(seconds, flags, waits):
-  """A collective of two CPU devices of which one is 4 s late: what divide_cpu sets is what XLA goes
+  """A collective of two CPU devices of which one is 4 s late: what a command sets is what XLA goes
   by, and a user's own setting stays."""
   code = f"""
 import time
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
-from alignjax.commands import run
+from alignjax.commands import command, run
 
-run.PATIENT_SECONDS = {seconds}
+command.PATIENT_SECONDS = {seconds}
+command.let_devices_wait()
 run.divide_cpu(2)
 late = lambda x: (time.sleep(4 * float(x[0])), x)[1]
 

@@ -12,12 +12,12 @@ from alignjax import plugins, train
 from alignjax.commands import export
 from alignjax.configs import smollm2_135m
 from alignjax.inference import loading
-from alignjax.models import lora, transformer
+from alignjax.models import lora, peft, transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.runtime import checkpoint
 from alignjax.setup import adapters
 from alignjax.setup.objects import make_setup
-from alignjax.setup.weights import initial_params
+from alignjax.setup.weights import initial_params, saved_adapters
 from alignjax.stages import sft
 from tests.fakes import close
 
@@ -149,6 +149,40 @@ def test_adapters_that_do_not_fit():
     lora.init(OURS._replace(rank=9), params, KEY)
 
 
+@pytest.mark.parametrize(
+  'entry,message',
+  [
+    (dict(use_dora=True), 'use_dora=True is not covered'),
+    (dict(bias='all'), "bias='all' is not covered"),
+    (dict(init_lora_weights='pissa'), "init_lora_weights='pissa' .* it changes the base"),
+    (dict(layer_replication=[[0, 2]]), 'layer_replication=.* is not covered'),
+    (dict(an_entry_of_next_year=1), 'an_entry_of_next_year=1 is not covered'),
+    (dict(modules_to_save=['lm_head']), 'whole modules beside the adapters'),
+    (dict(r='2'), "r='2' is no number"),
+    (dict(base_model_name_or_path=None), 'names no checkpoint'),
+  ],
+)
+def test_folders_of_peft_that_are_refused(entry, message, tmp_path):
+  """Whatever may change the function is refused by name; what says nothing is not."""
+  plain = dict(peft_type='LORA', r=2, lora_alpha=3, use_dora=False, loftq_config={}, bias='none')
+  file = tmp_path / peft.CONFIG
+  file.write_text(json.dumps(plain | dict(base_model_name_or_path='base')))
+  assert peft.base_of(tmp_path) == 'base'
+  file.write_text(json.dumps(plain | dict(base_model_name_or_path='base') | entry))
+  with pytest.raises(ValueError, match=message):
+    peft.base_of(tmp_path)
+
+
+@pytest.mark.parametrize('place', ['sft/final', 'sft/candidates/30'])
+def test_the_base_of_saved_adapters_is_in_the_same_workdir(place, tmp_path):
+  """Also after the workdir was moved."""
+  entry = dict(rank=2, alpha=3.0, targets=('up',), base='stage:pretrain')
+  checkpoint.save_params(tmp_path / 'a' / place, {'x': jnp.zeros(1)}, dict(head='lm', lora=entry))
+  (tmp_path / 'a').rename(tmp_path / 'b')
+  found = saved_adapters(tmp_path / 'b' / place)
+  assert found == (lora.LoRA(2, 3.0, ('up',)), str(tmp_path / 'b/pretrain/final'))
+
+
 # Stages
 
 
@@ -212,7 +246,9 @@ def check_result(setup, stage, head):
   sums = json.loads((folder / 'final' / 'sums.json').read_text())
   assert all('lora_' in name or 'final.score' in name for name in sums), list(sums)
   of_base = initial_params(setup, f'hf:{CHAT}', 'lm', 0)
+  setup = setup._replace(read={})
   whole = initial_params(setup, f'stage:{stage}', head, 0)
+  assert set(setup.read) == {f'stage:{stage}', f'hf:{CHAT}'}  # The base counts too.
   moved = {
     jax.tree_util.keystr(path, simple=True, separator='/')
     for (path, x), y in zip(

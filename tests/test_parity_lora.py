@@ -73,7 +73,7 @@ def test_we_read_those_of_peft(base, rslora):
     target_modules=every[:2],
     use_rslora=rslora,
     rank_pattern={every[0]: 2},
-    alpha_pattern={every[1]: 7},
+    alpha_pattern={every[1].replace('.', r'\.'): 7},  # a regular expression
     init_lora_weights=False,  # random ones
     task_type='CAUSAL_LM',
   )

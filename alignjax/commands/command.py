@@ -20,6 +20,22 @@ DTYPES = ('float32', 'bfloat16', 'float16')  # The choices of --dtype.
 GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN)
 
 
+PATIENCE = 'xla_cpu_collective_call_terminate_timeout_seconds'
+PATIENT_SECONDS = 24 * 3600
+
+
+def let_devices_wait() -> None:
+  """Lets the devices that a CPU is divided into wait for each other, unless XLA_FLAGS say how long.
+
+  By itself XLA ends a process in which one of them comes a minute later to a collective than
+  another, as behind a reward function on the host that is tried again, or on a computer that has
+  other work.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  if PATIENCE not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} --{PATIENCE}={PATIENT_SECONDS}'.strip()
+
+
 def start(
   main: Callable[[list[str]], Any], argv: list[str], ends_with_reader: bool = False
 ) -> None:
@@ -36,6 +52,7 @@ def start(
     ends_with_reader: whether the command ends quietly when its reader closes the pipe, because its
       output is its only result.
   """
+  let_devices_wait()
   # The next file that is opened would get the number of a closed descriptor, and then the output.
   for fd in (0, 1, 2):
     try:

@@ -38,24 +38,12 @@ def explain(error: Exception, path) -> None:
   raise SystemExit(f'error: {words}\n(traceback: {path})')
 
 
-PATIENCE = 'xla_cpu_collective_call_terminate_timeout_seconds'
-PATIENT_SECONDS = 24 * 3600
-
-
 def divide_cpu(count: int | None) -> None:
   """Lets jax see the CPU as `count` devices, unless XLA_FLAGS or jax's own setting say how many, or
-  jax has looked for its devices already. A run on accelerators stays on them.
-
-  XLA ends a process in which one of these devices comes a minute later to a collective than
-  another, as behind a reward function on the host that is tried again, or on a computer that has
-  other work. Here they wait for each other, unless XLA_FLAGS say how long.
-  """
+  jax has looked for its devices already. A run on accelerators stays on them."""
   import jax
 
-  flags = os.environ.get('XLA_FLAGS', '')
-  if PATIENCE not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} --{PATIENCE}={PATIENT_SECONDS}'.strip()
-  said = 'xla_force_host_platform_device_count' in flags
+  said = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
   if count and not said and jax.config.jax_num_cpu_devices < 0:
     with contextlib.suppress(RuntimeError):
       jax.config.update('jax_num_cpu_devices', count)

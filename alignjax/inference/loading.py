@@ -24,7 +24,7 @@ from alignjax.models.lora import LoRA
 from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup import inputs, texts
 from alignjax.setup.models import policy_config, reward_config
-from alignjax.setup.weights import adapter_shapes, placed, saved_adapters, stage_params
+from alignjax.setup.weights import load_adapters, saved_adapters, stage_params
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
@@ -358,6 +358,5 @@ def adapters(name: str, model: Model) -> tuple[LoRA, Params, str]:
       f'{name}: its adapters belong to {base}, which is no checkpoint that peft could load: leave '
       f'--adapters out, which writes the merged model, or export that stage first.'
     )
-  shapes = adapter_shapes(declared, model.cfg, 'lm')
-  own = checkpoint.load_params(weights, placed(shapes, model.sharder or _sharder(None)))
+  own = load_adapters(weights, declared, model.cfg, 'lm', model.sharder or _sharder(None))
   return declared, own, base.removeprefix('hf:')

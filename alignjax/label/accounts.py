@@ -45,7 +45,7 @@ class TooMany(Refused):
 
 def secret(connection: sa.Connection) -> str:
   """Returns the key that signs cookies and tokens, and makes it at first."""
-  history.wait_for(connection, 'secret')
+  schema.wait_for(connection, 'secret')
   found = connection.execute(
     sa.select(settings.c.value).where(settings.c.name == 'secret')
   ).scalar()
@@ -116,7 +116,7 @@ def add_person(
     raise Refused('A name has 1 to 80 letters, digits, spaces and . _ - @.')
   check_password(password)
   hashed = _hasher.hash(password)  # It takes a tenth of a second, in which nobody need wait.
-  history.wait_for(connection, 'people')
+  schema.wait_for(connection, 'people')
   if connection.execute(
     sa.select(people.c.id).where(sa.func.lower(people.c.name) == name.lower())
   ).first():

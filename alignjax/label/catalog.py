@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from alignjax.label import answers as forms
-from alignjax.label.history import add, log, wait_for
-from alignjax.label.schema import instructions, items, tasks
+from alignjax.label.history import add, log
+from alignjax.label.schema import instructions, items, tasks, wait_for
 from alignjax.runtime import fingerprints
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 import weakref
@@ -54,14 +53,6 @@ def log(
   row = dict(at=at, kind=what, person_id=person, item_id=item, details=details)
   connection.execute(events.insert(), row)
   return at
-
-
-def wait_for(connection: sa.Connection, what: str) -> None:
-  """Waits until no other transaction that waited for the same is open, so that what this one looks
-  up before it inserts is still true when it does. On SQLite writing transactions do so anyway."""
-  if connection.dialect.name == 'postgresql':
-    number = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], signed=True)
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
 
 
 def add(connection: sa.Connection, table: sa.Table, **values: Any) -> int:

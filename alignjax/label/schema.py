@@ -8,6 +8,7 @@ deleted: an amended or withdrawn answer is a new version, and `current` marks th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pathlib
 import threading
 import time
@@ -20,7 +21,6 @@ from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, Strin
 BUSY_SECONDS = 30  # A writer waits this long for another one before SQLite gives up.
 
 MIGRATIONS = pathlib.Path(__file__).parent / 'migrations'
-UPGRADE_LOCK = 20_305  # The number of the lock on PostgreSQL for whoever makes the tables.
 
 metadata = sa.MetaData()
 
@@ -285,6 +285,14 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
       yield connection
 
 
+def wait_for(connection: sa.Connection, what: str) -> None:
+  """Waits until no other transaction that waited for the same is open, so that what this one looks
+  up before it inserts is still true when it does. On SQLite writing transactions do so anyway."""
+  if connection.dialect.name == 'postgresql':
+    number = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], signed=True)
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+
+
 def _check_version(engine: sa.Engine, place: str, upgrade: bool) -> None:
   from alembic import command, config, script
   from alembic.runtime import migration
@@ -319,8 +327,7 @@ def _check_version(engine: sa.Engine, place: str, upgrade: bool) -> None:
     with contextlib.closing(engine.raw_connection()) as raw:
       raw.cursor().execute('VACUUM INTO ?', (copy,))
   with writing(engine) as connection:
-    if engine.dialect.name == 'postgresql':
-      connection.execute(sa.select(sa.func.pg_advisory_xact_lock(UPGRADE_LOCK)))
+    wait_for(connection, 'tables')
     # If another process has made the tables while this one waited, nothing is left to do.
     settings.attributes['connection'] = connection
     command.upgrade(settings, 'head')

@@ -161,6 +161,11 @@ def projections():
   return nn.intercept_methods(call)
 
 
+def base_of(bases: Mapping[str, Params], head: str) -> Params:
+  """What adapters of a head belong to. bases: see networks."""
+  return bases.get(head, bases.get('shared'))
+
+
 def networks(nets: Networks, bases: Mapping[str, Params] | None, scale: float) -> Networks:
   """Networks that read trees of adapters too.
 
@@ -174,7 +179,7 @@ def networks(nets: Networks, bases: Mapping[str, Params] | None, scale: float) -
     return nets
 
   def reading(function, kind):
-    base = bases.get(kind, bases.get('shared'))
+    base = base_of(bases, kind)
 
     def call(params, *args, **kwargs):
       if is_adapters(params):

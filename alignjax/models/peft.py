@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,15 +26,28 @@ from alignjax.types import Params
 
 CONFIG, TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
-# What adapter_config.json may say only in this way, because it would change the function.
-PLAIN = dict(
-  peft_type='LORA',
-  bias='none',
-  use_dora=False,
-  lora_bias=False,
-  layers_to_transform=None,
-  trainable_token_indices=None,
+PLAIN = dict(peft_type='LORA', bias='none')  # what adapter_config.json may say only in this way
+# The entries that are read, and those that leave the function as it is. Any other one that says
+# something may change it: DoRA, a base that was changed before training, layers that are repeated.
+READ = ('r', 'lora_alpha', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'modules_to_save')
+HARMLESS = (
+  'task_type',
+  'auto_mapping',
+  'peft_version',
+  'base_model_name_or_path',
+  'revision',
+  'inference_mode',
+  'target_modules',
+  'exclude_modules',
+  'lora_dropout',
+  'fan_in_fan_out',
+  'layers_pattern',
+  'megatron_core',
+  'qalora_group_size',
+  'runtime_config',
 )
+# The ways to begin that do not change the base. PiSSA, OLoRA and others take a part out of it.
+BEGINNINGS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 
 
 class Module(NamedTuple):
@@ -252,8 +266,18 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   except (ValueError, TypeError, OSError) as error:
     raise ValueError(f'{path}: no adapter_config.json of peft ({error}).') from None
   for key, plain in PLAIN.items():
-    if config.get(key, plain) not in (plain, None, False, [], {}):
+    if config.get(key, plain) != plain:
       raise ValueError(f'{path}: {key}={config[key]!r} is not covered, only {plain!r}.')
+  begun = config.get('init_lora_weights')
+  if begun not in BEGINNINGS:
+    raise ValueError(
+      f'{path}: init_lora_weights={begun!r} is not covered, because it changes the base; peft can '
+      f'convert such adapters (save_pretrained with path_initial_model_for_weight_conversion).'
+    )
+  known = (*PLAIN, *READ, *HARMLESS, 'init_lora_weights', 'eva_config')
+  for key in sorted(config.keys() - set(known)):
+    if config[key]:
+      raise ValueError(f'{path}: {key}={config[key]!r} is not covered.')
   if config.get('modules_to_save'):
     raise ValueError(
       f'{path}: modules_to_save={config["modules_to_save"]} are whole modules beside the adapters, '
@@ -266,12 +290,14 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-  """alpha / rank of a module, as peft looks for them: a pattern that the name ends with, or the
-  entry of all."""
+  """alpha / rank of a module, as peft looks for them (utils/other.py: get_pattern_key): of the
+  first pattern, a regular expression, that the name ends with, or else of all modules."""
 
   def of(pattern, default):
-    ends = [v for k, v in (config.get(pattern) or {}).items() if f'.{name}'.endswith(f'.{k}')]
-    return ends[0] if ends else default
+    for ending, value in (config.get(pattern) or {}).items():
+      if re.match(rf'(.*\.)?({ending})$', name.removeprefix(PREFIX)):
+        return value
+    return default
 
   declared = of('rank_pattern', config['r'])
   if declared != rank:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 
 from alignjax.models import lora, transformer
-from alignjax.models.config import TransformerConfig
 from alignjax.runtime import checkpoint, files
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup
@@ -28,6 +27,8 @@ from alignjax.setup.weights import (
   adapter_shapes,
   freeze,
   initial_params,
+  load_adapters,
+  param_shapes,
   peft_adapters,
   placed,
   saved_adapters,
@@ -55,13 +56,13 @@ class Origin(NamedTuple):
 
   Attributes:
     base: a spec of weights.initial_params.
-    folder: of the adapters to go on with, or None.
-    peft: the declaration and the tree of adapters to go on with that peft has written, or None.
+    adapters: the tree of adapters to go on with, or None.
+    scale: of their products A B.
   """
 
   base: str
-  folder: files.Folder | None = None
-  peft: tuple[lora.LoRA, Params] | None = None
+  adapters: Params | None = None
+  scale: float = 1.0
 
 
 def declared(setup: Setup, name: str) -> lora.LoRA | None:
@@ -121,8 +122,7 @@ def load(
       {},
     )
   origins = {
-    role: _origin(setup, init[role], own, _model(setup, head))
-    for role, head in {**trained, **frozen}.items()
+    role: _origin(setup, init[role], own, head) for role, head in {**trained, **frozen}.items()
   }
   named = {head: origins[role].base for role, head in trained.items()}
   of_base = {head: seed(role) for role, head in trained.items()}
@@ -151,21 +151,26 @@ def load(
   )
 
 
-def shapes(
-  setup: Setup, name: str, trained: Mapping[str, str], frozen: Mapping[str, str], params: Callable
-) -> Parts:
+def shapes(setup: Setup, name: str, trained: Mapping[str, str], frozen: Mapping[str, str]) -> Parts:
   """`load` as shapes, without weights: one base for each head, or one for both where their
-  architectures are the same. params: (setup, head) -> shapes of whole parameters."""
+  architectures are the same."""
   own = declared(setup, name)
+
+  def whole(head):
+    return param_shapes(_model(setup, head), head, setup.sharder)
+
+  def still(head):
+    return freeze(whole(head), _model(setup, head))
+
   if own is None:
     return Parts(
-      {role: params(setup, head) for role, head in trained.items()},
-      {role: freeze(params(setup, head), _model(setup, head)) for role, head in frozen.items()},
+      {role: whole(head) for role, head in trained.items()},
+      {role: still(head) for role, head in frozen.items()},
       {},
     )
   heads = dict.fromkeys(trained.values())
   names = {'shared': 'lm'} if _shared(setup, heads) else {head: head for head in heads}
-  bases = {key: freeze(params(setup, head), _model(setup, head)) for key, head in names.items()}
+  bases = {key: still(head) for key, head in names.items()}
 
   def adapters(head):
     return placed(adapter_shapes(own, _model(setup, head), head), setup.sharder)
@@ -177,15 +182,15 @@ def shapes(
   )
 
 
-def whole(setup: Setup, name: str, params: Params, frozen: Mapping[str, Params]) -> Params:
+def whole(
+  setup: Setup, name: str, head: str, params: Params, frozen: Mapping[str, Params]
+) -> Params:
   """The params of a role as setup.nets read them: adapters are joined with their base. Nothing is
   copied."""
   own = declared(setup, name)
   if own is None:
     return params
-  kind = 'scalar' if 'score' in params.get('final', {}) else 'lm'
-  bases = frozen['base']
-  return lora.join(bases.get(kind, bases.get('shared')), params, own.scale)
+  return lora.join(lora.base_of(frozen['base'], head), params, own.scale)
 
 
 def _model(setup: Setup, head: str):
@@ -204,24 +209,27 @@ def _shared(setup: Setup, named: Mapping[str, Any]) -> bool:
   return policy == reward
 
 
-def _origin(setup: Setup, spec: str, own: lora.LoRA, model: TransformerConfig) -> Origin:
+def _origin(setup: Setup, spec: str, own: lora.LoRA, head: str) -> Origin:
+  model = _model(setup, head)
+
   def alike(other):
     return adapter_shapes(other, model, 'lm') == adapter_shapes(own, model, 'lm')
 
-  if spec == 'random' or spec.startswith('hf:'):
-    return Origin(spec)
   if spec.startswith('peft:'):
     saved, tree, base = peft_adapters(spec, model)
-    if not alike(saved):
-      return Origin(spec)
-    setup.read.update(inputs.of_weights(spec))
-    return Origin(base, peft=(saved, tree))
-  folder = inputs.weights_folder(setup.workdir, spec)
-  if checkpoint.is_finished(folder):
-    saved, base = saved_adapters(folder)
-    if saved is not None and alike(saved):
+    if alike(saved):
       setup.read.update(inputs.of_weights(spec))
-      return Origin(_spec_of(setup, base), folder)
+      return Origin(base, tree, saved.scale)
+  elif not spec.startswith('hf:'):
+    folder = inputs.weights_folder(setup.workdir, spec)
+    saved, base = saved_adapters(folder) if checkpoint.is_finished(folder) else (None, '')
+    if saved is not None and alike(saved):
+      found = checkpoint.load_info(folder)['head']
+      if found == 'scalar' and head == 'lm':
+        raise ValueError(f'{spec!r} is a reward model; a policy cannot start from it.')
+      setup.read.update(inputs.of_weights(spec))
+      tree = load_adapters(folder, saved, model, found, setup.sharder)
+      return Origin(_spec_of(setup, base), tree, saved.scale)
   return Origin(spec)
 
 
@@ -247,8 +255,8 @@ def _adapters(
   final: Params | None,
   trained: bool,
 ) -> Params:
-  """The adapters of a role in float32, on their shardings: those of its folder, or fresh ones. A
-  frozen role without a folder is the base itself.
+  """The adapters of a role in float32, on their shardings: those that it starts from, or fresh
+  ones. A frozen role that starts from none is the base itself.
 
   Args:
     setup, own, origin, head: of the role.
@@ -261,25 +269,14 @@ def _adapters(
   wanted = placed(adapter_shapes(own, model, head), setup.sharder)
   shardings = jax.tree.map(lambda x: x.sharding, wanted)
   made: Params = {}
-  if origin.peft is not None:
-    saved, tree = origin.peft
-    made = jax.device_put(tree, {'layers': shardings['layers']})
-    made = lora.rescaled(made, saved.scale / own.scale)
-  elif origin.folder is None and trained:
+  if origin.adapters is not None:
+    made = lora.rescaled(origin.adapters, origin.scale / own.scale)
+    made = jax.device_put(made, {part: shardings[part] for part in made})
+  elif trained:
     shapes = jax.eval_shape(lambda: transformer.init(model, key, head))
     made = jax.jit(
       lambda: lora.init(own, shapes, key), out_shardings={'layers': shardings['layers']}
     )()
-  elif origin.folder is not None:
-    saved, _ = saved_adapters(origin.folder)
-    assert saved is not None
-    found = checkpoint.load_info(origin.folder)['head']
-    if found == 'scalar' and head == 'lm':
-      raise ValueError(f'{origin.folder} is a reward model; a policy cannot start from it.')
-    there = placed(adapter_shapes(saved, model, found), setup.sharder)
-    made = checkpoint.load_params(origin.folder, there)
-    if saved.scale != own.scale:
-      made = lora.rescaled(made, saved.scale / own.scale)
   if head == 'scalar' and 'final' not in made:
     score = (final or {}).get('score') or transformer.init_head(model, key)
     made = made | {'final': {'score': jax.device_put(score, shardings['final']['score'])}}

@@ -45,7 +45,7 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
   if not checkpoint.is_finished(folder):
     raise FileNotFoundError(
       f'{spec!r}: {folder} holds no finished stage. Forms: random, stage:NAME, '
-      'hf:FOLDER_OR_HUB_NAME, FOLDER.'
+      'hf:FOLDER_OR_HUB_NAME, peft:FOLDER_OR_HUB_NAME, FOLDER.'
     )
   saved = checkpoint.load_info(folder)['head']
   _, base = saved_adapters(folder)
@@ -71,7 +71,7 @@ def stage_params(
   declared, base = saved_adapters(folder)
   if declared is None:
     return checkpoint.load_params(folder, placed(shapes, sharder))
-  own = checkpoint.load_params(folder, placed(adapter_shapes(declared, model, head), sharder))
+  own = load_adapters(folder, declared, model, head, sharder)
   if base.startswith('hf:'):
     whole = hf.load(base.removeprefix('hf:'), model, head, sharder.params, key)
   else:
@@ -111,12 +111,24 @@ def saved_adapters(folder: files.Folder) -> tuple[lora.LoRA | None, str]:
   return lora.declared({k: v for k, v in entry.items() if k != 'base'}, f'{folder}: lora'), base
 
 
+def load_adapters(
+  folder: files.Folder, declared: lora.LoRA, model: TransformerConfig, head: str, sharder: Sharder
+) -> Params:
+  """The tree of adapters in a folder that `saved_adapters` describes, on its shardings."""
+  return checkpoint.load_params(folder, placed(adapter_shapes(declared, model, head), sharder))
+
+
 def adapter_shapes(declared: lora.LoRA, model: TransformerConfig, head: str) -> Params:
   """The shapes of a tree of adapters (models/lora.py). A scalar head is trained whole."""
   key = jax.random.key(0)
   whole = jax.eval_shape(lambda: transformer.init(model, key, head))
   shapes = jax.eval_shape(lambda: lora.init(declared, whole, key))
   return shapes | {'final': {'score': whole['final']['score']}} if head == 'scalar' else shapes
+
+
+def param_shapes(model: TransformerConfig, head: str, sharder: Sharder) -> Params:
+  """The shapes of all parameters of a network, on their shardings."""
+  return placed(jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head)), sharder)
 
 
 def placed(shapes: Params, sharder: Sharder) -> Params:

@@ -16,12 +16,11 @@ import numpy as np
 from alignjax import plugins
 from alignjax.compiler import flops
 from alignjax.data.templates import Template
-from alignjax.models import transformer
 from alignjax.models.config import TransformerConfig
 from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, make_setup
 from alignjax.setup.texts import Text
-from alignjax.setup.weights import placed
+from alignjax.setup.weights import param_shapes
 from alignjax.types import LossFn, Networks, Params, TokenBatch
 
 
@@ -76,8 +75,7 @@ def params(setup: Setup, head: str, model: TransformerConfig | None = None) -> P
   """The shapes of parameters on their shardings. head: 'lm' or 'scalar', as in
   weights.initial_params. model: the architecture; by default that of the setup for the head."""
   model = model or (setup.policy_model if head == 'lm' else setup.reward_model)
-  shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0), head))
-  return placed(shapes, setup.sharder)
+  return param_shapes(model, head, setup.sharder)
 
 
 def array(setup: Setup, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

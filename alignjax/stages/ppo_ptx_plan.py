@@ -83,7 +83,7 @@ def abstract_arguments(
 ) -> tuple[TrainState, Params, tuple]:
   """(state, frozen, batch) of ppo_ptx.iteration as shapes on their shardings."""
   cfg = setup.config.stages[name]
-  parts = adapters.shapes(setup, name, TRAINED, FROZEN, abstract.params)
+  parts = adapters.shapes(setup, name, TRAINED, FROZEN)
   state, frozen = first_state(setup, name, parts.params, tx), parts.frozen
   prompts = (cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.prompt_length)
   text_rows = cfg.rollout.episodes * cfg.ptx.rows_per_episode

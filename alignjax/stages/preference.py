@@ -152,7 +152,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   cfg = setup.config.stages[name]
   # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
-  parts = adapters.shapes(setup, name, {'policy': 'lm'}, reference(cfg), abstract.params)
+  parts = adapters.shapes(setup, name, {'policy': 'lm'}, reference(cfg))
   state, frozen = make_state(setup, parts.params, tx), parts.frozen
   made = comparisons.abstract_batch(setup, name)
   batch = PreferenceBatch(

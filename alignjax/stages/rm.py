@@ -59,7 +59,7 @@ def build(setup: Setup, name: str) -> Stage:
     )
 
     def score(params, rows):
-      return of_whole(adapters.whole(setup, name, params, parts.frozen), rows)
+      return of_whole(adapters.whole(setup, name, 'scalar', params, parts.frozen), rows)
 
     bias = float(score(state.params['reward'], demos).mean())
     params = shift_bias(state.params['reward'], -bias)
@@ -138,7 +138,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   cfg = setup.config.stages[name]
   # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
-  parts = adapters.shapes(setup, name, {'reward': 'scalar'}, {}, abstract.params)
+  parts = adapters.shapes(setup, name, {'reward': 'scalar'}, {})
   state = make_state(setup, parts.params, tx)
   batch = comparisons.abstract_batch(setup, name)
   rows, k, length = batch.tokens.shape

@@ -38,7 +38,7 @@ def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
   cfg = setup.config.stages[name]
   # The number of updates changes only a constant of the schedule.
   tx = make_optimizer(cfg.optimizer, 10**6, f'stages.{name}')
-  parts = adapters.shapes(setup, name, {'policy': 'lm'}, {}, abstract.params)
+  parts = adapters.shapes(setup, name, {'policy': 'lm'}, {})
   state = make_state(setup, parts.params, tx)
   work = Work(
     kind='update',
