@@ -283,6 +283,9 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
   angles = rotary.angles(cfg, where)
   attend = attention.make(cfg, machine)
   x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
+  # Where several devices share D, the embedding comes in pieces. Fused with the first norm, scoring
+  # and update would sum the pieces in different orders on some CPUs.
+  x = jax.lax.optimization_barrier(x)
 
   def layer(x, inputs):
     weights, layer_key = inputs
