@@ -365,6 +365,10 @@ def test_what_the_mathematics_needs():
   sums = 2 * 2 * 2 * 0.5 * 8 * 10 * 32 * 2 / 4
   assert abstract.wire_bytes(made, work('decode')) == sums
   assert abstract.wire_bytes(made, work('forward')) == half + sums
+  # Adapters alone: the gradient of a matrix is neither computed nor sent.
+  once = 4 * 80 * (matrices + 32 * 100) + 3 * seen
+  assert abstract.model_flops(work('update', adapters=True)) == once
+  assert abstract.wire_bytes(made, work('update', adapters=True)) == 2 * half + 2 * sums
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_fresh_adapters_change_nothing():
     (dict(rank=True), 'x.rank=True'),
     (dict(rank=2, alpha=0), 'x.alpha=0 must be'),
     (dict(rank=2, targets=('q_proj',)), "x.targets: 'q_proj' is none of query, "),
-    (dict(rank=2, r=3), 'x.r is no entry of lora: rank, alpha, targets'),
+    (dict(rank=2, r=3), 'x.r is no entry of lora: rank, alpha, targets, quant'),
   ],
 )
 def test_declarations_that_cannot_be(entry, message):
@@ -241,7 +241,7 @@ def check_result(setup, stage, head):
   those of the base, and nothing else does."""
   folder = setup.workdir / stage
   assert checkpoint.load_info(folder / 'final')['lora'] == dict(
-    rank=2, alpha=3.0, targets=[], base=f'hf:{CHAT}'
+    rank=2, alpha=3.0, targets=[], quantization=None, base=f'hf:{CHAT}'
   )
   sums = json.loads((folder / 'final' / 'sums.json').read_text())
   assert all('lora_' in name or 'final.score' in name for name in sums), list(sums)

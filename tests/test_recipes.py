@@ -14,7 +14,7 @@ import pytest
 from alignjax import train
 from alignjax.commands import export
 from alignjax.commands import generate as command
-from alignjax.configs import llama3_8b, pythia_1b_hh, smollm2_135m
+from alignjax.configs import llama3_8b, llama3_8b_lora, pythia_1b_hh, smollm2_135m
 from alignjax.data import hygiene
 from alignjax.evals.table import Cell
 from alignjax.inference import loading, streaming
@@ -212,7 +212,7 @@ def test_flags_that_cannot_be(flags, words, capsys):
   assert re.search(words, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize('config', [smollm2_135m, pythia_1b_hh, llama3_8b])
+@pytest.mark.parametrize('config', [smollm2_135m, pythia_1b_hh, llama3_8b, llama3_8b_lora])
 @pytest.mark.parametrize('size', ['default', 'tiny'])
 def test_every_recipe_builds(config, size):
   c = config.get_config(size)

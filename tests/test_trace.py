@@ -138,6 +138,9 @@ def test_flops_by_hand():
   assert flops.forward_flops(SMALL, 10, 'scalar') == 2 * 10 * (2 * 576 + 8) + 2 * (2 * 100 * 8)
   expected = 12 * flops.forward_flops(SMALL, 10)
   assert flops.training(SMALL, 4, 10) == {'tokens': 40, 'tokens_trained': 40, 'flops': expected}
+  # With adapters alone, a matrix has no product for its gradient, and attention has all of its own.
+  own = flops.training(SMALL, 4, 10, adapters=True)['flops']
+  assert own == 4 * (2 * (2 * 10 * (2 * 576 + 8 * 50)) + 3 * 2 * (2 * 100 * 8))
   short = flops.training(SMALL, 4, 5)  # two steps of buckets of different length
   assert flops.mean([flops.training(SMALL, 4, 10), short]) == {
     'tokens': 30,
@@ -165,9 +168,7 @@ def test_flops_are_what_the_compiler_counts():
 
 
 def test_the_work_of_an_iteration():
-  work = flops.ppo(
-    SMALL,
-    SMALL,
+  sizes = dict(
     episodes=8,
     samples_per_prompt=2,
     prompt_length=6,
@@ -177,6 +178,7 @@ def test_the_work_of_an_iteration():
     epochs=1,
     reward_model=True,
   )
+  work = flops.ppo(SMALL, SMALL, **sizes)
   assert (
     work['episodes'] == 8 and work['tokens_generated'] == 32 and work['tokens_scored'] == 4 * 80
   )
@@ -191,6 +193,11 @@ def test_the_work_of_an_iteration():
   assert work['flops'] == pytest.approx(
     4 * prefill + 8 * decode + 8 * (2 * lm + 2 * scalar) + trained
   )
+  of_adapters = flops.ppo(SMALL, SMALL, **sizes, adapters=True)
+  updates = 8 * flops.training(SMALL, 1, 10, 'lm', True)['flops']
+  updates += 8 * flops.training(SMALL, 1, 10, 'scalar', True)['flops']
+  updates += 16 * flops.training(SMALL, 1, 12, 'lm', True)['flops']
+  assert of_adapters['flops'] == pytest.approx(work['flops'] - trained + updates)
 
 
 def test_rates(monkeypatch):

@@ -76,11 +76,17 @@ def main(argv: list[str]) -> None:
       "take over; the sandbox's architecture is none of transformers'."
     )
   if options.adapters:
-    report = export.save_adapters(out, model, *loading.adapters(options.model, model))
+    declared, own, base = loading.adapters(options.model, model)
+    report = export.save_adapters(out, model, declared, own, base)
     print(
       f'wrote {options.out}: adapters of {report["modules"]} modules a layer, '
       f'{report["bytes"] / 1e6:.1f} MB'
     )
+    if declared.quantization:
+      print(
+        f'note: they were trained on {base} in {declared.quantization}. peft adds them to whatever '
+        f'it loads; without --adapters, the merged model is written as it was trained'
+      )
     return
   report = export.save(
     out,

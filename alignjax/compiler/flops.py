@@ -33,16 +33,32 @@ def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> floa
   matrices = cfg.num_layers * (attention + mlp) + cfg.d_model * (
     cfg.vocab_size if head == 'lm' else 1
   )
-  return 2.0 * matrices * length + 2.0 * length**2 * cfg.num_layers * cfg.num_heads * cfg.head_width
+  return 2.0 * matrices * length + _attention_flops(cfg, length)
 
 
-def training(cfg: TransformerConfig, rows: int, length: int, head: str = 'lm') -> dict[str, float]:
-  """The work of a step that trains on `rows` rows. A backward pass counts as two forward passes,
-  and recomputation does not count."""
+def _attention_flops(cfg: TransformerConfig, length: int) -> float:
+  return 2.0 * length**2 * cfg.num_layers * cfg.num_heads * cfg.head_width
+
+
+def update_flops(
+  cfg: TransformerConfig, length: int, head: str = 'lm', adapters: bool = False
+) -> float:
+  """The floating-point operations of forward and backward pass over one row. A backward pass counts
+  as two forward passes, and recomputation does not count. Where adapters alone are trained
+  (models/lora.py), no matrix has a product for its gradient; the small products of the adapters
+  themselves are left out."""
+  forward = forward_flops(cfg, length, head)
+  return 3 * forward - (forward - _attention_flops(cfg, length) if adapters else 0)
+
+
+def training(
+  cfg: TransformerConfig, rows: int, length: int, head: str = 'lm', adapters: bool = False
+) -> dict[str, float]:
+  """The work of a step that trains on `rows` rows. adapters: whether adapters alone are trained."""
   return {
     'tokens': rows * length,
     'tokens_trained': rows * length,
-    'flops': 3 * rows * forward_flops(cfg, length, head),
+    'flops': rows * update_flops(cfg, length, head, adapters),
   }
 
 
@@ -58,6 +74,7 @@ def ppo(
   ptx_rows: int,
   epochs: int,
   reward_model: bool,
+  adapters: bool = False,
 ) -> dict[str, float]:
   """The work of one PPO iteration, with every response at its full length: sampling, four scoring
   passes (three where the reward is not the reward model), the updates of policy and value, and the
@@ -70,7 +87,11 @@ def ppo(
     lm - prefill - prompt_length * unembedding
   )
   scored = episodes * (2 * lm + (2 if reward_model else 1) * scalar)
-  trained = 3 * epochs * (episodes * (lm + scalar) + ptx_rows * forward_flops(policy, row_length))
+  trained = epochs * (
+    episodes * update_flops(policy, length, 'lm', adapters)
+    + episodes * update_flops(value, length, 'scalar', adapters)
+    + ptx_rows * update_flops(policy, row_length, 'lm', adapters)
+  )
   return {
     'episodes': episodes,
     'tokens': episodes * length + ptx_rows * row_length,

@@ -32,8 +32,8 @@ def adam(lr, **kw):
 
 def lora(rank=0, alpha=32.0, targets=()):
   """Adapters in place of whole parameters (alignjax/models/lora.py); rank 0: none. targets: () is
-  all projections."""
-  return dict(rank=rank, alpha=alpha, targets=targets)
+  all projections. quantization: 'int8' or 'nf4' keep the frozen kernels in 8 or 4 bits."""
+  return dict(rank=rank, alpha=alpha, targets=targets, quantization=config_dict.placeholder(str))
 
 
 def ppo(ptx_coef, iterations, episodes):

@@ -32,8 +32,14 @@ AXES = (
   (r'score/kernel', ('embed', None)),
   (r'score/bias', (None,)),
 )
-# Adapters (models/lora.py) lie where the inputs and the outputs of their kernel do.
-ADAPTERS = {'lora_a': lambda axes: (*axes[:-1], None), 'lora_b': lambda axes: (None, axes[-1])}
+# What stands beside a kernel or in its place lies where its inputs and outputs do: adapters
+# (models/lora.py), and codes with their scales (models/quantized.py).
+OF_KERNELS = {
+  'lora_a': lambda axes: (*axes[:-1], None),
+  'lora_b': lambda axes: (None, axes[-1]),
+  'codes': lambda axes: axes,
+  'absmax': lambda axes: axes,
+}
 ACTIVATIONS = ('batch', 'sequence')  # the logical axes that only activations have
 
 
@@ -50,10 +56,10 @@ def logical_axes(params: Any) -> Any:
   def one(path, leaf):
     name = path_name(path)
     module, _, last = name.rpartition('/')
-    kernel = f'{module}/kernel' if last in ADAPTERS else name
+    kernel = f'{module}/kernel' if last in OF_KERNELS else name
     for pattern, axes in AXES:
       if re.search(f'(^|/){pattern}$', kernel):
-        axes = ADAPTERS[last](axes) if last in ADAPTERS else axes
+        axes = OF_KERNELS[last](axes) if last in OF_KERNELS else axes
         axes = ('layers', *axes) if '/layers/' in f'/{name}' else axes
         if len(axes) != len(leaf.shape):
           raise ValueError(
@@ -69,10 +75,10 @@ def logical_axes(params: Any) -> Any:
 
 def as_used(params: Any, dtype: Any) -> Any:
   """Weights (arrays or shapes) that are only read, in the dtype that every use casts them to:
-  `dtype`, except for norms and scalar heads, which compute in float32."""
+  `dtype`, except for norms and scalar heads, which compute in float32, and for kernels in codes."""
 
   def one(path, leaf):
-    if any(word in path_name(path) for word in ('norm', 'score')):
+    if any(word in path_name(path) for word in ('norm', 'score', 'codes', 'absmax')):
       return leaf
     return (
       leaf.update(dtype=dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(dtype)

@@ -9,7 +9,8 @@ alone:
 
 `join` puts the two together without a copy. The networks read the joined tree: inside a layer, x W
 + (x A) B is computed (`projections`), so that the backward pass has no product for the gradient of
-W. Sampling reads W + A B, which is made once before the loop (`merge`).
+W. Sampling reads W + A B, which is made once before the loop (`merge`). W may be kept in 8 or 4
+bits (models/quantized.py).
 
 Where peft (huggingface/peft, tuners/lora/layer.py) has one A for a fused projection, as GPT-2's
 c_attn, there is one A for each of query, key and value here.
@@ -25,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from alignjax.models import quantized
 from alignjax.types import Networks, Params
 
 TARGETS = ('query', 'key', 'value', 'out', 'up', 'gate', 'down')
@@ -38,11 +40,14 @@ class LoRA(NamedTuple):
     rank: the columns of A, and the rows of B.
     alpha: A B is multiplied by alpha / rank.
     targets: the projections that have adapters, of TARGETS; () means all that the architecture has.
+    quantization: how the frozen kernels of the layers are kept, of quantized.KINDS; None keeps them
+      in the dtype of the computation.
   """
 
   rank: int
   alpha: float = 32.0
   targets: tuple[str, ...] = ()
+  quantization: str | None = None
 
   @property
   def scale(self) -> float:
@@ -64,7 +69,16 @@ def declared(entry: Mapping[str, Any] | None, where: str) -> LoRA | None:
     raise ValueError(f'{where}.alpha={alpha!r} must be a number above 0.')
   if wrong := [name for name in targets if name not in TARGETS]:
     raise ValueError(f'{where}.targets: {wrong[0]!r} is none of {", ".join(TARGETS)}.')
-  return LoRA(rank, float(alpha), targets) if rank else None
+  if (kind := entry.get('quantization')) not in (None, *quantized.KINDS):
+    raise ValueError(
+      f'{where}.quantization={kind!r} must be None or one of {", ".join(quantized.KINDS)}.'
+    )
+  if kind and not rank:
+    raise ValueError(
+      f'{where}.quantization={kind!r} needs adapters, since what is quantised is not trained: set '
+      f'{where}.rank.'
+    )
+  return LoRA(rank, float(alpha), targets, kind) if rank else None
 
 
 def is_adapters(params: Params) -> bool:
@@ -121,18 +135,21 @@ def rescaled(adapters: Params, factor: float) -> Params:
   return join({}, adapters, factor)
 
 
-def has_adapters(params: Params) -> bool:
-  """Whether a layer of a joined tree has adapters."""
+def is_joined(params: Params) -> bool:
+  """Whether a tree has adapters, or codes in the place of a kernel, so that `merge` changes it."""
   return isinstance(params, Mapping) and (
-    'lora_a' in params or any(map(has_adapters, params.values()))
+    'lora_a' in params or 'codes' in params or any(map(is_joined, params.values()))
   )
 
 
 def merge(params: Params) -> Params:
   """A joined tree, of stacked layers or of one, with A B added to the kernels in float32. Every
-  kernel keeps its dtype."""
+  kernel keeps its dtype, and one that was in codes comes in float32."""
   if not isinstance(params, Mapping):
     return params
+  if 'codes' in params:
+    kernel = {'kernel': quantized.decode(params['codes'], params['absmax'])}
+    return merge({k: v for k, v in params.items() if k not in quantized.LEAVES} | kernel)
   if 'lora_a' not in params:
     return {name: merge(child) for name, child in params.items()}
   kernel, a, b = params['kernel'], params['lora_a'], params['lora_b']
@@ -145,16 +162,20 @@ def merge(params: Params) -> Params:
 
 
 def projections():
-  """A context in which the dense layers of flax add (x A) B where their parameters have it."""
+  """A context in which the dense layers of flax read kernels in codes, and add (x A) B where their
+  parameters have it."""
 
   def call(layer, args, kwargs, context):
-    y = layer(*args, **kwargs)
     if not isinstance(context.module, (nn.Dense, nn.DenseGeneral)):
-      return y
+      return layer(*args, **kwargs)
     params = context.module.variables.get('params', {})
+    (x,) = args
+    if 'codes' in params:
+      y = quantized.dense(params, x, context.module.dtype)
+    else:
+      y = layer(*args, **kwargs)
     if 'lora_a' not in params:
       return y
-    (x,) = args
     a, b = (params[name].astype(y.dtype) for name in LEAVES)
     return y + jnp.tensordot(x.astype(y.dtype), a, a.ndim - 1) @ b
 

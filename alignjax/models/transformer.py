@@ -182,7 +182,7 @@ def _prepare(cfg, constrain, constrain_weights, products, params):
   # hold a second copy.
   dtype = jnp.dtype(cfg.dtype)
   trained, params = params['layers'], as_used(params, dtype)
-  if lora.has_adapters(trained):  # They are added to the kernels before anything is rounded.
+  if lora.is_joined(trained):  # They are added to the kernels before anything is rounded.
     layers = [as_used(lora.merge(_layer_of(trained, i)), dtype) for i in range(cfg.num_layers)]
   else:
     layers = [_layer_of(params['layers'], i) for i in range(cfg.num_layers)]

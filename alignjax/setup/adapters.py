@@ -3,13 +3,14 @@
 Without an entry `lora`, or with rank 0, a stage trains all parameters of the networks that its
 init names. With
 
-    c.stages.sft.lora = dict(rank=16, alpha=32.0, targets=())      (models/lora.py: LoRA)
+    c.stages.sft.lora = dict(rank=16, alpha=32.0, targets=(), quantization=None)     (lora.LoRA)
 
 it trains adapters, and what they belong to, the base, is frozen and kept in the dtype of the
-computation. The result of such a stage holds its adapters and the name of the base. A later stage
-with the same entry goes on with these adapters and with the same base, so that policy, reference,
-value and reward model can share one copy of it: the reference is then the base with the adapters
-that the policy starts with. With another entry, or none, what a stage starts from is merged first.
+computation, or in 8 or 4 bits with quantization='int8' or 'nf4'. The result of such a stage holds
+its adapters and the name of the base. A later stage with the same entry goes on with these adapters
+and with the same base, so that policy, reference, value and reward model can share one copy of it:
+the reference is then the base with the adapters that the policy starts with. With another entry, or
+none, what a stage starts from is merged first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignjax.models import lora, transformer
+from alignjax.models import lora, quantized, transformer
 from alignjax.runtime import checkpoint, files
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup
@@ -70,6 +71,11 @@ def declared(setup: Setup, name: str) -> lora.LoRA | None:
   return lora.declared(setup.config.stages[name].get('lora'), f'stages.{name}.lora')
 
 
+def used(setup: Setup, name: str) -> bool:
+  """Whether a stage trains adapters alone."""
+  return declared(setup, name) is not None
+
+
 def networks(setup: Setup, name: str, frozen: Mapping[str, Params] | None) -> Networks:
   """The networks of a stage, for its params and for what is frozen."""
   own = declared(setup, name)
@@ -87,8 +93,10 @@ def check(setup: Setup, name: str, trained: Mapping[str, str]) -> None:
         f"stages.{name}.init.{role}='random' has no base that stages.{name}.lora could be added "
         f'to: name a checkpoint or a stage, or leave lora out.'
       )
+    model = _model(setup, head)
     try:
-      adapter_shapes(own, _model(setup, head), head)
+      adapter_shapes(own, model, head)
+      _frozen_base(setup, own, param_shapes(model, head, setup.sharder), model)
     except ValueError as error:
       raise ValueError(f'stages.{name}.{error}') from None
 
@@ -146,9 +154,8 @@ def load(
     role: {'lora': own._asdict() | {'base': _portable(origins[role].base)}} for role in trained
   }
   models = {head: _model(setup, head) for head in ('lm', 'scalar')} | {'shared': setup.policy_model}
-  return Parts(
-    params, rest | {'base': {k: freeze(tree, models[k]) for k, tree in bases.items()}}, info
-  )
+  kept = {key: _frozen_base(setup, own, tree, models[key]) for key, tree in bases.items()}
+  return Parts(params, rest | {'base': kept}, info)
 
 
 def shapes(setup: Setup, name: str, trained: Mapping[str, str], frozen: Mapping[str, str]) -> Parts:
@@ -170,7 +177,9 @@ def shapes(setup: Setup, name: str, trained: Mapping[str, str], frozen: Mapping[
     )
   heads = dict.fromkeys(trained.values())
   names = {'shared': 'lm'} if _shared(setup, heads) else {head: head for head in heads}
-  bases = {key: still(head) for key, head in names.items()}
+  bases = {
+    key: _frozen_base(setup, own, whole(head), _model(setup, head)) for key, head in names.items()
+  }
 
   def adapters(head):
     return placed(adapter_shapes(own, _model(setup, head), head), setup.sharder)
@@ -191,6 +200,21 @@ def whole(
   if own is None:
     return params
   return lora.join(lora.base_of(frozen['base'], head), params, own.scale)
+
+
+def _frozen_base(setup: Setup, own: lora.LoRA, params: Params, model) -> Params:
+  """What adapters belong to, as it is kept while they are trained. params: float32, or shapes."""
+  kind = own.quantization
+  if kind is None:
+    return freeze(params, model)
+
+  def kept(params):
+    return freeze(quantized.quantize(params, kind), model)
+
+  shapes = placed(jax.eval_shape(kept, params), setup.sharder)
+  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+    return shapes
+  return jax.jit(kept, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
 
 
 def _model(setup: Setup, head: str):
@@ -223,7 +247,7 @@ def _origin(setup: Setup, spec: str, own: lora.LoRA, head: str) -> Origin:
   elif not spec.startswith('hf:'):
     folder = inputs.weights_folder(setup.workdir, spec)
     saved, base = saved_adapters(folder) if checkpoint.is_finished(folder) else (None, '')
-    if saved is not None and alike(saved):
+    if saved is not None and alike(saved) and saved.quantization == own.quantization:
       found = checkpoint.load_info(folder)['head']
       if found == 'scalar' and head == 'lm':
         raise ValueError(f'{spec!r} is a reward model; a policy cannot start from it.')

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import jax
 
-from alignjax.models import config_json, hf, hub, lora, peft, transformer
+from alignjax.models import config_json, hf, hub, lora, peft, quantized, transformer
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES
@@ -84,10 +84,15 @@ def stage_params(
 
 
 def merged(whole: Params, own: Params, declared: lora.LoRA, shardings: Params) -> Params:
-  """Whole parameters with the products of adapters added."""
-  return jax.jit(
-    lambda whole, own: lora.merge(lora.join(whole, own, declared.scale)), out_shardings=shardings
-  )(whole, own)
+  """Whole parameters with the products of adapters added. Adapters of a quantised base are added to
+  what its codes stand for."""
+
+  def together(whole, own):
+    if declared.quantization:
+      whole = quantized.quantize(whole, declared.quantization)
+    return lora.merge(lora.join(whole, own, declared.scale))
+
+  return jax.jit(together, out_shardings=shardings)(whole, own)
 
 
 def peft_adapters(spec: str, model: TransformerConfig) -> tuple[lora.LoRA, Params, str]:

@@ -35,6 +35,7 @@ class Work(NamedTuple):
     rows, length: the rows and their tokens.
     times: how often the phase does this in a step.
     prompt: tokens before those that are sampled.
+    adapters: whether an update trains adapters alone.
   """
 
   kind: str
@@ -44,6 +45,7 @@ class Work(NamedTuple):
   length: int
   times: int = 1
   prompt: int = 0
+  adapters: bool = False
 
 
 class Plan(NamedTuple):
@@ -190,17 +192,16 @@ def _shapes(tree: Any) -> str:
 
 def model_flops(work: Work) -> float:
   """The floating-point operations that the mathematics needs, on all devices together: two for each
-  multiply-add of a matrix product, and three times the forward pass for an update. Recomputation
-  does not count, as in Chowdhery et al. 2022, appendix B, for MFU; attention is only to earlier
-  tokens."""
+  multiply-add of a matrix product, and flops.update_flops for an update. Recomputation does not
+  count, as in Chowdhery et al. 2022, appendix B, for MFU; attention is only to earlier tokens."""
+  if work.kind == 'gather':
+    return 0.0
+  if work.kind == 'update':
+    each = flops.update_flops(work.model, work.length, work.head, work.adapters)
+    return each * work.rows * work.times
   each = flops.forward_flops(work.model, work.prompt + work.length, work.head)
   before = flops.forward_flops(work.model, work.prompt, work.head) if work.prompt else 0
-  return (
-    {'forward': 1, 'decode': 1, 'update': 3, 'gather': 0}[work.kind]
-    * (each - before)
-    * work.rows
-    * work.times
-  )
+  return (each - before) * work.rows * work.times
 
 
 def wire_bytes(setup: Setup, work: Work) -> float:
@@ -209,9 +210,9 @@ def wire_bytes(setup: Setup, work: Work) -> float:
 
   Weights that are divided over the devices of the batch are gathered once for the forward pass and
   once more for the backward pass, in the dtype of the model, and the gradient is summed into pieces
-  once. Weights that are divided over other devices (`tensor`) cost two sums of activations in each
-  layer: in the forward pass, again where it is recomputed (remat), and in the backward pass.
-  Decoding gathers no weights.
+  once, unless adapters alone are trained. Weights that are divided over other devices (`tensor`)
+  cost two sums of activations in each layer: in the forward pass, again where it is recomputed
+  (remat), and in the backward pass. Decoding gathers no weights.
   """
   shapes, sharder = params(setup, work.head, work.model), setup.sharder
   batch = set(np.atleast_1d(np.asarray(sharder.rules.get('batch') or (), dtype=object)).tolist())
@@ -239,7 +240,8 @@ def wire_bytes(setup: Setup, work: Work) -> float:
     'gather': gathered,
     'decode': activations,
     'forward': gathered + activations,
-    'update': 3 * gathered + copies + activations * (2 if work.model.remat == 'none' else 3),
+    'update': (2 * gathered if work.adapters else 3 * gathered + copies)
+    + activations * (2 if work.model.remat == 'none' else 3),
   }
   return once[work.kind] * work.times
 

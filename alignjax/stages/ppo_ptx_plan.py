@@ -102,11 +102,13 @@ def work_of_phases(setup: Setup, name: str) -> dict[str, list[Work]]:
   scored, rewarded = score_rows(cfg), cfg.reward.get('rows') or episodes
   text_rows = episodes * cfg.ptx.rows_per_episode
 
+  some = adapters.used(setup, name)
+
   def policy(kind, **counts):
-    return Work(kind, setup.policy_model, 'lm', **counts)
+    return Work(kind, setup.policy_model, 'lm', adapters=some, **counts)
 
   def value(kind, **counts):  # or the reward model, which has the same architecture
-    return Work(kind, setup.reward_model, 'scalar', **counts)
+    return Work(kind, setup.reward_model, 'scalar', adapters=some, **counts)
 
   work = {
     'prepare': [policy('gather', rows=0, length=0)],
@@ -162,6 +164,7 @@ def work_of_iteration(setup: Setup, name: str) -> dict[str, float]:
     ptx_rows=cfg.rollout.episodes * cfg.ptx.rows_per_episode,
     epochs=cfg.inner_epochs,
     reward_model=reward_uses_network(cfg, f'stages.{name}'),
+    adapters=adapters.used(setup, name),
   )
 
 

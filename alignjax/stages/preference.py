@@ -54,9 +54,10 @@ def build(setup: Setup, name: str) -> Stage:
   compiled = make_step(setup, name, tx, state)
 
   def work_of(rows, length):
-    own = flops.training(setup.policy_model, rows, length)
+    own = flops.training(setup.policy_model, rows, length, adapters=adapters.used(setup, name))
     # The reference adds a forward pass over the rows of the update.
-    return {**own, 'flops': own['flops'] * (4 / 3 if frozen else 1)}
+    scored = rows * flops.forward_flops(setup.policy_model, length) if 'ref' in frozen else 0
+    return {**own, 'flops': own['flops'] + scored}
 
   info = {
     'head': 'lm',
@@ -172,6 +173,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
       rows=rows * k // cfg.microbatches,
       length=length,
       times=cfg.microbatches,
+      adapters=adapters.used(setup, name),
     )
 
   work = {'score': [part('forward')] if 'ref' in frozen else [], 'update': [part('update')]}

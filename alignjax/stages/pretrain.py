@@ -45,7 +45,9 @@ def build(setup: Setup, name: str) -> Stage:
       state.params['policy'],
       {'head': 'lm', 'rows': len(rows.tokens)} | parts.info.get('policy', {}),
     ),
-    work=lambda _: flops.training(setup.policy_model, cfg.batch_size, rows.tokens.shape[1]),
+    work=lambda _: flops.training(
+      setup.policy_model, cfg.batch_size, rows.tokens.shape[1], adapters=adapters.used(setup, name)
+    ),
   )
 
 

@@ -88,7 +88,11 @@ def build(setup: Setup, name: str) -> Stage:
     num_steps=len(plan.order),
     finish=finish,
     work=lambda i: comparisons.work(
-      plan, i, lambda rows, t: flops.training(setup.reward_model, rows, t, 'scalar')
+      plan,
+      i,
+      lambda rows, t: flops.training(
+        setup.reward_model, rows, t, 'scalar', adapters.used(setup, name)
+      ),
     ),
   )
 
@@ -149,6 +153,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
     rows=rows * k // cfg.microbatches,
     length=length,
     times=cfg.microbatches,
+    adapters=adapters.used(setup, name),
   )
   step = make_step(setup, name, tx, state)
   return Plan(step, (state, batch, parts.frozen), {'update': [work]})

@@ -76,7 +76,9 @@ def build(setup: Setup, name: str) -> Stage:
       state.params['policy'],
       {'head': 'lm', 'demonstrations': len(pairs)} | parts.info.get('policy', {}),
     ),
-    work=lambda _: flops.training(setup.policy_model, cfg.batch_size, setup.length),
+    work=lambda _: flops.training(
+      setup.policy_model, cfg.batch_size, setup.length, adapters=adapters.used(setup, name)
+    ),
   )
 
 

@@ -47,6 +47,7 @@ def abstract_step(setup: Setup, name: str, batch: TokenBatch) -> Plan:
     rows=cfg.batch_size // cfg.microbatches,
     length=batch.tokens.shape[1],
     times=cfg.microbatches,
+    adapters=adapters.used(setup, name),
   )
   step = stage_step(setup, name, tx, state)
   return Plan(step, (state, batch, parts.frozen), {'update': [work]})
