@@ -4,6 +4,7 @@ generation: ALIGNJAX_EXAMPLES=2000 for a long run.
 """
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -166,7 +167,22 @@ def by_transformers(folder):
     )
     if llama3
     else None,
+    rope_scaling=stretched(c, rope),
   )
+
+
+def stretched(c, rope):
+  """rope_scaling of a config, with transformers' own defaults for what yarn leaves out."""
+  kind = rope['rope_type']
+  if kind == 'linear':
+    return kind, rope['factor']
+  if kind != 'yarn':
+    return None
+  original = rope['original_max_position_embeddings']
+  factor = rope['factor'] or c.max_position_embeddings / original
+  magnitude = rope.get('attention_factor') or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+  turns = rope.get('beta_fast') or 32, rope.get('beta_slow') or 1
+  return kind, factor, original, *turns, rope.get('truncate', True), magnitude
 
 
 def check(folder, either=False):
@@ -234,6 +250,23 @@ CHANGES = [
   ('llama', dict(rope_scaling={}, rope_parameters={'rope_theta': 6.0}), False),
   ('llama', dict(rope_parameters=LLAMA3, original_max_position_embeddings=16), False),
   ('llama', dict(rope_parameters=None, rope_theta=6.0), False),
+  ('llama', dict(rope_parameters=dict(rope_type='linear', factor=2)), False),
+  ('llama', dict(rope_parameters=dict(rope_type='dynamic', factor=2.5)), False),
+  ('qwen2', dict(rope_scaling=dict(type='yarn', factor=4.0, beta_fast=16)), False),
+  (
+    'qwen3',
+    dict(
+      rope_parameters=dict(
+        rope_type='yarn', factor=None, attention_factor=0.5, rope_theta=1e6, truncate=False
+      ),
+      original_max_position_embeddings=16,
+    ),
+    False,
+  ),
+  ('llama', dict(rope_parameters=dict(rope_type='yarn')), True),
+  ('llama', dict(rope_parameters=dict(rope_type='yarn', factor=4, rope_theta=1)), True),
+  ('llama', dict(rope_parameters=dict(rope_type='longrope', short_factor=[1])), True),
+  ('llama', dict(rope_parameters=dict(rope_type='ntk', factor=4)), True),
   ('llama', dict(num_key_value_heads=None, head_dim=None), False),
   ('llama', dict(sliding_window=8, use_sliding_window=True), False),
   ('llama', dict(attention_bias=True, mlp_bias=True), False),
@@ -309,7 +342,10 @@ VALUES = st.one_of(
       ['rope_type', 'type', 'rope_theta', 'factor', 'partial_rotary_factor', 'low_freq_factor']
     ),
     st.one_of(
-      st.none(), st.floats(), st.integers(), st.sampled_from(['default', 'llama3', 'yarn'])
+      st.none(),
+      st.floats(),
+      st.integers(),
+      st.sampled_from(['default', 'llama3', 'yarn', 'linear', 'dynamic', 'longrope']),
     ),
     max_size=4,
   ),

@@ -208,11 +208,11 @@ BROKEN = {
   'one bias': (_config(attention_bias=True), 'attention_bias=True with mlp_bias=False'),
   'yarn': (
     _config(rope_parameters={'rope_type': 'yarn'}),
-    "rope_type 'yarn' is not covered; covered: default, llama3",
+    "the entry 'rope_parameters.factor' is missing",
   ),
   'linear rope, old key': (
     _config(rope_parameters='DELETE', rope_scaling={'type': 'linear'}),
-    "rope_type 'linear'",
+    "the entry 'rope_scaling.factor' is missing",
   ),
   'heads': (_config(num_attention_heads=3, head_dim='DELETE'), 'num_heads=3'),
   'kv heads': (_config(num_key_value_heads=3), 'num_kv_heads=3'),

@@ -38,6 +38,60 @@ def test_item_5_logits_equal_those_of_transformers(name, seed, tmp_path):
   np.testing.assert_array_equal(make.logits_of(back, tokens, mask), expected)
 
 
+STRETCHED = dict(
+  linear=dict(rope_type='linear', factor=4.0),
+  dynamic=dict(rope_type='dynamic', factor=4.0),
+  yarn=dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=8),
+  yarn_fine=dict(
+    rope_type='yarn',
+    factor=2.0,
+    original_max_position_embeddings=16,
+    beta_fast=2.0,
+    beta_slow=0.5,
+    mscale=2.0,
+    mscale_all_dim=0.5,
+    truncate=False,
+  ),
+  longrope=dict(
+    rope_type='longrope',
+    original_max_position_embeddings=12,
+    short_factor=[1.0, 1.5, 2.0],
+    long_factor=[2.0, 3.0, 5.0],
+  ),
+)
+
+
+@pytest.mark.parametrize('longer', [False, True])
+@pytest.mark.parametrize('name', STRETCHED)
+def test_stretched_positions_equal_those_of_transformers(name, longer, tmp_path):
+  """Rows within the original context and beyond it, and the export with a longer one still."""
+  import transformers
+
+  sizes = make.COMMON | dict(num_key_value_heads=2, head_dim=6)
+  table = dict(rope_theta=500.0) | STRETCHED[name]
+  torch.manual_seed(3)
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(**sizes, rope_parameters=table)
+  ).eval()
+  model.save_pretrained(tmp_path / 'in')
+  fields = hf.fields(tmp_path / 'in')
+  assert fields['max_length'] == (12 if name == 'longrope' else 32)
+  if longer:
+    fields['max_length'] = 32 if name == 'dynamic' else 48
+  cfg = TransformerConfig(**fields)
+  params = hf.load(tmp_path / 'in', cfg, 'lm', SHARDER.params)
+  # transformers takes the factors of longrope by the longest row: here all have one length.
+  tokens = np.random.default_rng(3).integers(1, make.V, (2, min(cfg.max_length, 32)))
+  mask = np.ones(tokens.shape, bool)
+  expected = make.logits_of(model, tokens, mask)
+  out = transformer.make_networks(cfg).logits(params, jnp.asarray(tokens), jnp.asarray(mask))
+  np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+  export.save(tmp_path / 'out', tmp_path / 'in', cfg, params)
+  back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'out').eval()
+  np.testing.assert_array_equal(make.logits_of(back, tokens, mask), expected)
+  assert back.config.max_position_embeddings == max(32, cfg.max_length)
+
+
 @pytest.mark.parametrize('name', ['gpt2', 'gpt_neox', 'llama', 'qwen2', 'qwen3', 'mistral'])
 def test_a_reward_model_goes_to_transformers(name, tmp_path):
   """One label; the score of the last token; the bias where the report says it is."""

@@ -155,9 +155,7 @@ def test_sft_on_a_base_of_four_bits(tmp_path, capsys):
   changed = jax.tree.map(
     lambda x, y: bool((np.asarray(x) != np.asarray(y)).any()), whole['layers'], base['layers']
   )
-  export.main(
-    ['--model', str(setup.workdir / 'sft'), '--out', str(tmp_path / 'out'), '--adapters']
-  )
+  export.main(['--model', str(setup.workdir / 'sft'), '--out', str(tmp_path / 'out'), '--adapters'])
   assert f'they were trained on {CHAT} in nf4' in capsys.readouterr().out
   assert changed['attention']['out']['kernel'] and not changed['norm_1']['scale']
   # A stage without quantization, or with another, starts from the merged weights.

@@ -144,11 +144,11 @@ def facts(model: Model) -> dict[str, Any]:
     weights=fingerprints.of_params(model.params),
     head=model.head,
     # Kernels of attention differ in rounding alone.
-    # Results that were kept before there was a `kv_cache` hold where it is None.
+    # Results that were kept before there were these entries hold where they are None.
     model={
       k: v
       for k, v in dataclasses.asdict(model.cfg).items()
-      if k != 'attention' and not (k == 'kv_cache' and v is None)
+      if k != 'attention' and not (k in ('kv_cache', 'rope_scaling') and v is None)
     },
     code=fingerprints.of_function(transformer.make_networks),
     tokenizer=_tokenizer(model.tokenizer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class TransformerConfig:
     rotary_fraction: the share of a head's features that rotate (Pythia: 0.25).
     rope_llama3: (factor, low_freq_factor, high_freq_factor, original context) of Llama 3.1's
       stretched frequencies, or None.
+    rope_scaling: frequencies stretched in another way (models/rotary.py): ('linear', factor),
+      ('yarn', factor, original context, beta_fast, beta_slow, truncate, magnitude) or ('longrope',
+      short factors, long factors, original context, magnitude), or None.
     qk_norm: whether there is an RMSNorm over the queries and keys of each head (Qwen3).
     norm: 'layernorm' or 'rmsnorm'.
     norm_eps: epsilon of the norms.
@@ -71,6 +75,7 @@ class TransformerConfig:
   rope_theta: float = 10_000.0
   rotary_fraction: float = 1.0
   rope_llama3: tuple[float, float, float, int] | None = None
+  rope_scaling: tuple[Any, ...] | None = None
   qk_norm: bool = False
   norm: str = 'layernorm'
   norm_eps: float = 1e-5
@@ -110,6 +115,14 @@ class TransformerConfig:
     if self.num_heads % self.kv_heads:
       raise ValueError(
         f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.'
+      )
+    kind, *values = self.rope_scaling or ('none',)
+    if kind not in ('none', 'linear', 'yarn', 'longrope'):
+      raise ValueError(f'model.rope_scaling[0]={kind!r} is none of linear, yarn, longrope.')
+    if kind == 'longrope' and {len(values[0]), len(values[1])} != {self.rotary_width // 2}:
+      raise ValueError(
+        f'longrope has {len(values[0])} short and {len(values[1])} long factors, but there are '
+        f'{self.rotary_width // 2} rotary frequencies.'
       )
     if self.positions == 'rotary' and self.rotary_width % 2:
       raise ValueError(

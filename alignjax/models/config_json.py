@@ -5,6 +5,7 @@ models/transformer.py does not cover is refused by name."""
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import reprlib
 import sys
@@ -25,7 +26,8 @@ class Declared(NamedTuple):
     kind: model_type.
     fields: those of TransformerConfig.
     bound: the entry of config.json that no model.max_length may exceed, or None. It is a window of
-      attention, beyond which its layers would see less than ours, or a table of positions.
+      attention, beyond which its layers would see less than ours, a table of positions, or the
+      context beyond which dynamic rotary positions depend on the longest row of a batch.
   """
 
   kind: str
@@ -119,11 +121,18 @@ class Entries(NamedTuple):
       f'a whole number from {least} to {LARGEST}',
     )
 
-  def number(self, name: str, default: Any = REQUIRED) -> float:
-    def right(v):
-      return type(v) in (int, float) and 0 < v < 1e30
+  def number(self, name: str, default: Any = REQUIRED, null: bool = False) -> Any:
+    """A number above 0. null: whether the file may have null."""
+    value = self._take(name, default, null, _is_positive, 'a number above 0')
+    return None if value is None else float(value)
 
-    return float(self._take(name, default, False, right, 'a number above 0'))
+  def numbers(self, name: str) -> tuple[float, ...]:
+    """A list of numbers above 0."""
+
+    def right(value):
+      return isinstance(value, list) and all(map(_is_positive, value))
+
+    return tuple(map(float, self._take(name, REQUIRED, False, right, 'a list of numbers above 0')))
 
   def flag(self, name: str, default: bool) -> bool:
     return self._take(name, default, False, lambda v: type(v) is bool, 'true or false')
@@ -137,6 +146,10 @@ class Entries(NamedTuple):
         f'{self.path}: {self.inside}{name}={reprlib.repr(value)} is not covered for '
         f'{self.values.get("model_type")}; covered: {", ".join(map(reprlib.repr, allowed))}.'
       )
+
+
+def _is_positive(value: Any) -> bool:
+  return type(value) in (int, float) and 0 < value < 1e30
 
 
 def _common(kind: str, e: Entries) -> Entries:
@@ -208,8 +221,8 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
     d_ff=e.size('intermediate_size'),
     positions='rotary',
     tie_embeddings=e.flag('tie_word_embeddings', False),
-    **_rope(kind, e, positions),
-  )
+  ) | _rope(kind, e, positions)
+  dynamic = 'max_position_embeddings' if _rope_type(e) == 'dynamic' else None
   if kind == 'gpt_neox':
     e.only('hidden_act', 'gelu')
     e.only('attention_bias', True)
@@ -222,7 +235,7 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
       norm_eps=e.number('layer_norm_eps', 1e-5),
       mlp='gelu_exact',
       parallel_residual=e.flag('use_parallel_residual', True),
-    ), None
+    ), dynamic
   e.only('hidden_act', 'silu')
   biases = [e.flag('attention_bias', False), e.flag('mlp_bias', False)]
   if kind == 'llama' and biases[0] != biases[1]:
@@ -237,7 +250,8 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
   kv_heads = e.size('num_key_value_heads', {'llama': None, 'mistral': 8}.get(kind, 32), null=True)
   head_dim = e.size('head_dim', 128) if kind == 'qwen3' else e.size('head_dim', None)
   return common | dict(
-    max_length=min(positions, window or positions),  # up to the window, attention is the full one
+    # Up to the window, attention is the full one.
+    max_length=min(common['max_length'], window or positions),
     num_kv_heads=kv_heads,
     head_dim=head_dim,
     norm='rmsnorm',
@@ -246,7 +260,7 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
     qkv_bias=kind == 'qwen2' or biases[0],
     out_bias=biases[0],
     qk_norm=kind == 'qwen3',
-  ), 'sliding_window' if window else None
+  ), 'sliding_window' if window else dynamic
 
 
 def _window(kind: str, e: Entries, layers: int) -> int | None:
@@ -279,10 +293,21 @@ def _window(kind: str, e: Entries, layers: int) -> int | None:
   return window
 
 
-def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
-  """The frequencies of the rotary positions. Of two tables transformers takes rope_scaling, the
+def rope_table(values: Mapping[str, Any]) -> str:
+  """The entry with the table of rotary positions. Of two, transformers takes rope_scaling, the
   older one, if it holds anything."""
-  name = 'rope_scaling' if e.values.get('rope_scaling') else 'rope_parameters'
+  return 'rope_scaling' if values.get('rope_scaling') else 'rope_parameters'
+
+
+def _rope_type(e: Entries) -> Any:
+  table = e.values.get(rope_table(e.values)) or {}
+  return table.get('rope_type', table.get('type', 'default'))
+
+
+def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
+  """The frequencies of the rotary positions, and max_length where they belong to a shorter context
+  than max_position_embeddings."""
+  name = rope_table(e.values)
   table = e.values.get(name)
   is_flat = table is None or (
     isinstance(table, dict) and not any(isinstance(v, dict) for v in table.values())
@@ -306,19 +331,59 @@ def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
     raise ValueError(f'{e.path}: partial_rotary_factor={fraction} is not covered for {kind}.')
   if neox:
     out['rotary_fraction'] = fraction
-  scaling = rope.values.get('rope_type', rope.values.get('type', 'default'))
+  scaling = _rope_type(e)
+  original = positions
+  if scaling in ('llama3', 'yarn', 'longrope'):
+    name_of_original = 'original_max_position_embeddings'
+    original = e.size(name_of_original, rope.size(name_of_original, positions))
   if scaling == 'llama3':
-    original = e.size(
-      'original_max_position_embeddings', rope.size('original_max_position_embeddings', positions)
-    )
     low, high = rope.number('low_freq_factor'), rope.number('high_freq_factor')
     if low >= high:
       raise ValueError(
         f'{e.path}: {name}: low_freq_factor={low} has to be below high_freq_factor={high}.'
       )
     out['rope_llama3'] = (rope.number('factor'), low, high, original)
+  elif scaling == 'linear':
+    out['rope_scaling'] = ('linear', rope.number('factor'))
+  elif scaling == 'dynamic':
+    rope.number('factor')  # It counts beyond max_position_embeddings only.
+  elif scaling == 'yarn':
+    if out['rope_theta'] <= 1:
+      raise ValueError(
+        f'{e.path}: {name}: rope_theta={out["rope_theta"]} has to be above 1 for yarn.'
+      )
+    out['rope_scaling'] = _yarn(rope, original, positions)
+  elif scaling == 'longrope':
+    if original < 2:
+      raise ValueError(f'{e.path}: {name}: longrope has an original context of {original}.')
+    out['rope_scaling'] = _longrope(rope, original, positions)
+    out['max_length'] = min(original, positions)
   elif scaling != 'default':
     raise ValueError(
-      f'{e.path}: rope_type {reprlib.repr(scaling)} is not covered; covered: default, llama3.'
+      f'{e.path}: {name}: rope_type {reprlib.repr(scaling)} is not covered; covered: default, '
+      f'linear, dynamic, yarn, longrope and llama3.'
     )
   return out
+
+
+def _yarn(rope: Entries, original: int, positions: int) -> tuple[Any, ...]:
+  factor = rope.number('factor', null=True) or positions / original
+  magnitude = rope.number('attention_factor', None, null=True)
+  if magnitude is None:
+
+    def of(scale, weight=1.0):
+      return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
+
+    one, all_dimensions = (rope.number(n, None, null=True) for n in ('mscale', 'mscale_all_dim'))
+    both = one and all_dimensions
+    magnitude = of(factor, one) / of(factor, all_dimensions) if both else of(factor)
+  fast, slow = rope.number('beta_fast', 32, null=True), rope.number('beta_slow', 1, null=True)
+  return 'yarn', factor, original, fast or 32.0, slow or 1.0, rope.flag('truncate', True), magnitude
+
+
+def _longrope(rope: Entries, original: int, positions: int) -> tuple[Any, ...]:
+  factor = rope.number('factor', None, null=True) or positions / original
+  magnitude = rope.number('attention_factor', None, null=True)
+  if magnitude is None:
+    magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+  return 'longrope', rope.numbers('short_factor'), rope.numbers('long_factor'), original, magnitude

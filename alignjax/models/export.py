@@ -173,11 +173,20 @@ def _config(
     k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')
   }
   config |= dict(architectures=[name], dtype=dtype, tie_word_embeddings=cfg.tie_embeddings)
-  if cfg.max_length > old.max_length:
+  longest = config.get('max_position_embeddings', old.max_length)
+  if cfg.max_length > longest:
+    # Where they are not given, the original context is max_position_embeddings, and a factor of
+    # yarn and longrope is the ratio of the two.
+    if cfg.rope_llama3 or cfg.rope_scaling:
+      name = config_json.rope_table(config)
+      table = dict(config[name])
+      original = config.get('original_max_position_embeddings') or table.get(
+        'original_max_position_embeddings', longest
+      )
+      if table.get('factor') is None:
+        table['factor'] = longest / original
+      config |= {name: table, 'original_max_position_embeddings': original}
     config['max_position_embeddings'] = cfg.max_length
-    # The factor refers to the original context, which is max_position_embeddings by default.
-    if cfg.rope_llama3:
-      config['original_max_position_embeddings'] = cfg.rope_llama3[-1]
   return config
 
 

@@ -62,9 +62,14 @@ def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> Tra
           f'{where}.max_length={asked}, but the checkpoint {source} has {entry}={longest} in its '
           f'config.json'
           + (
-            '; its table of positions has that length. '
-            if entry == 'n_positions'
-            else ', and beyond that its layers would see less than ours. '
+            {
+              'n_positions': '; its table of positions has that length. ',
+              'sliding_window': ', and beyond that its layers would see less than ours. ',
+              'max_position_embeddings': (
+                ', and beyond that its rotary positions depend on the longest row of a batch '
+                "(rope_type 'dynamic'). "
+              ),
+            }[entry]
           )
           + f'Leave {where}.max_length out, or set it to {longest}.'
         )
