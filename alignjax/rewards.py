@@ -2,8 +2,10 @@
 c.stages.ppo.reward = dict(fn='module:name', ...).
 
     reward(prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) -> f32[B]
+                                                                 or (f32[B], metrics)
 
-`model_reward` is the paper's, the trained reward model. `host_reward` calls a Python function of
+`model_reward` is the paper's, the trained reward model. `ensemble` combines several. `host_reward`
+calls a Python function of
 texts on the host (a rule, a classifier, a service). Its calls have a time limit and are repeated,
 and a run in which all of them fail loses nothing:
 
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import ops, plugins
-from alignjax.types import Networks, Params
+from alignjax.types import Metrics, Networks, Params
 
 
 def model_reward(
@@ -64,6 +66,56 @@ def model_reward(
     return on(nets) if live_rows is None else live_rows(on, nets, rows[1])
 
   return ops.in_chunks(read, (tokens, token_mask), rows)
+
+
+def ensemble(
+  prompts: jax.Array,
+  prompt_mask: jax.Array,
+  responses: jax.Array,
+  mask: jax.Array,
+  *,
+  nets: Networks,
+  frozen: Params,
+  combine: str = 'mean',
+  uncertainty_coef: float = 0.1,
+  rows: int | None = None,
+  live_rows: Callable | None = None,
+) -> tuple[jax.Array, Metrics]:
+  """The scores of several reward models in one, (f32[B], metrics).
+
+  The members are init.reward and every further role of init whose name begins with `reward`, such
+  as init.reward_2='stage:rm_2'. The metric 'objective/disagreement' is the standard deviation over the
+  members, a mean over responses.
+
+  Args:
+    combine: 'mean'; 'min', the worst case; 'uwo', the mean less uncertainty_coef times the variance
+      over the members (Coste et al. 2023, section 3.2); or 'module:function' of f32[N,B] -> f32[B].
+    uncertainty_coef: of 'uwo'.
+    rows, live_rows: see model_reward.
+  """
+  members = [
+    model_reward(
+      prompts,
+      prompt_mask,
+      responses,
+      mask,
+      nets=nets,
+      frozen={'reward': frozen[role]},
+      rows=rows,
+      live_rows=live_rows,
+    )
+    for role in sorted(frozen)
+    if role.startswith('reward')
+  ]
+  scores = jnp.stack(members)
+  metrics = {'objective/disagreement': jnp.mean(jnp.std(scores, axis=0))}
+  if combine == 'mean':
+    return jnp.mean(scores, axis=0), metrics
+  if combine == 'min':
+    return jnp.min(scores, axis=0), metrics
+  if combine == 'uwo':
+    return jnp.mean(scores, axis=0) - uncertainty_coef * jnp.var(scores, axis=0), metrics
+  return plugins.find(combine, 'reward.combine')(scores), metrics
 
 
 def host_reward(

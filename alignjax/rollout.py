@@ -2,8 +2,9 @@
 values, and its reward.
 
 A reward is any function (prompts, prompt_mask, responses, mask, *, nets, frozen, **coefficients) ->
-f32[B] that the config names as c.reward = dict(fn='module:name', ...). alignjax/rewards.py has the
-trained reward model, and a reward that is a Python function of texts.
+f32[B], or (f32[B], metrics), that the config names as c.reward = dict(fn='module:name', ...).
+alignjax/rewards.py has the trained reward model, ensembles, and a reward that is a Python function
+of texts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def collect(
   prompt_mask: jax.Array,
   key: jax.Array,
   *,
-  reward_fn: Callable[..., jax.Array],
+  reward_fn: Callable[..., jax.Array | tuple[jax.Array, Metrics]],
   max_tokens: int,
   stop_ids: Sequence[int],
   temperature: float = 1.0,
@@ -52,7 +53,8 @@ def collect(
     frozen: {'ref', 'reward'}. They are never donated and have buffers of their own.
     prompts, prompt_mask: [B,Q], left-padded.
     key: of the samples.
-    reward_fn: (prompts, prompt_mask, responses, mask, *, nets, frozen) -> f32[B].
+    reward_fn: (prompts, prompt_mask, responses, mask, *, nets, frozen) -> f32[B], or (f32[B], what
+      is added to the metrics).
     max_tokens, stop_ids, temperature, samples_per_prompt: see sampling.generate.
     missing_end_penalty: is subtracted from the score of a response without a stop token. The paper
       reports none.
@@ -110,6 +112,7 @@ def collect(
     logprobs, ref_logprobs, values = ops.in_chunks(score, rows, score_rows)
   with jax.named_scope('reward'):
     scores = reward_fn(*rows, nets=nets, frozen=frozen)
+  scores, measured = scores if isinstance(scores, tuple) else (scores, {})
   if not jnp.issubdtype(scores.dtype, jnp.floating):
     raise TypeError(
       f'the reward function returned {scores.dtype}; rewards must be floating-point numbers.'
@@ -131,5 +134,6 @@ def collect(
     'rollout/ended': jnp.mean(sampled.ended.astype(jnp.float32)),
     'rollout/live': jnp.mean(jnp.concatenate([prompt_mask, mask], 1).astype(jnp.float32)),
     'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
+    **measured,
   }
   return jax.lax.stop_gradient(rollout), metrics

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignjax import train
-from alignjax.configs import ppo_ptx
+from alignjax.configs import ppo_ptx, reward_ensemble
 from alignjax.models import transformer
 from alignjax.runtime import checkpoint
 from alignjax.setup.objects import make_setup
@@ -78,7 +78,7 @@ def test_slerp_where_the_angle_says_nothing():
 
 def config(*members, **entries):
   c = ppo_ptx.get_config('tiny')
-  c.stages = dict(average=average.stage(*members, **entries))
+  c.stages = dict(average=reward_ensemble.average(*members, **entries))
   c.stages_to_run, c.report.policies, c.cpu_devices = ('average',), {}, None
   return c
 

@@ -176,7 +176,7 @@ def test_the_work_of_an_iteration():
     row_length=12,
     ptx_rows=16,
     epochs=1,
-    reward_model=True,
+    reward_models=1,
   )
   work = flops.ppo(SMALL, SMALL, **sizes)
   assert (

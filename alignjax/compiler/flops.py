@@ -73,11 +73,11 @@ def ppo(
   row_length: int,
   ptx_rows: int,
   epochs: int,
-  reward_model: bool,
+  reward_models: int,
   adapters: bool = False,
 ) -> dict[str, float]:
-  """The work of one PPO iteration, with every response at its full length: sampling, four scoring
-  passes (three where the reward is not the reward model), the updates of policy and value, and the
+  """The work of one PPO iteration, with every response at its full length: sampling, scoring by
+  policy, reference, value and each reward model, the updates of policy and value, and the
   pretraining rows. A prompt is read once for all of its samples, and has no logits."""
   length = prompt_length + response_length
   lm, scalar = forward_flops(policy, length), forward_flops(value, length, 'scalar')
@@ -86,7 +86,7 @@ def ppo(
   generated = (episodes / samples_per_prompt) * prefill + episodes * (
     lm - prefill - prompt_length * unembedding
   )
-  scored = episodes * (2 * lm + (2 if reward_model else 1) * scalar)
+  scored = episodes * (2 * lm + (1 + reward_models) * scalar)
   trained = epochs * (
     episodes * update_flops(policy, length, 'lm', adapters)
     + episodes * update_flops(value, length, 'scalar', adapters)
@@ -96,7 +96,7 @@ def ppo(
     'episodes': episodes,
     'tokens': episodes * length + ptx_rows * row_length,
     'tokens_generated': episodes * response_length,
-    'tokens_scored': episodes * length * (4 if reward_model else 3),
+    'tokens_scored': episodes * length * (3 + reward_models),
     'tokens_trained': epochs * (2 * episodes * length + ptx_rows * row_length),
     'flops': generated + scored + trained,
   }

@@ -1,13 +1,14 @@
 """A stage without steps whose result is an average of finished models: of reward models (WARM, Ramé
 et al. 2024a), or of policies between SFT and PPO (Lin et al. 2023; WARP, Ramé et al. 2024b).
 
-    c.stages.warm = average.stage('stage:rm', 'stage:rm_2', 'stage:rm_3', head='scalar')
-    c.stages.between = average.stage('stage:sft', 'stage:ppo', weights=(0.3, 0.7))
+    c.stages.NAME = average('stage:rm', 'stage:rm_2', head='scalar')
+    c.stages.NAME = average('stage:sft', 'stage:ppo', weights=(0.3, 0.7))
 
-Members are what an init may name. They should have started from the same weights: otherwise their
-average is no model at all. How they are merged is a function (members, **coefficients) -> params
-that the config names, `linear`, `slerp` or one of a fork, of trees of float32 arrays with stacked
-layers. A later stage starts from the result as from that of any other, init.reward='stage:warm'.
+`average` is in configs/reward_ensemble.py. Members are what an init may name. They should have
+started from the same weights: otherwise their average is no model at all. How they are merged is a
+function (members, **coefficients) -> params that the config names, `linear`, `slerp` or one of a
+fork, of trees of float32 arrays with stacked layers. A later stage starts from the result as from
+that of any other, init.reward='stage:NAME'.
 """
 
 from __future__ import annotations
@@ -24,27 +25,6 @@ from alignjax.setup.weights import initial_params, param_shapes
 from alignjax.stages import abstract
 from alignjax.stages.stage import Stage, make_state
 from alignjax.types import Params
-
-
-def stage(
-  *members: str, head: str = 'lm', fn: str = 'alignjax.stages.average:linear', **coefficients
-) -> dict:
-  """The entries of such a stage.
-
-  Args:
-    *members: specs of weights, two or more; `slerp` takes the one that the others started from
-      first.
-    head: 'lm' of policies, 'scalar' of reward models.
-    fn, **coefficients: how the members are merged.
-  """
-  return dict(
-    build='alignjax.stages.average:build',
-    members=members,
-    head=head,
-    merge=dict(fn=fn) | coefficients,
-    log_every=1,
-    save_every=0,
-  )
 
 
 def build(setup: Setup, name: str) -> Stage:

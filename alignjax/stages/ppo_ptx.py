@@ -187,13 +187,13 @@ def build(setup: Setup, name: str) -> Stage:
       return (*setup.sharder.put(chosen), None)
     return setup.sharder.put((*chosen, text(i, setup.sharder.local(np.arange(text_rows)))))
 
-  # 2. Of the four networks, policy and value are trained. Reference and reward model are frozen:
+  # 2. Of the networks, policy and value are trained. Reference and reward models are frozen:
   # they are kept in the dtype of the computation and are no part of a checkpoint.
   parts = adapters.load(
     setup,
     name,
     trained=ppo_ptx_plan.TRAINED,
-    frozen=ppo_ptx_plan.FROZEN,
+    frozen=ppo_ptx_plan.frozen_roles(cfg),
     seed=lambda role: seed_of(f'{name}/{role}'),
   )
   tx = ppo_ptx_plan.optimizer(setup, name)

@@ -23,9 +23,15 @@ from alignjax.stages.abstract import Work
 from alignjax.stages.stage import check_functions, make_live_rows, make_optimizer, make_state
 from alignjax.types import Params, PPOBatch, Rollout, TrainState
 
-# The networks of the stage and their heads.
+# The networks that are trained, and their heads.
 TRAINED = {'policy': 'lm', 'value': 'scalar'}
-FROZEN = {'ref': 'lm', 'reward': 'scalar'}
+
+
+def frozen_roles(cfg) -> dict[str, str]:
+  """The networks of a stage that are frozen, and their heads: the reference, and every role of init
+  whose name begins with `reward`, the members of an ensemble."""
+  rewards = sorted(role for role in cfg.init if role.startswith('reward'))
+  return {'ref': 'lm'} | dict.fromkeys(rewards, 'scalar')
 
 
 def optimizer(setup: Setup, name: str) -> optax.GradientTransformation:
@@ -50,9 +56,12 @@ def score_rows(cfg) -> int:
   return cfg.rollout.score_rows or cfg.rollout.episodes // (cfg.minibatches * cfg.microbatches)
 
 
-def reward_uses_network(cfg, where: str) -> bool:
-  """Whether the reward is the trained reward model, whose forward passes count as work."""
-  return plugins.find(cfg.reward.fn, f'{where}.reward.fn') is rewards.model_reward
+def reward_models(cfg, where: str) -> int:
+  """How many trained reward models read the responses, whose forward passes count as work."""
+  function = plugins.find(cfg.reward.fn, f'{where}.reward.fn')
+  if function is rewards.ensemble:
+    return len(frozen_roles(cfg)) - 1
+  return int(function is rewards.model_reward)
 
 
 def facts(
@@ -83,7 +92,7 @@ def abstract_arguments(
 ) -> tuple[TrainState, Params, tuple]:
   """(state, frozen, batch) of ppo_ptx.iteration as shapes on their shardings."""
   cfg = setup.config.stages[name]
-  parts = adapters.shapes(setup, name, TRAINED, FROZEN)
+  parts = adapters.shapes(setup, name, TRAINED, frozen_roles(cfg))
   state, frozen = first_state(setup, name, parts.params, tx), parts.frozen
   prompts = (cfg.rollout.episodes // cfg.rollout.samples_per_prompt, setup.prompt_length)
   text_rows = cfg.rollout.episodes * cfg.ptx.rows_per_episode
@@ -140,8 +149,9 @@ def work_of_phases(setup: Setup, name: str) -> dict[str, list[Work]]:
       net('update', rows=episodes // parts, length=length, times=updates) for net in (policy, value)
     ],
   }
-  if reward_uses_network(cfg, f'stages.{name}'):
-    work['reward'] = [value('forward', rows=rewarded, length=length, times=episodes // rewarded)]
+  if members := reward_models(cfg, f'stages.{name}'):
+    times = members * (episodes // rewarded)
+    work['reward'] = [value('forward', rows=rewarded, length=length, times=times)]
   if text_rows:
     row_length = setup.config.data.row_length
     work['update'].append(
@@ -163,7 +173,7 @@ def work_of_iteration(setup: Setup, name: str) -> dict[str, float]:
     row_length=setup.config.data.row_length,
     ptx_rows=cfg.rollout.episodes * cfg.ptx.rows_per_episode,
     epochs=cfg.inner_epochs,
-    reward_model=reward_uses_network(cfg, f'stages.{name}'),
+    reward_models=reward_models(cfg, f'stages.{name}'),
     adapters=adapters.used(setup, name),
   )
 
@@ -291,6 +301,10 @@ def check_returns(setup: Setup, name: str) -> None:
     frozen,
     *texts,
   )
+  if isinstance(scores, tuple) and len(scores) == 2 and isinstance(scores[1], dict):
+    scores, measured = scores
+    for metric, value in measured.items():
+      abstract.check_arrays(value, title('reward'), (f'a number as its metric {metric!r}',), ())
   abstract.check_arrays(scores, title('reward'), ('a score of each response',), (rows,))
   made = abstract.evaluate(bind('advantage'), title('advantage'), numbers, numbers, rollout.mask)
   abstract.check_arrays(made, title('advantage'), ('advantages', 'returns'), (rows, length))
