@@ -84,8 +84,8 @@ def ensemble(
   """The scores of several reward models in one, (f32[B], metrics).
 
   The members are init.reward and every further role of init whose name begins with `reward`, such
-  as init.reward_2='stage:rm_2'. The metric 'objective/disagreement' is the standard deviation over the
-  members, a mean over responses.
+  as init.reward_2='stage:rm_2'. The metric 'objective/disagreement' is the standard deviation over
+  the members, a mean over responses.
 
   Args:
     combine: 'mean'; 'min', the worst case; 'uwo', the mean less uncertainty_coef times the variance
