@@ -124,7 +124,7 @@ def collect(
     *rows, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores
   )
   k1, k3 = ops.kl_estimates(logprobs, ref_logprobs, mask)
-  metrics = {
+  metrics = measured | {
     'objective/scores': jnp.mean(scores),
     'objective/scores_std': jnp.std(scores),
     'objective/kl': jnp.mean(k1),
@@ -134,6 +134,5 @@ def collect(
     'rollout/ended': jnp.mean(sampled.ended.astype(jnp.float32)),
     'rollout/live': jnp.mean(jnp.concatenate([prompt_mask, mask], 1).astype(jnp.float32)),
     'rollout/sampler_gap_max': jnp.max(jnp.abs(sampled.logprobs - logprobs)),
-    **measured,
   }
   return jax.lax.stop_gradient(rollout), metrics

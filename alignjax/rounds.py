@@ -143,6 +143,7 @@ def check(run: Run) -> None:
   """Raises ValueError for entries that cannot be, before any stage runs."""
   config, cfg = run.config, run.config.rounds
   check_entries(cfg, run.setup)
+  check_rewards(config)
   rounds_items.find_choose(run)
   checked = on_rankings(config)
   train.find_builders(make_setup(checked, run.base), [cfg.reward_model, cfg.policy])
@@ -153,6 +154,19 @@ def check(run: Run) -> None:
       f'the {most} that stages.{cfg.reward_model}.k_buckets leave room for. Sample fewer, or add '
       f'that number to k_buckets.'
     )
+
+
+def check_rewards(config: Any) -> None:
+  """Raises ValueError where a policy would be trained against a reward model that the rounds do not
+  train."""
+  cfg = config.rounds
+  for role, spec in config.stages[cfg.policy].init.items():
+    if role.startswith('reward') and spec != f'stage:{cfg.reward_model}' and 'stage:' in str(spec):
+      raise ValueError(
+        f'stages.{cfg.policy}.init.{role}={spec!r}, but rounds train one reward model on the new '
+        f'rankings, stages.{cfg.reward_model} (rounds.reward_model). Name it there, and leave out '
+        f'other reward models.'
+      )
 
 
 def check_entries(cfg: Any, setup: Setup) -> None:

@@ -84,7 +84,7 @@ def config(*members, **entries):
 
 
 def test_a_stage_averages_finished_models(tmp_path):
-  setup = make_setup(config('a', 'b'), tmp_path, jax.devices()[:1])
+  setup = make_setup(config(), tmp_path, jax.devices()[:1])
   init = jax.jit(lambda key: transformer.init(setup.reward_model, key, 'scalar'))
   models = [init(jax.random.key(i)) for i in range(3)]
   names = [str(tmp_path / f'rm_{i}' / 'final') for i in range(3)]
@@ -96,6 +96,8 @@ def test_a_stage_averages_finished_models(tmp_path):
   kept = checkpoint.load_params(final, models[0])
   wanted = jax.tree.map(lambda *x: sum(np.float64(y) for y in x) / 3, *models)
   jax.tree.map(lambda x, y: close(x, y, atol=1e-6), kept, wanted)
+  with pytest.raises(ValueError, match="head='lm', but its member .* has the head 'scalar'"):
+    train.main(config(*names), tmp_path / 'other')
   # It is made again where a member has changed.
   checkpoint.save_params(names[0], models[1], dict(head='scalar'))
   with pytest.raises(ValueError, match='rm_0'):
@@ -106,7 +108,12 @@ def test_a_stage_averages_finished_models(tmp_path):
   'entries,message',
   [
     (dict(members=('a',)), r"stages.average.members=\('a',\) must name two models or more"),
-    (dict(members=('a', 'random')), "'random' is no finished model"),
+    (dict(members=('a', 'random')), "members: 'a' must be 'stage:NAME'"),
+    (dict(head='scalar'), "head='scalar', but its member .* has the head 'lm'"),
+    (
+      dict(merge=dict(fn='alignjax.stages.average:linear', weights=(float('nan'), 1))),
+      'must be 2 numbers',
+    ),
     (dict(head='value'), "stages.average.head='value' must be 'lm' or 'scalar'"),
     (
       dict(merge=dict(fn='alignjax.stages.average:linear', weights=(1,))),
@@ -117,7 +124,10 @@ def test_a_stage_averages_finished_models(tmp_path):
   ],
 )
 def test_entries_that_cannot_be(entries, message, tmp_path):
-  c = config('a', 'b')
+  names = [str(tmp_path / name / 'final') for name in 'ab']
+  for name in names:
+    checkpoint.save_params(name, {'x': jnp.zeros(1)}, dict(head='lm'))
+  c = config(*names)
   c.stages.average.update(entries)
   with pytest.raises(ValueError, match=message):
     train.main(c, tmp_path / 'run')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import rewards, train
+from alignjax import rewards, rounds, train
 from alignjax.configs import reward_ensemble
 from alignjax.setup.objects import make_setup
 from alignjax.stages import ppo_ptx_plan
@@ -78,6 +78,39 @@ def test_the_config_is_accepted_and_each_member_counts_as_work(setup):
   assert three['flops'] > one['flops']
   (work,) = ppo_ptx_plan.work_of_phases(setup, 'ppo_ptx')['reward']
   assert work.times == 3
+
+
+@pytest.mark.parametrize(
+  'init,fn,message',
+  [
+    (dict(rm_2='stage:rm_2'), 'ensemble', 'init.rm_2 is no network of this stage'),
+    ({}, 'model_reward', r'init names 3 reward models, but stages.ppo_ptx.reward.fn reads one'),
+    (dict(reward_2=None, reward_3=None), 'ensemble', 'init names one reward model'),
+  ],
+)
+def test_reward_models_that_nothing_reads(setup, init, fn, message):
+  config = setup.config.copy_and_resolve_references()
+  stage = config.stages.ppo_ptx
+  with config.unlocked():
+    for role, spec in init.items():
+      if spec is None:
+        del stage.init[role]
+      else:
+        stage.init[role] = spec
+    stage.reward = dict(fn=f'alignjax.rewards:{fn}')
+  with pytest.raises(ValueError, match=message):
+    ppo_ptx_plan.check_entries(setup._replace(config=config), 'ppo_ptx')
+
+
+def test_rounds_train_one_reward_model():
+  config = reward_ensemble.get_config('tiny')
+  with config.unlocked():
+    config.rounds = dict(policy='ppo_ptx', reward_model='rm')
+  with pytest.raises(ValueError, match="init.reward_2='stage:rm_2', but rounds train one"):
+    rounds.check_rewards(config)
+  config.rounds.policy = 'ppo_ptx_warm'
+  with pytest.raises(ValueError, match="init.reward='stage:warm', but rounds train one"):
+    rounds.check_rewards(config)
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,8 @@ def made_from(config, out: pathlib.Path) -> str:
   read = {}
   for name in stages:
     read |= inputs.of_config(config, name)
-    for spec in config.stages[name].init.values():
+    own = config.stages[name]
+    for spec in (*(own.get('init') or {}).values(), *(own.get('members') or ())):
       read |= {} if spec.startswith('stage:') else inputs.of_weights(spec)
 
   def shared(identity):

@@ -4,7 +4,7 @@
   alignjax run --config=llama3_8b_lora:tiny      a few rows: does everything fit?
 
 The data of llama3_8b.py. Policy, reference, value and reward model are four sets of adapters on one
-base of 4.5 GB (NF4 kernels, embeddings in bfloat16 beside them), and the weights that sampling
+base of 6 GB (NF4 kernels, and embeddings and head in bfloat16), and the weights that sampling
 reads are merged for each iteration, 16 GB. Nothing is measured yet.
 """
 

@@ -38,7 +38,7 @@ OF_KERNELS = {
   'lora_a': lambda axes: (*axes[:-1], None),
   'lora_b': lambda axes: (None, axes[-1]),
   'codes': lambda axes: axes,
-  'absmax': lambda axes: axes,
+  'absmax': lambda axes: (*axes[:-2], None, axes[-1]),  # Blocks may not divide where inputs do.
 }
 ACTIVATIONS = ('batch', 'sequence')  # the logical axes that only activations have
 

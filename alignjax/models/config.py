@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,8 +118,18 @@ class TransformerConfig:
         f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.'
       )
     kind, *values = self.rope_scaling or ('none',)
-    if kind not in ('none', 'linear', 'yarn', 'longrope'):
+    counts = dict(none=0, linear=1, yarn=6, longrope=4)
+    if kind not in counts or kind == 'none' and self.rope_scaling:
       raise ValueError(f'model.rope_scaling[0]={kind!r} is none of linear, yarn, longrope.')
+    numbers = [values[0], values[1]] if kind == 'yarn' else values[:1] if kind == 'linear' else []
+    if len(values) != counts[kind] or not all(
+      isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers
+    ):
+      raise ValueError(
+        f'model.rope_scaling={self.rope_scaling!r} has other values than {kind} has.'
+      )
+    if self.rope_scaling and (self.positions != 'rotary' or self.rope_llama3):
+      raise ValueError('model.rope_scaling needs rotary positions, and no rope_llama3 beside it.')
     if kind == 'longrope' and {len(values[0]), len(values[1])} != {self.rotary_width // 2}:
       raise ValueError(
         f'longrope has {len(values[0])} short and {len(values[1])} long factors, but there are '

@@ -247,6 +247,8 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
     e.only('attention_bias', False)
     e.only('mlp_bias', False)
   window = _window(kind, e, layers)
+  if window and _rope_type(e) == 'longrope':
+    raise ValueError(f"{e.path}: sliding_window={window} with rope_type 'longrope' is not covered.")
   kv_heads = e.size('num_key_value_heads', {'llama': None, 'mistral': 8}.get(kind, 32), null=True)
   head_dim = e.size('head_dim', 128) if kind == 'qwen3' else e.size('head_dim', None)
   return common | dict(

@@ -187,6 +187,10 @@ def _config(
         table['factor'] = longest / original
       config |= {name: table, 'original_max_position_embeddings': original}
     config['max_position_embeddings'] = cfg.max_length
+  if cfg.rope_scaling and cfg.rope_scaling[0] == 'longrope':
+    name = config_json.rope_table(config)
+    if cfg.max_length > cfg.rope_scaling[3]:  # The long factors were used for short rows too.
+      config[name] = config[name] | {'short_factor': config[name]['long_factor']}
   return config
 
 

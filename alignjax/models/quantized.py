@@ -13,9 +13,12 @@ one above. Embeddings, norms, biases and heads stay as they are.
 The networks read such kernels through lora.projections. A product makes its kernel in the dtype of
 the computation just before it is multiplied, in the backward pass once more, and neither is kept.
 
-The codes of bitsandbytes are the same where 64 divides the inputs (of the projection `out`: the
+The NF4 codes of bitsandbytes are the same where 64 divides the inputs (of the projection `out`: the
 width of a head). Elsewhere its blocks reach over the ends of rows, and it can quantise the scales
 once more.
+
+Where devices share a kernel (fsdp), each of them makes its part in the dtype of the computation,
+and these are gathered: quantised bases save memory there and no traffic.
 """
 
 from __future__ import annotations
@@ -128,14 +131,17 @@ def is_quantized(params: Any) -> bool:
   )
 
 
-@jax.custom_vjp
-def _product(x, codes, absmax):
+def _multiply(x, codes, absmax):
   kernel = decode(codes, absmax).astype(x.dtype)
   return x @ kernel.reshape(-1, kernel.shape[-1])
 
 
+_product = jax.custom_vjp(_multiply)
+
+
 def _forward(x, codes, absmax):
-  return _product(x, codes, absmax), (codes, absmax)
+  # The product itself, so that a policy of rematerialisation sees it.
+  return _multiply(x, codes, absmax), (codes, absmax)
 
 
 def _backward(saved, gradient):

@@ -146,9 +146,15 @@ def load(
   # Frozen adapters stay in float32: rounded before they are multiplied by the scale, they would
   # not be exactly those that the policy starts with.
   params = {role: adapters(role, head) for role, head in trained.items()}
+
+  def on_base(role, head):
+    # What was not trained on codes stays as it is: a reward model scores as it did when it was
+    # measured. The reference has to be the function that the policy starts as.
+    as_measured = own.quantization and head == 'scalar' and origins[role].adapters is None
+    return not as_measured and _same(setup, origins[role].base, named.get(head))
+
   rest = {
-    role: (adapters if origins[role].base == named.get(head) else still)(role, head)
-    for role, head in frozen.items()
+    role: (adapters if on_base(role, head) else still)(role, head) for role, head in frozen.items()
   }
   info = {
     role: {'lora': own._asdict() | {'base': _portable(origins[role].base)}} for role in trained
@@ -264,6 +270,16 @@ def _spec_of(setup: Setup, base: str) -> str:
   folder = files.folder(base)
   of_this_run = folder.name == 'final' and folder.parent.parent == setup.workdir
   return f'stage:{folder.parent.name}' if of_this_run else base
+
+
+def _same(setup: Setup, base: str, other: str | None) -> bool:
+  """Whether two specs name the same weights."""
+
+  def folder(spec):
+    return str(inputs.weights_folder(setup.workdir, spec))
+
+  of_files = base.startswith('hf:') or other is None or other.startswith('hf:')
+  return base == other or not of_files and folder(base) == folder(other)
 
 
 def _portable(base: str) -> str:

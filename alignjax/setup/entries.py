@@ -159,16 +159,19 @@ def check_stage(config: ml_collections.ConfigDict, name: str) -> None:
   for entry, spec in (config.stages[name].get('init') or {}).items():
     if spec is None and entry == 'ref':
       continue  # A loss may have no reference.
-    if not isinstance(spec, str) or not (
-      spec == 'random'
-      or spec.startswith(('stage:', 'hf:', 'peft:'))
-      or checkpoint.is_finished(spec)
-    ):
+    if not is_weights(spec):
       raise ValueError(
         f"stages.{name}.init.{entry}={spec!r} must be 'random', 'stage:NAME', "
         "'hf:FOLDER_OR_HUB_NAME', 'peft:FOLDER_OR_HUB_NAME' or the folder of a finished stage's "
         'weights, WORKDIR/STAGE/final.'
       )
+
+
+def is_weights(spec: Any) -> bool:
+  """Whether an entry may name weights (setup/weights.py: initial_params)."""
+  return isinstance(spec, str) and (
+    spec == 'random' or spec.startswith(('stage:', 'hf:', 'peft:')) or checkpoint.is_finished(spec)
+  )
 
 
 @contextlib.contextmanager

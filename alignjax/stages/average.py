@@ -20,6 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from alignjax import plugins
+from alignjax.models import hf
+from alignjax.runtime import checkpoint
+from alignjax.setup import entries, inputs
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.weights import initial_params, param_shapes
 from alignjax.stages import abstract
@@ -33,6 +36,8 @@ def build(setup: Setup, name: str) -> Stage:
   merge = plugins.bind(cfg.merge, f'stages.{name}.merge')
 
   def finish(_):
+    for spec in cfg.members:
+      check_head(setup, name, spec)
     members = [initial_params(setup, spec, cfg.head, seed_of(name)) for spec in cfg.members]
     shardings = setup.sharder.params(members[0])
     params = jax.jit(lambda *members: merge(list(members)), out_shardings=shardings)(*members)
@@ -47,6 +52,27 @@ def build(setup: Setup, name: str) -> Stage:
   )
 
 
+def _head_of_stage(cfg) -> str:
+  module = cfg.build.partition(':')[0]
+  return cfg.head if module == __name__ else 'scalar' if module == 'alignjax.stages.rm' else 'lm'
+
+
+def check_head(setup: Setup, name: str, spec: str) -> None:
+  """Raises ValueError where a finished member has another head than the stage, because a fresh one
+  would be averaged in."""
+  wanted = setup.config.stages[name].head
+  if spec.startswith('hf:'):
+    found = 'scalar' if hf.has_score(spec.removeprefix('hf:')) else 'lm'
+  elif spec.startswith('peft:'):
+    found = 'lm'
+  else:
+    found = checkpoint.load_info(inputs.weights_folder(setup.workdir, spec))['head']
+  if found != wanted:
+    raise ValueError(
+      f'stages.{name}.head={wanted!r}, but its member {spec!r} has the head {found!r}.'
+    )
+
+
 def linear(members: Sequence[Params], *, weights: Sequence[float] | None = None) -> Params:
   """sum_i weights[i] members[i].
 
@@ -58,7 +84,7 @@ def linear(members: Sequence[Params], *, weights: Sequence[float] | None = None)
     ValueError: the weights do not fit.
   """
   weights = [1 / len(members)] * len(members) if weights is None else list(weights)
-  if len(weights) != len(members) or abs(sum(weights) - 1) > 1e-6:
+  if len(weights) != len(members) or not abs(sum(weights) - 1) <= 1e-6:
     raise ValueError(
       f'weights={tuple(weights)} must be {len(members)} numbers, one for each member, with the sum '
       f'1.'
@@ -122,8 +148,19 @@ def check(setup: Setup, name: str) -> None:
   if not isinstance(cfg.members, (tuple, list)) or len(cfg.members) < 2:
     raise ValueError(f'{where}.members={cfg.members!r} must name two models or more.')
   for spec in cfg.members:
-    if spec == 'random':
-      raise ValueError(f"{where}.members: 'random' is no finished model.")
+    if not entries.is_weights(spec) or spec == 'random':
+      raise ValueError(
+        f"{where}.members: {spec!r} must be 'stage:NAME', 'hf:FOLDER_OR_HUB_NAME', "
+        f"'peft:FOLDER_OR_HUB_NAME' or the folder of a finished stage's weights."
+      )
+    if not spec.startswith('stage:'):
+      check_head(setup, name, spec)
+    elif str(setup.config.stages[spec.removeprefix('stage:')].build).startswith('alignjax.'):
+      found = _head_of_stage(setup.config.stages[spec.removeprefix('stage:')])
+      if found != cfg.head:
+        raise ValueError(
+          f'{where}.head={cfg.head!r}, but its member {spec!r} has the head {found!r}.'
+        )
   merge = plugins.bind(cfg.merge, f'{where}.merge')
   model = setup.policy_model if cfg.head == 'lm' else setup.reward_model
   shapes = param_shapes(model, cfg.head, setup.sharder)

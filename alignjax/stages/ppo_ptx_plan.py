@@ -183,6 +183,7 @@ def check_entries(setup: Setup, name: str) -> None:
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where, facts(setup, name))
   adapters.check(setup, name, TRAINED)
+  check_roles(cfg, where)
   check_counts(setup, where, 'prompts', prompts=cfg.prompts)
   if cfg.ptx.rows_per_episode:
     check_counts(setup, where, 'pretrain', **{'ptx.documents': cfg.ptx.documents})
@@ -259,6 +260,29 @@ def _check_sizes(setup: Setup, name: str) -> None:
         setup.sharder.batch_shards,
         f'{where}.rollout.halvings: the prompts of generate_rows by the devices that share a batch',
       )
+
+
+def check_roles(cfg, where: str) -> None:
+  """Raises ValueError for networks in init that nothing reads."""
+  known = {*TRAINED, *frozen_roles(cfg)}
+  for role in cfg.init:
+    if role not in known:
+      raise ValueError(
+        f'{where}.init.{role} is no network of this stage: {", ".join(sorted(known))}, and further '
+        f'reward models under names that begin with `reward`.'
+      )
+  count = sum(role.startswith('reward') for role in known)
+  function = plugins.find(cfg.reward.fn, f'{where}.reward.fn')
+  if function is rewards.model_reward and count > 1:
+    raise ValueError(
+      f'{where}.init names {count} reward models, but {where}.reward.fn reads one. Use '
+      f"reward.fn='alignjax.rewards:ensemble', or name one."
+    )
+  if function is rewards.ensemble and count < 2:
+    raise ValueError(
+      f'{where}.reward.fn is an ensemble, but {where}.init names one reward model. Name others as '
+      f"init.reward_2='stage:rm_2'."
+    )
 
 
 def check_returns(setup: Setup, name: str) -> None:
