@@ -178,6 +178,18 @@ def test_ppo_on_a_base_of_four_bits(tmp_path):
   for name in ('sft', 'rm'):
     finish(setup, name)
   first, second = finish(setup, 'ppo_ptx')
+  # The reward model was trained on codes and stays on them; one that was trained whole is read as
+  # it was, and the reference is the policy's base under whatever name.
+  roles = dict(policy='lm', value='scalar'), dict(ref='lm', reward='scalar')
+  config.stages.ppo_ptx.init.ref = str(setup.workdir / 'sft' / 'final')
+  again = make_setup(config, setup.workdir, jax.devices()[:1])
+  frozen = adapters.load(again, 'ppo_ptx', *roles, len).frozen
+  assert lora.is_adapters(frozen['ref']) and lora.is_adapters(frozen['reward'])
+  config.stages.ppo_ptx.lora.rank = 1  # so that everything starts from merged weights
+  again = make_setup(config, setup.workdir, jax.devices()[:1])
+  frozen = adapters.load(again, 'ppo_ptx', *roles, len).frozen
+  assert lora.is_adapters(frozen['ref']) and not lora.is_adapters(frozen['reward'])
+  assert 'kernel' in frozen['reward']['layers']['mlp']['up']
   assert first['ppo/ratio_max_dev'] == second['ppo/ratio_max_dev'] == 0.0
   assert first['objective/kl'] == 0.0 != second['objective/kl']
 

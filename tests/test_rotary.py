@@ -69,6 +69,9 @@ def test_stretched_frequencies(scaling, longest, divisors, magnitude):
 @pytest.mark.parametrize(
   'scaling,message',
   [
+    (('linear', 0.0), 'has other values than linear has'),
+    (('linear',), 'has other values than linear has'),
+    (('yarn', 4.0), 'has other values than yarn has'),
     (('ntk', 2.0), r"model.rope_scaling\[0\]='ntk' is none of linear, yarn, longrope"),
     (
       ('longrope', SHORT[:3], LONG, 64, 1.0),
@@ -79,6 +82,11 @@ def test_stretched_frequencies(scaling, longest, divisors, magnitude):
 def test_declarations_that_cannot_be(scaling, message):
   with pytest.raises(ValueError, match=message):
     TransformerConfig(**SIZES, rope_scaling=scaling)
+
+
+def test_scaling_needs_rotary_positions():
+  with pytest.raises(ValueError, match='needs rotary positions'):
+    TransformerConfig(**SIZES, positions='learned', rope_scaling=('linear', 2.0))
 
 
 def declared(folder, table, **entries):

@@ -121,7 +121,7 @@ class TransformerConfig:
     counts = dict(none=0, linear=1, yarn=6, longrope=4)
     if kind not in counts or kind == 'none' and self.rope_scaling:
       raise ValueError(f'model.rope_scaling[0]={kind!r} is none of linear, yarn, longrope.')
-    numbers = [values[0], values[1]] if kind == 'yarn' else values[:1] if kind == 'linear' else []
+    numbers = values[:2] if kind == 'yarn' else values[:1] if kind == 'linear' else []
     if len(values) != counts[kind] or not all(
       isinstance(x, (int, float)) and 0 < x < math.inf for x in numbers
     ):
