@@ -1,7 +1,7 @@
 """Llama-3-8B with low-rank adapters on a base of 4 bits, for one GPU of 80 GB.
 
   alignjax run --config=llama3_8b_lora         after `huggingface-cli login` (the weights are gated)
-  alignjax run --config=llama3_8b_lora:tiny      a few rows: does everything fit?
+  alignjax run --config=llama3_8b_lora:tiny    a few rows: does everything fit?
 
 The data of llama3_8b.py. Policy, reference, value and reward model are four sets of adapters on one
 base of 6 GB (NF4 kernels, and embeddings and head in bfloat16), and the weights that sampling

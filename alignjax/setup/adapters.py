@@ -275,11 +275,10 @@ def _spec_of(setup: Setup, base: str) -> str:
 def _same(setup: Setup, base: str, other: str | None) -> bool:
   """Whether two specs name the same weights."""
 
-  def folder(spec):
-    return str(inputs.weights_folder(setup.workdir, spec))
+  def named(spec):  # by its folder, unless it is a checkpoint
+    return spec if spec.startswith('hf:') else str(inputs.weights_folder(setup.workdir, spec))
 
-  of_files = base.startswith('hf:') or other is None or other.startswith('hf:')
-  return base == other or not of_files and folder(base) == folder(other)
+  return other is not None and named(base) == named(other)
 
 
 def _portable(base: str) -> str:

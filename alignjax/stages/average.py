@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from alignjax import plugins
 from alignjax.models import hf
@@ -26,7 +25,7 @@ from alignjax.setup import entries, inputs
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.weights import initial_params, param_shapes
 from alignjax.stages import abstract
-from alignjax.stages.stage import Stage, make_state
+from alignjax.stages.stage import Stage, without_steps
 from alignjax.types import Params
 
 
@@ -43,13 +42,7 @@ def build(setup: Setup, name: str) -> Stage:
     params = jax.jit(lambda *members: merge(list(members)), out_shardings=shardings)(*members)
     return params, {'head': cfg.head, 'members': list(cfg.members)}
 
-  return Stage(
-    state=make_state(setup, {'policy': {}}, optax.identity()),
-    step=lambda state, batch: (state, {}, None),
-    batch=jnp.int32,
-    num_steps=0,
-    finish=finish,
-  )
+  return without_steps(setup, finish)
 
 
 def _head_of_stage(cfg) -> str:

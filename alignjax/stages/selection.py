@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from alignjax import plugins
 from alignjax.data import batches, hygiene, sources
@@ -25,7 +23,7 @@ from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup, seed_of, stage_dir
 from alignjax.setup.weights import initial_params
-from alignjax.stages.stage import Stage, make_state
+from alignjax.stages.stage import Stage, without_steps
 from alignjax.types import Params
 
 
@@ -57,13 +55,7 @@ def build(setup: Setup, name: str) -> Stage:
     params = _load(setup, name, candidates[result['chosen']], 'lm')
     return params, {'head': 'lm', 'by': cfg.by.fn, 'selection': result}
 
-  return Stage(
-    state=make_state(setup, {'policy': {}}, optax.identity()),
-    step=lambda state, batch: (state, {}, None),
-    batch=jnp.int32,
-    num_steps=0,
-    finish=finish,
-  )
+  return without_steps(setup, finish)
 
 
 def _load(setup: Setup, name: str, spec: str | files.Folder, head: str) -> Params:

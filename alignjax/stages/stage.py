@@ -140,6 +140,17 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
   )
 
 
+def without_steps(setup: Setup, finish: Callable[[TrainState], tuple[Params, dict]]) -> Stage:
+  """A stage that trains nothing and whose result is what `finish` makes."""
+  return Stage(
+    state=make_state(setup, {'policy': {}}, optax.identity()),
+    step=lambda state, batch: (state, {}, None),
+    batch=jnp.int32,
+    num_steps=0,
+    finish=finish,
+  )
+
+
 # The keyword arguments that a stage passes to its functions itself.
 GIVEN = dict(loss=('nets',), reward=('nets', 'frozen'), advantage=())
 
