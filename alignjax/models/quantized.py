@@ -44,9 +44,9 @@ def _nf4() -> np.ndarray:
   authors' bitsandbytes/functional.py: create_normal_map; 7 below 0, 0 and 8 above, scaled to
   [-1, 1]."""
   offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
-  quantile = NormalDist().inv_cdf
-  below = [-quantile(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
-  above = [quantile(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+  inverse_cdf = NormalDist().inv_cdf
+  below = [-inverse_cdf(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+  above = [inverse_cdf(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
   values = np.sort([*below, 0.0, *above])
   return (values / np.abs(values).max()).astype(np.float32)
 
