@@ -61,7 +61,6 @@ _NUMBER = (
   .where(answers.c.person_id == _PERSON, answers.c.version == 1, items.c.task_id == _TASK)
 )
 _TASK_ROW = sa.select(tasks).where(tasks.c.id == _TASK)
-_LEASE = sa.select(leases).where(leases.c.item_id == _ITEM, leases.c.person_id == _PERSON)
 _CURRENT = sa.select(answers).where(
   answers.c.item_id == _ITEM, answers.c.person_id == _PERSON, answers.c.current
 )
@@ -174,11 +173,6 @@ def _renew(
       return False
   connection.execute(leases.update().where(leases.c.id == lease.id).values(expires=at + seconds))
   return True
-
-
-def lease_of(connection: sa.Connection, item: int, person: int) -> Any:
-  """The lease of an item to a person, running or ended, or None."""
-  return connection.execute(_LEASE, dict(item=item, person=person)).first()
 
 
 def current_answer(connection: sa.Connection, item: int, person: int) -> Any:

@@ -129,33 +129,19 @@ def instructions(visit: Visit) -> responses.Response:
   return page(visit, 'instructions.html', task=task)
 
 
-# The statements of every page of an item are made once: to make one takes longer than to send it.
-_ITEM = sa.select(items).where(items.c.id == sa.bindparam('item'))
-_TASK = sa.select(tasks).where(tasks.c.id == sa.bindparam('task'))
-
-
 class Open:
   """An item in the hands of a person: the row, the order in which they see its responses, and what
   they have filled in. `fields` is {step: {field: value}}, and `age` how many seconds ago they were
   saved."""
 
   def __init__(self, connection: sa.Connection, visit: Visit, number: int):
-    self.lease = assignment.lease_of(connection, number, visit.number)
-    self.answer: Any = None  # An answer takes the place of the lease.
-    if self.lease is None:
-      self.answer = assignment.current_answer(connection, number, visit.number)
-      if self.answer is None:
-        raise submissions.Gone('This item was not given to you.')
-    self.item = connection.execute(_ITEM, dict(item=number)).one()
-    if self.item.hidden:
-      raise submissions.Gone('This item was taken out, so your answer to it is no longer needed.')
-    self.task = connection.execute(_TASK, dict(task=self.item.task_id)).one()
+    found = submissions.given(connection, number, visit.number)
+    self.item, self.task, self.lease, self.answer, draft = found
     self.shown: list[int] = (self.lease or self.answer).shown
     self.texts = [self.item.responses[i]['text'] for i in self.shown]
     self.rated = answers.needs_ratings(self.task.kind, self.task.ratings)
     self.count = len(self.shown)
     self.steps = self.count * self.rated + 1
-    draft = submissions.draft_of(connection, number, visit.number)
     self.fields: dict[str, dict[str, Any]] = draft.get('fields') or self._answered()
     self.at = history.now(connection)
     since = draft.get('at') or (self.answer.at if self.answer else None)

@@ -241,11 +241,7 @@ def _postgres(url: sa.URL) -> sa.Engine:
     raise ValueError(
       "a PostgreSQL database needs psycopg: pip install 'alignjax[label-postgres]'."
     ) from None
-  # What is locked is looked at again by a statement of its own (assignment.py), which must see what
-  # others have committed by then.
-  return sa.create_engine(
-    url, isolation_level='READ COMMITTED', pool_size=20, max_overflow=20, pool_pre_ping=True
-  )
+  return sa.create_engine(url, pool_size=20, max_overflow=20, pool_pre_ping=True)
 
 
 def _set_up_sqlite(connection, _) -> None:
@@ -267,22 +263,38 @@ def _begin_sqlite(connection: sa.Connection) -> None:
   connection.exec_driver_sql('BEGIN IMMEDIATE' if writes else 'BEGIN')
 
 
+def _connected(database: sa.Engine | sa.Connection) -> contextlib.AbstractContextManager:
+  """An open connection stays open."""
+  if isinstance(database, sa.Connection):
+    return contextlib.nullcontext(database)
+  return database.connect()
+
+
 @contextlib.contextmanager
-def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-  """A transaction that only reads, and so sees one state of the database."""
-  with engine.connect() as connection:
-    if engine.dialect.name == 'postgresql':
-      connection = connection.execution_options(isolation_level='REPEATABLE READ')
+def reading(database: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
+  """A transaction that only reads, and so sees one state of the database. It is made on the
+  connection that is given, or on a new one."""
+  with _connected(database) as connection:
+    connection.execution_options(writes=False)
+    if connection.dialect.name == 'postgresql':
+      connection.execution_options(isolation_level='REPEATABLE READ')
     with connection.begin():
       yield connection
 
 
 @contextlib.contextmanager
-def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
-  """A transaction that writes. On SQLite there is one at a time, and the others wait."""
-  with _turns.get(engine, contextlib.nullcontext()):
-    with engine.connect().execution_options(writes=True) as connection, connection.begin():
-      yield connection
+def writing(database: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
+  """A transaction that writes, made as by `reading`. On SQLite there is one at a time, and the
+  others wait."""
+  with _turns.get(database.engine, contextlib.nullcontext()):
+    with _connected(database) as connection:
+      connection.execution_options(writes=True)
+      if connection.dialect.name == 'postgresql':
+        # What is locked is looked at again by a statement of its own (assignment.py), which must
+        # see what others have committed by then.
+        connection.execution_options(isolation_level='READ COMMITTED')
+      with connection.begin():
+        yield connection
 
 
 def wait_for(connection: sa.Connection, what: str) -> None:

@@ -7,6 +7,7 @@ anything elsewhere, and the errors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import traceback
@@ -77,6 +78,7 @@ class Visit(NamedTuple):
   Attributes:
     request: starlette's request.
     settings: of the server.
+    connection: to the database, while the request is worked on.
     form: the fields of the form, {} for a GET.
     session: the content of the cookie.
     person: the row of the person who is logged in, or None.
@@ -84,6 +86,7 @@ class Visit(NamedTuple):
 
   request: Request
   settings: Settings
+  connection: Any
   form: Any
   session: dict[str, Any]
   person: Any
@@ -101,10 +104,10 @@ class Visit(NamedTuple):
     return int(self.request.path_params[name])
 
   def reading(self):
-    return schema.reading(self.settings.engine)
+    return schema.reading(self.connection)
 
   def writing(self):
-    return schema.writing(self.settings.engine)
+    return schema.writing(self.connection)
 
 
 class Halt(Exception):
@@ -187,8 +190,11 @@ def _answer(
 ) -> responses.Response:
   settings: Settings = request.app.state.settings
   fresh = False
-  visit = Visit(request, settings, form, settings.sessions.begin(0.0), None)
+  visit = Visit(request, settings, None, form, settings.sessions.begin(0.0), None)
+  opened = contextlib.ExitStack()
   try:
+    # One connection for the whole request: to take one from the pool is to ask whether it lives.
+    visit = visit._replace(connection=opened.enter_context(settings.engine.connect()))
     with visit.reading() as connection:
       at = history.now(connection)
       session = settings.sessions.read(request.cookies.get(COOKIE, ''), at)
@@ -223,6 +229,8 @@ def _answer(
     traceback.print_exc()
     text = 'This is a fault of the server, which has noted it. What you filled in is below.'
     response = message(visit, 500, 'Something went wrong', text, kept=_texts(form))
+  finally:
+    opened.close()
   if fresh and not any(k == b'set-cookie' for k, _ in response.raw_headers):
     _set_cookie(response, settings, visit.session)
   response.headers['cache-control'] = 'no-store'

@@ -5,27 +5,36 @@ comes after its lease has ended is kept all the same: no work of a person is los
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from alignjax.label import answers as forms
-from alignjax.label.assignment import current_answer, lease_of, locking
+from alignjax.label.assignment import current_answer, locking
 from alignjax.label.catalog import hide
 from alignjax.label.history import log, now
 from alignjax.label.schema import answers, drafts, items, leases, tasks
 
 # The statements are made once: to make one takes longer than to send it.
 _ITEM, _PERSON = (sa.bindparam(name, type_=sa.Integer) for name in ('item', 'person'))
-_STATE = (
-  sa.select(items.c.hidden, tasks.c.version)
+_GIVEN = (
+  sa.select(items, tasks, leases, answers, drafts)
+  .select_from(items)
   .join(tasks, tasks.c.id == items.c.task_id)
+  .outerjoin(leases, (leases.c.item_id == items.c.id) & (leases.c.person_id == _PERSON))
+  .outerjoin(
+    answers,
+    (answers.c.item_id == items.c.id) & (answers.c.person_id == _PERSON) & answers.c.current,
+  )
+  .outerjoin(drafts, (drafts.c.item_id == items.c.id) & (drafts.c.person_id == _PERSON))
   .where(items.c.id == _ITEM)
+  .set_label_style(sa.LABEL_STYLE_TABLENAME_PLUS_COL)
 )
-_LOCKED_STATE = locking(_STATE, items)
-_DRAFT = sa.select(drafts.c.payload).where(drafts.c.item_id == _ITEM, drafts.c.person_id == _PERSON)
+_LOCKED = locking(sa.select(items.c.id).where(items.c.id == _ITEM), items)
+_ROWS = [namedtuple(t.name, t.c.keys()) for t in (items, tasks, leases, answers, drafts)]
 _ENDED = [
   table.delete().where(table.c.item_id == _ITEM, table.c.person_id == _PERSON)
   for table in (leases, drafts)
@@ -37,16 +46,73 @@ _DONE = (
 )
 _COUNT = items.update().where(items.c.id == _ITEM).values(answers=_DONE.scalar_subquery())
 
+NOT_GIVEN = 'This item was not given to you.'
+
 
 class Gone(ValueError):
   """The item is not this person's: it was never given to them, or it is hidden."""
 
 
+class Given(NamedTuple):
+  """An item that was given to a person.
+
+  Attributes:
+    item, task: their rows.
+    lease: the person's lease of the item, running or ended, or None where there is an answer.
+    answer: the newest version of their answer, or None: it takes the place of the lease.
+    draft: what they have filled in since (save_draft), {} where that is nothing.
+  """
+
+  item: Any
+  task: Any
+  lease: Any
+  answer: Any
+  draft: dict[str, Any]
+
+
+def given(connection: sa.Connection, item: int, person: int, lock: bool = False) -> Given:
+  """Looks up an item that was given to a person, by one query.
+
+  Args:
+    connection: of a transaction.
+    item: the number of the item.
+    person: the number of the person.
+    lock: whether others who submit the same item, or ask for it, wait until the transaction ends:
+      each then sees the answer of the one before.
+
+  Raises:
+    Gone: if the item was never given to this person, or is hidden.
+  """
+  asked = dict(item=item, person=person)
+  if lock and connection.dialect.name == 'postgresql':
+    # By a statement of its own: a query that waits for a lock reads only the locked row again.
+    connection.execute(_LOCKED, asked)
+  joined = connection.execute(_GIVEN, asked).first()
+  if joined is None:
+    raise Gone(NOT_GIVEN)
+  found, task, lease, answer, draft = _rows(joined)
+  if not (lease or answer):
+    raise Gone(NOT_GIVEN)
+  if found.hidden:
+    raise Gone('This item was taken out, so your answer to it is no longer needed.')
+  return Given(found, task, lease, None if lease else answer, dict(draft.payload) if draft else {})
+
+
+def _rows(joined: Sequence[Any]) -> list[Any]:
+  """The rows of the tables that a query joins, None where there is none. A row's number, its first
+  column, is never null."""
+  rows, begin = [], 0
+  for row in _ROWS:
+    end = begin + len(row._fields)
+    rows.append(None if joined[begin] is None else row(*joined[begin:end]))
+    begin = end
+  return rows
+
+
 def save_draft(
   connection: sa.Connection, item: int, person: int, payload: Mapping[str, Any]
 ) -> None:
-  """Keeps what a person has filled in so far."""
-  _given(connection, item, person)
+  """Keeps what a person has filled in so far of an item that was given to them."""
   values = dict(item_id=item, person_id=person, payload=dict(payload), at=now(connection))
   connection.execute(_save(connection.dialect.name), values)
 
@@ -59,11 +125,6 @@ def _save(dialect: str) -> Any:
     index_elements=['item_id', 'person_id'],
     set_=dict(payload=insert.excluded.payload, at=insert.excluded.at),
   )
-
-
-def draft_of(connection: sa.Connection, item: int, person: int) -> dict[str, Any]:
-  found = connection.execute(_DRAFT, dict(item=item, person=person)).scalar()
-  return dict(found or {})
 
 
 def submit(
@@ -90,7 +151,7 @@ def submit(
   Raises:
     Gone: if the item was never given to this person, or is hidden.
   """
-  version, lease, earlier = _given(connection, item, person, lock=True)
+  _, task, lease, earlier, _ = given(connection, item, person, lock=True)
   ended = dict(item=item, person=person)
   for statement in _ENDED:
     connection.execute(statement, ended)
@@ -109,7 +170,7 @@ def submit(
     status=status,
     payload=dict(payload),
     shown=(lease or earlier).shown,
-    instructions_version=version,
+    instructions_version=task.version,
     elapsed=at - lease.since if lease else earlier.elapsed,
     active=active,
     at=at,
@@ -133,29 +194,3 @@ def withdraw(connection: sa.Connection, item: int, person: int) -> None:
   if earlier is None or earlier.status == 'withdrawn':
     raise Gone('There is no answer of yours to withdraw.')
   submit(connection, item, person, {}, status='withdrawn')
-
-
-def _given(
-  connection: sa.Connection, item: int, person: int, lock: bool = False
-) -> tuple[int, Any, Any]:
-  """(the version of the instructions, the person's lease of the item, their answer to it). One of
-  the last two is None: an answer takes the place of the lease.
-
-  Args:
-    connection: of a transaction.
-    item: the number of the item.
-    person: the number of the person.
-    lock: whether others who submit the same item, or ask for it, wait until the transaction ends:
-      each then sees the answer of the one before.
-
-  Raises:
-    Gone: if the item was never given to this person, or is hidden.
-  """
-  row = connection.execute(_LOCKED_STATE if lock else _STATE, dict(item=item)).first()
-  lease = lease_of(connection, item, person)
-  earlier = None if lease else current_answer(connection, item, person)
-  if row is None or not (lease or earlier):
-    raise Gone('This item was not given to you.')
-  if row.hidden:
-    raise Gone('This item was taken out, so your answer to it is no longer needed.')
-  return row.version, lease, earlier
