@@ -252,7 +252,7 @@ def item(visit: Visit) -> responses.Response:
   """Shows a step of an item; saves it and goes on; submits the item at the last step."""
   number = visit.path('item')
   if visit.request.method == 'GET':
-    with visit.reading() as connection:
+    with visit.reading(single=True) as connection:
       opened = Open(connection, visit, number)
     asked = visit.request.query_params.get('step')
     return _show(visit, opened, opened.step(asked) if asked else opened.first_unrated())

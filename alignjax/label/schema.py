@@ -271,13 +271,15 @@ def _connected(database: sa.Engine | sa.Connection) -> contextlib.AbstractContex
 
 
 @contextlib.contextmanager
-def reading(database: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
+def reading(database: sa.Engine | sa.Connection, single: bool = False) -> Iterator[sa.Connection]:
   """A transaction that only reads, and so sees one state of the database. It is made on the
-  connection that is given, or on a new one."""
+  connection that is given, or on a new one. single: whether it has one query, which sees one state
+  by itself, so that PostgreSQL need not begin and end a transaction."""
   with _connected(database) as connection:
     connection.execution_options(writes=False)
     if connection.dialect.name == 'postgresql':
-      connection.execution_options(isolation_level='REPEATABLE READ')
+      level = 'AUTOCOMMIT' if single else 'REPEATABLE READ'
+      connection.execution_options(isolation_level=level)
     with connection.begin():
       yield connection
 

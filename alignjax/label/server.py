@@ -103,8 +103,8 @@ class Visit(NamedTuple):
   def path(self, name: str) -> int:
     return int(self.request.path_params[name])
 
-  def reading(self):
-    return schema.reading(self.connection)
+  def reading(self, single: bool = False):
+    return schema.reading(self.connection, single)
 
   def writing(self):
     return schema.writing(self.connection)
@@ -195,7 +195,7 @@ def _answer(
   try:
     # One connection for the whole request: to take one from the pool is to ask whether it lives.
     visit = visit._replace(connection=opened.enter_context(settings.engine.connect()))
-    with visit.reading() as connection:
+    with visit.reading(single=True) as connection:
       at = history.now(connection)
       session = settings.sessions.read(request.cookies.get(COOKIE, ''), at)
       if session is None:
