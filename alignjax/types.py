@@ -219,7 +219,8 @@ class KVCache:
   which visits the layers one by one, updates each in place and slices nothing.
 
   Attributes:
-    prompt: of each layer (k, v), both [B,G,Q,H], or models.cached.Quantized of them.
+    prompt: of each layer (k, v), both [B,G,Q,H], or models.cached.Quantized of them; of a layer
+      with a window those of the last tokens, which are all that it reads.
     prompt_mask: bool[B,Q].
     response: of each layer (k, v), both [B*n,G,S,H], or Quantized.
     index: i32[], the tokens of a response so far, which is the next slot to write.

@@ -24,6 +24,23 @@ FAMILIES = {
     out_bias=False,
     tie_embeddings=False,
   ),
+  # The window is shorter than the prompts, and one layer has it.
+  'gemma': dict(
+    norm='rmsnorm1p',
+    norms='both',
+    mlp='geglu',
+    num_kv_heads=2,
+    qkv_bias=False,
+    out_bias=False,
+    window=4,
+    windowed_layers=(True, False),
+    window_rope_theta=20.0,
+    query_scale=0.3,
+    attention_cap=3.0,
+    logits_cap=6.0,
+    qk_norm='all',
+    embedding_scale=2.0,
+  ),
   'neox': dict(rotary_fraction=0.5, parallel_residual=True, mlp='gelu_exact', tie_embeddings=False),
 }
 

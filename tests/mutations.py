@@ -310,8 +310,8 @@ MUTATIONS = {
   41: (
     'a token reads pads',
     'models/attention.py',
-    'return causal & (mask[:, start:stop, None] == keys) & (keys > 0)',
-    'return causal & ((mask[:, start:stop, None] == keys) | (keys == 0))',
+    'return near & (mask[:, start:stop, None] == keys) & (keys > 0)',
+    'return near & ((mask[:, start:stop, None] == keys) | (keys == 0))',
     'test_attention',
   ),
   42: (
@@ -406,6 +406,27 @@ MUTATIONS = {
     'place, _ = _invert(jnp.exp(chosen - largest), u)',
     'place, _ = _invert(jnp.exp(chosen - largest), jnp.zeros_like(u))',
     'test_sampling',
+  ),
+  55: (
+    'a window is one token too wide in a decoding step',
+    'models/cached.py',
+    'filled &= index - slots < window',
+    'filled &= index - slots <= window',
+    'test_transformer',
+  ),
+  56: (
+    'a decoding step takes the rotary base of the layers without a window',
+    'models/transformer.py',
+    'x, angles[windowed], cache.prompt_mask',
+    'x, angles[False], cache.prompt_mask',
+    'test_transformer',
+  ),
+  57: (
+    'a chunk of queries lacks the first key of its window',
+    'models/attention.py',
+    'first = 0 if window is None else max(start - window + 1, 0)',
+    'first = 0 if window is None else max(start - window + 2, 0)',
+    'test_attention',
   ),
 }
 

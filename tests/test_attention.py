@@ -36,22 +36,24 @@ def inputs(seed, heads=4, groups=2, width=8):
   return make(heads), make(groups), make(groups), make(heads)
 
 
-def by_loops(q, k, v, mask):
+def by_loops(q, k, v, mask, window=LENGTH, scale=None, cap=None):
   """Attention of each query to the tokens of its document up to itself, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   mask, out, share = np.asarray(mask).astype(int), np.zeros(q.shape), q.shape[2] // k.shape[2]
   for b, t, n in np.ndindex(*q.shape[:3]):
-    seen = [s for s in range(t + 1) if mask[b, s] == mask[b, t] > 0]
+    seen = [s for s in range(max(t + 1 - window, 0), t + 1) if mask[b, s] == mask[b, t] > 0]
     if seen:
-      logits = np.array([q[b, t, n] @ k[b, s, n // share] for s in seen]) / np.sqrt(q.shape[-1])
+      logits = np.array([q[b, t, n] @ k[b, s, n // share] for s in seen])
+      logits = logits * (scale or 1 / np.sqrt(q.shape[-1]))
+      logits = cap * np.tanh(logits / cap) if cap else logits
       weights = np.exp(logits - logits.max())
       out[b, t, n] = weights / weights.sum() @ v[b, seen, n // share]
   return out
 
 
-def by_cudnn(q, k, v, mask):
+def by_cudnn(q, k, v, mask, **options):
   """What the model does around cuDNN, with the same call of jax.nn by XLA."""
-  call = functools.partial(attention.cudnn, implementation='xla')
+  call = functools.partial(attention.cudnn, implementation='xla', **options)
   if mask.dtype != bool:
     return call(q, k, v, mask)
   order = attention.pads_last(mask)
@@ -68,11 +70,11 @@ PATHS = {
 
 
 @functools.cache
-def with_gradients(path):
+def with_gradients(path, **options):
   """(output, gradients of q, k and v) of a path."""
 
   def run(q, k, v, direction, mask):
-    out, back = jax.vjp(lambda *x: PATHS[path](*x, mask), q, k, v)
+    out, back = jax.vjp(lambda *x: PATHS[path](*x, mask, **options), q, k, v)
     return out, back(direction)
 
   return jax.jit(run)
@@ -88,6 +90,23 @@ def test_every_path_is_the_loop_and_has_the_gradients_of_the_reference(path, kin
   close(out, by_loops(q, k, v, mask), rtol=1e-4, atol=1e-5)
   assert (np.asarray(out)[np.asarray(mask) == 0] == 0).all()
   expected = with_gradients('reference')(q, k, v, direction, mask)[1]
+  for one, other in zip(grads, expected, strict=True):
+    close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('window', [1, 5])
+def test_a_window_a_scale_and_a_cap(path, kind, window):
+  """Of a chunk with a window, keys before it are cut off; cuDNN has no cap."""
+  q, k, v, direction = inputs(7)
+  mask = masks(kind, 7)
+  options = dict(window=window, scale=0.9, cap=1.5)
+  if path == 'cudnn':
+    options.pop('cap')
+  out, grads = with_gradients(path, **options)(q, k, v, direction, mask)
+  close(out, by_loops(q, k, v, mask, **options), rtol=1e-4, atol=1e-5)
+  expected = with_gradients('reference', **options)(q, k, v, direction, mask)[1]
   for one, other in zip(grads, expected, strict=True):
     close(one, other, rtol=1e-4, atol=1e-5)
 

@@ -26,7 +26,19 @@ from alignjax.sharding import Sharder, make_mesh
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 ONE = Sharder(make_mesh(devices=jax.devices()[:1]))
-KINDS = ('gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3')
+KINDS = (
+  'gpt2',
+  'gpt_neox',
+  'llama',
+  'mistral',
+  'qwen2',
+  'qwen3',
+  'olmo2',
+  'phi3',
+  'gemma',
+  'gemma2',
+  'gemma3_text',
+)
 LLAMA3 = dict(
   rope_type='llama3',
   rope_theta=500.0,
@@ -77,6 +89,14 @@ ENTRIES = sorted(
     'is_causal',
     'quantization_config',
     'dtype',
+    'sliding_window_pattern',
+    'query_pre_attn_scalar',
+    'attn_logit_softcapping',
+    'final_logit_softcapping',
+    'hidden_activation',
+    'use_bidirectional_attention',
+    'rope_local_base_freq',
+    'original_max_position_embeddings',
   }
 )
 examples = settings(
@@ -103,7 +123,7 @@ def whole(kind):
   )
   if kind == 'gpt2':
     sizes = dict(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=96, n_inner=32)
-  elif kind == 'gpt_neox':
+  elif kind in ('gpt_neox', 'olmo2', 'phi3'):
     sizes.pop('head_dim')
   return json.loads(json.dumps(transformers.AutoConfig.for_model(kind, **sizes).to_dict()))
 
@@ -133,32 +153,52 @@ def by_transformers(folder):
       head_width=c.n_embd // c.n_head,
       parallel_residual=False,
     )
-  rope = c.rope_parameters
+  gemma, of_gemma3 = c.model_type.startswith('gemma'), c.model_type == 'gemma3_text'
+  rope = c.rope_parameters['full_attention'] if of_gemma3 else c.rope_parameters
   neox, n = c.model_type == 'gpt_neox', c.num_attention_heads
-  types = getattr(c, 'layer_types', None) or ['sliding_attention'] * (c.model_type == 'mistral')
-  window = c.sliding_window if 'sliding_attention' in types else None
+  types = getattr(c, 'layer_types', None)
+  if c.model_type in ('mistral', 'phi3'):
+    types = ['sliding_attention'] * c.num_hidden_layers
+  window = c.sliding_window if 'sliding_attention' in (types or ()) else None
+  capped = c.model_type in ('gemma2', 'gemma3_text')
+  scalar = c.query_pre_attn_scalar if capped else None
   bias = getattr(c, 'attention_bias', False) if c.model_type in ('llama', 'qwen3') else False
   llama3 = rope['rope_type'] == 'llama3'
+  original = c.max_position_embeddings
+  if rope['rope_type'] == 'longrope':
+    original = rope['original_max_position_embeddings']
   return dict(
     vocab_size=c.vocab_size,
     num_layers=c.num_hidden_layers,
     d_model=c.hidden_size,
     num_heads=n,
-    max_length=min(c.max_position_embeddings, window or c.max_position_embeddings),
+    max_length=min(original, c.max_position_embeddings),
     mlp_width=c.intermediate_size,
     norm_eps=c.layer_norm_eps if neox else c.rms_norm_eps,
-    norm='layernorm' if neox else 'rmsnorm',
-    mlp='gelu_exact' if neox else 'swiglu',
+    norm='layernorm' if neox else 'rmsnorm1p' if gemma else 'rmsnorm',
+    norms=dict(gemma2='both', gemma3_text='both', olmo2='after').get(c.model_type, 'before'),
+    mlp='gelu_exact' if neox else 'geglu' if gemma else 'swiglu',
+    embedding_scale=c.hidden_size**0.5 if gemma else 1.0,
+    query_scale=None if scalar in (None, c.head_dim if gemma else None) else scalar**-0.5,
+    attention_cap=c.attn_logit_softcapping if capped else None,
+    logits_cap=c.final_logit_softcapping if capped else None,
+    window=window,
+    windowed=tuple(bool(window) and t == 'sliding_attention' for t in types)
+    if types
+    else (False,) * c.num_hidden_layers,
+    window_rope_theta=c.rope_parameters['sliding_attention']['rope_theta']
+    if of_gemma3 and window
+    else None,
     positions='rotary',
     tie_embeddings=c.tie_word_embeddings,
     qkv_bias=neox or c.model_type == 'qwen2' or bias,
     out_bias=neox or bias,
-    qk_norm=c.model_type == 'qwen3',
+    qk_norm=dict(qwen3=True, gemma3_text=True, olmo2='all').get(c.model_type, False),
     kv_heads=n if neox else c.num_key_value_heads,
     head_width=getattr(c, 'head_dim', None) or c.hidden_size // n,
     parallel_residual=neox and c.use_parallel_residual,
     rope_theta=rope['rope_theta'],
-    rotary_fraction=rope['partial_rotary_factor'] if neox else 1.0,
+    rotary_fraction=rope.get('partial_rotary_factor', 1.0),
     rope_llama3=(
       rope['factor'],
       rope['low_freq_factor'],
@@ -176,9 +216,13 @@ def stretched(c, rope):
   kind = rope['rope_type']
   if kind == 'linear':
     return kind, rope['factor']
-  if kind != 'yarn':
+  if kind not in ('yarn', 'longrope'):
     return None
   original = rope['original_max_position_embeddings']
+  if kind == 'longrope':
+    factor = rope.get('factor') or c.max_position_embeddings / original
+    magnitude = rope.get('attention_factor') or math.sqrt(1 + math.log(factor) / math.log(original))
+    return kind, tuple(rope['short_factor']), tuple(rope['long_factor']), original, magnitude
   factor = rope['factor'] or c.max_position_embeddings / original
   magnitude = rope.get('attention_factor') or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
   turns = rope.get('beta_fast') or 32, rope.get('beta_slow') or 1
@@ -308,6 +352,48 @@ CHANGES = [
     dict(rope_parameters=None, rotary_emb_base=500, rotary_pct=0.5, rope_theta=7.0),
     False,
   ),
+  ('olmo2', dict(attention_bias=True), True),
+  ('olmo2', dict(num_key_value_heads=None), False),
+  ('phi3', dict(sliding_window=None), False),
+  ('phi3', dict(rope_parameters=dict(rope_type='linear', factor=2.0)), True),
+  (
+    'phi3',
+    dict(
+      rope_scaling=dict(type='longrope', short_factor=[1.5] * 48, long_factor=[2.5] * 48),
+      partial_rotary_factor=0.75,
+      original_max_position_embeddings=2048,
+    ),
+    False,
+  ),
+  ('gemma', dict(hidden_act='gelu'), False),
+  ('gemma', dict(hidden_act='silu'), True),
+  ('gemma', dict(tie_word_embeddings=False), False),
+  ('gemma2', dict(layer_types=None, query_pre_attn_scalar=64), False),
+  ('gemma2', dict(attn_logit_softcapping=None, final_logit_softcapping=None), False),
+  ('gemma2', dict(sliding_window=None), True),
+  ('gemma2', dict(layer_types=['full_attention'] * 30, sliding_window=None), False),
+  ('gemma2', dict(use_bidirectional_attention=True), True),
+  ('gemma2', dict(hidden_activation='gelu'), True),
+  (
+    'gemma3_text',  # as the files of the first release
+    dict(
+      rope_parameters=None,
+      rope_theta=5e5,
+      rope_local_base_freq=2e4,
+      rope_scaling=dict(rope_type='linear', factor=8.0),
+      layer_types=None,
+      sliding_window_pattern=4,
+    ),
+    False,
+  ),
+  ('gemma3_text', dict(rope_parameters=None), False),
+  ('gemma3_text', dict(rope_parameters=dict(full_attention=dict(rope_theta=7e5))), False),
+  ('gemma3_text', dict(rope_parameters=dict(rope_type='default', rope_theta=5.0)), True),
+  (
+    'gemma3_text',
+    dict(rope_parameters=dict(sliding_attention=dict(rope_type='linear', factor=2.0))),
+    True,
+  ),
   ('gpt_neox', dict(head_dim=32), True),
   ('gpt2', dict(n_head=4, num_attention_heads=8), True),
   ('gpt2', dict(n_head=4, num_attention_heads=4), False),
@@ -363,15 +449,16 @@ def ends_well(folder):
 
 @examples
 @given(
-  st.sampled_from(('gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3')),
+  st.sampled_from(KINDS),
   st.dictionaries(
     st.sampled_from(ENTRIES), st.one_of(st.just('DELETE'), VALUES), min_size=1, max_size=3
   ),
 )
 def test_any_config_is_read_as_by_transformers_or_refused(kind, changes):
   with tempfile.TemporaryDirectory() as folder:
-    c = json.loads((GOLDEN / kind / 'config.json').read_text()) | changes
-    shutil.copy(GOLDEN / kind / 'model.safetensors', folder)
+    golden = GOLDEN / kind.removesuffix('_text')
+    c = json.loads((golden / 'config.json').read_text()) | changes
+    shutil.copy(golden / 'model.safetensors', folder)
     pathlib.Path(folder, 'config.json').write_text(
       json.dumps({k: v for k, v in c.items() if v != 'DELETE'})
     )

@@ -199,10 +199,11 @@ BROKEN = {
     r'config.json, line 2: not JSON',
   ),
   'config without a size': (_config(hidden_size='DELETE'), "'hidden_size' is missing"),
-  'gemma': (
-    _config(model_type='gemma2'),
-    "'gemma2' is not covered; these are: gpt2, gpt_neox, llama, mistral, qwen2",
+  'another family': (
+    _config(model_type='t5'),
+    "'t5' is not covered; these are: gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral",
   ),
+  'experts': (_config(model_type='mixtral'), "'mixtral' is not covered: a mixture of experts"),
   'no model_type': (_config(model_type='DELETE'), 'None is not covered'),
   'activation': (_config(hidden_act='relu'), "hidden_act='relu' is not covered for llama"),
   'one bias': (_config(attention_bias=True), 'attention_bias=True with mlp_bias=False'),
@@ -360,23 +361,22 @@ def test_no_such_folder():
     hf.fields('/nowhere/at/all')
 
 
-def test_a_sliding_window_bounds_the_context():
-  """model.max_length may not exceed what config.json bounds: beyond a window the layers would see
-  less than ours, and a table of positions has its length. Rotary positions go on."""
-  assert hf.fields(GOLDEN / 'mistral')['max_length'] == 20
+def test_a_table_of_positions_bounds_the_context():
+  """model.max_length may not exceed a table of positions. Rotary positions go on, and a window does
+  not bound them."""
+  assert hf.fields(GOLDEN / 'mistral')['max_length'] == 32
   asked = lambda name, length: (
     models.model_config(
       dict(source=f'hf:{GOLDEN / name}', max_length=length), range(61), 'model'
     ).max_length
   )
   assert (
-    asked('mistral', 20) == 20
+    asked('mistral', 40) == 40
     and asked('mistral', 8) == 8
     and asked('llama', 64) == 64
     and asked('gpt2', 32) == 32
   )
   for name, length, words in (
-    ('mistral', 21, r'model.max_length=21, but .* sliding_window=20 .*would see less than ours'),
     ('gpt2', 33, r'model.max_length=33, but .* n_positions=32 in its config.json; its table'),
     ('gpt2', 16, r'model.max_length=16, but .* n_positions=32 .*set it to 32'),
   ):

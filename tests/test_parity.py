@@ -98,7 +98,10 @@ def test_stretched_positions_equal_those_of_transformers(name, longer, tmp_path)
   assert back.config.max_position_embeddings == max(32, cfg.max_length)
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'gpt_neox', 'llama', 'qwen2', 'qwen3', 'mistral'])
+@pytest.mark.parametrize(
+  'name',
+  ['gpt2', 'gpt_neox', 'llama', 'qwen2', 'qwen3', 'mistral', 'phi3', 'olmo2', 'gemma2', 'gemma3'],
+)
 def test_a_reward_model_goes_to_transformers(name, tmp_path):
   """One label; the score of the last token; the bias where the report says it is."""
   import transformers

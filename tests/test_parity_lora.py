@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings('ignore')]
 from golden import make  # noqa: E402 needs torch
 
 SHARDER = Sharder(make_mesh(devices=jax.devices()[:1]))
-NAMES = ('gpt2', 'gpt_neox', 'llama')  # fused in two ways, and not fused
+NAMES = ('gpt2', 'gpt_neox', 'phi3', 'llama')  # fused in three ways, and not fused
 
 
 @pytest.fixture(params=NAMES)

@@ -21,12 +21,12 @@ from tests.fakes import close, config, model, prompts, token_batch
 RULES = sharding.RULES
 
 
-def one_iteration(mesh_shape, lr=1e-2, packed=False):
+def one_iteration(mesh_shape, lr=1e-2, packed=False, family='llama'):
   """One whole PPO-ptx iteration on a mesh of a given shape: (state, metrics, rollout) as numpy.
 
   packed: whether the live tokens of eight rows are read as four rows where they fit.
   """
-  cfg, _, policy, scalar = model('llama')
+  cfg, _, policy, scalar = model(family)
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
   nets = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
@@ -86,15 +86,15 @@ def one_iteration(mesh_shape, lr=1e-2, packed=False):
 
 
 @functools.cache
-def on(mesh_shape, lr=1e-2, packed=False):
-  return one_iteration(mesh_shape, lr, packed)
+def on(mesh_shape, lr=1e-2, packed=False, family='llama'):
+  return one_iteration(mesh_shape, lr, packed, family)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('packed', [False, True])
-def test_item_11_one_device_equals_eight(packed):
-  (params, metrics, ro), *_ = on((1, 1, 1))
-  (params8, metrics8, ro8), state, _ = on((2, 2, 2), packed=packed)
+@pytest.mark.parametrize('packed, family', [(False, 'llama'), (True, 'llama'), (True, 'gemma')])
+def test_item_11_one_device_equals_eight(packed, family):
+  (params, metrics, ro), *_ = on((1, 1, 1), family=family)
+  (params8, metrics8, ro8), state, _ = on((2, 2, 2), packed=packed, family=family)
   if packed:  # in at least one half the live tokens of eight rows fit into four
     halves = np.split(np.asarray(ro.sequences()[1]), 2)
     assert min(int(packing.arrange(jnp.asarray(half)).rows) for half in halves) <= 4

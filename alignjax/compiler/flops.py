@@ -14,6 +14,7 @@ import jax
 
 from alignjax.compiler import chips
 from alignjax.models.config import TransformerConfig
+from alignjax.models.layers import GATES
 
 
 def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> float:
@@ -29,7 +30,7 @@ def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> floa
     head: 'lm' has the matrix of the vocabulary, 'scalar' one number per token.
   """
   attention = cfg.d_model * cfg.head_width * (2 * cfg.num_heads + 2 * cfg.kv_heads)
-  mlp = cfg.d_model * cfg.mlp_width * (3 if cfg.mlp == 'swiglu' else 2)
+  mlp = cfg.d_model * cfg.mlp_width * (3 if cfg.mlp in GATES else 2)
   matrices = cfg.num_layers * (attention + mlp) + cfg.d_model * (
     cfg.vocab_size if head == 'lm' else 1
   )
@@ -37,7 +38,10 @@ def forward_flops(cfg: TransformerConfig, length: int, head: str = 'lm') -> floa
 
 
 def _attention_flops(cfg: TransformerConfig, length: int) -> float:
-  return 2.0 * length**2 * cfg.num_layers * cfg.num_heads * cfg.head_width
+  # Of length^2 / 2 pairs of a query and a key, a window hides those that are further apart.
+  hidden = max(length - (cfg.window or length), 0) ** 2
+  pairs = cfg.num_layers * length**2 - sum(cfg.windowed) * hidden
+  return 2.0 * pairs * cfg.num_heads * cfg.head_width
 
 
 def update_flops(

@@ -28,6 +28,20 @@ from alignjax.setup.weights import load_adapters, saved_adapters, stage_params
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
+# The fields of TransformerConfig that came later, with the values that change nothing: results that
+# were kept before there were these fields hold with them.
+LATER = dict(
+  kv_cache=None,
+  rope_scaling=None,
+  window=None,
+  windowed_layers=None,
+  window_rope_theta=None,
+  query_scale=None,
+  attention_cap=None,
+  logits_cap=None,
+  norms='before',
+)
+
 
 class Model(NamedTuple):
   """A model that is ready to use.
@@ -144,11 +158,10 @@ def facts(model: Model) -> dict[str, Any]:
     weights=fingerprints.of_params(model.params),
     head=model.head,
     # Kernels of attention differ in rounding alone.
-    # Results that were kept before there were these entries hold where they are None.
     model={
       k: v
       for k, v in dataclasses.asdict(model.cfg).items()
-      if k != 'attention' and not (k in ('kv_cache', 'rope_scaling') and v is None)
+      if k != 'attention' and (k not in LATER or v != LATER[k])
     },
     code=fingerprints.of_function(transformer.make_networks),
     tokenizer=_tokenizer(model.tokenizer),

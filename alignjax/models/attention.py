@@ -76,7 +76,8 @@ def machine_of(device: jax.Device, split: Callable = whole, grouped: bool = True
 
 
 def make(cfg: TransformerConfig, machine: Machine) -> Attend:
-  """The attention of an architecture on a machine, as cfg.attention asks.
+  """The attention of an architecture on a machine, as cfg.attention asks. All layers have the
+  window, if there is one (TransformerConfig.of_layers).
 
   'auto' takes the fused kernel of the platform where the dtype and the width of a head allow it,
   and the reference elsewhere.
@@ -86,10 +87,13 @@ def make(cfg: TransformerConfig, machine: Machine) -> Attend:
       the reason.
   """
   choice = chosen(cfg, machine)
-  if choice == 'reference':
-    return functools.partial(reference, chunk=cfg.attention_chunk)
-  kernel = {'cudnn': cudnn, 'splash': splash}[choice]
-  return machine.split(kernel, AXES, AXES[0])
+  options = dict(window=cfg.window, scale=cfg.query_scale)
+  if choice == 'cudnn':
+    return machine.split(functools.partial(cudnn, **options), AXES, AXES[0])
+  options |= dict(cap=cfg.attention_cap)
+  if choice == 'splash':
+    return machine.split(functools.partial(splash, **options), AXES, AXES[0])
+  return functools.partial(reference, chunk=cfg.attention_chunk, **options)
 
 
 def chosen(cfg: TransformerConfig, machine: Machine) -> str:
@@ -120,6 +124,8 @@ def _why_not(kernel: str, cfg: TransformerConfig, machine: Machine) -> str | Non
     return 'the mesh divides query heads and key/value heads over different numbers of devices'
   if kernel == 'splash':
     return None
+  if cfg.attention_cap is not None:
+    return f'it cannot cap attention logits, and model.attention_cap is {cfg.attention_cap}'
   if machine.capability is not None and machine.capability < 8:
     return (
       'it needs an NVIDIA GPU of compute capability 8.0 or more, and this one has '
@@ -142,7 +148,19 @@ def saveable(primitive: Any, *_: Any, **parameters: Any) -> bool:
   )
 
 
-def product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap tanh(x / cap), or x where there is no cap (Gemma 2, section 2)."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def product(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  scale: float | None = None,
+  cap: float | None = None,
+) -> jax.Array:
   """Scaled dot-product attention; the scale and the softmax are computed in float32.
 
   A query that sees nothing gets the output 0. The softmax of a row of MASKED_LOGIT alone would be
@@ -152,6 +170,7 @@ def product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax
     q: [B,T,G,N/G,H].
     k, v: [B,G,S,H].
     visible: bool[B,T,S], whether a query may attend to a key.
+    scale, cap: cfg.query_scale and cfg.attention_cap.
 
   Returns:
     [B,T,G,N/G,H], in the dtype of v.
@@ -160,45 +179,69 @@ def product(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax
   rows = q.transpose(0, 2, 3, 1, 4).reshape(b, g, m * t, h)
   logits = to_float32(rows, k, (((3,), (3,)), ((0, 1), (0, 1)))).reshape(b, g, m, t, -1)
   visible = visible[:, None, None]
-  weights = jax.nn.softmax(jnp.where(visible, logits * h**-0.5, MASKED_LOGIT), axis=-1)
+  logits = capped(logits * (h**-0.5 if scale is None else scale), cap)
+  weights = jax.nn.softmax(jnp.where(visible, logits, MASKED_LOGIT), axis=-1)
   weights = jnp.where(visible, weights, 0.0)
   return jnp.einsum('bgmts,bgsh->btgmh', weights.astype(v.dtype), v)
 
 
 def reference(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, chunk: int | None = None
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  chunk: int | None = None,
+  window: int | None = None,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> jax.Array:
   """Attend by two matrix products, whose float32 logits are written to memory.
 
-  chunk: queries whose logits exist at once, None for all. Attention is causal, so no query of a
-    chunk reads a key beyond it.
+  Args:
+    q, k, v, mask: see above.
+    chunk: queries whose logits exist at once, None for all. No query of a chunk reads a key beyond
+      it, nor one before the window of its first query.
+    window, scale, cap: cfg.window, cfg.query_scale and cfg.attention_cap.
   """
   b, t, n, h = q.shape
   g = k.shape[2]
   chunk = min(chunk or t, t)
-  attend = product if chunk == t else jax.checkpoint(product)
+  attend = functools.partial(product, scale=scale, cap=cap)
+  attend = attend if chunk == t else jax.checkpoint(attend)
   q = q.reshape(b, t, g, n // g, h)
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,G,T,H]
   parts = []
   for start in range(0, t, chunk):
     stop = min(start + chunk, t)
-    visible = _visible(mask, start, stop)
-    parts.append(attend(q[:, start:stop], k[:, :, :stop], v[:, :, :stop], visible))
+    first = 0 if window is None else max(start - window + 1, 0)
+    visible = _visible(mask, start, stop, first, window)
+    parts.append(attend(q[:, start:stop], k[:, :, first:stop], v[:, :, first:stop], visible))
   out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
   return checkpoint_name(out.reshape(b, t, n, h), 'attention')
 
 
-def _visible(mask: jax.Array, start: int, stop: int) -> jax.Array:
-  """bool[B,stop-start,stop]: whether a query from `start` to `stop` may attend to a key before
-  `stop`."""
-  query = jax.lax.broadcasted_iota(jnp.int32, (1, stop - start, stop), 1) + start
-  causal = jax.lax.broadcasted_iota(jnp.int32, query.shape, 2) <= query
-  keys = mask[:, None, :stop]
-  return causal & (mask[:, start:stop, None] == keys) & (keys > 0)
+def _visible(
+  mask: jax.Array, start: int, stop: int, first: int = 0, window: int | None = None
+) -> jax.Array:
+  """bool[B,stop-start,stop-first]: whether a query from `start` to `stop` may attend to a key from
+  `first` to `stop`."""
+  query = jax.lax.broadcasted_iota(jnp.int32, (1, stop - start, stop - first), 1) + start
+  key = jax.lax.broadcasted_iota(jnp.int32, query.shape, 2) + first
+  near = key <= query
+  if window is not None:
+    near &= query - key < window
+  keys = mask[:, None, first:stop]
+  return near & (mask[:, start:stop, None] == keys) & (keys > 0)
 
 
 def cudnn(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: str = 'cudnn'
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  implementation: str = 'cudnn',
+  window: int | None = None,
+  scale: float | None = None,
 ) -> jax.Array:
   """Attend by cuDNN's fused kernel.
 
@@ -206,39 +249,70 @@ def cudnn(
   tokens before their pads (`pads_last`), and being causal is then enough. For packed rows the mask
   is a bias of [B,1,T,T] in the model's dtype, which is slower and needs an even T in training.
 
-  implementation: 'xla' takes the same arguments where there is no cuDNN, for tests.
+  Args:
+    q, k, v, mask: see above.
+    implementation: 'xla' takes the same arguments where there is no cuDNN, for tests.
+    window, scale: cfg.window and cfg.query_scale. The kernel leaves out what the window hides; for
+      packed rows the bias hides it.
   """
   t = q.shape[1]
-  visible = None
+  visible, local = None, None if window is None or window >= t else (window - 1, 0)
   if mask.dtype != bool:
     q, k, v, mask = (_lengthened(x, 2) for x in (q, k, v, mask))
     visible = (mask[:, :, None] == mask[:, None, :])[:, None]
+    if local is not None:
+      near = jax.lax.broadcasted_iota(jnp.int32, (1, *visible.shape[1:]), 2)
+      near -= jax.lax.broadcasted_iota(jnp.int32, near.shape, 3)
+      visible, local = visible & (near < window), None
   # The residual makes it one kernel with and without a gradient, so that scoring and update agree.
   out, _ = jax.nn.dot_product_attention(
-    q, k, v, mask=visible, is_causal=True, implementation=implementation, return_residual=True
+    q,
+    k,
+    v,
+    mask=visible,
+    scale=scale,
+    is_causal=True,
+    local_window_size=local,
+    implementation=implementation,
+    return_residual=True,
   )
   return _zero_at_pads(out, mask)[:, :t]
 
 
 def splash(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, interpret: bool = False
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  interpret: bool = False,
+  window: int | None = None,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> jax.Array:
   """Attend by the splash kernel of a TPU, whose segments are the documents and the pads.
 
   The queries are scaled before they are rounded. A row is lengthened by pads to a multiple of the
   kernel's block.
 
-  interpret: runs the kernel's program on any platform, for tests.
+  Args:
+    q, k, v, mask: see above.
+    interpret: runs the kernel's program on any platform, for tests.
+    window, scale, cap: cfg.window, cfg.query_scale and cfg.attention_cap. The kernel leaves out the
+      blocks that the window hides.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   t, n = q.shape[1:3]
-  q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  q = (q.astype(jnp.float32) * scale).astype(q.dtype)
   block = next(b for b in BLOCKS if -t % b <= t // 8 or b == BLOCKS[-1])
   q, k, v, mask = (_lengthened(x, block) for x in (q, k, v, mask))
+  shape = (q.shape[1],) * 2
+  local = None if window is None or window >= t else (window - 1, 0)
+  causal = masks.CausalMask(shape) if local is None else masks.LocalMask(shape, local, 0)
   kernel = kernels.make_splash_mha_single_device(
-    masks.MultiHeadMask([masks.CausalMask((q.shape[1],) * 2)] * n),
+    masks.MultiHeadMask([causal] * n),
     block_sizes=kernels.BlockSizes(
       block_q=block,
       block_kv=block,
@@ -248,6 +322,7 @@ def splash(
       block_kv_dq=block,
     ),
     residual_checkpoint_name='attention',
+    attn_logits_soft_cap=cap,
     interpret=interpret,
   )
   documents = mask.astype(jnp.int32)

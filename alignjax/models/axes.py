@@ -27,7 +27,7 @@ AXES = (
   (r'mlp/(up|gate)/bias', ('mlp',)),
   (r'mlp/down/kernel', ('mlp', 'embed')),
   (r'mlp/down/bias', (None,)),
-  (r'norm(_\d)?/(scale|bias)', (None,)),
+  (r'(post_)?norm(_\d)?/(scale|bias)', (None,)),
   (r'head/kernel', ('embed', 'vocab')),
   (r'score/kernel', ('embed', None)),
   (r'score/bias', (None,)),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignjax.models.attention import MASKED_LOGIT
+from alignjax.models.attention import MASKED_LOGIT, capped
 
 CACHE_AXES = ('batch', 'kv_heads', None, None)  # of keys, values and, without the last, scales
 
@@ -39,6 +39,12 @@ def quantize(x: jax.Array) -> Quantized:
   return Quantized(values.astype(jnp.int8), scales)
 
 
+def kept_of_prompt(x: jax.Array, window: int | None) -> jax.Array:
+  """The keys or values [B,G,Q,H] of a prompt that a layer's response can read: with a window those
+  of the last tokens. Prompts are padded on the left."""
+  return x if window is None else x[:, :, max(x.shape[2] - max(window - 1, 1), 0) :]
+
+
 def attend(
   q: jax.Array,
   k: jax.Array,
@@ -49,6 +55,9 @@ def attend(
   index: jax.Array,
   *,
   constrain: Callable[..., jax.Array],
+  window: int | None = None,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Writes the new keys and values and attends, with one softmax over prompt and response, in
   float32. Row b * n + j is sample j of prompt b.
@@ -56,11 +65,12 @@ def attend(
   Args:
     q: [B*n,1,G,N/G,H].
     k, v: [B*n,G,1,H], of the new tokens.
-    prompt: (k, v), each [B,G,Q,H] or Quantized.
+    prompt: (k, v), each [B,G,P,H] or Quantized: those of the last P tokens (`kept_of_prompt`).
     response: (k, v), each [B*n,G,S,H] or Quantized, as those of the prompt.
     prompt_mask: bool[B,Q].
     index: i32[], the slot of the new tokens. The slots behind it are empty.
     constrain: pins the sharding of an array (sharding.Sharder.constrain).
+    window, scale, cap: cfg.window of this layer, cfg.query_scale and cfg.attention_cap.
 
   Returns:
     (heads [B*n,1,G,N/G,H] in the dtype of v, the response's (k, v) with the new ones).
@@ -74,7 +84,7 @@ def attend(
   new = (quantize(k), quantize(v)) if quantized else (k, v)
   kept = jax.tree.map(write, response, new)
   rows, _, groups, share, width = q.shape
-  prompts, length = prompt_mask.shape
+  prompts, length = len(prompt_mask), jax.tree.leaves(prompt)[0].shape[2]
 
   def to_prompts(x):  # [B*n,G,N/G,W] -> [B,G,n*N/G,W]
     x = x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2)
@@ -101,7 +111,12 @@ def attend(
     return product('bgms,bgsh->bgmh', (weights * columns(values)).astype(v.dtype), values.values)
 
   q = q[:, 0]
-  filled = jnp.arange(jax.tree.leaves(kept)[0].shape[2]) <= index
+  slots = jnp.arange(jax.tree.leaves(kept)[0].shape[2])
+  filled = slots <= index
+  prompt_mask = prompt_mask[:, prompt_mask.shape[1] - length :]
+  if window is not None:  # The prompt's last token is one place before the response's first one.
+    filled &= index - slots < window
+    prompt_mask &= (length - jnp.arange(length) + index < window)[None]
   visible = jnp.concatenate(
     [
       jnp.repeat(prompt_mask, rows // prompts, axis=0),
@@ -112,7 +127,8 @@ def attend(
   logits = jnp.concatenate(
     [to_rows(times_keys(to_prompts(q), prompt[0])), times_keys(q, kept[0])], axis=-1
   )
-  logits = jnp.where(visible[:, None, None], logits * width**-0.5, MASKED_LOGIT)
+  logits = capped(logits * (width**-0.5 if scale is None else scale), cap)
+  logits = jnp.where(visible[:, None, None], logits, MASKED_LOGIT)
   # A token sees itself, so that no row of logits is masked as a whole.
   weights = jax.nn.softmax(logits, axis=-1)
   heads = to_rows(times_values(to_prompts(weights[..., :length]), prompt[1]))

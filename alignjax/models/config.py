@@ -32,10 +32,22 @@ class TransformerConfig:
     rope_scaling: frequencies stretched in another way (models/rotary.py): ('linear', factor),
       ('yarn', factor, original context, beta_fast, beta_slow, truncate, magnitude) or ('longrope',
       short factors, long factors, original context, magnitude), or None.
-    qk_norm: whether there is an RMSNorm over the queries and keys of each head (Qwen3).
-    norm: 'layernorm' or 'rmsnorm'.
+    window: the tokens that a token of a windowed layer attends to, itself included (Mistral,
+      Gemma); None means all tokens before it.
+    windowed_layers: for each layer whether it has the window; None means that all have it.
+    window_rope_theta: base of the rotary frequencies of windowed layers, which are then not
+      stretched (Gemma 3); None means those of the other layers.
+    query_scale: factor on the products of queries and keys; None means head_dim ** -0.5.
+    attention_cap: c of c tanh(x / c) on attention logits (Gemma 2), or None.
+    logits_cap: the same on the logits of the vocabulary, or None.
+    qk_norm: an RMSNorm over queries and keys: False, True (over each head, Qwen3) or 'all' (over
+      all heads at once, OLMo 2).
+    norm: 'layernorm', 'rmsnorm' or 'rmsnorm1p', which multiplies by 1 + scale (Gemma).
     norm_eps: epsilon of the norms.
-    mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia) or 'swiglu' (gated SiLU, Llama).
+    norms: where attention and MLP have norms: 'before' them, 'after' them, on what is added to the
+      residual stream (OLMo 2), or 'both' (Gemma 2).
+    mlp: 'gelu' (tanh form, GPT-2), 'gelu_exact' (Pythia), 'swiglu' (gated SiLU, Llama) or 'geglu'
+      (gated GELU in its tanh form, Gemma).
     parallel_residual: whether attention and MLP both read the input of the block (GPT-NeoX).
     qkv_bias: whether the query, key and value projections have biases.
     out_bias: whether the attention output and the MLP have biases.
@@ -77,9 +89,16 @@ class TransformerConfig:
   rotary_fraction: float = 1.0
   rope_llama3: tuple[float, float, float, int] | None = None
   rope_scaling: tuple[Any, ...] | None = None
-  qk_norm: bool = False
+  window: int | None = None
+  windowed_layers: tuple[bool, ...] | None = None
+  window_rope_theta: float | None = None
+  query_scale: float | None = None
+  attention_cap: float | None = None
+  logits_cap: float | None = None
+  qk_norm: bool | str = False
   norm: str = 'layernorm'
   norm_eps: float = 1e-5
+  norms: str = 'before'
   mlp: str = 'gelu'
   parallel_residual: bool = False
   qkv_bias: bool = True
@@ -98,8 +117,10 @@ class TransformerConfig:
   def __post_init__(self):
     choices = dict(
       positions=('learned', 'rotary'),
-      norm=('layernorm', 'rmsnorm'),
-      mlp=('gelu', 'gelu_exact', 'swiglu'),
+      norm=('layernorm', 'rmsnorm', 'rmsnorm1p'),
+      norms=('before', 'after', 'both'),
+      qk_norm=(False, True, 'all'),
+      mlp=('gelu', 'gelu_exact', 'swiglu', 'geglu'),
       remat=('none', 'full', 'attention', 'projections', 'dots'),
       attention=('auto', 'reference', 'cudnn', 'splash'),
       dtype=('float32', 'bfloat16', 'float16'),
@@ -117,6 +138,7 @@ class TransformerConfig:
       raise ValueError(
         f'model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.kv_heads}.'
       )
+    self._check_window()
     kind, *values = self.rope_scaling or ('none',)
     counts = dict(none=0, linear=1, yarn=6, longrope=4)
     if kind not in counts or kind == 'none' and self.rope_scaling:
@@ -140,6 +162,42 @@ class TransformerConfig:
         f'rotary positions need an even width, but head_dim {self.head_width} x rotary_fraction '
         f'{self.rotary_fraction} is {self.rotary_width}.'
       )
+
+  def _check_window(self):
+    if self.window is not None and self.window < 1:
+      raise ValueError(f'model.window={self.window} is not a number of tokens from 1 on.')
+    for field in ('windowed_layers', 'window_rope_theta'):
+      if getattr(self, field) is not None and self.window is None:
+        raise ValueError(f'model.{field}={getattr(self, field)!r} needs a model.window.')
+    if self.windowed_layers is not None and len(self.windowed_layers) != self.num_layers:
+      raise ValueError(
+        f'model.windowed_layers has {len(self.windowed_layers)} entries for '
+        f'model.num_layers={self.num_layers}.'
+      )
+    for field in ('query_scale', 'attention_cap', 'logits_cap', 'window_rope_theta'):
+      value = getattr(self, field)
+      if value is not None and not 0 < value < math.inf:
+        raise ValueError(f'model.{field}={value!r} is not a number above 0.')
+
+  @property
+  def windowed(self) -> tuple[bool, ...]:
+    """For each layer whether it has the window."""
+    return self.windowed_layers or (self.window is not None,) * self.num_layers
+
+  def of_layers(self, windowed: bool) -> TransformerConfig:
+    """The declaration as a layer with or without the window sees it: it says nothing of others."""
+    if not windowed:
+      return dataclasses.replace(self, window=None, windowed_layers=None, window_rope_theta=None)
+    if self.window_rope_theta is None:
+      return dataclasses.replace(self, windowed_layers=None)
+    return dataclasses.replace(
+      self,
+      windowed_layers=None,
+      window_rope_theta=None,
+      rope_theta=self.window_rope_theta,
+      rope_scaling=None,
+      rope_llama3=None,
+    )
 
   @property
   def kv_heads(self) -> int:

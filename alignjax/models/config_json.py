@@ -4,19 +4,28 @@ models/transformer.py does not cover is refused by name."""
 
 from __future__ import annotations
 
-import json
-import math
 import pathlib
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from alignjax.models.config import TransformerConfig
+from alignjax.models.config_entries import Entries, read_object
+from alignjax.models.config_rope import rope, rope_type
 from alignjax.models.families import FAMILIES
 
-REQUIRED = object()
-LARGEST = 2**31 - 1
+# Why families that people ask for are not covered.
+EXPERTS = 'a mixture of experts'
+REASONS = {
+  'mixtral': EXPERTS,
+  'qwen2_moe': EXPERTS,
+  'qwen3_moe': EXPERTS,
+  'olmoe': EXPERTS,
+  'gpt_oss': EXPERTS,
+  'deepseek_v3': EXPERTS,
+  'gemma3': 'it sees images too, and its language model alone is a gemma3_text',
+  'gemma3n': 'it sees images too, and its layers have further inputs',
+}
 
 
 class Declared(NamedTuple):
@@ -25,9 +34,9 @@ class Declared(NamedTuple):
   Attributes:
     kind: model_type.
     fields: those of TransformerConfig.
-    bound: the entry of config.json that no model.max_length may exceed, or None. It is a window of
-      attention, beyond which its layers would see less than ours, a table of positions, or the
-      context beyond which dynamic rotary positions depend on the longest row of a batch.
+    bound: the entry of config.json that no model.max_length may exceed, or None. It is a table of
+      positions, or the context beyond which dynamic rotary positions depend on the longest row of a
+      batch.
   """
 
   kind: str
@@ -55,8 +64,9 @@ def declared(folder: pathlib.Path) -> Declared:
   entries = Entries(path, read_object(path))
   kind = entries.values.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
+    reason = f': {REASONS[kind]}' if isinstance(kind, str) and kind in REASONS else ''
     raise ValueError(
-      f'{path}: model_type {reprlib.repr(kind)} is not covered; these are: '
+      f'{path}: model_type {reprlib.repr(kind)} is not covered{reason}; these are: '
       f'{", ".join(sorted(FAMILIES))}.'
     )
   fields, bound = (_gpt2 if kind == 'gpt2' else _rotary)(kind, _common(kind, entries))
@@ -75,81 +85,6 @@ def score_bias(folder: pathlib.Path) -> float:
   if type(bias) not in (int, float) or not abs(bias) <= sys.float_info.max:
     raise ValueError(f'{path}: alignjax_score_bias={reprlib.repr(bias)} is not a number.')
   return float(bias)
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object from a file in UTF-8. Raises ValueError that names the file, and the line where
-  it is no JSON."""
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path}, line {error.lineno}: not JSON ({error.msg}).') from error
-  except (UnicodeDecodeError, ValueError, RecursionError) as error:
-    raise ValueError(f'{path}: not JSON ({error}).') from error
-  except OSError as error:
-    raise FileNotFoundError(f'{path}: cannot be read ({error.strerror}).') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{path}: a JSON object is expected, not {reprlib.repr(value)}.')
-  return value
-
-
-class Entries(NamedTuple):
-  """The entries of a JSON object by name and kind. A missing or wrong one is a ValueError with the
-  file and the entry."""
-
-  path: pathlib.Path
-  values: Mapping[str, Any]
-  inside: str = ''
-
-  def _take(
-    self, name: str, default: Any, null: bool, right: Callable[[Any], bool], what: str
-  ) -> Any:
-    value = self.values.get(name, default)
-    if value is REQUIRED:
-      raise ValueError(f'{self.path}: the entry {self.inside + name!r} is missing.')
-    if value is not default and not (value is None and null) and not right(value):
-      raise ValueError(f'{self.path}: {self.inside}{name}={reprlib.repr(value)} is not {what}.')
-    return value
-
-  def size(self, name: str, default: Any = REQUIRED, null: bool = False, least: int = 1) -> Any:
-    """A whole number from `least` on. null: whether the file may have null."""
-    return self._take(
-      name,
-      default,
-      null,
-      lambda v: type(v) is int and least <= v <= LARGEST,
-      f'a whole number from {least} to {LARGEST}',
-    )
-
-  def number(self, name: str, default: Any = REQUIRED, null: bool = False) -> Any:
-    """A number above 0. null: whether the file may have null."""
-    value = self._take(name, default, null, _is_positive, 'a number above 0')
-    return None if value is None else float(value)
-
-  def numbers(self, name: str) -> tuple[float, ...]:
-    """A list of numbers above 0."""
-
-    def right(value):
-      return isinstance(value, list) and all(map(_is_positive, value))
-
-    return tuple(map(float, self._take(name, REQUIRED, False, right, 'a list of numbers above 0')))
-
-  def flag(self, name: str, default: bool) -> bool:
-    return self._take(name, default, False, lambda v: type(v) is bool, 'true or false')
-
-  def only(self, name: str, *allowed: Any) -> None:
-    """Refuses every value except for the allowed ones, of which the first is the default of
-    transformers."""
-    value = self.values.get(name, allowed[0])
-    if not any(type(value) is type(a) and value == a for a in allowed):
-      raise ValueError(
-        f'{self.path}: {self.inside}{name}={reprlib.repr(value)} is not covered for '
-        f'{self.values.get("model_type")}; covered: {", ".join(map(reprlib.repr, allowed))}.'
-      )
-
-
-def _is_positive(value: Any) -> bool:
-  return type(value) in (int, float) and 0 < value < 1e30
 
 
 def _common(kind: str, e: Entries) -> Entries:
@@ -206,12 +141,25 @@ def _gpt2(kind: str, e: Entries) -> tuple[dict[str, Any], str]:
   ), 'n_positions'
 
 
+# What is meant where there is no entry. A family that is not in WINDOWS has no window.
+WINDOWS = dict(mistral=4096, qwen2=4096, qwen3=4096, gemma2=4096, gemma3_text=4096, phi3=None)
+KV_HEADS = dict(mistral=8, qwen2=32, qwen3=32, gemma=16, gemma2=4, gemma3_text=4)
+HEAD_DIMS = dict(qwen3=128, gemma=256, gemma2=256, gemma3_text=256)
+QK_NORM = dict(qwen3=True, gemma3_text=True, olmo2='all')
+NORMS = dict(gemma2='both', gemma3_text='both', olmo2='after')
+
+
 def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
+  gemma = kind.startswith('gemma')
   layers, positions, heads = (
     e.size('num_hidden_layers'),
     e.size('max_position_embeddings'),
     e.size('num_attention_heads'),
   )
+  local_theta = None
+  rotary = e
+  if kind == 'gemma3_text':
+    rotary, local_theta = _two_ropes(e)
   common = dict(
     vocab_size=e.size('vocab_size'),
     num_layers=layers,
@@ -220,9 +168,9 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
     max_length=positions,
     d_ff=e.size('intermediate_size'),
     positions='rotary',
-    tie_embeddings=e.flag('tie_word_embeddings', False),
-  ) | _rope(kind, e, positions)
-  dynamic = 'max_position_embeddings' if _rope_type(e) == 'dynamic' else None
+    tie_embeddings=e.flag('tie_word_embeddings', gemma),
+  ) | rope(kind, rotary, positions)
+  bound = 'max_position_embeddings' if rope_type(rotary) == 'dynamic' else None
   if kind == 'gpt_neox':
     e.only('hidden_act', 'gelu')
     e.only('attention_bias', True)
@@ -235,8 +183,7 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
       norm_eps=e.number('layer_norm_eps', 1e-5),
       mlp='gelu_exact',
       parallel_residual=e.flag('use_parallel_residual', True),
-    ), dynamic
-  e.only('hidden_act', 'silu')
+    ), bound
   biases = [e.flag('attention_bias', False), e.flag('mlp_bias', False)]
   if kind == 'llama' and biases[0] != biases[1]:
     raise ValueError(
@@ -246,29 +193,78 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
   if kind != 'llama':  # The classes of Llama ignore these entries or have a part of them.
     e.only('attention_bias', False)
     e.only('mlp_bias', False)
-  window = _window(kind, e, layers)
-  if window and _rope_type(e) == 'longrope':
-    raise ValueError(f"{e.path}: sliding_window={window} with rope_type 'longrope' is not covered.")
-  kv_heads = e.size('num_key_value_heads', {'llama': None, 'mistral': 8}.get(kind, 32), null=True)
-  head_dim = e.size('head_dim', 128) if kind == 'qwen3' else e.size('head_dim', None)
-  return common | dict(
-    # Up to the window, attention is the full one.
-    max_length=min(common['max_length'], window or positions),
-    num_kv_heads=kv_heads,
+  window, windowed = _window(kind, e, layers)
+  head_dim = e.size('head_dim', HEAD_DIMS.get(kind))
+  fields = common | dict(
+    num_kv_heads=e.size(
+      'num_key_value_heads', KV_HEADS.get(kind), null=kind not in ('gemma', 'gemma2', 'gemma3_text')
+    ),
     head_dim=head_dim,
-    norm='rmsnorm',
-    norm_eps=e.number('rms_norm_eps', 1e-6),
-    mlp='swiglu',
+    norm='rmsnorm1p' if gemma else 'rmsnorm',
+    norm_eps=e.number('rms_norm_eps', 1e-5 if kind in ('olmo2', 'phi3') else 1e-6),
+    norms=NORMS.get(kind, 'before'),
+    mlp='geglu' if gemma else 'swiglu',
     qkv_bias=kind == 'qwen2' or biases[0],
     out_bias=biases[0],
-    qk_norm=kind == 'qwen3',
-  ), 'sliding_window' if window else dynamic
+    qk_norm=QK_NORM.get(kind, False),
+    window=window,
+    windowed_layers=windowed,
+    window_rope_theta=local_theta if window else None,
+  )
+  return fields | (_gemma(kind, e, head_dim) if gemma else _silu(e)), bound
 
 
-def _window(kind: str, e: Entries, layers: int) -> int | None:
-  """The attention window of any layer in tokens, or None."""
+def _silu(e: Entries) -> dict[str, Any]:
+  e.only('hidden_act', 'silu')
+  return {}
+
+
+def _gemma(kind: str, e: Entries, head_dim: int) -> dict[str, Any]:
+  """What Gemma has beside the others."""
+  e.only('use_bidirectional_attention', None, False)
+  scaled = dict(embedding_scale=e.size('hidden_size') ** 0.5)
+  if kind == 'gemma':  # Old files call the tanh form 'gelu'.
+    e.only('hidden_act', 'gelu_pytorch_tanh', 'gelu')
+    return scaled
+  e.only('hidden_activation', 'gelu_pytorch_tanh')
+  of_gemma2 = kind == 'gemma2'
+  query = e.size('query_pre_attn_scalar', 256)
+  return scaled | dict(
+    query_scale=None if query == head_dim else query**-0.5,
+    attention_cap=e.number('attn_logit_softcapping', 50.0 if of_gemma2 else None, null=True),
+    logits_cap=e.number('final_logit_softcapping', 30.0 if of_gemma2 else None, null=True),
+  )
+
+
+def _two_ropes(e: Entries) -> tuple[Entries, float]:
+  """(the entries with the rotary positions of full layers in the place of both, the base of the
+  windowed ones). Files have one object for each kind of layer, or the older entries."""
+  table = e.values.get('rope_parameters')
+  table = {} if table is None else table
+  kinds = ('full_attention', 'sliding_attention')
+  if not isinstance(table, dict) or not all(
+    name in kinds and (of_kind is None or isinstance(of_kind, dict))
+    for name, of_kind in table.items()
+  ):
+    raise ValueError(
+      f'{e.path}: rope_parameters={reprlib.repr(table)} is not covered for gemma3_text; an object '
+      f'with {" and ".join(kinds)} is.'
+    )
+  full, local = (dict(table.get(name) or {}) for name in kinds)
+  older = e.values.get('rope_scaling') or {}
+  if not isinstance(older, dict):
+    raise ValueError(f'{e.path}: rope_scaling={reprlib.repr(older)} is not an object.')
+  inside = Entries(e.path, local, 'rope_parameters.sliding_attention.')
+  inside.only('rope_type', 'default')
+  theta = inside.number('rope_theta', e.number('rope_local_base_freq', 10_000))
+  full = {'rope_theta': e.values.get('rope_theta', 1_000_000)} | full | older
+  return e._replace(values={**e.values, 'rope_scaling': None, 'rope_parameters': full}), theta
+
+
+def _window(kind: str, e: Entries, layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
+  """(the attention window in tokens, the layers that have it: None where all have it)."""
   types = e.values.get('layer_types')
-  covered = ('full_attention',) if kind == 'llama' else ('full_attention', 'sliding_attention')
+  covered = ('full_attention', 'sliding_attention') if kind in WINDOWS else ('full_attention',)
   if types is not None and not (
     isinstance(types, list) and len(types) == layers and all(t in covered for t in types)
   ):
@@ -276,116 +272,27 @@ def _window(kind: str, e: Entries, layers: int) -> int | None:
       f'{e.path}: layer_types={reprlib.repr(types)} is not covered for {kind}; covered: '
       f'{" and ".join(covered)}, one for each of num_hidden_layers={layers}.'
     )
-  if kind == 'llama':
-    return None
-  if kind == 'mistral':  # It is in all layers, whatever layer_types says.
-    return e.size('sliding_window', 4096, null=True)
-  window = (
-    e.size('sliding_window', 4096, null=True) if e.flag('use_sliding_window', False) else None
-  )
-  if types is None:
-    return window if layers > e.size('max_window_layers', 28, least=0) else None
-  if 'sliding_attention' not in types:
-    return None
+  if kind not in WINDOWS:
+    return None, None
+  window = e.size('sliding_window', WINDOWS[kind], null=True)
+  if kind in ('mistral', 'phi3'):  # It is in all layers, whatever layer_types says.
+    return window, None
+  if kind.startswith('qwen') and not e.flag('use_sliding_window', False):
+    window = None
+  if types is not None:
+    windowed = [t == 'sliding_attention' for t in types]
+  elif kind.startswith('qwen'):
+    first = e.size('max_window_layers', 28, least=0)
+    windowed = [window is not None and i >= first for i in range(layers)]
+  else:
+    period = 2 if kind == 'gemma2' else e.size('sliding_window_pattern', 6)
+    windowed = [bool((i + 1) % period) for i in range(layers)]
+  if not any(windowed):
+    return None, None
   if window is None:
     raise ValueError(
-      f'{e.path}: layer_types has sliding_attention, but use_sliding_window and sliding_window '
-      f'set no window.'
+      f'{e.path}: layer_types has sliding_attention, but '
+      + ('use_sliding_window and ' if kind.startswith('qwen') else '')
+      + 'sliding_window set no window.'
     )
-  return window
-
-
-def rope_table(values: Mapping[str, Any]) -> str:
-  """The entry with the table of rotary positions. Of two, transformers takes rope_scaling, the
-  older one, if it holds anything."""
-  return 'rope_scaling' if values.get('rope_scaling') else 'rope_parameters'
-
-
-def _rope_type(e: Entries) -> Any:
-  table = e.values.get(rope_table(e.values)) or {}
-  return table.get('rope_type', table.get('type', 'default'))
-
-
-def _rope(kind: str, e: Entries, positions: int) -> dict[str, Any]:
-  """The frequencies of the rotary positions, and max_length where they belong to a shorter context
-  than max_position_embeddings."""
-  name = rope_table(e.values)
-  table = e.values.get(name)
-  is_flat = table is None or (
-    isinstance(table, dict) and not any(isinstance(v, dict) for v in table.values())
-  )
-  if not is_flat:
-    raise ValueError(
-      f'{e.path}: {name}={reprlib.repr(table)} is not covered; one flat object for all layers is.'
-    )
-  rope = Entries(e.path, table or {}, f'{name}.')
-  neox = kind == 'gpt_neox'
-  out: dict[str, Any] = dict(
-    rope_theta=rope.number(
-      'rope_theta', e.number('rotary_emb_base' if neox else 'rope_theta', 10_000)
-    )
-  )
-  fraction = rope.number(
-    'partial_rotary_factor',
-    e.number('rotary_pct', 0.25) if neox else e.number('partial_rotary_factor', 1.0),
-  )
-  if fraction > 1 or not neox and fraction != 1:
-    raise ValueError(f'{e.path}: partial_rotary_factor={fraction} is not covered for {kind}.')
-  if neox:
-    out['rotary_fraction'] = fraction
-  scaling = _rope_type(e)
-  original = positions
-  if scaling in ('llama3', 'yarn', 'longrope'):
-    name_of_original = 'original_max_position_embeddings'
-    original = e.size(name_of_original, rope.size(name_of_original, positions))
-  if scaling == 'llama3':
-    low, high = rope.number('low_freq_factor'), rope.number('high_freq_factor')
-    if low >= high:
-      raise ValueError(
-        f'{e.path}: {name}: low_freq_factor={low} has to be below high_freq_factor={high}.'
-      )
-    out['rope_llama3'] = (rope.number('factor'), low, high, original)
-  elif scaling == 'linear':
-    out['rope_scaling'] = ('linear', rope.number('factor'))
-  elif scaling == 'dynamic':
-    rope.number('factor')  # It counts beyond max_position_embeddings only.
-  elif scaling == 'yarn':
-    if out['rope_theta'] <= 1:
-      raise ValueError(
-        f'{e.path}: {name}: rope_theta={out["rope_theta"]} has to be above 1 for yarn.'
-      )
-    out['rope_scaling'] = _yarn(rope, original, positions)
-  elif scaling == 'longrope':
-    if original < 2:
-      raise ValueError(f'{e.path}: {name}: longrope has an original context of {original}.')
-    out['rope_scaling'] = _longrope(rope, original, positions)
-    out['max_length'] = min(original, positions)
-  elif scaling != 'default':
-    raise ValueError(
-      f'{e.path}: {name}: rope_type {reprlib.repr(scaling)} is not covered; covered: default, '
-      f'linear, dynamic, yarn, longrope and llama3.'
-    )
-  return out
-
-
-def _yarn(rope: Entries, original: int, positions: int) -> tuple[Any, ...]:
-  factor = rope.number('factor', null=True) or positions / original
-  magnitude = rope.number('attention_factor', None, null=True)
-  if magnitude is None:
-
-    def of(scale, weight=1.0):
-      return 0.1 * weight * math.log(scale) + 1.0 if scale > 1 else 1.0
-
-    one, all_dimensions = (rope.number(n, None, null=True) for n in ('mscale', 'mscale_all_dim'))
-    both = one and all_dimensions
-    magnitude = of(factor, one) / of(factor, all_dimensions) if both else of(factor)
-  fast, slow = rope.number('beta_fast', 32, null=True), rope.number('beta_slow', 1, null=True)
-  return 'yarn', factor, original, fast or 32.0, slow or 1.0, rope.flag('truncate', True), magnitude
-
-
-def _longrope(rope: Entries, original: int, positions: int) -> tuple[Any, ...]:
-  factor = rope.number('factor', None, null=True) or positions / original
-  magnitude = rope.number('attention_factor', None, null=True)
-  if magnitude is None:
-    magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-  return 'longrope', rope.numbers('short_factor'), rope.numbers('long_factor'), original, magnitude
+  return window, None if all(windowed) else tuple(windowed)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import config_json, hf, hub, peft
+from alignjax.models import config_entries, config_json, config_rope, hf, hub, peft
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES, SCORE, Family
@@ -86,7 +86,7 @@ def save(
   kind, declared, _ = config_json.declared(source)
   family, scalar = FAMILIES[kind], 'score' in params['final']
   config = _config(
-    config_json.read_object(source / 'config.json'),
+    config_entries.read_object(source / 'config.json'),
     declared,
     cfg,
     family.classes[scalar],
@@ -174,24 +174,33 @@ def _config(
   }
   config |= dict(architectures=[name], dtype=dtype, tie_word_embeddings=cfg.tie_embeddings)
   longest = config.get('max_position_embeddings', old.max_length)
+  if cfg.rope_llama3 or cfg.rope_scaling:
+    config |= _rope(config, cfg, longest)
+  if cfg.max_length > longest:
+    config['max_position_embeddings'] = cfg.max_length
+  return config
+
+
+def _rope(config: Mapping[str, Any], cfg: TransformerConfig, longest: int) -> dict[str, Any]:
+  """The entries of config.json for stretched rotary positions, which say what was trained also
+  where the context is longer now than max_position_embeddings, `longest`."""
+  name, of_original = config_rope.rope_table(config), 'original_max_position_embeddings'
+  table, changed = dict(config[name]), {}
+  nested = 'full_attention' in table  # Gemma 3
+  own = dict(table['full_attention']) if nested else table
   if cfg.max_length > longest:
     # Where they are not given, the original context is max_position_embeddings, and a factor of
     # yarn and longrope is the ratio of the two.
-    if cfg.rope_llama3 or cfg.rope_scaling:
-      name = config_json.rope_table(config)
-      table = dict(config[name])
-      original = config.get('original_max_position_embeddings') or table.get(
-        'original_max_position_embeddings', longest
-      )
-      if table.get('factor') is None:
-        table['factor'] = longest / original
-      config |= {name: table, 'original_max_position_embeddings': original}
-    config['max_position_embeddings'] = cfg.max_length
-  if cfg.rope_scaling and cfg.rope_scaling[0] == 'longrope':
-    name = config_json.rope_table(config)
-    if cfg.max_length > cfg.rope_scaling[3]:  # The long factors were used for short rows too.
-      config[name] = config[name] | {'short_factor': config[name]['long_factor']}
-  return config
+    original = config.get(of_original) or own.get(of_original, longest)
+    if own.get('factor') is None:
+      own['factor'] = longest / original
+    inside = nested or config['model_type'] == 'gemma3_text'
+    (own if inside else changed)[of_original] = original
+  if (
+    cfg.rope_scaling and cfg.rope_scaling[0] == 'longrope' and cfg.max_length > cfg.rope_scaling[3]
+  ):
+    own['short_factor'] = own['long_factor']  # The long factors were used for short rows too.
+  return {**changed, name: {**table, 'full_attention': own} if nested else own}
 
 
 def _special_ids(config: Mapping[str, Any], tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def _generation(
 
   path = source / 'generation_config.json'
   if path.exists():
-    entries = config_json.read_object(path)
+    entries = config_entries.read_object(path)
   else:
     entries = {
       k: v
@@ -363,7 +372,9 @@ def _write_tensors(
         np.asarray(leaves[p][i] if p.startswith('layers/') else leaves[p]) for p in tensor.paths
       ]
       left, right = tensor.pattern.split('->')
-      whole = np.stack(values) if len(values) > 1 else values[0]
+      whole = values[0]
+      if len(values) > 1:
+        whole = np.stack(values) if tensor.indexed else np.concatenate(values, axis=-1)
       whole = rearrange(
         whole, f'{right} -> {left}', **hf.needed(right, hf.sizes(cfg, tensor.paths))
       )

@@ -5,13 +5,13 @@ A family is a table of tensors: the name in the file, our parameters, and an ein
 the two, which is read forwards to load and backwards to save (models/hf.py). The layout is that of
 transformers' modeling files of each family.
 
-Other families are refused, with the list of those that are covered: Gemma (norms around both sides
-of a block, capped logits and a second rotary base would each need an entry of their own in
-TransformerConfig), mixtures of experts, and quantised files.
+Other families are refused, with the reason (config_json.REASONS) and the list of those that are
+covered: mixtures of experts, models that see images, and quantised files.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,14 +23,19 @@ class Tensor(NamedTuple):
 
   Attributes:
     name: its name in the file, where {i} stands for the layer.
-    paths: the paths of our parameters; several where the file fuses them, and 'j' in the pattern is
-      then their index.
-    pattern: einops pattern from the file to ours.
+    paths: the paths of our parameters, several where the file fuses them.
+    pattern: einops pattern from the file to ours. Of fused parameters 'j' is the index; without 'j'
+      they stand one behind the other in the last axis of ours.
   """
 
   name: str
   paths: tuple[str, ...]
   pattern: str
+
+  @property
+  def indexed(self) -> bool:
+    """Whether several parameters are fused along an axis of their own."""
+    return len(self.paths) > 1 and 'j' in self.pattern
 
 
 def _row(name: str, paths: str, pattern: str) -> Tensor:
@@ -79,15 +84,37 @@ def _neox(cfg: TransformerConfig) -> list[Tensor]:
   ]
 
 
-def _llama(cfg: TransformerConfig) -> list[Tensor]:
+# What transformers calls the norms of a layer, by TransformerConfig.norms.
+NORMS = {
+  'before': dict(norm_1='input', norm_2='post_attention'),
+  'after': dict(post_norm_1='post_attention', post_norm_2='post_feedforward'),
+  'both': dict(
+    norm_1='input',
+    post_norm_1='post_attention',
+    norm_2='pre_feedforward',
+    post_norm_2='post_feedforward',
+  ),
+}
+
+
+def _llama(cfg: TransformerConfig, fused: bool = False) -> list[Tensor]:
   h = 'model.layers.{i}.'
   rows = [
     _row('model.embed_tokens.weight', 'embed/tokens', SAME),
     _row('model.norm.weight', 'final/norm/scale', BIAS),
-    _row(h + 'input_layernorm.weight', 'layers/norm_1/scale', BIAS),
-    _row(h + 'post_attention_layernorm.weight', 'layers/norm_2/scale', BIAS),
+    *(
+      _row(f'{h}{theirs}_layernorm.weight', f'layers/{ours}/scale', BIAS)
+      for ours, theirs in NORMS[cfg.norms].items()
+    ),
     _row(h + 'self_attn.o_proj.weight', 'layers/attention/out/kernel', 'd (n h) -> n h d'),
   ]
+  if fused:
+    ours = ' '.join(f'layers/attention/{name}/kernel' for name in ('query', 'key', 'value'))
+    rows.append(_row(h + 'self_attn.qkv_proj.weight', ours, DENSE))
+    ours = 'layers/mlp/gate/kernel layers/mlp/up/kernel'
+    rows.append(_row(h + 'mlp.gate_up_proj.weight', ours, DENSE))
+    rows.append(_row(h + 'mlp.down_proj.weight', 'layers/mlp/down/kernel', DENSE))
+    return [*rows, *_head(cfg, 'lm_head')]
   for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
     rows.append(
       _row(f'{h}self_attn.{theirs}_proj.weight', f'layers/attention/{ours}/kernel', DENSE)
@@ -152,14 +179,18 @@ class Family(NamedTuple):
     )
 
 
-def _llama_family(name: str) -> Family:
-  """The family of transformers' classes that begin with `name` and are laid out as Llama is."""
+def _llama_family(name: str, fused: bool = False, text: str = '') -> Family:
+  """The family of transformers' classes that begin with `name` and are laid out as Llama is.
+
+  fused: whether queries, keys and values are one matrix, and so the
+  gate and the MLP's first projection. text: what the names of classifier and trunk have too.
+  """
   return Family(
-    tensors=_llama,
+    tensors=functools.partial(_llama, fused=fused),
     prefix='model.',
     embedding='model.embed_tokens.weight',
     head='lm_head.weight',
-    classes=(f'{name}ForCausalLM', f'{name}ForSequenceClassification', f'{name}Model'),
+    classes=(f'{name}ForCausalLM', f'{name}{text}ForSequenceClassification', f'{name}{text}Model'),
   )
 
 
@@ -184,5 +215,10 @@ FAMILIES = {
   'mistral': _llama_family('Mistral'),
   'qwen2': _llama_family('Qwen2'),
   'qwen3': _llama_family('Qwen3'),
+  'olmo2': _llama_family('Olmo2'),
+  'phi3': _llama_family('Phi3', fused=True),
+  'gemma': _llama_family('Gemma'),
+  'gemma2': _llama_family('Gemma2'),
+  'gemma3_text': _llama_family('Gemma3', text='Text'),
 }
 SCORE = Tensor('score.weight', ('final/score/kernel',), DENSE)

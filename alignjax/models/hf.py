@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import config_json, hub, transformer
+from alignjax.models import config_entries, config_json, hub, transformer
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES, SCORE, Family, Tensor
@@ -62,7 +62,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   if (folder / SINGLE).is_file():
     return [folder / SINGLE]
   if index.is_file():
-    where = config_json.read_object(index).get('weight_map')
+    where = config_entries.read_object(index).get('weight_map')
     if (
       not isinstance(where, dict)
       or not where
@@ -242,7 +242,7 @@ def check_end_scored(name: str | os.PathLike, end: int) -> None:
   responses end with: its classifier takes the last token of a row that is not the pad_token_id of
   config.json."""
   path = hub.folder_of(name) / 'config.json'
-  if config_json.read_object(path).get('pad_token_id') == end and has_score(name):
+  if config_entries.read_object(path).get('pad_token_id') == end and has_score(name):
     raise ValueError(
       f'{path}: pad_token_id={end} is the token that responses end with, so that transformers '
       'scores this reward model one token before the end, and alignjax would at the end. If it was '
@@ -272,7 +272,9 @@ def _file_shape(
   ours = tuple(leaves[tensor.paths[0]].shape)
   ours = ours[1:] if tensor.paths[0].startswith('layers/') else ours
   left, right = (side.strip() for side in tensor.pattern.split('->'))
-  right = right.removeprefix('j ') if len(tensor.paths) > 1 else right
+  right = right.removeprefix('j ') if tensor.indexed else right
+  if len(tensor.paths) > 1 and not tensor.indexed:
+    ours = (*ours[:-1], sum(leaves[path].shape[-1] for path in tensor.paths))
   words = re.findall(r'\([^)]*\)|\S+', right)
   size = sizes(cfg, tensor.paths) | {
     word: n for word, n in zip(words, ours, strict=True) if not word.startswith('(')
@@ -346,25 +348,34 @@ def _check_tied(files: Files, family: Family) -> None:
     )
 
 
+def parts(tensor: Tensor, value: np.ndarray, widths: Sequence[int]) -> Sequence[np.ndarray]:
+  """The parameters that a row of the table fuses. widths: of the last axis of each."""
+  if len(tensor.paths) == 1:
+    return [value]
+  return value if tensor.indexed else np.split(value, np.cumsum(widths)[:-1], axis=-1)
+
+
 def _load_one(
   files: Files, tensor: Tensor, cfg: TransformerConfig, leaves, placed
 ) -> list[jax.Array]:
   """The parameters of one row of the table, piece by piece; no piece is read twice."""
   stacked = tensor.paths[0].startswith('layers/')
-  shape = tuple(leaves[tensor.paths[0]].shape)
-  sharding = placed[tensor.paths[0]]
-  devices = sharding.addressable_devices_indices_map(shape)
-  spans = {
-    d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-    for d, index in devices.items()
-  }
-  pieces = {
-    span: [np.empty([b - a for a, b in span], np.float32) for _ in tensor.paths]
-    for span in set(spans.values())
-  }
+  shapes = [tuple(leaves[path].shape) for path in tensor.paths]
+  spans, pieces = [], []
+  for path, shape in zip(tensor.paths, shapes, strict=True):
+    devices = placed[path].addressable_devices_indices_map(shape)
+    spans.append(
+      {
+        d: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        for d, index in devices.items()
+      }
+    )
+    pieces.append(
+      {span: np.empty([b - a for a, b in span], np.float32) for span in set(spans[-1].values())}
+    )
   for i in range(cfg.num_layers if stacked else 1):
-    users = [s for s in pieces if not stacked or s[0][0] <= i < s[0][1]]
-    if not users:
+    users = [[s for s in own if not stacked or s[0][0] <= i < s[0][1]] for own in pieces]
+    if not any(users):
       continue
     raw = files.read(tensor.name.format(i=i))
     value = rearrange(
@@ -372,14 +383,14 @@ def _load_one(
       tensor.pattern,
       **needed(tensor.pattern.split('->')[0], sizes(cfg, tensor.paths)),
     )
-    values = value if len(tensor.paths) > 1 else [value]
-    for span in users:
-      cut = tuple(slice(a, b) for a, b in (span[1:] if stacked else span))
-      for piece, v in zip(pieces[span], values, strict=True):
-        piece[i - span[0][0] if stacked else ...] = v[cut]
+    each = parts(tensor, value, [shape[-1] for shape in shapes])
+    for own, wanted, v in zip(pieces, users, each, strict=True):
+      for span in wanted:
+        cut = tuple(slice(a, b) for a, b in (span[1:] if stacked else span))
+        own[span][i - span[0][0] if stacked else ...] = v[cut]
   return [
     jax.make_array_from_single_device_arrays(
-      shape, placed[path], [jax.device_put(pieces[spans[d]][j], d) for d in devices]
+      shape, placed[path], [jax.device_put(own[span], d) for d, span in where.items()]
     )
-    for j, path in enumerate(tensor.paths)
+    for path, shape, where, own in zip(tensor.paths, shapes, spans, pieces, strict=True)
   ]

@@ -22,10 +22,27 @@ from alignjax.models.config import TransformerConfig
 from alignjax.models.products import to_float32
 
 
+class RMSNorm1p(nn.Module):
+  """An RMSNorm that multiplies by 1 + scale, in float32 (google-deepmind/gemma,
+  gm/nn/_layers.py: RMSNorm). flax has none."""
+
+  epsilon: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.zeros, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon)
+    return (x * (1 + scale).reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
 def _norm(cfg: TransformerConfig, name: str, dtype: Any = None) -> nn.Module:
   dtype = dtype or cfg.dtype
   if cfg.norm == 'rmsnorm':
     return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)
+  if cfg.norm == 'rmsnorm1p':
+    return RMSNorm1p(epsilon=cfg.norm_eps, dtype=dtype, name=name)
   return nn.LayerNorm(epsilon=cfg.norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -66,6 +83,8 @@ class Attention(nn.Module):
       return dense(x).reshape(b, t, heads, -1)
 
     def normalize_heads(heads, name):
+      if cfg.qk_norm == 'all':
+        return _norm(cfg, name)(heads.reshape(b, t, -1)).reshape(heads.shape)
       return _norm(cfg, name)(heads) if cfg.qk_norm else heads
 
     q = rotary.rotate(normalize_heads(project(cfg.num_heads, 'query'), 'query_norm'), angles)
@@ -80,7 +99,18 @@ class Attention(nn.Module):
     else:
       grouped = q.reshape(b, t, cfg.kv_heads, -1, cfg.head_width)  # [B,T,G,N/G,H]
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-      heads, (k, v) = cached.attend(grouped, k, v, *cache, mask, index, constrain=self.constrain)
+      heads, (k, v) = cached.attend(
+        grouped,
+        k,
+        v,
+        *cache,
+        mask,
+        index,
+        constrain=self.constrain,
+        window=cfg.window,
+        scale=cfg.query_scale,
+        cap=cfg.attention_cap,
+      )
     heads = self.constrain(
       heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', None, 'heads', None
     )
@@ -95,8 +125,11 @@ class Attention(nn.Module):
     return checkpoint_name(out, 'out'), (k, v)
 
 
+GATES = {'swiglu': jax.nn.silu, 'geglu': functools.partial(jax.nn.gelu, approximate=True)}
+
+
 class MLP(nn.Module):
-  """The feed-forward part of a layer: two projections with a GELU, or three with a SwiGLU gate."""
+  """The feed-forward part of a layer: two projections with a GELU, or three with a gate."""
 
   cfg: TransformerConfig
   constrain: Callable = unconstrained
@@ -107,9 +140,9 @@ class MLP(nn.Module):
     dense = functools.partial(nn.Dense, use_bias=cfg.out_bias, dtype=cfg.dtype)
     hidden = self.constrain(dense(cfg.mlp_width, name='up')(x), 'batch', None, 'mlp')
     hidden = checkpoint_name(hidden, 'up')
-    if cfg.mlp == 'swiglu':
+    if cfg.mlp in GATES:
       gate = checkpoint_name(dense(cfg.mlp_width, name='gate')(x), 'gate')
-      hidden = jax.nn.silu(gate) * hidden
+      hidden = GATES[cfg.mlp](gate) * hidden
     else:
       hidden = jax.nn.gelu(hidden, approximate=cfg.mlp == 'gelu')
     return dense(cfg.d_model, name='down', kernel_init=_residual_init(cfg))(hidden)
@@ -128,19 +161,21 @@ class Block(nn.Module):
     attention = Attention(cfg, self.constrain, self.attend, name='attention')
     mlp = MLP(cfg, self.constrain, name='mlp')
 
-    def norm(name, x):
+    def before(part, x):
+      x = x if cfg.norms == 'after' else _norm(cfg, f'norm_{part}')(x)
       # Attention and MLP read all tokens of a row, so 'sequence' is gathered here.
-      return self.constrain(_norm(cfg, name)(x), 'batch', None, None)
+      return self.constrain(x, 'batch', None, None)
 
-    def drop(y):
+    def after(part, y):
       y = self.constrain(y, 'batch', 'sequence', None)
+      y = y if cfg.norms == 'before' else _norm(cfg, f'post_norm_{part}')(y)
       return nn.Dropout(cfg.dropout, deterministic=not dropout)(y)
 
-    attended, cache = attention(norm('norm_1', x), angles, mask, cache, index)
+    attended, cache = attention(before(1, x), angles, mask, cache, index)
     if cfg.parallel_residual:
-      return x + drop(attended) + drop(mlp(norm('norm_2', x))), cache
-    x = x + drop(attended)
-    return x + drop(mlp(norm('norm_2', x))), cache
+      return x + after(1, attended) + after(2, mlp(before(2, x))), cache
+    x = x + after(1, attended)
+    return x + after(2, mlp(before(2, x))), cache
 
 
 class Embed(nn.Module):

@@ -214,8 +214,18 @@ def _fused(module: Module, cfg: TransformerConfig, a: Mapping, b: Mapping) -> tu
     (target,) = module.targets
     return flat[0], b[target].T
   rank = len(flat[0])
-  width = next(iter(b.values())).shape[-1]
+  if 'j' not in module.pattern:
+    fused = np.zeros((sum(_outputs(cfg, name) for _, name in module.targets), rank * len(flat)))
+    row = column = 0
+    for target in module.targets:
+      width = _outputs(cfg, target[1])
+      if target in b:
+        fused[row : row + width, column : column + rank] = b[target].T
+        column += rank
+      row += width
+    return np.concatenate(flat), fused.astype(np.float32)
   # The columns of each projection's own part of the rank.
+  width = next(iter(b.values())).shape[-1]
   parts = np.zeros((len(module.targets), rank * len(flat), width), np.float32)
   at = 0
   for j, target in enumerate(module.targets):
@@ -230,6 +240,17 @@ def _fused(module: Module, cfg: TransformerConfig, a: Mapping, b: Mapping) -> tu
   return np.concatenate(flat), fused
 
 
+def _outputs(cfg: TransformerConfig, name: str) -> int:
+  """The number of outputs of a projection."""
+  return {
+    'query': cfg.num_heads * cfg.head_width,
+    'key': cfg.kv_heads * cfg.head_width,
+    'value': cfg.kv_heads * cfg.head_width,
+    'up': cfg.mlp_width,
+    'gate': cfg.mlp_width,
+  }.get(name, cfg.d_model)
+
+
 def _parts(
   module: Module, cfg: TransformerConfig, a: np.ndarray, b: np.ndarray, where: str
 ) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
@@ -237,13 +258,8 @@ def _parts(
   width, heads = cfg.head_width, cfg.num_heads
   name = module.targets[0][1]
   inputs = {'out': heads * width, 'down': cfg.mlp_width}.get(name, cfg.d_model)
-  outputs = {
-    'query': heads * width,
-    'key': cfg.kv_heads * width,
-    'value': cfg.kv_heads * width,
-    'up': cfg.mlp_width,
-    'gate': cfg.mlp_width,
-  }.get(name, cfg.d_model) * len(module.targets)
+  widths = [_outputs(cfg, name) for _, name in module.targets]
+  outputs = sum(widths)
   if a.shape != (len(a), inputs) or b.shape != (outputs, len(a)):
     raise ValueError(
       f'{where}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not belong to a projection '
@@ -252,6 +268,9 @@ def _parts(
   if len(module.targets) == 1:
     shape = (heads, width) if name == 'out' else (inputs,)
     return {module.targets[0]: (a.T.reshape(*shape, len(a)), b.T)}
+  if 'j' not in module.pattern:
+    each = [part.T for part in np.split(b, np.cumsum(widths)[:-1])]
+    return {target: (a.T, each[j]) for j, target in enumerate(module.targets)}
   theirs, ours = _sides(module)
   ours = ours.replace('j', 'j r', 1)
   each = rearrange(b, f'{theirs} r -> {ours}', n=heads, h=width, j=len(module.targets))

@@ -205,7 +205,8 @@ def _layer_of(stacked, index):
 def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1):
   x, stacked = _run_layers(cfg, constrain, machine, weights, tokens, mask, keep_cache=True)
 
-  def place(layer):
+  def place(layer, windowed):
+    layer = cached.kept_of_prompt(layer, cfg.window if windowed else None)
     if cfg.kv_cache == 'int8':
       layer = cached.quantize(layer)
     return jax.tree.map(lambda x: constrain(x, *cached.CACHE_AXES[: x.ndim]), layer)
@@ -214,7 +215,10 @@ def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1
     rows, groups, _, *width = layer.shape
     return jnp.zeros((rows * samples, groups, 0, *width), layer.dtype)
 
-  prompt = tuple(tuple(map(place, layer)) for layer in zip(*stacked, strict=True))
+  prompt = tuple(
+    (place(k, windowed), place(v, windowed))
+    for k, v, windowed in zip(*stacked, cfg.windowed, strict=True)
+  )
   cache = KVCache(
     prompt=prompt,
     prompt_mask=mask,
@@ -228,7 +232,8 @@ def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1
 def _step(cfg, constrain, products, weights, tokens, cache):
   lengths = jnp.sum(cache.prompt_mask, axis=-1, dtype=jnp.int32)
   where = jnp.repeat(lengths, len(tokens) // len(lengths))[:, None] + cache.index
-  angles = rotary.angles(cfg, where)
+  kinds = {w: cfg.of_layers(w) for w in set(cfg.windowed)}
+  angles = {w: rotary.angles(kind, where) for w, kind in kinds.items()}
   x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
 
   def constrain_token(x, *axes):  # one token has no sequence that could be divided
@@ -236,9 +241,11 @@ def _step(cfg, constrain, products, weights, tokens, cache):
 
   response = []
   with products.projections():
-    for layer, *kv in zip(weights['unstacked'], cache.prompt, cache.response, strict=True):
-      x, new = Block(cfg, constrain_token).apply(
-        {'params': layer}, x, angles, cache.prompt_mask, kv, cache.index
+    for windowed, layer, *kv in zip(
+      cfg.windowed, weights['unstacked'], cache.prompt, cache.response, strict=True
+    ):
+      x, new = Block(kinds[windowed], constrain_token).apply(
+        {'params': layer}, x, angles[windowed], cache.prompt_mask, kv, cache.index
       )
       response.append(new)
   cache = cache.replace(response=tuple(response), index=cache.index + 1)
@@ -280,15 +287,15 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
     else:
       order = attention.pads_last(mask)
       tokens, where, mask = (attention.moved(y, order.there) for y in (tokens, where, mask))
-  angles = rotary.angles(cfg, where)
-  attend = attention.make(cfg, machine)
+  angles_and_attend, windowed = _by_window(cfg, machine, where)
   x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
   # Where several devices share D, the embedding comes in pieces. Fused with the first norm, scoring
   # and update would sum the pieces in different orders on some CPUs.
   x = jax.lax.optimization_barrier(x)
 
   def layer(x, inputs):
-    weights, layer_key = inputs
+    weights, layer_key, has_window = inputs
+    angles, attend = angles_and_attend(has_window)
     rngs = {} if key is None else {'dropout': layer_key}
     with lora.projections():
       x, kv = Block(cfg, constrain, attend).apply(
@@ -302,9 +309,28 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
   # This is what is stored between layers and for the backward pass.
   x = constrain(x, 'batch', 'sequence', None)
   unrolled = _float32_on_cpu(cfg, machine) and cfg.num_layers <= UNROLLED_LAYERS
-  x, kv = jax.lax.scan(layer, x, (params['layers'], keys), unroll=unrolled)
+  x, kv = jax.lax.scan(layer, x, (params['layers'], keys, windowed), unroll=unrolled)
   x = constrain(x, 'batch', None, None)
   return x if order is None else attention.moved(x, order.back), kv
+
+
+def _by_window(cfg, machine, where):
+  """(whether a layer has the window -> its rotary angles and its attention, what the layers are
+  scanned over to know it: bool[L], or None where all layers are alike)."""
+  kinds = {w: cfg.of_layers(w) for w in set(cfg.windowed)}
+  angles = {w: rotary.angles(kind, where) for w, kind in kinds.items()}
+  attend = {w: attention.make(kind, machine) for w, kind in kinds.items()}
+  if len(kinds) == 1:
+    (only,) = kinds
+    return lambda _: (angles[only], attend[only]), None
+
+  def choose(has_window):
+    chosen = angles[True]
+    if cfg.window_rope_theta is not None:
+      chosen = jax.tree.map(functools.partial(jnp.where, has_window), angles[True], angles[False])
+    return chosen, functools.partial(jax.lax.cond, has_window, attend[True], attend[False])
+
+  return choose, jnp.asarray(cfg.windowed)
 
 
 def _float32_on_cpu(cfg, machine):
@@ -350,7 +376,7 @@ def _unembed(cfg, params, x, multiply=_times_transposed):
   x = Final(cfg, 'lm').apply({'params': params['final']}, x)
   if cfg.tie_embeddings:
     x = multiply(x, params['embed']['tokens'].astype(jnp.dtype(cfg.dtype)))
-  return x
+  return attention.capped(x, cfg.logits_cap)
 
 
 def _next_token_logits(cfg, params, x, multiply=_times_transposed):

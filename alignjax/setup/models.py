@@ -64,7 +64,6 @@ def model_config(spec: Mapping[str, Any], ids: Sequence[int], where: str) -> Tra
           + (
             {
               'n_positions': '; its table of positions has that length. ',
-              'sliding_window': ', and beyond that its layers would see less than ours. ',
               'max_position_embeddings': (
                 ', and beyond that its rotary positions depend on the longest row of a batch '
                 "(rope_type 'dynamic'). "

@@ -70,6 +70,68 @@ MODELS = {
       **COMMON, num_key_value_heads=2, head_dim=6, tie_word_embeddings=True, rope_parameters=ROPE()
     )
   ),
+  # Windows that are shorter than the rows of `batch`.
+  'mistral_window': lambda: hf.MistralForCausalLM(
+    hf.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=4, rope_parameters=ROPE())
+  ),
+  'qwen3_window': lambda: hf.Qwen3ForCausalLM(
+    hf.Qwen3Config(
+      **COMMON,
+      num_key_value_heads=2,
+      head_dim=6,
+      use_sliding_window=True,
+      sliding_window=3,
+      max_window_layers=1,
+      rope_parameters=ROPE(),
+    )
+  ),
+  'gemma': lambda: hf.GemmaForCausalLM(
+    hf.GemmaConfig(
+      **COMMON, num_key_value_heads=1, head_dim=6, rope_parameters=ROPE(), eos_token_id=None
+    )
+  ),
+  'gemma2': lambda: hf.Gemma2ForCausalLM(
+    hf.Gemma2Config(
+      **COMMON,
+      num_key_value_heads=2,
+      head_dim=6,
+      sliding_window=4,
+      query_pre_attn_scalar=9,
+      attn_logit_softcapping=0.7,
+      final_logit_softcapping=1.5,
+      eos_token_id=None,
+      rope_parameters=ROPE(),
+    )
+  ),
+  'gemma3': lambda: hf.Gemma3ForCausalLM(
+    hf.Gemma3TextConfig(
+      **COMMON | dict(num_hidden_layers=3),
+      num_key_value_heads=2,
+      head_dim=6,
+      sliding_window=4,
+      layer_types=['sliding_attention', 'full_attention', 'sliding_attention'],
+      query_pre_attn_scalar=6,
+      eos_token_id=None,
+      rope_parameters={
+        'sliding_attention': ROPE(rope_theta=20.0),
+        'full_attention': dict(rope_type='linear', factor=4.0, rope_theta=500.0),
+      },
+    )
+  ),
+  'phi3': lambda: hf.Phi3ForCausalLM(
+    hf.Phi3Config(
+      **COMMON,
+      num_key_value_heads=2,
+      sliding_window=5,
+      original_max_position_embeddings=T,
+      rope_parameters=ROPE(partial_rotary_factor=0.5),
+      pad_token_id=0,
+      eos_token_id=None,
+    )
+  ),
+  'olmo2': lambda: hf.Olmo2ForCausalLM(
+    hf.Olmo2Config(**COMMON, num_key_value_heads=2, rope_parameters=ROPE(), eos_token_id=None)
+  ),
 }
 
 
