@@ -1,5 +1,6 @@
 """Traces, throughput and the debugging switches of jax."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -141,6 +142,10 @@ def test_flops_by_hand():
   # With adapters alone, a matrix has no product for its gradient, and attention has all of its own.
   own = flops.training(SMALL, 4, 10, adapters=True)['flops']
   assert own == 4 * (2 * (2 * 10 * (2 * 576 + 8 * 50)) + 3 * 2 * (2 * 100 * 8))
+  # Of 50 pairs of a layer, a window of 4 hides 6^2 / 2.
+  near = dataclasses.replace(SMALL, window=4, windowed_layers=(True, False))
+  hidden = flops.forward_flops(SMALL, 10) - flops.forward_flops(near, 10)
+  assert hidden == 2 * 6**2 * 8 and flops.forward_flops(near, 4) == flops.forward_flops(SMALL, 4)
   short = flops.training(SMALL, 4, 5)  # two steps of buckets of different length
   assert flops.mean([flops.training(SMALL, 4, 10), short]) == {
     'tokens': 30,

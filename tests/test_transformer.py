@@ -427,11 +427,37 @@ def test_compiled_size_does_not_grow_with_depth():
     (dict(norm='batch'), 'norm'),
     (dict(head_dim=7, positions='rotary'), 'even'),
     (dict(positions='alibi'), 'positions'),
+    (dict(window=0), 'model.window=0'),
+    (dict(window_rope_theta=5.0), 'window_rope_theta=5.0 needs a model.window'),
+    (dict(windowed_layers=(True, False)), 'windowed_layers=.* needs a model.window'),
+    (dict(window=3, windowed_layers=(True,)), 'has 1 entries for model.num_layers=2'),
+    (dict(attention_cap=-1.0), 'model.attention_cap=-1.0 is not a number above 0'),
+    (dict(norms='around'), 'norms'),
+    (dict(qk_norm='some'), 'qk_norm'),
   ],
 )
 def test_a_wrong_declaration_is_refused(changes, words):
   with pytest.raises(ValueError, match=words):
     config(**changes)
+
+
+def test_the_declaration_of_one_kind_of_layer():
+  """A layer without the window sees nothing of it. One with it has its own rotary base, which is
+  not stretched, where there is one."""
+  cfg = config('gemma', rope_scaling=('linear', 4.0), rope_theta=100.0)
+  inside, outside = cfg.of_layers(True), cfg.of_layers(False)
+  assert (inside.window, inside.rope_theta, inside.rope_scaling) == (4, 20.0, None)
+  assert (outside.window, outside.rope_theta, outside.rope_scaling) == (
+    None,
+    100.0,
+    ('linear', 4.0),
+  )
+  assert inside.windowed == (True, True) and outside.windowed == (False, False)
+  stretched = config(
+    positions='rotary', window=4, windowed_layers=(False, True), rope_scaling=('linear', 4.0)
+  )
+  assert stretched.of_layers(True).rope_scaling == ('linear', 4.0)
+  assert stretched.windowed == (False, True)
 
 
 def test_too_long_a_text_is_refused():
