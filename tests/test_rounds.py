@@ -19,6 +19,7 @@ from alignjax import rounds, rounds_items, rounds_report, sandbox, train
 from alignjax.configs import rounds as config_of_rounds
 from alignjax.configs import smollm2_135m
 from alignjax.data import hygiene
+from alignjax.evals import stats
 from alignjax.label import assignment, catalog, choose, client, collect, schema, submissions
 from alignjax.runtime import checkpoint, files, saved_config
 from alignjax.setup.objects import make_setup
@@ -717,6 +718,15 @@ def test_rounds_on_real_data_have_held_out_items(patch, tmp_path):
 
 # ---- experiments/measure_rounds.py
 
+ARMS = (
+  ('random', 1),
+  ('random', 2),
+  ('disagreement', 2),
+  ('near_tie', 2),
+  ('d_optimal', 1),
+  ('d_optimal', 2),
+)
+
 
 @pytest.fixture(scope='module')
 def measuring():
@@ -767,3 +777,35 @@ def test_differences_are_paired_by_seed(measuring):
   assert (
     '- two rounds: near_tie less random: accuracy on the samples of round 0 not told apart' in text
   )
+
+
+def test_the_documented_rounds_are_those_that_were_measured(measuring):
+  """The table in docs/labeling.md, from measured.json, from the rounds.json of every run."""
+  folder = ROOT / 'experiments' / 'results' / 'rounds'
+  result = json.loads((folder / 'measured.json').read_bytes())
+  found = {}
+  for seed in result['seeds']:
+    paths = {f'{c}-{n}': folder / f'seed-{seed}/{c}-{n}/rounds.json' for c, n in ARMS}
+    found[seed] = {name: json.loads(p.read_bytes())['rounds'] for name, p in paths.items()}
+    for name in ('disagreement-1', 'near_tie-1'):  # There is no reward model in the first round.
+      found[seed][name] = found[seed]['random-1']
+  assert len(found) == 5 and measuring.means(found) == result['runs']
+  assert measuring.differences(found) == result['differences']
+  assert measuring.markdown(result) == (folder / 'measured.md').read_text()
+  page = (ROOT / 'docs' / 'labeling.md').read_text()
+  last = {row['name']: row for row in result['runs']}
+  for choice, count in ARMS:
+    row = last[f'{choice}-{count}']
+    figures = (('gold', 2), ('accuracy_own', 2), ('kl', 1))
+    cells = [stats.show(row[key], digits=digits) for key, digits in figures]
+    words = {1: 'one round', 2: 'two rounds'}[count]
+    assert f'| {choice}, {words} | {" | ".join(cells)} |' in page
+  differences = {row['what']: row for row in result['differences']}
+  for what, key in (
+    ('random: two rounds less one', 'gold'),
+    ('two rounds: disagreement less random', 'gold'),
+    ('two rounds: disagreement less random', 'accuracy_own'),
+  ):
+    assert stats.show(differences[what][key], digits=2) in page
+  outside = [stats.apart(row[key]) for row in differences.values() for key in measuring.COMPARED]
+  assert len(outside) == 24 and sum(map(abs, outside)) == 2
