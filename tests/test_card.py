@@ -115,6 +115,22 @@ def workdir(tmp_path_factory):
   return folder
 
 
+def test_the_card_of_an_average(workdir, model):
+  """It names the members, and has their stages before its own."""
+  stage(
+    workdir,
+    'soup',
+    {'head': 'lm', 'members': ['stage:sft', 'stage:ppo_ptx']},
+    {'stage:sft': ('weights', 'stage:sft'), 'stage:ppo_ptx': ('weights', 'stage:ppo_ptx')},
+    build='alignjax.stages.average:build',
+    members=['stage:sft', 'stage:ppo_ptx'],
+  )
+  facts, text = read(card.write(str(workdir / 'soup'), model, {'class': 'LlamaForCausalLM'}))
+  assert facts['tags'] == ['alignjax', 'merge']
+  assert '- `soup`: an average of finished models (`stage:sft`, `stage:ppo_ptx`)\n' in text
+  assert text.index('- `sft`') < text.index('- `ppo_ptx`') < text.index('- `soup`')
+
+
 def test_the_card_of_a_policy(workdir, model):
   policy = model._replace(source='org/base')
   made = {'class': 'LlamaForCausalLM'}

@@ -26,6 +26,7 @@ METHODS = {
   'preference': ('preference optimization on ranked responses, without sampling', 'preference'),
   'ppo_ptx': ('PPO against a reward model', 'ppo'),
   'selection': ('the best of several candidates by a reward model', 'selection'),
+  'average': ('an average of finished models', 'merge'),
 }
 LIMITS = """The model follows what its demonstrations and comparisons reward: the judgement of the
 people who wrote and ranked them, which is neither everybody's nor always right. It still makes
@@ -106,6 +107,8 @@ def _method(config: Mapping[str, Any]) -> str:
   build = str(config.get('build'))
   words = METHODS.get(_module(build), (f'`{build}`', ''))[0]
   loss = config.get('loss') or {}
+  if members := config.get('members'):
+    words += f' ({", ".join(f"`{_public(member)}`" for member in members)})'
   if loss.get('ptx_coef'):
     words += ', with the pretraining loss mixed in (PPO-ptx)'
   return words + (f', loss `{loss["fn"]}`' if 'fn' in loss else '')
