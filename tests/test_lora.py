@@ -1,5 +1,7 @@
 """Low-rank adapters: their mathematics against float64, and stages that train them alone."""
 
+import functools
+import importlib
 import json
 import pathlib
 
@@ -301,6 +303,46 @@ def test_stages_train_adapters_of_one_base(run):
   first, second = measured['ppo_ptx']
   assert first['ppo/ratio_max_dev'] == second['ppo/ratio_max_dev'] == 0.0
   assert first['objective/kl'] == 0.0 != second['objective/kl']
+
+
+@pytest.mark.parametrize(
+  'stages', [('sft',), pytest.param(('sft', 'rm', 'ppo_ptx'), marks=pytest.mark.long)]
+)
+def test_a_run_that_ended_half_way_ends_with_the_same_adapters(stages, tmp_path, monkeypatch):
+  """Each stage fails once behind a checkpoint; the same command goes on. Nothing of the base is in
+  the checkpoints."""
+  config = pipeline(tmp_path)
+  config.stages_to_run = stages
+  for name in stages:
+    config.stages[name].save_every = 1
+  train.main(config, tmp_path / 'whole')
+  for name in stages:
+    module = importlib.import_module(config.stages[name].build.partition(':')[0])
+    build, left = module.build, [1]
+
+    @functools.wraps(build)  # Its module has the checks of the stage too.
+    def failing(setup, name, build=build, left=left):
+      stage = build(setup, name)
+      assert all(map(lora.is_adapters, stage.state.params.values()))
+
+      def batch(i):
+        if i == stage.num_steps - 1 and left:
+          left.clear()
+          raise RuntimeError('the disk is away')
+        return stage.batch(i)
+
+      return stage._replace(batch=batch)
+
+    monkeypatch.setattr(module, 'build', failing)
+    with pytest.raises(RuntimeError, match='the disk is away'):
+      train.main(config, tmp_path / 'half')
+  train.main(config, tmp_path / 'half')
+  for name in stages:
+    one, other = (
+      json.loads((tmp_path / run / name / 'final/sums.json').read_text())
+      for run in ('whole', 'half')
+    )
+    assert one == other and any('lora_a' in leaf for leaf in one)
 
 
 @pytest.mark.long
