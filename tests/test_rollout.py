@@ -45,9 +45,7 @@ def test_item_8_the_ratio_before_the_first_update_is_exactly_1(family, seed):
   cut = steps.split(batch, 2)
   for i in range(2):
     part = jax.tree.map(operator.itemgetter(i), cut)
-    # With Gemma's declaration it is exact in some programs (test_sharding) and not in this one.
-    most = 1e-5 if family == 'gemma' else 0.0
-    assert float(grads({'policy': params, 'value': scalar}, part)) <= most
+    assert float(grads({'policy': params, 'value': scalar}, part)) == 0.0
   assert float(metrics['rollout/sampler_gap_max']) < 1e-4
 
 

@@ -28,19 +28,19 @@ from alignjax.setup.weights import load_adapters, saved_adapters, stage_params
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
-# The fields of TransformerConfig that came later, with the values that change nothing: results that
+# The fields of TransformerConfig that came later and whose defaults change nothing: results that
 # were kept before there were these fields hold with them.
-LATER = dict(
-  kv_cache=None,
-  rope_scaling=None,
-  window=None,
-  windowed_layers=None,
-  window_rope_theta=None,
-  query_scale=None,
-  attention_cap=None,
-  logits_cap=None,
-  norms='before',
-)
+LATER = {
+  'kv_cache',
+  'rope_scaling',
+  'window',
+  'windowed_layers',
+  'window_rope_theta',
+  'query_scale',
+  'attention_cap',
+  'logits_cap',
+  'norms',
+}
 
 
 class Model(NamedTuple):
@@ -159,9 +159,10 @@ def facts(model: Model) -> dict[str, Any]:
     head=model.head,
     # Kernels of attention differ in rounding alone.
     model={
-      k: v
-      for k, v in dataclasses.asdict(model.cfg).items()
-      if k != 'attention' and (k not in LATER or v != LATER[k])
+      f.name: value
+      for f in dataclasses.fields(model.cfg)
+      if f.name != 'attention'
+      and ((value := getattr(model.cfg, f.name)) != f.default or f.name not in LATER)
     },
     code=fingerprints.of_function(transformer.make_networks),
     tokenizer=_tokenizer(model.tokenizer),

@@ -211,12 +211,10 @@ def _rotary(kind: str, e: Entries) -> tuple[dict[str, Any], str | None]:
     windowed_layers=windowed,
     window_rope_theta=local_theta if window else None,
   )
-  return fields | (_gemma(kind, e, head_dim) if gemma else _silu(e)), bound
-
-
-def _silu(e: Entries) -> dict[str, Any]:
+  if gemma:
+    return fields | _gemma(kind, e, head_dim), bound
   e.only('hidden_act', 'silu')
-  return {}
+  return fields, bound
 
 
 def _gemma(kind: str, e: Entries, head_dim: int) -> dict[str, Any]:

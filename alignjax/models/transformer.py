@@ -56,7 +56,9 @@ VOCABULARY_MULTIPLE = 128
 # On CPUs XLA copies what each layer stores for the backward pass once more after the loop. Without
 # the loop, the steps of the sandbox (2 layers) took 0.55 to 0.9 of their time. GPT-2 small (12
 # layers) took 1.2 to 1.4 times as long. Networks in bfloat16 keep the loop: without it, scoring and
-# update would round at different places, and the ratio before the first update would not be 1.
+# update would round at different places, and the ratio before the first update would not be 1. So
+# do networks that scale their embeddings: without the loop, XLA adds a branch to a scaled embedding
+# in one instruction that rounds once, and which of the two products it rounds differs.
 UNROLLED_LAYERS = 4
 
 
@@ -232,8 +234,7 @@ def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1
 def _step(cfg, constrain, products, weights, tokens, cache):
   lengths = jnp.sum(cache.prompt_mask, axis=-1, dtype=jnp.int32)
   where = jnp.repeat(lengths, len(tokens) // len(lengths))[:, None] + cache.index
-  kinds = {w: cfg.of_layers(w) for w in set(cfg.windowed)}
-  angles = {w: rotary.angles(kind, where) for w, kind in kinds.items()}
+  kinds, angles = _kinds_of_layers(cfg, where)
   x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
 
   def constrain_token(x, *axes):  # one token has no sequence that could be divided
@@ -308,17 +309,24 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
   keys = None if key is None else jax.random.split(key, cfg.num_layers)
   # This is what is stored between layers and for the backward pass.
   x = constrain(x, 'batch', 'sequence', None)
-  unrolled = _float32_on_cpu(cfg, machine) and cfg.num_layers <= UNROLLED_LAYERS
+  exact = _float32_on_cpu(cfg, machine) and cfg.embedding_scale == 1.0
+  unrolled = exact and cfg.num_layers <= UNROLLED_LAYERS
   x, kv = jax.lax.scan(layer, x, (params['layers'], keys, windowed), unroll=unrolled)
   x = constrain(x, 'batch', None, None)
   return x if order is None else attention.moved(x, order.back), kv
 
 
+def _kinds_of_layers(cfg, where):
+  """(whether a layer has the window -> its declaration, and -> its rotary angles at the positions
+  `where`), for the kinds of layers that there are."""
+  kinds = {windowed: cfg.of_layers(windowed) for windowed in set(cfg.windowed)}
+  return kinds, {windowed: rotary.angles(kind, where) for windowed, kind in kinds.items()}
+
+
 def _by_window(cfg, machine, where):
   """(whether a layer has the window -> its rotary angles and its attention, what the layers are
   scanned over to know it: bool[L], or None where all layers are alike)."""
-  kinds = {w: cfg.of_layers(w) for w in set(cfg.windowed)}
-  angles = {w: rotary.angles(kind, where) for w, kind in kinds.items()}
+  kinds, angles = _kinds_of_layers(cfg, where)
   attend = {w: attention.make(kind, machine) for w, kind in kinds.items()}
   if len(kinds) == 1:
     (only,) = kinds
