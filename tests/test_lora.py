@@ -20,7 +20,7 @@ from alignjax.runtime import checkpoint
 from alignjax.setup import adapters
 from alignjax.setup.objects import make_setup
 from alignjax.setup.weights import initial_params, saved_adapters
-from alignjax.stages import sft
+from alignjax.stages import average, sft
 from tests.fakes import close
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
@@ -160,6 +160,8 @@ def test_adapters_that_do_not_fit():
     (dict(layer_replication=[[0, 2]]), 'layer_replication=.* is not covered'),
     (dict(an_entry_of_next_year=1), 'an_entry_of_next_year=1 is not covered'),
     (dict(modules_to_save=['lm_head']), 'whole modules beside the adapters'),
+    (dict(modules_to_save=['score']), r'but for the score of a classifier \(task_type SEQ_CLS\)'),
+    (dict(modules_to_save=['score', 'embed'], task_type='SEQ_CLS'), 'whole modules beside'),
     (dict(r='2'), "r='2' is no number"),
     (dict(base_model_name_or_path=None), 'names no checkpoint'),
   ],
@@ -427,6 +429,49 @@ def test_adapters_go_to_peft_and_come_back(tmp_path):
     export.main(
       [*command[:1], str(tmp_path / 'whole/sft'), '--out', str(tmp_path / 'o'), '--adapters']
     )
+
+
+@pytest.mark.slow
+def test_reward_models_go_to_peft_and_come_back(tmp_path, capsys):
+  """The adapters and the head of a trained reward model, exported in peft's files, are what another
+  reward model starts from."""
+  config = pipeline(tmp_path)
+  config.stages.rm.init.reward = f'hf:{CHAT}'
+  config.stages.mean = dict(head='scalar')
+  setup = make_setup(config, tmp_path / 'run', jax.devices()[:1])
+  finish(setup, 'rm', (0,))
+  out = tmp_path / 'out'
+  command = ['--model', str(tmp_path / 'run/rm'), '--out', str(out), '--adapters']
+  with pytest.raises(ValueError, match='the reward model has the bias .*--bias=drop.*--bias=keep'):
+    export.main(command)
+  assert not out.exists()
+  export.main([*command, '--bias=keep'])
+  said = capsys.readouterr().out
+  assert 'in adapter_config.json as alignjax_score_bias' in said and 'pad_token_id' in said
+  written = json.loads((out / peft.CONFIG).read_text())
+  assert written['task_type'] == 'SEQ_CLS' and written['modules_to_save'] == ['score']
+  spec = f'peft:{out}'
+  again = make_setup(config, tmp_path / 'again', jax.devices()[:1])
+  kept = initial_params(setup, 'stage:rm', 'scalar', 0)
+  assert kept['final']['score']['bias'][0] == np.float32(written['alignjax_score_bias']) != 0
+  jax.tree.map(lambda x, y: close(x, y), initial_params(again, spec, 'scalar', 0), kept)
+  config.stages.rm.init.reward = spec
+  parts = adapters.load(again, 'rm', dict(reward='scalar'), {}, len)
+  assert parts.info['reward']['lora']['base'] == f'hf:{CHAT}'
+  before = adapters.load(setup, 'rm', dict(reward='scalar'), {}, len)
+  own = checkpoint.load_params(tmp_path / 'run/rm/final', before.params['reward'])
+  jax.tree.map(lambda x, y: close(x, y, atol=1e-7), parts.params['reward'], own)
+  average.check_head(again, 'mean', spec)
+  with pytest.raises(
+    ValueError, match="'peft:.*' is a reward model; a policy cannot start from it"
+  ):
+    initial_params(again, spec, 'lm', 0)
+  file = out / peft.CONFIG
+  file.write_text(json.dumps(written | dict(alignjax_score_bias='much')))
+  with pytest.raises(
+    ValueError, match='adapter_config.json: alignjax_score_bias=.* is not a number'
+  ):
+    initial_params(again, spec, 'scalar', 0)
 
 
 def test_a_random_base_is_refused(tmp_path):

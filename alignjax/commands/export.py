@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     '--bias',
     choices=('drop', 'keep'),
     help='the bias of a reward model whose class in transformers has no place for it (RMSNorm '
-    'families): drop it, which shifts every score, or keep it in config.json, from which you add '
-    'it yourself',
+    'families, and all with --adapters): drop it, which shifts every score, or keep it in '
+    'config.json or adapter_config.json, from which you add it yourself',
   )
   parser.add_argument(
     '--adapters',
@@ -75,13 +75,15 @@ def main(argv: list[str]) -> None:
       f'{options.model} started from no Hugging Face checkpoint, so there is no config.json to '
       "take over; the sandbox's architecture is none of transformers'."
     )
+  ends = (model.template.end, *model.template.ends)
   if options.adapters:
     declared, own, base = loading.adapters(options.model, model)
-    report = export.save_adapters(out, model, declared, own, base)
+    report = export.save_adapters(out, model, declared, own, base, ends, options.bias)
     print(
       f'wrote {options.out}: adapters of {report["modules"]} modules a layer, '
       f'{report["bytes"] / 1e6:.1f} MB'
     )
+    print_choices(report)
     if declared.quantization:
       print(
         f'note: they were trained on {base} in {declared.quantization}. peft adds them to whatever '
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> None:
     model.params,
     dtype=options.dtype,
     tokenizer=model.tokenizer,
-    ends=(model.template.end, *model.template.ends),
+    ends=ends,
     bias=options.bias,
     card=functools.partial(card.write, options.model, model),
   )
@@ -103,9 +105,7 @@ def main(argv: list[str]) -> None:
     f'wrote {options.out}: {report["class"]}, {report["tensors"]} tensors, '
     f'{report["bytes"] / 1e6:.1f} MB'
   )
-  for part in ('bias', 'pad'):
-    if part in report:
-      print(f'{part}: {report[part]}')
+  print_choices(report)
   if not trained_as_chat(model):
     print(
       "note: the tokenizer's chat template is not how this model was trained; its prompts look "
@@ -113,6 +113,13 @@ def main(argv: list[str]) -> None:
     )
   if options.push:
     print(f'pushed to {hub.push(out, options.push, options.private)}')
+
+
+def print_choices(report) -> None:
+  """Prints what became of a reward model's bias and pad token."""
+  for part in ('bias', 'pad'):
+    if part in report:
+      print(f'{part}: {report[part]}')
 
 
 def trained_as_chat(model) -> bool:

@@ -362,15 +362,10 @@ def adapters(name: str, model: Model) -> tuple[LoRA, Params, str]:
   declared, base = saved_adapters(weights)
   if declared is None:
     raise ValueError(f'{name} was trained without adapters: leave --adapters out.')
-  if model.head != 'lm':
-    raise ValueError(
-      f'{name} is a reward model, whose bias and pad token have no place in the files of peft: '
-      f'leave --adapters out, which writes the merged model.'
-    )
   if not base.startswith('hf:'):
     raise ValueError(
       f'{name}: its adapters belong to {base}, which is no checkpoint that peft could load: leave '
       f'--adapters out, which writes the merged model, or export that stage first.'
     )
-  own = load_adapters(weights, declared, model.cfg, 'lm', model.sharder or _sharder(None))
+  own = load_adapters(weights, declared, model.cfg, model.head, model.sharder or _sharder(None))
   return declared, own, base.removeprefix('hf:')

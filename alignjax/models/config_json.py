@@ -77,10 +77,10 @@ def declared(folder: pathlib.Path) -> Declared:
   return Declared(kind, fields, bound)
 
 
-def score_bias(folder: pathlib.Path) -> float:
+def score_bias(folder: pathlib.Path, file: str = 'config.json') -> float:
   """The number that models/export.py left to be added to a reward model's scores:
-  alignjax_score_bias of config.json, or 0."""
-  path = folder / 'config.json'
+  alignjax_score_bias of config.json or of adapter_config.json, or 0."""
+  path = folder / file
   bias = read_object(path).get('alignjax_score_bias', 0.0)
   if type(bias) not in (int, float) or not abs(bias) <= sys.float_info.max:
     raise ValueError(f'{path}: alignjax_score_bias={reprlib.repr(bias)} is not a number.')

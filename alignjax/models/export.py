@@ -4,7 +4,6 @@ scores. models/families.py has the layout."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -18,14 +17,13 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from alignjax.models import config_entries, config_json, config_rope, hf, hub, peft
+from alignjax.models import classifier, config_entries, config_json, config_rope, hf, hub, peft
 from alignjax.models.axes import path_name
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES, SCORE, Family
 from alignjax.models.lora import LoRA
 from alignjax.types import Params
 
-BIAS = ('drop', 'keep')
 # The fields of TransformerConfig that config.json does not have.
 FREE = (
   'max_length',
@@ -96,11 +94,16 @@ def save(
   report: dict[str, Any] = {'class': family.classes[scalar]}
   config |= _special_ids(config, tokenizer, ends)
   if scalar:
-    params, report['bias'] = _place_bias(params, config, bias)
+    folded = classifier.fold_bias(params)
+    if folded is None:
+      score, name = params['final']['score'], family.classes[True]
+      report['bias'] = classifier.leave_bias(score, config, bias, name, 'config.json')
+    else:
+      params, report['bias'] = folded, 'folded into the last norm'
     config |= dict(
       num_labels=1, id2label={'0': 'score'}, label2id={'score': 0}, problem_type='regression'
     )
-    tokenizer, params, report['pad'] = _pad_apart(config, tokenizer, params)
+    tokenizer, params, report['pad'] = classifier.pad_apart(config, tokenizer, params)
     cfg = dataclasses.replace(cfg, vocab_size=config['vocab_size'])
   partial = folder.with_name(folder.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
@@ -128,25 +131,49 @@ def save(
 
 
 def save_adapters(
-  folder: str | os.PathLike, model: Any, declared: LoRA, adapters: Params, base: str
+  folder: str | os.PathLike,
+  model: Any,
+  declared: LoRA,
+  adapters: Params,
+  base: str,
+  ends: Sequence[int] = (),
+  bias: str | None = None,
 ) -> dict[str, Any]:
-  """Writes the adapters of a policy in the files of peft (models/peft.py), with the tokenizer. The
-  folder is whole or does not exist.
+  """Writes the adapters of a policy or of a reward model, and the tokenizer, in the files of peft
+  (models/peft.py). The folder is whole or does not exist.
 
   Args:
     folder: the folder to write.
-    model: the policy, with cfg and tokenizer.
+    model: the policy or reward model, with cfg, params and tokenizer.
     declared, adapters: the declaration and the tree of adapters.
     base: the name of the checkpoint that they belong to.
+    ends, bias: see `save`. The norm before the head belongs to the base, so that no bias is folded
+      into it.
+
+  Returns:
+    'modules', 'bytes' and, of a reward model, 'bias' and 'pad' in words.
   """
-  folder = pathlib.Path(folder)
-  family = FAMILIES[config_json.declared(hub.folder_of(base)).kind]
+  folder, source = pathlib.Path(folder), hub.folder_of(base)
+  family = FAMILIES[config_json.declared(source).kind]
+  tokenizer, more, report = model.tokenizer, {}, {}
+  if 'final' in adapters:
+    score, name = adapters['final']['score'], family.classes[True]
+    report['bias'] = classifier.leave_bias(score, more, bias, name, peft.CONFIG)
+    config = config_entries.read_object(source / 'config.json')
+    config |= _special_ids(config, tokenizer, ends)
+    before = config['vocab_size']
+    padded, _, report['pad'] = classifier.pad_apart(config, tokenizer, model.params)
+    if config['vocab_size'] == before:
+      tokenizer = padded
+      report['pad'] += '; give it to the classifier as pad_token_id'
+    else:  # Adapters have no place for another row of embeddings.
+      report['pad'] = 'none: score one row at a time'
   partial = folder.with_name(folder.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  report = peft.save(partial, family, model.cfg, declared, jax.device_get(adapters), base)
-  if model.tokenizer is not None:
-    model.tokenizer.save_pretrained(partial)
+  report |= peft.save(partial, family, model.cfg, declared, jax.device_get(adapters), base, more)
+  if tokenizer is not None:
+    tokenizer.save_pretrained(partial)
   partial.rename(folder)
   return report
 
@@ -247,93 +274,6 @@ def _generation(
     pad_token_id=pad,
     bos_token_id=config.get('bos_token_id'),
   )
-
-
-def _ids(value: Any) -> set[int]:
-  return {i for i in (value if isinstance(value, list) else [value]) if i is not None}
-
-
-def _place_bias(params: Params, config: dict[str, Any], choice: str | None) -> tuple[Params, str]:
-  """w.(norm + b) + c = w.(norm + b + c w / |w|^2): the bias of a LayerNorm takes that of the
-  score."""
-  norm, score = params['final']['norm'], params['final']['score']
-  bias, w = (
-    float(np.asarray(score['bias'])[0]),
-    np.asarray(score['kernel'])[:, 0].astype(np.float64),
-  )
-  if not bias:
-    return params, 'none'
-  if 'bias' in norm and np.dot(w, w) > 0:
-    norm = {**norm, 'bias': (np.asarray(norm['bias']) + bias * w / np.dot(w, w)).astype(np.float32)}
-    return {**params, 'final': {'norm': norm, 'score': score}}, 'folded into the last norm'
-  if choice not in BIAS:
-    name = config['architectures'][0]
-    raise ValueError(
-      f"the reward model has the bias {bias:.6g}, for which transformers' {name} has no place. "
-      '--bias=drop leaves it out, which shifts all scores alike, so that differences and rankings '
-      'stay; --bias=keep writes it to config.json as alignjax_score_bias, to be added to every '
-      'logit (alignjax does so when it loads it).'
-    )
-  if choice == 'drop':
-    return params, f'{bias:.6g}, left out: add it to a score for that of alignjax'
-  config['alignjax_score_bias'] = bias
-  return params, f'{bias:.6g}, in config.json as alignjax_score_bias: add it to the logit'
-
-
-def _pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[Any, Params, str]:
-  """Chooses a pad token that no response ends in, because the classifier of transformers scores a
-  row at its last token that is not pad_token_id.
-
-  The choices are, in this order: the tokenizer's own; a special token that is reserved or made for
-  it; a new token where the model has embeddings to spare; the beginning of text; a new token with a
-  row of zeros. The tokenizer then pads on the right, where absolute positions do not move.
-
-  Returns:
-    (tokenizer, params, the choice in words). `config` is changed.
-  """
-  ends, vocab = _ids(config.get('eos_token_id')), config['vocab_size']
-  if tokenizer is None:
-    config['pad_token_id'] = (
-      None if config.get('pad_token_id') in ends else config.get('pad_token_id')
-    )
-    return (
-      None,
-      params,
-      'of config.json' if config['pad_token_id'] is not None else 'none: one row at a time',
-    )
-  tokenizer = copy.deepcopy(tokenizer)
-  tokenizer.padding_side = 'right'
-  ends |= _ids(tokenizer.eos_token_id)
-  special = {
-    i: str(t)
-    for i, t in tokenizer.added_tokens_decoder.items()
-    if t.special and i not in ends and i < vocab
-  }
-
-  def named(*words):
-    return [i for i, t in special.items() if any(word in t.lower() for word in words)]
-
-  own = {i for i in _ids(tokenizer.pad_token_id) - ends if i < vocab}
-  free = [*own, *named('pad'), *named('reserved', 'unused')]
-  if not free and len(tokenizer) >= vocab and tokenizer.bos_token_id in special:
-    free = [tokenizer.bos_token_id]
-  if free:
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
-    why = '' if own else ', because the tokenizer has none, or one that ends responses'
-    words = f'{tokenizer.pad_token} (id {free[0]}){why}'
-  else:
-    tokenizer.add_special_tokens({'pad_token': '<|alignjax_pad|>'})
-    more = max(0, tokenizer.pad_token_id + 1 - vocab)
-    rows = f', with {more} more rows of embeddings' if more else ''
-    words = f'{tokenizer.pad_token} (id {tokenizer.pad_token_id}), a new token{rows}'
-    table = np.asarray(params['embed']['tokens'])
-    params = {
-      **params,
-      'embed': {**params['embed'], 'tokens': np.concatenate([table, np.zeros_like(table[:more])])},
-    }
-    config['vocab_size'] = vocab + more
-  config['pad_token_id'] = tokenizer.pad_token_id
-  return tokenizer, params, words
 
 
 def _rows(family: Family, cfg: TransformerConfig, scalar: bool) -> Sequence[Any]:

@@ -1,5 +1,8 @@
 """Adapters in the files of huggingface/peft: adapter_config.json and adapter_model.safetensors.
 
+Those of a policy are for a causal language model, and those of a reward model for a sequence
+classifier with one label, whose head is trained whole and stands beside them.
+
 The names of modules come from the tables of models/families.py. peft's lora_A.weight is our A
 transposed, and so is lora_B.weight. Where a file fuses projections, as GPT-2's c_attn, peft has one
 A for all of them. Ours, which has one for each, is written as adapters of their summed rank, which
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
+from alignjax.models import classifier, config_json
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import Family
 from alignjax.models.lora import LoRA
@@ -26,10 +30,20 @@ from alignjax.types import Params
 
 CONFIG, TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
+HEAD = f'{PREFIX}score.weight'
+HEADS = ('score', 'classifier')  # what peft calls the heads of classifiers, present or not
 PLAIN = dict(peft_type='LORA', bias='none')  # what adapter_config.json may say only in this way
 # The entries that are read, and those that leave the function as it is. Any other one that says
 # something may change it: DoRA, a base that was changed before training, layers that are repeated.
-READ = ('r', 'lora_alpha', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'modules_to_save')
+READ = (
+  'r',
+  'lora_alpha',
+  'use_rslora',
+  'rank_pattern',
+  'alpha_pattern',
+  'modules_to_save',
+  classifier.ENTRY,
+)
 HARMLESS = (
   'task_type',
   'auto_mapping',
@@ -76,15 +90,18 @@ def save(
   lora: LoRA,
   adapters: Params,
   base: str,
+  more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Writes adapters of a policy. The folder exists.
+  """Writes adapters. The folder exists.
 
   Args:
     folder: the folder to write to.
     family, cfg: of the checkpoint that the adapters belong to.
     lora: their declaration.
-    adapters: {'layers': ...} (models/lora.py).
+    adapters: {'layers': ...} of a policy, and {'final': {'score': ...}} beside it of a reward model
+      (models/lora.py). The bias of the score is not written.
     base: the name of the checkpoint, for adapter_config.json.
+    more: further entries of adapter_config.json.
 
   Returns:
     {'modules': how many modules of a layer have adapters, 'bytes'}.
@@ -109,10 +126,14 @@ def save(
       name = PREFIX + module.name.format(i=i)
       tensors[f'{name}.lora_A.weight'] = np.ascontiguousarray(a)
       tensors[f'{name}.lora_B.weight'] = np.ascontiguousarray(b)
+  scalar = 'final' in adapters
+  if scalar:
+    tensors[HEAD] = np.ascontiguousarray(np.asarray(adapters['final']['score']['kernel']).T)
   folder = pathlib.Path(folder)
   save_file(tensors, folder / TENSORS, metadata={'format': 'pt'})
   config = PLAIN | dict(
-    task_type='CAUSAL_LM',
+    task_type='SEQ_CLS' if scalar else 'CAUSAL_LM',
+    modules_to_save=['score'] if scalar else None,
     base_model_name_or_path=base,
     r=lora.rank,
     lora_alpha=lora.alpha,
@@ -122,6 +143,7 @@ def save(
     alpha_pattern=alphas,
     fan_in_fan_out=_transposed(family),
     inference_mode=True,
+    **(more or {}),
   )
   (folder / CONFIG).write_text(json.dumps(config, indent=2))
   return {'modules': len(names), 'bytes': sum(x.nbytes for x in tensors.values())}
@@ -129,7 +151,8 @@ def save(
 
 def read(folder: str | os.PathLike, family: Family, cfg: TransformerConfig) -> tuple[LoRA, Params]:
   """(the declaration, the adapters as numpy arrays) of a folder that peft has written for a causal
-  language model.
+  language model or for a sequence classifier with one label, whose adapters have a head
+  ('final').
 
   Modules of different ranks get the largest one, with zeros, and the scale of each becomes part of
   B.
@@ -147,6 +170,7 @@ def read(folder: str | os.PathLike, family: Family, cfg: TransformerConfig) -> t
     raise ValueError(
       f'{folder / TENSORS}: not a whole safetensors file ({type(error).__name__}: {error}).'
     ) from None
+  head = _head(tensors, cfg, folder)
   found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
   for module in modules(family, cfg):
     names = [PREFIX + module.name.format(i=i) for i in range(cfg.num_layers)]
@@ -172,7 +196,7 @@ def read(folder: str | os.PathLike, family: Family, cfg: TransformerConfig) -> t
       'lora_b': np.stack([_padded(b, rank, 0) for _, b in pairs]),
     }
   targets = tuple(sorted({name for _, name in found}))
-  return LoRA(rank=rank, alpha=float(rank), targets=targets), {'layers': layers}
+  return LoRA(rank=rank, alpha=float(rank), targets=targets), {'layers': layers} | head
 
 
 def base_of(folder: str | os.PathLike) -> str:
@@ -182,6 +206,11 @@ def base_of(folder: str | os.PathLike) -> str:
   if not isinstance(base, str) or not base:
     raise ValueError(f'{path}: base_model_name_or_path={base!r} names no checkpoint.')
   return base
+
+
+def has_score(folder: str | os.PathLike) -> bool:
+  """Whether adapters are those of a reward model: the score of a classifier stands beside them."""
+  return bool(_read_config(pathlib.Path(folder) / CONFIG).get('modules_to_save'))
 
 
 def modules(family: Family, cfg: TransformerConfig) -> Iterator[Module]:
@@ -277,6 +306,20 @@ def _parts(
   return {target: (a.T, each[j]) for j, target in enumerate(module.targets)}
 
 
+def _head(tensors: dict[str, np.ndarray], cfg: TransformerConfig, folder: pathlib.Path) -> Params:
+  """{'final': ...} of a classifier, or {}. The tensor of the head is taken out of `tensors`."""
+  if not has_score(folder):
+    return {}
+  kernel = _taken(tensors, HEAD, folder)
+  if kernel.shape != (1, cfg.d_model):
+    raise ValueError(
+      f'{folder / TENSORS}: {HEAD} {list(kernel.shape)} is not the head of a classifier with one '
+      f'label, [1, {cfg.d_model}].'
+    )
+  bias = np.float32([config_json.score_bias(folder, CONFIG)])
+  return {'final': {'score': {'kernel': kernel.T, 'bias': bias}}}
+
+
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   try:
     config = json.loads(path.read_bytes())
@@ -297,10 +340,11 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   for key in sorted(config.keys() - set(known)):
     if config[key]:
       raise ValueError(f'{path}: {key}={config[key]!r} is not covered.')
-  if config.get('modules_to_save'):
+  whole = config.get('modules_to_save') or []
+  if whole and not (config.get('task_type') == 'SEQ_CLS' and {*whole} <= {*HEADS}):
     raise ValueError(
-      f'{path}: modules_to_save={config["modules_to_save"]} are whole modules beside the adapters, '
-      f'which are not covered.'
+      f'{path}: modules_to_save={whole} are whole modules beside the adapters, which are not '
+      f'covered but for the score of a classifier (task_type SEQ_CLS).'
     )
   for key in ('r', 'lora_alpha'):
     if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)):

@@ -246,7 +246,7 @@ def _origin(setup: Setup, spec: str, own: lora.LoRA, head: str) -> Origin:
     return adapter_shapes(other, model, 'lm') == adapter_shapes(own, model, 'lm')
 
   if spec.startswith('peft:'):
-    saved, tree, base = peft_adapters(spec, model)
+    saved, tree, base = peft_adapters(spec, model, head)
     if alike(saved):
       setup.read.update(inputs.of_weights(spec))
       return Origin(base, tree, saved.scale)

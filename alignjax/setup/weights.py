@@ -36,7 +36,7 @@ def initial_params(setup: Setup, spec: str, head: str, seed: int) -> Params:
     return hf.load(spec.removeprefix('hf:'), model, head, setup.sharder.params, key)
   shardings = setup.sharder.params(jax.eval_shape(lambda: transformer.init(model, key, head)))
   if spec.startswith('peft:'):
-    declared, own, base = peft_adapters(spec, model)
+    declared, own, base = peft_adapters(spec, model, head)
     whole = initial_params(setup, base, head, seed)
     return merged(whole, own, declared, shardings)
   if spec == 'random':
@@ -95,12 +95,16 @@ def merged(whole: Params, own: Params, declared: lora.LoRA, shardings: Params) -
   return jax.jit(together, out_shardings=shardings)(whole, own)
 
 
-def peft_adapters(spec: str, model: TransformerConfig) -> tuple[lora.LoRA, Params, str]:
-  """(the declaration, the adapters on the host, 'hf:NAME' of their base) of 'peft:FOLDER'."""
+def peft_adapters(spec: str, model: TransformerConfig, head: str) -> tuple[lora.LoRA, Params, str]:
+  """(the declaration, the adapters on the host, 'hf:NAME' of their base) of 'peft:FOLDER'. head:
+  'lm' or 'scalar', of the network that they are for."""
   folder = hub.folder_of(spec.removeprefix('peft:'))
   base = peft.base_of(folder)
   family = FAMILIES[config_json.declared(hub.folder_of(base)).kind]
-  return *peft.read(folder, family, model), f'hf:{base}'
+  declared, own = peft.read(folder, family, model)
+  if 'final' in own and head == 'lm':
+    raise ValueError(f'{spec!r} is a reward model; a policy cannot start from it.')
+  return declared, own, f'hf:{base}'
 
 
 def saved_adapters(folder: files.Folder) -> tuple[lora.LoRA | None, str]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import plugins
-from alignjax.models import hf
+from alignjax.models import hf, hub, peft
 from alignjax.runtime import checkpoint
 from alignjax.setup import entries, inputs
 from alignjax.setup.objects import Setup, seed_of
@@ -57,7 +57,7 @@ def check_head(setup: Setup, name: str, spec: str) -> None:
   if spec.startswith('hf:'):
     found = 'scalar' if hf.has_score(spec.removeprefix('hf:')) else 'lm'
   elif spec.startswith('peft:'):
-    found = 'lm'
+    found = 'scalar' if peft.has_score(hub.folder_of(spec.removeprefix('peft:'))) else 'lm'
   else:
     found = checkpoint.load_info(inputs.weights_folder(setup.workdir, spec))['head']
   if found != wanted:
