@@ -97,7 +97,7 @@ def test_stop_texts_end_a_continuation(model):
 @pytest.mark.parity
 @pytest.mark.filterwarnings('ignore')
 def test_the_same_numbers_as_the_hf_backend(model):
-  pytest.importorskip('torch')
+  pytest.importorskip('accelerate')  # of lm-eval's hf backend, which needs torch too
   pytest.importorskip('lm_eval')
   from lm_eval.models.huggingface import HFLM
 

@@ -718,7 +718,7 @@ def test_the_same_numbers_on_a_mesh(model):
 def test_the_same_figures_as_the_hf_backend(model, tmp_path):
   """A choice, sampled answers and TruthfulQA, zero-shot and few-shot, per document; inputs longer
   than the context among them."""
-  pytest.importorskip('torch')
+  pytest.importorskip('accelerate')  # of lm-eval's hf backend, which needs torch too
   from lm_eval.models.huggingface import HFLM
 
   theirs, ours = (

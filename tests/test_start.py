@@ -154,7 +154,7 @@ def test_a_rendered_conversation_has_its_control_tokens_in_the_harness(model):
 @pytest.mark.parity
 @pytest.mark.filterwarnings('ignore')
 def test_a_tokenizer_with_bos_as_the_hf_backend(model, with_bos):
-  pytest.importorskip('torch')
+  pytest.importorskip('accelerate')  # of lm-eval's hf backend, which needs torch too
   pytest.importorskip('lm_eval')
   from lm_eval.models.huggingface import HFLM
 
