@@ -3,11 +3,12 @@
     alignjax estimate --config=instructgpt_175b --topology=v5p:8x8x8 --stage=ppo_ptx
     alignjax estimate --config=ppo_ptx:tiny             for the devices at hand
 
-The command compiles the step of a stage and reads the compiled program; it reads no weights and no
-data, and of a checkpoint that a recipe starts from config.json and the tokenizer. A TPU topology needs the TPU compiler but no TPU: libtpu, in a folder of its own (an
-error explains how to install it). The command prints memory, operations, communication and time by
-phase. --out=FOLDER writes them as JSON, and FOLDER/table.md with all estimates in the folder. The
-exit code is 1 if the step does not fit.
+The command compiles the step of a stage and reads the compiled program. It reads no weights and no
+data, and of a checkpoint that a recipe starts from only config.json and the tokenizer. A TPU
+topology needs the TPU compiler but no TPU: libtpu, in a folder of its own (an error explains how to
+install it). The command prints memory, operations, communication and time by phase. --out=FOLDER
+writes them as JSON, and FOLDER/table.md with all estimates in the folder. The exit code is 1 if the
+step does not fit.
 """
 
 import importlib
