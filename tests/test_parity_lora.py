@@ -87,8 +87,7 @@ def test_we_read_those_of_peft(base, rslora):
 
 
 def classifier(folder):
-  """The base as transformers' classifier with one label, whose head is random, and how it scores
-  rows that are padded on the right."""
+  """The base as transformers' classifier with one label, whose head is random."""
   torch.manual_seed(1)
   model = transformers.AutoModelForSequenceClassification.from_pretrained(
     folder / 'base', num_labels=1, pad_token_id=PAD

@@ -9,6 +9,7 @@ import reprlib
 import sys
 from typing import Any, NamedTuple
 
+from alignjax.models import classifier
 from alignjax.models.config import TransformerConfig
 from alignjax.models.config_entries import Entries, read_object
 from alignjax.models.config_rope import rope, rope_type
@@ -81,9 +82,9 @@ def score_bias(folder: pathlib.Path, file: str = 'config.json') -> float:
   """The number that models/export.py left to be added to a reward model's scores:
   alignjax_score_bias of config.json or of adapter_config.json, or 0."""
   path = folder / file
-  bias = read_object(path).get('alignjax_score_bias', 0.0)
+  bias = read_object(path).get(classifier.ENTRY, 0.0)
   if type(bias) not in (int, float) or not abs(bias) <= sys.float_info.max:
-    raise ValueError(f'{path}: alignjax_score_bias={reprlib.repr(bias)} is not a number.')
+    raise ValueError(f'{path}: {classifier.ENTRY}={reprlib.repr(bias)} is not a number.')
   return float(bias)
 
 

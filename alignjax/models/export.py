@@ -197,7 +197,7 @@ def _config(
         'export takes that file over; such a model cannot be exported.'
       )
   config = {
-    k: v for k, v in config.items() if k not in ('torch_dtype', 'alignjax_score_bias', 'auto_map')
+    k: v for k, v in config.items() if k not in ('torch_dtype', classifier.ENTRY, 'auto_map')
   }
   config |= dict(architectures=[name], dtype=dtype, tie_word_embeddings=cfg.tie_embeddings)
   longest = config.get('max_position_embeddings', old.max_length)

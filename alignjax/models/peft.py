@@ -170,7 +170,7 @@ def read(folder: str | os.PathLike, family: Family, cfg: TransformerConfig) -> t
     raise ValueError(
       f'{folder / TENSORS}: not a whole safetensors file ({type(error).__name__}: {error}).'
     ) from None
-  head = _head(tensors, cfg, folder)
+  head = _head(tensors, cfg, folder) if config.get('modules_to_save') else {}
   found: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
   for module in modules(family, cfg):
     names = [PREFIX + module.name.format(i=i) for i in range(cfg.num_layers)]
@@ -307,9 +307,7 @@ def _parts(
 
 
 def _head(tensors: dict[str, np.ndarray], cfg: TransformerConfig, folder: pathlib.Path) -> Params:
-  """{'final': ...} of a classifier, or {}. The tensor of the head is taken out of `tensors`."""
-  if not has_score(folder):
-    return {}
+  """The head of a classifier, {'final': ...}. Its tensor is taken out of `tensors`."""
   kernel = _taken(tensors, HEAD, folder)
   if kernel.shape != (1, cfg.d_model):
     raise ValueError(
