@@ -98,12 +98,14 @@ class ComparisonBatch:
     mask: bool[B,K,T], True where a token is real.
     ranks: i32[B,K]; 0 is best, equal numbers are ties, and -1 marks an absent response.
     weights: f32[B], the weight of each prompt in the loss: 1, or 0 for a row that only fills the
-      batch. `normalized()` divides them by B, which is the same for every update of a run, so that
-      each prompt has the same weight in an epoch (the expectation of Eq. 1). A short last batch
-      makes a smaller gradient instead of heavier prompts.
+      batch. `normalized()` divides them by `prompts`, so that each prompt has the same weight in an
+      epoch (the expectation of Eq. 1). A short last batch makes a smaller gradient instead of
+      heavier prompts.
     mean_weights: f32[B], the weights of logged figures, or None before `normalized()`. They add up
       to 1 over the prompts of this batch that have a pair without a tie, so that accuracy and loss
       of a short batch are logged as means.
+    prompts: how many prompts every update of the run has, without the rows that fill it up to a
+      multiple of the devices and microbatches; None: B.
   """
 
   tokens: Array
@@ -111,6 +113,7 @@ class ComparisonBatch:
   ranks: Array
   weights: Array
   mean_weights: Array | None = None
+  prompts: int | None = flax.struct.field(pytree_node=False, default=None)
 
   def pairs(self) -> Array:
     """bool[B,K,K]: [b, i, j] is True where response i is ranked above response j, which is never
@@ -127,7 +130,9 @@ class ComparisonBatch:
     """The batch with the weights that losses and metrics sum with."""
     informative = jnp.where(self.pairs().any((1, 2)), self.weights, 0.0)
     return dataclasses.replace(
-      self, weights=self.weights / len(self.weights), mean_weights=normalize(informative)
+      self,
+      weights=self.weights / (self.prompts or len(self.weights)),
+      mean_weights=normalize(informative),
     )
 
 
@@ -288,8 +293,8 @@ class LossFn(Protocol):
 
   A loss is a weighted sum. Its weights were normalised over the whole minibatch beforehand
   (batch.normalized()), so that the gradients of microbatches add up to the gradient of the
-  minibatch exactly. Metrics add up in the same way, except for those whose name ends in `_max`,
-  which are combined by maximum.
+  minibatch exactly. Metrics add up in the same way, except for those with the word `max` in the
+  last part of their name, such as `ppo/ratio_max_dev`, which are combined by maximum.
   """
 
   def __call__(

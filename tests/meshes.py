@@ -49,9 +49,7 @@ def main(arguments: list[str]) -> int:
     axes = [
       f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh, strict=True)
     ]
-    # a reward model's step takes a multiple of the data shards, here 8 prompts on all
-    batch = 'stages.rm.responses_per_batch=72'
-    return processes.run(workdir, 1, devices, [*axes, batch, 'report.policies={}'], timeout=3600)
+    return processes.run(workdir, 1, devices, [*axes, 'report.policies={}'], timeout=3600)
 
   if run(one, 1, (1, 1, 1)):
     raise SystemExit(f'the run on one device failed: {one}.0.log')

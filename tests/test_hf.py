@@ -269,7 +269,14 @@ BROKEN = {
     _moved(lambda f: None),
     'model-1.safetensors is not read, as in transformers',
   ),
-  'an adapter': (lambda f: (f / 'adapter_config.json').write_text('{}'), 'PEFT adapter'),
+  'an adapter': (
+    lambda f: (f / 'adapter_config.json').write_text('{}'),
+    "PEFT adapter: the init of a stage reads it as 'peft:/",
+  ),
+  'an adapter alone': (
+    lambda f: (f / 'config.json').rename(f / 'adapter_config.json'),
+    "no config.json; .* It is a PEFT adapter: the init of a stage reads it as 'peft:/",
+  ),
   'the head twice': (
     _tensors(lambda t: t.update({'embed_out.weight': t['lm_head.weight']})),
     "no place.*'embed_out.weight'",

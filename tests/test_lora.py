@@ -164,11 +164,14 @@ def test_adapters_that_do_not_fit():
     (dict(modules_to_save=['score', 'embed'], task_type='SEQ_CLS'), 'whole modules beside'),
     (dict(r='2'), "r='2' is no number"),
     (dict(base_model_name_or_path=None), 'names no checkpoint'),
+    (dict(revision='v2'), "adapter_config.json: revision='v2' of the base is not covered"),
+    (dict(alignjax_score_bias=0.5), 'alignjax_score_bias=0.5 is for the scores of a reward model'),
   ],
 )
 def test_folders_of_peft_that_are_refused(entry, message, tmp_path):
   """Whatever may change the function is refused by name; what says nothing is not."""
   plain = dict(peft_type='LORA', r=2, lora_alpha=3, use_dora=False, loftq_config={}, bias='none')
+  plain |= dict(revision='main', alignjax_score_bias=0.0)
   file = tmp_path / peft.CONFIG
   file.write_text(json.dumps(plain | dict(base_model_name_or_path='base')))
   assert peft.base_of(tmp_path) == 'base'

@@ -13,6 +13,7 @@ from alignjax import losses, plugins, steps, train
 from alignjax.configs import base, dpo, pythia_1b_hh, ukp_rm
 from alignjax.configs.selected import selection as selected
 from alignjax.data import encode, hygiene
+from alignjax.models import transformer
 from alignjax.runtime import checkpoint, metrics
 from alignjax.setup.objects import make_setup
 from alignjax.setup.records import open_documents, records
@@ -151,10 +152,11 @@ def rankings(sizes):
   )
 
 
-@pytest.mark.parametrize('microbatches', [1, 2, 4])
-def test_over_an_epoch_every_prompt_weighs_the_same(microbatches, tmp_path):
+@pytest.mark.parametrize('devices,microbatches', [(1, 1), (1, 2), (2, 4), (8, 1), (8, 2)])
+def test_over_an_epoch_every_prompt_weighs_the_same(devices, microbatches, tmp_path):
   """Eq. 1 is a mean over prompts. 21 pairs, 7 of K=4 and 3 of K=9, in buckets of K and length whose
-  last batches are short."""
+  last batches are short. Devices and microbatches change the rows that fill a batch, and neither
+  which prompts an update has nor what they weigh."""
   c = base.get_config('tiny')
   c.stages.rm.update(
     k_buckets=(2, 4, 9),
@@ -163,20 +165,56 @@ def test_over_an_epoch_every_prompt_weighs_the_same(microbatches, tmp_path):
     microbatches=microbatches,
     epochs=2,
   )
-  setup = make_setup(c, tmp_path)
+  setup = make_setup(c, tmp_path, jax.local_devices()[:devices])
   data = rankings([2] * 21 + [4] * 7 + [9] * 3)
   plan = comparisons.updates(setup, 'rm', data)
   assert plan.prompts == 4 and len({shape for shape, _ in plan.order}) > 2
+  assert plan.rows == max(4, devices * microbatches)
+  c.stages.rm.microbatches = 1
+  alone = comparisons.updates(make_setup(c, tmp_path, jax.local_devices()[:1]), 'rm', data)
+  assert [(k, rows.tolist()) for k, rows in plan.order] == [
+    (k, rows.tolist()) for k, rows in alone.order
+  ]
   weights = np.zeros(31)
   for i, (shape, rows) in enumerate(plan.order):
     batch = comparisons.batch(setup, data, plan, i, encode.comparisons).normalized()
-    assert batch.tokens.shape[:2] == (4, shape[0])
+    assert batch.tokens.shape[:2] == (plan.rows, shape[0])
     own = np.concatenate(steps.split(np.asarray(batch.weights), microbatches))
     assert (own[len(rows) :] == 0).all() and (
-      batch.tokens[: len(rows), 0, 0] == np.asarray(rows) + 2
+      np.asarray(batch.tokens)[: len(rows), 0, 0] == np.asarray(rows) + 2
     ).all()
     np.add.at(weights, rows, own[: len(rows)])
   np.testing.assert_allclose(weights, 2 / 4)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_an_update_of_the_reward_model_is_the_same_on_eight_devices(devices, tmp_path):
+  """Six prompts on eight devices: two rows fill the batch, and the gradient is that of six."""
+  c = base.get_config('tiny')
+  c.stages.rm.update(k_buckets=(2,), row_lengths=(), responses_per_batch=12)
+  setup = make_setup(c, tmp_path, jax.local_devices()[:devices])
+  data = rankings([2] * 6)
+  plan = comparisons.updates(setup, 'rm', data)
+  assert (plan.prompts, plan.rows) == (6, 6 if devices == 1 else 8)
+  batch = comparisons.batch(setup, data, plan, 0, encode.comparisons)
+  chosen = plan.order[0][1]
+  expected = encode.comparisons(
+    [data.prompts[i] for i in chosen],
+    [data.responses[i] for i in chosen],
+    [[0, 1]] * 6,
+    setup.length,
+    2,
+    setup.text.template.pad,
+  )
+  params = {'reward': transformer.init(setup.reward_model, jax.random.key(0), 'scalar')}
+  grads = jax.jit(
+    lambda p, b: steps.gradients(losses.reward_ranking, p, b, None, nets=setup.nets)[:2]
+  )
+  whole, figures = grads(params, batch)
+  six, of_six = grads(params, jax.tree.map(jnp.asarray, expected))
+  jax.tree.map(lambda a, b: close(a, b, rtol=1e-4, atol=1e-6), whole, six)
+  for name in figures:
+    close(figures[name], of_six[name], rtol=1e-5)
 
 
 def test_a_short_batch_makes_a_smaller_gradient_and_its_figures_are_means():
@@ -202,15 +240,19 @@ def test_a_short_batch_makes_a_smaller_gradient_and_its_figures_are_means():
 def test_every_update_can_be_cut_into_the_microbatches(microbatches, k, tmp_path):
   c = base.get_config('tiny')
   c.stages.rm.update(responses_per_batch=64, microbatches=microbatches)
-  assert comparisons.prompts_per_update(make_setup(c, tmp_path), 'rm', k) % microbatches == 0
+  setup = make_setup(c, tmp_path, jax.local_devices()[:2])
+  prompts = comparisons.prompts_per_update(setup, 'rm', k)
+  assert prompts == {2: 32, 4: 16, 9: 7}[k]
+  rows = comparisons.filled(setup, 'rm', prompts)
+  assert rows % (2 * microbatches) == 0 and 0 <= rows - prompts < 2 * microbatches
 
 
 @pytest.mark.parametrize(
   'changes,words',
   [
     (
-      {'microbatches': 12},
-      r'microbatches=12 cuts an update of stages.rm.responses_per_batch=54 into parts of no prompt',
+      {'microbatches': 28},
+      r'microbatches=28 cuts an update of stages.rm.responses_per_batch=54 into parts of no prompt',
     ),
     ({'microbatches': 0}, 'microbatches=0'),
     ({'epochs': 0.5}, 'epochs=0.5 must be a whole number'),
@@ -416,3 +458,15 @@ def test_a_step_compiles_from_shapes(stage, tmp_path):
     lambda x: x.shape, plan.arguments[0]
   )
   assert figures[f'{stage}/loss'].shape == () and sum(map(len, plan.work.values())) > 0
+
+
+def test_ranks_begin_at_0_where_the_best_response_is_too_long(tmp_path):
+  rows = [
+    dict(prompt='a', responses=['much too long', 'b', 'c', 'd'], ranks=[0, 3, 1, 1]),
+    dict(prompt='b', responses=['x', 'y'], ranks=[2, 5]),
+  ]
+  c = small_rm(tmp_path, rows)
+  c.stages.rm.k_buckets = (4,)
+  c.data.too_long = 'drop'
+  made = comparisons.training(make_setup(c, tmp_path / 'run'), 'rm')
+  assert made.ranks == [[1, 0, 0], [0, 1]]

@@ -33,5 +33,5 @@ def get_config(size: str = 'default'):
     model=dict(dtype='bfloat16', remat='full', logits_chunk=4096, max_length=4096),
   )
   c.stages.ppo_ptx.microbatches = 8
-  c.stages.sft.microbatches = c.stages.rm.microbatches = 4
+  c.stages.sft.microbatches, c.stages.rm.microbatches = 4, 2
   return recipe.shrink(c) if size == 'tiny' else c

@@ -24,7 +24,7 @@ from alignjax.models.lora import LoRA
 from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup import inputs, texts
 from alignjax.setup.models import policy_config, reward_config
-from alignjax.setup.weights import load_adapters, saved_adapters, stage_params
+from alignjax.setup.weights import load_adapters, made_from, saved_adapters, stage_params
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
@@ -308,12 +308,7 @@ def _load_stage(
       )
     )
   saved, info = trained_with(name), checkpoint.load_info(weights)
-  final = folder / 'final'
-  _check_tokens(
-    name,
-    folder.parent,
-    (checkpoint.load_info(final) if checkpoint.is_finished(final) else info).get('made', {}),
-  )
+  _check_tokens(name, folder.parent, made_from(weights))
   found = info['head']
   if head not in (None, found):
     raise ValueError(
@@ -362,6 +357,11 @@ def adapters(name: str, model: Model) -> tuple[LoRA, Params, str]:
   declared, base = saved_adapters(weights)
   if declared is None:
     raise ValueError(f'{name} was trained without adapters: leave --adapters out.')
+  if base.startswith('peft:'):
+    raise ValueError(
+      f'{name}: its adapters belong to a model that {base} was merged into, which peft could not '
+      f'load as their base: leave --adapters out, which writes the merged model.'
+    )
   if not base.startswith('hf:'):
     raise ValueError(
       f'{name}: its adapters belong to {base}, which is no checkpoint that peft could load: leave '

@@ -66,16 +66,17 @@ def leave_bias(
   return f'{bias:.6g}, in {file} as {ENTRY}: add it to the logit'
 
 
-def pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[Any, Params, str]:
+def pad_apart(config: dict[str, Any], tokenizer: Any) -> tuple[Any, str]:
   """Chooses a pad token that no response ends in, because the classifier of transformers scores a
   row at its last token that is not pad_token_id.
 
   The choices are, in this order: the tokenizer's own; a special token that is reserved or made for
-  it; a new token where the model has embeddings to spare; the beginning of text; a new token with a
-  row of zeros. The tokenizer then pads on the right, where absolute positions do not move.
+  it; a new token where the model has embeddings to spare; the beginning of text; a new token, for
+  which vocab_size grows (with_vocabulary). The tokenizer then pads on the right, where absolute
+  positions do not move.
 
   Returns:
-    (tokenizer, params, the choice in words). `config` is changed.
+    (tokenizer, the choice in words). `config` is changed.
   """
   ends, vocab = ids(config.get('eos_token_id')), config['vocab_size']
   if tokenizer is None:
@@ -84,7 +85,6 @@ def pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[A
     )
     return (
       None,
-      params,
       'of config.json' if config['pad_token_id'] is not None else 'none: one row at a time',
     )
   tokenizer = copy.deepcopy(tokenizer)
@@ -112,11 +112,17 @@ def pad_apart(config: dict[str, Any], tokenizer: Any, params: Params) -> tuple[A
     more = max(0, tokenizer.pad_token_id + 1 - vocab)
     rows = f', with {more} more rows of embeddings' if more else ''
     words = f'{tokenizer.pad_token} (id {tokenizer.pad_token_id}), a new token{rows}'
-    table = np.asarray(params['embed']['tokens'])
-    params = {
-      **params,
-      'embed': {**params['embed'], 'tokens': np.concatenate([table, np.zeros_like(table[:more])])},
-    }
     config['vocab_size'] = vocab + more
   config['pad_token_id'] = tokenizer.pad_token_id
-  return tokenizer, params, words
+  return tokenizer, words
+
+
+def with_vocabulary(params: Params, size: int) -> Params:
+  """The parameters with a table of `size` embeddings: rows of zeros come after those of the model,
+  on the host. Where nothing is missing, the parameters are returned as they are."""
+  table = params['embed']['tokens']
+  if len(table) == size:
+    return params
+  tokens = np.zeros((size, *table.shape[1:]), table.dtype)
+  tokens[: len(table)] = table
+  return {**params, 'embed': {**params['embed'], 'tokens': tokens}}

@@ -53,14 +53,10 @@ def declared(folder: pathlib.Path) -> Declared:
   """
   path = folder / 'config.json'
   if not path.exists():
-    adapter = (
-      ' It is a PEFT adapter; merge it into its model first.'
-      if (folder / 'adapter_config.json').exists()
-      else ''
-    )
+    adapter = (folder / 'adapter_config.json').exists()
     raise FileNotFoundError(
-      f'{folder}: no config.json; a checkpoint folder has config.json and '
-      f'model.safetensors.{adapter}'
+      f'{folder}: no config.json; a checkpoint folder has config.json and model.safetensors.'
+      f'{f" It is {as_adapter(folder)}" if adapter else ""}'
     )
   entries = Entries(path, read_object(path))
   kind = entries.values.get('model_type')
@@ -76,6 +72,15 @@ def declared(folder: pathlib.Path) -> Declared:
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from None
   return Declared(kind, fields, bound)
+
+
+def as_adapter(folder: pathlib.Path) -> str:
+  """What to do with a folder of adapters where a checkpoint was expected, as the end of a
+  sentence."""
+  return (
+    f"a PEFT adapter: the init of a stage reads it as 'peft:{folder}', together with its base; "
+    'elsewhere, name the base, or merge the adapter into it first.'
+  )
 
 
 def score_bias(folder: pathlib.Path, file: str = 'config.json') -> float:

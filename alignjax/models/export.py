@@ -38,6 +38,8 @@ FREE = (
   'unused_ids',
 )
 
+SHARD_BYTES = 5 * 10**9  # the most bytes of one file
+
 
 def save(
   folder: str | os.PathLike,
@@ -46,7 +48,7 @@ def save(
   params: Params,
   *,
   dtype: str = 'float32',
-  shard_bytes: int = 5 * 10**9,
+  shard_bytes: int = SHARD_BYTES,
   tokenizer: Any = None,
   ends: Sequence[int] = (),
   bias: str | None = None,
@@ -103,7 +105,8 @@ def save(
     config |= dict(
       num_labels=1, id2label={'0': 'score'}, label2id={'score': 0}, problem_type='regression'
     )
-    tokenizer, params, report['pad'] = classifier.pad_apart(config, tokenizer, params)
+    tokenizer, report['pad'] = classifier.pad_apart(config, tokenizer)
+    params = classifier.with_vocabulary(params, config['vocab_size'])
     cfg = dataclasses.replace(cfg, vocab_size=config['vocab_size'])
   partial = folder.with_name(folder.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
@@ -128,6 +131,23 @@ def save(
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)
   return report
+
+
+def save_weights(
+  folder: str | os.PathLike,
+  source: str | os.PathLike,
+  cfg: TransformerConfig,
+  params: Params,
+  dtype: str,
+) -> None:
+  """Writes the tensors of a policy alone, in the place of those that the folder had, for an engine
+  that has read config.json and the tokenizer elsewhere. The arguments are those of `save`."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for path in [*folder.glob('*.safetensors'), folder / hf.INDEX]:
+    path.unlink(missing_ok=True)
+  family = FAMILIES[config_json.declared(hub.folder_of(source)).kind]
+  _write_tensors(folder, family.tensors(cfg), cfg, params, dtype, SHARD_BYTES)
 
 
 def save_adapters(
@@ -162,7 +182,7 @@ def save_adapters(
     config = config_entries.read_object(source / 'config.json')
     config |= _special_ids(config, tokenizer, ends)
     before = config['vocab_size']
-    padded, _, report['pad'] = classifier.pad_apart(config, tokenizer, model.params)
+    padded, report['pad'] = classifier.pad_apart(config, tokenizer)
     if config['vocab_size'] == before:
       tokenizer = padded
       report['pad'] += '; give it to the classifier as pad_token_id'

@@ -54,10 +54,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files that transformers reads: model.safetensors, or without it those that the index names,
   and no others."""
   if (folder / 'adapter_config.json').exists():
-    raise ValueError(
-      f'{folder}: adapter_config.json makes it a PEFT adapter, which is not read. Merge it into '
-      f'its model first.'
-    )
+    raise ValueError(f'{folder}: adapter_config.json makes it {config_json.as_adapter(folder)}')
   index = folder / INDEX
   if (folder / SINGLE).is_file():
     return [folder / SINGLE]

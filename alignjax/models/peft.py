@@ -33,6 +33,7 @@ PREFIX = 'base_model.model.'
 HEAD = f'{PREFIX}score.weight'
 HEADS = ('score', 'classifier')  # what peft calls the heads of classifiers, present or not
 PLAIN = dict(peft_type='LORA', bias='none')  # what adapter_config.json may say only in this way
+MAIN = (None, '', 'main')  # revision: of the base, which is read as the hub has it now
 # The entries that are read, and those that leave the function as it is. Any other one that says
 # something may change it: DoRA, a base that was changed before training, layers that are repeated.
 READ = (
@@ -49,7 +50,6 @@ HARMLESS = (
   'auto_mapping',
   'peft_version',
   'base_model_name_or_path',
-  'revision',
   'inference_mode',
   'target_modules',
   'exclude_modules',
@@ -334,7 +334,12 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
       f'{path}: init_lora_weights={begun!r} is not covered, because it changes the base; peft can '
       f'convert such adapters (save_pretrained with path_initial_model_for_weight_conversion).'
     )
-  known = (*PLAIN, *READ, *HARMLESS, 'init_lora_weights', 'eva_config')
+  if (revision := config.get('revision')) not in MAIN:
+    raise ValueError(
+      f'{path}: revision={revision!r} of the base is not covered, only the main one: download that '
+      f'revision, name its folder as base_model_name_or_path, and delete the entry revision.'
+    )
+  known = (*PLAIN, *READ, *HARMLESS, 'init_lora_weights', 'eva_config', 'revision')
   for key in sorted(config.keys() - set(known)):
     if config[key]:
       raise ValueError(f'{path}: {key}={config[key]!r} is not covered.')
@@ -343,6 +348,11 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     raise ValueError(
       f'{path}: modules_to_save={whole} are whole modules beside the adapters, which are not '
       f'covered but for the score of a classifier (task_type SEQ_CLS).'
+    )
+  if config.get(classifier.ENTRY) and not whole:
+    raise ValueError(
+      f'{path}: {classifier.ENTRY}={config[classifier.ENTRY]!r} is for the scores of a reward '
+      f'model, but these adapters have no head (modules_to_save). Delete the entry.'
     )
   for key in ('r', 'lora_alpha'):
     if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)):

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from alignjax.models import lora
 from alignjax.models.axes import path_name
 from alignjax.runtime import checksums, files, fingerprints, saved_config
 from alignjax.sharding import sync
@@ -263,14 +264,21 @@ def save_params(
 
   Raises:
     OSError: the disk is full or read-only.
+    ValueError: the weights are adapters, and info does not say what they belong to.
   """
   directory = files.absolute(directory)
+  leaves = _savable(params)
+  if 'lora' not in info and any(name.endswith(lora.LEAVES) for name in leaves):
+    raise ValueError(
+      f'{directory}: the weights are adapters, and nothing could load them, because info has no '
+      "entry 'lora': the stage's finish has to return its info with Parts.info of the role "
+      '(setup/adapters.py).'
+    )
   # info.json is written last and makes the folder whole. On a disk the folder gets its name then;
   # in a bucket that would copy it.
   partial = (
     directory if files.is_bucket(directory) else directory.with_name(directory.name + '.partial')
   )
-  leaves = _savable(params)
   try:
     if jax.process_index() == 0:
       files.remove(partial)

@@ -44,7 +44,8 @@ class Parts(NamedTuple):
     params: {role: what is trained}, whole parameters or adapters.
     frozen: {role: what no update changes}, and {'base': {'lm', 'scalar' or 'shared': whole
       parameters}} where there are adapters (lora.networks).
-    info: {role: what the result of the stage says about its adapters}.
+    info: {role: what the result of the stage says about its adapters}; a stage's finish returns it
+      with its own info.
   """
 
   params: dict[str, Params]
@@ -56,14 +57,16 @@ class Origin(NamedTuple):
   """What a role starts from.
 
   Attributes:
-    base: a spec of weights.initial_params.
+    base: a spec of weights.initial_params, as results keep it (_lasting).
     adapters: the tree of adapters to go on with, or None.
     scale: of their products A B.
+    quantization: of the base that they were trained on.
   """
 
   base: str
   adapters: Params | None = None
   scale: float = 1.0
+  quantization: str | None = None
 
 
 def declared(setup: Setup, name: str) -> lora.LoRA | None:
@@ -150,15 +153,13 @@ def load(
   def on_base(role, head):
     # What was not trained on codes stays as it is: a reward model scores as it did when it was
     # measured. The reference has to be the function that the policy starts as.
-    as_measured = own.quantization and head == 'scalar' and origins[role].adapters is None
-    return not as_measured and _same(setup, origins[role].base, named.get(head))
+    as_measured = head == 'scalar' and origins[role].quantization != own.quantization
+    return not as_measured and origins[role].base == named.get(head)
 
   rest = {
     role: (adapters if on_base(role, head) else still)(role, head) for role, head in frozen.items()
   }
-  info = {
-    role: {'lora': own._asdict() | {'base': _portable(origins[role].base)}} for role in trained
-  }
+  info = {role: {'lora': own._asdict() | {'base': origins[role].base}} for role in trained}
   models = {head: _model(setup, head) for head in ('lm', 'scalar')} | {'shared': setup.policy_model}
   kept = {key: _frozen_base(setup, own, tree, models[key]) for key, tree in bases.items()}
   return Parts(params, rest | {'base': kept}, info)
@@ -241,9 +242,13 @@ def _shared(setup: Setup, named: Mapping[str, Any]) -> bool:
 
 def _origin(setup: Setup, spec: str, own: lora.LoRA, head: str) -> Origin:
   model = _model(setup, head)
+  wanted = adapter_shapes(own, model, 'lm')
 
   def alike(other):
-    return adapter_shapes(other, model, 'lm') == adapter_shapes(own, model, 'lm')
+    try:
+      return adapter_shapes(other, model, 'lm') == wanted
+    except ValueError:  # A projection has a smaller side than their rank, as peft allows.
+      return False
 
   if spec.startswith('peft:'):
     saved, tree, base = peft_adapters(spec, model, head)
@@ -259,30 +264,21 @@ def _origin(setup: Setup, spec: str, own: lora.LoRA, head: str) -> Origin:
         raise ValueError(f'{spec!r} is a reward model; a policy cannot start from it.')
       setup.read.update(inputs.of_weights(spec))
       tree = load_adapters(folder, saved, model, found, setup.sharder)
-      return Origin(_spec_of(setup, base), tree, saved.scale)
-  return Origin(spec)
+      return Origin(_lasting(setup, base), tree, saved.scale, saved.quantization)
+  return Origin(_lasting(setup, spec))
 
 
-def _spec_of(setup: Setup, base: str) -> str:
-  """'stage:NAME' for a folder of this workdir, so that a moved workdir still finds it."""
-  if base.startswith('hf:'):
-    return base
-  folder = files.folder(base)
-  of_this_run = folder.name == 'final' and folder.parent.parent == setup.workdir
-  return f'stage:{folder.parent.name}' if of_this_run else base
-
-
-def _same(setup: Setup, base: str, other: str | None) -> bool:
-  """Whether two specs name the same weights."""
-
-  def named(spec):  # by its folder, unless it is a checkpoint
-    return spec if spec.startswith('hf:') else str(inputs.weights_folder(setup.workdir, spec))
-
-  return other is not None and named(base) == named(other)
-
-
-def _portable(base: str) -> str:
-  return base if base.startswith(('hf:', 'stage:')) else str(files.absolute(base))
+def _lasting(setup: Setup, spec: str) -> str:
+  """The same weights by a name that results can keep: 'stage:NAME' for a folder of this workdir, so
+  that a moved workdir still finds it, and any other folder, also one of peft, from the root."""
+  if spec == 'random' or spec.startswith(('hf:', 'stage:')):
+    return spec
+  if spec.startswith('peft:'):
+    folder = files.absolute(spec.removeprefix('peft:'))
+    return f'peft:{folder}' if folder.is_dir() else spec  # Or it is a name on the hub.
+  folder = files.absolute(spec)
+  of_this_run = folder.name == 'final' and folder.parent.parent == files.absolute(setup.workdir)
+  return f'stage:{folder.parent.name}' if of_this_run else str(folder)
 
 
 def _adapters(

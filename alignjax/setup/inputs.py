@@ -38,6 +38,7 @@ TOKENIZER = (
   '*.jinja',
   'additional_chat_templates/*',
 )
+NO_MODULES = ('alignjax', 'stage', 'hf', 'peft', 'jsonl', 'text', 'tfds')  # of users
 Read = dict[str, tuple[str, str]]
 
 
@@ -90,10 +91,9 @@ def of_weights(spec: str) -> Read:
 
 
 def is_function(text: str) -> bool:
-  """Whether a text is the 'module:function' of a user. The functions of alignjax do not count: a
-  run goes on with another version of it."""
+  """Whether a text is a user's 'module:function'. Those of alignjax may change during a run."""
   found = re.fullmatch(r'([A-Za-z_][\w.]*):[A-Za-z_]\w*', text)
-  if not found or found[1].split('.')[0] in ('alignjax', 'stage', 'hf', 'jsonl', 'text', 'tfds'):
+  if not found or found[1].split('.')[0] in NO_MODULES:
     return False
   try:
     return importlib.util.find_spec(found[1]) is not None
@@ -205,7 +205,7 @@ def record(
   training that candidates and result belong to.
   """
   path = workdir / stage / 'inputs.json'
-  known = _known(workdir)
+  known = known_hashes(workdir)
   made = {
     entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
     for entry, (kind, name) in sorted(read.items())
@@ -365,7 +365,7 @@ def _changes(
 ) -> tuple[dict[str, str], list[str]]:
   """(entry -> present fingerprint, for inputs that have changed; the inputs that cannot be
   read)."""
-  known, changes, gone = _known(workdir), {}, []
+  known, changes, gone = known_hashes(workdir), {}, []
   for entry, was in noted.items():
     if was['kind'] == 'weights' and not checkpoint.is_finished(
       weights_folder(workdir, was['name'])
@@ -406,7 +406,7 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
   )
 
 
-def _known(workdir: files.Folder) -> dict[str, list]:
+def known_hashes(workdir: files.Folder) -> dict[str, list]:
   """WORKDIR/hashed.json. It only saves time, so that a damaged one counts as empty."""
   try:
     found = json.loads((workdir / 'hashed.json').read_bytes())
@@ -416,5 +416,5 @@ def _known(workdir: files.Folder) -> dict[str, list]:
 
 
 def _remember(workdir: files.Folder, known: dict[str, list]) -> None:
-  if known and known != _known(workdir):
+  if known and known != known_hashes(workdir):
     files.write(workdir / 'hashed.json', json.dumps(known))

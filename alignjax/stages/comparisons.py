@@ -114,10 +114,16 @@ def _read(
     [prompt for prompt, _ in limited.rows],
     [responses for _, responses in limited.rows],
     [
-      [rows[i]['ranks'][j] for j in kept]
+      _from_zero([rows[i]['ranks'][j] for j in kept])
       for i, kept in zip(limited.index, limited.kept, strict=True)
     ],
   )
+
+
+def _from_zero(ranks: list[int]) -> list[int]:
+  """Ranks in the same order and with the same ties, of which the best is 0 and none is left out."""
+  place = {rank: i for i, rank in enumerate(sorted(set(ranks)))}
+  return [place[rank] for rank in ranks]
 
 
 def without_ties(data: Comparisons) -> Comparisons:
@@ -131,11 +137,14 @@ class Updates(NamedTuple):
 
   Attributes:
     order: of each update, its shape (responses, tokens) and the numbers of its prompts.
-    prompts: the rows of every update; a shorter one is filled with rows of weight 0.
+    prompts: the prompts of every update but the last ones of a shape, which may have fewer.
+    rows: the prompts of a batch: an update is filled with rows of weight 0, so that it can be
+      divided over the devices and microbatches.
   """
 
   order: list[tuple[tuple[int, int], np.ndarray]]
   prompts: int
+  rows: int
 
 
 def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
@@ -154,6 +163,12 @@ def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
   )
   kinds = list(zip(k_of.tolist(), t_of.tolist(), strict=True))
   size = prompts_per_update(setup, name, max(k_of))
+  rows = filled(setup, name, size)
+  if rows > size:
+    say(
+      f'{name}: an update of {size} prompts is filled to {rows}, for {setup.sharder.batch_shards} '
+      f'devices that share a batch and stages.{name}.microbatches={cfg.microbatches}'
+    )
   seed = (setup.config.seed, seed_of(name))
   return Updates(
     [
@@ -162,17 +177,23 @@ def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
       for one in batches.bucketed(kinds, size, (*seed, epoch))
     ],
     size,
+    rows,
   )
 
 
 def prompts_per_update(setup: Setup, name: str, k: int) -> int:
   """The prompts of an update. It is the same number for all, because Eq. 1 is a mean over prompts
-  (the paper's batches are 64 prompts of 4 to 9 responses, C.2). It is chosen such that prompts with
-  the most responses, k, come to about responses_per_batch, in whole rows on every device and in
-  every microbatch."""
-  cfg = setup.config.stages[name]
-  parts = setup.sharder.batch_shards * cfg.microbatches
-  return max(1, round(cfg.responses_per_batch / k / parts)) * parts
+  (the paper's batches are 64 prompts of 4 to 9 responses, C.2). Prompts with the most responses, k,
+  come to about responses_per_batch. Devices and microbatches do not count, so that a run goes on
+  with the same updates on another mesh."""
+  return max(1, round(setup.config.stages[name].responses_per_batch / k))
+
+
+def filled(setup: Setup, name: str, prompts: int) -> int:
+  """The rows of a batch for so many prompts: equally many on every device and in every
+  microbatch."""
+  parts = setup.sharder.batch_shards * setup.config.stages[name].microbatches
+  return -(-prompts // parts) * parts
 
 
 def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows: Callable) -> Any:
@@ -186,12 +207,13 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
   made = encode_rows(
     pick(data.prompts), pick(data.responses), pick(data.ranks), t, k, setup.text.template.pad
   )
-  made = batches.fill(made, plan.prompts)
-  return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(plan.prompts))))
+  made = batches.fill(made, plan.rows).replace(prompts=plan.prompts)
+  return setup.sharder.put(batches.take(made, setup.sharder.local(np.arange(plan.rows))))
 
 
 def work(plan: Updates, step: int, of: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
-  """of(rows, tokens of a row) for an update, for the metrics of throughput."""
+  """of(rows, tokens of a row) for an update, for the metrics of throughput. Rows that only fill a
+  batch do not count."""
   (k, t), _ = plan.order[step]
   return of(plan.prompts * k, t)
 
@@ -200,15 +222,17 @@ def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:
   """A batch of the largest K as shapes."""
   k = max(setup.config.stages[name].k_buckets)
   prompts = prompts_per_update(setup, name, k)
+  rows = filled(setup, name, prompts)
 
   def array(shape, dtype):
-    return abstract.array(setup, (prompts, *shape), dtype)
+    return abstract.array(setup, (rows, *shape), dtype)
 
   return ComparisonBatch(
     tokens=array((k, setup.length), jnp.int32),
     mask=array((k, setup.length), bool),
     ranks=array((k,), jnp.int32),
     weights=array((), jnp.float32),
+    prompts=prompts,
   )
 
 
@@ -223,7 +247,8 @@ def check(setup: Setup, name: str) -> None:
     raise ValueError(
       f'{where}.k_buckets={tuple(cfg.k_buckets)} must name numbers of responses, each 2 or more.'
     )
-  if cfg.microbatches < 1 or cfg.microbatches * min(cfg.k_buckets) > cfg.responses_per_batch:
+  most = prompts_per_update(setup, name, min(cfg.k_buckets))
+  if not 1 <= cfg.microbatches <= most:
     raise ValueError(
       f'{where}.microbatches={cfg.microbatches} cuts an update of {where}.responses_per_batch='
       f'{cfg.responses_per_batch} into parts of no prompt: lower microbatches, or raise '
@@ -241,6 +266,24 @@ def check(setup: Setup, name: str) -> None:
     raise ValueError(
       f'{where}.responses={cfg.responses} must be a range from 2 up to k_buckets={cfg.k_buckets}.'
     )
+  if of_sandbox(setup, 'comparisons'):
+    _check_policies(cfg.policies, f'{where}.policies')
+
+
+def _check_policies(policies: Any, where: str) -> None:
+  """Raises ValueError for policies that no response can be sampled from."""
+  if not policies:
+    raise ValueError(f'{where} is empty: name a policy whose responses are to be ranked.')
+  for i, policy in enumerate(policies):
+    here = f'{where}[{i}]'
+    if set(policy) != {'init', 'temperature', 'share'}:
+      raise ValueError(f'{here}={dict(policy)} must have init, temperature and share.')
+    for entry in ('temperature', 'share'):
+      value = policy[entry]
+      if not isinstance(value, (int, float)) or not 0 <= value < float('inf'):
+        raise ValueError(f'{here}.{entry}={value!r} must be a number, 0 or more.')
+  if not sum(policy['share'] for policy in policies):
+    raise ValueError(f'{where}: the shares add up to 0.')
 
 
 def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:

@@ -63,7 +63,7 @@ def build(setup: Setup, name: str) -> Stage:
     'head': 'lm',
     'prompts': len(data.prompts),
     'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
-  }
+  } | parts.info.get('policy', {})
   return Stage(
     state=state,
     step=lambda state, batch: compiled(state, frozen, batch),
@@ -161,6 +161,7 @@ def abstract_step(setup: Setup, name: str) -> Plan:
     mask=made.mask,
     ranks=made.ranks,
     weights=made.weights,
+    prompts=made.prompts,
     response_mask=made.mask,
   )
   rows, k, length = batch.tokens.shape
