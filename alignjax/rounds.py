@@ -106,10 +106,11 @@ def on_rankings(config: Any) -> Any:
     made.data.comparisons, made.data.mapping.comparisons = 'jsonl:comparisons.jsonl', None
     reward_model.prompts, reward_model.policies = None, ()
     if made.data.tokenizer == 'sandbox:':
-      # Its test prompts are others anyway. A response that was cut at the length limit gets an end
-      # token when its text is read, and that is cut off again.
-      made.data.heldout.share, made.data.too_long = 0.0, 'truncate'
-      reward_model.evaluation_prompts = 0
+      # A response that was cut at the length limit gets an end token when its text is read, and
+      # that is cut off again.
+      made.data.too_long, reward_model.evaluation_prompts = 'truncate', 0
+    if made.data.prompts == 'sandbox:':
+      made.data.heldout.share = 0.0  # Its test prompts are others anyway.
   return made
 
 

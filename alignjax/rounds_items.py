@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax import plugins
-from alignjax.data import encode, sources
+from alignjax.data import encode, hygiene, sources
 from alignjax.inference import bulk, features
 from alignjax.label import choose
 from alignjax.runtime import files, journal, saved_config
@@ -299,12 +299,7 @@ def ordered(run: Run, number: int, items: list[Row], models: Sequence[str]) -> l
   spec = run.config.rounds.choose.fn
   facts: Row = dict(seed=seed, labels=labels)
   if 'features' in plugins.keywords(spec) or 'earlier' in plugins.keywords(spec):
-    earlier = [
-      row
-      for i in range(1, number)
-      for row in sources.read(f'jsonl:{run.comparisons(i)}', 'comparisons')
-    ]
-    facts['features'], facts['earlier'] = last_layers(run, number, items, earlier)
+    facts['features'], facts['earlier'] = last_layers(run, number, items, labelled(run, number))
   most = max(len(one['responses']) for one in items)
   scores = np.full((len(models), len(items), most), np.nan)
   for i, model in enumerate(models):
@@ -318,6 +313,24 @@ def ordered(run: Run, number: int, items: list[Row], models: Sequence[str]) -> l
   for place, one in zip(sorted(places.tolist()), held_out, strict=True):
     made.insert(place, one)
   return made
+
+
+def labelled(run: Run, number: int) -> list[Row]:
+  """Returns the rankings of the rounds before that a reward model is trained on."""
+  return [
+    row
+    for i in range(1, number)
+    for row in sources.read(f'jsonl:{run.comparisons(i)}', 'comparisons')
+    if not is_held_out(run, row)
+  ]
+
+
+def is_held_out(run: Run, row: Row) -> bool:
+  """Returns whether no stage is trained on the prompt of a record. In the sandbox, the held-out
+  prompts are of another world, so that none of a round is."""
+  held = run.config.data.heldout
+  own = of_sandbox(run.setup, 'prompts')
+  return not own and hygiene.held_out(row['prompt'], held.share, held.seed)
 
 
 def rows_of(setup: Setup, items: Sequence[Row]) -> list[list[int]]:

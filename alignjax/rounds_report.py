@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax import rounds_items
-from alignjax.data import encode, hygiene, sources
+from alignjax.data import encode, sources
 from alignjax.evals.markdown import table
 from alignjax.evals.reward import accuracy
 from alignjax.evals.stats import ANY, interval, show, statistic
@@ -162,8 +162,7 @@ def _accuracy(run: Run, name: str, model: int, found: Comparisons) -> Row:
 
 def _held_out(run: Run, rows: Sequence[Row]) -> Comparisons:
   """The rankings of a round on held-out prompts, as tokens."""
-  share, seed = run.config.data.heldout.share, run.config.data.heldout.seed
-  own = [row for row in rows if hygiene.held_out(row['prompt'], share, seed)]
+  own = [row for row in rows if rounds_items.is_held_out(run, row)]
   template = run.setup.text.template
   pairs = [
     (

@@ -64,10 +64,11 @@ def leave_one_out(rewards, values, mask, *, samples_per_prompt):
   return advantages, advantages
 
 
-def policy_gradient(params, batch: PPOBatch, key, *, nets, clip_eps=0.2):
-  """GRPO's clipped policy term (Shao et al. 2024), without a value loss."""
+def policy_gradient(params, batch: PPOBatch, key, *, nets, clip_eps=0.2, temperature=1.0):
+  """GRPO's clipped policy term (Shao et al. 2024), without a value loss. The stage passes
+  temperature, that of the samples, so that the ratio is of the distribution that they come from."""
   tokens, mask = batch.rollout.sequences()
-  logprobs, _ = nets.logprobs(params['policy'], tokens, mask)
+  logprobs, _ = nets.logprobs(params['policy'], tokens, mask, temperature=temperature)
   live = batch.rollout.mask
   ratio = jnp.exp(
     jnp.where(live, logprobs[:, batch.rollout.prompts.shape[1] :] - batch.rollout.logprobs, 0.0)

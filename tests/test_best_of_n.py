@@ -5,13 +5,17 @@ import itertools
 import json
 import math
 import pathlib
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax.commands import best_of_n as command
 from alignjax.evals.reward import best_of_n
 from alignjax.inference import loading, samples
+from alignjax.types import Networks
 
 CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
 
@@ -97,9 +101,9 @@ def test_divergence_and_reward_are_those_of_the_networks(model, tmp_path):
   other = jax.tree.map(lambda p: p * 1.1, model.params)
   found = samples.make_divergence(model, prompts, max_tokens=6, rows=3)(other, model.params, said)
 
-  def logprob(params, prompt, tokens):
+  def logprob(params, prompt, tokens, temperature=1.0):
     row = np.array([[*model.template.prompt(prompt), *tokens]], np.int32)
-    logits = np.asarray(model.nets.logits(params, row, row >= 0), np.float64)[0]
+    logits = np.asarray(model.nets.logits(params, row, row >= 0), np.float64)[0] / temperature
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = np.arange(row.shape[1] - len(tokens), row.shape[1])
     return logprobs[at - 1, row[0, at]].sum()
@@ -110,6 +114,16 @@ def test_divergence_and_reward_are_those_of_the_networks(model, tmp_path):
   ]
   assert found.shape == (2, 2)
   np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+  # At another temperature both are divided by it.
+  cold = samples.make_divergence(model, prompts, max_tokens=6, temperature=0.5)
+  expected = [
+    [logprob(other, p, t, 0.5) - logprob(model.params, p, t, 0.5) for t in tokens]
+    for p, tokens in zip(prompts, said.tokens, strict=True)
+  ]
+  np.testing.assert_allclose(cold(other, model.params, said), expected, rtol=1e-3, atol=1e-4)
+  with pytest.raises(ValueError, match='temperature=0 must be above 0'):
+    samples.make_divergence(model, prompts, max_tokens=6, temperature=0)
 
   counting = model._replace(
     nets=model.nets._replace(scalar=lambda params, tokens, mask: mask.cumsum(-1) * 1.0)
@@ -124,6 +138,60 @@ def test_divergence_and_reward_are_those_of_the_networks(model, tmp_path):
   np.testing.assert_array_equal(
     samples.make_rewarder(counting, prompts, rows=4)(None, said), expected
   )
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.5, 0.25])
+def test_the_kl_of_a_coin_is_that_of_the_distribution_which_is_sampled(temperature):
+  """Responses of one token of two, with .6 against .7 at temperature 1. The mean over both tokens,
+  weighted by their probability at the temperature, is the divergence in closed form."""
+  both = [{'logits': jnp.log(jnp.array(p))} for p in ((0.6, 0.4), (0.7, 0.3))]
+
+  def logits(params, tokens, mask, positions):
+    return jnp.broadcast_to(params['logits'], (*positions.shape, 2))
+
+  nets = Networks(logits=logits, logprobs=None, scalar=None, decoder=None)
+  coin = types.SimpleNamespace(
+    nets=nets, template=types.SimpleNamespace(prompt=lambda text: [0], pad=0)
+  )
+  said = samples.Responses([['h', 't']], [[[0], [1]]], [[True, True]])
+  made = samples.make_divergence(coin, ['toss'], max_tokens=1, temperature=temperature)
+  p, q = (np.array(x) ** (1 / temperature) for x in ((0.6, 0.4), (0.7, 0.3)))
+  p, q = p / p.sum(), q / q.sum()
+  assert made(*both, said)[0] @ p == pytest.approx(p @ np.log(p / q), rel=1e-5)
+
+
+def test_the_command_measures_kl_at_the_temperature_of_its_samples(tmp_path, monkeypatch):
+  asked = []
+  model = types.SimpleNamespace(cfg='same', params={})
+
+  def make_divergence(policy, prompts, *, temperature, **_):
+    asked.append(temperature)
+    return lambda *_: np.zeros((len(prompts), 8))
+
+  monkeypatch.setattr(loading, 'load', lambda *_, **__: model)
+  monkeypatch.setattr(loading, 'fingerprint', lambda _: 'x')
+  monkeypatch.setattr(samples, 'make_divergence', make_divergence)
+  monkeypatch.setattr(
+    samples, 'make_responder', lambda *_, count, **__: lambda *_: types.SimpleNamespace(count=count)
+  )
+  monkeypatch.setattr(
+    samples, 'make_rewarder', lambda *_, **__: lambda _, said: np.ones((2, said.count))
+  )
+  (tmp_path / 'p.jsonl').write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+  command.main(
+    [
+      '--policy=hf:a',
+      '--reward_model=hf:b',
+      '--ppo=hf:c',
+      '--n=1,2',
+      f'--prompts=jsonl:{tmp_path}/p.jsonl',
+      '--temperature=0.5',
+      f'--out={tmp_path}/out',
+    ]
+  )
+  assert asked == [0.5]
+  page = (tmp_path / 'out' / 'best_of_n.md').read_text()
+  assert 'KL to the policy above, both at temperature 0.5.' in page
 
 
 def test_report_and_plot(tmp_path):

@@ -127,6 +127,35 @@ def test_the_tasks(tmp_path):
   assert two[0] == two[1] and len(two[0]) == 2
 
 
+@pytest.mark.filterwarnings('ignore')  # of the data library
+def test_pairs_of_the_hub_are_those_of_the_file(tmp_path, monkeypatch):
+  """The hub stores the kind of bias as the number of a class."""
+  datasets = pytest.importorskip('datasets')
+  kinds = ['race-color', 'gender', 'age']
+  rows = [
+    dict(sent_more='he ran', sent_less='she ran', bias_type=1),
+    dict(sent_more='he', sent_less='she', bias_type=2),
+    dict(sent_more='far', sent_less='far', bias_type=1),
+  ]
+  text = dict.fromkeys(('sent_more', 'sent_less'), datasets.Value('string'))
+  hub = datasets.Dataset.from_list(
+    rows, datasets.Features({**text, 'bias_type': datasets.ClassLabel(names=kinds)})
+  )
+  monkeypatch.setattr(datasets, 'load_dataset', lambda *_, **__: hub)
+  (tmp_path / 'c.csv').write_text(
+    'sent_more,sent_less,bias_type\n'
+    + ''.join(f'{r["sent_more"]},{r["sent_less"]},{kinds[r["bias_type"]]}\n' for r in rows)
+  )
+  common = dict(limit=None, seed=0, keep=tmp_path)
+  found = bias.crows_pairs(known(), data=None, **common)
+  assert found == bias.crows_pairs(known(), data=str(tmp_path / 'c.csv'), **common)
+  assert [c.metric for c in found[:3]] == [
+    'entropy (bits)',
+    'entropy (bits), age',
+    'entropy (bits), gender',
+  ]
+
+
 @pytest.mark.parametrize(
   'name,text,words',
   [

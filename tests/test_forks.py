@@ -23,7 +23,7 @@ from alignjax.stages import ppo_ptx, ppo_ptx_plan, preference
 from alignjax.stages.ppo_ptx import iteration
 from alignjax.types import PreferenceBatch, TrainState
 from examples import reward_on_the_host
-from tests.fakes import comparison_batch, model, prompts
+from tests.fakes import comparison_batch, model, ppo_batch, prompts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHAT = ROOT / 'tests' / 'golden' / 'chat'
@@ -234,6 +234,29 @@ def test_rloo_with_a_rule_for_a_reward_trains():
     scores.append(float(found['objective/scores']))
   assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.3
   assert 'ppo/ratio_max_dev' not in found, "no metric is asked of a fork's loss"
+
+
+def test_policy_gradient_is_of_the_temperature_of_the_samples():
+  """Before the first update the ratio is 1, so the loss is minus the weighted sum of advantages.
+  The log-probabilities are those of the float64 logits over the temperature."""
+  _, nets, policy, _ = model()
+  batch = ppo_batch(0)
+  tokens, mask = batch.rollout.sequences()
+  logits = np.asarray(jax.jit(nets.logits)(policy, tokens, mask), np.float64)[:, :-1] / 0.5
+  logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  logprobs = np.take_along_axis(logits, np.asarray(tokens)[:, 1:, None], -1)[..., 0]
+  live = np.asarray(batch.rollout.mask)
+  logprobs = np.where(live, logprobs[:, -live.shape[1] :], 0)
+  batch = batch.replace(rollout=batch.rollout.replace(logprobs=jnp.asarray(logprobs, jnp.float32)))
+  loss = plugins.bind(
+    dict(fn='examples.fork_losses:policy_gradient'),
+    'loss',
+    given=('nets',),
+    facts=dict(samples_per_prompt=1, temperature=0.5),  # as the stage passes them
+  )
+  found, _ = jax.jit(lambda p: loss({'policy': p}, batch, None, nets=nets))(policy)
+  expected = -np.sum(np.asarray(batch.weights) * np.asarray(batch.advantages))
+  assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def checked(tmp_path, **entries):

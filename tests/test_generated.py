@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from alignjax.commands import command, generate
 from alignjax.data import fields, mappings, sources
 from alignjax.evals import items
-from alignjax.evals.preference import judgments
+from alignjax.evals.preference import judgments, verdicts
 from alignjax.evals.preference.judgment_rows import FLAGS
 from alignjax.evals.preference.responses import Response
 from alignjax.evals.public import loaders
@@ -412,7 +412,7 @@ def test_sheets_come_back(folder, said, chosen, seed):
   for name in ('s.jsonl', 's.key.json'):
     (folder / name).unlink(missing_ok=True)
   pairs = [
-    judgments.Pair(dict(prompt=f'{a}{b}', prompt_id=f'q{i}'), 'x', 'y', Response(a), Response(b))
+    verdicts.Pair(dict(prompt=f'{a}{b}', prompt_id=f'q{i}'), 'x', 'y', Response(a), Response(b))
     for i, (a, b) in enumerate(said)
   ]
   judgments.export(pairs, folder / 's.jsonl', seed)

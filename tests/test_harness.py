@@ -94,6 +94,76 @@ def test_stop_texts_end_a_continuation(model):
     completions.continuations(model, [[1]], max_tokens=512)
 
 
+GREEDY = harness.Sampling(('\n',), 256, 0.0)
+
+
+@pytest.mark.parametrize(
+  'asked,expected',
+  [
+    (dict(do_sample=False, temperature=0.7, top_p=0.5), GREEDY),
+    (dict(temperature=0.0), GREEDY),
+    (dict(), GREEDY),
+    (dict(max_gen_toks=9), GREEDY._replace(max_tokens=9)),
+    (dict(max_new_tokens=9, num_beams=1), GREEDY._replace(max_tokens=9)),
+    (dict(max_tokens=9, max_completion_tokens=5), GREEDY._replace(max_tokens=9)),
+    (dict(max_completion_tokens=5), GREEDY._replace(max_tokens=5)),
+    (dict(max_gen_toks=7, max_new_tokens=9), GREEDY._replace(max_tokens=7)),
+    (dict(temperature=0.7), GREEDY._replace(temperature=0.7)),
+    (
+      dict(do_sample=True, temperature=0.2, top_p=0.95, top_k=0),
+      GREEDY._replace(temperature=0.2, top_p=0.95),
+    ),
+    (
+      dict(do_sample=True, temperature=1, top_p=1.0, top_k=40),
+      GREEDY._replace(temperature=1.0, top_k=40),
+    ),
+  ],
+)
+def test_generation_arguments_mean_what_they_mean_to_the_hf_backend(asked, expected):
+  pytest.importorskip('lm_eval')
+  assert harness.sampling(dict(until=['\n']) | asked) == expected
+  assert harness.sampling(dict(until='\n') | asked) == expected
+  assert harness.sampling(asked) == expected._replace(until=())
+
+
+@pytest.mark.parametrize(
+  'asked,words',
+  [
+    (dict(num_beams=10), 'num_beams=10 is not supported'),
+    (dict(min_p=0.1), 'min_p=0.1 is not supported'),
+    (dict(max_length=99), 'max_length=99 is not supported'),
+    (dict(do_sample=True), 'temperature=None must be a number above 0'),
+    (dict(do_sample=True, temperature=0.0), 'temperature=0.0 must be'),
+    (dict(temperature=0.5, top_p=0), 'top_p=0 must be'),
+    (dict(temperature=0.5, top_k=1.5), 'top_k=1.5 must be'),
+    (dict(max_gen_toks='many'), 'cannot be read'),
+  ],
+)
+def test_generation_arguments_that_cannot_be_are_named(asked, words):
+  pytest.importorskip('lm_eval')
+  with pytest.raises(ValueError, match=f'generation_kwargs.*{words}'):
+    harness.sampling(asked)
+
+
+def test_generation_arguments_reach_the_sampler(model, tmp_path):
+  """The most likely token alone, by top_k or by top_p, is greedy decoding at any temperature."""
+  pytest.importorskip('lm_eval')
+  lm = harness.language_model(model, keep=tmp_path / 'answers.jsonl')
+
+  def written(**asked):
+    return lm.generate_until(instances(('The cat', dict(asked, max_new_tokens=8))), True)
+
+  greedy = written()
+  for asked in (dict(top_k=1), dict(top_p=1e-6)):
+    assert written(do_sample=True, temperature=9.0, **asked) == greedy
+  assert written(do_sample=False, temperature=9.0) == greedy
+  assert written(do_sample=True, temperature=9.0) != greedy
+  assert (
+    len((tmp_path / 'answers.jsonl').read_text().splitlines()) == 4
+  )  # Two are the same request.
+  assert len(model.encode(greedy[0])) <= 8
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings('ignore')
 def test_the_same_numbers_as_the_hf_backend(model):
@@ -117,6 +187,7 @@ def test_the_same_numbers_as_the_hf_backend(model):
     strict=True,
   ):
     assert a == pytest.approx(b, abs=2e-3)
-  asked = {'until': ['\n'], 'max_gen_toks': 12, 'do_sample': False}
-  requests = instances(('Q: a?\nA:', asked), ('The quick', asked))
-  assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+  for how in ({'max_gen_toks': 12}, {'max_new_tokens': 12, 'temperature': 0.7}):
+    asked = {'until': ['\n'], 'do_sample': False} | how
+    requests = instances(('Q: a?\nA:', asked), ('The quick', asked))
+    assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)

@@ -189,6 +189,15 @@ def test_files_that_are_no_tasks_are_named(folder, scripted, tmp_path, change, w
     )
 
 
+def test_generation_arguments_that_cannot_be_are_named_with_their_file(folder, scripted, tmp_path):
+  path = folder / 'words.yaml'
+  path.write_text(path.read_text().replace('do_sample: false', 'num_beams: 10'))
+  with pytest.raises(
+    ValueError, match='my_words, in .*words.yaml: .*num_beams=10 is not supported'
+  ):
+    registry.find_tasks([str(path)])['my_words'](None, data=None, limit=None, seed=0, keep=tmp_path)
+
+
 def test_other_names(folder, tmp_path):
   with pytest.raises(FileNotFoundError, match='--tasks=nowhere/x.yaml: no such file'):
     registry.find_tasks(['nowhere/x.yaml'])

@@ -11,8 +11,8 @@ import pytest
 
 from alignjax.evals import evaluation, items, registry, table
 from alignjax.evals.preference import judges, responses
-from alignjax.evals.preference.judgments import Pair
 from alignjax.evals.preference.responses import Response
+from alignjax.evals.preference.verdicts import Pair
 from alignjax.evals.table import Cell
 from alignjax.inference import bulk, loading
 from alignjax.runtime import journal

@@ -15,9 +15,9 @@ import pytest
 
 from alignjax import sandbox
 from alignjax.evals.preference import judges, openai_judge
-from alignjax.evals.preference.judgments import Pair
 from alignjax.evals.preference.openai_judge import Endpoint
 from alignjax.evals.preference.responses import Response
+from alignjax.evals.preference.verdicts import Pair
 from alignjax.inference import loading
 from alignjax.models import transformer
 from alignjax.runtime import retries

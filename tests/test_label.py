@@ -1,5 +1,6 @@
 """Items, who gets them, answers, figures and exports of the labeling database."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import sqlalchemy as sa
 
 from alignjax import sandbox
 from alignjax.data import sources
-from alignjax.evals.preference import judgments
+from alignjax.evals.preference import judgments, statistics
 from alignjax.label import (
   accounts,
   answers,
@@ -250,10 +251,25 @@ def test_demonstrations_become_records(engine):
   assert made[0]['use_case'] == 'chat' and made[-1]['use_case'] == 'generation'
   with pytest.raises(answers.FormError, match='two queries'):
     answers.demonstration(
-      row._asdict() | {'extra': {'style': 'few_shot'}}, dict(few, query_2='', query_7='')
+      row._asdict() | {'extra': {'style': 'few_shot'}},
+      dict(few, query_2='', answer_2='', query_7='', answer_7=''),
     )
   with pytest.raises(answers.FormError, match='“Response” is empty'):
     answers.demonstration(row._asdict(), dict(based, response=' '))
+
+
+def test_an_example_has_a_query_and_an_answer():
+  item = dict(prompt=None, use_case=None, extra=dict(style='few_shot'))
+  few = dict(prompt='Translate.', query_1='un', answer_1='one', query_2='deux', answer_2='two')
+  for more, message in (
+    (dict(query_3='trois', answer_3=' '), '“Answer 3” is empty'),
+    (dict(query_3=' ', answer_3='three'), '“Query 3” is empty'),
+    (dict(answer_3='three'), '“Query 3” is empty'),
+  ):
+    with pytest.raises(answers.FormError, match=message):
+      answers.demonstration(item, few | more)
+  made = answers.demonstration(item, few | dict(query_3='', answer_3=' '))
+  assert made['examples'] == [['un', 'one'], ['deux', 'two']]
 
 
 # Amending
@@ -380,7 +396,9 @@ def test_position_bias_and_alarms(engine, monkeypatch):
   with schema.reading(engine) as connection:
     made = figures.of_task(connection, connection.execute(sa.select(schema.tasks)).one())
   ann, _, cleo = made['labelers']
-  assert cleo['position']['first_wins']['mean'] == 1.0 and cleo['same_order'] == 1.0
+  assert cleo['position']['first_wins']['mean'] == 1.0
+  followed = cleo['same_order']['the order shown']
+  assert (followed['share'], followed['chance']) == (1.0, pytest.approx(1 / 24))
   assert abs(ann['position']['first_wins']['mean'] - 0.5) < 0.2
   assert ann['alarms'] == []
   assert [text.split('(')[0].strip() for text in cleo['alarms']] == [
@@ -388,6 +406,50 @@ def test_position_bias_and_alarms(engine, monkeypatch):
     '100% of the rankings follow the order shown',
   ]
   assert (ann['seconds'], cleo['seconds'], made['seconds']) == (60, 6, 60)
+
+
+def test_the_chance_of_following_the_order_shown_by_hand():
+  """Over all orders in which the responses of a ranking can be shown, with and without ties."""
+  for ranks in ([1, 2], [1, 2, 3], [1, 2, 2], [1, 2, 3, 4], [1, 1, 2, 3], [1, 2, 2, 2]):
+    shown = [list(order) for order in itertools.permutations(ranks)]
+    forward = np.mean([one == sorted(one) for one in shown])
+    either = np.mean([one in (sorted(one), sorted(one)[::-1]) for one in shown])
+    made = figures.same_order([ranks])
+    assert made['the order shown']['chance'] == pytest.approx(forward)
+    assert made['the reverse of the order shown']['chance'] == pytest.approx(forward)
+    assert made['the order shown or its reverse']['chance'] == pytest.approx(either)
+  made = figures.same_order([[1, 2]] * 9 + [[2, 1], [1, 1]])  # 10 rankings, one of them turned
+  assert made['the order shown']['share'] == 0.9
+  assert made['the order shown']['p'] == pytest.approx((10 + 1) / 2**10)
+  assert made['the order shown or its reverse'] == dict(share=1.0, chance=1.0, p=1.0)
+  two = figures.same_order([[1, 2], [1, 2, 3]])  # Both follow it: 1/2 times 1/6.
+  assert two['the order shown']['p'] == pytest.approx(1 / 12)
+  assert figures.same_order([[1, 1, 1]]) == {}
+
+
+@pytest.mark.parametrize('k', [2, 3, 4])
+@pytest.mark.parametrize('tied', [False, True])
+def test_who_follows_the_order_shown_is_pointed_out_and_a_random_labeler_is_not(k, tied):
+  rng = np.random.default_rng(k)
+  ranks = [1, *range(1, k)] if tied and k > 2 else list(range(1, k + 1))
+
+  def told(rankings):
+    made = dict(done=len(rankings), seconds=60.0, gold=dict(n=0))
+    return figures.alarms(made | dict(same_order=figures.same_order(rankings)), 60.0)
+
+  false_alarms = sum(
+    told([rng.permutation(ranks).tolist() for _ in range(int(rng.integers(8, 60)))]) != []
+    for _ in range(400)
+  )
+  assert false_alarms <= 2
+  assert told([ranks] * 16) == ['100% of the rankings follow the order shown']
+  assert told([ranks[::-1]] * 16) == ['100% of the rankings follow the reverse of the order shown']
+  mostly = [ranks] * 30 + [rng.permutation(ranks).tolist() for _ in range(10)]
+  assert told(mostly)[0].endswith('follow the order shown')
+  if k > 2:  # Sometimes from the top, sometimes from the bottom.
+    assert told([ranks, ranks[::-1]] * 16) == [
+      '100% of the rankings follow the order shown or its reverse'
+    ]
 
 
 def test_gold_agreement_and_its_alarm(engine):
@@ -473,6 +535,41 @@ def test_exports_are_read_by_the_readers(engine, tmp_path):
   ]
   assert [r.likert for r in judged.ratings] == [2.0, 5.0, 7.0] * 2
   assert judged.ratings[1].flags['hallucination'] is True
+
+
+def test_answers_about_gold_items_are_in_no_export_but_that_of_everything(engine):
+  known = [r | {'ranks': [0, 1, 2, 3]} for r in labeling.candidates(1)]
+  task = labeling.task(engine, records=known, gold=True, gold_rate=0.5)
+  people = labeling.people(engine, ann='labeler')
+  ratings = [{'likert': 4, 'flags': []}] * 4
+  submit(engine, take(engine, task, people['ann']), people['ann'], ratings=ratings)
+  assert {what: export(engine, what) for what in exchange.EXPORTS} == {
+    'comparisons': [],
+    'demonstrations': [],
+    'judgments': [],
+  }
+  (row,) = [row for row in export(engine, 'answers') if 'payload' in row]
+  assert row['is_gold'] and row['payload']['ranks'] == [1, 2, 3, 4]
+
+
+def test_exported_judgments_are_of_their_own_responses(engine, tmp_path):
+  """A policy wrote two responses of an item, and there is another item of the same prompt. The
+  longer response wins each time."""
+  said = (['one two three four', 'short', 'one two'], ['a b c d e', 'a', 'a b c'])
+  records = [dict(prompt='p', responses=texts, policies=['A', 'A', 'B']) for texts in said]
+  task = labeling.task(engine, records=records)
+  people = labeling.people(engine, ann='labeler')
+  for _ in records:
+    submit(engine, take(engine, task, people['ann']), people['ann'], (1, 3, 2))
+  path = tmp_path / 'j.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in export(engine, 'judgments')))
+  read = judgments.read(str(path), judge='people')
+  found = [(read.texts[v.prompt_id, 'A'], read.texts[v.prompt_id, 'B'], v.p) for v in read.verdicts]
+  assert found == [
+    (a, texts[2], p) for texts in said for a, p in zip(texts[:2], (1.0, 0.0), strict=True)
+  ]
+  made = statistics.summarize(read, ['A', 'B'], 'A', read.texts)['judges']['people']
+  assert made['length']['longer_wins']['mean'] == 1.0 and made['prompts'] == 1
 
 
 def test_responses_of_one_policy_are_not_judgments(engine):

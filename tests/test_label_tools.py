@@ -210,6 +210,15 @@ def test_demonstrations_of_argilla():
   assert argilla.demonstrations(record) == [expected | dict(use_case='chat')]
   assert argilla.demonstrations(client_record(dict(prompt=CHAT), text=['A bot.'])) == [expected]
   assert argilla.demonstrations(client_record(dict(prompt='p'), use_case=['a'], note=['b'])) == []
+  assert argilla.demonstrations(client_record(dict(prompt=CHAT), answer_1=['A bot.'])) == [expected]
+
+
+@pytest.mark.parametrize('there,lacks', [('query', 'answer'), ('answer', 'query')])
+def test_an_example_of_argilla_has_a_query_and_an_answer(there, lacks):
+  examples = dict(query_1=['un'], answer_1=['one'], query_2=['deux'], answer_2=['two'])
+  alone = {f'{there}_3': ['trois']}
+  with pytest.raises(ValueError, match=f'{there}_3 is answered, but {lacks}_3 is not'):
+    argilla.demonstrations(client_record(dict(prompt='p'), new_prompt=['T.'], **examples, **alone))
 
 
 def test_it_is_training_data(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 import scipy.optimize
 
 from alignjax.commands import preference as command
-from alignjax.evals.preference import judgments, responses, statistics
-from alignjax.evals.preference.judgments import Judged, Rating, Verdict
+from alignjax.evals.preference import judgments, responses, statistics, verdicts
+from alignjax.evals.preference.verdicts import Judged, Rating, Verdict
 from alignjax.inference import bulk, loading
 from alignjax.runtime import journal
 
@@ -102,10 +102,9 @@ def test_win_rates_by_hand_and_their_intervals():
     (f'0123456789ab-{i}' if i else '0123456789ab', 'a', 'b', p, 'j')
     for i, p in enumerate([1.0, 0.0, 1.0])
   ]
-  assert statistics.win_rates(table(same, ['a', 'b']), ['a', 'b'])['a']['b']['ci95'] == [
-    None,
-    None,
-  ], 'one prompt'
+  one = Judged([Verdict(*row) for row in same])
+  columns = statistics.tabulate(one.verdicts, ['a', 'b'], verdicts.clusters(one))
+  assert statistics.win_rates(columns, ['a', 'b'])['a']['b']['ci95'] == [None, None], 'one prompt'
   always = statistics.win_rates(
     table([(f'q{i}', 'a', 'b', 1.0, 'j') for i in range(24)], ['a', 'b']), ['a', 'b']
   )
@@ -440,7 +439,7 @@ def test_sheets_are_blind_and_come_back(setting, tmp_path, monkeypatch):
 
 def test_both_sides_of_a_sheet_are_drawn(tmp_path):
   said = dict(good=[responses.Response('yes')] * 40, bad=[responses.Response('no')] * 40)
-  pairs = judgments.make_pairs([dict(prompt='p', prompt_id=f'q{i}') for i in range(40)], said)
+  pairs = verdicts.make_pairs([dict(prompt='p', prompt_id=f'q{i}') for i in range(40)], said)
   judgments.export(pairs, tmp_path / 's.jsonl', seed=1)
   rows = [json.loads(line) for line in (tmp_path / 's.jsonl').read_text().splitlines()]
   assert 10 < sum(r['response_1'] == 'yes' for r in rows) < 30
@@ -456,6 +455,112 @@ def test_both_sides_of_a_sheet_are_drawn(tmp_path):
     all(v.p == (1.0 if v.a == 'good' else 0.0) and v.shown_first == 'a' for v in back.verdicts)
     and len(back.verdicts) == 40
   )
+
+
+LONG, SHORT, OTHER = 'one two three four five six', 'bad', 'three words here'
+
+
+def ranked_by(ann, prompts):
+  """Judgments of two different responses of A to one prompt against one of B: the longer one wins
+  each time."""
+  return [
+    dict(a='A', b='B', choice=choice, response_a=text, response_b=OTHER, prompt=p, labeler_id=ann)
+    for p in prompts
+    for text, choice in ((LONG, 'a'), (SHORT, 'b'))
+  ]
+
+
+def longer(pairs, *, keep):
+  """A judge of one's own: more words win."""
+  return [float(len(p.response_a.text.split()) > len(p.response_b.text.split())) for p in pairs]
+
+
+@pytest.mark.parametrize('files', [1, 2])
+def test_every_judgment_keeps_its_own_two_texts(files, tmp_path):
+  """Within a file, and of two labelers in two files, who judged in another order."""
+  rows = ranked_by('ann', [f'P{i}' for i in range(6)])
+  (tmp_path / 'f0.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'f1.jsonl').write_text(
+    '\n'.join(json.dumps(row | dict(labeler_id='bob')) for row in rows[::-1])
+  )
+  paths = [f'file:{tmp_path}/f{i}.jsonl' for i in range(files)]
+  judge = 'tests.test_preference:longer'
+  command.main([*(f'--judge={path}' for path in paths), f'--judge={judge}', f'--out={tmp_path}'])
+  result = json.loads((tmp_path / 'preference.json').read_text())
+  for name in (*paths, judge):
+    found = result['judges'][name]
+    assert (found['verdicts'], found['prompts']) == (12, 6)
+    assert found['length']['longer_wins']['mean'] == 1.0
+    # A wins with 3 words more and loses with 2 fewer.
+    assert found['length']['correlation']['mean'] == pytest.approx(5 / np.sqrt(26))
+    assert found['win_rate']['A']['B']['mean'] == 0.5
+  assert all(
+    one['agreement']['mean'] == 1.0 and one['agreement']['n'] == 12
+    for one in result['between_judges']
+  )
+  assert len(result['between_judges']) == files + (files == 2)
+  # A response of B is one response, although it was judged beside two of A.
+  assert (result['words']['A']['mean'], result['words']['A']['n']) == (3.5, 12)
+  assert (result['words']['B']['mean'], result['words']['B']['n']) == (3.0, 6)
+
+
+def test_judgments_of_several_responses_to_a_prompt_are_one_cluster(tmp_path):
+  (tmp_path / 'j.jsonl').write_text('\n'.join(map(json.dumps, ranked_by('ann', ['P']))))
+  read = judgments.read(str(tmp_path / 'j.jsonl'), judge='j')
+  one, two = (v.prompt_id for v in read.verdicts)
+  assert one != two and (read.texts[one, 'A'], read.texts[two, 'A']) == (LONG, SHORT)
+  assert [(p.response_a.text, p.response_b.text) for p in verdicts.pairs_of(read)] == [
+    (LONG, OTHER),
+    (SHORT, OTHER),
+  ]
+  made = statistics.summarize(read, ['A', 'B'], 'A', read.texts)['judges']['j']
+  assert made['length']['longer_wins']['ci95'] == [None, None]
+
+
+def test_labelers_of_the_same_two_responses_are_compared(tmp_path):
+  """And not those of different responses of the same policies."""
+  rows = [*ranked_by('ann', ['P']), *ranked_by('bob', ['P'])[1:]]
+  rows.append(dict(rows[0], labeler_id='eve', choice='b', response_a=f'{LONG}\n'))
+  (tmp_path / 'j.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  read = judgments.read(str(tmp_path / 'j.jsonl'), judge='j')
+  found = statistics.agreement(statistics.tabulate(read.verdicts, ['A', 'B']))
+  # On the long one ann and eve differ; on the short one ann and bob agree.
+  assert found['pairs'] == 2 and found['pairwise']['mean'] == 0.5
+
+
+def test_a_policy_has_one_response_to_a_prompt_of_the_command(tmp_path):
+  (tmp_path / 'j.jsonl').write_text('\n'.join(map(json.dumps, ranked_by('ann', ['P']))))
+  name = responses.prompt_id('P')
+  with pytest.raises(ValueError, match="j.jsonl, line 2: the response of 'A' .* is another one"):
+    judgments.read(str(tmp_path / 'j.jsonl'), judge='j', policies=['A', 'B'], prompts={name})
+
+
+def test_the_same_prompt_is_one_cluster_whatever_its_records_are_called():
+  names = [('q7', 'P'), ('q7-2', 'P'), ('0123456789ab-2', 'P'), ('other', 'P'), ('r', 'R')]
+  judged = Judged(
+    [Verdict(name, 'a', 'b', p, 'j') for (name, _), p in zip(names, (1, 0, 1, 0, 1), strict=True)],
+    prompts=dict(names),
+  )
+  labels = verdicts.clusters(judged)
+  assert len({labels[name] for name, _ in names[:4]}) == 1 and labels['r'] != labels['q7']
+  # Where the prompt is not known, a name that was made of it says so.
+  bare = verdicts.clusters(Judged(judged.verdicts))
+  assert bare == {name: name for name, _ in names} | {'0123456789ab-2': '0123456789ab'}
+
+
+def test_a_repeated_prompt_is_not_two_independent_units(setting, tmp_path):
+  """Records with a prompt_id of their own, of which three are the same prompt."""
+  path = tmp_path / 'p.jsonl'
+  path.write_text(
+    '\n'.join(json.dumps(dict(prompt='say one', prompt_id=name)) for name in ('a', 'a', 'b'))
+  )
+  flags = [*setting, f'--prompts=jsonl:{path}', '--judge=tests.test_preference:longest']
+  command.main([*flags, f'--out={tmp_path}/out'])
+  result = json.loads((tmp_path / 'out' / 'preference.json').read_text())
+  (judge,) = result['judges'].values()
+  rate = judge['win_rate']['other']['base']
+  assert (rate['n'], rate['ci95']) == (3, [None, None])
+  assert (result['words']['base']['n'], result['words']['base']['ci95']) == (3, [None, None])
 
 
 GOOD = dict(prompt_id='q', a='x', b='y', choice='a')

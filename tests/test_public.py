@@ -300,6 +300,17 @@ def test_both_variants_with_the_papers_number_of_shots(tmp_path, scripted):
   )
 
 
+def test_examples_of_a_split_of_their_own_are_shown_to_every_question(tmp_path, scripted):
+  """As many as are asked for, so that each is an example for the question of its row too."""
+  shots = [dict(sentence=f'shot {i}.', label=i % 2) for i in range(15)]
+  data = folder(tmp_path, shots, [dict(sentence=f'x {i}', label=0) for i in range(20)])
+  scripted.answers = {' negative': -1.0, ' positive': -2.0}
+  nlp.sst(None, data=data, limit=None, seed=0, keep=tmp_path, shots='few-shot')
+  asked = [prompt for prompt, answer in scripted.requests if answer == ' negative']
+  assert len(asked) == 20
+  assert all(shot['sentence'] in prompt for shot in shots for prompt in asked)
+
+
 def conversation(article, paragraph, count):
   return [
     dict(

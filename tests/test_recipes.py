@@ -163,6 +163,9 @@ def test_generate_prints_text_and_best_of_is_the_best(workdir, capsys, tmp_path)
   policy, reward = loading.load(str(workdir / 'ppo_ptx')), loading.load(str(workdir / 'rm'))
   texts, scores = streaming.ranked(policy, reward, 'abc', 4, max_tokens=8, seed=3)
   assert best == texts[int(np.argmax(scores))] + '\n' and len(set(scores.tolist())) > 1
+  compiled = streaming._sampler.cache_info().misses
+  streaming.ranked(policy, reward, 'xyz', 4, max_tokens=8, seed=4)
+  assert streaming._sampler.cache_info().misses == compiled, 'every prompt is compiled again'
   for arguments, words in (
     ([f'--model={workdir / "rm"}', '--prompt=x'], 'is a reward model, not a policy'),
     ([*common, '--prompts_file=/nowhere.txt'], 'no such file'),

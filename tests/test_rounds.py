@@ -364,6 +364,36 @@ def test_a_users_function_and_the_places_of_held_out_items(tmp_path):
   assert len(places) == 4 and places[-1] < 14 and places != [0, 1, 2, 3] != [10, 11, 12, 13]
 
 
+@pytest.mark.parametrize('of_sandbox', [False, True])
+def test_a_design_counts_only_rankings_that_a_reward_model_is_trained_on(
+  of_sandbox, tmp_path, monkeypatch
+):
+  """d_optimal is told the features of earlier rankings. Outside of the sandbox, those of held-out
+  prompts are not among them, because no stage is trained on them."""
+  c = get_config()
+  c.rounds.choose = dict(fn='alignjax.label.choose:d_optimal')
+  c.data.heldout.share = 0.5
+  if not of_sandbox:
+    c.data.prompts = 'jsonl:prompts.jsonl'
+  run, items = run_of(c, tmp_path), items_of(12)
+  ranked = [dict(prompt=f'old {i}', responses=['a', 'b'], ranks=[0, 1]) for i in range(20)]
+  run.comparisons(1).parent.mkdir()
+  run.comparisons(1).write_text(''.join(json.dumps(row) + '\n' for row in ranked))
+  told = []
+
+  def last_layers(run, number, items, earlier):
+    told.extend(row['prompt'] for row in earlier)
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(len(items), 4, 3)), rng.normal(size=(len(earlier), 4, 3))
+
+  monkeypatch.setattr(rounds_items, 'last_layers', last_layers)
+  rounds_items.ordered(run, 2, items, [])
+  rule = lambda row: hygiene.held_out(row['prompt'], 0.5, c.data.heldout.seed)
+  trained_on = [row['prompt'] for row in ranked if of_sandbox or not rule(row)]
+  assert told == trained_on and (len(told) == 20 if of_sandbox else 0 < len(told) < 20)
+  assert rounds.of_round(run, 2).data.heldout.share == (0.0 if of_sandbox else 0.5)
+
+
 def test_responses_that_read_the_same_are_one():
   rows = [dict(prompt='p'), dict(prompt='q'), dict(prompt='p')]
   draws = [(0, 0), (0, 1), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]

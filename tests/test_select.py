@@ -45,6 +45,14 @@ def test_the_choice_by_hand():
   assert '| **b** | 2.000 [' in text and 'chosen_stage, by x:y: b has' in text
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+@pytest.mark.parametrize('order', [('a', 'b'), ('b', 'a')])
+def test_a_score_that_is_no_number_is_an_error_that_names_the_candidate(bad, order):
+  scores = {'a': np.array([bad, 1.0]), 'b': np.array([2.0, 2.0])}
+  with pytest.raises(ValueError, match='the candidate a has 1 of 2 scores'):
+    selection.choose({k: scores[k] for k in order}, {'a': {}, 'b': {}})
+
+
 def test_what_one_may_choose_by():
   measured = {'reward': np.array([1.0, 2.0]), 'kl': np.array([10.0, 30.0])}
   by = plugins.bind(dict(fn='alignjax.evals.reward.selection:reward_less_kl', kl_coef=0.1), 'by')
@@ -158,6 +166,36 @@ def test_only_a_single_stage_has_to_keep_candidates(tmp_path, candidates):
   stage.check(make_setup(c, tmp_path), 'sft_selected')
 
 
+def test_kl_is_at_the_temperature_of_the_samples(tmp_path, monkeypatch):
+  c = tiny()
+  c.stages.sft_selected.update(temperature=0.5)
+  c.stages.sft_selected.init.update(ref='random', reward=None)
+  setup, asked = make_setup(c, tmp_path), []
+
+  def make_divergence(model, prompts, *, temperature, **_):
+    asked.append(temperature)
+    return lambda *_: np.full((len(prompts), 1), 2.0)
+
+  gold = {'gold, training labelers': np.zeros((16, 1))}
+  monkeypatch.setattr(stage, '_load', lambda *_: {})
+  monkeypatch.setattr(stage.checkpoint, 'weights', lambda path: 'x')
+  monkeypatch.setattr(stage.samples, 'gold', lambda *_: gold)
+  monkeypatch.setattr(stage.samples, 'make_divergence', make_divergence)
+  monkeypatch.setattr(stage.samples, 'make_responder', lambda *_, **__: lambda *_: None)
+  records = stage._prompts(setup, 'sft_selected')
+  found = stage._measure(setup, 'sft_selected', records, {'a': tmp_path})
+  assert asked == [0.5] and found['a']['kl'].tolist() == [2.0] * 16
+
+
+def test_greedy_responses_have_no_kl(tmp_path):
+  c = tiny()
+  c.stages.sft_selected.update(temperature=0.0)
+  stage.check(make_setup(c, tmp_path), 'sft_selected')
+  c.stages.sft_selected.init.ref = 'random'
+  with pytest.raises(ValueError, match='temperature=0: greedy responses have no KL to .*init.ref='):
+    stage.check(make_setup(c, tmp_path), 'sft_selected')
+
+
 def test_candidates_are_the_whole_ones_of_the_same_training(tmp_path):
   """Not one that was being written, nor one that another training of the stage left."""
   setup = types.SimpleNamespace(workdir=tmp_path, config=tiny())
@@ -176,3 +214,14 @@ def test_candidates_are_the_whole_ones_of_the_same_training(tmp_path):
   assert list(found) == ['sft/9', 'sft/10', 'sft/final'] and found['sft/10'].samefile(
     folder / 'candidates/10'
   )
+
+
+def test_two_stages_of_one_name_are_told_apart(tmp_path):
+  setup = types.SimpleNamespace(workdir=tmp_path / 'here', config=tiny())
+  other = tmp_path / 'there' / 'sft'
+  setup.config.stages.sft_selected.candidates = ('stage:sft', str(other))
+  folders = [tmp_path / 'here' / 'sft' / 'final', other / 'final']
+  for folder in folders:
+    checkpoint.save_params(folder, {'w': jax.numpy.ones(2)}, {}, dict(origin='one'))
+  found = stage.find_candidates(setup, 'sft_selected')
+  assert list(found) == ['sft/final', str(other / 'final')] and list(found.values()) == folders

@@ -438,6 +438,8 @@ def test_tables_keep_odd_text(tmp_path):
   (tmp_path / 'n.jsonl').write_text('{"prompt": 3}')
   with pytest.raises(ValueError, match="n.jsonl, line 1: 'prompt' must be text, not a number"):
     items.read(tmp_path / 'n.jsonl', ('prompt',))
+  with pytest.raises(ValueError, match="'prompt' must be text or an object, not a number"):
+    items.read(tmp_path / 'n.jsonl', {'prompt': (str, dict)})
 
 
 # numbers, names

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from alignjax import plugins  # noqa: E402  after the path
 from alignjax.evals import registry  # noqa: E402
 from alignjax.evals.preference import judges, responses  # noqa: E402
-from alignjax.evals.preference.judgments import Pair  # noqa: E402
 from alignjax.evals.preference.responses import Response  # noqa: E402
+from alignjax.evals.preference.verdicts import Pair  # noqa: E402
 from alignjax.evals.reward import labelers  # noqa: E402
 from alignjax.inference import loading, samples  # noqa: E402
 from alignjax.models import transformer  # noqa: E402

@@ -219,7 +219,9 @@ def run(options: argparse.Namespace) -> None:
   )
   for name, policy in policies.items():
     responses, values = measured(ppo[name], policy, PPO_SAMPLES)
-    divergence = samples.make_divergence(policy, prompts, max_tokens=max_tokens, rows=options.rows)
+    divergence = samples.make_divergence(
+      policy, prompts, max_tokens=max_tokens, temperature=options.temperature, rows=options.rows
+    )
     kl = divergence(policy.params, model.params, responses)
     result['policies'][name] = best_of_n.policy(kl, values, names) | logged(ppo[name], values)
   out.mkdir(parents=True, exist_ok=True)

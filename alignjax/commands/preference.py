@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-  from alignjax.evals.preference import judgments
+  from alignjax.evals.preference import verdicts
 
   policies, kinds, out = check(options)
   records, world = [], None
@@ -120,10 +120,10 @@ def run(options: argparse.Namespace) -> None:
     if options.export:
       export(pairs, options)
   elif len(sheets) < len(kinds):
-    pairs = judgments.pairs_of(judged)
+    pairs = verdicts.pairs_of(judged)
   for kind, spec in kinds:
     if kind != 'file':
-      add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
+      verdicts.add(judged, ask(kind, spec, pairs, options, world, out / 'judged'))
   if judged.verdicts:
     write(summarize(judged, options, policies, records, responses), out)
 
@@ -133,18 +133,20 @@ def read_sheets(
 ):
   """Returns the judgments in people's files. If there are policies, the files may judge only these,
   and only the prompts of the records."""
-  from alignjax.evals.preference import judgments
+  from alignjax.evals.preference import judgments, verdicts
 
-  judged = judgments.Judged([], [], {}, {}, [])
+  judged = verdicts.empty()
   known = {}
   if policies:
     known = dict(policies=list(policies), prompts={r['prompt_id'] for r in records})
   for path in paths:
-    add(
-      judged,
-      judgments.read(
-        path, judge=f'file:{path}', mapping=options.judge_mapping, key=options.judge_key, **known
-      ),
+    judgments.read(
+      path,
+      judge=f'file:{path}',
+      mapping=options.judge_mapping,
+      key=options.judge_key,
+      into=judged,
+      **known,
     )
   return judged
 
@@ -152,9 +154,9 @@ def read_sheets(
 def answered_pairs(records: list[dict], responses: dict[str, list], judged) -> list:
   """Returns the pairs of the policies' responses, and adds a note to the judgments if prompts are
   left out."""
-  from alignjax.evals.preference import judgments
+  from alignjax.evals.preference import verdicts
 
-  pairs = judgments.make_pairs(records, responses)
+  pairs = verdicts.make_pairs(records, responses)
   if not pairs:
     raise ValueError('no prompt has a response of every policy; lower --max_tokens.')
   left = len(records) - len({p.record['prompt_id'] for p in pairs})
@@ -202,8 +204,9 @@ def summarize(
         f'the judgments are of another response of {at[1]!r} to the prompt {at[0]!r} than the one '
         'sampled with these --temperature, --max_tokens and --seed.'
       )
-  words = {at: len(text.split()) for at, text in texts.items()}
-  result = statistics.summarize(judged, names, baseline, words)
+  # Judgments of the same prompt are not independent, whatever its records are called.
+  judged.prompts.update({r['prompt_id']: r['prompt'] for r in records})
+  result = statistics.summarize(judged, names, baseline, texts)
   result |= dict(
     notes=judged.notes, options={k: v for k, v in vars(options).items() if v is not None}
   )
@@ -369,11 +372,3 @@ def instructions(options: argparse.Namespace) -> str | None:
     if options.judge_instructions
     else None
   )
-
-
-def add(judged, more) -> None:
-  judged.verdicts.extend(more.verdicts)
-  judged.ratings.extend(more.ratings)
-  judged.texts.update(more.texts)
-  judged.prompts.update(more.prompts)
-  judged.notes.extend(more.notes)

@@ -40,7 +40,7 @@ def get_config(size: str = 'default'):
 
 
 def selection(*candidates, ref=None, source='sandbox:', mapping=None, count=200, **by):
-  """A stage that chooses. ref None: no KL. On your own data:
+  """A stage that chooses. ref None: no KL, as with temperature 0. On your own data:
   source='jsonl:validation_prompts.jsonl'."""
 
   def off():

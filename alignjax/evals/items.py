@@ -51,7 +51,9 @@ def read(
       raise ValueError(f'{where} lacks {", ".join(map(repr, missing))}; the row has {has}.')
     for name, expected in types.items():
       if not isinstance(row[name], expected):
-        raise ValueError(f'{where}: {name!r} must be text, not {textfiles.kind(row[name])}.')
+        allowed = expected if isinstance(expected, tuple) else (expected,)
+        kinds = ' or '.join(textfiles.kind(one()) for one in allowed)
+        raise ValueError(f'{where}: {name!r} must be {kinds}, not {textfiles.kind(row[name])}.')
   if not rows:
     raise ValueError(f'{path} has no rows.')
   return [row for _, row in rows]
@@ -98,11 +100,23 @@ def of_hub(
   task: str, name: str, config: str | None, split: str, revision: str | None = None
 ) -> list[dict[str, Any]]:
   """Returns the rows of a data set of the Hugging Face hub. If it cannot be read, a ValueError says
-  how to name a local file by --data."""
+  how to name a local file by --data.
+
+  A column of class labels holds their names, as a file of the same data does, and not the numbers
+  that the hub stores.
+  """
   where, instead = f'{task}: the data set {name}', f'; or name a file: --data={task}=FILE'
   rows = hub.load(name, config, split, where=where, instead=instead, revision=revision)
   with hub.reading(where, instead):
-    return list(rows)
+    # A feature that is a class label has `int2str`; -1 stands for a missing label.
+    features = getattr(rows, 'features', None) or {}
+    labels = {k: f for k, f in features.items() if hasattr(f, 'int2str')}
+
+    def named(row):
+      words = {k: f.int2str(row[k]) for k, f in labels.items() if row[k] not in (None, -1)}
+      return {**row, **words}
+
+    return [named(row) for row in rows]
 
 
 def draw(count: int, limit: int | None, seed: int) -> list[int]:

@@ -126,6 +126,8 @@ def make_sampler(
   stop_ids: Sequence[int],
   pad: int,
   rows: int | Callable[[int], int] = 256,
+  top_k: int | None = None,
+  top_p: float | None = None,
 ) -> Callable:
   """Returns a function sample(params, prompts, seed, temperature=1.0, numbers=None, done=None) ->
   (responses, ended).
@@ -134,7 +136,7 @@ def make_sampler(
   the stop token if one was sampled, and `ended` is bool[N]. `numbers` distinguish the samples of
   one prompt; None counts how often the prompt occurred before in the list. A response depends on
   params, seed, temperature, its prompt and its number alone, and not on the other prompts or on the
-  position of its prompt.
+  position of its prompt. top_k and top_p truncate the distribution (sampling.generate).
   """
 
   def sample(
@@ -145,7 +147,7 @@ def make_sampler(
     numbers: Sequence[int] | None = None,
     done=None,
   ):
-    run = _sampled(nets, max_tokens, tuple(stop_ids), not temperature)
+    run = _sampled(nets, max_tokens, tuple(stop_ids), not temperature, top_k, top_p)
     names = np.array([zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts], np.uint32)
     numbers = np.asarray(
       occurrences(map(tuple, prompts)) if numbers is None else numbers, np.uint32
@@ -184,7 +186,14 @@ def occurrences(names: Any) -> list[int]:
 
 
 @functools.lru_cache(maxsize=32)
-def _sampled(nets: Networks, max_tokens: int, stop_ids: tuple[int, ...], greedy: bool) -> Callable:
+def _sampled(
+  nets: Networks,
+  max_tokens: int,
+  stop_ids: tuple[int, ...],
+  greedy: bool,
+  top_k: int | None,
+  top_p: float | None,
+) -> Callable:
   """Returns the compiled function. It is cached by the network's functions and not by the model, so
   that the cache keeps no parameters alive."""
 
@@ -202,6 +211,8 @@ def _sampled(nets: Networks, max_tokens: int, stop_ids: tuple[int, ...], greedy:
       max_tokens=max_tokens,
       stop_ids=stop_ids,
       temperature=0 if greedy else temperature,
+      top_k=top_k,
+      top_p=top_p,
       segments=1,  # Every new length is compiled, and soon done.
     )
 
@@ -262,7 +273,10 @@ def _scored(nets: Networks) -> Callable:
 
 
 def make_likelihood(
-  nets: Networks, sharder: Sharder | None, rows: int | Callable[[int], int] = 128
+  nets: Networks,
+  sharder: Sharder | None,
+  rows: int | Callable[[int], int] = 128,
+  temperature: float = 1.0,
 ) -> Callable:
   """Returns a function likelihood(params, tokens [N,T], mask, weights, done=None) -> (logprob
   f64[N], greedy bool[N]) of right-padded rows.
@@ -270,7 +284,8 @@ def make_likelihood(
   logprob is the sum of the weighted log-probabilities of the tokens in nats. greedy is whether
   every token with weight > 0 is the argmax, that is, whether greedy decoding would produce exactly
   these tokens. Logits are computed only where a token has a weight, W positions of each row. rows
-  is the largest number of rows of a batch, as a number or a function of W.
+  is the largest number of rows of a batch, as a number or a function of W. The probabilities are
+  those of the logits over the temperature, as a sampler at this temperature draws.
   """
 
   def likelihood(params, tokens, mask, weights, done=None):
@@ -290,7 +305,7 @@ def make_likelihood(
       return tokens[some, :length], mask[some, :length], where, targets[some], weights[some]
 
     found = each(
-      _likelihood(nets),
+      _likelihood(nets, temperature),
       cut,
       lengths.tolist(),
       params,
@@ -307,12 +322,12 @@ def make_likelihood(
 
 
 @functools.lru_cache(maxsize=32)
-def _likelihood(nets: Networks) -> Callable:
+def _likelihood(nets: Networks, temperature: float) -> Callable:
 
   @jax.jit
   def run(params, tokens, mask, positions, targets, weights):
     logits = nets.logits(params, tokens, mask, positions=positions)
-    logprobs, _ = ops.token_logprobs(logits, targets)
+    logprobs, _ = ops.token_logprobs(logits / temperature, targets)
     hit = (jnp.argmax(logits, -1) == targets) | (weights == 0)
     return jnp.sum(logprobs * weights, -1), jnp.all(hit, -1)
 
@@ -320,11 +335,17 @@ def _likelihood(nets: Networks) -> Callable:
 
 
 def make_response_logprobs(
-  nets: Networks, sharder: Sharder | None, *, length: int, pad: int, rows: int = 128
+  nets: Networks,
+  sharder: Sharder | None,
+  *,
+  length: int,
+  pad: int,
+  rows: int = 128,
+  temperature: float = 1.0,
 ) -> Callable:
   """Returns a function logprobs(params, prompts, responses) -> f64[N], the log p(response | prompt)
-  of token lists in nats."""
-  likelihood = make_likelihood(nets, sharder, rows)
+  of token lists in nats, at a temperature (make_likelihood)."""
+  likelihood = make_likelihood(nets, sharder, rows, temperature)
 
   def logprobs(params, prompts, responses):
     tokens, mask = encode.right_pad(

@@ -73,6 +73,8 @@ def continuations(
   max_tokens: int,
   until: tuple[str, ...] = (),
   temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
   seed: int = 0,
   rows: int = 16,
   cache_bytes: int = 2**30,
@@ -88,6 +90,7 @@ def continuations(
     max_tokens: the length limit of a continuation in tokens.
     until: the stop texts.
     temperature: the sampling temperature, where 0 is greedy.
+    top_k, top_p: truncate the distribution that is sampled (sampling.generate).
     seed: the seed of the samples.
     rows: the largest number of rows together on a device.
     cache_bytes: the largest size of keys and values (as float32) on a device.
@@ -115,6 +118,8 @@ def continuations(
     stop_ids=stop_tokens(model, until),
     pad=model.template.pad,
     rows=at_once,
+    top_k=top_k,
+    top_p=top_p,
   )
   out: list[str] = [''] * len(prompts)
 

@@ -156,12 +156,29 @@ def make_divergence(
   prompts: Sequence[Any],
   *,
   max_tokens: int,
+  temperature: float = 1.0,
   rows: int = 64,
   sharder: Sharder | None = None,
 ) -> Callable:
   """Returns a function divergence(params, ref, responses) -> f64[prompts, samples], which is log
-  p(response) - log p_ref(response) in nats. Its mean over samples of the policy estimates KL(policy
-  || ref) at temperature 1."""
+  p(response) - log p_ref(response) in nats, where both are at the temperature. Its mean over
+  samples that the policy drew at this temperature estimates KL(policy || ref).
+
+  Args:
+    model: a policy; its template and networks are those of both.
+    prompts: texts, or messages if the template is a chat.
+    max_tokens: the length limit of a response in tokens.
+    temperature: that of the samples, above 0.
+    rows: the largest number of rows in a batch.
+    sharder: the Sharder of the mesh, or None for one device.
+
+  Raises:
+    ValueError: The temperature is not above 0. Greedy responses have no such divergence.
+  """
+  if temperature <= 0:
+    raise ValueError(
+      f'temperature={temperature} must be above 0: greedy responses have no KL to a reference.'
+    )
   queries = [model.template.prompt(p) for p in prompts]
   logprobs = bulk.make_response_logprobs(
     model.nets,
@@ -169,6 +186,7 @@ def make_divergence(
     length=max(map(len, queries)) + max_tokens,
     pad=model.template.pad,
     rows=rows,
+    temperature=temperature,
   )
 
   def divergence(params, ref, responses: Responses) -> np.ndarray:

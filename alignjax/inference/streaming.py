@@ -14,6 +14,7 @@ from alignjax.data import encode
 from alignjax.inference import batching, bulk
 from alignjax.inference.loading import Model
 from alignjax.sampling import generate, sample
+from alignjax.types import Decoder
 
 LENGTH = 128  # The length limit of a response, if the model was trained without one.
 
@@ -135,6 +136,32 @@ def ranked(
   return _sampled(model, reward, prompt, n, **how)[:2]
 
 
+@functools.lru_cache(maxsize=16)
+def _sampler(
+  decoder: Decoder,
+  max_tokens: int,
+  stop_ids: tuple[int, ...],
+  temperature: float,
+  top_k: int | None,
+  top_p: float | None,
+  samples_per_prompt: int,
+):
+  """sampling.generate with its sizes bound, compiled once for each shape of prompts."""
+  return jax.jit(
+    functools.partial(
+      generate,
+      decoder,
+      max_tokens=max_tokens,
+      stop_ids=stop_ids,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      samples_per_prompt=samples_per_prompt,
+      segments=1,  # Every new length is compiled, and soon done.
+    )
+  )
+
+
 def _sampled(
   model: Model,
   reward: Model,
@@ -152,23 +179,8 @@ def _sampled(
   response)."""
   tokens, mask, slots, most = _padded(model, prompt, max_tokens)
   starting(slots)
-  run = jax.jit(
-    lambda params: generate(
-      model.nets.decoder,
-      params,
-      tokens,
-      mask,
-      jax.random.key(seed),
-      max_tokens=most,
-      stop_ids=model.template.ends,
-      temperature=temperature,
-      top_k=top_k,
-      top_p=top_p,
-      samples_per_prompt=n,
-      segments=1,  # Every new length is compiled, and soon done.
-    )
-  )
-  out = jax.tree.map(np.asarray, run(model.params))
+  run = _sampler(model.nets.decoder, most, tuple(model.template.ends), temperature, top_k, top_p, n)
+  out = jax.tree.map(np.asarray, run(model.params, tokens, mask, jax.random.key(seed)))
   texts, rows = [], []
   for row, live in zip(out.responses, out.mask, strict=True):
     text, ended = model.template.decode_response(row[live])

@@ -19,6 +19,7 @@ ties. `ranks` is None where all responses are too bad to be ranked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ KINDS = ('ranking', 'toxicity', 'demonstration')
 POOLS = ('training', 'heldout', 'screening')
 RESPONSES = (2, 9)  # How many an item of a ranking may have (paper 3.5: 4 to 9).
 LONGEST = 100_000  # The characters of a text that a labeler writes.
+EXAMPLE = re.compile(r'(?:query|answer)_([0-9]{1,9})')  # the fields of an example
 
 SKIPS = {
   'pii': 'It contains personal data. (Nobody will see it again.)',
@@ -153,7 +155,7 @@ def demonstration(item: Mapping[str, Any], form: Mapping[str, str]) -> dict[str,
       'answer_2', ... of its examples.
 
   Raises:
-    FormError: if a text is blank or too long.
+    FormError: if a text is blank or too long, or an example has a query alone or an answer alone.
   """
 
   def text(field: str, label: str) -> str:
@@ -168,11 +170,8 @@ def demonstration(item: Mapping[str, Any], form: Mapping[str, str]) -> dict[str,
   if item['prompt'] is not None:
     return dict(prompt=None, response=text('response', 'Response'), use_case=use_case, examples=[])
   if item['extra'].get('style') == 'few_shot':
-    numbers = sorted(
-      int(name.removeprefix('query_'))
-      for name, value in form.items()
-      if name.startswith('query_') and name.removeprefix('query_').isdigit() and value.strip()
-    )
+    filled = [EXAMPLE.fullmatch(name) for name, value in form.items() if value.strip()]
+    numbers = sorted({int(match[1]) for match in filled if match})
     examples = [
       [text(f'query_{n}', f'Query {n}'), text(f'answer_{n}', f'Answer {n}')] for n in numbers
     ]

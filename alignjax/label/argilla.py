@@ -180,14 +180,29 @@ def demonstrations(raw: Row) -> list[Row]:
     found = _content(record)
     for user, given in _answers(record):
       response = next(iter(given.values())) if len(given) == 1 else given.get('response')
-      numbers = sorted(int(q.removeprefix('query_')) for q in given if q.startswith('query_'))
       payload = dict(
         prompt=given.get('new_prompt'),
         response=response,
         use_case=given.get('use_case'),
-        examples=[[given[f'query_{n}'], given[f'answer_{n}']] for n in numbers],
+        examples=_examples(given),
       )
       made += tools.demonstrations(found, payload, _who(found, user))
+  return made
+
+
+def _examples(given: Row) -> list[list[str]]:
+  """The examples of an instruction, [query, answer] in the order of their numbers. There are none
+  where no query is answered: a dataset of others may have a question answer_1."""
+  found = [match for name in given if given[name] and (match := forms.EXAMPLE.fullmatch(name))]
+  made: list[list[str]] = []
+  if not any(match[0].startswith('query') for match in found):
+    return made
+  for n in sorted({int(match[1]) for match in found}):
+    one = [given.get(f'{part}_{n}') for part in ('query', 'answer')]
+    if not all(one):
+      there, lacks = ('query', 'answer') if one[0] else ('answer', 'query')
+      raise ValueError(f'{there}_{n} is answered, but {lacks}_{n} is not; an example has both.')
+    made.append(one)
   return made
 
 

@@ -16,7 +16,8 @@ It takes those keyword arguments that it needs, and others are its coefficients:
   labels      how many items will be labelled
   features    f64[N,K,D], the last layer of the newest reward model at the end of each response
               (before there is one, of the network that it starts from), NaN as in `scores`
-  earlier     f64[L,K,D], the same features of the L items that were labelled before
+  earlier     f64[L,K,D], the same features of the L items that were labelled before and that the
+              reward model is trained on
 
 `order` holds the numbers of distinct items, `labels` of them or more. The first ones are labelled.
 """

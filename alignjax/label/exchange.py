@@ -146,22 +146,24 @@ def demonstration_items(
 
 
 def _each(rows: Sequence[Answer], kinds: Mapping[int, str], *wanted: str) -> list[Answer]:
+  """The answers of some kinds of tasks that are exported. Items with known answers are for checks,
+  and their answers are not exported."""
   return [
     row
     for row in rows
-    if row.status == 'done' and not row.item.hidden and kinds[row.item.task_id] in wanted
+    if row.status == 'done'
+    and not row.item.hidden
+    and not row.item.is_gold
+    and kinds[row.item.task_id] in wanted
   ]
 
 
 def comparisons(rows: Sequence[Answer], kinds: Mapping[int, str]) -> list[Row]:
   """Returns records for `data.comparisons`: ranks from 0, and with them the policies, the labeler,
   the order in which the responses were shown, ratings, and the pool. Where all responses were bad
-  and not ranked, all ranks are equal, which training leaves out as ties. Items with known answers
-  are for checks, and not exported."""
+  and not ranked, all ranks are equal, which training leaves out as ties."""
   made = []
   for row in _each(rows, kinds, 'ranking', 'toxicity'):
-    if row.item.is_gold:
-      continue
     ranks = row.payload['ranks'] or [1] * len(row.item.responses)
     record: Row = dict(
       prompt=row.item.prompt,

@@ -8,6 +8,7 @@ second better or tie. The unit of every interval is the item.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import sqlalchemy as sa
 from alignjax.evals import stats
 from alignjax.evals.preference import statistics
 from alignjax.evals.preference.judgment_rows import FLAGS
-from alignjax.evals.preference.judgments import Verdict
+from alignjax.evals.preference.verdicts import Verdict
 from alignjax.label import history
 from alignjax.label.assignment import order_of
 from alignjax.label.schema import answers, items, leases, people, reviews, tasks
@@ -33,7 +34,10 @@ SENSITIVE = (
 # When a labeler is pointed out: after this many answers, ...
 ENOUGH = 8
 FAST = 0.25  # ... a median time below this share of the task's median,
-SAME_ORDER = 0.5  # ... or this share of rankings that follow the order shown, or reverse it.
+# ... or rankings that follow the order shown, or reverse it: this share of those that would not do
+# so by chance, ...
+SAME_ORDER = 0.5
+CHANCE = 0.001  # ... where chance alone would do as much with a smaller probability than this.
 # The cut-offs of the paper's screening (B.1, "soft").
 AGREEMENT, SCORE = 0.75, 6.0
 
@@ -179,7 +183,6 @@ def _of_labeler(mine: Sequence[Answer], by_item: Mapping[int, Sequence[Answer]])
   """The figures of one labeler. by_item: everybody's rankings of each item."""
   done = [row for row in mine if row.status == 'done']
   rankings = ranked(mine)
-  forward = [_in_order(row) for row in rankings if len(set(row.payload['ranks'])) > 1]
   ties = [
     float(a == b) for row in rankings for a, b in itertools.combinations(row.payload['ranks'], 2)
   ]
@@ -203,14 +206,58 @@ def _of_labeler(mine: Sequence[Answer], by_item: Mapping[int, Sequence[Answer]])
     position=statistics.position_bias(verdicts(rankings)),
     ties=float(np.mean(ties)) if ties else None,
     flags={f: sum(f in have for have in flags) / len(flags) for f in FLAGS} if flags else {},
-    same_order=float(np.mean(forward)) if forward else None,
+    same_order=same_order([[row.payload['ranks'][i] for i in row.shown] for row in rankings]),
   )
 
 
-def _in_order(row: Answer) -> bool:
-  """Whether a ranking follows the order in which the responses were shown, or its reverse."""
-  seen = [row.payload['ranks'][i] for i in row.shown]
-  return seen in (sorted(seen), sorted(seen, reverse=True))
+def same_order(rankings: Iterable[Sequence[int]]) -> dict[str, dict[str, float]]:
+  """Measures how often rankings follow the order in which the responses were shown.
+
+  Of the orders in which K responses can be shown, which are equally likely, a share of
+  n_1! n_2! ... / K! is that of a ranking whose ties are groups of n_1, n_2, ... responses. So every
+  ranking of two responses without a tie follows the order shown or its reverse, and a random one of
+  four does in 1 of 12 cases.
+
+  Args:
+    rankings: the ranks of the responses of each item, in the order in which they were shown. Those
+      that rank nothing above another are left out.
+
+  Returns:
+    {what is followed: {'share': of the rankings that follow it, 'chance': the same share of a
+      labeler whose rankings have nothing to do with the order shown, 'p': the probability that such
+      a labeler follows it as often or more often}}, or {} if there are no rankings.
+  """
+  rankings = [list(ranks) for ranks in rankings if len(set(ranks)) > 1]
+  if not rankings:
+    return {}
+  forward = np.array([ranks == sorted(ranks) for ranks in rankings])
+  reverse = np.array([ranks == sorted(ranks, reverse=True) for ranks in rankings])
+  one = np.array(
+    [
+      math.prod(math.factorial(ranks.count(rank)) for rank in set(ranks))
+      / math.factorial(len(ranks))
+      for ranks in rankings
+    ]
+  )
+  ways = {
+    'the order shown': (forward, one),
+    'the reverse of the order shown': (reverse, one),
+    'the order shown or its reverse': (forward | reverse, 2 * one),
+  }
+  return {
+    way: dict(
+      share=float(hits.mean()), chance=float(chance.mean()), p=_as_many(int(hits.sum()), chance)
+    )
+    for way, (hits, chance) in ways.items()
+  }
+
+
+def _as_many(count: int, chances: np.ndarray) -> float:
+  """The probability that `count` or more of independent events happen, which have these chances."""
+  of_count = np.ones(1)
+  for chance in chances:
+    of_count = np.convolve(of_count, [1 - chance, chance])
+  return float(of_count[count:].sum())
 
 
 def seconds(rows: Sequence[Answer]) -> float | None:
@@ -228,8 +275,11 @@ def alarms(figures: dict[str, Any], usual: float | None) -> list[str]:
       made.append(
         f'much faster than the others ({figures["seconds"]:.0f} s where {usual:.0f} s are usual)'
       )
-    if (figures['same_order'] or 0.0) >= SAME_ORDER:
-      made.append(f'{figures["same_order"]:.0%} of the rankings follow the order shown')
+    for way, found in figures['same_order'].items():
+      beyond = found['share'] - found['chance'] >= SAME_ORDER * (1 - found['chance'])
+      if beyond and found['p'] < CHANCE:
+        made.append(f'{found["share"]:.0%} of the rankings follow {way}')
+        break
   gold = figures['gold']
   if gold['n'] and gold['ci95'][1] is not None and gold['ci95'][1] < AGREEMENT:
     made.append(f'agrees with known answers in {gold["mean"]:.0%} only')

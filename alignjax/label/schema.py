@@ -259,8 +259,9 @@ def _set_up_sqlite(connection, _) -> None:
 
 def _begin_sqlite(connection: sa.Connection) -> None:
   # A transaction that reads first and writes later fails where another one has written between.
-  writes = connection.get_execution_options().get('writes')
-  connection.exec_driver_sql('BEGIN IMMEDIATE' if writes else 'BEGIN')
+  options = connection.get_execution_options()
+  if not options.get('single'):
+    connection.exec_driver_sql('BEGIN IMMEDIATE' if options.get('writes') else 'BEGIN')
 
 
 def _connected(database: sa.Engine | sa.Connection) -> contextlib.AbstractContextManager:
@@ -274,9 +275,9 @@ def _connected(database: sa.Engine | sa.Connection) -> contextlib.AbstractContex
 def reading(database: sa.Engine | sa.Connection, single: bool = False) -> Iterator[sa.Connection]:
   """A transaction that only reads, and so sees one state of the database. It is made on the
   connection that is given, or on a new one. single: whether it has one query, which sees one state
-  by itself, so that PostgreSQL need not begin and end a transaction."""
+  by itself, so that the database need not begin and end a transaction."""
   with _connected(database) as connection:
-    connection.execution_options(writes=False)
+    connection.execution_options(writes=False, single=single)
     if connection.dialect.name == 'postgresql':
       level = 'AUTOCOMMIT' if single else 'REPEATABLE READ'
       connection.execution_options(isolation_level=level)
@@ -290,7 +291,7 @@ def writing(database: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
   others wait."""
   with _turns.get(database.engine, contextlib.nullcontext()):
     with _connected(database) as connection:
-      connection.execution_options(writes=True)
+      connection.execution_options(writes=True, single=False)
       if connection.dialect.name == 'postgresql':
         # What is locked is looked at again by a statement of its own (assignment.py), which must
         # see what others have committed by then.

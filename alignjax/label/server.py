@@ -40,6 +40,7 @@ HEADERS = {
   'cross-origin-resource-policy': 'same-origin',
   'permissions-policy': 'camera=(), geolocation=(), microphone=()',
 }
+_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 _PERSON = sa.select(people).where(
   people.c.id == sa.bindparam('person'), people.c.active, people.c.epoch == sa.bindparam('epoch')
 )
@@ -122,6 +123,7 @@ templates = jinja2.Environment(
   loader=jinja2.FileSystemLoader(FOLDER / 'templates'),
   autoescape=True,
   undefined=jinja2.StrictUndefined,
+  auto_reload=False,
   trim_blocks=True,
   lstrip_blocks=True,
 )
@@ -265,10 +267,7 @@ class Headers:
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     async def with_headers(message: Message) -> None:
       if message['type'] == 'http.response.start':
-        message['headers'] = [
-          *message['headers'],
-          *((name.encode(), value.encode()) for name, value in HEADERS.items()),
-        ]
+        message['headers'] = [*message['headers'], *_HEADERS]
       await send(message)
 
     await self.app(scope, receive, with_headers if scope['type'] == 'http' else send)

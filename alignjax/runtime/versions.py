@@ -24,7 +24,8 @@ VERSIONS = {
   'alignjax.evals.public.nlp:wmt15_fr_en': 'ad98361d0158f219',
   'alignjax.evals.public.nlp:wsc': '1001fa2fab18d1f7',
   'alignjax.evals.reward.labelers:split': '4de015944030c6bc',
-  'alignjax.evals.safety.bias:crows_pairs': 'bc208fb0372d66f5',
+  # Version 2 names the kinds of bias in the rows of the hub, which were numbers.
+  'alignjax.evals.safety.bias:crows_pairs': '2',
   'alignjax.evals.safety.bias:winogender': '397d215ce5a28da8',
   'alignjax.evals.safety.scorers:detoxify': '68e8ccac5bb9cadc',
   'alignjax.evals.safety.scorers:perspective': 'e4271de86a8761f4',

@@ -86,7 +86,11 @@ def _measure(
     model, prompts, count=1, max_tokens=setup.response_length, temperature=cfg.temperature, **how
   )
   rewarder = samples.make_rewarder(model._replace(cfg=setup.reward_model), prompts, **how)
-  divergence = samples.make_divergence(model, prompts, max_tokens=setup.response_length, **how)
+  divergence = None
+  if ref is not None:
+    divergence = samples.make_divergence(
+      model, prompts, max_tokens=setup.response_length, temperature=cfg.temperature, **how
+    )
   measured = {}
   for label, path in candidates.items():
     params = _load(setup, name, path, 'lm')
@@ -105,7 +109,7 @@ def _measure(
     values = {}
     if reward is not None:
       values['reward'] = rewarder(reward, responses)[:, 0]
-    if ref is not None:
+    if divergence is not None:
       values['kl'] = divergence(params, ref, responses)[:, 0]
     if cfg.prompts.source == 'sandbox:':
       gold = samples.gold(setup.text.world, setup.text.labelers, records, responses)
@@ -117,7 +121,7 @@ def _measure(
 
 def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
   """{'sft/100': folder, ..., 'sft/final': folder}: the candidates and the result of each stage that
-  is named, and any folder that is named."""
+  is named, and any folder that is named. A label that is taken is followed by whole paths."""
   out: dict[str, files.Folder] = {}
   for spec in setup.config.stages[name].candidates:
     folder = (
@@ -147,7 +151,10 @@ def find_candidates(setup: Setup, name: str) -> dict[str, files.Folder]:
       ),
       key=lambda p: int(p.name),
     )
-    out |= {f'{folder.name}/{p.name}': p for p in (*kept, folder / 'final')}
+    for path in (*kept, folder / 'final'):
+      label = f'{folder.name}/{path.name}'
+      # Stages of two runs may have one name.
+      out[label if out.get(label, path) == path else str(path)] = path
   if len(out) < 2:
     raise ValueError(
       f'stages.{name}.candidates={tuple(setup.config.stages[name].candidates)}: nothing to choose '
@@ -185,6 +192,11 @@ def check(setup: Setup, name: str) -> None:
   plugins.bind(cfg.by, f'{where}.by')
   if cfg.temperature < 0:
     raise ValueError(f'{where}.temperature={cfg.temperature} must not be negative.')
+  if cfg.temperature == 0 and cfg.init.ref:
+    raise ValueError(
+      f'{where}.temperature=0: greedy responses have no KL to {where}.init.ref={cfg.init.ref!r}. '
+      f'Set a temperature above 0, or {where}.init.ref=None.'
+    )
   if cfg.prompts.source == 'sandbox:' and setup.text.world is None:
     raise ValueError(
       f"{where}.prompts.source='sandbox:' has prompts of the sandbox alone; name a file of "

@@ -6,7 +6,7 @@ sandbox            the sandbox's labelers, training and held-out, by their exact
 openai:MODEL       a model behind an OpenAI-compatible endpoint (openai_judge.py)
 file:PATH          people (judgments.py)
 module:function    a function of your own, (pairs, *, keep) -> for each pair the probability that a
-                   is better, or None; pairs are judgments.Pair, and keep is a folder for what must
+                   is better, or None; pairs are verdicts.Pair, and keep is a folder for what must
                    survive an interruption
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from alignjax import plugins
-from alignjax.evals.preference.judgments import Judged, Pair, Rating, Verdict
+from alignjax.evals.preference.verdicts import Judged, Pair, Rating, Verdict
 from alignjax.inference import bulk
 from alignjax.inference.loading import Model
 from alignjax.runtime import fingerprints, journal, metrics

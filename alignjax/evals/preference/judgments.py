@@ -1,4 +1,4 @@
-"""Judgments of responses: their types, people's files, and the blinded sheets that people fill in.
+"""Files of judgments of responses, and the blinded sheets that people fill in.
 
 A file of judgments is JSON lines (gzip too), each of them one
 
@@ -17,8 +17,9 @@ A file of judgments is JSON lines (gzip too), each of them one
   a sheet's row  as `export` writes it, with "choice" 1, 2 or "tie" (null: not judged yet), and, if
                  they were asked for, "likert_1", "likert_2", "flags_1", "flags_2"
 
-labeler_id may be left out: then it is the name of the file, as where every labeler fills in a sheet
-of his own. prompt_id may be left out where "prompt" is there: then it is made of it.
+A policy may have several responses to a prompt, where the judgments name their texts. labeler_id
+may be left out: then it is the name of the file, as where every labeler fills in a sheet of his
+own. prompt_id may be left out where "prompt" is there: then it is made of it.
 """
 
 from __future__ import annotations
@@ -28,121 +29,16 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from alignjax.data import mappings
 from alignjax.evals.preference import judgment_rows as rows
-from alignjax.evals.preference.judgment_rows import Response, prompt_id
+from alignjax.evals.preference import verdicts
+from alignjax.evals.preference.judgment_rows import prompt_id
+from alignjax.evals.preference.verdicts import Judged, Pair, Rating, Verdict
 from alignjax.runtime import files, textfiles
-
-
-class Pair(NamedTuple):
-  """Two responses to one prompt, as a judge sees them.
-
-  Attributes:
-    record: {'prompt', 'prompt_id', ...}, with all other fields that its source has.
-    a, b: the names of the two policies.
-    response_a, response_b: their responses.
-  """
-
-  record: Mapping[str, Any]
-  a: str
-  b: str
-  response_a: Response
-  response_b: Response
-
-
-class Verdict(NamedTuple):
-  """The verdict of one labeler on one pair.
-
-  Attributes:
-    prompt_id: the name of the prompt.
-    a, b: the names of the two policies.
-    p: the probability that a is better, which is 0.5 for a tie, or None if there is no verdict.
-    judge, labeler: their names. Verdicts of one judge are reported together.
-    shown_first: 'a' or 'b' if the order of presentation is known, and '' otherwise.
-  """
-
-  prompt_id: str
-  a: str
-  b: str
-  p: float | None
-  judge: str
-  labeler: str = ''
-  shown_first: str = ''
-
-
-class Rating(NamedTuple):
-  """The rating of one response by one labeler.
-
-  Attributes:
-    prompt_id, policy, judge, labeler: the names of the prompt, the policy, the judge, the labeler.
-    likert: the overall quality from 1 to 7, or None.
-    flags: {flag: true or false} for the flags that were judged.
-  """
-
-  prompt_id: str
-  policy: str
-  judge: str
-  labeler: str = ''
-  likert: float | None = None
-  flags: Mapping[str, bool] = {}
-
-
-class Judged(NamedTuple):
-  """The verdicts and ratings of one or more judges.
-
-  Attributes:
-    verdicts, ratings: the verdicts on pairs, and the ratings of single responses.
-    texts, prompts: {(prompt_id, policy): response} and {prompt_id: prompt}, if a file has its own.
-    notes: remarks that a reader of the figures must know.
-  """
-
-  verdicts: Sequence[Verdict]
-  ratings: Sequence[Rating] = ()
-  texts: Mapping[tuple[str, str], str] = {}
-  prompts: Mapping[str, Any] = {}
-  notes: Sequence[str] = ()
-
-
-def make_pairs(
-  records: Sequence[Mapping[str, Any]], responses: Mapping[str, Sequence[Response]]
-) -> list[Pair]:
-  """Returns every pair of policies on every prompt that both of them answered."""
-  names = list(responses)
-  answered = [
-    i for i in range(len(records)) if all(responses[n][i].text is not None for n in names)
-  ]
-  return [
-    Pair(records[i], a, b, responses[a][i], responses[b][i])
-    for i in answered
-    for n, a in enumerate(names)
-    for b in names[n + 1 :]
-  ]
-
-
-def pairs_of(judged: Judged) -> list[Pair]:
-  """Returns the pairs that the people of a file judged, with the prompts and responses of the file,
-  so that other judges can judge them."""
-  pairs = []
-  for q, a, b in dict.fromkeys((v.prompt_id, *sorted((v.a, v.b))) for v in judged.verdicts):
-    if q not in judged.prompts or (q, a) not in judged.texts or (q, b) not in judged.texts:
-      raise ValueError(
-        f'other judges cannot be asked: the judgments of {a!r} and {b!r} on the prompt {q!r} come '
-        f'without prompt, '
-        'response_a and response_b. Name --policies and --prompts.'
-      )
-    pairs.append(
-      Pair(
-        dict(prompt_id=q, prompt=judged.prompts[q]),
-        a,
-        b,
-        *(Response(judged.texts[q, p]) for p in (a, b)),
-      )
-    )
-  return pairs
 
 
 def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.Path:
@@ -194,8 +90,12 @@ def read(
   policies: Collection[str] | None = None,
   prompts: Collection[str] | None = None,
   key: str | None = None,
+  into: Judged | None = None,
 ) -> Judged:
   """Reads people's judgments from one file, or from several if the pattern has a `*`.
+
+  Responses of one policy to one prompt may differ between the judgments of a file, where `prompts`
+  is None (verdicts.add).
 
   Args:
     pattern: the path of the file, or a pattern.
@@ -205,6 +105,7 @@ def read(
     policies: the policy names that may occur. None allows any.
     prompts: the prompt ids that may occur. None allows any.
     key: the key of a sheet. None means SHEET.key.json beside the sheet.
+    into: judgments that were read before (verdicts.empty), to which these are added.
   """
   pattern = str(files.folder(pattern))
   paths = (
@@ -216,7 +117,8 @@ def read(
     raise FileNotFoundError(f'--judge=file:{pattern}: there are no such files.')
   # In data/mappings.py, the mapping of this name makes comparisons.
   change = pandalm if mapping == 'pandalm' else mappings.find(mapping, '--judge_mapping')
-  judged, waiting = Judged([], [], {}, {}, []), 0
+  judged, waiting = verdicts.empty() if into is None else into, 0
+  before = len(judged.verdicts)
   for path in paths:
     labeler = pathlib.Path(path.removesuffix('.gz')).stem
     sheet = None
@@ -229,15 +131,13 @@ def read(
         _known(where, verdict.prompt_id, (verdict.a, verdict.b), policies, prompts)
         if verdict.a == verdict.b:
           raise ValueError(f'{where}: the judgment compares {verdict.a!r} with itself.')
-        judged.verdicts.append(verdict)
       for rating in made.ratings if made else ():
         _known(where, rating.prompt_id, (rating.policy,), policies, prompts)
-        judged.ratings.append(rating)
-      judged.texts.update(made.texts if made else {})
-      judged.prompts.update(made.prompts if made else {})
+      if made:
+        verdicts.add(judged, made, where, repeated=prompts is None)
   if waiting:
     judged.notes.append(f'{judge}: {waiting} rows are not judged yet')
-  if not judged.verdicts:
+  if len(judged.verdicts) == before:
     raise ValueError(
       f'--judge=file:{pattern} holds no comparison'
       + (f'; {waiting} rows are not judged yet.' if waiting else '.')
@@ -369,9 +269,9 @@ def _of_sheet(
     for side in '12'
     if f'response_{side}' in row
   }
-  choice = row.get('choice')
+  choice, prompts = row.get('choice'), _prompt(row, item['prompt_id'])
   if choice is None:
-    return Judged([], ratings, texts) if ratings else None
+    return Judged([], ratings, texts, prompts) if ratings else None
   values = {'1': 1.0, '2': 0.0, 'tie': 0.5}
   if str(choice) not in values:
     raise ValueError(f'{where}: "choice" of a sheet is 1, 2 or "tie", not {choice!r}.')
@@ -379,6 +279,7 @@ def _of_sheet(
     [Verdict(item['prompt_id'], item['1'], item['2'], values[str(choice)], judge, labeler, 'a')],
     ratings,
     texts,
+    prompts,
   )
 
 
@@ -388,12 +289,12 @@ def _of_ranking(row: Mapping[str, Any], where: str, judge: str, labeler: str) ->
   if found is None:
     return None
   ranks, responses = found
-  verdicts = [
+  made = [
     Verdict(name, a, b, 0.5 + 0.5 * ((ranks[a] < ranks[b]) - (ranks[a] > ranks[b])), judge, labeler)
     for a, b in itertools.combinations(ranks, 2)
   ]
   return Judged(
-    verdicts, [], {(name, policy): text for policy, text in responses.items()}, _prompt(row, name)
+    made, [], {(name, policy): text for policy, text in responses.items()}, _prompt(row, name)
   )
 
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignjax.evals.preference.judgments import Judged, Pair, Verdict
+from alignjax.evals.preference.verdicts import Judged, Pair, Verdict
 from alignjax.runtime import journal, metrics, retries
 
 URL = 'https://api.openai.com/v1'

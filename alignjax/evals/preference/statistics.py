@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import collections
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from alignjax.evals.preference.judgment_rows import FLAGS
-from alignjax.evals.preference.judgments import Judged, Verdict
+from alignjax.evals.preference.verdicts import Judged, Verdict, clusters
 from alignjax.evals.stats import ANY, Figure, interval, statistic
 
 SHARE = (0, 1)  # The bounds of verdicts.
@@ -32,6 +31,7 @@ class Table(NamedTuple):
     j: i64[N], the index of the second policy, with i < j.
     labelers: str[N], the names of the labelers.
     p: f64[N], the probability that policy i is better.
+    clusters: str[N], labels that are the same for the same prompt.
   """
 
   prompts: np.ndarray
@@ -39,11 +39,15 @@ class Table(NamedTuple):
   j: np.ndarray
   labelers: np.ndarray
   p: np.ndarray
+  clusters: np.ndarray
 
 
-def tabulate(verdicts: Sequence[Verdict], policies: Sequence[str]) -> Table:
+def tabulate(
+  verdicts: Sequence[Verdict], policies: Sequence[str], same: Mapping[str, str] | None = None
+) -> Table:
   """Returns the columns of the verdicts that are not None. Repeated verdicts of the same labeler
-  are averaged."""
+  are averaged. same: the labels of verdicts.clusters; None takes every prompt_id for a prompt of
+  its own."""
   place = {name: k for k, name in enumerate(policies)}
   cells: dict[tuple, list[float]] = {}
   for v in verdicts:
@@ -62,11 +66,12 @@ def tabulate(verdicts: Sequence[Verdict], policies: Sequence[str]) -> Table:
     np.array(columns[2], int),
     np.array(columns[3], str),
     np.array([np.mean(c) for c in cells.values()], float),
+    np.array(_labels(columns[0], same), str),
   )
 
 
 def summarize(
-  judged: Judged, policies: Sequence[str], baseline: str, words: Mapping[tuple[str, str], int]
+  judged: Judged, policies: Sequence[str], baseline: str, texts: Mapping[tuple[str, str], str]
 ) -> dict[str, Any]:
   """Returns all figures as JSON values.
 
@@ -74,7 +79,7 @@ def summarize(
     judged: the verdicts and ratings.
     policies: the names of the policies.
     baseline: the policy that win rates and strengths are relative to.
-    words: {(prompt_id, policy): number of words of the response}, where it is known.
+    texts: {(prompt_id, policy): the response}, where it is known.
 
   Returns:
     {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure}, 'length':
@@ -84,24 +89,32 @@ def summarize(
   by_judge: dict[str, list[Verdict]] = {}
   for v in judged.verdicts:
     by_judge.setdefault(v.judge, []).append(v)
-  judges, tables = {}, {}
+  judges, tables, same = {}, {}, clusters(judged)
+  words = {at: len(text.split()) for at, text in texts.items()}
   for judge, verdicts in by_judge.items():
-    table = tables[judge] = tabulate(verdicts, policies)
+    table = tables[judge] = tabulate(verdicts, policies, same)
     judges[judge] = dict(
       verdicts=len(table.p),
-      prompts=len(set(table.prompts)),
+      prompts=len({judged.repeats.get(q, q) for q in table.prompts}),
       unjudged=sum(v.p is None for v in verdicts),
       labelers=sorted(set(table.labelers) - {''}),
-      ties=interval(table.p == 0.5, _clusters(table.prompts), SHARE),
+      ties=interval(table.p == 0.5, table.clusters, SHARE),
       win_rate=win_rates(table, policies),
       bradley_terry=bradley_terry(table, policies, baseline),
       length=length_effect(table, policies, words),
       agreement=agreement(table),
-      position=position_bias(verdicts),
+      position=position_bias(verdicts, same),
     )
-  mean_words = {
-    name: interval([n for (_, p), n in words.items() if p == name], bounds=ANY) for name in policies
+  # A response of a prompt that has several of another policy is there for each of these.
+  each = {
+    (judged.repeats.get(q, q), policy, text): (q, words[q, policy])
+    for (q, policy), text in texts.items()
   }
+  mean_words = {}
+  for name in policies:
+    own = [found for (_, policy, _), found in each.items() if policy == name]
+    labels = _labels((q for q, _ in own), same)
+    mean_words[name] = interval([n for _, n in own], labels, ANY)
   return dict(
     policies=list(policies),
     baseline=baseline,
@@ -118,11 +131,9 @@ def win_rates(table: Table, policies: Sequence[str]) -> dict[str, dict[str, Figu
   out: dict[str, dict[str, Figure]] = {name: {} for name in policies}
   for i, j in itertools.combinations(range(len(policies)), 2):
     rows = (table.i == i) & (table.j == j)
-    figure = interval(table.p[rows], _clusters(table.prompts[rows]), SHARE)
+    figure = interval(table.p[rows], table.clusters[rows], SHARE)
     out[policies[i]][policies[j]] = figure
-    out[policies[j]][policies[i]] = interval(
-      1 - table.p[rows], _clusters(table.prompts[rows]), SHARE
-    )
+    out[policies[j]][policies[i]] = interval(1 - table.p[rows], table.clusters[rows], SHARE)
   return out
 
 
@@ -135,7 +146,7 @@ def bradley_terry(table: Table, policies: Sequence[str], baseline: str) -> dict[
   with them; 'mean' is None then. The interval is None if there is no maximum without some of the
   prompts. 'n' is the number of verdicts on the policy.
   """
-  names, group = np.unique(_clusters(table.prompts), return_inverse=True)
+  names, group = np.unique(table.clusters, return_inverse=True)
   k = len(policies)
   wins = np.zeros((len(names), k, k))  # [prompt, a, b]: wins of a over b
   np.add.at(wins, (group, table.i, table.j), table.p)
@@ -191,7 +202,7 @@ def length_effect(
   ]
   there = np.array([a is not None and b is not None for a, b in known], bool)
   difference = np.array([a - b for a, b in itertools.compress(known, there)], float)
-  p, prompts = table.p[there], np.array(_clusters(table.prompts[there]))
+  p, prompts = table.p[there], table.clusters[there]
   uneven = difference != 0
 
   def correlation(rows):
@@ -226,13 +237,16 @@ def agreement(table: Table) -> dict[str, Figure] | None:
   ]
   same = np.array([x == y for _, x, y in both], float)
   decided = np.array([2 not in (x, y) for _, x, y in both])
-  prompts = np.array(_clusters(q for q, _, _ in both))
+  same_prompt = dict(zip(table.prompts, table.clusters, strict=True))
+  prompts = np.array([same_prompt[q] for q, _, _ in both])
   counts = np.array([np.bincount(choices, minlength=3) for choices in units.values()])
   return dict(
     pairs=len(units),
     pairwise=interval(same, prompts, SHARE),
     pairwise_without_ties=interval(same[decided], prompts[decided], SHARE),
-    alpha=statistic(lambda rows: _alpha(counts[rows]), _clusters(q for q, _, _ in units), (-1, 1)),
+    alpha=statistic(
+      lambda rows: _alpha(counts[rows]), [same_prompt[q] for q, _, _ in units], (-1, 1)
+    ),
   )
 
 
@@ -248,17 +262,19 @@ def _alpha(counts: np.ndarray) -> float:
   return float(krippendorff.alpha(value_counts=counts, level_of_measurement='nominal'))
 
 
-def position_bias(verdicts: Sequence[Verdict]) -> dict[str, Figure] | None:
+def position_bias(
+  verdicts: Sequence[Verdict], same: Mapping[str, str] | None = None
+) -> dict[str, Figure] | None:
   """Measures the position bias where the order of presentation is known, and returns None where it
   is not. 'first_wins' is how often the response that was shown first was preferred (0.5 means no
   bias). 'consistent' is the share of the same answer among pairs that the same labeler judged in
-  both orders."""
+  both orders. same: as in `tabulate`."""
   shown = [v for v in verdicts if v.shown_first and v.p is not None]
   if not shown:
     return None
   first = interval(
     [v.p if v.shown_first == 'a' else 1 - v.p for v in shown],
-    _clusters(v.prompt_id for v in shown),
+    _labels((v.prompt_id for v in shown), same),
     SHARE,
   )
   twice: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
@@ -270,18 +286,18 @@ def position_bias(verdicts: Sequence[Verdict]) -> dict[str, Figure] | None:
     )
     twice[v.prompt_id, a, b, v.labeler][side] = p
   orders = {key: sides for key, sides in twice.items() if len(sides) == 2}
-  same = [float(np.sign(s['a'] - 0.5) == np.sign(s['b'] - 0.5)) for s in orders.values()]
-  return dict(
-    first_wins=first, consistent=interval(same, _clusters(key[0] for key in orders), SHARE)
-  )
+  equal = [float(np.sign(s['a'] - 0.5) == np.sign(s['b'] - 0.5)) for s in orders.values()]
+  labels = _labels((key[0] for key in orders), same)
+  return dict(first_wins=first, consistent=interval(equal, labels, SHARE))
 
 
 def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
   """Measures the agreement of every two judges on the pairs that both judged and neither called a
   tie. 'agreement' is how often they prefer the same response, after the labelers of each judge are
   averaged. It shows how far a reward model or a language model can replace people."""
-  choices = {}
+  choices, same = {}, {}
   for judge, t in tables.items():
+    same |= dict(zip(t.prompts, t.clusters, strict=True))
     cells: dict[tuple, list[float]] = {}
     for q, i, j, p in zip(t.prompts, t.i, t.j, t.p, strict=True):
       cells.setdefault((q, i, j), []).append(p)
@@ -296,7 +312,7 @@ def between(tables: Mapping[str, Table]) -> list[dict[str, Any]]:
         judges=[one, two],
         agreement=interval(
           [float(choices[one][k] == choices[two][k]) for k in common],
-          _clusters(k[0] for k in common),
+          _labels((k[0] for k in common), same),
           SHARE,
         ),
       )
@@ -308,6 +324,7 @@ def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[s
   """Returns {judge: {policy: {'likert' or a flag: Figure}}} of the ratings, with intervals by
   prompt."""
   out: dict[str, dict] = {}
+  same = clusters(judged)
   for judge in dict.fromkeys(r.judge for r in judged.ratings):
     for policy in policies:
       mine = [r for r in judged.ratings if (r.judge, r.policy) == (judge, policy)]
@@ -318,7 +335,9 @@ def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[s
       }
       out.setdefault(judge, {})[policy] = {
         name: interval(
-          [x for _, x in rows], _clusters(q for q, _ in rows), (1, 7) if name == 'likert' else SHARE
+          [x for _, x in rows],
+          _labels((q for q, _ in rows), same),
+          (1, 7) if name == 'likert' else SHARE,
         )
         for name, rows in columns.items()
         if rows
@@ -326,7 +345,6 @@ def rated(judged: Judged, policies: Sequence[str]) -> dict[str, dict[str, dict[s
   return out
 
 
-def _clusters(prompt_ids: Iterable[str]) -> list[str]:
-  """Returns the same label for the same prompt. A prompt that occurs twice has the names ID and
-  ID-2 (responses.prompts)."""
-  return [re.sub(r'^([0-9a-f]{12})-\d+$', r'\1', q) for q in prompt_ids]
+def _labels(prompt_ids: Iterable[str], same: Mapping[str, str] | None) -> list[str]:
+  """Returns the label of the prompt of each prompt_id."""
+  return [(same or {}).get(q, q) for q in prompt_ids]

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from alignjax.inference import bulk, completions
@@ -35,7 +36,9 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
   exported from it. If the context is empty, and at the start of a rolling log-likelihood, the start
   of the document is given and not scored, whereas `hf` scores a BOS after itself there. Names of
   control tokens in a text are read as text, except in the output of apply_chat_template, which is
-  read as `hf` reads it.
+  read as `hf` reads it. Generation arguments are read as in `hf` (`sampling`), but only those of
+  the task count: `hf` adds those of the checkpoint's generation_config.json, and the default top_k
+  of transformers to what is sampled.
 
   The attribute `cut` of the LM object counts the requests that were longer than the model's context
   and lost their left part.
@@ -112,8 +115,8 @@ def language_model(model: Model, keep: pathlib.Path | None = None, **options: An
       numbers = bulk.occurrences(json.dumps(request.args) for request in requests)
       keys, groups = [], {}  # {how to sample: {key: (prompt, number)}}
       for request, number in zip(requests, numbers, strict=True):
-        how = _sampling(request.args[1])
-        key = _key('generate', *request.args, number if how.temperature else 0)
+        how = sampling(request.args[1])
+        key = _key('generate', request.args[0], how, number if how.temperature else 0)
         keys.append(key)
         prompt = self.tok_encode(request.args[0])
         self.cut += len(prompt) > model.cfg.max_length - how.max_tokens
@@ -165,28 +168,70 @@ def _windows(tokens: list[int], model: Model) -> list[tuple[list[int], list[int]
   return [make_disjoint_window(w) for w in get_rolling_token_windows(tokens, start, most, 1)]
 
 
-class _Sampling(NamedTuple):
-  """How a continuation is sampled, as completions.continuations takes it."""
+class Sampling(NamedTuple):
+  """How a continuation is sampled, as completions.continuations takes it. A temperature of 0 is
+  greedy decoding."""
 
   until: tuple[str, ...]
   max_tokens: int
   temperature: float
+  top_k: int | None = None
+  top_p: float | None = None
 
 
-def _sampling(asked: dict[str, Any]) -> _Sampling:
-  """Reads a request's generation_kwargs."""
-  until = asked.get('until') or []
-  return _Sampling(
-    until=(until,) if isinstance(until, str) else tuple(until),
-    max_tokens=int(asked.get('max_gen_toks', 256)),
-    temperature=_temperature(asked),
+READ = ('until', 'max_gen_toks', 'do_sample', 'temperature', 'top_k', 'top_p')
+# Arguments of transformers that change nothing at these values.
+WITHOUT_EFFECT: dict[str, Any] = dict(num_beams=1, num_return_sequences=1, repetition_penalty=1)
+
+
+def sampling(asked: Mapping[str, Any]) -> Sampling:
+  """Reads the generation_kwargs of a request as the harness's `hf` backend does.
+
+  normalize_gen_kwargs of the harness says what counts: a continuation is sampled only if do_sample
+  or a temperature without do_sample says so, and max_new_tokens, max_tokens and
+  max_completion_tokens are other names of max_gen_toks.
+
+  Raises:
+    ValueError: An argument is unknown here, or has a value that cannot be. The message names it.
+  """
+  from lm_eval.models.utils import normalize_gen_kwargs
+
+  try:
+    found: dict[str, Any] = {**normalize_gen_kwargs(dict(asked))}
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'generation_kwargs={dict(asked)} cannot be read ({error}).') from None
+  for name, value in found.items():
+    if name not in READ and (name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]):
+      raise ValueError(
+        f'generation_kwargs: {name}={value!r} is not supported here; there are '
+        f'{", ".join(READ)}. Leave it out, or use the backend `hf`.'
+      )
+  until = [text for text in found['until'] if text]
+  how = Sampling(tuple(until), found['max_gen_toks'], 0.0)
+  if not found['do_sample']:
+    return how
+  temperature, top_k, top_p = (found.get(k) for k in ('temperature', 'top_k', 'top_p'))
+  for name, value, good, words in (
+    ('temperature', temperature, _number(temperature) and temperature > 0, 'a number above 0'),
+    (
+      'top_k',
+      top_k,
+      top_k is None or _number(top_k) and top_k == int(top_k) >= 0,
+      'a whole number, 0 or more',
+    ),
+    ('top_p', top_p, top_p is None or _number(top_p) and 0 < top_p <= 1, 'from above 0 to 1'),
+  ):
+    if not good:
+      raise ValueError(f'generation_kwargs: with do_sample, {name}={value!r} must be {words}.')
+  return how._replace(
+    temperature=float(temperature),
+    top_k=int(top_k) if top_k else None,  # As in transformers, 0 keeps all tokens.
+    top_p=float(top_p) if top_p is not None and top_p < 1 else None,
   )
 
 
-def _temperature(asked: dict[str, Any]) -> float:
-  """Returns the temperature of a request's generation_kwargs, where 0 means greedy decoding."""
-  sampled = asked.get('do_sample', False) or asked.get('temperature', 0) > 0
-  return float(asked.get('temperature', 1.0)) if sampled else 0.0
+def _number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _counted(progress: metrics.Progress, then: Callable) -> Callable:

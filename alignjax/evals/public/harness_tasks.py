@@ -337,6 +337,11 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
       f'{name}: the task of {path} cannot be made ({type(error).__name__}: {message}). If its '
       f'data are on the hub and cannot be read, name a file: --data={name}=FILE.'
     ) from None
+  if task.OUTPUT_TYPE == 'generate_until':
+    try:
+      harness.sampling(task.config.generation_kwargs)
+    except ValueError as error:
+      raise ValueError(f'{name}, in {path}: {error}') from None
   task.set_fewshot_seed(seed)
   return task
 

@@ -29,7 +29,8 @@ AGREEMENT = 0.4  # QuAC's scorer leaves out questions whose references agree les
 
 class OtherClusters(ContextSampler):
   """Draws few-shot examples at random for each question. If questions and examples come from the
-  same split, no example is from the question's own cluster."""
+  same split, no example is from the question's own cluster. The harness says so by `eval_doc`, the
+  question: it is None where the examples have a split of their own, whose clusters are others."""
 
   def sample(self, n, eval_doc=None, df=None, **kwargs):
     docs = self.df

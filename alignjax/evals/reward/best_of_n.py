@@ -136,7 +136,8 @@ def markdown(result: Mapping[str, Any]) -> str:
       '',
       '## Trained policies',
       '',
-      'Measured on the same prompts; KL to the policy above.',
+      'Measured on the same prompts; KL to the policy above, both at temperature '
+      f'{result["temperature"]}.',
       '',
       *table(
         ['policy', 'KL', *names],

@@ -53,7 +53,16 @@ def choose(
   Returns:
     {'chosen', 'why', 'candidates': {candidate: {'score': figure, name: figure, 'behind': figure of
       chosen - candidate, paired by prompt}}}.
+
+  Raises:
+    ValueError: A score is not a finite number. The message names the candidate.
   """
+  for name, s in scores.items():
+    if wrong := int(np.sum(~np.isfinite(s))):
+      raise ValueError(
+        f'the candidate {name} has {wrong} of {len(s)} scores that are not finite numbers, so that '
+        f'no best candidate can be named. Check its weights, and the function that scores it.'
+      )
   means = {name: float(np.mean(s)) for name, s in scores.items()}
   chosen = max(means, key=means.get)
   candidates = {}
