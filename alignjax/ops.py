@@ -214,6 +214,9 @@ def gae(
   return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
+KL_ERROR_CLIP = 0.2  # the most that a KL counts as off its target, as a share (Ziegler et al. 2019)
+
+
 def adaptive_kl_coef(
   kl_coef: jax.Array, kl: jax.Array, episodes: int, *, target: float, horizon: int
 ) -> jax.Array:
@@ -224,10 +227,11 @@ def adaptive_kl_coef(
     kl_coef: f32[], the present coefficient.
     kl: f32[], the mean KL in nats per response.
     episodes: responses since the last step.
-    target: the KL to steer to, in nats per response.
-    horizon: in episodes; the larger it is, the more slowly the coefficient moves.
+    target: the KL to steer to, in nats per response, above 0.
+    horizon: in episodes, above KL_ERROR_CLIP * episodes; the larger it is, the more slowly the
+      coefficient moves.
   """
-  error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+  error = jnp.clip(kl / target - 1.0, -KL_ERROR_CLIP, KL_ERROR_CLIP)
   return kl_coef * (1.0 + error * episodes / horizon)
 
 

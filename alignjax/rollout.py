@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from alignjax import ops
-from alignjax.sampling import generate
+from alignjax.sampling import Generation, generate
 from alignjax.types import Metrics, Networks, Params, Rollout
 
 
@@ -39,6 +39,7 @@ def collect(
   segments: int | None = None,
   halvings: int = 0,
   shards: int = 1,
+  sampled: Generation | None = None,
 ) -> tuple[Rollout, Metrics]:
   """Phases 1 to 4 of an iteration: responses, log-probabilities, values and scores.
 
@@ -63,6 +64,8 @@ def collect(
     live_rows: see steps.gradients. With it, score_rows must be the rows of an update's gradient, so
       that both make the same arrangement.
     segments, halvings, shards: see sampling.generate. They change its time, not results.
+    sampled: responses of an engine outside of the program (stages/outside.py), B *
+      samples_per_prompt rows; None samples them here.
 
   Returns:
     (Rollout of B * samples_per_prompt rows, metrics).
@@ -70,21 +73,22 @@ def collect(
   Raises:
     TypeError: the reward is not floating-point.
   """
-  sampled = generate(
-    nets.decoder,
-    params['policy'],
-    prompts,
-    prompt_mask,
-    key,
-    max_tokens=max_tokens,
-    stop_ids=stop_ids,
-    temperature=temperature,
-    samples_per_prompt=samples_per_prompt,
-    prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt,
-    segments=segments,
-    halvings=halvings,
-    shards=shards,
-  )
+  if sampled is None:
+    sampled = generate(
+      nets.decoder,
+      params['policy'],
+      prompts,
+      prompt_mask,
+      key,
+      max_tokens=max_tokens,
+      stop_ids=stop_ids,
+      temperature=temperature,
+      samples_per_prompt=samples_per_prompt,
+      prompts_at_once=None if generate_rows is None else generate_rows // samples_per_prompt,
+      segments=segments,
+      halvings=halvings,
+      shards=shards,
+    )
   sampled = jax.lax.stop_gradient(sampled)
   prompts, prompt_mask = (jnp.repeat(x, samples_per_prompt, axis=0) for x in (prompts, prompt_mask))
   mask, first = sampled.mask, prompts.shape[1]

@@ -206,8 +206,8 @@ def identity(config: ml_collections.ConfigDict, name: str) -> dict:
   """The entries that decide a stage's result: its own and the shared ones.
 
   How often it logs and saves does not count, nor which candidates it keeps, nor how its sampling
-  loop is cut. An entry that version 0.1.0 did not have is left out where it asks for what that
-  version did, so that a run of then goes on.
+  loop is cut, nor where an engine is that samples. An entry that version 0.1.0 did not have is left
+  out where it asks for what that version did, so that a run of then goes on.
   """
   config = config.to_dict()
   stage = {
@@ -218,9 +218,10 @@ def identity(config: ml_collections.ConfigDict, name: str) -> dict:
     and not (k == 'lora' and not (v or {}).get('rank'))
   }
   if isinstance(stage.get('rollout'), dict):
+    engine = stage['rollout'].get('engine')
     stage['rollout'] = {
-      k: v for k, v in stage['rollout'].items() if k not in ('segments', 'halvings')
-    }
+      k: v for k, v in stage['rollout'].items() if k not in ('segments', 'halvings', 'engine')
+    } | ({'engine': engine['fn']} if engine else {})
   return {k: config[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
     'stages': {name: stage}
   }

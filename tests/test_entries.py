@@ -37,7 +37,14 @@ WRONG = {
   "'stage:NAME', 'hf:",
   'stages.ppo_ptx.ema_decay=foo': "stages.ppo_ptx.ema_decay='foo' must be a number from 0 on, "
   'below 1, or None.',
-  'stages.ppo_ptx.kl.target=nan': "stages.ppo_ptx.kl.target='nan' must be a number or None.",
+  'stages.ppo_ptx.kl.target=nan': (
+    "stages.ppo_ptx.kl.target='nan' must be a number above 0, or None."
+  ),
+  'stages.ppo_ptx.kl.target=0': 'stages.ppo_ptx.kl.target=0 must be a number above 0, or None.',
+  'stages.ppo_ptx.kl.horizon=-10000': (
+    'stages.ppo_ptx.kl.horizon=-10000 must be a number above 0, or None.'
+  ),
+  'stages.ppo_ptx.kl.coef=-0.1': 'stages.ppo_ptx.kl.coef=-0.1 must be a number, 0 or more.',
   'stages.ppo_ptx.kl={}': "the config lacks the entry 'target'",
   'stages.ppo_ptx.rollout=None': 'stages.ppo_ptx.rollout=None must',
   'stages.ppo_ptx.iterations=None': 'stages.ppo_ptx.iterations=None must be',

@@ -500,6 +500,19 @@ def test_finished_stages_are_reused_and_another_config_is_refused(finished, patc
     ),
     ({'stages.ppo.rollout.temperature': 0.0}, 'temperature'),
     ({'stages.ppo.kl.target': 6.0}, 'target and horizon'),
+    (
+      {'stages.ppo.kl.target': 6.0, 'stages.ppo.kl.horizon': 3, 'stages.ppo.rollout.episodes': 16},
+      r'stages.ppo.kl.horizon=3 would let one iteration of 16 episodes .* above 3.2',
+    ),
+    ({'stages.rm.policies': ()}, 'stages.rm.policies is empty'),
+    (
+      {'stages.rm.policies': (dict(init='stage:sft', temperature=-1.0, share=1.0),)},
+      r'stages.rm.policies\[0\].temperature=-1.0 must be a number, 0 or more',
+    ),
+    (
+      {'stages.rm.policies': (dict(init='stage:sft', temperature=1.0),)},
+      r'stages.rm.policies\[0\]=.* must have init, temperature and share',
+    ),
     ({'stages.ppo.loss.ptx_coef': 1.0}, 'rows_per_episode'),
     ({'stages.ppo.keep': 'ema'}, 'ema_decay'),
     ({'stages.ppo.loss.fn': 'alignjax.losses:ppoo'}, 'stages.ppo.loss.fn'),

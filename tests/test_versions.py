@@ -36,7 +36,7 @@ def test_an_earlier_run_goes_on_and_ends_with_the_same_numbers(earlier, capsys):
   assert config.to_dict() != then, 'functions have moved'
   for name in ('rm', 'ppo_ptx'):  # entries of today, at their defaults
     config.stages[name].packed_rows = ()
-  config.stages.ppo_ptx.rollout.update(segments=None, halvings=0)
+  config.stages.ppo_ptx.rollout.update(segments=None, halvings=0, engine=None)
   workdir = earlier / 'workdir'
   before = metrics.read(workdir / 'ppo_ptx' / 'metrics.jsonl')
   report = json.loads((workdir / 'report.json').read_text())
@@ -71,12 +71,13 @@ def test_an_earlier_stage_is_a_model_to_use(earlier, monkeypatch):
   ],
 )
 def test_earlier_results_of_tasks_are_served(earlier, monkeypatch, name, data):
-  """Under the versions of the packages that scored them then: another version of these is another
-  result."""
+  """Under the versions of the function and the packages that scored them then: another version of
+  these is another result."""
   out = earlier / 'evaluation' / 'out'
   (path,) = (out / 'cells').glob(f'{name}-*.json')
   kept = json.loads(path.read_text())
   monkeypatch.setattr(registry, '_versions', lambda: kept['protocol']['packages'])
+  monkeypatch.setitem(VERSIONS, registry.TASKS[name], kept['protocol']['code'])
   data = str(earlier / 'evaluation' / 'data' / data)
   task, options = registry.find_tasks([name])[name], kept['protocol']['options']
   run = lambda: registry.run_task(name, task, None, kept['model'], out, data=data, options=options)
@@ -85,7 +86,7 @@ def test_earlier_results_of_tasks_are_served(earlier, monkeypatch, name, data):
   figure = table.figure(found[0])
   # the BLEU of a corpus is found by the name that its function had
   assert figure['n'] == len(found[0].values) and figure['mean'] is not None
-  monkeypatch.setitem(VERSIONS, registry.TASKS[name], '2')
+  monkeypatch.setitem(VERSIONS, registry.TASKS[name], 'another')
   with pytest.raises((AttributeError, TypeError)):  # it is measured anew, and there is no model
     run()
 

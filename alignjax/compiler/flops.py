@@ -78,11 +78,13 @@ def ppo(
   ptx_rows: int,
   epochs: int,
   reward_models: int,
+  generates: bool = True,
   adapters: bool = False,
 ) -> dict[str, float]:
   """The work of one PPO iteration, with every response at its full length: sampling, scoring by
   policy, reference, value and each reward model, the updates of policy and value, and the
-  pretraining rows. A prompt is read once for all of its samples, and has no logits."""
+  pretraining rows. A prompt is read once for all of its samples, and has no logits. generates:
+  whether sampling is a part of the iteration, and not the work of an engine elsewhere."""
   length = prompt_length + response_length
   lm, scalar = forward_flops(policy, length), forward_flops(value, length, 'scalar')
   unembedding = 2.0 * policy.d_model * policy.vocab_size
@@ -102,7 +104,7 @@ def ppo(
     'tokens_generated': episodes * response_length,
     'tokens_scored': episodes * length * (3 + reward_models),
     'tokens_trained': epochs * (2 * episodes * length + ptx_rows * row_length),
-    'flops': generated + scored + trained,
+    'flops': generates * generated + scored + trained,
   }
 
 

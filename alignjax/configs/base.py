@@ -54,6 +54,7 @@ def ppo(ptx_coef, iterations, episodes):
       score_rows=config_dict.placeholder(int),  # None: the rows of one gradient
       segments=config_dict.placeholder(int),  # None: by the length of responses
       halvings=0,
+      engine=None,  # of another program (stages/outside.py); None: the compiled program samples
     ),
     reward=dict(fn='alignjax.rewards:model_reward'),
     kl=dict(coef=0.1, target=None, horizon=None),

@@ -66,6 +66,7 @@ def ppo(ptx_coef, policy_lr, value_lr, memory):
       score_rows=64,
       segments=config_dict.placeholder(int),
       halvings=0,
+      engine=None,  # of another program (stages/outside.py); None: the compiled program samples
     ),
     reward=dict(fn='alignjax.rewards:model_reward', rows=64),
     kl=dict(coef=0.02, target=config_dict.placeholder(float), horizon=config_dict.placeholder(int)),

@@ -86,7 +86,7 @@ def tried(
 
 
 def post(url: str, value: Any, timeout: float) -> Any:
-  """Sends a JSON value and returns the JSON value of the answer.
+  """Sends a JSON value and returns the JSON value of the answer, None where that is empty.
 
   Raises:
     Passing, Refused: The messages do not hold the URL, which may hold a key.
@@ -94,9 +94,19 @@ def post(url: str, value: Any, timeout: float) -> Any:
   request = urllib.request.Request(
     url, json.dumps(value).encode(), {'Content-Type': 'application/json'}
   )
+  return _answer(request, timeout)
+
+
+def get(url: str, timeout: float) -> Any:
+  """The JSON value at a URL. It raises what `post` does."""
+  return _answer(urllib.request.Request(url), timeout)
+
+
+def _answer(request: urllib.request.Request, timeout: float) -> Any:
   try:
     with urllib.request.urlopen(request, timeout=timeout) as answer:
-      return json.load(answer)
+      text = answer.read()
+      return json.loads(text) if text else None
   except urllib.error.HTTPError as error:
     with error:
       text = error.read().decode('utf-8', 'replace')

@@ -126,9 +126,9 @@ STAGE: dict[str, Kind] = {
   'rollout.halvings': ('a whole number, 0 or more', whole(0)),
   'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
   'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
-  'kl.coef': ('a number', _number(lambda x: True)),
-  'kl.target': ('a number or None', _number(lambda x: True, none=True)),
-  'kl.horizon': ('a number or None', _number(lambda x: True, none=True)),
+  'kl.coef': ('a number, 0 or more', _number(lambda x: x >= 0)),
+  'kl.target': ('a number above 0, or None', _number(lambda x: x > 0, none=True)),
+  'kl.horizon': ('a number above 0, or None', _number(lambda x: x > 0, none=True)),
   'k_buckets': (
     'a tuple of whole numbers',
     lambda x: isinstance(x, (tuple, list)) and all(map(whole(1), x)),

@@ -24,7 +24,7 @@ from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
 from alignjax.setup.records import encoded, of_sandbox, records
 from alignjax.sharding import fetch
-from alignjax.stages import ppo_ptx_plan
+from alignjax.stages import outside, ppo_ptx_plan
 from alignjax.stages.abstract import Plan
 from alignjax.stages.pretrain import text_mix
 from alignjax.stages.stage import Stage, compile_step, make_live_rows
@@ -208,6 +208,16 @@ def build(setup: Setup, name: str) -> Stage:
     for row, record in zip(reversed(rows), reversed(prompt_records), strict=True)
   }
   compiled = make_step(setup, name, tx, state, failures, prompts_by_tokens)
+  engine = outside.sampler(setup, name, failures)
+
+  def step(state, batch):
+    if engine is None:
+      return compiled(state, frozen, batch)
+    sampled, seconds = engine(state, frozen, batch)
+    if sampled is None:  # `failures` says why, and the loop stops.
+      return state, {}, None
+    state, metrics, rollout = compiled(state, frozen, batch, sampled)
+    return state, metrics | {'time/engine_seconds': seconds}, rollout
 
   def observe(i, state, rollout):
     index = np.repeat(indices(i), cfg.rollout.samples_per_prompt)
@@ -215,7 +225,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   return Stage(
     state=state,
-    step=lambda state, batch: compiled(state, frozen, batch),
+    step=step,
     batch=batch,
     num_steps=cfg.iterations,
     finish=lambda state: (
@@ -250,6 +260,7 @@ def make_step(
   prompts_by_tokens: Mapping[tuple[int, ...], Any],
 ) -> Callable:
   """Compiles `iteration` as the config has it: (state, frozen, batch) -> (state, metrics, rollout).
+  Where an engine samples (stages/outside.py), its responses are a fourth argument.
 
   Args:
     tx: the optimizer of {'policy', 'value'}.
@@ -280,7 +291,6 @@ def make_step(
   bound = functools.partial(
     iteration,
     key=stage_key(setup, name),
-    rollout_fn=rollout_fn,
     advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage', facts=facts['advantage']),
     whiten=cfg.whiten_advantages,
     loss_fn=plugins.bind(cfg.loss, f'{where}.loss', given=('nets',), facts=facts['loss']),
@@ -294,8 +304,14 @@ def make_step(
     kl_horizon=cfg.kl.horizon,
   )
 
-  def step(state, frozen, batch):
-    return bound(state, frozen, batch, nets=adapters.networks(setup, name, frozen))
+  def step(state, frozen, batch, sampled=None):
+    return bound(
+      state,
+      frozen,
+      batch,
+      nets=adapters.networks(setup, name, frozen),
+      rollout_fn=functools.partial(rollout_fn, sampled=sampled),
+    )
 
   return compile_step(step, state)
 
@@ -305,6 +321,8 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   weights."""
   tx = ppo_ptx_plan.optimizer(setup, name)
   arguments = ppo_ptx_plan.abstract_arguments(setup, name, tx)
+  if outside.bind(setup, name) is not None:
+    arguments = (*arguments, outside.shapes(setup, name))
   step = make_step(setup, name, tx, arguments[0], failures=[], prompts_by_tokens={})
   return Plan(step, arguments, ppo_ptx_plan.work_of_phases(setup, name))
 

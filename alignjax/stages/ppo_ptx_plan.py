@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax import plugins, rewards
+from alignjax import ops, plugins, rewards
 from alignjax.compiler import flops
 from alignjax.setup import adapters
 from alignjax.setup.entries import check_counts, check_divides
 from alignjax.setup.objects import Setup
-from alignjax.stages import abstract
+from alignjax.stages import abstract, outside
 from alignjax.stages.abstract import Work
 from alignjax.stages.stage import check_functions, make_live_rows, make_optimizer, make_state
 from alignjax.types import Params, PPOBatch, Rollout, TrainState
@@ -149,6 +149,8 @@ def work_of_phases(setup: Setup, name: str) -> dict[str, list[Work]]:
       net('update', rows=episodes // parts, length=length, times=updates) for net in (policy, value)
     ],
   }
+  if outside.bind(setup, name) is not None:
+    work = {phase: work[phase] for phase in ('score', 'reward', 'update')}
   if members := reward_models(cfg, f'stages.{name}'):
     times = members * (episodes // rewarded)
     work['reward'] = [value('forward', rows=rewarded, length=length, times=times)]
@@ -174,6 +176,7 @@ def work_of_iteration(setup: Setup, name: str) -> dict[str, float]:
     ptx_rows=cfg.rollout.episodes * cfg.ptx.rows_per_episode,
     epochs=cfg.inner_epochs,
     reward_models=reward_models(cfg, f'stages.{name}'),
+    generates=outside.bind(setup, name) is None,
     adapters=adapters.used(setup, name),
   )
 
@@ -183,6 +186,7 @@ def check_entries(setup: Setup, name: str) -> None:
   cfg, where = setup.config.stages[name], f'stages.{name}'
   check_functions(cfg, where, facts(setup, name))
   adapters.check(setup, name, TRAINED)
+  outside.bind(setup, name)
   check_roles(cfg, where)
   check_counts(setup, where, 'prompts', prompts=cfg.prompts)
   if cfg.ptx.rows_per_episode:
@@ -205,6 +209,13 @@ def check_entries(setup: Setup, name: str) -> None:
   if (cfg.kl.target is None) != (cfg.kl.horizon is None):
     raise ValueError(
       f'{where}.kl: target and horizon belong together; both None keeps kl.coef fixed.'
+    )
+  least = ops.KL_ERROR_CLIP * cfg.rollout.episodes
+  if cfg.kl.horizon is not None and cfg.kl.horizon <= least:
+    raise ValueError(
+      f'{where}.kl.horizon={cfg.kl.horizon} would let one iteration of {cfg.rollout.episodes} '
+      f'episodes make kl.coef 0 or negative: it must be above {least:g}. Ziegler et al. (2019) '
+      f'take 10000.'
     )
   if cfg.loss.get('ptx_coef') and not cfg.ptx.rows_per_episode:
     raise ValueError(
