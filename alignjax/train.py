@@ -202,6 +202,10 @@ def _strings(tree: Any) -> Iterator[str]:
     yield tree
 
 
+# The entries of an engine that say where and how it is reached, and not what it samples.
+WHERE = ('url', 'folder', 'sleep', 'at_once', 'tries', 'wait', 'timeout')
+
+
 def identity(config: ml_collections.ConfigDict, name: str) -> dict:
   """The entries that decide a stage's result: its own and the shared ones.
 
@@ -221,7 +225,9 @@ def identity(config: ml_collections.ConfigDict, name: str) -> dict:
     engine = stage['rollout'].get('engine')
     stage['rollout'] = {
       k: v for k, v in stage['rollout'].items() if k not in ('segments', 'halvings', 'engine')
-    } | ({'engine': engine['fn']} if engine else {})
+    }
+    if engine:
+      stage['rollout']['engine'] = {k: v for k, v in engine.items() if k not in WHERE}
   return {k: config[k] for k in ('seed', 'world', 'data', 'model', 'reward_model')} | {
     'stages': {name: stage}
   }

@@ -7,13 +7,14 @@ import http.server
 import json
 import pathlib
 import shutil
+import tempfile
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.models import config_json, hf, transformer
+from alignjax.models import hf, transformer
 from alignjax.sampling import generate
 
 
@@ -25,6 +26,8 @@ class Server(http.server.ThreadingHTTPServer):
     weights: those that are read.
     answers: prompt and seed -> (tokens, log-probabilities), what was answered last.
     change: what an answer goes through, for servers that are wrong.
+    salts: the cache salts of all requests for a response.
+    unused: the ids that no token has.
     broken: how often the weights were read when requests for a response fail.
   """
 
@@ -38,6 +41,8 @@ class Server(http.server.ThreadingHTTPServer):
     self.answers: dict = {}
     self.change, self.lock = lambda answer: answer, threading.Lock()
     self.broken: tuple[int, ...] = ()
+    self.salts: set[str] = set()
+    self.unused = [i for low, high in cfg.unused_ids for i in range(low, high)]
     self.weights = self.read(self.checkpoint)
     self.sampler = jax.jit(self._sample, static_argnames=('max_tokens', 'stop_ids'))
 
@@ -54,9 +59,13 @@ class Server(http.server.ThreadingHTTPServer):
     return f'http://127.0.0.1:{self.server_port}'
 
   def read(self, folder: pathlib.Path):
-    if not (folder / 'config.json').exists():
-      shutil.copy(self.checkpoint / 'config.json', folder)
-    assert config_json.declared(folder)
+    with tempfile.TemporaryDirectory() as whole:
+      shutil.copy(self.checkpoint / 'config.json', whole)
+      for path in folder.glob('*.safetensors*'):
+        shutil.copy(path, whole)
+      return self.of_folder(whole)
+
+  def of_folder(self, folder):
     alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return hf.load(folder, self.cfg, 'lm', lambda t: jax.tree.map(lambda _: alone, t))
 
@@ -101,6 +110,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if self.path != '/v1/completions':
       return self.answer(None)
     assert asked['model'] == 'policy' and (asked['top_p'], asked['top_k']) == (1.0, -1)
+    server.salts.add(asked['cache_salt'])
+    assert asked['logit_bias'] == {str(i): -100.0 for i in server.unused}
     if server.asked.count('/collective_rpc') in server.broken:
       return self.answer(dict(error='out of memory'), 500)
     return self.answer(server.change(server.respond(asked)))

@@ -1,22 +1,26 @@
 """Responses of an engine outside of the compiled program: a server that answers as vLLM's does."""
 
+import functools
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from alignjax import train
 from alignjax.configs import smollm2_135m
+from alignjax.inference import loading
 from alignjax.models.config import TransformerConfig
-from alignjax.runtime import checkpoint, failures, metrics
+from alignjax.runtime import checkpoint, failures, files, lock, metrics
 from alignjax.setup.objects import make_setup
 from alignjax.stages import outside, ppo_ptx
 from tests.fake_vllm import Server
 from tests.test_lora import pipeline
 from tests.test_preference import CHAT
 
-ORDER = ['/collective_rpc', '/reset_prefix_cache', '/v1/completions']
+ORDER = ['/collective_rpc', '/v1/completions']
 ASLEEP = ['/wake_up?tags=weights', '/collective_rpc', '/wake_up?tags=kv_cache',
-          '/reset_prefix_cache', '/v1/completions', '/sleep?level=2']  # fmt: skip
+          '/v1/completions', '/sleep?level=2']  # fmt: skip
 
 
 def config(folder, url='http://127.0.0.1:9', **lora):
@@ -71,6 +75,7 @@ def test_the_engine_samples_the_present_policy(tmp_path, how):
     seen, _ = steps(setup_of(c, tmp_path))
     before = running.read(running.checkpoint)
   assert running.asked == (ASLEEP if how.get('sleep') else ORDER) * 2
+  assert len(running.salts) == 2, 'a prompt is read again with the new weights'
   assert len(running.answers) == 16 and len({seed for _, seed in running.answers}) == 16
   for measured, rollout in seen:
     assert measured['ppo/ratio_max_dev'] == 0
@@ -190,6 +195,34 @@ def test_entries_that_cannot_be_are_named_before_anything_runs(tmp_path, change,
     c.stages.ppo_ptx.rollout[entry] = value  # `update` would leave entries of the engine there
   with pytest.raises(ValueError, match=words):
     ppo_ptx.check(setup_of(c, tmp_path), 'ppo_ptx')
+
+
+def test_the_folder_of_the_weights_is_no_checkpoint_and_of_one_run(tmp_path):
+  model = loading.load(f'hf:{CHAT}', 'lm', 'chat')
+  write = functools.partial(outside._write, setup_of(config(tmp_path), tmp_path), model.params)
+  for _ in range(2):
+    write(str(tmp_path / 'mine'))
+  with pytest.raises(lock.Busy), lock.held(files.folder(tmp_path / 'mine')):
+    pass
+  (tmp_path / 'theirs').mkdir()
+  with lock.held(files.folder(tmp_path / 'theirs')):
+    with pytest.raises(ValueError, match='another run writes its weights to .*theirs'):
+      write(str(tmp_path / 'theirs'))
+  copy = shutil.copytree(CHAT, tmp_path / 'copy')
+  before = {p.name: p.read_bytes() for p in copy.glob('*.safetensors')}
+  with pytest.raises(ValueError, match='copy is a checkpoint, whose tensors would be replaced'):
+    write(str(copy))
+  assert before and before == {p.name: p.read_bytes() for p in copy.glob('*.safetensors')}
+
+
+def test_where_an_engine_is_does_not_decide_the_result(tmp_path):
+  def identity(**changes):
+    c = config(tmp_path)
+    c.stages.ppo_ptx.rollout.engine.update(changes)
+    return train.identity(c, 'ppo_ptx')
+
+  assert identity() == identity(url='http://elsewhere:1', folder='f', sleep=True, timeout=1.0)
+  assert identity() != identity(top_k=3) and identity() != identity(fn='mylab:sample')
 
 
 def test_the_sandbox_has_no_engine(tmp_path):

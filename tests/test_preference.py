@@ -690,3 +690,21 @@ def test_a_sandbox_run_is_judged_by_its_labelers_and_its_reward_model(tmp_path):
     for j in result['judges'].values()
   )
   assert set(result['ratings']['sandbox']['sft']) == {'fails_instruction', 'hallucination'}
+
+
+def test_a_prompt_id_stands_for_one_prompt():
+  """Two files that number their own prompts: their responses would be judged under one of them."""
+
+  def judged(prompt, *texts):
+    return Judged(
+      [Verdict('0', 'a', 'b', 1.0, 'people')],
+      texts={('0', p): t for p, t in zip('ab', texts, strict=True)},
+      prompts={'0': prompt},
+    )
+
+  made = verdicts.empty()
+  verdicts.add(made, judged('P', 'one', 'two'), 'first.jsonl, line 1')
+  verdicts.add(made, judged('P', 'three', 'four'), 'first.jsonl, line 2')
+  with pytest.raises(ValueError, match="second.jsonl, line 1: the prompt_id '0' stands for anoth"):
+    verdicts.add(made, judged('Q', 'five', 'six'), 'second.jsonl, line 1')
+  assert len(made.verdicts) == 2 and made.prompts == {'0': 'P'}

@@ -15,6 +15,7 @@ lets the server give its memory back while the policy is trained.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -30,6 +31,7 @@ def complete(
   max_tokens: int,
   stop_ids: Sequence[int],
   temperature: float,
+  unused_ids: Sequence[int],
   url: str,
   folder: str,
   sleep: bool = False,
@@ -42,7 +44,7 @@ def complete(
 
   Args:
     prompts: the tokens of each prompt.
-    write_weights, seeds, max_tokens, stop_ids, temperature: the stage gives them.
+    write_weights, seeds, max_tokens, stop_ids, temperature, unused_ids: the stage gives them.
     url: of the server, without /v1.
     folder: where the weights are written, best in shared memory.
     sleep: whether the server gives its memory back after sampling, and takes it before.
@@ -80,8 +82,8 @@ def complete(
   ask('/collective_rpc', dict(method='reload_weights', kwargs=dict(weights_path=folder)))
   if sleep:
     ask('/wake_up?tags=kv_cache', {})
-  # What is cached of a prompt belongs to the weights before.
-  ask('/reset_prefix_cache', {})
+  # What the server has cached of a prompt belongs to other weights.
+  salt = uuid.uuid4().hex
 
   def sample(prompt: Sequence[int], seed: int) -> tuple[list[int], list[float]]:
     request = dict(
@@ -92,6 +94,8 @@ def complete(
       temperature=temperature,
       stop_token_ids=list(stop_ids),
       ignore_eos=True,  # Only stop_ids end a response.
+      cache_salt=salt,
+      logit_bias={str(i): -100.0 for i in unused_ids},
       logprobs=0,  # of the sampled token alone
       return_token_ids=True,
       # The server would take these from the checkpoint's generation_config.json.

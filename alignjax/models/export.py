@@ -141,9 +141,20 @@ def save_weights(
   dtype: str,
 ) -> None:
   """Writes the tensors of a policy alone, in the place of those that the folder had, for an engine
-  that has read config.json and the tokenizer elsewhere. The arguments are those of `save`."""
+  that has read config.json and the tokenizer elsewhere.
+
+  Args:
+    folder, source, cfg, params, dtype: see `save`.
+
+  Raises:
+    ValueError: the folder is a checkpoint.
+  """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
+  if (folder / 'config.json').exists():
+    raise ValueError(
+      f'{folder} is a checkpoint, whose tensors would be replaced: name a folder of its own.'
+    )
   for path in [*folder.glob('*.safetensors'), folder / hf.INDEX]:
     path.unlink(missing_ok=True)
   family = FAMILIES[config_json.declared(hub.folder_of(source)).kind]

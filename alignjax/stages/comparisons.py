@@ -214,8 +214,8 @@ def batch(setup: Setup, data: Comparisons, plan: Updates, step: int, encode_rows
 def work(plan: Updates, step: int, of: Callable[[int, int], dict[str, float]]) -> dict[str, float]:
   """of(rows, tokens of a row) for an update, for the metrics of throughput. Rows that only fill a
   batch do not count."""
-  (k, t), _ = plan.order[step]
-  return of(plan.prompts * k, t)
+  (k, t), prompts = plan.order[step]
+  return of(len(prompts) * k, t)
 
 
 def abstract_batch(setup: Setup, name: str) -> ComparisonBatch:

@@ -10,7 +10,8 @@ of the tokens of each prompt, a function that writes the policy's weights, and a
 prompt; with several samples of a prompt, it comes as often. It returns the tokens of a response to
 each, up to `max_tokens` of them and with the stop token where there was one, and their
 log-probabilities under the distribution that it sampled from. Where it has keyword arguments
-`max_tokens`, `stop_ids` or `temperature`, the stage gives them.
+`max_tokens`, `stop_ids`, `temperature` or `unused_ids` (the ids of the vocabulary that no token
+has, which must not be sampled), the stage gives them.
 
 Everything else is as before. The compiled iteration takes the responses where it would have sampled
 (rollout.collect), and computes their log-probabilities again, so that the ratio before the first
@@ -19,7 +20,10 @@ update is exactly 1, and 'rollout/sampler_gap_max' says how far the engine is fr
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +36,7 @@ from jax.experimental import multihost_utils
 from alignjax import plugins
 from alignjax.models import export, lora
 from alignjax.models.config import TransformerConfig
+from alignjax.runtime import lock
 from alignjax.sampling import Generation
 from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, stage_key
@@ -56,7 +61,7 @@ def bind(setup: Setup, name: str) -> Callable | None:
   if set_too := [entry for entry in OF_THE_GRAPH if rollout.get(entry)]:
     raise ValueError(
       f'{where}.{set_too[0]}={rollout[set_too[0]]} is of the sampling in the compiled program and '
-      f'has no effect beside {where}.engine: set it to None.'
+      f'has no effect beside {where}.engine: leave it at its default.'
     )
   if not setup.config.model.get('source'):
     raise ValueError(
@@ -67,6 +72,7 @@ def bind(setup: Setup, name: str) -> Callable | None:
     max_tokens=setup.response_length,
     stop_ids=tuple(setup.text.template.ends),
     temperature=rollout.temperature,
+    unused_ids=tuple(_unused(setup.policy_model)),
   )
   return plugins.bind(spec, f'{where}.engine', given=('write_weights', 'seeds'), facts=facts)
 
@@ -104,13 +110,7 @@ def sampler(setup: Setup, name: str, failures: list[str]) -> Callable | None:
     seeds = jax.random.randint(jax.random.fold_in(key, step), (rows,), 0, 2**31 - 1)
     answers = engine(
       [row[live].tolist() for row, live in zip(prompts, mask, strict=True) for _ in range(samples)],
-      write_weights=functools.partial(
-        export.save_weights,
-        source=setup.config.model.source.removeprefix('hf:'),
-        cfg=setup.policy_model,
-        params=weights,
-        dtype=setup.policy_model.dtype,
-      ),
+      write_weights=functools.partial(_write, setup, weights),
       seeds=np.asarray(seeds).tolist(),
     )
     ends = setup.text.template.ends
@@ -136,6 +136,25 @@ def sampler(setup: Setup, name: str, failures: list[str]) -> Callable | None:
     return setup.sharder.put_full(made), time.perf_counter() - began
 
   return sample
+
+
+_held: set[pathlib.Path] = set()  # the folders that this process writes weights to
+
+
+def _write(setup: Setup, weights: Params, folder: str) -> None:
+  """Writes the weights for an engine. No other process may write to the folder from then on."""
+  path = pathlib.Path(folder).absolute()
+  if path not in _held:
+    path.mkdir(parents=True, exist_ok=True)
+    lasting = contextlib.ExitStack()
+    try:
+      lasting.enter_context(lock.held(path))
+    except lock.Busy as busy:
+      raise ValueError(f'another run writes its weights to {path}: {busy}') from None
+    atexit.register(lasting.close)
+    _held.add(path)
+  source = setup.config.model.source.removeprefix('hf:')
+  export.save_weights(path, source, setup.policy_model, weights, setup.policy_model.dtype)
 
 
 def _from_process_0(made: Generation | None, like: Generation) -> Generation | None:
@@ -174,6 +193,11 @@ def packed(
   return made
 
 
+def _unused(model: TransformerConfig) -> list[int]:
+  """The ids of a vocabulary that no token has."""
+  return [i for low, high in model.unused_ids for i in range(low, high)]
+
+
 def _problem(tokens, logprobs, length: int, ends: Sequence[int], model: TransformerConfig) -> str:
   """What is wrong with a response, or ''."""
   count = len(tokens)
@@ -183,8 +207,8 @@ def _problem(tokens, logprobs, length: int, ends: Sequence[int], model: Transfor
     return f'has {len(logprobs)} log-probabilities of {count} tokens'
   if not np.isfinite(np.asarray(logprobs, np.float64)).all():
     return 'has a log-probability that is not finite'
-  without = [t for t in tokens if any(low <= t < high for low, high in model.unused_ids)]
-  if wrong := [t for t in tokens if not 0 <= t < model.vocab_size] or without:
+  without = set(_unused(model))
+  if wrong := [t for t in tokens if not 0 <= t < model.vocab_size or t in without]:
     return f'has the token {wrong[0]}, which the vocabulary does not have'
   if early := [t for t in tokens[:-1] if t in ends]:
     return f'goes on after the stop token {early[0]}'

@@ -132,8 +132,16 @@ def add(judged: Judged, more: Judged, where: str = '', repeated: bool = True) ->
     repeated: whether a policy may have several responses to a prompt.
 
   Raises:
-    ValueError: A policy has several responses to a prompt, and may not.
+    ValueError: A policy has several responses to a prompt, and may not; or a prompt_id stands for
+      two prompts.
   """
+  for name, prompt in more.prompts.items():
+    if judged.prompts.get(name, prompt) != prompt:
+      raise ValueError(
+        f'{where}: the prompt_id {name!r} stands for another prompt than in an earlier judgment. '
+        f'Give every prompt an id of its own, or leave prompt_id out: then it is made of the '
+        f'prompt.'
+      )
   asked = [(v.prompt_id, (v.a, v.b)) for v in more.verdicts]
   # A row that is not judged yet, or only rated, has responses too.
   alone = {name: tuple(p for n, p in more.texts if n == name) for name, _ in more.texts}
