@@ -73,6 +73,7 @@ def rows(workdir: pathlib.Path, stage: str) -> list[dict]:
   ]
 
 
+FLAGS = ''  # more flags of XLA for every process
 HELD: list = []  # locks of ports, for the life of this process
 
 
@@ -102,7 +103,7 @@ def start(
   where, out = address(), []
   for i in range(processes):
     environment = os.environ | {
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {FLAGS}',
       'JAX_PLATFORMS': 'cpu',
       'PYTHONPATH': str(ROOT),
       'JAX_COORDINATOR_ADDRESS': where,

@@ -15,6 +15,14 @@ from tests import processes
 from tests.processes import STAGES, rows
 
 
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+  """All runs are compiled without LLVM's optimizations, which takes three fifths of the time."""
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(processes, 'FLAGS', '--xla_backend_optimization_level=0')
+    yield
+
+
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   """One process with four devices."""
