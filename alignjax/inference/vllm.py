@@ -84,6 +84,7 @@ def complete(
     ask('/wake_up?tags=kv_cache', {})
   # What the server has cached of a prompt belongs to other weights.
   salt = uuid.uuid4().hex
+  never = {str(i): -100.0 for i in unused_ids}
 
   def sample(prompt: Sequence[int], seed: int) -> tuple[list[int], list[float]]:
     request = dict(
@@ -95,7 +96,7 @@ def complete(
       stop_token_ids=list(stop_ids),
       ignore_eos=True,  # Only stop_ids end a response.
       cache_salt=salt,
-      logit_bias={str(i): -100.0 for i in unused_ids},
+      logit_bias=never,
       logprobs=0,  # of the sampled token alone
       return_token_ids=True,
       # The server would take these from the checkpoint's generation_config.json.

@@ -23,6 +23,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def bind(setup: Setup, name: str) -> Callable | None:
     max_tokens=setup.response_length,
     stop_ids=tuple(setup.text.template.ends),
     temperature=rollout.temperature,
-    unused_ids=tuple(_unused(setup.policy_model)),
+    unused_ids=tuple(i for low, high in setup.policy_model.unused_ids for i in range(low, high)),
   )
   return plugins.bind(spec, f'{where}.engine', given=('write_weights', 'seeds'), facts=facts)
 
@@ -193,11 +194,6 @@ def packed(
   return made
 
 
-def _unused(model: TransformerConfig) -> list[int]:
-  """The ids of a vocabulary that no token has."""
-  return [i for low, high in model.unused_ids for i in range(low, high)]
-
-
 def _problem(tokens, logprobs, length: int, ends: Sequence[int], model: TransformerConfig) -> str:
   """What is wrong with a response, or ''."""
   count = len(tokens)
@@ -207,8 +203,8 @@ def _problem(tokens, logprobs, length: int, ends: Sequence[int], model: Transfor
     return f'has {len(logprobs)} log-probabilities of {count} tokens'
   if not np.isfinite(np.asarray(logprobs, np.float64)).all():
     return 'has a log-probability that is not finite'
-  without = set(_unused(model))
-  if wrong := [t for t in tokens if not 0 <= t < model.vocab_size or t in without]:
+  none = [(-math.inf, 0), *model.unused_ids, (model.vocab_size, math.inf)]
+  if wrong := [t for t in tokens if any(low <= t < high for low, high in none)]:
     return f'has the token {wrong[0]}, which the vocabulary does not have'
   if early := [t for t in tokens[:-1] if t in ends]:
     return f'goes on after the stop token {early[0]}'

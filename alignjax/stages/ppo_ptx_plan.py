@@ -149,7 +149,7 @@ def work_of_phases(setup: Setup, name: str) -> dict[str, list[Work]]:
       net('update', rows=episodes // parts, length=length, times=updates) for net in (policy, value)
     ],
   }
-  if outside.bind(setup, name) is not None:
+  if cfg.rollout.get('engine'):
     work = {phase: work[phase] for phase in ('score', 'reward', 'update')}
   if members := reward_models(cfg, f'stages.{name}'):
     times = members * (episodes // rewarded)
@@ -176,7 +176,7 @@ def work_of_iteration(setup: Setup, name: str) -> dict[str, float]:
     ptx_rows=cfg.rollout.episodes * cfg.ptx.rows_per_episode,
     epochs=cfg.inner_epochs,
     reward_models=reward_models(cfg, f'stages.{name}'),
-    generates=outside.bind(setup, name) is None,
+    generates=not cfg.rollout.get('engine'),
     adapters=adapters.used(setup, name),
   )
 
