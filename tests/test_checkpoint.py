@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, across layouts, and honest about what they cannot read."""
 
+import asyncio
 import functools
 import os
 import shutil
@@ -47,6 +48,30 @@ def test_what_comes_back_is_what_went_in(tmp_path):
   assert step == 2 and checkpoint.same(back, state(2))
   assert jax.tree.structure(back) == jax.tree.structure(state()) and back.ema is None
   assert back.params['policy']['half'].dtype == jnp.bfloat16
+
+
+def test_in_a_notebook_whose_thread_runs_an_event_loop(tmp_path, monkeypatch, capsys):
+  """Orbax could not read there without the package nest_asyncio, and the whole checkpoint was
+  reported and moved away as damaged."""
+  from orbax.checkpoint._src import asyncio_utils
+
+  monkeypatch.setattr(asyncio_utils, 'nest_asyncio', None)
+  monkeypatch.setattr(asyncio_utils, 'uvloop', None)
+
+  async def cell():
+    saved(tmp_path / 'run')
+    with checkpoint.Checkpoints(tmp_path / 'run', config=CONFIG) as c:
+      assert c.latest_step() == 2
+      step, restored = c.restore(abstract(state()))
+    checkpoint.save_params(tmp_path / 'final', state(3).params, {'loss': 1.0})
+    with pytest.raises(ValueError, match='weights of another model'):
+      checkpoint.load_params(tmp_path / 'final', abstract(state(width=4).params))
+    return step, restored, checkpoint.load_params(tmp_path / 'final', abstract(state().params))
+
+  step, restored, final = asyncio.run(cell())
+  assert step == 2 and 'damaged' not in capsys.readouterr().out
+  assert checkpoint.same(restored, state(2))
+  assert checkpoint.same(final, state(3).params)
 
 
 def test_onto_another_mesh(tmp_path):

@@ -1,5 +1,4 @@
-"""Checkpoints of a run in progress, and the final weights of a finished stage. Orbax does the
-writing.
+"""Checkpoints of a run in progress and the final weights of a finished stage, written by orbax.
 
     with Checkpoints(folder, config=identity) as saved:
       restored = saved.restore(abstract_state)          # (step, state) or None
@@ -12,11 +11,15 @@ restore compares, because orbax does not notice every flipped bit.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
+import functools
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -27,6 +30,22 @@ from alignjax.models import lora
 from alignjax.models.axes import path_name
 from alignjax.runtime import checksums, files, fingerprints, saved_config
 from alignjax.sharding import sync
+
+
+def _beside_a_running_loop(function: Callable) -> Callable:
+  """`function` in a thread of its own where this one runs an event loop, as in a notebook. Orbax
+  starts a loop, and nests it only with a package that changes asyncio for the whole process."""
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    try:
+      asyncio.get_running_loop()
+    except RuntimeError:
+      return function(*args, **kwargs)
+    with futures.ThreadPoolExecutor(1) as thread:
+      return thread.submit(contextvars.copy_context().run, function, *args, **kwargs).result()
+
+  return call
 
 
 class Checkpoints:
@@ -43,6 +62,7 @@ class Checkpoints:
       changed.
   """
 
+  @_beside_a_running_loop
   def __init__(
     self,
     directory: str | os.PathLike,
@@ -68,6 +88,7 @@ class Checkpoints:
   def __enter__(self) -> Checkpoints:
     return self
 
+  @_beside_a_running_loop
   def __exit__(self, kind, *_) -> None:
     try:
       self.wait()
@@ -77,15 +98,18 @@ class Checkpoints:
     finally:
       self._manager.close()
 
+  @_beside_a_running_loop
   def latest_step(self) -> int | None:
     """The step of the newest checkpoint, or None."""
     return self._manager.latest_step()
 
+  @_beside_a_running_loop
   def wait(self) -> None:
     """Returns when the last save is on disk. Raises OSError where it failed."""
     with self._explained():
       self._manager.wait_until_finished()
 
+  @_beside_a_running_loop
   def save(self, step: int, state: Any, wait: bool = False) -> None:
     """Starts to write `state`; wait=True returns when it is on disk. Raises OSError where this
     save, or the previous one, failed."""
@@ -117,6 +141,7 @@ class Checkpoints:
         'or mend it; the same command goes on from the checkpoint before.'
       ) from error
 
+  @_beside_a_running_loop
   def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
     """The newest readable checkpoint as (step, state), or None where there is none.
 
@@ -247,6 +272,7 @@ def _like(tree: Any, leaves: Mapping[str, Any]) -> Any:
   )
 
 
+@_beside_a_running_loop
 def save_params(
   directory: str | os.PathLike,
   params: Any,
@@ -301,6 +327,7 @@ def save_params(
   sync(str(directory))
 
 
+@_beside_a_running_loop
 def load_params(directory: str | os.PathLike, abstract_params: Any) -> Any:
   """The weights of save_params on the shardings of abstract_params.
 
