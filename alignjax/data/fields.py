@@ -3,6 +3,7 @@ given."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from alignjax.runtime import textfiles
@@ -14,6 +15,14 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = dict(
   prompts=dict(prompt=(str, list)),
   pretrain=dict(text=str),
 )
+
+
+def dense_ranks(values: Iterable[float]) -> list[int]:
+  """Returns the ranks of values of which the lowest is the best: 0 for it, then 1, and so on. Equal
+  values have equal ranks, and no rank is left out."""
+  values = list(values)
+  place = {value: rank for rank, value in enumerate(sorted(set(values)))}
+  return [place[value] for value in values]
 
 
 def check(record: dict[str, Any], kind: str, where: str) -> dict[str, Any]:

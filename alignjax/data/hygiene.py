@@ -32,6 +32,8 @@ from typing import Any
 
 import phonenumbers
 
+from alignjax.data import fields
+
 Records = list[dict[str, Any]]
 
 # Phone numbers of these regions are found without a country code (the US include Canada).
@@ -165,11 +167,8 @@ def deduplicate(records: Records, prefix: int, kind: str = 'prompts') -> tuple[R
     elif kind == 'demonstrations':
       key = key, plain(record['response'])
     elif kind == 'comparisons':
-      order = sorted(set(record['ranks']))
-      ranked = sorted(
-        (plain(text), order.index(rank))
-        for text, rank in zip(record['responses'], record['ranks'], strict=True)
-      )
+      ranks = fields.dense_ranks(record['ranks'])
+      ranked = sorted(zip(map(plain, record['responses']), ranks, strict=True))
       key = key, tuple(ranked), str(record.get('labeler_id'))
     key = hashlib.sha256(repr(key).encode()).digest()  # The key of a book is short too.
     fresh = key not in seen

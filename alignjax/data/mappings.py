@@ -171,8 +171,7 @@ def _ranks(scores: Sequence[float]) -> list[int]:
   ranks."""
   if not all(abs(score) <= sys.float_info.max for score in scores):
     raise ValueError(f'a score must be a finite number; got {list(scores)}')
-  order = sorted(set(scores), reverse=True)
-  return [order.index(score) for score in scores]
+  return fields.dense_ranks(-score for score in scores)
 
 
 def ultrafeedback(raw: dict) -> Records:

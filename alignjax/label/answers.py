@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from alignjax.data import fields
 from alignjax.evals.preference.judgment_rows import FLAGS
 
 KINDS = ('ranking', 'toxicity', 'demonstration')
@@ -141,8 +142,7 @@ def ranks(form: Sequence[Any], all_bad: bool) -> list[int] | None:
 
 def without_gaps(numbers: Sequence[int]) -> list[int]:
   """Returns ranks from 1 on in the same order and with the same ties."""
-  place = {number: i for i, number in enumerate(sorted(set(numbers)), 1)}
-  return [place[number] for number in numbers]
+  return [1 + rank for rank in fields.dense_ranks(numbers)]
 
 
 def demonstration(item: Mapping[str, Any], form: Mapping[str, str]) -> dict[str, Any]:

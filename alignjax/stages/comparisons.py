@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.data import batches, sources
+from alignjax.data import batches, fields, sources
 from alignjax.inference import bulk
 from alignjax.runtime import files, fingerprints
 from alignjax.setup import inputs
@@ -114,16 +114,10 @@ def _read(
     [prompt for prompt, _ in limited.rows],
     [responses for _, responses in limited.rows],
     [
-      _from_zero([rows[i]['ranks'][j] for j in kept])
+      fields.dense_ranks([rows[i]['ranks'][j] for j in kept])
       for i, kept in zip(limited.index, limited.kept, strict=True)
     ],
   )
-
-
-def _from_zero(ranks: list[int]) -> list[int]:
-  """Ranks in the same order and with the same ties, of which the best is 0 and none is left out."""
-  place = {rank: i for i, rank in enumerate(sorted(set(ranks)))}
-  return [place[rank] for rank in ranks]
 
 
 def without_ties(data: Comparisons) -> Comparisons:

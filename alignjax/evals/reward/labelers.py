@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignjax.data import fields
 from alignjax.evals.stats import interval
 
 Record = Mapping[str, Any]
@@ -150,11 +151,9 @@ def rankings(records: Sequence[Record], *, k: int, rounds: int, seed: int) -> li
           for a in names
           if any((a, b) in share for b in names)
         }
-        order = sorted(set(won.values()), reverse=True)
-        if len(order) > 1:
-          out.append(
-            dict(prompt=prompt, responses=list(won), ranks=[order.index(w) for w in won.values()])
-          )
+        ranks = fields.dense_ranks(-w for w in won.values())
+        if len(set(ranks)) > 1:
+          out.append(dict(prompt=prompt, responses=list(won), ranks=ranks))
   return out
 
 
