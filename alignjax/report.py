@@ -80,13 +80,13 @@ def build(setup: Setup) -> None:
     _remove_others(folder, policies, setup)
     prefixes = [json.loads(str(a.pop('prefixes'))) for a in arrays.values() if 'prefixes' in a]
     if prefixes:
-      (folder / 'prefixes.json').write_text(json.dumps(prefixes[0], indent=2))
+      files.write(folder / 'prefixes.json', json.dumps(prefixes[0], indent=2))
   if not main_process:
     return
   result = assemble(setup, ev, arrays, time.perf_counter() - began) | {'config': decisive(setup)}
-  (setup.workdir / 'report.json').write_text(json.dumps(result, indent=2))
+  files.write(setup.workdir / 'report.json', json.dumps(result, indent=2))
   pictures = plots.all_plots(setup.workdir, result)
-  (setup.workdir / 'report.md').write_text(markdown(result, pictures))
+  files.write(setup.workdir / 'report.md', markdown(result, pictures))
   columns = ['policy', *(COLUMNS[c] for c in list(COLUMNS)[:9])]
   metrics.print_table(
     "the paper's findings in miniature",

@@ -226,11 +226,14 @@ def label(run: Run, number: int) -> None:
     rows = collect.by_sandbox(items, labels, labelers, seed)
   else:
     engine, database = open_database(run)
+    from alignjax.label import schema
+
     try:
-      if cfg.labelers == 'people':
-        rows = collect.by_people(engine, task, items, labels)
-      else:
-        rows = collect.by_clients(engine, task, items, labels, labelers, seed)
+      with schema.explained(f'rounds.database={database}'):
+        if cfg.labelers == 'people':
+          rows = collect.by_people(engine, task, items, labels)
+        else:
+          rows = collect.by_clients(engine, task, items, labels, labelers, seed)
     except collect.Missing as missing:
       raise collect.Missing(
         f'{missing} `alignjax label serve --database={database}` shows the items to labelers; when '

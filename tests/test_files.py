@@ -1,6 +1,7 @@
 """Folders on a disk and in a bucket are used alike; a run in a bucket, killed on the way, ends with
 the bits of one on the disk."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import time
 
 import pytest
 
+from alignjax.commands import command
 from alignjax.runtime import files
 from tests import fake_gcs
 
@@ -33,6 +35,23 @@ def test_files_on_a_disk_are_whole(tmp_path, monkeypatch):
   assert (tmp_path.with_name('b') / 'a.json').exists() and not tmp_path.exists()
   files.remove(tmp_path.with_name('b'))
   assert not tmp_path.with_name('b').exists()
+
+
+def test_an_error_of_a_full_disk_names_the_file(tmp_path, monkeypatch):
+  """The system's error has no name where the disk is full, and a part of the file stayed."""
+  if os.path.exists('/dev/full'):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+      files.append(pathlib.Path('/dev/full'), 'a line')
+
+  def full(path, contents):
+    path.open('wb').close()
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(pathlib.Path, 'write_bytes', full)
+  with pytest.raises(OSError) as caught:
+    files.write(tmp_path / 'out.jsonl', 'contents')
+  assert command.in_words(caught.value) == f'{tmp_path}/out.jsonl: No space left on device.'
+  assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_folder_is_refused(monkeypatch):

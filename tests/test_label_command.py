@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from sqlalchemy import event
 
 from alignjax.commands import label
 from alignjax.data import sources
-from alignjax.label import client, exchange
+from alignjax.label import catalog, client, exchange, schema
 from tests import labeling
 
 
@@ -80,6 +81,67 @@ def test_an_import_adds_to_a_task_and_changes_its_rules(tmp_path, capsys):
   said = call(capsys, tmp_path, 'import', '--task=t', f'--source={more}', '--overlap=3')
   assert said == 't: 3 items added, 2 were there already\n'
   assert '0 answers, 15 left' in call(capsys, tmp_path, 'status')
+
+
+def test_an_export_has_the_pools_that_it_is_for(tmp_path, capsys):
+  """Rankings of held-out labelers, and demonstrations of candidates who may not pass, went into the
+  training data."""
+  engine = schema.connect(str(tmp_path / 'labels.db'))
+  who = dict(ann='labeler', eve=('labeler', 'heldout'), sid=('labeler', 'screening'))
+  people = labeling.people(engine, **who)
+  ranking = labeling.task(engine, records=labeling.candidates(1), pool='all', overlap=3)
+  with schema.writing(engine) as connection:
+    kind = 'demonstration'
+    writing = catalog.add_task(connection, 'write', kind, pool='all', overlap=3)
+    catalog.add_items(connection, writing, exchange.demonstration_items([dict(prompt='p')]))
+  for person in people.values():
+    item = labeling.take(engine, ranking, person)
+    payload = dict(ratings=None, ranks=[1, 2, 3, 4], all_bad=False)
+    labeling.submit(engine, item, person, payload)
+    item = labeling.take(engine, writing, person)
+    labeling.submit(
+      engine, item, person, dict(prompt=None, response='r', use_case=None, examples=[])
+    )
+  engine.dispose()
+
+  def names(what, *pool):
+    out = tmp_path / 'out.jsonl'
+    label.main(
+      ['export', f'--database={tmp_path}/labels.db', f'--what={what}', f'--out={out}', *pool]
+    )
+    found = [json.loads(row)['labeler_id'] for row in out.read_text().splitlines()]
+    return set(found), 'NOTE' in capsys.readouterr().err
+
+  assert names('comparisons') == names('demonstrations') == ({'ann'}, True)
+  assert names('judgments') == ({'ann', 'eve'}, True)
+  assert names('comparisons', '--pool=all') == ({'ann', 'eve', 'sid'}, False)
+  assert names('demonstrations', '--pool=heldout') == ({'eve'}, False)
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [['import', '--task=t', '--source={source}'], ['invite', '--count=400']],
+  ids=['import', 'invite'],
+)
+def test_a_full_disk_ends_an_action_in_one_sentence(tmp_path, monkeypatch, capsys, arguments):
+  source = lines(tmp_path / 'a.jsonl', labeling.candidates(500))
+  call(capsys, tmp_path, 'import', '--task=first', f'--source={source}')
+  connect = schema.connect
+
+  def full(*options):
+    engine = connect(*options)
+    event.listen(engine, 'checkout', lambda c, *_: c.execute('PRAGMA max_page_count=1').close())
+    return engine
+
+  arguments = [a.format(source=source) for a in arguments]
+  with (
+    monkeypatch.context() as m,
+    pytest.raises(OSError, match='labels.db: database or disk is full'),
+  ):
+    m.setattr(schema, 'connect', full)
+    call(capsys, tmp_path, *arguments)
+  assert re.findall(r'^(\w+) \(', call(capsys, tmp_path, 'status'), re.M) == ['first']
+  call(capsys, tmp_path, *arguments)
 
 
 def test_samples_of_stages_become_items(tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_items_and_answers_come_back(engine, tmp_path, capsys, tool, make):
       sa.select(schema.items).where(schema.items.c.task_id == task).order_by(schema.items.c.id)
     ).all()
     what = 'demonstrations' if kind == 'demonstration' else 'comparisons'
-    expected = exchange.export(connection, what, task)
+    expected = exchange.export(connection, what, task, 'all')
   keys = [
     catalog.key_of(row['prompt'], [r['text'] for r in row['responses']], row['extra'])
     for row in rows

@@ -225,9 +225,9 @@ def run(options: argparse.Namespace) -> None:
     kl = divergence(policy.params, model.params, responses)
     result['policies'][name] = best_of_n.policy(kl, values, names) | logged(ppo[name], values)
   out.mkdir(parents=True, exist_ok=True)
-  (out / 'best_of_n.json').write_text(json.dumps(result, indent=2))
-  (out / 'best_of_n.md').write_text(
-    best_of_n.markdown(result) + '\n![reward against KL](best_of_n.png)\n'
+  files.write(out / 'best_of_n.json', json.dumps(result, indent=2))
+  files.write(
+    out / 'best_of_n.md', best_of_n.markdown(result) + '\n![reward against KL](best_of_n.png)\n'
   )
   best_of_n.plot(result, out / 'best_of_n.png')
   print(best_of_n.markdown(result), flush=True)

@@ -183,13 +183,14 @@ def main(argv: list[str]) -> None:
     title = f'{name} {chosen} {topology.value}'
     print(estimate_page.describe(title, result))
     if out.value:
-      (folder / f'{re.sub("[ :]", "-", title)}.json').write_text(
-        json.dumps(result | {'title': title})
+      files.write(
+        folder / f'{re.sub("[ :]", "-", title)}.json', json.dumps(result | {'title': title})
       )
       found = [json.loads(p.read_text()) for p in sorted(folder.glob('*.json'))]
       text = estimate_page.summary({r['title']: r for r in found})
-      (folder / 'table.md').write_text(
-        '\n'.join([text, '', *(estimate_page.describe(r['title'], r) for r in found)])
+      files.write(
+        folder / 'table.md',
+        '\n'.join([text, '', *(estimate_page.describe(r['title'], r) for r in found)]),
       )
       print(text)
     if not result['fits']:

@@ -21,12 +21,12 @@ from typing import Any
 from alignjax.commands import command
 
 ACTIONS = {
-  'serve': 'start the server and print the links to open',
-  'import': 'make a task of records, or add items to one',
-  'export': 'write what people answered',
-  'invite': 'make links by which people join',
-  'status': 'print how far the tasks are',
-  'screen': 'print which candidates pass the screening',
+  'serve': 'starts the server and prints the links to open',
+  'import': 'makes a task of records, or adds items to one',
+  'export': 'writes what people answered',
+  'invite': 'makes links by which people join',
+  'status': 'prints how far the tasks are',
+  'screen': 'prints which candidates pass the screening',
 }
 
 
@@ -35,7 +35,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   actions = parser.add_subparsers(dest='action', metavar='ACTION', required=True)
   made = {}
   for name, text in ACTIONS.items():
-    made[name] = actions.add_parser(name, help=text, description=f'Will {text}.')
+    made[name] = actions.add_parser(name, help=text, description=f'{text.capitalize()}.')
     made[name].add_argument(
       '--database',
       default='labels.db',
@@ -43,20 +43,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
   serve = made['serve']
   serve.add_argument('--host', default='127.0.0.1', help='default: only this machine can connect')
-  serve.add_argument('--port', type=int, default=8000)
+  serve.add_argument('--port', type=int, default=8000, help='default: 8000')
   serve.add_argument('--url', help='the address by which people reach the server, for the links')
   serve.add_argument(
     '--lease_minutes',
     type=float,
     default=60,
-    help='how long an item stays with who does not answer',
+    help='how long an item stays with a labeler who does not answer; default: 60',
   )
   serve.add_argument(
     '--upgrade', action='store_true', help='change the tables of an older version, after a copy'
   )
   importing = made['import']
-  importing.add_argument('--task', required=True, help='its name, which labelers see')
-  importing.add_argument('--kind', choices=('ranking', 'toxicity', 'demonstration'))
+  importing.add_argument('--task', required=True, help='the name of the task, which labelers see')
+  importing.add_argument(
+    '--kind',
+    choices=('ranking', 'toxicity', 'demonstration'),
+    help='what its labelers do (docs/labeling.md); default: ranking',
+  )
   importing.add_argument(
     '--source', help='records with prompt and responses (docs/labeling.md): jsonl:FILE, hf:..., ...'
   )
@@ -67,7 +71,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     choices=('records', 'samples', 'label_studio', 'argilla'),
     help='samples: the samples.jsonl of training stages, several joined by commas',
   )
-  importing.add_argument('--pool', choices=('training', 'heldout', 'screening', 'all'))
+  importing.add_argument(
+    '--pool',
+    choices=('training', 'heldout', 'screening', 'all'),
+    help='the labelers who see the task; default: training',
+  )
   importing.add_argument('--overlap', type=int, help='labelers for each item; default: 1')
   importing.add_argument('--gold', action='store_true', help='the ranks are known answers')
   importing.add_argument('--gold_rate', type=float, help='the share of known answers; default: 0')
@@ -78,26 +86,47 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   importing.add_argument(
     '--style',
     choices=('plain', 'few_shot', 'user_based'),
-    help='of demonstrations whose prompt the labeler writes',
+    help='for demonstrations whose prompt the labeler writes too; user_based takes the use cases '
+    'from --source',
   )
-  importing.add_argument('--count', type=int, default=0, help='the number of such items')
+  importing.add_argument('--count', type=int, default=0, help='the number of items of --style')
   exporting = made['export']
   exporting.add_argument(
     '--what',
     default='comparisons',
     choices=('comparisons', 'demonstrations', 'judgments', 'answers'),
+    help='default: comparisons',
   )
   exporting.add_argument('--out', required=True, help='the file to write, .jsonl or .json')
   exporting.add_argument('--task', help='only this task')
-  exporting.add_argument('--pool', choices=('training', 'heldout', 'screening'))
   exporting.add_argument(
-    '--format', default='records', choices=('records', 'label_studio', 'argilla')
+    '--pool',
+    choices=('training', 'heldout', 'screening', 'all'),
+    help='the labelers whose answers are written; default: training, for judgments also heldout, '
+    'for answers and other tools all',
+  )
+  exporting.add_argument(
+    '--format',
+    default='records',
+    choices=('records', 'label_studio', 'argilla'),
+    help='default: records',
   )
   inviting = made['invite']
-  inviting.add_argument('--role', default='labeler', choices=('labeler', 'researcher', 'admin'))
-  inviting.add_argument('--pool', default='training', choices=('training', 'heldout', 'screening'))
-  inviting.add_argument('--count', type=int, default=1)
-  inviting.add_argument('--url', default='http://127.0.0.1:8000')
+  inviting.add_argument(
+    '--role', default='labeler', choices=('labeler', 'researcher', 'admin'), help='default: labeler'
+  )
+  inviting.add_argument(
+    '--pool',
+    default='training',
+    choices=('training', 'heldout', 'screening'),
+    help='the tasks that a labeler sees are those of this pool and of all; default: training',
+  )
+  inviting.add_argument('--count', type=int, default=1, help='the number of links; default: 1')
+  inviting.add_argument(
+    '--url',
+    default='http://127.0.0.1:8000',
+    help='the address by which people reach the server; default: http://127.0.0.1:8000',
+  )
   return parser.parse_args(argv)
 
 
@@ -121,18 +150,19 @@ def main(argv: list[str]) -> None:
       raise FileNotFoundError(
         f'--database={options.database}: there is no such file. `alignjax label import` makes one.'
       )
-  engine = schema.connect(options.database, getattr(options, 'upgrade', False))
-  try:
-    {
-      'serve': serve,
-      'import': import_items,
-      'export': export,
-      'invite': invite,
-      'status': status,
-      'screen': screen,
-    }[options.action](engine, options)
-  finally:
-    engine.dispose()
+  with schema.explained(f'--database={options.database}'):
+    engine = schema.connect(options.database, getattr(options, 'upgrade', False))
+    try:
+      {
+        'serve': serve,
+        'import': import_items,
+        'export': export,
+        'invite': invite,
+        'status': status,
+        'screen': screen,
+      }[options.action](engine, options)
+    finally:
+      engine.dispose()
 
 
 def serve(engine: Any, options: argparse.Namespace) -> None:
@@ -188,7 +218,10 @@ def import_items(engine: Any, options: argparse.Namespace) -> None:
         f'and no --source.'
       )
   elif not options.source:
-    raise ValueError('--source is missing: it names the records that become items.')
+    needed = (
+      'use cases, as the prompts of records' if options.style else 'records that become items'
+    )
+    raise ValueError(f'--source is missing: it names the {needed}.')
   with schema.reading(engine) as connection:
     found = connection.execute(
       sa.select(schema.tasks).where(schema.tasks.c.name == options.task)
@@ -258,6 +291,14 @@ def export(engine: Any, options: argparse.Namespace) -> None:
         print(f'NOTE: {line}', file=sys.stderr)
     else:
       rows = exchange.export(connection, options.what, task, options.pool)
+      more = len(exchange.export(connection, options.what, task, 'all')) - len(rows)
+      if more and not options.pool:
+        print(
+          f'NOTE: {more} more records are not of labelers of the pool '
+          f'{" or ".join(exchange.POOLS[options.what])}. --pool=heldout or --pool=screening writes '
+          'those of one pool, --pool=all writes everything.',
+          file=sys.stderr,
+        )
       text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
       count = len(rows)
   files.write(out, text)

@@ -221,11 +221,11 @@ def summarize(
 def write(result: dict, out: pathlib.Path) -> None:
   """Writes preference.json, .md and .png, and prints the notes and a short table."""
   from alignjax.evals.preference import page
-  from alignjax.runtime import metrics
+  from alignjax.runtime import files, metrics
 
   out.mkdir(parents=True, exist_ok=True)
-  (out / 'preference.json').write_text(json.dumps(result, indent=1))
-  (out / 'preference.md').write_text(page.markdown(result, result['notes']))
+  files.write(out / 'preference.json', json.dumps(result, indent=1))
+  files.write(out / 'preference.md', page.markdown(result, result['notes']))
   page.plot(result, out / 'preference.png')
   for note in result['notes']:
     print(note, flush=True)

@@ -262,6 +262,11 @@ def everything(connection: sa.Connection) -> list[Row]:
 EXPORTS: dict[str, Callable[[Sequence[Answer], Mapping[int, str]], list[Row]]] = dict(
   comparisons=comparisons, demonstrations=demonstrations, judgments=judgments
 )
+# Whose answers an export has where no pool is named. Held-out labelers make no training data (paper
+# 3.4), and candidates of a screening have not been accepted yet.
+POOLS: dict[str, tuple[str, ...]] = dict(
+  comparisons=('training',), demonstrations=('training',), judgments=('training', 'heldout')
+)
 
 
 def export(
@@ -273,11 +278,12 @@ def export(
     connection: of a reading transaction.
     what: a name of EXPORTS, or 'answers' for everything there is.
     task: the number of a task; None means all.
-    pool: only answers of labelers of this pool.
+    pool: only answers of labelers of this pool. None means the pools of POOLS, 'all' every pool.
   """
   if what == 'answers':
     return everything(connection)
-  rows = [row for row in figures.read(connection, task) if pool in (None, row.pool)]
+  pools = (pool,) if pool else POOLS[what]
+  rows = [row for row in figures.read(connection, task) if pool == 'all' or row.pool in pools]
   kinds = {row.id: row.kind for row in connection.execute(sa.select(tasks.c.id, tasks.c.kind))}
   return EXPORTS[what](rows, kinds)
 

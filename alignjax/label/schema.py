@@ -300,6 +300,19 @@ def writing(database: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
         yield connection
 
 
+@contextlib.contextmanager
+def explained(place: str) -> Iterator[None]:
+  """Raises OSError, with what to do, where a database cannot be read or written. place: what names
+  it, such as --database=labels.db."""
+  try:
+    yield
+  except exc.OperationalError as error:
+    raise OSError(
+      f'{place}: {error.orig}. The action that failed has saved nothing. Make room there or mend '
+      'it, and give the same command again.'
+    ) from error
+
+
 def wait_for(connection: sa.Connection, what: str) -> None:
   """Waits until no other transaction that waited for the same is open, so that what this one looks
   up before it inserts is still true when it does. On SQLite writing transactions do so anyway."""

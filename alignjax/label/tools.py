@@ -266,7 +266,7 @@ def collect(
   if not kept:
     raise ValueError('there are no items to write; `alignjax label import` adds some.')
   given = [a for a in figures.read(connection, task) if a.item.id in kept]
-  given = [a for a in given if pool in (None, a.pool)]
+  given = [a for a in given if pool in (None, 'all', a.pool)]
   done = [answer for answer in given if answer.status == 'done']
   for answer in done:
     kept[answer.item.id][1].append(answer)

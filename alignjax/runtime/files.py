@@ -7,11 +7,13 @@ can be appended to it, and renaming a folder copies it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from etils import epath
@@ -49,14 +51,19 @@ def is_bucket(path: Folder) -> TypeGuard[epath.Path]:
 
 
 def write(path: Folder, contents: str | bytes) -> None:
-  """Writes a file, whole or not at all."""
+  """Writes a file, whole or not at all. An OSError names it."""
   contents = contents.encode() if isinstance(contents, str) else contents
   if is_bucket(path):
     path.write_bytes(contents)
     return
   temporary = path.with_name(f'{path.name}.partial')
-  temporary.write_bytes(contents)
-  os.replace(temporary, path)
+  with _named(path):
+    try:
+      temporary.write_bytes(contents)
+      os.replace(temporary, path)
+    except OSError:
+      temporary.unlink(missing_ok=True)
+      raise
 
 
 def append(path: Folder, text: str) -> None:
@@ -64,8 +71,18 @@ def append(path: Folder, text: str) -> None:
   if is_bucket(path):
     path.write_text((path.read_text() if path.exists() else '') + text)
     return
-  with path.open('a', encoding='utf-8') as file:
+  with _named(path), path.open('a', encoding='utf-8') as file:
     file.write(text)
+
+
+@contextlib.contextmanager
+def _named(path: Folder) -> Iterator[None]:
+  """An OSError names the file, as those of a full disk do not by themselves."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = os.fspath(path)
+    raise
 
 
 def remove(path: Folder) -> None:

@@ -77,8 +77,8 @@ def export(pairs: Sequence[Pair], path: pathlib.Path, seed: int = 0) -> pathlib.
       )
     )
   path.parent.mkdir(parents=True, exist_ok=True)
-  key.write_text(json.dumps(items, indent=1))
-  path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  files.write(key, json.dumps(items, indent=1))
+  files.write(path, '\n'.join(lines) + '\n')
   return key
 
 

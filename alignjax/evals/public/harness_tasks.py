@@ -30,7 +30,7 @@ import numpy as np
 from alignjax.evals.public import harness
 from alignjax.evals.table import Cell
 from alignjax.inference.loading import Model
-from alignjax.runtime import fingerprints, textfiles
+from alignjax.runtime import files, fingerprints, textfiles
 
 ENTRY = re.compile(
   r'^["\']?(task|group|class|tag|include)["\']?[ \t]*:(.*(?:\n[ \t]*-.*)*)', re.MULTILINE
@@ -384,6 +384,6 @@ def write_samples(keep: pathlib.Path, name: str, samples: list[dict[str, Any]]) 
     )
     for s in samples
   )
-  (keep / f'samples-{name.replace(" ", "_").replace("/", "_")}.jsonl').write_text(
-    '\n'.join([*lines, ''])
+  files.write(
+    keep / f'samples-{name.replace(" ", "_").replace("/", "_")}.jsonl', '\n'.join([*lines, ''])
   )
