@@ -69,12 +69,13 @@ def _ranks(item: Row, labeler: int, labelers: sandbox.Labelers, seed: int) -> li
 
 
 def by_people(engine: sa.Engine, task: str, items: Sequence[Row], labels: int) -> list[Row]:
-  """Puts all items into the labeling database, for training labelers, and returns the rankings of
-  `labels` of them once they are there.
+  """Puts the first `labels` items into the labeling database, for training labelers, and returns
+  their rankings once they are there.
 
-  The order of the items is their priority, and of more rankings the first in this order count.
-  Items beyond the first `labels` stand in for those that labelers skip. When the round has its
-  rankings, the items that nobody has answered or holds are taken out.
+  The order of the items is their priority, and of more rankings the first in this order count. For
+  every item that somebody has skipped, or that no longer can be ranked, another call adds the next
+  one, so that people rank hardly more than what is used. When the round has its rankings, the items
+  that nobody has answered or holds are taken out.
 
   Args:
     engine: the database (schema.connect).
@@ -89,7 +90,9 @@ def by_people(engine: sa.Engine, task: str, items: Sequence[Row], labels: int) -
   from alignjax.label import schema
 
   with schema.writing(engine) as connection:
-    number = _add(connection, task, items, ratings=True)
+    number = _add(connection, task, items, labels, ratings=True)
+    lost = max(0, _touched(connection, number) - len(_answered(connection, number)))
+    _add(connection, task, items, labels + lost, ratings=True)
     rows, left = _answered(connection, number), _open(connection, number)
     if len(rows) >= labels:
       _close(connection, number)
@@ -118,7 +121,7 @@ def by_clients(
 
   ids = [int(labeler) for labeler in labelers.train]
   with schema.writing(engine) as connection:
-    number = _add(connection, task, items, ratings=False)
+    number = _add(connection, task, items, len(items), ratings=False)
     done = len(_answered(connection, number))
     passwords = _accounts(connection, [_name(labeler) for labeler in ids])
   with contextlib.ExitStack() as stack:
@@ -147,8 +150,11 @@ def by_clients(
   return rows[:labels]
 
 
-def _add(connection: sa.Connection, name: str, items: Sequence[Row], ratings: bool) -> int:
-  """Returns the number of the task, which has these items and no others from then on."""
+def _add(
+  connection: sa.Connection, name: str, items: Sequence[Row], count: int, ratings: bool
+) -> int:
+  """Returns the number of the task, which has the first `count` of these items, and no others than
+  these items, from then on."""
   import sqlalchemy as sa
 
   from alignjax.label import catalog, exchange, schema
@@ -171,7 +177,7 @@ def _add(connection: sa.Connection, name: str, items: Sequence[Row], ratings: bo
         f'the labeling database has a task {name!r} with other items than those of this round. '
         f'Set rounds.task, the name of the tasks of this run, or use another rounds.database.'
       )
-  catalog.add_items(connection, number, rows)
+  catalog.add_items(connection, number, rows[:count])
   return number
 
 
@@ -203,6 +209,17 @@ def _open(connection: sa.Connection, task: int) -> int:
   return connection.execute(
     sa.select(sa.func.count()).select_from(items).where(_unanswered(task))
   ).scalar_one()
+
+
+def _touched(connection: sa.Connection, task: int) -> int:
+  """The number of items that were answered in any way, skipped, or taken out."""
+  import sqlalchemy as sa
+
+  from alignjax.label.schema import answers, items
+
+  said = sa.exists().where(answers.c.item_id == items.c.id)
+  found = (items.c.task_id == task) & (items.c.hidden.is_not(None) | said)
+  return connection.execute(sa.select(sa.func.count()).select_from(items).where(found)).scalar_one()
 
 
 def _close(connection: sa.Connection, task: int) -> None:
