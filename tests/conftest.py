@@ -1,8 +1,15 @@
 """Eight CPU devices, and jax's strict modes, before anything imports jax. With
 JAX_PLATFORMS=cuda,cpu or tpu,cpu, what needs one device is tested there. A program that was
-compiled once is kept for the rest of this process."""
+compiled once is kept for the rest of this process.
+
+Of the parameters of a test that is marked `sampled(n)`, n run, or one. ALIGNJAX_SAMPLE chooses
+which: the day by default, and `ALIGNJAX_SAMPLE=all pytest` runs all of them. A parameter that is
+named by its id or by -k competes only with those that are."""
 
 import atexit
+import collections
+import datetime
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +25,7 @@ os.environ['XLA_FLAGS'] = (
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import jax
+import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -48,6 +56,55 @@ LONG_FILES = (
 )
 
 
-def pytest_collection_modifyitems(items):
+# Whole runs of small models, which take longer to compile than to run. What is exact, such as the
+# ratio before an update, is tested in other files, by programs as XLA makes them for a user.
+COMPILED_QUICKLY = {
+  'test_adapter_bases',
+  'test_average',
+  'test_benchmarks',
+  'test_best_of_n',
+  'test_export',
+  'test_forks',
+  'test_generate',
+  'test_harness',
+  'test_lora',
+  'test_preference',
+  'test_recipes',
+  'test_rounds',
+  'test_train',
+  'test_weights',
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_quickly(request):
+  """The programs of COMPILED_QUICKLY, also those of child processes, are not optimized."""
+  quickly = request.module.__name__.rpartition('.')[2] in COMPILED_QUICKLY
+  jax.config.update('jax_disable_most_optimizations', quickly)
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(quickly))
+
+
+# The workers of pytest-xdist inherit it, so that they choose the same tests also at midnight.
+SAMPLE = os.environ.setdefault('ALIGNJAX_SAMPLE', str(datetime.date.today()))
+
+
+def pytest_report_header():
+  return f'sampled tests: those of ALIGNJAX_SAMPLE={SAMPLE}'
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+  groups = collections.defaultdict(list)
+  for item in items:
+    if SAMPLE != 'all' and (mark := item.get_closest_marker('sampled')):
+      groups[item.path, item.originalname, *(mark.args or (1,))].append(item)
+  chance = lambda item: hashlib.sha256(f'{SAMPLE} {item.nodeid}'.encode()).digest()
+  left_out = {
+    item for (_, _, count), group in groups.items() for item in sorted(group, key=chance)[count:]
+  }
+  config.hook.pytest_deselected(items=[item for item in items if item in left_out])
   rank = {name: i for i, name in enumerate(LONG_FILES)}
-  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+  items[:] = sorted(
+    (item for item in items if item not in left_out),
+    key=lambda item: rank.get(item.path.name, len(rank)),
+  )

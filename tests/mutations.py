@@ -519,7 +519,11 @@ def trial(cache: str, edits: dict[str, str], tests: str, only: str = '') -> str:
       *(['-k', only] if only else []),
       *(f'tests/{f}.py' for f in tests.split()),
     ]
-    env = os.environ | {'PYTHONPATH': str(copy), 'JAX_COMPILATION_CACHE_DIR': cache}
+    env = os.environ | {
+      'PYTHONPATH': str(copy),
+      'JAX_COMPILATION_CACHE_DIR': cache,
+      'ALIGNJAX_SAMPLE': 'all',
+    }
     try:
       done = subprocess.run(
         command, cwd=copy, capture_output=True, text=True, check=False, timeout=1800, env=env

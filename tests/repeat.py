@@ -39,7 +39,10 @@ def once(
     f'--random-order-seed={number}',
     *arguments,
   ]
-  env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled')}
+  env = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+    'ALIGNJAX_SAMPLE': str(number),
+  }
   began = time.monotonic()
   beside = subprocess.Popen([sys.executable, '-c', 'while True: pass']) if busy else None
   try:

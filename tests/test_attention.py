@@ -80,6 +80,7 @@ def with_gradients(path, **options):
   return jax.jit(run)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('path', PATHS)
 @pytest.mark.parametrize('seed', [0, 1])
@@ -94,6 +95,7 @@ def test_every_path_is_the_loop_and_has_the_gradients_of_the_reference(path, kin
     close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('path', PATHS)
 @pytest.mark.parametrize('window', [1, 5])
@@ -156,6 +158,7 @@ def test_pads_last():
   assert ops.positions(mask)[0].tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('family,kind', [('gpt2', 'left'), ('llama', 'right'), ('llama', 'packed')])
 def test_a_model_that_runs_cudnn_scores_as_the_reference(family, kind, monkeypatch):
   """Log-probabilities, their gradients, scalars, and the cache of a prefill, with pads moved and

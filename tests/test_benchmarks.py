@@ -10,6 +10,7 @@ from benchmarks import ours, run, workloads
 KINDS = ('W1', 'W5', 'W2', 'ppo_1b3_half_packed')
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('name', KINDS)
 def test_each_kind_of_workload_runs(name):

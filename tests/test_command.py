@@ -248,6 +248,7 @@ def test_a_script_runs_the_alignjax_of_its_clone_from_anywhere(tmp_path):
   )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
   'name,arguments',
   [

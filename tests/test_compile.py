@@ -284,6 +284,7 @@ def test_a_program_really_compiled():
   }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   'how', [{}, dict(segments=3), dict(segments=2, halvings=1), dict(segments=2, prompts_at_once=4)]
 )
@@ -480,6 +481,7 @@ def test_attention_and_logits_in_chunks_change_nothing_but_memory():
     close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('samples', [1, 2])
 def test_generation_in_groups_draws_the_same_responses(samples):
   from alignjax.sampling import generate

@@ -75,6 +75,7 @@ def test_the_papers_numbers():
     assert (adam.b1, adam.b2, adam.schedule, adam.warmup) == (0.9, 0.95, 'cosine', 0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('size,parameters', [('1b3', 1.316e9), ('6b', 6.658e9), ('175b', 174.6e9)])
 def test_the_papers_sizes_build_to_shapes(size, parameters):
   """A whole PPO-ptx iteration at the paper's batch, traced without a byte of it."""

@@ -315,6 +315,7 @@ class Checked(Exception):
   """The run has checked its config and would begin."""
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'command',

@@ -217,6 +217,7 @@ def reward_of(source, bias):
   return cfg, params
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
   'kind, pad, bos, special, added',
   [

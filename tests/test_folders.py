@@ -298,6 +298,7 @@ REFUSED |= {
 }
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize('name', READ)
 def test_a_folder_is_read_as_transformers_reads_it(name, tmp_path):
   READ[name](tmp_path / 'm')

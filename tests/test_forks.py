@@ -157,6 +157,7 @@ def test_dpo_is_a_stage(one_device, tmp_path):
   assert not checkpoint.same(before, after)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('loss', ['ipo', 'simpo', 'kto'])
 def test_a_forks_offline_loss_is_a_function_and_a_config(one_device, loss, tmp_path):
   c = offline(tmp_path)

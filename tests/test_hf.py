@@ -38,6 +38,7 @@ def same(a, b):
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_and_greedy_continuation_equal_those_of_transformers(name):
   cfg = config(GOLDEN / name)

@@ -57,6 +57,7 @@ def rows(count=3):
   return tokens, jnp.arange(7)[None] >= (jnp.arange(count) % 4)[:, None]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('cfg', [LLAMA, GPT2], ids=['llama', 'gpt2'])
 def test_adapters_add_their_product_to_every_kernel(cfg):
   """W + (alpha / rank) A B, computed here in float64, in scoring, gradients, prefill and step."""

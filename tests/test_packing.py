@@ -62,6 +62,7 @@ def test_every_live_token_has_a_place_of_its_own(seed):
   assert made.rows >= np.ceil(len(used) / 12)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('family', FAMILIES)
 def test_packed_networks_equal_plain_ones_in_outputs_and_gradients(family):
   _, nets, params, scalar = model(family)
@@ -159,6 +160,7 @@ def test_row_counts():
   assert packing.row_counts(32, ()) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('family', FAMILIES)
 def test_item_8_the_ratio_is_exactly_1_in_packed_rows(family):
   _, nets, params, scalar = model(family)
@@ -293,6 +295,7 @@ def test_a_whole_iteration_on_packed_rows():
   jax.tree.map(functools.partial(close, rtol=1e-3, atol=1e-4), a.params, b.params)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('live_rows', [None, halve])
 def test_item_8_the_ratio_is_exactly_1_in_bfloat16(live_rows):
   """Scoring without a gradient and the update with one read the same rows by the same products."""

@@ -123,6 +123,7 @@ def test_export_is_what_was_trained(workdir, tmp_path, capsys):
       export.main(arguments)
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('temperature', [0, 0.8])
 def test_streamed_text_is_that_of_generate(workdir, temperature):

@@ -90,6 +90,7 @@ def on(mesh_shape, lr=1e-2, packed=False, family='llama'):
   return one_iteration(mesh_shape, lr, packed, family)
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('packed, family', [(False, 'llama'), (True, 'llama'), (True, 'gemma')])
 def test_item_11_one_device_equals_eight(packed, family):
@@ -125,6 +126,7 @@ def test_item_8_the_iteration_logs_a_ratio_of_exactly_1():
   assert float(metrics['ppo/ratio_max_dev']) == float(later['ppo/ratio_max_dev']) == 0.0
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('once', [True, False])
 def test_item_24_no_weight_is_gathered_inside_the_decoding_loop(once):
@@ -148,6 +150,7 @@ def test_item_24_no_weight_is_gathered_inside_the_decoding_loop(once):
   assert any(s.kind == 'all-gather' and not s.in_loop for s in sent)
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('samples', [1, 2])
 def test_halves_and_segments_draw_the_same_on_eight_devices(samples):

@@ -355,6 +355,7 @@ def terminate():
   os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'stage,at,how', [('sft', 13, 'kill'), ('ppo_ptx', 4, 'kill'), ('ppo_ptx', 3, 'SIGTERM')]

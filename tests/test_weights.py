@@ -50,6 +50,7 @@ def mixed_rows(packed: bool):
   )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('packed', [False, True])
 def test_a_mix_is_a_share_of_the_loss(packed):
   """Rows of text hold 7 trained tokens, demonstrations 2 and 3: by tokens, text would be 14 of 19
@@ -187,6 +188,7 @@ def test_over_an_epoch_every_prompt_weighs_the_same(devices, microbatches, tmp_p
   np.testing.assert_allclose(weights, 2 / 4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize('devices', [1, 8])
 def test_an_update_of_the_reward_model_is_the_same_on_eight_devices(devices, tmp_path):
   """Six prompts on eight devices: two rows fill the batch, and the gradient is that of six."""
