@@ -28,6 +28,7 @@ import numpy as np
 from alignjax import plots, sandbox
 from alignjax.evals import findings, registry
 from alignjax.evals import sandbox as evaluation
+from alignjax.models import hub
 from alignjax.plots import NAMES
 from alignjax.report_page import COLUMNS, markdown
 from alignjax.runtime import checkpoint, files, fingerprints, metrics
@@ -180,7 +181,9 @@ def outdated(setup: Setup, stage: str) -> None:
       setup.workdir / 'evaluation' / 'table.json',
       ('table.md', 'table.png'),
       lambda found: [
-        os.path.basename(spec) for spec in found['models'].values() if not spec.startswith('hf:')
+        os.path.basename(spec)
+        for spec in found['models'].values()
+        if not spec.startswith(hub.SCHEMES)
       ],
     ),
   ):

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from alignjax import train
 from alignjax.commands import export as export_command
+from alignjax.commands import generate
+from alignjax.evals import registry
 from alignjax.inference import loading
 from alignjax.models import classifier, config_json, export, lora, peft
 from alignjax.models.families import FAMILIES
@@ -238,6 +240,44 @@ def test_a_result_is_not_loaded_on_a_stage_that_was_trained_again(config, tmp_pa
   shutil.rmtree(tmp_path / 'moved/sft')
   with pytest.raises(FileNotFoundError, match='rm/final: .*sft/final, which holds no finished'):
     loading.load(str(tmp_path / 'moved/rm'))
+
+
+def test_adapters_of_peft_are_a_model_for_every_command(config, tmp_path, capsys):
+  """The commands could not read them without a stage that starts from them."""
+  setup = setup_of(config, tmp_path / 'run')
+  own = save_peft(setup, tmp_path / 'policy', 3)
+  scored = save_peft(setup, tmp_path / 'reward', 2, 'scalar', seed=8)
+  base = loading.load(config.checkpoint)
+  model = loading.load(f'peft:{tmp_path}/policy')
+  check_layers(model.params, added(base.params, (own, 1.0)))  # alpha 3 of rank 3
+  assert model.head == 'lm' and model.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+  assert loading.facts(model)['weights'] != loading.facts(base)['weights']
+  rewards = loading.load(f'peft:{tmp_path}/reward', 'scalar')
+  check_layers(rewards.params, added(base.params, (scored, 1.5)))
+  kernel = scored['final']['score']['kernel']
+  np.testing.assert_array_equal(rewards.params['final']['score']['kernel'], kernel)
+  with pytest.raises(ValueError, match='policy is not a reward model'):
+    loading.load(f'peft:{tmp_path}/policy', 'scalar')
+  with pytest.raises(ValueError, match='is a reward model'):
+    loading.load(f'peft:{tmp_path}/reward', 'lm')
+  assert loading.load(f'peft:{tmp_path}/reward').head == 'scalar'
+  with pytest.raises(ValueError, match='--adapters writes what a stage trained'):
+    export_command.main([f'--model=peft:{tmp_path}/policy', f'--out={tmp_path}/out', '--adapters'])
+  assert loading.trained_with(f'peft:{tmp_path}/policy') is None
+  generate.main(
+    [f'--model=peft:{tmp_path}/policy', '--prompt=a', '--max_tokens=4', '--temperature=0']
+  )
+  said = capsys.readouterr().out
+  merged = tmp_path / 'merged'
+  export_command.main([f'--model=peft:{tmp_path}/policy', f'--out={merged}'])
+  capsys.readouterr()
+  generate.main([f'--model=hf:{merged}', '--prompt=a', '--max_tokens=4', '--temperature=0'])
+  assert capsys.readouterr().out == said
+  # What names them in an option is their adapters and their base.
+  named = lambda: registry._contents(f'peft:{tmp_path}/policy')
+  first = named()
+  change_checkpoint(tmp_path / 'base')
+  assert first and named() != first
 
 
 def test_adapters_of_peft_are_no_function_of_a_user():

@@ -6,13 +6,14 @@
     alignjax best_of_n --policy=hf:SFT --reward_model=hf:RM --prompts=jsonl:prompts.jsonl \\
       --n=1,2,4,8 --out=OUT
 
-A model is the folder of a finished stage, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. The command
-writes OUT/best_of_n.md, .json and .png: the reward model's score, and with --gold=sandbox the true
-score of both pools of labelers, against KL. Where the first rises and the second falls, the policy
-exploits the reward model. The final policy of a PPO stage (or a kept candidate,
-STAGE/candidates/STEP) is measured on the same prompts. What training logged in metrics.jsonl, on
-its own prompts, is drawn in panels of its own. --policy should be the reference of the PPO stages.
-Samples are stored in OUT/kept, so that an interrupted call resumes.
+A model is the folder of a finished stage, WORKDIR/STAGE, 'hf:FOLDER_OR_HUB_NAME', or
+'peft:FOLDER_OR_HUB_NAME' for adapters of one. The command writes OUT/best_of_n.md, .json and .png:
+the reward model's score, and with --gold=sandbox the true score of both pools of labelers, against
+KL. Where the first rises and the second falls, the policy exploits the reward model. The final
+policy of a PPO stage (or a kept candidate, STAGE/candidates/STEP) is measured on the same prompts.
+What training logged in metrics.jsonl, on its own prompts, is drawn in panels of its own. --policy
+should be the reference of the PPO stages. Samples are stored in OUT/kept, so that an interrupted
+call resumes.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ The second command evaluates tasks of lm-evaluation-harness: task files of your 
 them, and the harness's tasks by name. --tasks=help lists the tasks and where their data come from;
 help:arc lists the harness's tasks whose names contain "arc".
 
-A model is the folder of a finished stage, WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. The command
-writes OUT/table.md, table.json and, for several models, table.png. All models compute in one dtype
-(--dtype). Results are stored under everything that they depend on (weights, dtype, tokenizer,
-template, data, the source of the task and of functions of your own). A second call therefore
-computes only what is new and reports what it reuses, and an interrupted call resumes.
+A model is the folder of a finished stage, WORKDIR/STAGE, 'hf:FOLDER_OR_HUB_NAME', or
+'peft:FOLDER_OR_HUB_NAME' for adapters of one. The command writes OUT/table.md, table.json and, for
+several models, table.png. All models compute in one dtype (--dtype). Results are stored under
+everything that they depend on (weights, dtype, tokenizer, template, data, the source of the task
+and of functions of your own). A second call therefore computes only what is new and reports what it
+reuses, and an interrupted call resumes.
 """
 
 import argparse

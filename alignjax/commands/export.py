@@ -69,6 +69,11 @@ def main(argv: list[str]) -> None:
     raise ValueError('--private requires --push=USER/NAME.')
   if options.adapters and options.push:
     raise ValueError('--push uploads whole models; upload the folder of --adapters by yourself.')
+  if options.adapters and options.model.startswith(hub.SCHEMES):
+    raise ValueError(
+      f'--adapters writes what a stage trained, and {options.model} is no stage; without '
+      '--adapters, adapters of peft are written merged into their base.'
+    )
   model = loading.load(options.model)
   if model.source is None:
     raise ValueError(

@@ -25,7 +25,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     '--model',
     required=True,
-    help="'hf:FOLDER_OR_HUB_NAME', or the folder of a finished stage, WORKDIR/STAGE",
+    help="'hf:FOLDER_OR_HUB_NAME', 'peft:FOLDER_OR_HUB_NAME' for adapters of one, or the folder of "
+    'a finished stage, WORKDIR/STAGE',
   )
   where = parser.add_mutually_exclusive_group()
   where.add_argument('--prompt', help='one prompt')

@@ -12,11 +12,12 @@
 reads the judgments of others and measures how far a reward model agrees with them.
 
 The evaluation is that of the paper's section 4.1. A policy is the folder of a finished stage,
-WORKDIR/STAGE, or 'hf:FOLDER_OR_HUB_NAME'. alignjax/data/sources.py describes the sources of
-prompts, alignjax/evals/preference/judges.py the judges, and alignjax/evals/preference/judgments.py
-the files of judgments. The command writes OUT/preference.md, preference.json and preference.png.
-Responses, scores and answers are stored in OUT under everything that they depend on. A second call
-therefore computes only what is new and reports what it reuses, and an interrupted call resumes.
+WORKDIR/STAGE, 'hf:FOLDER_OR_HUB_NAME', or 'peft:FOLDER_OR_HUB_NAME' for adapters of one.
+alignjax/data/sources.py describes the sources of prompts, alignjax/evals/preference/judges.py the
+judges, and alignjax/evals/preference/judgments.py the files of judgments. The command writes
+OUT/preference.md, preference.json and preference.png. Responses, scores and answers are stored in
+OUT under everything that they depend on. A second call therefore computes only what is new and
+reports what it reuses, and an interrupted call resumes.
 """
 
 import argparse

@@ -98,7 +98,7 @@ def _behind(name: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         visit(str(folder.parent / source['name'].removeprefix('stage:')))
     found[folder.name] = (folder.name, config['stages'][folder.name], made)
 
-  if not name.startswith('hf:'):
+  if not name.startswith(hub.SCHEMES):
     visit(name)
   return list(found.values())
 
@@ -219,7 +219,7 @@ def _of_tasks(folder: files.Folder) -> list[tuple[str, Mapping[str, Any]]]:
   names = [
     policy
     for policy, spec in measured.get('models', {}).items()
-    if not spec.startswith('hf:') and os.path.basename(spec) == folder.name
+    if not spec.startswith(hub.SCHEMES) and os.path.basename(spec) == folder.name
   ]
   return [
     (f'{row["task"]}, {row["metric"]}' + f', {row["prompt"]}' * bool(row['prompt']), figure)

@@ -36,7 +36,9 @@ from alignjax.evals import earlier
 from alignjax.evals.public import harness_tasks
 from alignjax.evals.table import Cell
 from alignjax.inference.loading import Model
+from alignjax.models import hub
 from alignjax.runtime import files, fingerprints, journal
+from alignjax.setup.weights import read_for
 
 TASKS: dict[str, str] = {
   'hellaswag': 'alignjax.evals.public.nlp:hellaswag',
@@ -142,12 +144,14 @@ def _contents(value: Any) -> str | None:
     return None
   # The text is neither a path nor a function, or the function has no source.
   with contextlib.suppress(OSError, ValueError, TypeError):
-    path = pathlib.Path(value.removeprefix('hf:')).expanduser()
+    path = pathlib.Path(hub.without_scheme(value)).expanduser()
     if (path / 'final').is_dir():  # a finished stage
       return fingerprints.of_files([path / 'final', path / 'checkpoints' / 'config.json'])
+    if value.startswith('peft:'):  # the adapters and their base
+      return fingerprints.of_files([hub.folder_of(hub.without_scheme(v)) for v in read_for(value)])
     if path.exists():
       return fingerprints.of_files([path])
-    if re.fullmatch(r'[\w.]+:\w+', value) and not value.startswith('hf:'):
+    if re.fullmatch(r'[\w.]+:\w+', value) and not value.startswith(hub.SCHEMES):
       return fingerprints.of_function(plugins.find(value, '--options'), value)
   return None
 

@@ -1,4 +1,5 @@
-"""Loads a finished stage, or a Hugging Face checkpoint, for generation, export and evaluation.
+"""Loads a finished stage, a Hugging Face checkpoint, or adapters of one, for generation, export and
+evaluation.
 
 model = load('runs/ppo_ptx-s0/ppo_ptx')
 model = load('hf:FOLDER_OR_HUB_NAME', form='chat')
@@ -18,13 +19,20 @@ import jax
 import ml_collections
 
 from alignjax.data import templates
-from alignjax.models import hf, transformer
+from alignjax.models import hf, hub, peft, transformer
 from alignjax.models.config import TransformerConfig, ranges_without
 from alignjax.models.lora import LoRA
 from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup import inputs, texts
 from alignjax.setup.models import policy_config, reward_config
-from alignjax.setup.weights import load_adapters, made_from, saved_adapters, stage_params
+from alignjax.setup.weights import (
+  checkpoint_params,
+  load_adapters,
+  made_from,
+  read_for,
+  saved_adapters,
+  stage_params,
+)
 from alignjax.sharding import Sharder, make_mesh
 from alignjax.types import Networks, Params
 
@@ -89,10 +97,11 @@ def load(
   """Loads a model by name.
 
   Args:
-    name: 'hf:FOLDER_OR_HUB_NAME', the folder of a finished stage, WORKDIR/STAGE, or one of the
-      candidates that it kept, WORKDIR/STAGE/candidates/STEP.
+    name: 'hf:FOLDER_OR_HUB_NAME', 'peft:FOLDER_OR_HUB_NAME' (adapters, which are merged into their
+      base), the folder of a finished stage, WORKDIR/STAGE, or one of the candidates that it kept,
+      WORKDIR/STAGE/candidates/STEP.
     head: the required head, 'lm' or 'scalar'. None accepts either; a Hugging Face checkpoint is
-      then loaded as 'lm'.
+      then loaded as 'lm', and adapters of peft as 'scalar' if they have such a head.
     form: the prompt template. None means the one that the model was trained with, and 'plain' for a
       Hugging Face checkpoint.
     mesh: arguments of sharding.make_mesh, such as dict(data=8) or dict(fsdp=4), for the parameters
@@ -105,8 +114,8 @@ def load(
   if mesh is None and jax.process_count() > 1:
     mesh = dict(data=len(jax.devices()))
   model = (
-    _load_hf(name, head or 'lm', form or 'plain', mesh)
-    if name.startswith('hf:')
+    _load_hf(name, head, form or 'plain', mesh)
+    if name.startswith(hub.SCHEMES)
     else _load_stage(name, head, form, mesh)
   )
   if dtype is None:
@@ -210,9 +219,9 @@ def _networks(cfg: TransformerConfig, sharder: Sharder | None) -> Networks:
   return transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding, sharder.machine)
 
 
-def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) -> Model:
-  source = name.removeprefix('hf:')
-  sharder = _sharder(mesh)
+def _load_hf(name: str, head: str | None, form: str, mesh: Mapping[str, Any] | None) -> Model:
+  *_, base = read_for(name)
+  source, sharder = base.removeprefix('hf:'), _sharder(mesh)
   tokenizer = texts.load_tokenizer(source)
   ids, fields = texts.token_ids(tokenizer), hf.fields(source)
   if fields['vocab_size'] <= ids[-1]:
@@ -221,9 +230,14 @@ def _load_hf(name: str, head: str, form: str, mesh: Mapping[str, Any] | None) ->
       f'to {ids[-1]}.'
     )
   cfg = TransformerConfig(**fields, unused_ids=ranges_without(ids, fields['vocab_size']))
-  if head == 'scalar' and not hf.has_score(source):
+  if name == base:
+    head, scored = head or 'lm', hf.has_score(source)
+  else:
+    scored = peft.has_score(hub.folder_of(hub.without_scheme(name)))
+    head = head or ('scalar' if scored else 'lm')
+  if head == 'scalar' and not scored:
     raise ValueError(f'{name} is not a reward model: it has no tensor score.weight.')
-  params = hf.load(source, cfg, head, sharder.params)
+  params = checkpoint_params(name, cfg, head, sharder, jax.random.key(0))
   sharder = sharder if mesh is not None else None
   template = templates.make(tokenizer, form, opened=head == 'lm')
   if head == 'scalar':
@@ -254,7 +268,7 @@ def trained_with(name: str) -> dict[str, Any] | None:
   """Returns the config that a finished stage, or a candidate of one, was trained with. It is None
   for a Hugging Face checkpoint and for a stage that does not exist. A config that differs from the
   one that was written is an error (Damaged)."""
-  if name.startswith('hf:'):
+  if name.startswith(hub.SCHEMES):
     return None
   folder, weights = folders(name)
   path = folder / 'checkpoints' / 'config.json'
@@ -304,7 +318,8 @@ def _load_stage(
       + (
         f' Its folder has the stages {", ".join(near)}; name one, as in {name}/{near[0]}.'
         if near
-        else ' The forms of a name are WORKDIR/STAGE and hf:FOLDER_OR_HUB_NAME.'
+        else ' The forms of a name are WORKDIR/STAGE, hf:FOLDER_OR_HUB_NAME and '
+        'peft:FOLDER_OR_HUB_NAME.'
       )
     )
   saved, info = trained_with(name), checkpoint.load_info(weights)

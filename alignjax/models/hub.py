@@ -20,6 +20,14 @@ def is_hub_name(text: str) -> bool:
   return re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', text) is not None
 
 
+SCHEMES = ('hf:', 'peft:')  # of the names of checkpoints and of adapters
+
+
+def without_scheme(name: str) -> str:
+  """FOLDER_OR_HUB_NAME of 'hf:FOLDER_OR_HUB_NAME' or 'peft:FOLDER_OR_HUB_NAME'."""
+  return name.removeprefix('hf:').removeprefix('peft:')
+
+
 def folder_of(name: str | os.PathLike) -> pathlib.Path:
   """The local folder of a checkpoint: a path, or a name on the hub, which is downloaded without
   pickles and code.

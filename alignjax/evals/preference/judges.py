@@ -1,7 +1,8 @@
 """The judges, which decide which response is better. --judge is one of
 
-rm:MODEL           a reward model, given by the folder of a finished stage or hf:FOLDER_OR_HUB_NAME;
-                   the response with the higher score wins
+rm:MODEL           a reward model, given by the folder of a finished stage, hf:FOLDER_OR_HUB_NAME,
+                   or peft:FOLDER_OR_HUB_NAME for adapters of one; the response with the higher
+                   score wins
 sandbox            the sandbox's labelers, training and held-out, by their exact probabilities
 openai:MODEL       a model behind an OpenAI-compatible endpoint (openai_judge.py)
 file:PATH          people (judgments.py)

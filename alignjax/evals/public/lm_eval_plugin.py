@@ -15,7 +15,8 @@ enough:
 
 --model_args takes these entries:
 
-    pretrained          WORKDIR/STAGE, WORKDIR/STAGE/candidates/STEP or hf:FOLDER_OR_HUB_NAME
+    pretrained          WORKDIR/STAGE, WORKDIR/STAGE/candidates/STEP, hf:FOLDER_OR_HUB_NAME, or
+                        peft:FOLDER_OR_HUB_NAME for adapters of one
     form                the prompt template; by default the one that the model was trained with
     dtype               such as float32; by default that of the training
     data, fsdp, tensor  devices along each axis of the mesh; by default one device

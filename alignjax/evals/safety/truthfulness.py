@@ -26,6 +26,7 @@ from alignjax.evals import items
 from alignjax.evals.table import Cell
 from alignjax.inference import batching, bulk
 from alignjax.inference.loading import Model
+from alignjax.models import hub
 from alignjax.runtime import files
 
 PRIMER = '\n\n'.join(
@@ -132,7 +133,7 @@ def _short(judge: str) -> str:
   return (
     judge
     if _is_function(judge)
-    else '/'.join(judge.removeprefix('hf:').rstrip('/').split('/')[-2:])
+    else '/'.join(hub.without_scheme(judge).rstrip('/').split('/')[-2:])
   )
 
 
@@ -168,7 +169,7 @@ def _judged(
 
 
 def _is_function(judge: str) -> bool:
-  return ':' in judge and not judge.startswith('hf:')
+  return ':' in judge and not judge.startswith(hub.SCHEMES)
 
 
 def check(judge: str, kind: str) -> None:
@@ -179,7 +180,7 @@ def check(judge: str, kind: str) -> None:
     plugins.find(judge, f'--options: truthfulqa.{kind}')
   elif (
     judge
-    and not judge.startswith('hf:')
+    and not judge.startswith(hub.SCHEMES)
     and not (files.folder(judge) / 'final' / 'info.json').exists()
   ):
     raise FileNotFoundError(
