@@ -47,6 +47,19 @@ SCHEMAS = (
 QUESTIONS = 'Question,Best Answer,Correct Answers,Incorrect Answers,Category,Type,Source\n'
 
 
+REWARDBENCH = [
+  dict(id='1', prompt='Say a', chosen=['yes'], rejected=['no', 'so', 'a'], subset='Math'),
+  dict(id='2', prompt='Say b', chosen=['b'], rejected=['a', 'c', 'd'], subset='Safety'),
+  dict(id='ref:0', prompt='Day?', chosen=['a day'], rejected=['b', 'c'], subset='Ties'),
+  dict(id='tied:0', prompt='Days?', chosen=['one', 'two'], rejected=['c', 'd'], subset='Ties'),
+]
+JUDGEBENCH = dict(
+  pair_id='1', source='mmlu-pro', question='Say a', response_A='yes', response_B='no', label='B>A'
+)
+LLMBAR = dict(input='Say a', output_1='yes', output_2='no', label=1)
+HHH = dict(input='Say a', targets=dict(choices=['yes', 'no'], labels=[1, 0]))
+
+
 def truth(questions: list[str], answers: list[str]) -> list[float]:
   """A judge: the share of the question's words that the answer repeats."""
   return [
@@ -83,6 +96,10 @@ def data_of_tasks(folder: pathlib.Path) -> dict[str, tuple[str, dict[str, Any]]]
       dict(truth='tests.versions:truth', info='tests.versions:truth', max_tokens=8),
     ),
     'judge_agreement': ('judged.jsonl', '\n'.join(map(json.dumps, judged)), {}),
+    'rewardbench2': ('rb2.jsonl', '\n'.join(map(json.dumps, REWARDBENCH)), {}),
+    'judgebench': ('judgebench.jsonl', json.dumps(JUDGEBENCH), {}),
+    'llmbar': ('llmbar.jsonl', json.dumps(LLMBAR), {}),
+    'hhh': ('hhh.jsonl', json.dumps(HHH), {}),
   }
   for name, (file, text, options) in texts.items():
     (folder / file).write_text(text)
@@ -93,12 +110,15 @@ def data_of_tasks(folder: pathlib.Path) -> dict[str, tuple[str, dict[str, Any]]]
 def measure(folder: pathlib.Path) -> dict[str, Any]:
   """{name in VERSIONS: what was measured, as JSON values}."""
   model = loading.load(f'hf:{GOLDEN / "chat"}', 'lm', dtype='float32')
+  scalar = transformer.with_scalar_head(model.cfg, model.params, jax.random.key(0))
+  reward = model._replace(head='scalar', params=scalar)
   found: dict[str, Any] = {}
   for name, (data, options) in data_of_tasks(folder).items():
     task = registry.find_tasks([name])[name]
+    used = reward if getattr(task, 'head', 'lm') == 'scalar' else model
     keep = folder / 'kept' / name
     keep.mkdir(parents=True)
-    cells = task(model, data=data, limit=None, seed=0, keep=keep, **options)
+    cells = task(used, data=data, limit=None, seed=0, keep=keep, **options)
     found[registry.TASKS[name]] = [[c.metric, c.prompt, c.values, c.items, c.better] for c in cells]
   of = plugins.find('alignjax.evals.safety.scorers:profanity', 'a scorer')
   found['alignjax.evals.safety.scorers:profanity'] = list(map(float, of(['You fool.', 'A day.'])))
@@ -125,9 +145,7 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   found['alignjax.evals.reward.labelers:split'] = [
     [[r['prompt'], r['labeler_id']] for r in part] for part in fold
   ]
-  scalar = transformer.with_scalar_head(model.cfg, model.params, jax.random.key(0))
   pairs = [Pair(r, 'x', 'y', Response('yes'), Response('no, never')) for r in records]
-  reward = model._replace(head='scalar', params=scalar)
   judges.reward_model(pairs, reward, 'f', folder, 'rm')
   (kept,) = folder.glob('rm-*.jsonl')
   found['alignjax.evals.preference.judges:reward_model'] = sorted(

@@ -55,11 +55,19 @@ def evaluate(
   out, data, options = files.folder(out), data or {}, options or {}
   baseline = baseline or next(iter(models))
   functions = registry.find_tasks(tasks)
+  heads = {name: getattr(task, 'head', 'lm') for name, task in functions.items()}
+  if len(set(heads.values())) > 1:
+    scalar = [name for name, head in heads.items() if head == 'scalar']
+    raise ValueError(
+      f'--tasks: {", ".join(scalar)} measure{"s" * (len(scalar) == 1)} reward models, the others '
+      'policies: give two commands.'
+    )
+  head = next(iter(heads.values()))
   if mesh is None and len(jax.devices()) > 1:
     mesh = {'data': len(jax.devices())}
   measured: dict[str, dict[str, list[table.Cell]]] = {name: {} for name in functions}
   for model_name, spec in models.items():
-    model = loading.load(spec, 'lm', template, mesh, dtype)
+    model = loading.load(spec, head, template, mesh, dtype)
     facts = loading.facts(model)
     for name, task in functions.items():
       began = time.perf_counter()

@@ -15,6 +15,8 @@ a task of the evaluation harness (public/harness_tasks.py). Its arguments are
     keep     a folder for results that take long to compute and must survive an interruption, such
              as continuations and judgments; the folder belongs to this model and protocol alone
     options  keyword arguments of the task's own
+
+A task that measures reward models has the attribute head='scalar'.
 """
 
 from __future__ import annotations
@@ -57,6 +59,10 @@ TASKS: dict[str, str] = {
   'realtoxicityprompts': 'alignjax.evals.safety.toxicity:realtoxicityprompts',
   'truthfulqa': 'alignjax.evals.safety.truthfulness:truthfulqa',
   'judge_agreement': 'alignjax.evals.safety.truthfulness:judge_agreement',
+  'rewardbench2': 'alignjax.evals.reward.benchmarks:rewardbench2',
+  'judgebench': 'alignjax.evals.reward.benchmarks:judgebench',
+  'llmbar': 'alignjax.evals.reward.benchmarks:llmbar',
+  'hhh': 'alignjax.evals.reward.benchmarks:hhh',
 }
 
 

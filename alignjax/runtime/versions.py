@@ -23,6 +23,10 @@ VERSIONS = {
   'alignjax.evals.public.nlp:truthfulqa_mc': '8e56d6baead77a08',
   'alignjax.evals.public.nlp:wmt15_fr_en': 'ad98361d0158f219',
   'alignjax.evals.public.nlp:wsc': '1001fa2fab18d1f7',
+  'alignjax.evals.reward.benchmarks:hhh': '1',
+  'alignjax.evals.reward.benchmarks:judgebench': '1',
+  'alignjax.evals.reward.benchmarks:llmbar': '1',
+  'alignjax.evals.reward.benchmarks:rewardbench2': '1',
   'alignjax.evals.reward.labelers:split': '4de015944030c6bc',
   # Version 2 names the kinds of bias in the rows of the hub, which were numbers.
   'alignjax.evals.safety.bias:crows_pairs': '2',
