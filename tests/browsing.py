@@ -101,4 +101,6 @@ def answer_of(site, name):
 
 
 def press(page, name):
+  """Clicks a button and waits until the page that follows is loaded and its script has run."""
   page.get_by_role('button', name=name, exact=True).click()
+  page.wait_for_load_state()

@@ -55,8 +55,8 @@ def test_an_item_is_rated_and_ranked_with_the_mouse(site, visit):
   page.goto(site.url)
   page.get_by_role('region', name='by mouse').get_by_role('button').click()
   for step in range(4):
-    which = response(page)
     expect(page.get_by_role('heading', name=f'Response {"ABCD"[step]}')).to_be_visible()
+    which = response(page)
     if step == 1:  # A rating that is missing is asked for.
       press(page, 'Next')
       expect(page.get_by_role('alert')).to_have_text('“Overall quality” has no answer yet.')
@@ -64,9 +64,10 @@ def test_an_item_is_rated_and_ranked_with_the_mouse(site, visit):
     if which == 2:
       page.get_by_label('It contains a hallucination.').click()
     press(page, 'Next')
-  assert page.locator(':checked:not(.keys *)').count() == 0
   columns, tray = page.locator('.column'), page.locator('.cards')
-  assert tray.locator('.rank').count() == 4 and columns.count() == 4
+  expect(columns).to_have_count(4)  # The script has made them.
+  expect(tray.locator('.rank')).to_have_count(4)
+  assert page.locator(':checked:not(.keys *)').count() == 0
 
   def drag(number, place):
     card(page, number).locator('.handle').drag_to(place)
@@ -77,12 +78,14 @@ def test_an_item_is_rated_and_ranked_with_the_mouse(site, visit):
   expect(page.get_by_role('alert')).to_have_text(
     '2 of 4 responses have no rank yet. Rank all of them, or tick “All are bad”, or skip the item.'
   )
-  assert columns.nth(1).locator('.rank').count() == columns.nth(3).locator('.rank').count() == 1
+  for i in (1, 3):
+    expect(columns.nth(i).locator('.rank')).to_have_count(1)
   drag(0, tray)
-  assert tray.locator('.rank').count() == 3
+  expect(tray.locator('.rank')).to_have_count(3)
   for number, rank in enumerate(RANKS):
     drag(number, columns.nth(rank - 1))
-  assert [columns.nth(i).locator('.rank').count() for i in range(4)] == [2, 1, 0, 1]
+  for i, count in enumerate((2, 1, 0, 1)):
+    expect(columns.nth(i).locator('.rank')).to_have_count(count)
   press(page, 'Submit')
   page.wait_for_url(f'{site.url}/')
   check_answer(answer_of(site, 'mia'))
@@ -124,7 +127,7 @@ def test_an_item_is_rated_and_ranked_with_the_keyboard_alone(site, visit):
   for place in range(1, 5):
     page.keyboard.press('j')
     focused = page.locator('.rank:focus')
-    assert focused.get_attribute('aria-label') == f'Response {"ABCD"[place - 1]}'
+    expect(focused).to_have_attribute('aria-label', f'Response {"ABCD"[place - 1]}')
     page.keyboard.press('9')  # There is no such rank.
     page.keyboard.press(str(RANKS[int(focused.locator('.text').inner_text()[-1])]))
   page.keyboard.press('k')
@@ -154,7 +157,7 @@ def test_what_somebody_turned_off_stays_off(site, visit):
   assert page.locator('.scale :checked').count() == 0
   page.get_by_label('Keys').check()
   page.keyboard.press('5')
-  assert page.locator('.scale :checked').get_attribute('value') == '5'
+  expect(page.locator('.scale :checked')).to_have_attribute('value', '5')
   expect(rules).not_to_be_visible()
   with schema.writing(site.engine) as connection:
     catalog.edit_task(connection, task, 1, instructions='Be *quick*.')
@@ -176,8 +179,9 @@ def test_everything_works_without_javascript(site, visit):
     press(page, 'Next')
     if step == 0:  # Going back keeps what was filled in.
       press(page, 'Back')
-      assert page.locator('.scale :checked').get_attribute('value') == str(LIKERT[which])
+      expect(page.locator('.scale :checked')).to_have_attribute('value', str(LIKERT[which]))
       press(page, 'Next')
+  expect(page.locator('.rank')).to_have_count(4)
   assert page.locator(':checked:not(.keys *)').count() == 0
   card(page, 0).get_by_label('2', exact=True).check()
   press(page, 'Submit')
@@ -191,8 +195,8 @@ def test_everything_works_without_javascript(site, visit):
   page.goto(lease(site, 'nick', written(site.engine, 'no script, few', 'few_shot', count=1)))
   page.get_by_label('Instruction').fill('\nTranslate.')
   press(page, 'Another example')
-  assert page.get_by_label('Instruction').input_value() == '\nTranslate.'
-  assert page.get_by_label('Query').count() == 4
+  expect(page.get_by_label('Query')).to_have_count(4)
+  expect(page.get_by_label('Instruction')).to_have_value('\nTranslate.')
   for n in (1, 4):
     page.get_by_label(f'Query {n}').fill(f'q{n}')
     page.get_by_label(f'Answer {n}').fill(f'a{n}\nmore')
