@@ -22,8 +22,6 @@ from alignjax.evals.table import Cell
 from alignjax.inference import bulk
 from alignjax.inference.loading import Model
 
-Value = Any  # what the table keeps of an item, as a JSON value
-
 
 class Item(NamedTuple):
   """A prompt with the responses that are right and those that are wrong, and its subset."""
@@ -123,7 +121,7 @@ def rewardbench2(
   drawn = {different[i] for i in items.draw(len(different), limit, seed)}
   chosen = [i for i, prompt in enumerate(prompts) if prompt in drawn]
   scores = _scores(model, [found[i] for i in chosen], keep, 'rewardbench2')
-  values: list[Value] = []
+  values: list[Any] = []
   for i, both in zip(chosen, scores, strict=True):
     if both is None:
       values.append(None)
@@ -256,13 +254,13 @@ def _accuracy(
 def _cell(
   metric: str,
   prompt: str,
-  values: list[Value],
+  values: list[Any],
   names: list[str],
   clusters: list[str] | None = None,
   aggregate: str | None = None,
 ) -> Cell:
-  """The cell of what was measured; items that were not are in none, so that differences between
-  models are over the items of both."""
+  """The cell of the items that were measured (values that are not None), so that differences
+  between models are over the items of both."""
   own = [i for i, value in enumerate(values) if value is not None]
   return Cell(
     metric,
