@@ -2,15 +2,17 @@
 and nothing is lost, also where the server is killed. tests/label_load.py is the same as a program,
 with any number of labelers."""
 
+import asyncio
 import contextlib
 import re
 import threading
 import time
+import types
 
 import pytest
 import sqlalchemy as sa
 
-from alignjax.label import accounts, assignment, catalog, exchange, schema, submissions
+from alignjax.label import accounts, assignment, catalog, exchange, schema, server, submissions
 from alignjax.label.schema import answers, drafts, items, leases, tasks
 from tests import label_databases, label_load, labeling
 from tests.labeling import RANKS, rows, submit, take
@@ -338,6 +340,92 @@ def test_two_researchers_send_the_same_form(tmp_path):
   engine.dispose()
 
 
+# Turns
+
+PAGE, OTHER, SUBMIT = ('GET', '/items/3'), ('POST', '/tasks/1/next'), ('POST', '/items/3')
+
+
+def ask(turns, request):
+  method, path = request
+  return turns.of(types.SimpleNamespace(method=method, url=types.SimpleNamespace(path=path)))
+
+
+def finish(work):
+  """The result of a coroutine, which must come within seconds."""
+  return asyncio.run(asyncio.wait_for(work, 20))
+
+
+async def settle():
+  """Lets every task run until it waits."""
+  for _ in range(20):
+    await asyncio.sleep(0)
+
+
+def test_submits_go_before_pages():
+  """One request at a time: what is handed in goes before pages that were asked for earlier, and
+  otherwise the order is that in which they came."""
+  came = [PAGE, OTHER, SUBMIT, PAGE, SUBMIT]
+
+  async def run():
+    turns, order = server.Turns(1), []
+
+    async def work(i):
+      async with ask(turns, came[i]):
+        order.append(i)
+        await settle()
+
+    async with ask(turns, PAGE):
+      tasks = [asyncio.create_task(work(i)) for i in range(len(came))]
+      await settle()
+      assert order == []
+    await asyncio.gather(*tasks)
+    return order, turns.free
+
+  assert finish(run()) == ([2, 4, 0, 1, 3], 1)
+
+
+@pytest.mark.parametrize('count', (1, 3))
+def test_no_more_requests_at_once_than_there_are_turns(count):
+  async def run():
+    turns, now, most = server.Turns(count), 0, 0
+
+    async def work(i):
+      nonlocal now, most
+      async with ask(turns, (PAGE, SUBMIT)[i % 2]):
+        now += 1
+        most = max(most, now)
+        await settle()
+        now -= 1
+        if i % 3 == 0:
+          raise ValueError('a fault of a page')
+
+    await asyncio.gather(*(work(i) for i in range(12)), return_exceptions=True)
+    return most, turns.free
+
+  assert finish(run()) == (count, count)
+
+
+def test_a_request_that_goes_away_leaves_its_turn_to_others():
+  """It may go away while it waits, or after it was given its turn and before it took it."""
+
+  async def run():
+    turns, served = server.Turns(1), []
+
+    async def work(i):
+      async with ask(turns, PAGE):
+        served.append(i)
+
+    async with ask(turns, PAGE):
+      tasks = [asyncio.create_task(work(i)) for i in range(3)]
+      await settle()
+      tasks[0].cancel()  # It waits.
+    tasks[1].cancel()  # It has just been given the turn.
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return served, turns.free
+
+  assert finish(run()) == ([2], 1)
+
+
 # Processes
 
 
@@ -375,15 +463,12 @@ def test_a_server_that_is_killed(kind):
 @pytest.mark.long
 def test_forty_labelers(kind):
   """Each with about a second for a page, which is much faster than people are, and then as fast as
-  they can. 95% of the submits take less than 200 ms in the first case."""
-  made = label_load.run(kind, labelers=40, count=200, overlap=2, pause=1.0)
-  print(label_load.show(made))
-  check(made)
-  assert made['answers'] == 400 and made['submit'][1] < 200
-  made = label_load.run(kind, labelers=40, count=400, overlap=2)
-  print(label_load.show(made))
-  check(made)
-  assert made['answers'] == 800
+  they can. 95% of the submits take less than 200 ms."""
+  for count, pause in ((200, 1.0), (400, 0.0)):
+    made = label_load.run(kind, labelers=40, count=count, overlap=2, pause=pause)
+    print(label_load.show(made))
+    check(made)
+    assert made['answers'] == 2 * count and made['submit'][1] < 200
 
 
 @pytest.mark.long

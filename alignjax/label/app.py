@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import sqlalchemy as sa
 from starlette import responses, routing, staticfiles
 from starlette.applications import Starlette
 from starlette.requests import Request
 
 from alignjax.label import accounts, assignment, labeler_pages, researcher_pages, schema
-from alignjax.label.server import FOLDER, Headers, Settings, templates
+from alignjax.label.server import FOLDER, Headers, Settings, Turns, templates
 
-# Requests that are worked on at once, in the order in which they came. More threads only wait for
-# each other, and the last one for longest.
-AT_ONCE = 8
+AT_ONCE = 8  # requests that are worked on at once
 
 
 def make_app(
@@ -38,7 +34,7 @@ def make_app(
     exception_handlers={404: _not_found, 405: _not_found, 400: _bad_request},
   )
   app.add_middleware(Headers)
-  app.state.turns = asyncio.Semaphore(AT_ONCE)
+  app.state.turns = Turns(AT_ONCE)
   app.state.settings = Settings(engine, sessions, lease_seconds, secure)
   return app
 

@@ -7,11 +7,13 @@ anything elsewhere, and the errors.
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextlib
 import functools
 import pathlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -181,7 +183,7 @@ def route(
     form: Any = {}
     if request.method == 'POST':
       form = await request.form(max_files=0, max_part_size=LARGEST_FORM)
-    async with request.app.state.turns:
+    async with request.app.state.turns.of(request):
       return await concurrency.run_in_threadpool(_answer, request, form, handler, roles)
 
   return routing.Route(path, endpoint, methods=list(methods), name=handler.__name__)
@@ -256,6 +258,51 @@ def _trouble(error: exc.OperationalError) -> str:
     f'{reason} Your answer was not saved. What you filled in is below, and your browser keeps a '
     f'draft. Tell the people who run this server ({text}), and send it again later.'
   )
+
+
+class Turns:
+  """Lets a few requests be worked on at once: more threads only wait for each other, and the last
+  one for longest. What a person hands in goes before the pages that others ask for, so that a
+  submit waits for other submits only, however many people are waiting for a page.
+
+  Args:
+    count: of requests that are worked on at once.
+  """
+
+  def __init__(self, count: int):
+    self.free = count
+    self.submits: collections.deque[asyncio.Future] = collections.deque()
+    self.others: collections.deque[asyncio.Future] = collections.deque()
+
+  @contextlib.asynccontextmanager
+  async def of(self, request: Request) -> AsyncIterator[None]:
+    """Waits for the request's turn, and ends it."""
+    if self.free:
+      self.free -= 1
+    else:
+      submit = request.method == 'POST' and request.url.path.startswith('/items/')
+      turn = asyncio.get_running_loop().create_future()
+      (self.submits if submit else self.others).append(turn)
+      try:
+        await turn
+      except asyncio.CancelledError:
+        if turn.done() and not turn.cancelled():
+          self._end()
+        raise
+    try:
+      yield
+    finally:
+      self._end()
+
+  def _end(self) -> None:
+    """Gives the turn to the next one that waits. Who has gone away in the meantime does not."""
+    for waiting in (self.submits, self.others):
+      while waiting:
+        turn = waiting.popleft()
+        if not turn.done():
+          turn.set_result(None)
+          return
+    self.free += 1
 
 
 class Headers:
