@@ -3,11 +3,9 @@
 python experiments/best_of_n.py --policy=runs/ppo_ptx-s0/sft --reward_model=runs/ppo_ptx-s0/rm
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('best_of_n', sys.argv[1:])
+  main.program('best_of_n')

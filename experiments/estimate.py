@@ -3,11 +3,9 @@
 python experiments/estimate.py --config=configs/ppo_ptx.py --topology=v5p:8x8x8 --stage=ppo_ptx
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('estimate', sys.argv[1:])
+  main.program('estimate')

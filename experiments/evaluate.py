@@ -3,11 +3,9 @@
 python experiments/evaluate.py --models=sft=runs/mine/sft --tasks=winogender
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('evaluate', sys.argv[1:])
+  main.program('evaluate')

@@ -3,11 +3,9 @@
 python experiments/export.py --model=runs/smollm2_135m-s0/ppo_ptx --out=my-model
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('export', sys.argv[1:])
+  main.program('export')

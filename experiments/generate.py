@@ -3,11 +3,9 @@
 python experiments/generate.py --model=runs/ppo_ptx-s0/ppo_ptx
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('generate', sys.argv[1:])
+  main.program('generate')

@@ -3,11 +3,9 @@
 python experiments/heldout_labelers.py --config=configs/ukp_rm.py --comparisons=jsonl:FILE
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('heldout_labelers', sys.argv[1:])
+  main.program('heldout_labelers')

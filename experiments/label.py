@@ -3,11 +3,9 @@
 python experiments/label.py serve
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('label', sys.argv[1:])
+  main.program('label')

@@ -3,11 +3,9 @@
 python experiments/preference.py --policies=... --prompts=sandbox: --judge=sandbox
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('preference', sys.argv[1:])
+  main.program('preference')

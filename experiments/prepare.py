@@ -3,11 +3,9 @@
 python experiments/prepare.py --source=jsonl:raw.jsonl.gz --kind=prompts --out=data/mine
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('prepare', sys.argv[1:])
+  main.program('prepare')

@@ -3,11 +3,9 @@
 python experiments/run.py --config=configs/ppo_ptx.py
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('run', sys.argv[1:])
+  main.program('run')

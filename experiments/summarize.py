@@ -3,11 +3,9 @@
 python experiments/summarize.py runs/ppo_ptx-s*
 """
 
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('summarize', sys.argv[1:])
+  main.program('summarize')

@@ -128,14 +128,12 @@ def test_an_error_is_one_line(raised, said):
 
 
 SCRIPT = """
-import sys
-
 import this_clone  # noqa: F401
 
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.start('{name}', sys.argv[1:])
+  main.program('{name}')
 """
 
 
@@ -150,7 +148,7 @@ def test_every_subcommand_is_a_module_and_a_script():
     assert f'experiments/{name}.py ' in scripts[name].removesuffix(SCRIPT.format(name=name)), name
 
 
-CONSOLE = 'from alignjax.commands.main import main; main()'
+CONSOLE = 'from alignjax.commands.main import program; program()'
 
 
 def console(*arguments, code=CONSOLE):

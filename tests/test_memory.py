@@ -1,5 +1,7 @@
-"""runtime/memory.py: a process keeps the memory that it has freed."""
+"""runtime/memory.py: a process keeps the memory that it has freed, and has it in large pages."""
 
+import functools
+import os
 import platform
 import subprocess
 import sys
@@ -7,12 +9,14 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from alignjax import train
 from alignjax.configs import base
-from alignjax.models import transformer
+from alignjax.models import products, transformer
 from alignjax.models.attention import Machine
+from alignjax.runtime import memory
 from tests import fakes
 
 # Fills and frees 256 MiB twice, and prints how many pages the system gave the second time. It calls
@@ -48,11 +52,71 @@ def test_memory_that_was_freed_is_used_again():
   assert count < 100  # 256 MiB are 65,536 pages of 4 KiB, or 128 of 2 MiB.
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
-  from alignjax.runtime import memory
+# Says how it was started, from within.
+RESTARTS = """
+import os, pathlib, sys
+from alignjax.runtime import memory
+memory.LARGE_PAGES = pathlib.Path(sys.argv[1])
+memory.restart_with_large_pages()
+print(os.environ.get('GLIBC_TUNABLES'), sys.argv[2], sys.stdin.read(), os.getpid())
+"""
+TUNED = 'glibc.malloc.hugetlb=1'
 
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has large pages')
+@pytest.mark.parametrize(
+  'pages, changed, tunables',
+  [
+    ('always [madvise] never', {'JAX_PLATFORMS': 'cpu'}, TUNED),
+    ('[always] madvise never', {'JAX_PLATFORMS': 'cpu'}, 'None'),
+    ('always madvise [never]', {'JAX_PLATFORMS': 'cpu'}, 'None'),
+    (None, {'JAX_PLATFORMS': 'cpu'}, 'None'),
+    ('always [madvise] never', {'JAX_PLATFORMS': 'cuda,cpu'}, 'None'),
+    ('always [madvise] never', {'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': 'a.b=1'}, 'a.b=1'),
+  ],
+)
+def test_large_pages_are_asked_for_where_they_help(pages, changed, tunables, tmp_path):
+  """The process that starts anew is the same, with its arguments and its input."""
+  told = tmp_path / 'enabled'
+  if pages is not None:
+    told.write_text(f'{pages}\n')
+  env = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'} | changed
+  process = subprocess.Popen(
+    [sys.executable, '-W', 'error', '-c', RESTARTS, str(told), 'two words'],
+    env=env,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  out, _ = process.communicate('input')
+  assert out.strip() == f'{tunables} two words input {process.pid}'
+
+
+@pytest.mark.parametrize(
+  'platforms, entries, modules, only',
+  [
+    ('cpu', ['cuda13'], ['libtpu'], True),
+    ('tpu', [], [], False),
+    ('cuda,cpu', [], [], False),
+    ('', [], [], True),
+    ('', ['cuda13'], [], False),
+    ('', [], ['libtpu'], False),
+    ('', [], ['jax_plugins'], False),
+  ],
+)
+def test_only_cpus(platforms, entries, modules, only, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  found = dict.fromkeys(modules, 'a module')
+  monkeypatch.setattr(memory.importlib.util, 'find_spec', found.get)
+  monkeypatch.setattr(memory.importlib.metadata, 'entry_points', lambda group: entries)
+  assert memory.only_cpus() is only
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
   monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
+  monkeypatch.setattr(memory.os, 'execv', None)  # It is not called.
   assert memory.keep_freed_memory() is False
+  memory.restart_with_large_pages()
 
 
 @pytest.mark.parametrize('platform_name, calls', [('cpu', 1), ('gpu', 0)])
@@ -95,3 +159,59 @@ def test_only_shallow_float32_networks_on_cpus_are_unrolled(layers, dtype, platf
   tokens, mask = jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)
   lowered = jax.jit(nets.logits).lower(params, tokens, mask).as_text()
   assert ('stablehlo.while' in lowered) == loops
+
+
+def products_over_two_axes(jaxpr) -> int:
+  """How many matrix products, without those of attention, sum over more than one axis."""
+  found = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive is jax.lax.dot_general_p:
+      (summed, _), (batch, _) = equation.params['dimension_numbers']
+      found += len(summed) > 1 and not batch
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+    ):
+      inner = getattr(inner, 'jaxpr', inner)
+      found += products_over_two_axes(inner) if hasattr(inner, 'eqns') else 0
+  return found
+
+
+@pytest.mark.parametrize('platform_name, flat', [('cpu', True), ('tpu', False)])
+def test_gradients_of_kernels_sum_over_the_rows_of_one_matrix(platform_name, flat):
+  """On CPUs, XLA transposes what a product sums over batch and tokens in memory first."""
+  cfg = fakes.config(num_layers=5, attention='reference')
+  params = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
+  nets = transformer.make_networks(cfg, machine=Machine(platform_name))
+  tokens, mask = jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), bool)
+
+  def loss(params):
+    return sum(x.sum() for x in nets.logprobs(params, tokens, mask))
+
+  count = products_over_two_axes(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+  assert (count == 0) == flat
+
+
+@pytest.mark.parametrize('inputs, outputs', [((6,), (8,)), ((2, 3), (8,)), ((6,), (2, 4))])
+def test_products_of_rows(inputs, outputs):
+  """Value and gradients of products.of_rows are those of jax.lax.dot_general."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, kernel = (
+    jax.random.normal(key, shape, jnp.float32)
+    for key, shape in zip(keys, ((3, 5, *inputs), (*inputs, *outputs)), strict=False)
+  )
+  summed = tuple(range(len(inputs)))
+  dimensions = ((tuple(2 + i for i in summed), summed), ((), ()))
+  weight = jax.random.normal(keys[2], (3, 5, *outputs), jnp.float32)
+
+  def run(multiply):
+    def loss(x, kernel):
+      out = multiply(x, kernel, dimensions)
+      return jnp.sum(out * weight), out
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(x, kernel)
+
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    run(products.of_rows),
+    run(jax.lax.dot_general),
+  )

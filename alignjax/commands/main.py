@@ -7,6 +7,7 @@ import sys
 
 import alignjax
 from alignjax.commands import command
+from alignjax.runtime import memory
 
 SUBCOMMANDS = (
   'run',
@@ -25,11 +26,31 @@ SUBCOMMANDS = (
 )
 # The output of these is their only result, so they end quietly when its reader goes.
 END_WITH_READER = ('configs', 'generate', 'summarize')
+# These compute on the devices of jax.
+ON_DEVICES = (
+  'run',
+  'generate',
+  'evaluate',
+  'preference',
+  'best_of_n',
+  'heldout_labelers',
+  'rounds',
+)
+
+
+def program(name: str | None = None) -> None:
+  """The entry point of a program: `alignjax` itself, or the subcommand `name`. It may start the
+  process anew (memory.restart_with_large_pages)."""
+  if (name or ''.join(sys.argv[1:2])) in ON_DEVICES:
+    memory.restart_with_large_pages()
+  if name:
+    start(name, sys.argv[1:])
+  else:
+    main()
 
 
 def main() -> None:
-  """The entry point. sys.argv is `alignjax`, the subcommand, and the arguments of the
-  subcommand."""
+  """Runs the subcommand that sys.argv names: `alignjax`, the subcommand, and its arguments."""
   name, *argv = sys.argv[1:] or ['--help']
   start(name, argv)
 

@@ -1,7 +1,8 @@
 """The layers of the transformer as flax.linen modules: embedding, attention, MLP, block and heads.
 
 Every module reads its sizes from a TransformerConfig. `constrain` pins the sharding of an
-activation inside a module (sharding.Sharder.constrain); by default the compiler chooses it. The
+activation inside a module (sharding.Sharder.constrain); by default the compiler chooses it.
+`multiply` computes the products of the dense layers, with the arguments of jax.lax.dot_general. The
 functions over these modules are in models/transformer.py.
 """
 
@@ -58,6 +59,7 @@ class Attention(nn.Module):
   cfg: TransformerConfig
   constrain: Callable = unconstrained
   attend: Attend = reference
+  multiply: Callable = jax.lax.dot_general
 
   @nn.compact
   def __call__(self, x, angles, mask, cache=None, index=None):
@@ -79,7 +81,9 @@ class Attention(nn.Module):
     def project(heads, name):
       # The kernel is [D, heads * H]: a TPU keeps copies of [D, heads, H] in its loops.
       width = heads * cfg.head_width
-      dense = nn.Dense(width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)
+      dense = nn.Dense(
+        width, use_bias=cfg.qkv_bias, dtype=cfg.dtype, dot_general=self.multiply, name=name
+      )
       return dense(x).reshape(b, t, heads, -1)
 
     def normalize_heads(heads, name):
@@ -120,6 +124,7 @@ class Attention(nn.Module):
       use_bias=cfg.out_bias,
       dtype=cfg.dtype,
       kernel_init=_residual_init(cfg),
+      dot_general=self.multiply,
       name='out',
     )(heads)
     return checkpoint_name(out, 'out'), (k, v)
@@ -133,11 +138,14 @@ class MLP(nn.Module):
 
   cfg: TransformerConfig
   constrain: Callable = unconstrained
+  multiply: Callable = jax.lax.dot_general
 
   @nn.compact
   def __call__(self, x):
     cfg = self.cfg
-    dense = functools.partial(nn.Dense, use_bias=cfg.out_bias, dtype=cfg.dtype)
+    dense = functools.partial(
+      nn.Dense, use_bias=cfg.out_bias, dtype=cfg.dtype, dot_general=self.multiply
+    )
     hidden = self.constrain(dense(cfg.mlp_width, name='up')(x), 'batch', None, 'mlp')
     hidden = checkpoint_name(hidden, 'up')
     if cfg.mlp in GATES:
@@ -154,12 +162,13 @@ class Block(nn.Module):
   cfg: TransformerConfig
   constrain: Callable = unconstrained
   attend: Attend = reference
+  multiply: Callable = jax.lax.dot_general
 
   @nn.compact
   def __call__(self, x, angles, mask, cache=None, index=None, dropout=False):
     cfg = self.cfg
-    attention = Attention(cfg, self.constrain, self.attend, name='attention')
-    mlp = MLP(cfg, self.constrain, name='mlp')
+    attention = Attention(cfg, self.constrain, self.attend, self.multiply, name='attention')
+    mlp = MLP(cfg, self.constrain, self.multiply, name='mlp')
 
     def before(part, x):
       x = x if cfg.norms == 'after' else _norm(cfg, f'norm_{part}')(x)

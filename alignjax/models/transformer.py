@@ -32,7 +32,7 @@ from alignjax.models.attention import MASKED_LOGIT, Machine
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
 from alignjax.models.layers import Block, Embed, Final, unconstrained
-from alignjax.models.products import to_float32
+from alignjax.models.products import of_rows, to_float32
 from alignjax.types import Decoder, KVCache, Networks, Params
 
 Constrain = Callable[..., jax.Array]  # (x, *logical axis names) -> x
@@ -289,6 +289,7 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
       order = attention.pads_last(mask)
       tokens, where, mask = (attention.moved(y, order.there) for y in (tokens, where, mask))
   angles_and_attend, windowed = _by_window(cfg, machine, where)
+  multiply = of_rows if _float32_on_cpu(cfg, machine) else jax.lax.dot_general
   x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
   # Where several devices share D, the embedding comes in pieces. Fused with the first norm, scoring
   # and update would sum the pieces in different orders on some CPUs.
@@ -299,7 +300,7 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
     angles, attend = angles_and_attend(has_window)
     rngs = {} if key is None else {'dropout': layer_key}
     with lora.projections():
-      x, kv = Block(cfg, constrain, attend).apply(
+      x, kv = Block(cfg, constrain, attend, multiply).apply(
         {'params': weights}, x, angles, mask, dropout=key is not None, rngs=rngs
       )
     return constrain(x, 'batch', 'sequence', None), (kv if keep_cache else None)

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
 import platform
+import sys
 
 # The parameters of mallopt (malloc.h of glibc) and their values.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 LARGEST_INT, STRIDE = 2**31 - 1, 2**26
+
+LARGE_PAGES = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+TUNABLES = 'GLIBC_TUNABLES'
+
+
+def only_cpus() -> bool:
+  """Whether jax can find nothing but CPUs: JAX_PLATFORMS says so, or no plugin for a GPU or a TPU
+  is installed. jax is not imported for the answer."""
+  if told := os.environ.get('JAX_PLATFORMS'):
+    return told == 'cpu'
+  found = importlib.util.find_spec
+  plugins = importlib.metadata.entry_points(group='jax_plugins')
+  return not (plugins or found('jax_plugins') or found('libtpu'))
+
+
+def restart_with_large_pages() -> None:
+  """Starts the program of this process anew, with memory in pages of 2 MiB instead of 4 KiB, where
+  the system gives large pages to those who ask for them. glibc asks for them if GLIBC_TUNABLES says
+  so when a process starts.
+
+  The process stays the same, with its arguments and open files, so call it before anything has been
+  read or begun, and only in a program's own entry point. It returns where there is nothing to gain:
+  an accelerator may be there, the system gives large pages always or never, GLIBC_TUNABLES is set
+  already, or the C library is not glibc.
+  """
+  if platform.libc_ver()[0] != 'glibc' or TUNABLES in os.environ or not only_cpus():
+    return
+  if not LARGE_PAGES.exists() or '[madvise]' not in LARGE_PAGES.read_text():
+    return
+  os.environ[TUNABLES] = 'glibc.malloc.hugetlb=1'
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def keep_freed_memory() -> bool:
