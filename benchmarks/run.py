@@ -32,7 +32,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import workloads  # noqa: E402  after the path
+from alignjax.runtime import memory  # noqa: E402  after the path
+from benchmarks import workloads  # noqa: E402
 
 OURS = 'alignjax'
 NEEDS = {
@@ -344,4 +345,5 @@ def _write(line: dict, out: pathlib.Path | None) -> None:
 
 
 if __name__ == '__main__':
+  memory.restart_with_large_pages()  # for every framework
   raise SystemExit(main())

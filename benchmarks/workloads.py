@@ -7,12 +7,7 @@ import dataclasses
 # GPT-2's architecture in several sizes.
 GPT2 = dict(positions='learned', norm='layernorm', mlp='gelu', tie_embeddings=True)
 GPT2_SMALL = GPT2 | dict(
-  vocab_size=50257,
-  num_layers=12,
-  d_model=768,
-  num_heads=12,
-  max_length=1024,
-  remat='projections',
+  vocab_size=50257, num_layers=12, d_model=768, num_heads=12, max_length=1024, remat='projections'
 )
 FOUR_LAYERS = GPT2 | dict(vocab_size=8192, num_layers=4, d_model=256, num_heads=4, max_length=128)
 ON_GPU = dict(max_length=2048, dtype='bfloat16', remat='dots', logits_chunk=16384)
