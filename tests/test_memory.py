@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 import types
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import train
+from alignjax import optim, steps, train
 from alignjax.configs import base
 from alignjax.models import products, transformer
 from alignjax.models.attention import Machine
 from alignjax.runtime import memory
+from alignjax.stages import stage
+from alignjax.types import TokenBatch, TrainState
 from tests import fakes
 
 # Fills and frees 256 MiB twice, and prints how many pages the system gave the second time. It calls
@@ -24,6 +27,8 @@ from tests import fakes
 TWICE = """
 import ctypes, resource
 from alignjax.runtime import memory
+from alignjax.stages import stage
+from alignjax.types import TokenBatch, TrainState
 told = memory.keep_freed_memory() if {keep} else None
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -56,6 +61,8 @@ def test_memory_that_was_freed_is_used_again():
 RESTARTS = """
 import os, pathlib, sys
 from alignjax.runtime import memory
+from alignjax.stages import stage
+from alignjax.types import TokenBatch, TrainState
 memory.LARGE_PAGES = pathlib.Path(sys.argv[1])
 memory.restart_with_large_pages()
 print(os.environ.get('GLIBC_TUNABLES'), sys.argv[2], sys.stdin.read(), os.getpid())
@@ -189,6 +196,29 @@ def test_gradients_of_kernels_sum_over_the_rows_of_one_matrix(platform_name, fla
 
   count = products_over_two_axes(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
   assert (count == 0) == flat
+
+
+def test_the_moments_of_the_optimizer_are_overwritten_in_place():
+  """Without the compiler's option, XLA copies them before: a tenth of a second for 124M parameters
+  on two cores."""
+  cfg = fakes.config(num_layers=5, attention='reference')
+  nets = transformer.make_networks(cfg)
+  params = {'policy': transformer.init(cfg, jax.random.key(0))}
+  tx = optim.make({'policy': optim.adam(steps=10, lr=1e-3, clip_norm=1.0)})
+  state = TrainState(jnp.int32(0), params, tx.init(params))
+  tokens, mask = jnp.ones((2, 4), jnp.int32), jnp.ones((2, 4), bool)
+  batch = TokenBatch(tokens, mask, jnp.ones((2, 4), jnp.float32))
+
+  def loss_fn(params, batch, key, *, nets):
+    del key
+    return nets.logprobs(params['policy'], batch.tokens, batch.mask)[0].mean(), {}
+
+  def step(state, batch):
+    return *steps.update(state, batch, None, loss_fn=loss_fn, nets=nets, tx=tx), None
+
+  program = stage.compile_step(step, state).lower(state, batch).compile().as_text()
+  assert 'opt_state' in program
+  assert not re.findall(r'copy\(%?state\S*(?:mu|nu)', program)
 
 
 @pytest.mark.parametrize('inputs, outputs', [((6,), (8,)), ((2, 3), (8,)), ((6,), (2, 4))])

@@ -129,14 +129,15 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
 
   XLA may not leave out a rounding to bfloat16 where it fuses operations. It could do so in the
   program with a gradient and not in the one without, and then the ratio before the first update
-  would not be 1.
+  would not be 1. On CPUs, it looks more closely at which arrays it may overwrite: otherwise it
+  copies the moments of the optimizer before it overwrites them.
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
+  options = {'xla_allow_excess_precision': False}
+  if all(d.platform == 'cpu' for s in jax.tree.leaves(shardings) for d in s.device_set):
+    options['xla_cpu_copy_insertion_use_region_analysis'] = True
   return jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(shardings, None, None),
-    compiler_options={'xla_allow_excess_precision': False},
+    step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options
   )
 
 
