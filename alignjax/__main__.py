@@ -3,4 +3,4 @@
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.program()
+  main.main()

@@ -8,4 +8,4 @@ import this_clone  # noqa: F401
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.program('run')
+  main.main('run')

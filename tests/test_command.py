@@ -133,7 +133,7 @@ import this_clone  # noqa: F401
 from alignjax.commands import main
 
 if __name__ == '__main__':
-  main.program('{name}')
+  main.main('{name}')
 """
 
 
@@ -148,7 +148,26 @@ def test_every_subcommand_is_a_module_and_a_script():
     assert f'experiments/{name}.py ' in scripts[name].removesuffix(SCRIPT.format(name=name)), name
 
 
-CONSOLE = 'from alignjax.commands.main import program; program()'
+@pytest.mark.parametrize(
+  'arguments, name, calls',
+  [
+    (['run', '--config=sft'], None, ['large pages', ('run', ['--config=sft'])]),
+    (['--config=sft'], 'run', ['large pages', ('run', ['--config=sft'])]),
+    (['label', 'status'], None, [('label', ['status'])]),
+    (['run'], 'export', [('export', ['run'])]),
+    ([], None, [('--help', [])]),
+  ],
+)
+def test_subcommands_that_compute_ask_for_large_pages(arguments, name, calls, monkeypatch):
+  made = []
+  monkeypatch.setattr(sys, 'argv', ['alignjax', *arguments])
+  monkeypatch.setattr(main.memory, 'restart_with_large_pages', lambda: made.append('large pages'))
+  monkeypatch.setattr(main, 'start', lambda *given: made.append(given))
+  main.main(name)
+  assert made == calls
+
+
+CONSOLE = 'from alignjax.commands.main import main; main()'
 
 
 def console(*arguments, code=CONSOLE):

@@ -27,8 +27,6 @@ from tests import fakes
 TWICE = """
 import ctypes, resource
 from alignjax.runtime import memory
-from alignjax.stages import stage
-from alignjax.types import TokenBatch, TrainState
 told = memory.keep_freed_memory() if {keep} else None
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -61,8 +59,6 @@ def test_memory_that_was_freed_is_used_again():
 RESTARTS = """
 import os, pathlib, sys
 from alignjax.runtime import memory
-from alignjax.stages import stage
-from alignjax.types import TokenBatch, TrainState
 memory.LARGE_PAGES = pathlib.Path(sys.argv[1])
 memory.restart_with_large_pages()
 print(os.environ.get('GLIBC_TUNABLES'), sys.argv[2], sys.stdin.read(), os.getpid())

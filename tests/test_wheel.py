@@ -68,7 +68,7 @@ def test_the_wheel_has_every_file_of_the_package_and_the_command(wheel):
   }
   assert {'alignjax/configs/ppo_ptx.py', 'alignjax/evals/public/task_files/sst.yaml'} <= files
   assert {name for name in names if '.dist-info/' not in name} == files
-  assert found['console_scripts']['alignjax'] == 'alignjax.commands.main:program'
+  assert found['console_scripts']['alignjax'] == 'alignjax.commands.main:main'
 
 
 def test_the_unpacked_wheel_works_from_another_folder(wheel, tmp_path):

@@ -26,7 +26,7 @@ SUBCOMMANDS = (
 )
 # The output of these is their only result, so they end quietly when its reader goes.
 END_WITH_READER = ('configs', 'generate', 'summarize')
-# These compute on the devices of jax.
+# These compute with jax, so that large pages of memory can make them faster.
 ON_DEVICES = (
   'run',
   'generate',
@@ -38,20 +38,17 @@ ON_DEVICES = (
 )
 
 
-def program(name: str | None = None) -> None:
-  """The entry point of a program: `alignjax` itself, or the subcommand `name`. It may start the
-  process anew (memory.restart_with_large_pages)."""
-  if (name or ''.join(sys.argv[1:2])) in ON_DEVICES:
+def main(name: str | None = None) -> None:
+  """The entry point of a program. It may start the process anew (memory.restart_with_large_pages).
+
+  Args:
+    name: the subcommand whose arguments are in sys.argv; None takes the first of them as its name.
+  """
+  argv = sys.argv[1:]
+  if name is None:
+    name, *argv = argv or ['--help']
+  if name in ON_DEVICES:
     memory.restart_with_large_pages()
-  if name:
-    start(name, sys.argv[1:])
-  else:
-    main()
-
-
-def main() -> None:
-  """Runs the subcommand that sys.argv names: `alignjax`, the subcommand, and its arguments."""
-  name, *argv = sys.argv[1:] or ['--help']
   start(name, argv)
 
 

@@ -134,7 +134,7 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
   """
   shardings = jax.tree.map(lambda x: x.sharding, state)
   options = {'xla_allow_excess_precision': False}
-  if all(d.platform == 'cpu' for s in jax.tree.leaves(shardings) for d in s.device_set):
+  if next(iter(jax.tree.leaves(shardings)[0].device_set)).platform == 'cpu':
     options['xla_cpu_copy_insertion_use_region_analysis'] = True
   return jax.jit(
     step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options
