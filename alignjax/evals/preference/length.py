@@ -66,9 +66,9 @@ def controlled_win_rates(
   for k, policy in enumerate(policies):
     if k == base:
       continue
-    rows = (np.minimum(i, j) == min(k, base)) & (np.maximum(i, j) == max(k, base))
-    sign = np.where(i[rows] == k, 1, -1)
-    d, wins = sign * difference[rows], 0.5 + sign * (p[rows] - 0.5)
+    rows = (i == min(k, base)) & (j == max(k, base))
+    # The sign of d would only change that of phi.
+    d, wins = difference[rows], p[rows] if k < base else 1 - p[rows]
     out[policy] = statistic(
       lambda at, d=d, wins=wins: _at_equal_length(d[at], wins[at]), prompts[rows], SHARE
     )
