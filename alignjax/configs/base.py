@@ -214,6 +214,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
         dict(init='stage:sft', temperature=1.5, share=0.25),
         dict(init='stage:pretrain', temperature=1.0, share=0.25),
       ),
+      label_noise=0.0,  # the share of prompts with a random order instead of a labeler's ranking
       evaluation_prompts=s.evaluation,
       bias_demonstrations=min(512, 4 * s.demos),
       responses_per_batch=54,  # 6 prompts of up to 9 an update

@@ -126,6 +126,7 @@ STAGE: dict[str, Kind] = {
   'rollout.halvings': ('a whole number, 0 or more', whole(0)),
   'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
   'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
+  'label_noise': ('a number from 0 to 1', _number(lambda x: 0 <= x <= 1)),
   'kl.coef': ('a number, 0 or more', _number(lambda x: x >= 0)),
   'kl.target': ('a number above 0, or None', _number(lambda x: x > 0, none=True)),
   'kl.horizon': ('a number above 0, or None', _number(lambda x: x > 0, none=True)),

@@ -51,7 +51,7 @@ def training(setup: Setup, name: str) -> Comparisons:
     made = _read_or_make(
       stage_dir(setup, name) / 'comparisons.json',
       made_from(setup, name),
-      lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'),
+      lambda: _with_noise(setup, name, _sampled(setup, name, cfg.policies, cfg.prompts, 'train')),
     )
   else:
     made = _read(setup, records(setup, 'comparisons', cfg.prompts), max(cfg.k_buckets))
@@ -262,6 +262,11 @@ def check(setup: Setup, name: str) -> None:
     )
   if of_sandbox(setup, 'comparisons'):
     _check_policies(cfg.policies, f'{where}.policies')
+  elif cfg.get('label_noise'):
+    raise ValueError(
+      f"{where}.label_noise={cfg.label_noise} is for the sandbox's labelers, but data.comparisons="
+      f'{setup.config.data.comparisons!r} has rankings of its own: set {where}.label_noise=0.'
+    )
 
 
 def _check_policies(policies: Any, where: str) -> None:
@@ -337,6 +342,20 @@ def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Compa
   )
 
 
+def _with_noise(setup: Setup, name: str, data: Comparisons) -> Comparisons:
+  """Returns the comparisons with the rankings of a share `label_noise` of the prompts replaced by
+  random orders."""
+  noise = setup.config.stages[name].get('label_noise', 0.0)
+  if not noise:
+    return data
+  rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/label_noise')])
+  ranks = [
+    rng.permutation(len(own)).tolist() if random else own
+    for own, random in zip(data.ranks, rng.random(len(data.ranks)) < noise, strict=True)
+  ]
+  return data._replace(ranks=ranks)
+
+
 def make_sampler(setup: Setup) -> Callable:
   """Returns the sampler of whole sets of prompts (bulk.make_sampler) for a run's own networks and
   lengths."""
@@ -375,6 +394,7 @@ def made_from(setup: Setup, name: str) -> str:
       [cfg[k] for k in ('policies', 'prompts', 'responses')],
       [config[k] for k in ('seed', 'world', 'data', 'model')],
       name,
+      *([cfg['label_noise']] if cfg.get('label_noise') else []),
     ]
   )
 
