@@ -19,7 +19,9 @@ from alignjax import sampling, sharding
 from alignjax.commands import estimate as command
 from alignjax.commands import estimate_page
 from alignjax.compiler import chips, cost, hlo, liveness, operations
-from alignjax.stages import abstract
+from alignjax.configs import base
+from alignjax.setup.objects import make_setup
+from alignjax.stages import abstract, ppo_ptx
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -340,6 +342,16 @@ def test_the_steps_of_the_other_stages(stage):
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shapes(state) == shapes(plan.arguments[0]) and metrics
   assert set(plan.work) == {'update'}
+
+
+def test_seeds_share_the_program_of_an_iteration(tmp_path):
+  def program(seed):
+    c = base.get_config('tiny')
+    c.seed = seed
+    plan = ppo_ptx.abstract_step(make_setup(c, tmp_path), 'ppo')
+    return plan.step.lower(*plan.arguments).as_text()
+
+  assert program(1) == program(2)
 
 
 def test_what_the_mathematics_needs():
