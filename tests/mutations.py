@@ -446,6 +446,7 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
   'stages/rm.py': 'test_stages test_weights test_train',
   'stages/stage.py': 'test_steps test_failures',
   'stages/comparisons.py': 'test_stages test_train test_weights',
+  'stages/sampled_comparisons.py': 'test_train test_weights',
   'stages/loop.py': 'test_failures test_select',
   'stages/selection.py': 'test_select test_weights',
   'stages/ppo_ptx_plan.py': 'test_compile test_forks test_train',

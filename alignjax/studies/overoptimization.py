@@ -14,7 +14,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from alignjax import sandbox, train
@@ -61,7 +60,7 @@ def run(trial: Trial, part: str) -> list[Row]:
   return [dict(row, arm=part) for row in [*rows, *_training(folder / f'ppo_{part}')]]
 
 
-def _config(trial: Trial, part: str) -> ml_collections.ConfigDict:
+def _config(trial: Trial, part: str) -> Any:
   """The config of an arm: the sandbox's, with a reward model and a policy of its own."""
   c = base.get_config('tiny' if trial.tiny else 'default')
   c.seed = trial.seed
@@ -91,7 +90,7 @@ def _stage(part: str) -> str:
   return 'rm' if part in ('full', 'ptx', 'small') else f'rm_{part}'
 
 
-def _smaller(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _smaller(config: Any) -> dict[str, Any]:
   """The architecture of the smaller reward model."""
   model = config.model.to_dict()
   width = model['d_model'] // 2
@@ -267,6 +266,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Any) -> None:
       ylabel='reward gained, utility or score',
     )
     axis.grid(alpha=0.3)
-  axes[-1].legend(fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(fontsize=8)
   figure.savefig(path, dpi=110)
   plt.close(figure)
