@@ -424,67 +424,67 @@ MUTATIONS = {
   57: (
     'a chunk of queries lacks the first key of its window',
     'models/attention.py',
-    'first = 0 if window is None else max(start - window + 1, 0)',
-    'first = 0 if window is None else max(start - window + 2, 0)',
+    'first = 0 if window is None else max(before + start - window + 1, 0)',
+    'first = 0 if window is None else max(before + start - window + 2, 0)',
     'test_attention',
   ),
-  58: (
+  63: (
     'keys are rotated by a part too few',
     'models/sequence.py',
     'end = (jax.lax.axis_index(AXIS) + 1) * q.shape[1]',
     'end = jax.lax.axis_index(AXIS) * q.shape[1]',
     'test_sequence',
   ),
-  59: (
+  64: (
     'the later tokens of other devices are not hidden',
     'models/sequence.py',
     'mask * earlier[None]',
     'mask',
     'test_sequence',
   ),
-  60: (
+  65: (
     'splash counts the queries of a device from 0',
     'models/attention.py',
     'masks.CausalMask(shape, before)',
     'masks.CausalMask(shape, 0)',
     'test_sequence',
   ),
-  61: (
+  66: (
     'cuDNN sees later tokens where devices share a row',
     'models/attention.py',
     'visible &= distance >= 0',
     'visible &= distance >= -before',
     'test_sequence',
   ),
-  62: (
+  67: (
     'a window counts the queries of a device from 0',
     'models/attention.py',
-    'first = 0 if window is None else max(before + start - window + 1, 0)\n    visible = _visible(mask, before + start, last, first, window)',
-    'first = 0 if window is None else max(start - window + 1, 0)\n    visible = _visible(mask, before + start, last, first, None)',
+    'masks.LocalMask(shape, local, before)',
+    'masks.LocalMask(shape, local, 0)',
     'test_sequence',
   ),
-  63: (
+  68: (
     'a prompt is lengthened behind its last token',
     'models/sequence.py',
-    '((rest, 0) if left else (0, rest))',
+    '(rest, 0) if left else (0, rest)',
     '(0, rest)',
     'test_sequence',
   ),
-  64: (
+  69: (
     'targets move where the columns are made to divide',
     'models/transformer.py',
     'targets = jnp.pad(targets, ((0, 0), (0, x.shape[1] - targets.shape[1])))',
     'targets = jnp.pad(targets, ((0, 0), (x.shape[1] - targets.shape[1], 0)))',
     'test_sequence',
   ),
-  65: (
+  70: (
     'every device that shares tokens decodes all rows',
-    'models/cached.py',
-    "CACHE_AXES = ('rows', ",
-    "CACHE_AXES = ('batch', ",
+    'models/transformer.py',
+    "axes = ('rows' if axis == 'batch' else axis for axis in axes)",
+    'axes = tuple(axes)',
     'test_sequence',
   ),
-  66: (
+  71: (
     'weights are gathered in the decoding loop over the devices that share tokens',
     'sharding.py',
     "gathered = {*_as_tuple(self.rules.get('batch')), SEQUENCE}",

@@ -230,6 +230,8 @@ def test_devices_that_share_tokens_sample_different_rows(samples):
   text = run.lower(params, *sharder.put(prompts(0, rows=16)), jax.random.key(0)).compile().as_text()
   loops = [line for line in text.splitlines() if ' while(' in line and ',50]' in line]
   assert loops and all(f'f32[{2 * samples},50]' in line for line in loops)
+  rows = {size for line in loops for size in re.findall(r'f32\[(\d+),2,\d+,8\]', line)}
+  assert rows == {'2', str(2 * samples)}, 'keys and values of prompts, and of responses'
   _, sent = cost.analyse(hlo.parse(text), dict(sharder.mesh.shape), None)
   assert not [s for s in sent if s.phase == 'decode' and s.in_loop and s.bytes > 64 * s.times]
   assert any(s.kind == 'all-to-all' and s.axes == 'sequence' for s in sent)
