@@ -29,7 +29,8 @@ def one_iteration(mesh_shape, lr=1e-2, packed=False, family='llama'):
   cfg, _, policy, scalar = model(family)
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
-  nets = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
+  placed = sharder.constrain, sharder.for_decoding, sharder.machine
+  nets = transformer.make_networks(cfg, *placed)
   tx = optim.make({n: optim.adam(steps=4, lr=lr, clip_norm=1.0) for n in ('policy', 'value')})
 
   def build(params):
@@ -221,10 +222,12 @@ def test_every_logical_axis_is_known():
   for family in ('llama', 'gpt2'):
     cfg, _, policy, _ = model(family)
     nets = transformer.make_networks(cfg, note)
-    jax.eval_shape(nets.logits, policy, *prompts(0))
+    weights = jax.eval_shape(nets.decoder.prepare, policy)
+    jax.eval_shape(nets.decoder.prefill, weights, *prompts(0))
     for names in jax.tree.leaves(axes.logical_axes(policy), is_leaf=lambda x: type(x) is tuple):
       asked.update(names)
-  known = {'batch', 'embed', 'heads', 'kv_heads', 'layers', 'mlp', 'sequence', 'table', 'vocab'}
+  known = {'batch', 'embed', 'heads', 'kv_heads', 'layers', 'mlp', 'table', 'vocab'}
+  known |= {'rows', 'sequence', 'tokens'}
   assert asked - {None} == known == {*axes.logical_names()}
   sharding.Sharder(sharding.make_mesh(2, 2, 2), dict.fromkeys(known))
 

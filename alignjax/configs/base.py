@@ -132,10 +132,11 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   # Two halves of a batch of these small networks, one on each core, take 0.8 to 0.95 of the time of
   # two cores that share every operation. None, or XLA_FLAGS: as jax decides.
   c.cpu_devices = 2
-  c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
+  # data None: all that is left. sequence: devices that share the tokens of each row
+  c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1, sequence=1)
   c.sharding = dict(
     batch=('data', 'fsdp'),
-    embed='fsdp',
+    embed=('fsdp', 'sequence'),
     heads='tensor',
     kv_heads='tensor',
     mlp='tensor',

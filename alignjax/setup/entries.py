@@ -62,6 +62,7 @@ SHARED: dict[str, Kind] = {
       'data.response_length',
       'data.row_length',
       'mesh.fsdp',
+      'mesh.sequence',
       'mesh.tensor',
       'max_bad_updates',
       'model.num_layers',

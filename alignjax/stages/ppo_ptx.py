@@ -286,7 +286,7 @@ def make_step(
     generate_rows=cfg.rollout.generate_rows,
     segments=cfg.rollout.get('segments'),
     halvings=cfg.rollout.get('halvings', 0),
-    shards=setup.sharder.batch_shards,
+    shards=setup.sharder.row_shards,
     score_rows=ppo_ptx_plan.score_rows(cfg),
     live_rows=live_rows,
   )
