@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.models import attention
@@ -77,12 +77,16 @@ def make_mesh(
   named = f'mesh.data={data} x {named}'
   if data * rest != len(devices):
     raise ValueError(f'{named} is {data * rest}, but there are {len(devices)} devices.')
+  shape, kinds = (data, fsdp, sequence, tensor), (AxisType.Auto,) * 4
   try:
-    return jax.make_mesh(
-      (data, fsdp, sequence, tensor), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-    )
-  except NotImplementedError as error:  # The axes of a TPU slice may not allow it.
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  except NotImplementedError:
+    pass  # No axes of the TPU slice have these sizes.
+  try:
+    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  except NotImplementedError as error:
     raise ValueError(f'{named} cannot be laid over this slice: {error}') from None
+  return Mesh(laid, AXES, axis_types=kinds)
 
 
 class Sharder:
@@ -254,14 +258,28 @@ class Sharder:
       function: arrays -> array. It must need nothing of the parts of other devices.
       inputs: the logical axes of each argument.
       output: the logical axes of the result.
+
+    The result raises ValueError if the devices cannot divide the rows of its arguments equally.
     """
-    return jax.shard_map(
+    mapped = jax.shard_map(
       function,
       mesh=self.mesh,
       in_specs=tuple(self.sharding(*axes).spec for axes in inputs),
       out_specs=self.sharding(*output).spec,
       check_vma=False,  # Kernels do not say along which mesh axes their results vary.
     )
+
+    def run(*arrays):
+      rows, parts = arrays[0].shape[0], self.parts(inputs[0][0])
+      if rows % parts:
+        raise ValueError(
+          f'a fused attention kernel gets {rows} rows at a time, which the {parts} devices that '
+          'share a batch cannot divide equally. Set fewer microbatches of the stage, more rows, or '
+          "model.attention='reference'."
+        )
+      return mapped(*arrays)
+
+    return run
 
   @property
   def machine(self) -> attention.Machine:
