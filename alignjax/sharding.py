@@ -95,7 +95,7 @@ class Sharder:
   Args:
     mesh: of make_mesh.
     rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as
-      'embed' where no rule names it.
+      'embed' where no rule names it, and 'rows' are as 'batch' and over mesh.sequence too.
 
   Raises:
     ValueError: A rule names a logical axis that no array has, or a mesh axis that the mesh does not
@@ -111,7 +111,8 @@ class Sharder:
     self.rules.setdefault('table', self.rules.get('embed'))
     self.rules.setdefault('tokens', SEQUENCE)
     self.rules.setdefault('sequence', self.rules['tokens'])
-    self.rules.setdefault('rows', (*_as_tuple(self.rules.get('batch')), SEQUENCE))
+    if self.rules.get('rows') is None:
+      self.rules['rows'] = (*_as_tuple(self.rules.get('batch')), SEQUENCE)
     known = logical_names()
     for name, value in self.rules.items():
       if name not in known:

@@ -141,6 +141,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
     kv_heads='tensor',
     mlp='tensor',
     vocab='tensor',
+    rows=config_dict.placeholder(tuple),  # of a batch that is sampled; None: batch and sequence
   )
   # forms: alignjax/data/templates.py
   c.data = dict(

@@ -147,6 +147,7 @@ def get_config(
     mlp='tensor',
     sequence='tensor',  # of what each layer keeps for the way back
     table=('fsdp', 'sequence', 'tensor'),  # the embedding has no heads that tensor could split
+    rows=config_dict.placeholder(tuple),  # of a batch that is sampled; None: batch and sequence
     # 50,257 is odd: the vocabulary axis stays whole
     vocab=config_dict.placeholder(str),
   )
