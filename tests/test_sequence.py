@@ -70,7 +70,7 @@ def read(nets, params, scalar, tokens, mask, weights, temperature=0.7):
 MESHES = [(1, 1, 1, 2), (2, 1, 1, 4), (1, 2, 2, 2)]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('kind', ['left', 'right', 'packed'])
@@ -115,7 +115,7 @@ STAGES = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('stage', STAGES)
@@ -171,7 +171,7 @@ def test_an_iteration_of_ppo_ptx_is_that_of_one_device(packed, family, mesh):
   jax.tree.map(functools.partial(close, rtol=1e-2, atol=2e-3), params8, params)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('family', ['llama', 'gemma'])
