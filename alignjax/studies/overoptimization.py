@@ -267,6 +267,6 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Any) -> None:
     )
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-      axis.legend(fontsize=8)
+      axis.legend(fontsize=8, loc='upper left' if method == 'best_of_n' else 'lower left')
   figure.savefig(path, dpi=110)
   plt.close(figure)
