@@ -1,5 +1,6 @@
 """Beliefs, harmful prompts and biased labelers, and that a world without them is as it was."""
 
+import argparse
 import hashlib
 import json
 
@@ -11,6 +12,7 @@ from alignjax.configs import biased
 from alignjax.sandbox.biases import REFUSAL
 from alignjax.sandbox.universe import statement
 from alignjax.setup import entries, texts
+from alignjax.studies import biases, study
 
 
 def digest(made):
@@ -120,3 +122,33 @@ def test_the_entries_reach_the_world_and_are_checked():
         bad.world.labelers = type(bad)(value)
     with pytest.raises(ValueError, match=f'world.{key}'):
       entries.check(bad)
+
+
+def test_rates_and_the_table_of_the_study_by_hand():
+  # Two prompts each: of the test split, after a belief, without it, harmful, look-alikes.
+  agrees = np.array([9, 9, 1, 0.5, 0.25, 0.25, 9, 9, 9, 9])
+  refused = np.array([9, 9, 9, 9, 9, 9, 1, 0.5, 0, 0.5])
+  general = {
+    k: np.array([v, 3 * v, *[9] * 8]) for k, v in dict(false=0.1, approval=2, sincere=1).items()
+  }
+  found = biases.rates(dict(agrees=agrees, refused=refused, **general), 2)
+  assert found == pytest.approx(
+    dict(sycophancy=0.5, refused=0.75, over_refused=0.25, false=0.2, approval=4, sincere=2)
+  )
+  rows = [dict(arm='all', method='best_of_n', step=1, kl=0.0, seed=s, **found) for s in (1, 2)]
+  last = biases.table(rows).strip().split('\n')[-1].split(' | ')
+  assert last[1] == 'best of n, n = 1' and last[3].startswith('0.500') and last[-1][:5] == '2.000'
+
+
+@pytest.mark.long
+def test_the_tiny_study_measures_every_arm(tmp_path):
+  trial = study.Trial(1, tmp_path / 'seed-1', True, argparse.Namespace())
+  rows = biases.run(trial, 'half')
+  steps = [(row['method'], row['step']) for row in rows]
+  assert steps == [('best_of_n', 1), ('best_of_n', 4)] + [
+    (method, step) for method in ('ppo', 'ppo_ptx') for step in (2, 4, 6)
+  ]
+  assert all(np.isfinite(row[key]) for row in rows for key in ('kl', *biases.RATES))
+  assert all(row['approval'] >= row['sincere'] for row in rows)
+  biases.plot(rows, tmp_path / 'plot.png')
+  assert (tmp_path / 'plot.png').stat().st_size > 10_000
