@@ -1,5 +1,4 @@
-"""The sandbox with labelers who are biased: they like agreement and refusals, and miss falsehoods
-that are well worded (docs/data.md).
+"""The sandbox with labelers who like agreement and refusals and miss falsehoods.
 
   alignjax run --config=biased[:tiny]
 
