@@ -8,6 +8,7 @@ sandbox.judge(world, meta, response, ended=True)
 sandbox.Labelers(seed=0).rank(features, labeler=3, rng=rng)
 """
 
+from alignjax.sandbox.biases import belief_prompts, refusal_prompts
 from alignjax.sandbox.corpus import SHARES, documents
 from alignjax.sandbox.instructions import (
   baseline_prefixes,
@@ -33,6 +34,7 @@ __all__ = [
   'Labelers',
   'World',
   'baseline_prefixes',
+  'belief_prompts',
   'decode',
   'demonstrations',
   'documents',
@@ -40,6 +42,7 @@ __all__ = [
   'judge',
   'prompts',
   'reading_comprehension',
+  'refusal_prompts',
   'tokenizer',
   'toxicity_prompts',
   'translation',

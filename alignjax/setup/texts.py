@@ -47,8 +47,10 @@ def of_config(config: ml_collections.ConfigDict) -> Text:
       template=template,
       ids=range(len(sandbox.VOCAB)),
       tokenizer=None,
-      world=sandbox.World(config.world.seed),
-      labelers=sandbox.Labelers(config.world.seed),
+      world=sandbox.World(
+        config.world.seed, config.world.get('beliefs', 0.0), config.world.get('harmful', 0.0)
+      ),
+      labelers=sandbox.Labelers(config.world.seed, **config.world.get('labelers', {})),
     )
   tokenizer = load_tokenizer(config.data.tokenizer)
   template = templates.make(
