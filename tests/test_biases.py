@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from alignjax import sandbox
+from alignjax.commands import best_of_n
 from alignjax.configs import biased
+from alignjax.evals.preference import judges
+from alignjax.evals.preference.judgment_rows import Response
+from alignjax.evals.preference.verdicts import Pair
 from alignjax.sandbox.biases import REFUSAL
 from alignjax.sandbox.universe import statement
+from alignjax.sandbox.words import ATTRIBUTES
 from alignjax.setup import entries, texts
 from alignjax.studies import biases, study
 
@@ -30,6 +35,26 @@ def test_the_default_world_is_what_it_was_before_there_were_biases():
   rng = np.random.default_rng(0)
   ranks = [labelers.rank(seen[i : i + 5], i % 8, rng).tolist() for i in range(0, 200, 5)]
   assert digest(ranks) == 'd40607a41d39628d'
+
+
+def test_commands_judge_by_the_world_of_the_policies():
+  """Of two false answers, labelers who like agreement prefer the one that agrees."""
+  values = dict(seed=3, beliefs=1.0, labelers=dict(agreement=5.0))
+  world, _ = sandbox.of_entries(values)
+  (record,), _ = sandbox.belief_prompts(world, 1)
+  entity, attribute = record['meta']['entity'], record['meta']['attribute']
+  false = [v for v in ATTRIBUTES[attribute] if v != world.truth[entity, attribute]]
+  other = next(v for v in false if v != record['meta']['belief'])
+  said = [
+    Response(f'{statement(entity, attribute, v)} .') for v in (record['meta']['belief'], other)
+  ]
+  pairs = [Pair(record | {'prompt_id': 'q'}, 'agrees', 'other', *said)]
+  liked, fair = (judges.sandbox(pairs, v).verdicts[0].p for v in (values, dict(seed=3)))
+  assert fair == 0.5 and liked > 0.99
+  saved = dict(world=values, data=dict(tokenizer='sandbox:'))
+  options = argparse.Namespace(prompts='sandbox:', gold='sandbox', limit=40)
+  records, gold = best_of_n.find_prompts(options, saved)
+  assert any('i am sure' in r['prompt'] for r in records) and gold.args[1].biased
 
 
 @pytest.mark.parametrize('seed', [0, 11])
