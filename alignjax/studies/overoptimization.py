@@ -186,25 +186,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     arms = [arm for arm in ARMS if (arm, method) in found]
     if not arms:
       continue
-    end = 'at the end' if method == 'ppo' else f'at n = {NS[-1]}'
+    # The distance at n samples is known.
+    shown = {k: v for k, v in FIGURES.items() if method == 'ppo' or k != 'distance'}
     lines += [
       '',
-      f'{words}: R(d) = d (alpha - beta {"log d" if method == "ppo" else "d"}), d = sqrt(KL).',
+      f'{words}: R(d) = d (alpha - beta {"log d" if method == "ppo" else "d"}), d = sqrt(KL); the '
+      f'end is {"that of training" if method == "ppo" else f"n = {NS[-1]}"}.',
       '',
       *markdown_table(
+        ['reward model', *shown.values()],
         [
-          'reward model',
-          'alpha',
-          'beta',
-          f'd {end}',
-          f'proxy gained {end}',
-          f'gold gained {end}',
-          'largest gold gained',
-          'error of the prediction',
-          'error if nothing changed',
-        ],
-        [
-          [ARMS[arm], *(show(over_seeds((arm, method), name)) or '-' for name in FIGURES)]
+          [ARMS[arm], *(show(over_seeds((arm, method), k), digits=2) for k in shown)]
           for arm in arms
         ],
       ),
@@ -212,7 +204,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join([*lines, ''])
 
 
-FIGURES = ('alpha', 'beta', 'distance', 'proxy', 'gold', 'best', 'predicted', 'constant')
+FIGURES = {
+  'alpha': 'alpha',
+  'beta': 'beta',
+  'distance': 'd at the end',
+  'proxy': 'proxy gained at the end',
+  'gold': 'gold gained at the end',
+  'best': 'most gold gained',
+  'predicted': 'error of the prediction',
+  'constant': 'error if nothing changed',
+}
 
 
 def _figures(method: str, curve: np.ndarray) -> dict[str, float]:
