@@ -1,7 +1,6 @@
-"""Comparisons for the reward model and for losses of a policy. They are read from a file, or made
-as the paper made them: K responses to each prompt are sampled from the policies so far and ranked
-by one labeler each. Made ones are saved in the stage's folder, where a restart reads them. This
-file also divides them into the updates of a stage, each of the same number of prompts."""
+"""Comparisons for the reward model and for losses of a policy, which are read from a file or made
+as the paper made them (sampled_comparisons.py), and how they are divided into the updates of a
+stage, each of the same number of prompts."""
 
 from __future__ import annotations
 
@@ -9,37 +8,22 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alignjax.data import batches, fields, sources
-from alignjax.inference import bulk
-from alignjax.runtime import files, fingerprints
-from alignjax.setup import inputs
 from alignjax.setup.entries import check_counts, check_epochs
 from alignjax.setup.objects import Setup, seed_of, stage_dir
 from alignjax.setup.records import encoded, of_sandbox, records, say
-from alignjax.setup.weights import initial_params
-from alignjax.sharding import sync
 from alignjax.stages import abstract
+from alignjax.stages.sampled_comparisons import (
+  Comparisons,
+  made_from,
+  read_or_make,
+  sampled,
+  with_noise,
+)
 from alignjax.types import ComparisonBatch
-
-
-class Comparisons(NamedTuple):
-  """Ranked responses as token lists.
-
-  Attributes:
-    prompts: [i], in their template.
-    responses: [i][j], including the end token where there is one.
-    ranks: [i][j], 0 is best.
-    features: f[N_i,F] of each response where the sandbox's judge made the ranking, else None.
-  """
-
-  prompts: list[list[int]]
-  responses: list[list[list[int]]]
-  ranks: list[list[int]]
-  features: list | None = None
 
 
 def training(setup: Setup, name: str) -> Comparisons:
@@ -48,10 +32,10 @@ def training(setup: Setup, name: str) -> Comparisons:
   it is an error if no other prompt is left."""
   cfg = setup.config.stages[name]
   if of_sandbox(setup, 'comparisons'):
-    made = _read_or_make(
+    made = read_or_make(
       stage_dir(setup, name) / 'comparisons.json',
       made_from(setup, name),
-      lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'),
+      lambda: with_noise(setup, name, sampled(setup, name, cfg.policies, cfg.prompts, 'train')),
     )
   else:
     made = _read(setup, records(setup, 'comparisons', cfg.prompts), max(cfg.k_buckets))
@@ -79,7 +63,7 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   """
   cfg = setup.config.stages[name]
   if of_sandbox(setup, 'comparisons'):
-    return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
+    return sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
   rows = records(setup, 'comparisons', None, 'test')
   names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
   chosen = set(
@@ -262,6 +246,11 @@ def check(setup: Setup, name: str) -> None:
     )
   if of_sandbox(setup, 'comparisons'):
     _check_policies(cfg.policies, f'{where}.policies')
+  elif cfg.get('label_noise'):
+    raise ValueError(
+      f"{where}.label_noise={cfg.label_noise} is for the sandbox's labelers, but data.comparisons="
+      f'{setup.config.data.comparisons!r} has rankings of its own: set {where}.label_noise=0.'
+    )
 
 
 def _check_policies(policies: Any, where: str) -> None:
@@ -286,126 +275,3 @@ def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
   if values.max() > edges[-1]:
     raise ValueError(f'{key}={edges.tolist()}: the data has {values.max()}.')
   return edges[np.searchsorted(edges, values)]
-
-
-def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:
-  """K responses to each prompt, each from a policy that is drawn by its share, ranked by a labeler
-  of the training pool."""
-  if not count:
-    return Comparisons(prompts=[], responses=[], ranks=[], features=[])
-  from alignjax import sandbox
-
-  cfg = setup.config.stages[name]
-  rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])
-  rows = records(setup, 'prompts', count, split)
-  prompts = [setup.text.template.prompt(r['prompt']) for r in rows]
-  k = rng.integers(cfg.responses[0], cfg.responses[1] + 1, count)
-  owner = np.repeat(np.arange(count), k)
-  shares = np.array([p['share'] for p in policies], float)
-  drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
-  sample = make_sampler(setup)
-  responses: list = [None] * len(owner)
-  loaded = {}
-  for i, policy in enumerate(policies):
-    chosen = np.flatnonzero(drawn == i)
-    if len(chosen) == 0:
-      continue
-    if policy['init'] not in loaded:
-      loaded[policy['init']] = initial_params(setup, policy['init'], 'lm', seed_of(name))
-    queries = [prompts[owner[j]] for j in chosen]
-    out, _ = sample(
-      loaded[policy['init']],
-      queries,
-      seed_of(f'{setup.config.seed}/{name}/{split}/{i}'),
-      policy['temperature'],
-    )
-    for j, response in zip(chosen, out, strict=True):
-      responses[j] = response
-  judged = [
-    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.decode_response(response))
-    for j, response in zip(owner, responses, strict=True)
-  ]
-  features = np.split(setup.text.labelers.features(judged), np.cumsum(k)[:-1])
-  grouped = [list(x) for x in _split(responses, k)]
-  labelers = rng.choice(setup.text.labelers.train, count)
-  ranks = [
-    np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
-    for f, labeler in zip(features, labelers, strict=True)
-  ]
-  return Comparisons(
-    prompts=prompts, responses=grouped, ranks=ranks, features=[f.tolist() for f in features]
-  )
-
-
-def make_sampler(setup: Setup) -> Callable:
-  """Returns the sampler of whole sets of prompts (bulk.make_sampler) for a run's own networks and
-  lengths."""
-  return bulk.make_sampler(
-    setup.nets,
-    setup.sharder,
-    prompt_length=setup.prompt_length,
-    max_tokens=setup.response_length,
-    stop_ids=setup.text.template.ends,
-    pad=setup.text.template.pad,
-  )
-
-
-def _split(items: list, counts: np.ndarray):
-  start = 0
-  for count in counts:
-    yield items[start : start + count]
-    start += count
-
-
-def made_from(setup: Setup, name: str) -> str:
-  """The fingerprint of what the sandbox's comparisons are made from: the weights of the policies
-  and all that decides their samples."""
-  cfg = setup.config.stages[name].to_dict()
-  for policy in cfg['policies']:
-    setup.read.update(inputs.of_weights(policy['init']))
-  weights = {
-    spec: inputs.fingerprint(kind, spec, setup.workdir, {})
-    for spec, (kind, _) in setup.read.items()
-    if spec in {p['init'] for p in cfg['policies']}
-  }
-  config = setup.config.to_dict()
-  return fingerprints.of_value(
-    [
-      weights,
-      [cfg[k] for k in ('policies', 'prompts', 'responses')],
-      [config[k] for k in ('seed', 'world', 'data', 'model')],
-      name,
-    ]
-  )
-
-
-def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
-  """Reads `path` if it is undamaged and was made from the same (`key`). Otherwise it makes the
-  comparisons and writes them, whole or not at all."""
-  if path.exists():
-    try:
-      saved = json.loads(path.read_bytes())
-      reason = ''
-      if saved['checksum'] != fingerprints.of_value(saved['comparisons']):
-        reason = 'is damaged'
-      elif saved['made_from'] != key:
-        reason = 'was made from other policies or settings'
-      found = Comparisons(**saved['comparisons'])
-    except (ValueError, KeyError, TypeError, OSError):
-      reason = 'is damaged'
-    if not reason:
-      return found
-    if jax.process_index() == 0:
-      print(f'{path} {reason}: the comparisons are made again', flush=True)
-    sync(f'{path} read')  # All processes have read it before one writes it.
-  made = make()._replace(features=None)
-  if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = made._asdict()
-    files.write(
-      path,
-      json.dumps(
-        {'made_from': key, 'checksum': fingerprints.of_value(content), 'comparisons': content}
-      ),
-    )
-  return made

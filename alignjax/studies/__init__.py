@@ -3,4 +3,4 @@
 `study.py` says what a study is. NAMES are the studies that are included.
 """
 
-NAMES = ('leaderboard', 'calibration')
+NAMES: tuple[str, ...] = ('leaderboard', 'calibration', 'overoptimization', 'biases')
