@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import pathlib
+import re
 import signal
 import sys
 import types
@@ -17,6 +19,8 @@ from alignjax.evals import calibration
 from alignjax.runtime import journal
 from alignjax.studies import calibration as calibration_study
 from alignjax.studies import leaderboard, methods, study
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -395,3 +399,48 @@ def test_a_fork_enters_the_leaderboard_and_calibration_shares_its_runs(
   )
   assert figures['sft', 'reading']['n'] == 128 and figures['sft', 'facts']['n'] == 42
   assert (workdir / 'calibration/plot.png').exists()
+
+
+# ---- what is published
+
+RESULTS = ROOT / 'experiments' / 'results' / 'studies'
+NUMBER = re.compile(r'-?\d[\d,]*(?:\.\d+)?')
+
+
+def same_table(made, kept):
+  """Whether two tables differ in no word, and in no number by more than one of its last digit:
+  rounded means of floats may differ between processors."""
+  if NUMBER.sub('#', made) != NUMBER.sub('#', kept):
+    return False
+  for a, b in zip(NUMBER.findall(made), NUMBER.findall(kept), strict=True):
+    digits = len(b.partition('.')[2])
+    if len(a.partition('.')[2]) != digits:
+      return False
+    if abs(float(a.replace(',', '')) - float(b.replace(',', ''))) > 1.01 * 10.0**-digits:
+      return False
+  return True
+
+
+def test_tables_are_compared_but_for_their_last_digit():
+  kept = '| PPO | 0.71 [-0.70, 1,234.00] |'
+  assert same_table(kept, kept)
+  assert same_table(kept.replace('0.71', '0.72'), kept)
+  for wrong in ('| PPO | 0.73 [-0.70, 1,234.00] |', kept.replace('PPO', 'DPO'), kept + ' 3'):
+    assert not same_table(wrong, kept)
+  assert not same_table(kept.replace('-0.70', '0.70'), kept)
+  assert not same_table(kept.replace('0.71', '0.713'), kept)
+
+
+@pytest.mark.parametrize('module', [leaderboard, calibration_study])
+def test_the_published_table_is_that_of_the_published_rows(module):
+  """The table stands in docs/leaderboard.md between `<!-- table: NAME -->` and `<!-- end -->`, and
+  is there if and only if the rows of five seeds are."""
+  name = module.__name__.rpartition('.')[2]
+  page = (ROOT / 'docs' / 'leaderboard.md').read_text()
+  found = re.search(rf'<!-- table: {name} -->\n(.*?)<!-- end -->', page, re.S)
+  path = RESULTS / name / 'rows.jsonl'
+  assert (found is not None) == path.exists()
+  if found is not None:
+    rows = study.read_rows(path)
+    assert {row['seed'] for row in rows} == {*study.SEEDS}
+    assert same_table(module.table(rows).strip(), found[1].strip())

@@ -1,4 +1,4 @@
-"""The methods of the sandbox's leaderboard, each a stage on the same pretrained and SFT models.
+"""The methods of the leaderboard, each a stage on the same SFT model.
 
   alignjax study leaderboard --workdir=runs/lab           the leaderboard itself
   alignjax run --config=leaderboard[:tiny]                its stages, without the table

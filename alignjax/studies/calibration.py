@@ -62,7 +62,7 @@ def protocol(trial: Trial, part: str) -> dict[str, Any]:
   config, made = methods.config_of(trial), study.without_seed(methods.config_of(trial))
   stages = train.resolve(config, [POLICIES.get(part, 'rm')])
   return {key: made[key] for key in ('world', 'data', 'model', 'reward_model')} | {
-    'stages': {name: made['stages'][name] for name in stages},
+    'stages': {name: train.identity(config, name)['stages'][name] for name in stages},
     'items': config.report.tax_items,
   }
 

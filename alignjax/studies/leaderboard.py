@@ -13,8 +13,9 @@ whose policy is measured; the row has the name of the function:
     --enter=mylab.entries:mine
 
     def mine(c):
-      c.stages.mine = c.stages.ppo.copy_and_resolve_references()
-      c.stages.mine.loss = dict(fn='mylab.losses:mine', clip_eps=0.1)
+      stages = c.stages
+      stages['mine'] = stages['ppo'].copy_and_resolve_references()
+      stages['mine'].loss = dict(fn='mylab.losses:mine', clip_eps=0.1)
       return 'mine'
 """
 
@@ -124,7 +125,7 @@ def protocol(trial: Trial, part: str) -> dict[str, Any]:
   stages = [*train.resolve(config, ['sft', 'rm', stage])]
   made = study.without_seed(config)
   made = {key: made[key] for key in ('world', 'data', 'model', 'reward_model', 'report')} | {
-    'stages': {name: made['stages'][name] for name in stages}
+    'stages': {name: train.identity(config, name)['stages'][name] for name in stages}
   }
   if part not in STAGES:
     made['functions'] = {

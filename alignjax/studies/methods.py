@@ -18,7 +18,7 @@ from alignjax.runtime import checkpoint, files, metrics
 from alignjax.setup.objects import Setup, make_setup
 from alignjax.setup.records import records, say
 from alignjax.setup.weights import initial_params
-from alignjax.stages import comparisons, sft
+from alignjax.stages import comparisons, sampled_comparisons, sft
 from alignjax.studies.study import Trial
 from alignjax.types import Params
 
@@ -198,7 +198,7 @@ def choose(setup: Setup, policy: str, own: list[dict], number: int) -> str:
   out. Every line also has the tokens that were sampled for all."""
   template = setup.text.template
   sample, tokens = best_sampler(
-    setup, comparisons.make_sampler(setup), initial_params(setup, 'stage:rm', 'scalar', 0)
+    setup, sampled_comparisons.make_sampler(setup), initial_params(setup, 'stage:rm', 'scalar', 0)
   )
   queries = [template.prompt(record['prompt']) for record in own]
   responses, _ = sample(initial_params(setup, policy, 'lm', 0), queries, 10_000 * number)
