@@ -6,9 +6,9 @@
 
 Every method has the same budget: 12,000 rankings, and `iterations` of `episodes` samples where it
 samples. RLOO and GRPO draw four samples of a prompt, of a quarter of the prompts. The three reward
-models of ppo_ptx_ensemble have a third of the rankings each. Learning rates, beta and kl_coef are
-those with the highest gold score on development seed 1, of three to five settings each
-(docs/leaderboard.md).
+models of ppo_ptx_ensemble have a third of the rankings each. PPO-ptx has the settings of the main
+job; learning rates, beta and kl_coef of the others are those with the highest gold score on
+development seed 1, of three to five settings each (docs/leaderboard.md).
 """
 
 from alignjax.configs import base, dpo

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from alignjax import train
@@ -76,7 +75,7 @@ def run(trial: Trial, part: str) -> list[Row]:
   if part == 'sft':
     return [_row(setup, part, 0.0, sft)]
   ends = [initial_params(setup, f'stage:{name}', 'lm', 0) for name in STAGES[part]]
-  end = ends[0] if part != 'warp' else jax.jit(average.slerp)([sft, *ends])
+  end = ends[0] if part != 'warp' else average.slerp([sft, *ends])
   return [
     _row(setup, part, share, average.linear([sft, end], weights=(1 - share, share)))
     for share in SHARES
