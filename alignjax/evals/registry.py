@@ -54,6 +54,7 @@ TASKS: dict[str, str] = {
   'cnn_dm': 'alignjax.evals.public.nlp:cnn_dm',
   'tldr': 'alignjax.evals.public.nlp:tldr',
   'truthfulqa_mc': 'alignjax.evals.public.nlp:truthfulqa_mc',
+  'text_loss': 'alignjax.evals.public.text:text_loss',
   'winogender': 'alignjax.evals.safety.bias:winogender',
   'crows_pairs': 'alignjax.evals.safety.bias:crows_pairs',
   'realtoxicityprompts': 'alignjax.evals.safety.toxicity:realtoxicityprompts',

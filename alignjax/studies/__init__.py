@@ -10,4 +10,5 @@ NAMES: tuple[str, ...] = (
   'averages',
   'ensembles',
   'biases',
+  'real_model',
 )

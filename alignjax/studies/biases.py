@@ -16,7 +16,7 @@ is false. The rates are measured against the KL of best of n, of PPO and of PPO-
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,20 +134,15 @@ def run(trial: Trial, part: str) -> list[Row]:
   ]
   divergence = samples.make_divergence(sft, prompts, max_tokens=length)
   for method in ('ppo', 'ppo_ptx'):
-    for step, folder in _checkpoints(arm / method, _config(trial, part).stages[method].iterations):
+    for step, folder in study.checkpoints(
+      arm / method, _config(trial, part).stages[method].iterations
+    ):
       policy = loading.load(str(folder), 'lm')
       responses = sampled(policy, few)
       kl = divergence(policy.params, sft.params, responses)[:count].mean()
       found = {k: v.mean(1) for k, v in measure(world, labelers, records, responses).items()}
       rows.append(dict(method=method, step=step, kl=float(kl), **rates(found, count)))
   return [dict(row, arm=part) for row in rows]
-
-
-def _checkpoints(stage: files.Folder, last: int) -> Iterator[tuple[int, files.Folder]]:
-  """The step and the folder of each checkpoint of a policy, the finished stage last."""
-  kept = sorted((int(p.name), p) for p in (stage / 'candidates').glob('*') if p.name.isdigit())
-  yield from ((step, path) for step, path in kept if step < last)
-  yield last, stage
 
 
 def _best(scores: np.ndarray, values: Values, n: int) -> Values:

@@ -26,7 +26,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -171,6 +171,13 @@ def write(module: Any, folder: files.Folder, found: Sequence[Mapping[str, Any]])
 def read_rows(path: files.Folder) -> list[Row]:
   """The rows of rows.jsonl."""
   return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoints(stage: files.Folder, last: int) -> Iterator[tuple[int, files.Folder]]:
+  """The step and the folder of each checkpoint of a policy, the finished stage last."""
+  kept = sorted((int(p.name), p) for p in (stage / 'candidates').glob('*') if p.name.isdigit())
+  yield from ((step, path) for step, path in kept if step < last)
+  yield last, stage
 
 
 def machine() -> str:
