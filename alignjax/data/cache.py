@@ -70,6 +70,11 @@ class Column:
       self._file = os.open(data, os.O_RDONLY)
       weakref.finalize(self, os.close, self._file)
 
+  @property
+  def on_disk(self) -> bool:
+    """Whether the numbers are in a file."""
+    return self._sums is not None
+
   def __len__(self) -> int:
     return self._size // self.dtype.itemsize
 
@@ -109,6 +114,11 @@ class Rows:
   def __init__(self, columns: Mapping[str, Column], faults: Mapping[int, str]):
     self.columns, self.faults = columns, dict(faults)
 
+  @property
+  def on_disk(self) -> bool:
+    """Whether the rows are in a folder and not in memory."""
+    return self.columns['tokens'].on_disk
+
   def __len__(self) -> int:
     return len(self.columns['row_ends']) - 1
 
@@ -129,6 +139,13 @@ class Rows:
     start, end = self.columns['text_ends'].read(i, i + 2).tolist()
     place, prompt = json.loads(self.columns['texts'].read(start, end).tobytes())
     return place, prompt
+
+
+def in_memory(part: Part) -> Rows:
+  """Returns the rows of a part, which stay in memory."""
+  writer = _Writer(pathlib.Path(), COLUMNS)
+  writer.add(part)
+  return writer.finish()
 
 
 def kept(

@@ -4,7 +4,7 @@ lengths, and travel with the tokens."""
 from __future__ import annotations
 
 import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -257,28 +257,32 @@ def pack(
   """
   rows = list(rows)
   plan = packing((len(tokens) for tokens, _ in rows), length)
-  return packed(plan, np.arange(len(plan.starts) - 1), rows, length, pad)
+
+  def part(document, first, end):
+    return tuple(values[first:end] for values in rows[document])
+
+  return packed(plan, range(len(plan.starts) - 1), part, length, pad)
 
 
 def packed(
   plan: Packing,
   numbers: Iterable[int],
-  documents: Sequence[tuple[Sequence[int], Sequence[float]]],
+  part: Callable[[int, int, int], tuple[Sequence[int], Sequence[float]]],
   length: int,
   pad: int,
 ) -> TokenBatch:
-  """Returns the rows of these numbers of a packing. documents: (tokens, weights) of each."""
+  """Returns the rows of these numbers of a packing. part: (document, start, end) -> (tokens,
+  weights) of that part of it."""
   numbers = list(numbers)
   tokens = np.full((len(numbers), length), pad, np.int32)
   mask, weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
   for i, row in enumerate(numbers):
     at = 0
     for number, piece in enumerate(range(plan.starts[row], plan.starts[row + 1]), 1):
-      ids, w = documents[plan.documents[piece]]
-      first, end = plan.first[piece], at + plan.sizes[piece]
-      last = first + plan.sizes[piece]
-      tokens[i, at:end], mask[i, at:end] = ids[first:last], number
-      weights[i, at:end] = w[first:last]
+      first, size = int(plan.first[piece]), int(plan.sizes[piece])
+      end = at + size
+      tokens[i, at:end], weights[i, at:end] = part(int(plan.documents[piece]), first, first + size)
+      mask[i, at:end] = number
       weights[i, at] = 0.0
       at = end
   return TokenBatch(tokens, mask, weights)

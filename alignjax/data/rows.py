@@ -4,7 +4,7 @@ a row when it is asked for it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,7 +116,14 @@ class Chosen(Sequence):
   def record(self, i: int) -> dict[str, Any]:
     """The record of row i, of which a cache knows the prompt alone."""
     number = int(self.index[i])
-    return dict(prompt=self.rows.text(number)[1]) if self._records is None else self._records[number]
+    return (
+      dict(prompt=self.rows.text(number)[1]) if self._records is None else self._records[number]
+    )
+
+  def sizes(self) -> Sizes:
+    """The sizes of all rows."""
+    made = [size for _, size in sizes(self.rows, self.index, self.limits)]
+    return Sizes(*(np.concatenate(column) for column in zip(*made, strict=True)))
 
   def take(self, keep: np.ndarray) -> Chosen:
     """The rows of these numbers."""
@@ -124,6 +131,41 @@ class Chosen(Sequence):
 
   def _stays(self, response: list[int]) -> bool:
     return self.limits.too_long != 'drop' or len(response) <= self.limits.response
+
+
+class ByTokens(Mapping):
+  """The prompts of the latest batches as their records have them, by their tokens.
+
+  Args:
+    prompts: all rows.
+    numbers: a function of a step that returns the rows of its batch.
+    steps: how many batches are remembered.
+  """
+
+  def __init__(self, prompts: Chosen, numbers: Callable[[int], np.ndarray], steps: int = 4):
+    self._prompts, self._numbers, self._steps = prompts, numbers, steps
+    self._found: dict[int, dict[tuple[int, ...], Any]] = {}
+
+  def note(self, step: int) -> None:
+    """Remembers the batch of a step, which is read when one of its prompts is asked for."""
+    if step not in self._found:
+      self._found = {**dict(list(self._found.items())[1 - self._steps :]), step: {}}
+
+  def __getitem__(self, tokens: tuple[int, ...]) -> Any:
+    for step, found in self._found.items():
+      if not found:
+        # A prompt that occurs twice keeps its first record.
+        for i in sorted(self._numbers(step).tolist(), reverse=True):
+          found[tuple(self._prompts[i][0])] = self._prompts.record(i)['prompt']
+      if tokens in found:
+        return found[tokens]
+    raise KeyError(tokens)
+
+  def __iter__(self) -> Iterator[tuple[int, ...]]:
+    return (tokens for found in self._found.values() for tokens in found)
+
+  def __len__(self) -> int:
+    return sum(map(len, self._found.values()))
 
 
 class Sizes(NamedTuple):
@@ -224,8 +266,9 @@ def within(
     for number in own[wrong][:1].tolist():
       prompt, *responses = rows.pieces(number)
       encode.limit_lengths([(prompt, responses)], *limits, what, [place(number)])
-    long_prompts, long_responses = long_prompts + int(far.sum()), long_responses + int(
-      size.over.sum()
+    long_prompts, long_responses = (
+      long_prompts + int(far.sum()),
+      long_responses + int(size.over.sum()),
     )
     fits = ~far & (size.stay >= np.minimum(size.responses, 2))
     kept.append(own[fits] if limits.too_long == 'drop' else own)

@@ -60,10 +60,12 @@ class Source(NamedTuple):
     records: a function of i that returns our checked records of the i-th raw record. It reads them
       when it is called, and only that record of an array_record file, so that a process reads only
       its share.
+    version: what its library calls this version of a data set, or ''.
   """
 
   count: int
   records: Callable[[int], Sequence[dict[str, Any]]]
+  version: str = ''
 
 
 def read(
@@ -153,6 +155,24 @@ def blocks(source: str, kind: str, mapping: str | None = None) -> Iterator[Block
       _open_one(name, kind, change)  # It says that there are none.
 
 
+def identity(source: str, kind: str) -> str | None:
+  """Returns what tells versions of data sets of a library apart, or None if they cannot be told
+  apart. It is '' for files, whose contents do that."""
+  found = ''
+  for name in split(source):
+    form, _, rest = name.partition(':')
+    if form not in ('tfds', 'hf') or not rest:
+      continue
+    where = f'data.{kind}={form}'
+    folder = _folder(_name_and_split(rest, where)[0], f'{where}:{rest}')
+    if folder is None:
+      version = _open_one(name, kind, '').version
+      if not version:
+        return None
+      found += f'{version};'
+  return found
+
+
 def reader(
   source: str, kind: str, mapping: str | None = None
 ) -> Callable[[Block], list[list[Record]]]:
@@ -195,7 +215,7 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
   if form not in READERS or not rest:
     raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   change = _change(source, kind, mapping)
-  count, get = READERS[form](rest, kind)
+  count, get, version = READERS[form](rest, kind)
   if not count:  # One empty source of several is an error too.
     raise ValueError(f'data.{kind}={source!r} has no records.')
 
@@ -203,7 +223,7 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
     where, raw = get(i)
     return convert(raw, kind, where, change)
 
-  return Source(count, records)
+  return Source(count, records, version)
 
 
 def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[Record]:
@@ -234,12 +254,12 @@ def place(record: Mapping[str, Any], otherwise: str) -> str:
   return record.where if isinstance(record, Record) else otherwise
 
 
-Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # (count, i -> (place, record))
+Raw = tuple[int, Callable[[int], tuple[str, Any]], str]  # (count, i -> (place, record), version)
 
 
 def _jsonl(path: str, kind: str) -> Raw:
   records = textfiles.Records(textfiles.read(path, f'data.{kind}: '), path)
-  return len(records), records.__getitem__
+  return len(records), records.__getitem__, ''
 
 
 def _text(pattern: str, kind: str) -> Raw:
@@ -255,7 +275,11 @@ def _text(pattern: str, kind: str) -> Raw:
     paths = sorted(p for p in glob.glob(str(folder)) if not pathlib.Path(p).is_dir())
   else:
     paths = [pattern]
-  return len(paths), lambda i: (paths[i], {'text': textfiles.read(paths[i], f'data.{kind}: ')})
+
+  def get(i):
+    return paths[i], {'text': textfiles.read(paths[i], f'data.{kind}: ')}
+
+  return len(paths), get, ''
 
 
 def _name_and_split(text: str, where: str) -> tuple[str, str]:
@@ -320,7 +344,7 @@ def _tfds(name: str, kind: str) -> Raw:
     with hub.reading(place):  # A damaged file is found when its records are read.
       return place, change(_plain(rows[i]))
 
-  return len(rows), get
+  return len(rows), get, getattr(builder.info, 'full_name', '')
 
 
 def _plain(x: Any) -> Any:
@@ -353,7 +377,7 @@ def _datasets(name: str, kind: str) -> Raw:
     with hub.reading(place):
       return place, rows[i]
 
-  return len(rows), get
+  return len(rows), get, getattr(rows, '_fingerprint', '')
 
 
 READERS = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)

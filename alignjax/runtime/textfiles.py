@@ -150,7 +150,9 @@ def decode(raw: bytes, where: str, first: int = 1, before: int = 0) -> str:
   except UnicodeDecodeError as error:
     at = error.start + 3 * (not before and raw.startswith(b'\xef\xbb\xbf'))
     line = raw.count(b'\n', 0, at) + first
-    raise ValueError(f'{where}: not UTF-8 (byte {before + at}) in line {line}; convert it first.') from error
+    raise ValueError(
+      f'{where}: not UTF-8 (byte {before + at}) in line {line}; convert it first.'
+    ) from error
 
 
 def lines(text: str) -> list[str]:

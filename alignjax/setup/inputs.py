@@ -11,6 +11,7 @@ and a stage whose ancestor was trained again is done again.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import inspect
@@ -210,7 +211,7 @@ def record(
     entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
     for entry, (kind, name) in sorted(read.items())
   }
-  _remember(workdir, known)
+  remember(workdir, known)
   old = _load(path) if path.exists() else None
   inputs = old['inputs'] if old else {}
   if changed := [
@@ -383,7 +384,7 @@ def _changes(
       continue
     if now != was['fingerprint']:
       changes[entry] = now
-  _remember(workdir, known)
+  remember(workdir, known)
   return changes, gone
 
 
@@ -406,15 +407,19 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
   )
 
 
-def known_hashes(workdir: files.Folder) -> dict[str, list]:
-  """WORKDIR/hashed.json. It only saves time, so that a damaged one counts as empty."""
+def known_hashes(folder: files.Folder) -> dict[str, list]:
+  """FOLDER/hashed.json, of a workdir or of the cache of encoded records. It only saves time, so
+  that a damaged one counts as empty."""
   try:
-    found = json.loads((workdir / 'hashed.json').read_bytes())
+    found = json.loads((folder / 'hashed.json').read_bytes())
     return {k: v for k, v in found.items() if isinstance(v, list)}
   except (ValueError, OSError, AttributeError):
     return {}
 
 
-def _remember(workdir: files.Folder, known: dict[str, list]) -> None:
-  if known and known != known_hashes(workdir):
-    files.write(workdir / 'hashed.json', json.dumps(known))
+def remember(folder: files.Folder, known: dict[str, list]) -> None:
+  """Adds hashes to FOLDER/hashed.json, if the folder exists."""
+  old = known_hashes(folder)
+  if known and {**old, **known} != old and folder.exists():
+    with contextlib.suppress(OSError):  # Another process may write it at the same time.
+      files.write(folder / 'hashed.json', json.dumps({**old, **known}))

@@ -26,11 +26,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   """
   data = setup.config.data
   source, share, seed = data[kind], data.heldout.share, data.heldout.seed
-  if not 0 <= share < 1:
-    raise ValueError(
-      f'data.heldout.share={share} must be from 0 to below 1: the share of prompts that no stage '
-      f'is trained on.'
-    )
+  check_share(setup)
   if of_sandbox(setup, kind):
     from alignjax import sandbox
 
@@ -47,11 +43,26 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   found = sources.read(source, kind, data.mapping[kind])
   made = [r for r in found if hygiene.held_out(r['prompt'], share, seed) == (split == 'test')]
   if not made and split == 'train':
-    raise ValueError(
-      f'data.heldout.share={share} holds out every prompt of the {len(found)} records of '
-      f'data.{kind}; lower it.'
-    )
+    raise none_left(setup, kind, len(found))
   return batches.draw(made, count, (setup.config.seed, seed_of(kind)))
+
+
+def check_share(setup: Setup) -> None:
+  """Raises ValueError for a share of held-out prompts that cannot be."""
+  share = setup.config.data.heldout.share
+  if not 0 <= share < 1:
+    raise ValueError(
+      f'data.heldout.share={share} must be from 0 to below 1: the share of prompts that no stage '
+      f'is trained on.'
+    )
+
+
+def none_left(setup: Setup, kind: str, count: int) -> ValueError:
+  """The error of a share that holds out all `count` records."""
+  return ValueError(
+    f'data.heldout.share={setup.config.data.heldout.share} holds out every prompt of the {count} '
+    f'records of data.{kind}; lower it.'
+  )
 
 
 def of_sandbox(setup: Setup, kind: str) -> bool:
