@@ -277,8 +277,14 @@ def samples(prompts: list[dict], arrays: Mapping[str, Mapping[str, np.ndarray]])
 
 
 def made_by(setup: Setup) -> dict:
-  """The command, the commit of this source where it is a git checkout (followed by '+' where it has
-  changes), and the whole config."""
+  """The command, the commit of this source and the whole config."""
+  config = json.loads(json.dumps(setup.config.to_dict(), default=str))
+  return source() | {'config': config}
+
+
+def source() -> dict:
+  """The command, and the commit of this source where it is a git checkout (followed by '+' where it
+  has changes)."""
   root = pathlib.Path(__file__).resolve().parent.parent
 
   def git(*words):
@@ -295,10 +301,9 @@ def made_by(setup: Setup) -> dict:
       )
   except (OSError, subprocess.SubprocessError):
     pass
-  config = json.loads(json.dumps(setup.config.to_dict(), default=str))
   program = pathlib.Path(sys.argv[0] or '-')
   started = ['alignjax'] if program.name == 'alignjax' else ['python', os.path.relpath(program)]
-  return {'command': shlex.join([*started, *sys.argv[1:]]), 'commit': commit, 'config': config}
+  return {'command': shlex.join([*started, *sys.argv[1:]]), 'commit': commit}
 
 
 def _short(figure: dict | None) -> str:

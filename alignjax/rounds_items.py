@@ -18,7 +18,7 @@ from alignjax.setup import inputs
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.records import encoded, of_sandbox, records, say
 from alignjax.setup.weights import initial_params
-from alignjax.stages.comparisons import make_sampler
+from alignjax.stages.sampled_comparisons import make_sampler
 
 # What a function of rounds.choose is told where it has an argument of that name.
 FACTS = ('seed', 'labels', 'features', 'earlier')

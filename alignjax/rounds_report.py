@@ -25,7 +25,7 @@ from alignjax.runtime import files, fingerprints, journal
 from alignjax.setup.objects import seed_of
 from alignjax.setup.records import encoded, of_sandbox, records, say
 from alignjax.setup.weights import initial_params
-from alignjax.stages.comparisons import Comparisons, make_sampler
+from alignjax.stages.sampled_comparisons import Comparisons, make_sampler
 
 COLUMNS = {
   'accuracy_before': 'accuracy before',

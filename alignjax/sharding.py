@@ -1,13 +1,21 @@
 """The device mesh, and where arrays live on it. Logical axis names come from models/axes.py, and
 the rules from the config:
 
-    c.mesh = dict(data=None, fsdp=1, tensor=1)     None takes the devices that the others leave
-    c.sharding = dict(batch=('data', 'fsdp'), embed='fsdp', heads='tensor', kv_heads='tensor',
-                      mlp='tensor', vocab='tensor')
+    c.mesh = dict(data=None, fsdp=1, tensor=1, sequence=1)
+    c.sharding = dict(batch=('data', 'fsdp'), embed=('fsdp', 'sequence'), heads='tensor',
+                      kv_heads='tensor', mlp='tensor', vocab='tensor')
 
-A logical axis that no rule names is replicated. Activations have one more axis, 'sequence': the
-tokens of the residual stream between layers. sequence='tensor' divides what each layer stores for
-the backward pass. Without any rule, every device would hold everything.
+data=None takes the devices that the others leave. A logical axis that no rule names is replicated.
+Activations have more axes, which need no rule:
+
+    tokens, sequence   the tokens of a row, which mesh.sequence divides (models/sequence.py);
+                       'sequence' are those of the residual stream between layers. With
+                       mesh.sequence=1, sequence='tensor' divides what each layer stores for the
+                       backward pass.
+    rows               the rows of a batch that is sampled. A token that is sampled has no others to
+                       divide, so that the devices of mesh.sequence take rows too.
+
+Without any rule, every device would hold everything.
 """
 
 from __future__ import annotations
@@ -18,17 +26,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignjax.models import attention
 from alignjax.models.axes import logical_axes, logical_names, path_name
 from alignjax.models.config import TransformerConfig
+from alignjax.models.sequence import AXIS as SEQUENCE
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', SEQUENCE, 'tensor')
 RULES = dict(
   batch=('data', 'fsdp'),
-  embed='fsdp',
+  embed=('fsdp', SEQUENCE),
   heads='tensor',
   kv_heads='tensor',
   mlp='tensor',
@@ -36,15 +45,17 @@ RULES = dict(
 )
 
 
-def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-  """A mesh of axes (data, fsdp, tensor) over all devices.
+def make_mesh(
+  data: int | None = None, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices=None
+) -> Mesh:
+  """A mesh of axes (data, fsdp, sequence, tensor) over all devices.
 
   Whatever trains or uses a model begins here, and therefore jax's 64-bit mode is refused here:
   random draws, integers and parameters would have other types than programs and checkpoints
   declare.
 
   Args:
-    data, fsdp, tensor: the sizes of the axes; data=None takes what the others leave.
+    data, fsdp, tensor, sequence: the sizes of the axes; data=None takes what the others leave.
     devices: None takes all.
 
   Raises:
@@ -56,27 +67,26 @@ def make_mesh(data: int | None = None, fsdp: int = 1, tensor: int = 1, devices=N
       'float32 and less. Unset JAX_ENABLE_X64.'
     )
   devices = jax.devices() if devices is None else devices
-  rest = fsdp * tensor
+  rest = fsdp * tensor * sequence
+  named = f'mesh.fsdp={fsdp} x mesh.tensor={tensor}'
+  named += f' x mesh.sequence={sequence}' if sequence != 1 else ''
   if data is None:
     if len(devices) % rest:
-      raise ValueError(
-        f'mesh.fsdp={fsdp} x mesh.tensor={tensor} does not divide the {len(devices)} devices.'
-      )
+      raise ValueError(f'{named} does not divide the {len(devices)} devices.')
     data = len(devices) // rest
+  named = f'mesh.data={data} x {named}'
   if data * rest != len(devices):
-    raise ValueError(
-      f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is {data * rest}, but there are '
-      f'{len(devices)} devices.'
-    )
+    raise ValueError(f'{named} is {data * rest}, but there are {len(devices)} devices.')
+  shape, kinds = (data, fsdp, sequence, tensor), (AxisType.Auto,) * 4
   try:
-    return jax.make_mesh(
-      (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
-  except NotImplementedError as error:  # The axes of a TPU slice may not allow it.
-    raise ValueError(
-      f'mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} cannot be laid over this slice: '
-      f'{error}'
-    ) from None
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+  except NotImplementedError:
+    pass  # No axes of the TPU slice have these sizes.
+  try:
+    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  except NotImplementedError as error:
+    raise ValueError(f'{named} cannot be laid over this slice: {error}') from None
+  return Mesh(laid, AXES, axis_types=kinds)
 
 
 class Sharder:
@@ -85,11 +95,11 @@ class Sharder:
   Args:
     mesh: of make_mesh.
     rules: logical axis -> mesh axis, tuple of mesh axes, or None. 'table', the embedding's D, is as
-      'embed' where no rule names it.
+      'embed' where no rule names it, and 'rows' are as 'batch' and over mesh.sequence too.
 
   Raises:
     ValueError: A rule names a logical axis that no array has, or a mesh axis that the mesh does not
-      have.
+      have; or the rules do not go with mesh.sequence.
   """
 
   def __init__(self, mesh: Mesh, rules: Mapping[str, Any] = RULES):
@@ -99,6 +109,10 @@ class Sharder:
       for name, value in rules.items()
     }
     self.rules.setdefault('table', self.rules.get('embed'))
+    self.rules.setdefault('tokens', SEQUENCE)
+    self.rules.setdefault('sequence', self.rules['tokens'])
+    if self.rules.get('rows') is None:
+      self.rules['rows'] = (*_as_tuple(self.rules.get('batch')), SEQUENCE)
     known = logical_names()
     for name, value in self.rules.items():
       if name not in known:
@@ -114,6 +128,36 @@ class Sharder:
             f'sharding.{name}={value!r} names {axis!r}, but the mesh has the axes '
             f'{mesh.axis_names}.'
           )
+    self._check_sequence()
+
+  def _check_sequence(self) -> None:
+    parts = self.token_parts
+    if parts == 1:
+      return
+    for name in ('tokens', 'sequence'):
+      if _as_tuple(self.rules[name]) != (SEQUENCE,):
+        raise ValueError(
+          f'sharding.{name}={self.rules[name]!r} does not go with mesh.sequence={parts}, which '
+          f"divides the tokens between layers and in them alike: set sharding.{name}='{SEQUENCE}', "
+          'or mesh.sequence=1.'
+        )
+    for name in ('batch', 'heads', 'kv_heads', 'mlp', 'vocab'):
+      if SEQUENCE in _as_tuple(self.rules.get(name)):
+        raise ValueError(
+          f'sharding.{name}={self.rules[name]!r} divides over {SEQUENCE!r} what mesh.sequence='
+          f"{parts} divides by tokens there. It divides weights by sharding.embed=('fsdp', "
+          f"'{SEQUENCE}')."
+        )
+    if not self._grouped:
+      raise ValueError(
+        f'sharding.heads={self.rules.get("heads")!r} and sharding.kv_heads='
+        f'{self.rules.get("kv_heads")!r} have to be the same with mesh.sequence={parts}: each '
+        'device gathers the keys of its own query heads.'
+      )
+
+  @property
+  def _grouped(self) -> bool:
+    return _as_tuple(self.rules.get('heads')) == _as_tuple(self.rules.get('kv_heads'))
 
   def sharding(self, *axes: str | None) -> NamedSharding:
     """The sharding of an array with these logical axes."""
@@ -135,13 +179,27 @@ class Sharder:
   @property
   def batch_shards(self) -> int:
     """The number of devices that share the rows of a batch."""
-    return int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get('batch'))], initial=1))
+    return self.parts('batch')
+
+  @property
+  def row_shards(self) -> int:
+    """The number of devices that share the rows of a batch that is sampled."""
+    return self.parts('rows')
+
+  @property
+  def token_parts(self) -> int:
+    """The number of devices that share the tokens of a row."""
+    return self.mesh.shape[SEQUENCE]
+
+  def parts(self, axis: str) -> int:
+    """The number of devices that share a logical axis."""
+    return int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get(axis))], initial=1))
 
   def check_heads(self, model: TransformerConfig, name: str = 'model') -> None:
     """Raises ValueError where the rules would cut a head: the columns of a kernel may divide where
     its heads do not."""
     for axis, count in (('heads', model.num_heads), ('kv_heads', model.kv_heads)):
-      parts = int(np.prod([self.mesh.shape[a] for a in _as_tuple(self.rules.get(axis))], initial=1))
+      parts = self.parts(axis)
       if count % parts:
         raise ValueError(
           f'{name}: its {count} {axis} do not divide over the {parts} devices of mesh axis '
@@ -201,8 +259,10 @@ class Sharder:
       function: arrays -> array. It must need nothing of the parts of other devices.
       inputs: the logical axes of each argument.
       output: the logical axes of the result.
+
+    The result raises ValueError if the devices cannot divide the rows of its arguments equally.
     """
-    return jax.shard_map(
+    mapped = jax.shard_map(
       function,
       mesh=self.mesh,
       in_specs=tuple(self.sharding(*axes).spec for axes in inputs),
@@ -210,18 +270,31 @@ class Sharder:
       check_vma=False,  # Kernels do not say along which mesh axes their results vary.
     )
 
+    def run(*arrays):
+      rows, parts = arrays[0].shape[0], self.parts(inputs[0][0])
+      if rows % parts:
+        raise ValueError(
+          f'a fused attention kernel gets {rows} rows at a time, which the {parts} devices that '
+          'share a batch cannot divide equally. Set fewer microbatches of the stage, more rows, or '
+          "model.attention='reference'."
+        )
+      return mapped(*arrays)
+
+    return run
+
   @property
   def machine(self) -> attention.Machine:
     """What networks have to know of the mesh to choose their kernels. It comes from the devices of
     the mesh, which need not be those of this process."""
-    grouped = _as_tuple(self.rules.get('heads')) == _as_tuple(self.rules.get('kv_heads'))
-    return attention.machine_of(self.mesh.devices.flat[0], self.per_device, grouped)
+    return attention.machine_of(
+      self.mesh.devices.flat[0], self.per_device, self._grouped, self.token_parts
+    )
 
   def for_decoding(self, params: Any) -> Any:
-    """Pins the sharding of weights in the sampling loop: they are gathered over the axes of the
-    batch once, before the loop, and stay divided over the others. Otherwise sharded weights would
-    be gathered again for every token (docs/pitfalls.md, 24)."""
-    gathered = set(_as_tuple(self.rules.get('batch')))
+    """Pins the sharding of weights in the sampling loop: they are gathered over the axes of rows
+    and tokens once, before the loop, and stay divided over the others. Otherwise sharded weights
+    would be gathered again for every token (docs/pitfalls.md, 24)."""
+    gathered = {*_as_tuple(self.rules.get('batch')), SEQUENCE}
 
     def keep(entry):
       return tuple(a for a in _as_tuple(entry) if a not in gathered) or None

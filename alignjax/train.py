@@ -218,7 +218,7 @@ def identity(config: ml_collections.ConfigDict, name: str) -> dict:
     k: v
     for k, v in config['stages'][name].items()
     if k not in ('log_every', 'save_every', 'keep_candidates')
-    and not (k == 'packed_rows' and not v)
+    and not (k in ('packed_rows', 'label_noise') and not v)
     and not (k == 'lora' and not (v or {}).get('rank'))
   }
   if isinstance(stage.get('rollout'), dict):

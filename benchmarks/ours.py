@@ -121,9 +121,8 @@ def _ppo(w: Workload):
   if w.mean_length is not None:  # Prompts are short too: up to three quarters of the limit.
     lengths = jnp.arange(len(prompts)) % max(1, w.prompt * 3 // 4) + 1
     live = jnp.arange(w.prompt)[None] >= w.prompt - lengths[:, None]
-  return _stepper(plan.step, state, frozen, (prompts, live, text)), ppo_ptx_plan.work_of_iteration(
-    setup, name
-  )
+  run = _stepper(plan.step, state, frozen, (prompts, live, text), jax.random.key(0))
+  return run, ppo_ptx_plan.work_of_iteration(setup, name)
 
 
 def _config(w: Workload) -> ml_collections.ConfigDict:

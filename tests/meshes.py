@@ -1,10 +1,10 @@
 """Every mesh of eight devices against one device: all stages of the main job in miniature, by
 metrics and sampled responses.
 
-  python tests/meshes.py OUT [DATAxFSDPxTENSOR ...]
+  python tests/meshes.py OUT [DATAxFSDPxTENSOR[xSEQUENCE] ...]
 
-prints a table and ends with status 1 where a mesh disagrees. All ten meshes take some minutes. The
-tests run one iteration on 2x2x2; this is the whole table.
+prints a table and ends with status 1 where a mesh disagrees. All of them take some minutes. The
+tests run one iteration on a few; this is the whole table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from tests import processes  # noqa: E402  after the path
 
+AXES = ('data', 'fsdp', 'tensor', 'sequence')
 MESHES = [(d, f, 8 // d // f) for d in (8, 4, 2, 1) for f in (8, 4, 2, 1) if 8 % (d * f) == 0]
+MESHES += [(2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 1, 4), (1, 1, 1, 8)]
 
 
 def furthest(workdir: pathlib.Path, other: pathlib.Path) -> dict[str, float]:
@@ -46,16 +48,14 @@ def main(arguments: list[str]) -> int:
   one = out / '1x1x1'
 
   def run(workdir, devices, mesh):
-    axes = [
-      f'mesh.{axis}={size}' for axis, size in zip(('data', 'fsdp', 'tensor'), mesh, strict=True)
-    ]
+    axes = [f'mesh.{axis}={size}' for axis, size in zip(AXES, (*mesh, 1), strict=False)]
     return processes.run(workdir, 1, devices, [*axes, 'report.policies={}'], timeout=3600)
 
   if run(one, 1, (1, 1, 1)):
     raise SystemExit(f'the run on one device failed: {one}.0.log')
   wrong = 0
   print(
-    '| data x fsdp x tensor | '
+    '| data x fsdp x tensor x sequence | '
     + ' | '.join(processes.STAGES)
     + ' | samples |\n'
     + '|---' * (len(processes.STAGES) + 2)

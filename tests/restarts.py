@@ -46,6 +46,8 @@ MESHES = (
   dict(fsdp=2, tensor=1),
   dict(fsdp=4, tensor=1),
   dict(fsdp=2, tensor=2),
+  dict(fsdp=1, tensor=1, sequence=2),
+  dict(fsdp=2, tensor=1, sequence=2),
 )
 PLACES = (*processes.STAGES, 'report')
 WAYS = ('one', 'all', 'term')

@@ -206,6 +206,8 @@ def test_splash_on_a_mesh_is_the_reference_on_one_device():
 
   one, other = jax.jit(lambda: run(split))(), jax.jit(lambda: run(attention.reference))()
   jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-5), one, other)
+  with pytest.raises(ValueError, match='kernel gets 3 rows at a time, which the 4 devices .*micro'):
+    split(q[:3], k[:3], v[:3], mask[:3])
 
 
 @pytest.mark.parametrize(

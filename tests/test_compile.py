@@ -19,7 +19,9 @@ from alignjax import sampling, sharding
 from alignjax.commands import estimate as command
 from alignjax.commands import estimate_page
 from alignjax.compiler import chips, cost, hlo, liveness, operations
-from alignjax.stages import abstract
+from alignjax.configs import base
+from alignjax.setup.objects import make_setup
+from alignjax.stages import abstract, ppo_ptx
 from tests import fakes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -228,6 +230,10 @@ def test_operations_of_the_splash_kernel():
   of the kernel's attributes goes over several lines."""
   phases, _ = cost.analyse(hlo.parse(SPLASH), dict(data=1, fsdp=1, tensor=1), chips.CHIPS['v5e'])
   assert phases['update'].flops == 2 * 2 * (2 * 8 * 128) * 10 * 512 * 512
+  # Of the last 2,048 of 8,192 tokens, the 48 blocks of the keys before them count too.
+  longer = SPLASH.replace('[2,4,2048,128]', '[2,4,8192,128]')
+  phases, _ = cost.analyse(hlo.parse(longer), dict(data=1, fsdp=1, tensor=1), chips.CHIPS['v5e'])
+  assert phases['update'].flops == 2 * 2 * (2 * 8 * 128) * 58 * 512 * 512
 
 
 @pytest.mark.parametrize(
@@ -328,7 +334,7 @@ def test_a_stage_compiled_for_eight_devices(tmp_path):
   text = estimate_page.describe('tiny', result)
   assert 'peak' in text and '| decode |' in text and 'Decode loop' in text
   row = estimate_page.summary({'tiny': json.loads(json.dumps(result))})
-  assert '| tiny | 1 x 8 x 1 |' in row
+  assert '| tiny | 1 x 8 x 1 x 1 |' in row
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'sft', 'rm'])
@@ -340,6 +346,16 @@ def test_the_steps_of_the_other_stages(stage):
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert shapes(state) == shapes(plan.arguments[0]) and metrics
   assert set(plan.work) == {'update'}
+
+
+def test_seeds_share_the_program_of_an_iteration(tmp_path):
+  def program(seed):
+    c = base.get_config('tiny')
+    c.seed = seed
+    plan = ppo_ptx.abstract_step(make_setup(c, tmp_path), 'ppo')
+    return plan.step.lower(*plan.arguments).as_text()
+
+  assert program(1) == program(2)
 
 
 def test_what_the_mathematics_needs():
@@ -366,6 +382,18 @@ def test_what_the_mathematics_needs():
   sums = 2 * 2 * 2 * 0.5 * 8 * 10 * 32 * 2 / 4
   assert abstract.wire_bytes(made, work('decode')) == sums
   assert abstract.wire_bytes(made, work('forward')) == half + sums
+  # Two devices share the tokens of each row and, with two of fsdp, the weights: 3/4 of all of them
+  # come from others; and of keys and values, 2 x 32 numbers of each token and layer, half.
+  config.mesh.update(data=2, fsdp=2, tensor=1, sequence=2)
+  shared = abstract.setup(config, jax.devices())
+  most = 2 * (matrices + 32 * 100) * 3 / 4
+  keys = 2 * 80 * 2 * 32 * 2 / 4 / 2
+  assert abstract.wire_bytes(shared, work('gather')) == most
+  assert abstract.wire_bytes(shared, work('decode')) == 0
+  assert abstract.wire_bytes(shared, work('forward')) == most + keys
+  # What four devices have summed is summed over data, and norms and biases over all eight.
+  copied = 2 * 2 * (matrices + 32 * 100) / 4 / 2 + 2 * 2 * (5 * 64 + 2 * (128 + 32 + 32)) * 7 / 8
+  assert abstract.wire_bytes(shared, work('update')) == 3 * most + copied + 2 * keys
   # Adapters alone: the gradient of a matrix is neither computed nor sent.
   once = 4 * 80 * (matrices + 32 * 100) + 3 * seen
   assert abstract.model_flops(work('update', adapters=True)) == once

@@ -82,7 +82,7 @@ def test_the_papers_sizes_build_to_shapes(size, parameters):
   c = PAPER[size].get_config()
   c.mesh.update(data=1, fsdp=2, tensor=4)
   plan = ppo_ptx.abstract_step(abstract.setup(c, jax.devices()), 'ppo_ptx')
-  state, _, (prompts, _, ptx) = plan.arguments
+  state, _, (prompts, _, ptx), _ = plan.arguments
   assert count(state.params['policy']) == pytest.approx(parameters, rel=0.01)
   assert prompts.shape == (512, 1024) and ptx.tokens.shape == (512 * 8, 2048)
   after, metrics, out = jax.eval_shape(plan.step, *plan.arguments)

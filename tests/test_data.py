@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from alignjax import losses, ops
-from alignjax.data import batches, encode, sources, text
+from alignjax.data import batches, cache, encode, rows, sources, text
 from alignjax.types import TokenBatch
 
 
@@ -210,16 +210,26 @@ def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
   assert text.shards(documents, rows) == expected
 
 
+def documents(texts, first):
+  """Texts of digits as encoded records."""
+  template = types.SimpleNamespace(document=lambda t: [first, *map(int, t)])
+  return cache.in_memory(rows.part([[dict(text=t)] for t in texts], 'pretrain', template, 0))
+
+
 @pytest.mark.parametrize('pack', [False, True])
 @pytest.mark.parametrize('count,processes', [(2048, 2), (2048, 4), (600, 2)])
 def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, count, processes):
   """Processes 0..P-1 together give the batch of one process, and no document is read by two of
   them. A shard has one position of the batch, or four."""
-  rows, read = 8, []
-  source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
-  to_rows = lambda texts: text.rows_of(texts, lambda t: [10, *(int(c) for c in t)], 13, 0, pack)
-  make = lambda: text.mix(source, rows, to_rows, (3, 1))
-  whole, positions = make(), np.arange(rows)
+  size, read = 8, []
+  found = documents([str(1000 + i) for i in range(count)], 10)
+
+  def to_rows(numbers):
+    read.extend(numbers.tolist())
+    return text.rows_of(found, numbers, 13, 0, pack)
+
+  make = lambda: text.mix(count, size, to_rows, (3, 1))
+  whole, positions = make(), np.arange(size)
   expected = [whole(step, positions) for step in range(30)]
   assert sorted(read) == list(range(count))
   seen = []
@@ -234,9 +244,8 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, c
 
 
 def test_text_rows_come_once_an_epoch_and_blank_documents_never():
-  source = sources.Source(6, lambda i: [{'text': ' ' if i == 2 else str(i) * 3}])
-  to_rows = lambda texts: text.rows_of(texts, lambda t: [9, *(int(c) for c in t)], 4, 0, False)
-  batch = text.mix(source, 1, to_rows, (0,))
+  found = documents([' ' if i == 2 else str(i) * 3 for i in range(6)], 9)
+  batch = text.mix(6, 1, lambda numbers: text.rows_of(found, numbers, 4, 0, False), (0,))
   epochs = [[batch(5 * e + i, np.arange(1)).tokens.tolist()[0] for i in range(5)] for e in range(3)]
   assert (
     all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs)

@@ -239,6 +239,63 @@ def test_the_harness_own_tasks_by_name(tmp_path, scripted):
   assert cells['acc'] == [1.0, 0.0] and scripted.asked[0] == ('Question: Which?\nAnswer:', ' yes')
 
 
+def test_instructions_are_verified_by_the_harness(tmp_path, scripted):
+  """IFEval. The scripted answer, 'Yes sir', is English without a comma and of two words."""
+  pytest.importorskip('langdetect')
+  rows = [
+    ('no_comma', ['punctuation:no_comma'], [{}]),
+    (
+      'long',
+      ['punctuation:no_comma', 'length_constraints:number_words'],
+      [{}, dict(num_words=9, relation='at least')],
+    ),
+    (
+      'short',
+      ['length_constraints:number_words', 'keywords:existence'],
+      [dict(num_words=9, relation='less than'), dict(keywords=['sir'])],
+    ),
+  ]
+  data = tmp_path / 'ifeval.jsonl'
+  data.write_text(
+    '\n'.join(
+      json.dumps(dict(key=i, prompt=prompt, instruction_id_list=ids, kwargs=kwargs))
+      for i, (prompt, ids, kwargs) in enumerate(rows)
+    )
+  )
+  task = registry.find_tasks(['ifeval'])['ifeval']
+  cells = {c.metric: c for c in task(None, data=str(data), limit=None, seed=0, keep=tmp_path)}
+  assert cells['prompt_level_strict_acc'].values == [1.0, 0.0, 1.0]
+  assert cells['inst_level_strict_acc'].values == [[True], [True, False], [True, True]]
+  # A share of five instructions, and not the mean of the prompts' shares.
+  assert table.figure(cells['inst_level_strict_acc'])['mean'] == pytest.approx(4 / 5)
+  assert table.figure(cells['prompt_level_loose_acc'])['mean'] == pytest.approx(2 / 3)
+
+
+def test_a_chat_template_renders_the_prompts(folder, tmp_path):
+  model = loading.load(f'hf:{CHAT}')
+  task = registry.find_tasks([str(folder / 'words.yaml')])['my_words']
+  options: dict = dict(data=None, limit=1, seed=0, keep=tmp_path)
+  (cell, _) = task(model, chat=True, **options)
+  assert cell.prompt == 'zero-shot, chat'
+  (line,) = (tmp_path / 'samples-my_words-zero-shot_chat-whole.jsonl').read_text().splitlines()
+  found = json.loads(line)
+  turns = [dict(role='user', content=found['doc']['question'])]
+  assert found['prompt'] == model.tokenizer.apply_chat_template(
+    turns, tokenize=False, add_generation_prompt=True
+  )
+  with pytest.raises(ValueError, match=r'my_words\.chat=1: it must be true or false'):
+    task(model, chat=1, **options)
+  bare = model._replace(tokenizer=None)
+  with pytest.raises(ValueError, match='my_words.chat=true: the tokenizer of this model has no'):
+    task(bare, chat=True, **options)
+
+
+def test_a_package_that_a_task_needs_is_named(folder, tmp_path):
+  (folder / 'own.py').write_text('import no_such_package\n' + OWN)
+  with pytest.raises(ValueError, match="choice.yaml: its functions need .*'no_such_package'"):
+    registry.find_tasks([str(folder / 'choice.yaml')])
+
+
 def test_the_names_are_those_that_the_harness_finds():
   """A sample of its files, parsed whole by the harness."""
   from lm_eval.tasks._index import TaskIndex

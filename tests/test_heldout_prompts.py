@@ -13,6 +13,7 @@ from alignjax.configs import selected
 from alignjax.setup import records
 from alignjax.setup.objects import make_setup
 from alignjax.stages import comparisons, ppo_ptx, rm, selection
+from alignjax.stages import sampled_comparisons as sampled
 
 
 def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):
@@ -26,9 +27,9 @@ def test_item_20_accuracy_is_measured_on_test_prompts(tmp_path, monkeypatch):
     sandbox.demonstrations(setup.text.world, 1, 'train')[0]['response']
   )
   loaded = []
-  monkeypatch.setattr(comparisons, 'initial_params', lambda setup, spec, *_: loaded.append(spec))
+  monkeypatch.setattr(sampled, 'initial_params', lambda setup, spec, *_: loaded.append(spec))
   sample = lambda params, queries, *_: ([answer] * len(queries), None)
-  monkeypatch.setattr(comparisons.bulk, 'make_sampler', lambda *_, **__: sample)
+  monkeypatch.setattr(sampled.bulk, 'make_sampler', lambda *_, **__: sample)
   assert comparisons.evaluation(setup, 'rm').prompts == prompts(cfg.evaluation_prompts, 'test')
   assert loaded == [cfg.policies[0]['init']]
   cfg.evaluation_prompts = 0

@@ -92,7 +92,7 @@ def test_sandbox_probabilities_are_those_of_its_labelers():
     )
     for i, r in enumerate(records)
   ]
-  out = judges.sandbox(pairs, 3)
+  out = judges.sandbox(pairs, dict(seed=3))
   by_judge = {}
   for v in out.verdicts:
     by_judge.setdefault(v.judge, []).append(v.p)
@@ -110,7 +110,7 @@ def test_sandbox_probabilities_are_those_of_its_labelers():
   }
   assert flags['good'] == 0 and flags['bad'] > 0.9
   with pytest.raises(ValueError, match='no `meta`'):
-    judges.sandbox([pair(1, 'a', 'b')], 3)
+    judges.sandbox([pair(1, 'a', 'b')], dict(seed=3))
 
 
 def test_a_judge_of_ones_own_is_checked(tmp_path):

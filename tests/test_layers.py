@@ -59,6 +59,7 @@ ROOMS = (
   ('train',),
   ('rounds', 'rounds_items', 'rounds_report'),
   ('configs',),
+  ('studies',),
   ('commands',),
   ('__main__',),
 )

@@ -391,7 +391,7 @@ def test_a_mesh_trains_the_same_adapters(tmp_path):
     losses.append([m['sft/loss'] for m in finish(setup, 'sft', (0, 1, 0))])
   parts = adapters.load(setup, 'sft', dict(policy='lm'), {}, len)
   query = parts.params['policy']['layers']['attention']['query']
-  assert tuple(query['lora_a'].sharding.spec) == (None, 'fsdp', None)
+  assert tuple(query['lora_a'].sharding.spec) == (None, ('fsdp', 'sequence'), None)
   assert tuple(query['lora_b'].sharding.spec) == (None, None, 'tensor')
   close(losses[0], losses[1], rtol=1e-4)
 

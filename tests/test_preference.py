@@ -13,7 +13,7 @@ import pytest
 import scipy.optimize
 
 from alignjax.commands import preference as command
-from alignjax.evals.preference import judgments, responses, statistics, verdicts
+from alignjax.evals.preference import judgments, length, responses, statistics, verdicts
 from alignjax.evals.preference.verdicts import Judged, Rating, Verdict
 from alignjax.inference import bulk, loading
 from alignjax.runtime import journal
@@ -161,7 +161,7 @@ def test_length_position_and_judges_by_hand():
     ('q4', 'a'): 3,
     ('q4', 'b'): 3,
   }
-  out = statistics.length_effect(table(rows, ['a', 'b']), ['a', 'b'], words)
+  out = length.effect(table(rows, ['a', 'b']), ['a', 'b'], words)
   assert out['longer_wins']['mean'] == pytest.approx((1 + 0 + 0.75) / 3)
   # b shown first is a turned round
   x, y = np.array([5, 1, -3, 0.0]), np.array([0.5, -0.5, -0.25, 0.5])
@@ -192,6 +192,73 @@ def test_length_position_and_judges_by_hand():
   other = [('q1', 'a', 'b', 0.9, 'k'), ('q2', 'b', 'a', 0.2, 'k'), ('q3', 'a', 'b', 0.5, 'k')]
   (one,) = statistics.between({'j': table(rows, ['a', 'b']), 'k': table(other, ['a', 'b'])})
   assert one['agreement']['n'] == 2 and one['agreement']['mean'] == 0.5
+
+
+def of_lengths(data):
+  """Returns (verdicts, words) of (words of the policy 'new', of 'old', P(new wins)), every second
+  one with the policies turned round."""
+  verdicts, words = [], {}
+  for k, (new, old, p) in enumerate(data):
+    words |= {(f'q{k}', 'new'): new, (f'q{k}', 'old'): old}
+    verdicts.append(
+      (f'q{k}', 'new', 'old', p, 'j') if k % 2 else (f'q{k}', 'old', 'new', 1 - p, 'j')
+    )
+  return verdicts, words
+
+
+def controlled(verdicts, words, names=('old', 'new')):
+  return length.controlled_win_rates(table(verdicts, names), names, 'old', words)
+
+
+def test_length_controlled_win_rate_by_hand():
+  # Ten responses are longer by 4 words and win .8, ten are shorter by 4 and win .5. A line in
+  # tanh(d / 4) = +-tanh(1) meets both logits, log(4) and 0: theta is log(4) / 2, the rate 2/3.
+  data = [(9, 5, 1.0)] * 8 + [(9, 5, 0.0)] * 2 + [(5, 9, 1.0)] * 4 + [(5, 9, 0.5)] * 2
+  data += [(5, 9, 0.0)] * 4
+  verdicts, words = of_lengths(data)
+  found = controlled(verdicts, words)
+  assert list(found) == ['new'] and found['new']['n'] == 20
+  assert found['new']['mean'] == pytest.approx(2 / 3)
+  assert found['new']['ci95'][0] < 2 / 3 < found['new']['ci95'][1]
+  # The names' order does not matter, and a response of unknown length is left out.
+  assert controlled(verdicts, words, ('new', 'old'))['new']['mean'] == pytest.approx(2 / 3)
+  more = [*verdicts, ('q', 'new', 'old', 1.0, 'j')]
+  assert controlled(more, words)['new'] == found['new']
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_length_controlled_win_rate_is_a_logistic_regression(seed):
+  rng = np.random.default_rng(seed)
+  data = rng.integers(1, 60, (80, 2)).tolist()
+  data = [(a, b, float(rng.random() < 1 / (1 + np.exp(0.4 - 0.03 * (a - b))))) for a, b in data]
+  verdicts, words = of_lengths(data)
+  d = np.array([a - b for a, b, _ in data], float)
+  wins = np.array([p for *_, p in data])
+  x = np.tanh(d / np.sqrt(((d - d.mean()) ** 2).mean()))
+
+  def loss(at):
+    p = 1 / (1 + np.exp(-(at[0] + at[1] * x)))
+    return -(wins * np.log(p) + (1 - wins) * np.log(1 - p)).sum()
+
+  theta = scipy.optimize.minimize(loss, [0, 0], method='Nelder-Mead', options={'xatol': 1e-9}).x[0]
+  figure = controlled(verdicts, words)['new']
+  assert figure['mean'] == pytest.approx(1 / (1 + np.exp(-theta)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('data', 'mean'),
+  [
+    # Equal lengths leave the win rate as it is.
+    ([(5, 5, 1.0), (5, 5, 1.0), (7, 7, 0.0), (3, 3, 0.5)], 0.625),
+    # Always won; or length tells the verdicts apart: the likelihood has no maximum.
+    ([(9, 5, 1.0), (4, 6, 1.0), (7, 3, 1.0)], None),
+    ([(9, 5, 1.0), (4, 6, 0.0), (7, 3, 1.0), (1, 9, 0.0)], None),
+    ([], None),
+  ],
+)
+def test_length_controlled_win_rate_at_the_edges(data, mean):
+  figure = controlled(*of_lengths(data))['new']
+  assert figure['mean'] == (mean if mean is None else pytest.approx(mean))
 
 
 def test_ratings_are_averaged_by_policy():

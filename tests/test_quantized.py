@@ -203,5 +203,9 @@ def test_a_mesh_trains_the_same_adapters(tmp_path):
     setup = make_setup(config, tmp_path / place, jax.devices()[:devices])
     losses.append([m['sft/loss'] for m in finish(setup, 'sft', (0, 1, 0))])
   base = adapters.load(setup, 'sft', dict(policy='lm'), {}, len).frozen['base']['lm']
-  assert tuple(base['layers']['mlp']['up']['codes'].sharding.spec) == (None, 'fsdp', 'tensor')
+  assert tuple(base['layers']['mlp']['up']['codes'].sharding.spec) == (
+    None,
+    ('fsdp', 'sequence'),
+    'tensor',
+  )
   close(losses[0], losses[1], rtol=1e-4)

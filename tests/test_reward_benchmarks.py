@@ -24,6 +24,9 @@ CHAT = pathlib.Path(__file__).parent / 'golden' / 'chat'
     ([2], [2, 2, 2], 1 / 4),
     ([-1], [-2], 1),
     ([0], [0], 1 / 2),
+    ([1, 3], [2], 1),
+    ([2, 2], [2], 2 / 3),
+    ([0, 1], [2], 0),
   ],
 )
 def test_the_best_of_the_responses_is_the_right_one(right, wrong, expected):

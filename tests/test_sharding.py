@@ -1,5 +1,6 @@
 """One device and eight agree; wrong layouts are refused before anything is compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,32 @@ from tests.fakes import close, config, model, prompts, token_batch
 RULES = sharding.RULES
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A chip of a TPU slice, as jax's layout of a mesh reads it."""
+
+  id: int
+  coords: tuple[int, int, int]
+  device_kind: str = 'TPU v6 lite'
+  platform: str = 'tpu'
+  process_index: int = 0
+  core_on_chip: int = 0
+  slice_index: int = 0
+
+
+def test_a_mesh_axis_may_take_a_part_of_an_axis_of_a_slice():
+  """16 x 4 over the 8 x 8 chips of v6e: the four that share a layer's heads are neighbours."""
+  chips = [Chip(i, (i % 8, i // 8, 0)) for i in range(64)]
+  mesh = sharding.make_mesh(fsdp=16, tensor=4, devices=chips)
+  assert dict(mesh.shape) == dict(data=1, fsdp=16, sequence=1, tensor=4)
+  assert sorted(d.id for d in mesh.devices.flat) == list(range(64))
+  for group in mesh.devices.reshape(16, 4):
+    places = np.array([d.coords for d in group])
+    assert np.abs(np.diff(places, axis=0)).sum(1).max() == 1
+  with pytest.raises(ValueError, match='mesh.tensor=3 .*does not divide the 64 devices'):
+    sharding.make_mesh(tensor=3, devices=chips)
+
+
 def one_iteration(mesh_shape, lr=1e-2, packed=False, family='llama'):
   """One whole PPO-ptx iteration on a mesh of a given shape: (state, metrics, rollout) as numpy.
 
@@ -29,7 +56,8 @@ def one_iteration(mesh_shape, lr=1e-2, packed=False, family='llama'):
   cfg, _, policy, scalar = model(family)
   devices = jax.devices()[: int(np.prod(mesh_shape))]
   sharder = sharding.Sharder(sharding.make_mesh(*mesh_shape, devices=devices))
-  nets = transformer.make_networks(cfg, sharder.constrain, sharder.for_decoding)
+  placed = sharder.constrain, sharder.for_decoding, sharder.machine
+  nets = transformer.make_networks(cfg, *placed)
   tx = optim.make({n: optim.adam(steps=4, lr=lr, clip_norm=1.0) for n in ('policy', 'value')})
 
   def build(params):
@@ -221,10 +249,12 @@ def test_every_logical_axis_is_known():
   for family in ('llama', 'gpt2'):
     cfg, _, policy, _ = model(family)
     nets = transformer.make_networks(cfg, note)
-    jax.eval_shape(nets.logits, policy, *prompts(0))
+    weights = jax.eval_shape(nets.decoder.prepare, policy)
+    jax.eval_shape(nets.decoder.prefill, weights, *prompts(0))
     for names in jax.tree.leaves(axes.logical_axes(policy), is_leaf=lambda x: type(x) is tuple):
       asked.update(names)
-  known = {'batch', 'embed', 'heads', 'kv_heads', 'layers', 'mlp', 'sequence', 'table', 'vocab'}
+  known = {'batch', 'embed', 'heads', 'kv_heads', 'layers', 'mlp', 'table', 'vocab'}
+  known |= {'rows', 'sequence', 'tokens'}
   assert asked - {None} == known == {*axes.logical_names()}
   sharding.Sharder(sharding.make_mesh(2, 2, 2), dict.fromkeys(known))
 

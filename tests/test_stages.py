@@ -210,4 +210,4 @@ def test_what_an_iteration_of_ppo_reads(config, tmp_path):
   plan = ppo_ptx.abstract_step(setup, 'ppo_ptx')
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
   assert describe(plan.arguments[0]) == describe(stage.state)
-  assert describe(plan.arguments[-1]) == describe(stage.batch(0))
+  assert describe(plan.arguments[2]) == describe(stage.batch(0))

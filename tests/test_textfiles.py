@@ -518,7 +518,7 @@ def test_commands_know_the_home_folder(tmp_path, monkeypatch):
   (tmp_path / 'run/sft/checkpoints/config.json').write_text(json.dumps(saved))
   (tmp_path / 'run/sft/final').mkdir()
   (tmp_path / 'run/sft/final/info.json').write_text(json.dumps(dict(head='lm')))
-  assert responses.trained(dict(a='~/run/sft')) == (3, 7)
+  assert responses.trained(dict(a='~/run/sft')) == (dict(seed=3), 7)
   (tmp_path / 'text').write_bytes(gzip.compress('\ufeffJudge.'.encode()))
   flags = preference.arguments(['--judge_instructions=~/text'])
   assert preference.instructions(flags) == 'Judge.'

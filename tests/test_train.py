@@ -284,6 +284,35 @@ def test_comparisons_of_another_policy_are_not_used(finished, patch, tmp_path, c
 
 
 @pytest.mark.slow
+def test_label_noise_makes_a_share_of_the_rankings_random(finished, tmp_path, capsys):
+  from alignjax.stages import comparisons
+
+  shutil.copytree(finished, tmp_path / 'w')
+  (before, half, all_of_it) = (
+    comparisons.training(
+      make_setup(config(**{'stages.rm.label_noise': noise}), tmp_path / 'w'), 'rm'
+    )
+    for noise in (0.0, 0.5, 1.0)
+  )
+  assert capsys.readouterr().out.count('was made from other policies or settings') == 2
+  kept = {
+    tuple(map(tuple, r)): ranks for r, ranks in zip(before.responses, before.ranks, strict=True)
+  }
+
+  def share_of_same(data):
+    pairs = [
+      (kept[key], ranks)
+      for r, ranks in zip(data.responses, data.ranks, strict=True)
+      if (key := tuple(map(tuple, r))) in kept
+    ]
+    assert all(sorted(ranks) == list(range(len(ranks))) for a, ranks in pairs if a != ranks)
+    return np.mean([a == b for a, b in pairs])
+
+  # Of K responses in random order, 1 / K! have the order of the labeler, with K from 4 to 9.
+  assert share_of_same(all_of_it) < 0.1 and 0.3 < share_of_same(half) < 0.7
+
+
+@pytest.mark.slow
 def test_demonstrations_score_0_after_the_bias(finished):
   """Paper 3.5: recompute the mean score of the very demonstrations from the saved reward model."""
   from alignjax.inference import bulk

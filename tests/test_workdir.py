@@ -21,6 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignjax import report, train
+from alignjax.configs import base
 from alignjax.runtime import checkpoint, fingerprints, lock, saved_config
 from alignjax.runtime.interrupt import Interrupt
 from alignjax.setup import inputs
@@ -477,3 +478,11 @@ def test_a_damaged_file_is_named_or_without_effect(workdir, stage, file, how, ca
   } == expected
   if file == 'metrics.jsonl':
     assert f'WARNING: {workdir / stage / file}: damaged' in capsys.readouterr().out
+
+
+def test_entries_that_came_later_do_not_count_where_they_ask_for_what_was():
+  c = base.get_config('tiny')
+  before = train.identity(c, 'rm')
+  assert not {'label_noise', 'packed_rows', 'lora'} & before['stages']['rm'].keys()
+  c.stages.rm.label_noise = 0.1
+  assert train.identity(c, 'rm')['stages']['rm'] == before['stages']['rm'] | {'label_noise': 0.1}

@@ -140,8 +140,7 @@ def find_prompts(options: argparse.Namespace, saved: dict | None) -> tuple[list[
     raise ValueError(
       f'--gold=sandbox scores only its own prompts, not --prompts={options.prompts}.'
     )
-  seed = saved['world']['seed']
-  world, labelers = sandbox.World(seed), sandbox.Labelers(seed)
+  world, labelers = sandbox.of_entries(saved['world'])
   split = options.prompts.removeprefix('sandbox:') or 'test'
   records = sandbox.prompts(world, options.limit, split)
   if not options.gold:

@@ -162,7 +162,7 @@ def headline(path: pathlib.Path) -> str:
 
 def listing(lines: Mapping[str, str]) -> str:
   """Returns names and their descriptions in two columns."""
-  width = max(map(len, lines))
+  width = max(map(len, lines), default=0)
   return '\n'.join(f'  {name.ljust(width)}  {text}' for name, text in lines.items())
 
 

@@ -38,7 +38,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> str:
   return _table(
     (
       'config, stage, slice',
-      'data x fsdp x tensor',
+      'data x fsdp x sequence x tensor',
       'arguments + temporaries, GiB',
       'peak, GiB',
       'FLOPs per device',

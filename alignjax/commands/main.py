@@ -23,6 +23,7 @@ SUBCOMMANDS = (
   'estimate',
   'label',
   'rounds',
+  'study',
 )
 # The output of these is their only result, so they end quietly when its reader goes.
 END_WITH_READER = ('configs', 'generate', 'summarize')
@@ -35,6 +36,7 @@ ON_DEVICES = (
   'best_of_n',
   'heldout_labelers',
   'rounds',
+  'study',
 )
 
 

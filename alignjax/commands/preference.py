@@ -318,7 +318,7 @@ def ask(
   spec: str,
   pairs: list,
   options: argparse.Namespace,
-  world: int | None,
+  world: dict | None,
   folder: pathlib.Path,
 ):
   """Returns the verdicts of one judge on the pairs."""

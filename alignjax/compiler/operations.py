@@ -192,7 +192,8 @@ def _attention_products(instruction: Instruction) -> int:
 
 def _attention_flops(site: Site, products: int) -> int:
   """What a kernel of attention with so many products computes: splash the blocks of
-  [queries, keys] that a causal mask leaves something of, cuDNN half of all pairs."""
+  [queries, keys] that a causal mask leaves something of, cuDNN half of all pairs. Where devices
+  share the tokens of a row, the queries of each are the last ones (models/sequence.py)."""
   shapes = [
     site.computation[o].shapes[0] for o in site.instruction.operands if o in site.computation
   ]
@@ -201,8 +202,9 @@ def _attention_flops(site: Site, products: int) -> int:
     pairs, causal = k.dims[-3], '_CAUSAL' in site.instruction.attributes
     causal = causal or '"CAUSAL"' in site.instruction.attributes
     return products * 2 * math.prod(q.dims) * pairs // (2 if causal else 1)
-  pairs, blocks = k.dims[-2], shapes[0].dims[-2]  # [B,N,T,H], and one number for each block
-  return products * 2 * math.prod(q.dims) * pairs * (blocks + 1) // (2 * blocks)
+  own, keys, blocks = q.dims[-2], k.dims[-2], shapes[0].dims[-2]  # one number for each block
+  seen = 2 * blocks * (keys - own) + own * (blocks + 1)  # [B,N,T,H] x [B,G,S,H]
+  return products * 2 * math.prod(q.dims) * seen // (2 * blocks)
 
 
 def _multiply_adds(convolution: Instruction, left: Shape, right: Shape) -> int:

@@ -132,14 +132,16 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   # Two halves of a batch of these small networks, one on each core, take 0.8 to 0.95 of the time of
   # two cores that share every operation. None, or XLA_FLAGS: as jax decides.
   c.cpu_devices = 2
-  c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1)  # data None: all that is left
+  # data None: all that is left. sequence: devices that share the tokens of each row
+  c.mesh = dict(data=config_dict.placeholder(int), fsdp=1, tensor=1, sequence=1)
   c.sharding = dict(
     batch=('data', 'fsdp'),
-    embed='fsdp',
+    embed=('fsdp', 'sequence'),
     heads='tensor',
     kv_heads='tensor',
     mlp='tensor',
     vocab='tensor',
+    rows=config_dict.placeholder(tuple),  # of a batch that is sampled; None: batch and sequence
   )
   # forms: alignjax/data/templates.py
   c.data = dict(
@@ -214,6 +216,7 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
         dict(init='stage:sft', temperature=1.5, share=0.25),
         dict(init='stage:pretrain', temperature=1.0, share=0.25),
       ),
+      label_noise=0.0,  # the share of prompts with a random order instead of a labeler's ranking
       evaluation_prompts=s.evaluation,
       bias_demonstrations=min(512, 4 * s.demos),
       responses_per_batch=54,  # 6 prompts of up to 9 an update

@@ -18,6 +18,7 @@ SHARED = (
   'prompts',
   'responses',
   'policies',
+  'label_noise',
   'responses_per_batch',
   'k_buckets',
   'row_lengths',

@@ -138,15 +138,16 @@ def get_config(
   c.tracker = 'none'
   c.tracker_project = 'alignjax'
   c.world = dict(seed=0)
-  c.mesh = mesh
+  c.mesh = dict(mesh, sequence=1)
   c.sharding = dict(
     batch=('data', 'fsdp'),
-    embed='fsdp',
+    embed=('fsdp', 'sequence'),
     heads='tensor',
     kv_heads='tensor',
     mlp='tensor',
     sequence='tensor',  # of what each layer keeps for the way back
-    table=('fsdp', 'tensor'),  # the embedding has no heads that tensor could split
+    table=('fsdp', 'sequence', 'tensor'),  # the embedding has no heads that tensor could split
+    rows=config_dict.placeholder(tuple),  # of a batch that is sampled; None: batch and sequence
     # 50,257 is odd: the vocabulary axis stays whole
     vocab=config_dict.placeholder(str),
   )

@@ -123,6 +123,8 @@ class Chosen(Sequence):
   def sizes(self) -> Sizes:
     """The sizes of all rows."""
     made = [size for _, size in sizes(self.rows, self.index, self.limits)]
+    if not made:
+      return Sizes(*(np.zeros(0, np.int64) for _ in range(5)), np.zeros(0, bool))
     return Sizes(*(np.concatenate(column) for column in zip(*made, strict=True)))
 
   def take(self, keep: np.ndarray) -> Chosen:

@@ -30,6 +30,7 @@ from scipy import special
 
 Figure = dict[str, Any]
 ANY = (-np.inf, np.inf)  # The bounds of unbounded values.
+SHARE = (0, 1)  # The bounds of shares and probabilities.
 _LARGEST = float(np.finfo(np.float64).max)
 
 

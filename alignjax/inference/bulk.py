@@ -101,11 +101,12 @@ def each(
       if done:
         done(i, out[i])
 
+  shards = 1
+  if sharder:
+    shards = sharder.row_shards if more else sharder.batch_shards
   running = None  # The device computes a batch while the results of the one before are collected.
   try:
-    for batch in batching.plan(
-      lengths, most, at_most, shards=sharder.batch_shards if sharder else 1, more=more, **costs
-    ):
+    for batch in batching.plan(lengths, most, at_most, shards=shards, more=more, **costs):
       arrays = make(batch.rows + batch.rows[:1] * (batch.size - len(batch.rows)), batch.length)
       made = run(params, *(sharder.put_full(arrays) if sharder else arrays))
       before, running = running, (batch, made)

@@ -104,7 +104,7 @@ def continuations(
     raise ValueError(
       f'max_tokens={max_tokens} leaves no room for a prompt in a context of {cfg.max_length}.'
     )
-  shards = model.sharder.batch_shards if model.sharder else 1
+  shards = model.sharder.row_shards if model.sharder else 1
   slot = 8 * cfg.num_layers * cfg.kv_heads * cfg.head_width
 
   def at_once(length):

@@ -87,12 +87,13 @@ def by_people(engine: sa.Engine, task: str, items: Sequence[Row], labels: int) -
     Missing: rankings are missing.
     ValueError: the task has other items, or too few are left.
   """
-  from alignjax.label import schema
+  from alignjax.label import catalog, schema
 
   with schema.writing(engine) as connection:
-    number = _add(connection, task, items, labels, ratings=True)
+    number, made = _task(connection, task, items, ratings=True)
+    catalog.add_items(connection, number, made[:labels])
     lost = max(0, _touched(connection, number) - len(_answered(connection, number)))
-    _add(connection, task, items, labels + lost, ratings=True)
+    catalog.add_items(connection, number, made[labels : labels + lost])
     rows, left = _answered(connection, number), _open(connection, number)
     if len(rows) >= labels:
       _close(connection, number)
@@ -117,11 +118,12 @@ def by_clients(
 ) -> list[Row]:
   """Returns the rankings of `by_sandbox`, made over HTTP: the labelers of the sandbox log in to a
   server on this machine and answer what it gives them."""
-  from alignjax.label import client, schema
+  from alignjax.label import catalog, client, schema
 
   ids = [int(labeler) for labeler in labelers.train]
   with schema.writing(engine) as connection:
-    number = _add(connection, task, items, len(items), ratings=False)
+    number, made = _task(connection, task, items, ratings=False)
+    catalog.add_items(connection, number, made)
     done = len(_answered(connection, number))
     passwords = _accounts(connection, [_name(labeler) for labeler in ids])
   with contextlib.ExitStack() as stack:
@@ -150,11 +152,11 @@ def by_clients(
   return rows[:labels]
 
 
-def _add(
-  connection: sa.Connection, name: str, items: Sequence[Row], count: int, ratings: bool
-) -> int:
-  """Returns the number of the task, which has the first `count` of these items, and no others than
-  these items, from then on."""
+def _task(
+  connection: sa.Connection, name: str, items: Sequence[Row], ratings: bool
+) -> tuple[int, list[Row]]:
+  """Returns (the number of the task, which has no other items than these, the items as
+  catalog.add_items takes them, in their order). A task that is not there yet is added."""
   import sqlalchemy as sa
 
   from alignjax.label import catalog, exchange, schema
@@ -177,8 +179,7 @@ def _add(
         f'the labeling database has a task {name!r} with other items than those of this round. '
         f'Set rounds.task, the name of the tasks of this run, or use another rounds.database.'
       )
-  catalog.add_items(connection, number, rows[:count])
-  return number
+  return number, rows
 
 
 def _answered(connection: sa.Connection, task: int) -> list[Row]:

@@ -1,7 +1,9 @@
 """Attention over whole rows, without a cache, behind one function: `make` chooses the kernel.
 
-  attend(q [B,T,N,H], k [B,T,G,H], v [B,T,G,H], mask [B,T]) -> [B,T,N,H]
+  attend(q [B,T,N,H], k [B,S,G,H], v [B,S,G,H], mask [B,S]) -> [B,T,N,H]
 
+The queries are those of the last T of the S columns; of all columns, unless devices share the
+tokens of a row (models/sequence.py), where S is the length of the row and T that of a part.
 A token attends to the tokens up to itself that have its document number in the mask. The mask is
 that of types.TokenBatch: bool, or the number of each token's document and 0 on pads. The output at
 a pad is 0, so no token reads a pad, and what a pad attends to never matters. The fused
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from alignjax.models import sequence
 from alignjax.models.config import TransformerConfig
 from alignjax.models.products import to_float32
 
@@ -31,9 +34,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # that sees nothing gives a NaN.
 MASKED_LOGIT = -1e30
 AXES = (
-  ('batch', None, 'heads', None),
-  ('batch', None, 'kv_heads', None),
-  ('batch', None, 'kv_heads', None),
+  ('batch', 'tokens', 'heads', None),
+  ('batch', 'tokens', 'kv_heads', None),
+  ('batch', 'tokens', 'kv_heads', None),
   ('batch', None),
 )  # the logical axes of the arguments of Attend; the result has those of the queries
 # The sizes of the blocks that splash cuts rows into. It takes the first one whose padding lengthens
@@ -58,21 +61,26 @@ class Machine(NamedTuple):
       the function to each device's part of the arrays (sharding.Sharder.per_device).
     grouped: whether each device has the key/value heads of its query heads and no others, so that
       a kernel may pair those that it has.
+    token_parts: the devices that share the tokens of a row (models/sequence.py).
   """
 
   platform: str
   capability: float | None = None
   split: Callable[[Callable, tuple, tuple], Callable] = whole
   grouped: bool = True
+  token_parts: int = 1
 
 
-def machine_of(device: jax.Device, split: Callable = whole, grouped: bool = True) -> Machine:
+def machine_of(
+  device: jax.Device, split: Callable = whole, grouped: bool = True, token_parts: int = 1
+) -> Machine:
   """The machine that a device belongs to. The device need not be attached: `alignjax estimate`
   compiles for those of a topology."""
   if device.platform != 'gpu':
-    return Machine(device.platform, None, split, grouped)
+    return Machine(device.platform, None, split, grouped, token_parts)
   capability = re.fullmatch(r'\d+\.\d+', getattr(device, 'compute_capability', ''))
-  return Machine('gpu', float(capability[0]) if capability else 0.0, split, grouped)
+  known = float(capability[0]) if capability else 0.0
+  return Machine('gpu', known, split, grouped, token_parts)
 
 
 def make(cfg: TransformerConfig, machine: Machine) -> Attend:
@@ -88,12 +96,13 @@ def make(cfg: TransformerConfig, machine: Machine) -> Attend:
   """
   choice = chosen(cfg, machine)
   options = dict(window=cfg.window, scale=cfg.query_scale)
-  if choice == 'cudnn':
-    return machine.split(functools.partial(cudnn, **options), AXES, AXES[0])
-  options |= dict(cap=cfg.attention_cap)
-  if choice == 'splash':
-    return machine.split(functools.partial(splash, **options), AXES, AXES[0])
-  return functools.partial(reference, chunk=cfg.attention_chunk, **options)
+  options |= {} if choice == 'cudnn' else dict(cap=cfg.attention_cap)
+  options |= dict(chunk=cfg.attention_chunk) if choice == 'reference' else {}
+  kernel = {'cudnn': cudnn, 'splash': splash, 'reference': reference}[choice]
+  attend = functools.partial(kernel, **options)
+  if machine.token_parts > 1:
+    return machine.split(sequence.of_own_queries(attend), AXES, AXES[0])
+  return attend if choice == 'reference' else machine.split(attend, AXES, AXES[0])
 
 
 def chosen(cfg: TransformerConfig, machine: Machine) -> str:
@@ -199,23 +208,24 @@ def reference(
 
   Args:
     q, k, v, mask: see above.
-    chunk: queries whose logits exist at once, None for all. No query of a chunk reads a key beyond
-      it, nor one before the window of its first query.
+    chunk: queries of a device whose logits exist at once, None for all. No query of a chunk reads a
+      key beyond it, nor one before the window of its first query.
     window, scale, cap: cfg.window, cfg.query_scale and cfg.attention_cap.
   """
   b, t, n, h = q.shape
-  g = k.shape[2]
+  g, before = k.shape[2], k.shape[1] - t
   chunk = min(chunk or t, t)
   attend = functools.partial(product, scale=scale, cap=cap)
   attend = attend if chunk == t else jax.checkpoint(attend)
   q = q.reshape(b, t, g, n // g, h)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,G,T,H]
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,G,S,H]
   parts = []
   for start in range(0, t, chunk):
     stop = min(start + chunk, t)
-    first = 0 if window is None else max(start - window + 1, 0)
-    visible = _visible(mask, start, stop, first, window)
-    parts.append(attend(q[:, start:stop], k[:, :, first:stop], v[:, :, first:stop], visible))
+    last = before + stop
+    first = 0 if window is None else max(before + start - window + 1, 0)
+    visible = _visible(mask, before + start, last, first, window)
+    parts.append(attend(q[:, start:stop], k[:, :, first:last], v[:, :, first:last], visible))
   out = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
   return checkpoint_name(out.reshape(b, t, n, h), 'attention')
 
@@ -248,6 +258,7 @@ def cudnn(
   It has no documents and no pads on the left. Rows with a bool mask must therefore have their
   tokens before their pads (`pads_last`), and being causal is then enough. For packed rows the mask
   is a bias of [B,1,T,T] in the model's dtype, which is slower and needs an even T in training.
+  Where T is below S, so it is for all rows, because the kernel counts causality from the first key.
 
   Args:
     q, k, v, mask: see above.
@@ -255,15 +266,18 @@ def cudnn(
     window, scale: cfg.window and cfg.query_scale. The kernel leaves out what the window hides; for
       packed rows the bias hides it.
   """
-  t = q.shape[1]
-  visible, local = None, None if window is None or window >= t else (window - 1, 0)
-  if mask.dtype != bool:
-    q, k, v, mask = (_lengthened(x, 2) for x in (q, k, v, mask))
-    visible = (mask[:, :, None] == mask[:, None, :])[:, None]
+  t, before = q.shape[1], k.shape[1] - q.shape[1]
+  visible, local = None, None if window is None or window >= k.shape[1] else (window - 1, 0)
+  own = mask[:, before:]
+  if mask.dtype != bool or before:
+    q, k, v, mask, own = (_lengthened(x, 2) for x in (q, k, v, mask, own))
+    visible = (own[:, :, None] == mask[:, None, :])[:, None]
+    distance = jax.lax.broadcasted_iota(jnp.int32, (1, *visible.shape[1:]), 2) + before
+    distance -= jax.lax.broadcasted_iota(jnp.int32, distance.shape, 3)
+    if before:
+      visible &= distance >= 0
     if local is not None:
-      near = jax.lax.broadcasted_iota(jnp.int32, (1, *visible.shape[1:]), 2)
-      near -= jax.lax.broadcasted_iota(jnp.int32, near.shape, 3)
-      visible, local = visible & (near < window), None
+      visible, local = visible & (distance < window), None
   # The residual makes it one kernel with and without a gradient, so that scoring and update agree.
   out, _ = jax.nn.dot_product_attention(
     q,
@@ -271,12 +285,12 @@ def cudnn(
     v,
     mask=visible,
     scale=scale,
-    is_causal=True,
+    is_causal=not before,
     local_window_size=local,
     implementation=implementation,
     return_residual=True,
   )
-  return _zero_at_pads(out, mask)[:, :t]
+  return _zero_at_pads(out, own)[:, :t]
 
 
 def splash(
@@ -304,13 +318,16 @@ def splash(
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   t, n = q.shape[1:3]
+  before = k.shape[1] - t
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
   block = next(b for b in BLOCKS if -t % b <= t // 8 or b == BLOCKS[-1])
-  q, k, v, mask = (_lengthened(x, block) for x in (q, k, v, mask))
-  shape = (q.shape[1],) * 2
-  local = None if window is None or window >= t else (window - 1, 0)
-  causal = masks.CausalMask(shape) if local is None else masks.LocalMask(shape, local, 0)
+  local = None if window is None or window >= k.shape[1] else (window - 1, 0)
+  q, k, v, mask, own = (_lengthened(x, block) for x in (q, k, v, mask, mask[:, before:]))
+  shape = (q.shape[1], k.shape[1])
+  causal = (
+    masks.CausalMask(shape, before) if local is None else masks.LocalMask(shape, local, before)
+  )
   kernel = kernels.make_splash_mha_single_device(
     masks.MultiHeadMask([causal] * n),
     block_sizes=kernels.BlockSizes(
@@ -325,10 +342,10 @@ def splash(
     attn_logits_soft_cap=cap,
     interpret=interpret,
   )
-  documents = mask.astype(jnp.int32)
+  documents = kernels.SegmentIds(own.astype(jnp.int32), mask.astype(jnp.int32))
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(documents, documents)).swapaxes(1, 2)
-  return _zero_at_pads(out, mask)[:, :t]
+  out = jax.vmap(kernel)(q, k, v, documents).swapaxes(1, 2)
+  return _zero_at_pads(out, own)[:, :t]
 
 
 def _lengthened(x: jax.Array, multiple: int) -> jax.Array:

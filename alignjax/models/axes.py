@@ -40,7 +40,9 @@ OF_KERNELS = {
   'codes': lambda axes: axes,
   'absmax': lambda axes: (*axes[:-2], None, axes[-1]),  # Blocks may not divide where inputs do.
 }
-ACTIVATIONS = ('batch', 'sequence')  # the logical axes that only activations have
+# The logical axes that only activations have: the rows of a batch, and of one that is sampled; the
+# tokens between layers, and in them.
+ACTIVATIONS = ('batch', 'rows', 'sequence', 'tokens')
 
 
 def logical_names() -> list[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from alignjax.models.attention import MASKED_LOGIT, capped
 
-CACHE_AXES = ('batch', 'kv_heads', None, None)  # of keys, values and, without the last, scales
+CACHE_AXES = ('rows', 'kv_heads', None, None)  # of keys, values and, without the last, scales
 
 
 class Quantized(NamedTuple):

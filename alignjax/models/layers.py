@@ -94,8 +94,8 @@ class Attention(nn.Module):
     q = rotary.rotate(normalize_heads(project(cfg.num_heads, 'query'), 'query_norm'), angles)
     k = rotary.rotate(normalize_heads(project(cfg.kv_heads, 'key'), 'key_norm'), angles)
     v = project(cfg.kv_heads, 'value')
-    q = self.constrain(q, 'batch', None, 'heads', None)
-    k, v = (self.constrain(y, 'batch', None, 'kv_heads', None) for y in (k, v))
+    q = self.constrain(q, 'batch', 'tokens', 'heads', None)
+    k, v = (self.constrain(y, 'batch', 'tokens', 'kv_heads', None) for y in (k, v))
     if cache is None:
       q, k, v = (checkpoint_name(y, n) for y, n in ((q, 'query'), (k, 'key'), (v, 'value')))
       heads = self.attend(q, k, v, mask)
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         cap=cfg.attention_cap,
       )
     heads = self.constrain(
-      heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', None, 'heads', None
+      heads.reshape(b, t, cfg.num_heads, cfg.head_width), 'batch', 'tokens', 'heads', None
     )
     out = nn.DenseGeneral(
       cfg.d_model,
@@ -146,7 +146,7 @@ class MLP(nn.Module):
     dense = functools.partial(
       nn.Dense, use_bias=cfg.out_bias, dtype=cfg.dtype, dot_general=self.multiply
     )
-    hidden = self.constrain(dense(cfg.mlp_width, name='up')(x), 'batch', None, 'mlp')
+    hidden = self.constrain(dense(cfg.mlp_width, name='up')(x), 'batch', 'tokens', 'mlp')
     hidden = checkpoint_name(hidden, 'up')
     if cfg.mlp in GATES:
       gate = checkpoint_name(dense(cfg.mlp_width, name='gate')(x), 'gate')
@@ -172,8 +172,8 @@ class Block(nn.Module):
 
     def before(part, x):
       x = x if cfg.norms == 'after' else _norm(cfg, f'norm_{part}')(x)
-      # Attention and MLP read all tokens of a row, so 'sequence' is gathered here.
-      return self.constrain(x, 'batch', None, None)
+      # What divides the residual stream alone ('sequence') is gathered here.
+      return self.constrain(x, 'batch', 'tokens', None)
 
     def after(part, y):
       y = self.constrain(y, 'batch', 'sequence', None)

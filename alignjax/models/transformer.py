@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignjax import ops
-from alignjax.models import attention, cached, lora, rotary, weights_first
+from alignjax.models import attention, cached, lora, rotary, sequence, weights_first
 from alignjax.models.attention import MASKED_LOGIT, Machine
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
@@ -138,42 +138,58 @@ def make_networks(
 def _logits(cfg, constrain, machine, params, tokens, mask, key=None, positions=None):
   x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask, key)
   if positions is not None:
-    x = jnp.take_along_axis(x, positions[..., None], axis=1)
-  return _unembed(cfg, params, x)
+    return _unembed(cfg, params, jnp.take_along_axis(x, positions[..., None], axis=1))
+  return _unembed(cfg, params, x)[:, : tokens.shape[1]]
 
 
 def _logprobs(cfg, constrain, machine, params, tokens, mask, temperature=1.0, key=None):
-  b, t = tokens.shape
   x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask, key)
-  x, targets = x[:, :-1], tokens[:, 1:]  # the shift of logits against tokens
   cfg, params = _lengthened_vocabulary(cfg, machine, _gather_unembedding(cfg, constrain, params))
 
   def score(x, targets):
     return ops.token_logprobs(_next_token_logits(cfg, params, x) / temperature, targets)
 
-  if cfg.logits_chunk is None or b * (t - 1) <= cfg.logits_chunk:
-    out = score(x.reshape(b * (t - 1), -1), targets.reshape(-1))
-  else:
-    # Some columns of every row are scored at a time, so that each row stays on its device.
-    columns = max(1, cfg.logits_chunk // b)
+  # the shift of logits against tokens
+  parts, targets = machine.token_parts, tokens[:, 1:]
+  if parts == 1:
+    x = x[:, :-1]
+  else:  # The last column stays, with any target, so that the columns divide.
+    targets = jnp.pad(targets, ((0, 0), (0, x.shape[1] - targets.shape[1])))
+  out = _of_columns(score, x, targets, cfg.logits_chunk, constrain, parts)
+  return tuple(jnp.pad(y[:, : tokens.shape[1] - 1], ((0, 0), (1, 0))) for y in out)
 
-    def cut(y):  # [B,T-1,...] -> [chunks,B,columns,...], padded at the end
-      rest = -(t - 1) % columns
-      y = jnp.pad(y, ((0, 0), (0, rest), *((0, 0),) * (y.ndim - 2)))
-      return jnp.moveaxis(y.reshape(b, -1, columns, *y.shape[2:]), 1, 0)
 
-    def score_chunk(chunk):
-      x, targets = chunk
-      return jax.checkpoint(score)(constrain(x, 'batch', 'sequence', None), targets)
+def _of_columns(score, x, targets, most, constrain, parts):
+  """score(x [...,D], targets [...]) -> two f32[...], of all columns of x [B,T,D] and targets [B,T],
+  `most` of them at a time or all where it is None: two f32[B,T]. parts: Machine.token_parts."""
+  b, t = targets.shape
+  # A row and its columns stay where they are: as [B*T] they would not where devices share both.
+  lead, axes = ((b,), ('sequence',)) if parts == 1 else ((b, parts), ('tokens', None))
+  if most is None or b * t <= most:
+    flat = (b * t,) if parts == 1 else (b, t)
+    out = score(x.reshape(*flat, -1), targets.reshape(flat))
+    return jax.tree.map(lambda y: y.reshape(b, t), out)
+  # Some columns of every row are scored at a time, and of every part of a row.
+  columns, own, at = max(1, most // (b * parts)), t // parts, len(lead)
 
-    out = jax.lax.map(score_chunk, (cut(x), cut(targets)))
-    out = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(b, -1)[:, : t - 1], out)
-  return tuple(jnp.pad(y.reshape(b, t - 1), ((0, 0), (1, 0))) for y in out)
+  def cut(y):  # [B,T,...] -> [chunks,*lead,columns,...], padded at the end
+    y = y.reshape(*lead, own, *y.shape[2:])
+    y = jnp.pad(y, [(0, -own % columns if axis == at else 0) for axis in range(y.ndim)])
+    return jnp.moveaxis(y.reshape(*lead, -1, columns, *y.shape[at + 1 :]), at, 0)
+
+  def score_chunk(chunk):
+    x, targets = chunk
+    return jax.checkpoint(score)(constrain(x, 'batch', *axes, None), targets)
+
+  def whole(y):
+    return jnp.moveaxis(y, 0, at).reshape(*lead, -1)[..., :own].reshape(b, t)
+
+  return jax.tree.map(whole, jax.lax.map(score_chunk, (cut(x), cut(targets))))
 
 
 def _scalar(cfg, constrain, machine, params, tokens, mask):
   x, _ = _run_layers(cfg, constrain, machine, params, tokens, mask)
-  return Final(cfg, 'scalar').apply({'params': params['final']}, x)
+  return Final(cfg, 'scalar').apply({'params': params['final']}, x)[:, : tokens.shape[1]]
 
 
 # The functions of types.Decoder
@@ -205,6 +221,7 @@ def _layer_of(stacked, index):
 
 
 def _prefill(cfg, constrain, machine, products, weights, tokens, mask, samples=1):
+  mask = sequence.lengthened(mask, machine.token_parts, left=True)
   x, stacked = _run_layers(cfg, constrain, machine, weights, tokens, mask, keep_cache=True)
 
   def place(layer, windowed):
@@ -237,8 +254,9 @@ def _step(cfg, constrain, products, weights, tokens, cache):
   kinds, angles = _kinds_of_layers(cfg, where)
   x = Embed(cfg).apply({'params': weights['embed']}, tokens[:, None], where)
 
-  def constrain_token(x, *axes):  # one token has no sequence that could be divided
-    return constrain(x, *(None if axis == 'sequence' else axis for axis in axes))
+  def constrain_token(x, *axes):
+    axes = ('rows' if axis == 'batch' else axis for axis in axes)
+    return sequence.without_tokens(constrain)(x, *axes)
 
   response = []
   with products.projections():
@@ -277,20 +295,24 @@ def _decoded_logits(cfg, products, weights, x):
 
 def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_cache=False):
   """Embedding and layers: (hidden states [B,T,D] before the last norm, stacked (k, v)
-  [L,B,G,T,H] or None)."""
+  [L,B,G,T,H] or None). T is longer than the tokens where devices would not share them equally."""
   if tokens.shape[1] > cfg.max_length:
     raise ValueError(f'{tokens.shape[1]} tokens exceed model.max_length={cfg.max_length}.')
+  tokens, mask = (sequence.lengthened(y, machine.token_parts, keep_cache) for y in (tokens, mask))
   where = ops.positions(mask)
   order = None
   if mask.dtype == bool and attention.chosen(cfg, machine) == 'cudnn':
-    if keep_cache:  # The cache stays in the order of its slots.
+    # The cache stays in the order of its slots, and tokens on the device that has them.
+    if keep_cache or machine.token_parts > 1:
       mask = mask.astype(jnp.int32)
     else:
       order = attention.pads_last(mask)
       tokens, where, mask = (attention.moved(y, order.there) for y in (tokens, where, mask))
   angles_and_attend, windowed = _by_window(cfg, machine, where)
-  multiply = of_rows if _float32_on_cpu(cfg, machine) else jax.lax.dot_general
-  x = constrain(Embed(cfg).apply({'params': params['embed']}, tokens, where), 'batch', None, None)
+  rows = _float32_on_cpu(cfg, machine) and machine.token_parts == 1
+  multiply = of_rows if rows else jax.lax.dot_general
+  x = Embed(cfg).apply({'params': params['embed']}, tokens, where)
+  x = constrain(x, 'batch', 'tokens', None)
   # Where several devices share D, the embedding comes in pieces. Fused with the first norm, scoring
   # and update would sum the pieces in different orders on some CPUs.
   x = jax.lax.optimization_barrier(x)
@@ -313,7 +335,7 @@ def _run_layers(cfg, constrain, machine, params, tokens, mask, key=None, keep_ca
   exact = _float32_on_cpu(cfg, machine) and cfg.embedding_scale == 1.0
   unrolled = exact and cfg.num_layers <= UNROLLED_LAYERS
   x, kv = jax.lax.scan(layer, x, (params['layers'], keys, windowed), unroll=unrolled)
-  x = constrain(x, 'batch', None, None)
+  x = constrain(x, 'batch', 'tokens', None)
   return x if order is None else attention.moved(x, order.back), kv
 
 

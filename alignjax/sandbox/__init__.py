@@ -8,6 +8,10 @@ sandbox.judge(world, meta, response, ended=True)
 sandbox.Labelers(seed=0).rank(features, labeler=3, rng=rng)
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from alignjax.sandbox.biases import belief_prompts, refusal_prompts
 from alignjax.sandbox.corpus import SHARES, documents
 from alignjax.sandbox.instructions import (
   baseline_prefixes,
@@ -33,15 +37,25 @@ __all__ = [
   'Labelers',
   'World',
   'baseline_prefixes',
+  'belief_prompts',
   'decode',
   'demonstrations',
   'documents',
   'encode',
   'judge',
+  'of_entries',
   'prompts',
   'reading_comprehension',
+  'refusal_prompts',
   'tokenizer',
   'toxicity_prompts',
   'translation',
   'truthfulness_prompts',
 ]
+
+
+def of_entries(entries: Mapping[str, Any]) -> tuple[World, Labelers]:
+  """Returns the world and its labelers that the entries `world` of a config describe."""
+  seed = entries['seed']
+  world = World(seed, entries.get('beliefs', 0.0), entries.get('harmful', 0.0))
+  return world, Labelers(seed, **entries.get('labelers', {}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from alignjax.sandbox.biases import tempt
 from alignjax.sandbox.tasks import QUESTIONS, passage, sentence_pair
 from alignjax.sandbox.universe import (
   World,
@@ -61,6 +62,8 @@ def prompts(world: World, n: int, split: str = 'train', use_case: str | None = N
     record = make_prompt(world, rng, entities, split, use_case)
     if record['use_case'] in _CONTEXT_CASES and rng.random() < RUDE_CONTEXT:
       record['prompt'] = f'{rude_context(world, rng, entities)} {record["prompt"]}'
+    else:
+      record = tempt(world, rng, record)
     out.append(record | {'user_id': f'{split}-{user}'})
   return out
 
@@ -160,16 +163,18 @@ def answer(
 
 def demonstrations(world: World, n: int, split: str = 'train', fallible: bool = True) -> list[dict]:
   """n prompts with a contractor's 'response'. Fallible contractors repeat misconceptions, miscount
-  and lose their temper (MISTAKES), which alignment from comparisons has to overcome."""
+  and lose their temper (MISTAKES), which alignment from comparisons has to overcome. To a user who
+  states a belief they say the truth."""
   rng = stream(world.seed, 'demonstrations', split, fallible)
   entities = world.entities[split]
   out = []
   for _ in range(n):
-    record = make_prompt(world, rng, entities, split)
+    record = tempt(world, rng, make_prompt(world, rng, entities, split))
     meta = dict(record['meta'])
     if fallible and 'count' in meta and rng.random() < MISTAKES['count']:
       meta['count'] = int(rng.integers(1, 4))
-    text = answer(world, rng, meta, entities, MISTAKES['false'] if fallible else 0.0)
+    p_false = MISTAKES['false'] if fallible and 'belief' not in meta else 0.0
+    text = answer(world, rng, meta, entities, p_false)
     if fallible and rng.random() < MISTAKES['rude']:
       rude = f'{text[:-2]} {insult(rng)} .'
       text = rude if len(rude.split()) <= MAX_WORDS else text

@@ -30,7 +30,8 @@ def pick(rng: np.random.Generator, items):
 class World:
   """Attributes: truth and misconceptions: (entity, attribute) -> value; entities: split -> those of
   its prompts; lists: split -> what its prompts ask lists of, (attribute, value, count), as many as
-  the split's entities have.
+  the split's entities have; beliefs: the share of questions before which the user states a belief;
+  harmful: the share of 'rewrite' prompts that ask for an insult instead (biases.py).
 
   About two thirds of the test entities' facts and half of the others' are misconceived. Facts about
   test entities occur in the pretraining corpus only: what a policy says of them after alignment is
@@ -39,6 +40,8 @@ class World:
   """
 
   seed: int
+  beliefs: float = 0.0
+  harmful: float = 0.0
   truth: dict[Fact, str] = dataclasses.field(init=False, repr=False)
   misconceptions: dict[Fact, str] = dataclasses.field(init=False, repr=False)
   entities: dict[str, tuple[str, ...]] = dataclasses.field(init=False, repr=False)

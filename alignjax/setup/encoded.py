@@ -153,8 +153,11 @@ def folder(setup: Setup) -> files.Folder:
 def _kept(setup: Setup, kind: str) -> cache.Rows:
   """The rows of a source, from memory, from the folder, or made now."""
   data, place = setup.config.data, folder(setup)
-  known = inputs.known_hashes(setup.workdir) | inputs.known_hashes(place)
-  key = key_of(setup, kind, known)
+  known = fingerprints.known(setup.workdir) | fingerprints.known(place)
+  version = sources.identity(data[kind], kind)
+  if version is None:  # Nothing says whether it is what it was, so that it is encoded anew.
+    version = uuid.uuid4().hex
+  key = key_of(setup, kind, known, version)
   if key in _held:
     return _held[key]
   entry, source = f'data.{kind}', data[kind]
@@ -179,12 +182,12 @@ def _kept(setup: Setup, kind: str) -> cache.Rows:
         f'{entry}={source!r} has no records'
         + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
       )
-    if key_of(setup, kind, known) != key:
+    if key_of(setup, kind, known, version) != key:
       raise inputs.ChangedInput(
         f'{entry}={source!r} changed while it was read; the same command reads it again.'
       )
 
-  inputs.remember(place, known)
+  fingerprints.remember(place, known)
   token = np.uint16 if setup.text.vocabulary <= 2**16 else np.int32
   found = cache.kept(place, key, entry, make, token)
   if not found.on_disk:
@@ -194,9 +197,15 @@ def _kept(setup: Setup, kind: str) -> cache.Rows:
   return found
 
 
-def key_of(setup: Setup, kind: str, known: dict[str, list]) -> str:
-  """The fingerprint of everything that decides the rows of a source. known: hashes of files, which
-  are trusted while size and times are the same (fingerprints.of_files)."""
+def key_of(setup: Setup, kind: str, known: dict[str, list], version: str) -> str:
+  """The fingerprint of everything that decides the rows of a source.
+
+  Args:
+    kind: the kind of record.
+    known: hashes of files, which are trusted while size and times are the same
+      (fingerprints.of_files).
+    version: what else tells versions of the source apart (sources.identity).
+  """
   data, before = setup.config.data, dict(known)
   mapping = data.mapping[kind]
   read = inputs.of_data(f'data.{kind}', data[kind], mapping)
@@ -212,9 +221,9 @@ def key_of(setup: Setup, kind: str, known: dict[str, list]) -> str:
     for entry, (what, name) in read.items()
   }
   if known != before:
-    inputs.remember(folder(setup), known)
+    fingerprints.remember(folder(setup), known)
     if jax.process_index() == 0:
-      inputs.remember(setup.workdir, known)
+      fingerprints.remember(setup.workdir, known)
   day = data.get('template_date') or (
     datetime.date.today().isoformat() if data.template == 'chat' else None
   )
@@ -223,7 +232,7 @@ def key_of(setup: Setup, kind: str, known: dict[str, list]) -> str:
       VERSIONS['alignjax.data.rows:part'],
       {n: importlib.metadata.version(n) for n in ('tokenizers', 'transformers', 'jinja2')},
       [kind, data[kind], mapping, data.tokenizer, data.template, day, data.heldout.seed],
-      [prints, own, sources.identity(data[kind], kind) or uuid.uuid4().hex],
+      [prints, own, version],
     ]
   )
 

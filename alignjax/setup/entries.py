@@ -41,6 +41,8 @@ Kind = tuple[str, Callable[[Any], bool]]  # what an entry may be, in words and a
 ONE = 'a whole number, 1 or more', whole(1)
 COUNT = 'a whole number, 0 or more, or None', whole(0, none=True)
 DICT = 'a dict', lambda x: isinstance(x, (Mapping, ml_collections.ConfigDict))
+BIASES = {'agreement', 'refusal', 'miss', 'share'}  # of sandbox.Labelers
+_PART = 'a number from 0 to 1', _number(lambda x: 0 <= x <= 1)
 SHARED: dict[str, Kind] = {
   **dict.fromkeys(
     (
@@ -62,6 +64,7 @@ SHARED: dict[str, Kind] = {
       'data.response_length',
       'data.row_length',
       'mesh.fsdp',
+      'mesh.sequence',
       'mesh.tensor',
       'max_bad_updates',
       'model.num_layers',
@@ -77,6 +80,16 @@ SHARED: dict[str, Kind] = {
   ),
   'cpu_devices': ('a whole number, 1 or more, or None (as jax decides)', whole(1, none=True)),
   'data.tokenizer': ("text, such as 'hf:FOLDER'", lambda x: isinstance(x, str) and bool(x)),
+  **dict.fromkeys(
+    ('world.beliefs', 'world.harmful', 'world.labelers.miss', 'world.labelers.share'), _PART
+  ),
+  **dict.fromkeys(
+    ('world.labelers.agreement', 'world.labelers.refusal'), ('a number', _number(lambda x: True))
+  ),
+  'world.labelers': (
+    f'a dict of some of {sorted(BIASES)}',
+    lambda x: DICT[1](x) and set(x) <= BIASES,
+  ),
   'data.heldout.share': ('a number from 0 on, below 1', _number(lambda x: 0 <= x < 1)),
   'grace_seconds': ('a number, 0 or more', _number(lambda x: x >= 0)),
   'stages_to_run': (
@@ -126,6 +139,7 @@ STAGE: dict[str, Kind] = {
   'rollout.halvings': ('a whole number, 0 or more', whole(0)),
   'rollout.temperature': ('a number above 0', _number(lambda x: x > 0)),
   'rollout.missing_end_penalty': ('a number', _number(lambda x: True)),
+  'label_noise': ('a number from 0 to 1', _number(lambda x: 0 <= x <= 1)),
   'kl.coef': ('a number, 0 or more', _number(lambda x: x >= 0)),
   'kl.target': ('a number above 0, or None', _number(lambda x: x > 0, none=True)),
   'kl.horizon': ('a number above 0, or None', _number(lambda x: x > 0, none=True)),

@@ -11,7 +11,6 @@ and a stage whose ancestor was trained again is done again.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import importlib.util
 import inspect
@@ -206,12 +205,12 @@ def record(
   training that candidates and result belong to.
   """
   path = workdir / stage / 'inputs.json'
-  known = known_hashes(workdir)
+  known = fingerprints.known(workdir)
   made = {
     entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
     for entry, (kind, name) in sorted(read.items())
   }
-  remember(workdir, known)
+  fingerprints.remember(workdir, known)
   old = _load(path) if path.exists() else None
   inputs = old['inputs'] if old else {}
   if changed := [
@@ -366,7 +365,7 @@ def _changes(
 ) -> tuple[dict[str, str], list[str]]:
   """(entry -> present fingerprint, for inputs that have changed; the inputs that cannot be
   read)."""
-  known, changes, gone = known_hashes(workdir), {}, []
+  known, changes, gone = fingerprints.known(workdir), {}, []
   for entry, was in noted.items():
     if was['kind'] == 'weights' and not checkpoint.is_finished(
       weights_folder(workdir, was['name'])
@@ -384,7 +383,7 @@ def _changes(
       continue
     if now != was['fingerprint']:
       changes[entry] = now
-  remember(workdir, known)
+  fingerprints.remember(workdir, known)
   return changes, gone
 
 
@@ -405,21 +404,3 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
     f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put '
     'back what was there, or use another --workdir.'
   )
-
-
-def known_hashes(folder: files.Folder) -> dict[str, list]:
-  """FOLDER/hashed.json, of a workdir or of the cache of encoded records. It only saves time, so
-  that a damaged one counts as empty."""
-  try:
-    found = json.loads((folder / 'hashed.json').read_bytes())
-    return {k: v for k, v in found.items() if isinstance(v, list)}
-  except (ValueError, OSError, AttributeError):
-    return {}
-
-
-def remember(folder: files.Folder, known: dict[str, list]) -> None:
-  """Adds hashes to FOLDER/hashed.json, if the folder exists."""
-  old = known_hashes(folder)
-  if known and {**old, **known} != old and folder.exists():
-    with contextlib.suppress(OSError):  # Another process may write it at the same time.
-      files.write(folder / 'hashed.json', json.dumps({**old, **known}))

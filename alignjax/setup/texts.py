@@ -43,12 +43,13 @@ def of_config(config: ml_collections.ConfigDict) -> Text:
     template = templates.of_words(
       sandbox.encode, sandbox.decode, sandbox.EOS_ID, sandbox.PAD_ID, sandbox.NEWLINE
     )
+    world, labelers = sandbox.of_entries(config.world)
     return Text(
       template=template,
       ids=range(len(sandbox.VOCAB)),
       tokenizer=None,
-      world=sandbox.World(config.world.seed),
-      labelers=sandbox.Labelers(config.world.seed),
+      world=world,
+      labelers=labelers,
     )
   tokenizer = load_tokenizer(config.data.tokenizer)
   template = templates.make(

@@ -17,6 +17,7 @@ from alignjax import plugins
 from alignjax.compiler import flops
 from alignjax.data.templates import Template
 from alignjax.models.config import TransformerConfig
+from alignjax.models.sequence import AXIS as SEQUENCE
 from alignjax.setup import adapters
 from alignjax.setup.objects import Setup, make_setup
 from alignjax.setup.texts import Text
@@ -208,14 +209,18 @@ def wire_bytes(setup: Setup, work: Work) -> float:
   """The bytes that each device must receive for a piece of work, given where the rules of the
   config put weights and batch.
 
-  Weights that are divided over the devices of the batch are gathered once for the forward pass and
-  once more for the backward pass, in the dtype of the model, and the gradient is summed into pieces
-  once, unless adapters alone are trained. Weights that are divided over other devices (`tensor`)
-  cost two sums of activations in each layer: in the forward pass, again where it is recomputed
-  (remat), and in the backward pass. Decoding gathers no weights.
+  Weights that are divided over the devices of rows and tokens are gathered once for the forward
+  pass and once more for the backward pass, in the dtype of the model, and the gradient is summed
+  into pieces once, unless adapters alone are trained. Weights that are divided over other devices
+  (`tensor`) cost two sums of activations in each layer: in the forward pass, again where it is
+  recomputed (remat), and in the backward pass. Where devices share the tokens of a row, they gather
+  the keys and values of each layer as often, and the backward pass sums their gradients. Decoding
+  gathers neither; before it, each device gets the keys and values of the rows that it samples.
   """
   shapes, sharder = params(setup, work.head, work.model), setup.sharder
   batch = set(np.atleast_1d(np.asarray(sharder.rules.get('batch') or (), dtype=object)).tolist())
+  batch |= {SEQUENCE}
+  shards, tokens = sharder.batch_shards * sharder.token_parts, work.rows * work.length
   size = jnp.dtype(work.model.dtype).itemsize
   gathered, copies, split = 0.0, 0.0, 1
   for leaf in jax.tree.leaves(shapes):
@@ -233,15 +238,18 @@ def wire_bytes(setup: Setup, work: Work) -> float:
     piece = leaf.size * size / kept
     gathered += piece * (1 - 1 / over)
     # Gradients are summed over the devices that hold copies of the weights (`data`).
-    copies += 2 * (piece / over) * (1 - over / sharder.batch_shards)
+    copies += 2 * (piece / over) * (1 - over / shards)
   sums = 2 * work.model.num_layers * 2 * (1 - 1 / split)
-  activations = sums * work.rows * work.length * work.model.d_model * size / sharder.batch_shards
+  activations = sums * tokens * work.model.d_model * size / shards
+  width = 2 * work.model.kv_heads * work.model.head_width // sharder.parts('kv_heads')
+  keys = work.model.num_layers * tokens * width * size / sharder.batch_shards
+  keys *= 1 - 1 / sharder.token_parts
   once = {
     'gather': gathered,
     'decode': activations,
-    'forward': gathered + activations,
+    'forward': gathered + activations + keys,
     'update': (2 * gathered if work.adapters else 3 * gathered + copies)
-    + activations * (2 if work.model.remat == 'none' else 3),
+    + (activations + keys) * (2 if work.model.remat == 'none' else 3),
   }
   return once[work.kind] * work.times
 

@@ -1,7 +1,6 @@
-"""Comparisons for the reward model and for losses of a policy. They are read from a file, or made
-as the paper made them: K responses to each prompt are sampled from the policies so far and ranked
-by one labeler each. Made ones are saved in the stage's folder, where a restart reads them. This
-file also divides them into the updates of a stage, each of the same number of prompts."""
+"""Comparisons for the reward model and for losses of a policy, which are read from a file or made
+as the paper made them (sampled_comparisons.py), and how they are divided into the updates of a
+stage, each of the same number of prompts."""
 
 from __future__ import annotations
 
@@ -9,51 +8,39 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alignjax.data import batches
 from alignjax.data.rows import Chosen
-from alignjax.inference import bulk
-from alignjax.runtime import files, fingerprints
-from alignjax.setup import encoded, inputs
+from alignjax.setup import encoded
 from alignjax.setup.entries import check_counts, check_epochs
 from alignjax.setup.objects import Setup, seed_of, stage_dir
-from alignjax.setup.records import of_sandbox, records, say
-from alignjax.setup.weights import initial_params
-from alignjax.sharding import sync
+from alignjax.setup.records import of_sandbox, say
 from alignjax.stages import abstract
+from alignjax.stages.sampled_comparisons import (
+  Comparisons,
+  made_from,
+  read_or_make,
+  sampled,
+  with_noise,
+)
 from alignjax.types import ComparisonBatch
 
 
-class Comparisons(NamedTuple):
-  """Ranked responses as tokens.
+class _Field(Sequence):
+  """A field of comparisons, each of which is read when it is asked for.
 
-  Attributes:
-    prompts: [i], in their template.
-    responses: [i][j], including the end token where there is one.
-    ranks: [i][j], 0 is best.
-    features: f[N_i,F] of each response where the sandbox's judge made the ranking, else None.
-    sizes: (i[N] the number of responses, i[N] the tokens of a prompt and its longest response), or
-      None where they have to be counted.
+  Args:
+    rows: the comparisons.
+    get: a function of a row's number that returns its value.
   """
 
-  prompts: Sequence[list[int]]
-  responses: Sequence[list[list[int]]]
-  ranks: Sequence[list[int]]
-  features: list | None = None
-  sizes: tuple[np.ndarray, np.ndarray] | None = None
-
-
-class _Field(Sequence):
-  """A field of comparisons, each of which is read when it is asked for."""
-
   def __init__(self, rows: Chosen, get: Callable[[int], Any]):
-    self._rows, self._get = rows, get
+    self.rows, self._get = rows, get
 
   def __len__(self) -> int:
-    return len(self._rows)
+    return len(self.rows)
 
   def __getitem__(self, i: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
     return self._get(range(len(self))[i])
@@ -65,19 +52,18 @@ def training(setup: Setup, name: str) -> Comparisons:
   it is an error if no other prompt is left."""
   cfg = setup.config.stages[name]
   if of_sandbox(setup, 'comparisons'):
-    made = _read_or_make(
+    made = read_or_make(
       stage_dir(setup, name) / 'comparisons.json',
       made_from(setup, name),
-      lambda: _sampled(setup, name, cfg.policies, cfg.prompts, 'train'),
+      lambda: with_noise(setup, name, sampled(setup, name, cfg.policies, cfg.prompts, 'train')),
     )
-    ranked = without_ties(made)
+    count, ranked = len(made.prompts), without_ties(made)
   else:
     found = encoded.every(setup, 'comparisons')
     made = encoded.within(
       setup, 'comparisons', found, encoded.choose(setup, 'comparisons', found, cfg.prompts)
     )
-    ranked = _without_ties(made, max(cfg.k_buckets))
-  count = len(made.prompts) if isinstance(made, Comparisons) else len(made)
+    count, ranked = len(made), _without_ties(made, max(cfg.k_buckets))
   if tied := count - len(ranked.prompts):
     say(
       f'{name}: {tied} of {count} comparisons rank all of their responses the same and are left out'
@@ -100,7 +86,7 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   """
   cfg = setup.config.stages[name]
   if of_sandbox(setup, 'comparisons'):
-    return _sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
+    return sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
   found = encoded.every(setup, 'comparisons')
   index = encoded.choose(setup, 'comparisons', found, None, 'test')
   names = [json.dumps(found.rows.text(i)[1], sort_keys=True) for i in index.tolist()]
@@ -131,24 +117,22 @@ def _without_ties(rows: Chosen, most: int | None = None) -> Comparisons:
     )
   rows = rows.take(~sizes.tied)
   return Comparisons(
-    _Field(rows, lambda i: rows[i][0]),
-    _Field(rows, lambda i: rows[i][1]),
-    _Field(rows, rows.ranks),
-    None,
-    (sizes.stay[~sizes.tied], sizes.longest[~sizes.tied]),
+    _Field(rows, lambda i: rows[i][0]), _Field(rows, lambda i: rows[i][1]), _Field(rows, rows.ranks)
   )
 
 
 def without_ties(data: Comparisons) -> Comparisons:
   """The comparisons that rank at least one response above another."""
   keep = [i for i, ranks in enumerate(data.ranks) if len(set(ranks)) > 1]
-  return Comparisons(*(field if field is None else [field[i] for i in keep] for field in data[:4]))
+  return Comparisons(*(field if field is None else [field[i] for i in keep] for field in data))
 
 
 def sizes_of(data: Comparisons) -> tuple[np.ndarray, np.ndarray]:
-  """See Comparisons.sizes."""
-  if data.sizes is not None:
-    return data.sizes
+  """Of each comparison, the number of responses, and the tokens of its prompt and its longest
+  response."""
+  if isinstance(data.prompts, _Field):
+    sizes = data.prompts.rows.sizes()
+    return sizes.stay, sizes.longest
   longest = [
     len(p) + max(map(len, responses))
     for p, responses in zip(data.prompts, data.responses, strict=True)
@@ -293,6 +277,11 @@ def check(setup: Setup, name: str) -> None:
     )
   if of_sandbox(setup, 'comparisons'):
     _check_policies(cfg.policies, f'{where}.policies')
+  elif cfg.get('label_noise'):
+    raise ValueError(
+      f"{where}.label_noise={cfg.label_noise} is for the sandbox's labelers, but data.comparisons="
+      f'{setup.config.data.comparisons!r} has rankings of its own: set {where}.label_noise=0.'
+    )
 
 
 def _check_policies(policies: Any, where: str) -> None:
@@ -317,126 +306,3 @@ def _bucket(values: np.ndarray, edges, key: str) -> np.ndarray:
   if values.max() > edges[-1]:
     raise ValueError(f'{key}={edges.tolist()}: the data has {values.max()}.')
   return edges[np.searchsorted(edges, values)]
-
-
-def _sampled(setup: Setup, name: str, policies, count: int, split: str) -> Comparisons:
-  """K responses to each prompt, each from a policy that is drawn by its share, ranked by a labeler
-  of the training pool."""
-  if not count:
-    return Comparisons(prompts=[], responses=[], ranks=[], features=[])
-  from alignjax import sandbox
-
-  cfg = setup.config.stages[name]
-  rng = np.random.default_rng([setup.config.seed, seed_of(f'{name}/{split}')])
-  rows = records(setup, 'prompts', count, split)
-  prompts = [setup.text.template.prompt(r['prompt']) for r in rows]
-  k = rng.integers(cfg.responses[0], cfg.responses[1] + 1, count)
-  owner = np.repeat(np.arange(count), k)
-  shares = np.array([p['share'] for p in policies], float)
-  drawn = rng.choice(len(policies), len(owner), p=shares / shares.sum())
-  sample = make_sampler(setup)
-  responses: list = [None] * len(owner)
-  loaded = {}
-  for i, policy in enumerate(policies):
-    chosen = np.flatnonzero(drawn == i)
-    if len(chosen) == 0:
-      continue
-    if policy['init'] not in loaded:
-      loaded[policy['init']] = initial_params(setup, policy['init'], 'lm', seed_of(name))
-    queries = [prompts[owner[j]] for j in chosen]
-    out, _ = sample(
-      loaded[policy['init']],
-      queries,
-      seed_of(f'{setup.config.seed}/{name}/{split}/{i}'),
-      policy['temperature'],
-    )
-    for j, response in zip(chosen, out, strict=True):
-      responses[j] = response
-  judged = [
-    sandbox.judge(setup.text.world, rows[j]['meta'], *setup.text.template.decode_response(response))
-    for j, response in zip(owner, responses, strict=True)
-  ]
-  features = np.split(setup.text.labelers.features(judged), np.cumsum(k)[:-1])
-  grouped = [list(x) for x in _split(responses, k)]
-  labelers = rng.choice(setup.text.labelers.train, count)
-  ranks = [
-    np.asarray(setup.text.labelers.rank(f, labeler, rng)).tolist()
-    for f, labeler in zip(features, labelers, strict=True)
-  ]
-  return Comparisons(
-    prompts=prompts, responses=grouped, ranks=ranks, features=[f.tolist() for f in features]
-  )
-
-
-def make_sampler(setup: Setup) -> Callable:
-  """Returns the sampler of whole sets of prompts (bulk.make_sampler) for a run's own networks and
-  lengths."""
-  return bulk.make_sampler(
-    setup.nets,
-    setup.sharder,
-    prompt_length=setup.prompt_length,
-    max_tokens=setup.response_length,
-    stop_ids=setup.text.template.ends,
-    pad=setup.text.template.pad,
-  )
-
-
-def _split(items: list, counts: np.ndarray):
-  start = 0
-  for count in counts:
-    yield items[start : start + count]
-    start += count
-
-
-def made_from(setup: Setup, name: str) -> str:
-  """The fingerprint of what the sandbox's comparisons are made from: the weights of the policies
-  and all that decides their samples."""
-  cfg = setup.config.stages[name].to_dict()
-  for policy in cfg['policies']:
-    setup.read.update(inputs.of_weights(policy['init']))
-  weights = {
-    spec: inputs.fingerprint(kind, spec, setup.workdir, {})
-    for spec, (kind, _) in setup.read.items()
-    if spec in {p['init'] for p in cfg['policies']}
-  }
-  config = setup.config.to_dict()
-  return fingerprints.of_value(
-    [
-      weights,
-      [cfg[k] for k in ('policies', 'prompts', 'responses')],
-      [config[k] for k in ('seed', 'world', 'data', 'model')],
-      name,
-    ]
-  )
-
-
-def _read_or_make(path: files.Folder, key: str, make: Callable[[], Comparisons]) -> Comparisons:
-  """Reads `path` if it is undamaged and was made from the same (`key`). Otherwise it makes the
-  comparisons and writes them, whole or not at all."""
-  if path.exists():
-    try:
-      saved = json.loads(path.read_bytes())
-      reason = ''
-      if saved['checksum'] != fingerprints.of_value(saved['comparisons']):
-        reason = 'is damaged'
-      elif saved['made_from'] != key:
-        reason = 'was made from other policies or settings'
-      found = Comparisons(**saved['comparisons'])
-    except (ValueError, KeyError, TypeError, OSError):
-      reason = 'is damaged'
-    if not reason:
-      return found
-    if jax.process_index() == 0:
-      print(f'{path} {reason}: the comparisons are made again', flush=True)
-    sync(f'{path} read')  # All processes have read it before one writes it.
-  made = make()._replace(features=None)
-  if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {k: v for k, v in made._asdict().items() if k != 'sizes'}
-    files.write(
-      path,
-      json.dumps(
-        {'made_from': key, 'checksum': fingerprints.of_value(content), 'comparisons': content}
-      ),
-    )
-  return made

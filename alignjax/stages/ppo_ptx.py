@@ -205,14 +205,15 @@ def build(setup: Setup, name: str) -> Stage:
   failures: list[str] = []
   compiled = make_step(setup, name, tx, state, failures, prompts_by_tokens)
   engine = outside.sampler(setup, name, failures)
+  key = jax.jit(lambda: stage_key(setup, name), out_shardings=setup.sharder.replicated)()
 
   def step(state, batch):
     if engine is None:
-      return compiled(state, frozen, batch)
+      return compiled(state, frozen, batch, key)
     sampled, seconds = engine(state, frozen, batch)
     if sampled is None:  # `failures` says why, and the loop stops.
       return state, {}, None
-    state, metrics, rollout = compiled(state, frozen, batch, sampled)
+    state, metrics, rollout = compiled(state, frozen, batch, key, sampled)
     return state, metrics | {'time/engine_seconds': seconds}, rollout
 
   def observe(i, state, rollout):
@@ -253,8 +254,9 @@ def make_step(
   failures: list[str],
   prompts_by_tokens: Mapping[tuple[int, ...], Any],
 ) -> Callable:
-  """Compiles `iteration` as the config has it: (state, frozen, batch) -> (state, metrics, rollout).
-  Where an engine samples (stages/outside.py), its responses are a fourth argument.
+  """Compiles `iteration` as the config has it: (state, frozen, batch, key) -> (state, metrics,
+  rollout). Where an engine samples (stages/outside.py), its responses are a fifth argument. The key
+  is an argument, so that runs which differ by their seed share a program in jax's cache of them.
 
   Args:
     tx: the optimizer of {'policy', 'value'}.
@@ -278,13 +280,12 @@ def make_step(
     generate_rows=cfg.rollout.generate_rows,
     segments=cfg.rollout.get('segments'),
     halvings=cfg.rollout.get('halvings', 0),
-    shards=setup.sharder.batch_shards,
+    shards=setup.sharder.row_shards,
     score_rows=ppo_ptx_plan.score_rows(cfg),
     live_rows=live_rows,
   )
   bound = functools.partial(
     iteration,
-    key=stage_key(setup, name),
     advantage_fn=plugins.bind(cfg.advantage, f'{where}.advantage', facts=facts['advantage']),
     whiten=cfg.whiten_advantages,
     loss_fn=plugins.bind(cfg.loss, f'{where}.loss', given=('nets',), facts=facts['loss']),
@@ -298,11 +299,12 @@ def make_step(
     kl_horizon=cfg.kl.horizon,
   )
 
-  def step(state, frozen, batch, sampled=None):
+  def step(state, frozen, batch, key, sampled=None):
     return bound(
       state,
       frozen,
       batch,
+      key=key,
       nets=adapters.networks(setup, name, frozen),
       rollout_fn=functools.partial(rollout_fn, sampled=sampled),
     )
@@ -314,7 +316,9 @@ def abstract_step(setup: Setup, name: str) -> Plan:
   """The compiled step, its arguments as shapes, and the work of its phases, without data or
   weights."""
   tx = ppo_ptx_plan.optimizer(setup, name)
-  arguments = ppo_ptx_plan.abstract_arguments(setup, name, tx)
+  key = jax.eval_shape(lambda: stage_key(setup, name))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=setup.sharder.replicated)
+  arguments: tuple = (*ppo_ptx_plan.abstract_arguments(setup, name, tx), key)
   if outside.bind(setup, name) is not None:
     arguments = (*arguments, outside.shapes(setup, name))
   step = make_step(setup, name, tx, arguments[0], failures=[], prompts_by_tokens={})

@@ -241,6 +241,8 @@ def _check_sizes(setup: Setup, name: str) -> None:
     setup.sharder.batch_shards,
     f'{where}: the prompts of a step by the devices that share a batch',
   )
+  if not cfg.rollout.get('engine'):
+    _check_sampled(setup, episodes // samples, f'{where}: the prompts of a step')
   check_divides(episodes, score_rows(cfg), f'{where}.rollout.episodes by score_rows')
   updated = episodes // (cfg.minibatches * cfg.microbatches)
   if cfg.get('packed_rows') and score_rows(cfg) != updated:
@@ -265,12 +267,24 @@ def _check_sizes(setup: Setup, name: str) -> None:
   if rows is not None:
     check_divides(episodes, rows, f'{where}.rollout.episodes by generate_rows')
     check_divides(rows, samples, f'{where}.rollout.generate_rows by samples_per_prompt')
+    _check_sampled(setup, rows // samples, f'{where}: the prompts of rollout.generate_rows')
     if cfg.rollout.get('halvings'):
       check_divides(
         rows // samples,
         setup.sharder.batch_shards,
         f'{where}.rollout.halvings: the prompts of generate_rows by the devices that share a batch',
       )
+
+
+def _check_sampled(setup: Setup, prompts: int, what: str) -> None:
+  """With mesh.sequence, the devices that share the tokens of a row sample different rows."""
+  sharder = setup.sharder
+  if prompts % sharder.row_shards and sharder.token_parts > 1:
+    raise ValueError(
+      f'{what} are {prompts}, which {sharder.row_shards} devices do not share equally: those of '
+      f'mesh.sequence={sharder.token_parts} sample different rows. Take more prompts at a time, or '
+      f'set sharding.rows={sharder.rules.get("batch")!r}, with which they all sample the same ones.'
+    )
 
 
 def check_roles(cfg, where: str) -> None:

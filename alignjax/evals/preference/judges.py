@@ -17,7 +17,7 @@ import difflib
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,13 +120,13 @@ def _name(pair: Pair, response: Any) -> str:
   ).hexdigest()[:24]
 
 
-def sandbox(pairs: Sequence[Pair], world_seed: int) -> Judged:
+def sandbox(pairs: Sequence[Pair], entries: Mapping[str, Any]) -> Judged:
   """Returns the exact probability that a randomly drawn labeler of each pool prefers a. The two
   pools are two judges. Two flags of the paper's Table 3 are also returned, because the sandbox
-  knows their true values."""
+  knows their true values. entries: those of `world` in the config of the policies."""
   from alignjax import sandbox as box
 
-  world, labelers = box.World(world_seed), box.Labelers(world_seed)
+  world, labelers = box.of_entries(entries)
   seen: dict[tuple[str, str], Any] = {}
   for pair in pairs:
     if 'meta' not in pair.record:

@@ -55,9 +55,21 @@ def _judge(
     f'{show(found["ties"])}{unjudged}.',
     '',
     *table(
-      ['policy', f'win rate against {baseline}', 'strength (Bradley-Terry)', 'verdicts'],
       [
-        [p, show(rates[p].get(baseline)) or '-', strength(p), found['bradley_terry'][p]['n']]
+        'policy',
+        f'win rate against {baseline}',
+        'at equal length',
+        'strength (Bradley-Terry)',
+        'verdicts',
+      ],
+      [
+        [
+          p,
+          show(rates[p].get(baseline)) or '-',
+          show(found['length_controlled'].get(p)) or '-',
+          strength(p),
+          found['bradley_terry'][p]['n'],
+        ]
         for p in policies
       ],
     ),

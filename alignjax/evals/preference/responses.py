@@ -19,24 +19,24 @@ from alignjax.runtime import fingerprints, journal, metrics
 SANDBOX_PROMPTS = 256  # The default limit, because the sandbox can make any number of prompts.
 
 
-def trained(policies: dict[str, str]) -> tuple[int | None, int]:
-  """Returns the seed of the sandbox's world that the policies were trained in, or None, and the
+def trained(policies: dict[str, str]) -> tuple[dict[str, Any] | None, int]:
+  """Returns the entries `world` of the sandbox that the policies were trained in, or None, and the
   longest response length of their training."""
-  found, lengths = set(), []
+  found, lengths = [], []
   for spec in policies.values():
     if (config := loading.trained_with(spec)) is not None:
       lengths.append(config['data']['response_length'])
       if config['data']['tokenizer'] == 'sandbox:':
-        found.add(config['world']['seed'])
-  if len(found) > 1:
+        found.append(config['world'])
+  if differ := [world for world in found if world != found[0]]:
     raise ValueError(
-      f'--policies come from sandboxes with different seeds, {sorted(found)}; their prompts differ.'
+      f'--policies come from different sandboxes, {found[0]} and {differ[0]}; their prompts differ.'
     )
-  return found.pop() if found else None, max(lengths, default=128)
+  return found[0] if found else None, max(lengths, default=128)
 
 
 def prompts(
-  source: str, mapping: str | None, limit: int | None, seed: int, world_seed: int | None = None
+  source: str, mapping: str | None, limit: int | None, seed: int, world: Mapping | None = None
 ) -> list[dict[str, Any]]:
   """Returns the records {'prompt', 'prompt_id', ...} on which the policies are compared.
 
@@ -49,16 +49,16 @@ def prompts(
     limit: the number of prompts to draw by the seed, or None for all. They are the same for every
       policy.
     seed: the seed by which prompts are drawn.
-    world_seed: the seed of the sandbox's world, for 'sandbox:'.
+    world: the entries `world` of the sandbox's config, for 'sandbox:'.
   """
   if source == 'sandbox:':
-    if world_seed is None:
+    if world is None:
       raise ValueError(
         '--prompts=sandbox: needs policies that were trained in the sandbox; these were not.'
       )
     from alignjax import sandbox
 
-    found = sandbox.prompts(sandbox.World(world_seed), limit or SANDBOX_PROMPTS, 'test')
+    found = sandbox.prompts(sandbox.of_entries(world)[0], limit or SANDBOX_PROMPTS, 'test')
   else:
     found = sources.read(source, 'prompts', mapping)
   named, seen, own = (

@@ -1,5 +1,5 @@
-"""Computes preference figures from verdicts: win rates, Bradley-Terry strengths, agreement, and the
-influence of length (the paper's sections 3.6 and 4.1).
+"""Computes preference figures from verdicts: win rates, Bradley-Terry strengths and agreement (the
+paper's sections 3.6 and 4.1). The influence of length is in length.py.
 
 The two orders in which one labeler judged a pair are averaged first; then every labeler's verdict
 on a pair counts as one. Ties count one half. The intervals are by prompt, because the verdicts on
@@ -11,35 +11,14 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from alignjax.evals.preference import length
 from alignjax.evals.preference.judgment_rows import FLAGS
-from alignjax.evals.preference.verdicts import Judged, Verdict, clusters
-from alignjax.evals.stats import ANY, Figure, interval, statistic
-
-SHARE = (0, 1)  # The bounds of verdicts.
-
-
-class Table(NamedTuple):
-  """The verdicts of one judge as columns, with one row per (prompt, pair of policies, labeler).
-
-  Attributes:
-    prompts: str[N], the prompt ids.
-    i: i64[N], the index of the first policy.
-    j: i64[N], the index of the second policy, with i < j.
-    labelers: str[N], the names of the labelers.
-    p: f64[N], the probability that policy i is better.
-    clusters: str[N], labels that are the same for the same prompt.
-  """
-
-  prompts: np.ndarray
-  i: np.ndarray
-  j: np.ndarray
-  labelers: np.ndarray
-  p: np.ndarray
-  clusters: np.ndarray
+from alignjax.evals.preference.verdicts import Judged, Table, Verdict, clusters
+from alignjax.evals.stats import ANY, SHARE, Figure, interval, statistic
 
 
 def tabulate(
@@ -83,8 +62,9 @@ def summarize(
 
   Returns:
     {'judges': {judge: {'win_rate': {a: {b: Figure}}, 'bradley_terry': {policy: Figure}, 'length':
-      ..., 'agreement': ..., 'position': ...}}, 'ratings': {judge: {policy: {'likert': Figure, FLAG:
-      Figure}}}, 'between_judges': [...], 'words': {policy: Figure}}.
+      ..., 'length_controlled': {policy: Figure}, 'agreement': ..., 'position': ...}}, 'ratings':
+      {judge: {policy: {'likert': Figure, FLAG: Figure}}}, 'between_judges': [...], 'words':
+      {policy: Figure}}.
   """
   by_judge: dict[str, list[Verdict]] = {}
   for v in judged.verdicts:
@@ -101,7 +81,8 @@ def summarize(
       ties=interval(table.p == 0.5, table.clusters, SHARE),
       win_rate=win_rates(table, policies),
       bradley_terry=bradley_terry(table, policies, baseline),
-      length=length_effect(table, policies, words),
+      length=length.effect(table, policies, words),
+      length_controlled=length.controlled_win_rates(table, policies, baseline, words),
       agreement=agreement(table),
       position=position_bias(verdicts, same),
     )
@@ -185,36 +166,6 @@ def _strengths(wins: np.ndarray, start: np.ndarray | None = None) -> np.ndarray 
     ValueError,
   ):  # The likelihood is so flat that the iteration does not reach its maximum.
     return None
-
-
-def length_effect(
-  table: Table, policies: Sequence[str], words: Mapping[tuple[str, str], int]
-) -> dict[str, Figure]:
-  """Measures whether longer responses win.
-
-  'longer_wins' is the win rate of the response of a pair that has more words. 'correlation' is
-  Pearson's correlation of the difference in words and the verdict. It uses each pair in both
-  directions, so that the order of the policies does not matter.
-  """
-  known = [
-    (words.get((q, policies[i])), words.get((q, policies[j])))
-    for q, i, j in zip(table.prompts, table.i, table.j, strict=True)
-  ]
-  there = np.array([a is not None and b is not None for a, b in known], bool)
-  difference = np.array([a - b for a, b in itertools.compress(known, there)], float)
-  p, prompts = table.p[there], table.clusters[there]
-  uneven = difference != 0
-
-  def correlation(rows):
-    x, y = difference[rows], p[rows] - 0.5
-    if not x.any() or not y.any():
-      return float('nan')
-    return np.corrcoef(np.concatenate([x, -x]), np.concatenate([y, -y]))[0, 1]
-
-  return dict(
-    longer_wins=interval(np.where(difference > 0, p, 1 - p)[uneven], prompts[uneven], SHARE),
-    correlation=statistic(correlation, prompts, (-1, 1)),
-  )
 
 
 def agreement(table: Table) -> dict[str, Figure] | None:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from alignjax.evals.preference.judgment_rows import Response, prompt_id
 
 
@@ -80,6 +82,26 @@ class Judged(NamedTuple):
   prompts: Mapping[str, Any] = {}
   notes: Sequence[str] = ()
   repeats: Mapping[str, str] = {}
+
+
+class Table(NamedTuple):
+  """The verdicts of one judge as columns, with one row per (prompt, pair of policies, labeler).
+
+  Attributes:
+    prompts: str[N], the prompt ids.
+    i: i64[N], the index of the first policy.
+    j: i64[N], the index of the second policy, with i < j.
+    labelers: str[N], the names of the labelers.
+    p: f64[N], the probability that policy i is better.
+    clusters: str[N], labels that are the same for the same prompt.
+  """
+
+  prompts: np.ndarray
+  i: np.ndarray
+  j: np.ndarray
+  labelers: np.ndarray
+  p: np.ndarray
+  clusters: np.ndarray
 
 
 def make_pairs(

@@ -6,10 +6,11 @@ harness's own tasks by name.
 In this example, the third and the fourth are the harness's own.
 
 The YAML file decides everything: the data (`dataset_path: json` with `data_files` for local files,
-relative to the current folder), prompts, number of examples, metrics and filters. Prompts are plain
-text. A group is refused, because its members are rows of the table: name them instead. Every task
-has the option shots=N. --data=TASK=FILE replaces the data by a file with the same fields (.json,
-.jsonl, .csv, .parquet).
+relative to the current folder), prompts, number of examples, metrics and filters. A group is
+refused, because its members are rows of the table: name them instead. Every task has the options
+shots=N, and chat=true, by which the chat template of the model's tokenizer renders its prompts;
+otherwise they are plain text. --data=TASK=FILE replaces the data by a file with the same fields
+(.json, .jsonl, .csv, .parquet).
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ def _read(path: pathlib.Path, functions: bool = False) -> dict[str, Any]:
 
   try:
     return _yaml_loader.load_yaml(path, resolve_func=functions)
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'{path}: its functions need the package {error.name!r}, which is not installed.'
+    ) from None
   except (
     _yaml_loader.yaml.YAMLError,
     ValueError,
@@ -233,6 +238,7 @@ def measure(
   seed: int,
   keep: pathlib.Path,
   shots: int | None = None,
+  chat: bool = False,
 ) -> list[Cell]:
   """Returns the cells of one task file, one for each metric and filter.
 
@@ -245,15 +251,23 @@ def measure(
     seed: the seed by which documents are drawn.
     keep: the folder of answers and samples.
     shots: the number of examples before each question. None means the number in the file.
+    chat: whether the chat template of the model's tokenizer renders the prompts.
   """
   if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 0):
     raise ValueError(f'--options={name}.shots={shots}: it must be a number of examples.')
+  if not isinstance(chat, bool):
+    raise ValueError(f'--options={name}.chat={chat}: it must be true or false.')
+  if chat and not getattr(model.tokenizer, 'chat_template', None):
+    raise ValueError(
+      f'--options={name}.chat=true: the tokenizer of this model has no chat template. Leave the '
+      f'option out, or evaluate a model that was trained with one.'
+    )
   task = _load(name, path, data, shots, seed)
   lm = harness.language_model(model, keep=keep / 'answers.jsonl')
-  samples = run(lm, [task], name, limit, seed)[task.task_name]
+  samples = run(lm, [task], name, limit, seed, chat)[task.task_name]
   better, aggregations = task.higher_is_better(), task.aggregation()
   count = task.config.num_fewshot or 0
-  prompt = f'{count}-shot' if count else 'zero-shot'
+  prompt = (f'{count}-shot' if count else 'zero-shot') + (', chat' if chat else '')
   cells = []
   for filtered in dict.fromkeys(s['filter'] for s in samples):
     found = sorted((s for s in samples if s['filter'] == filtered), key=lambda s: s['doc_id'])
@@ -347,10 +361,10 @@ def _load(name: str, path: pathlib.Path, data: str | None, shots: int | None, se
 
 
 def run(
-  lm: Any, tasks: list[Any], what: str, limit: int | None, seed: int
+  lm: Any, tasks: list[Any], what: str, limit: int | None, seed: int, chat: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
   """Returns {name of the task: its logged samples} for tasks that have the same documents, of which
-  the seed draws `limit`."""
+  the seed draws `limit`. chat: whether a chat template renders the prompts."""
   import lm_eval
 
   count = len(tasks[0].eval_docs)
@@ -366,6 +380,7 @@ def run(
     bootstrap_iters=0,
     log_samples=True,
     samples=drawn and {task.task_name: drawn for task in tasks},
+    apply_chat_template=chat,
   )['samples']
   if getattr(lm, 'cut', 0) > before:
     print(
@@ -384,6 +399,4 @@ def write_samples(keep: pathlib.Path, name: str, samples: list[dict[str, Any]]) 
     )
     for s in samples
   )
-  files.write(
-    keep / f'samples-{name.replace(" ", "_").replace("/", "_")}.jsonl', '\n'.join([*lines, ''])
-  )
+  files.write(keep / f'samples-{re.sub(r"[ /,]+", "_", name)}.jsonl', '\n'.join([*lines, '']))

@@ -19,7 +19,8 @@ enough:
                         peft:FOLDER_OR_HUB_NAME for adapters of one
     form                the prompt template; by default the one that the model was trained with
     dtype               such as float32; by default that of the training
-    data, fsdp, tensor  devices along each axis of the mesh; by default one device
+    data, fsdp, tensor, sequence
+                        devices along each axis of the mesh; by default one device
     keep                a JSON-lines file of answers, from which an interrupted evaluation resumes
 
 --batch_size and --device have no effect: the rows of a batch are chosen by their length and the
@@ -42,7 +43,7 @@ from lm_eval.utils import simple_parse_args_string
 from alignjax.evals.public import harness
 from alignjax.inference import loading
 
-MESH = ('data', 'fsdp', 'tensor')
+MESH = ('data', 'fsdp', 'tensor', 'sequence')
 ARGUMENTS = ('pretrained', 'form', 'dtype', *MESH, 'keep')
 
 

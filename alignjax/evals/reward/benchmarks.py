@@ -34,11 +34,11 @@ class Item(NamedTuple):
 
 
 def of_scores(right: Sequence[float], wrong: Sequence[float]) -> float:
-  """Returns 1 if the first right response has the highest score, 1/k if k responses share that
-  score, and otherwise 0: a choice among the best at random. In a pair a tie counts one half."""
-  scores = np.array([right[0], *wrong])
+  """Returns the share of right responses among those that have the highest score: the probability
+  that a choice among the best at random is right. In a pair a tie counts one half."""
+  scores = np.array([*right, *wrong])
   best = scores == scores.max()
-  return float(best[0] / best.sum())
+  return float(best[: len(right)].sum() / best.sum())
 
 
 def of_ties(right: Sequence[float], wrong: Sequence[float]) -> tuple[float, float]:
