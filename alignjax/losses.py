@@ -254,3 +254,42 @@ def ppo_ptx(
     ptx_loss = -jnp.sum(batch.ptx.weights * logprobs)
   loss = loss + ptx_coef * ptx_loss
   return loss, metrics | {'ppo/loss/ptx': ptx_loss, 'ppo/loss/total': loss}
+
+
+def policy_gradient(
+  params: Params,
+  batch: PPOBatch,
+  key: jax.Array | None,
+  *,
+  nets: Networks,
+  clip_eps: float = 0.2,
+  kl_coef: float = 0.0,
+  temperature: float = 1.0,
+) -> tuple[jax.Array, Metrics]:
+  """The clipped policy term alone, without a value loss, for advantages of groups of samples: RLOO
+  (ops.leave_one_out) and GRPO (ops.group_relative).
+
+  With kl_coef it is GRPO's objective (Shao et al. 2024, Eq. 3), whose KL penalty is the k3 estimate
+  of each token in the loss. Tokens have the weights of the batch, the same for all tokens of a
+  minibatch, where the paper first averages over each response.
+
+  Args:
+    clip_eps: as of ppo.
+    kl_coef: beta of the paper; 0 leaves the term out, for a KL penalty in the rewards.
+    temperature: of the samples; the stage passes it.
+  """
+  del key
+  rollout = batch.rollout
+  tokens, mask = rollout.sequences()
+  live, first = rollout.mask, rollout.prompts.shape[1]
+  logprobs, _ = nets.logprobs(params['policy'], tokens, mask, temperature=temperature)
+  logprobs = jnp.where(live, logprobs[:, first:], 0.0)
+  old, ref = jax.lax.stop_gradient((rollout.logprobs, rollout.ref_logprobs))
+  ratio = jnp.exp(logprobs - jnp.where(live, old, 0.0))
+  clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
+  surrogate = jnp.minimum(batch.advantages * ratio, batch.advantages * clipped_ratio)
+  loss = policy_loss = -jnp.sum(batch.weights * surrogate)
+  if kl_coef:
+    over = jnp.where(live, ref, 0.0) - logprobs
+    loss = loss + kl_coef * jnp.sum(batch.weights * (jnp.exp(over) - 1.0 - over))
+  return loss, {'ppo/loss/policy': policy_loss, 'ppo/loss/total': loss}

@@ -214,6 +214,57 @@ def gae(
   return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
+def leave_one_out(
+  rewards: jax.Array, values: jax.Array, mask: jax.Array, *, samples_per_prompt: int
+) -> tuple[jax.Array, jax.Array]:
+  """The advantages of RLOO (Ahmadian et al. 2024, Eq. 7): the reward of each response less the mean
+  of those of the other samples of its prompt. There is no value network.
+
+  Args:
+    rewards: f32[B,R], of token_rewards; a response has their sum. The samples of a prompt are
+      neighbors.
+    values: f32[B,R], which are not read.
+    mask: bool[B,R].
+    samples_per_prompt: 2 or more; the stage passes it.
+
+  Returns:
+    (advantages, returns), both f32[B,R], the same for every token of a response and 0 on pads.
+  """
+  del values
+  total = _by_prompt(rewards, mask, samples_per_prompt)
+  others = (jnp.sum(total, 1, keepdims=True) - total) / (samples_per_prompt - 1)
+  advantages = jnp.where(mask, (total - others).reshape(-1, 1), 0.0)
+  return advantages, advantages
+
+
+def group_relative(
+  rewards: jax.Array, values: jax.Array, mask: jax.Array, *, samples_per_prompt: int
+) -> tuple[jax.Array, jax.Array]:
+  """The advantages of GRPO (Shao et al. 2024, section 4.1.2): the reward of each response less the
+  mean of the samples of its prompt, over their standard deviation. Where all have the same reward
+  the advantages are 0. Its KL penalty stands in the loss (losses.policy_gradient), so that the
+  stage has kl.coef 0. Arguments and results are those of leave_one_out."""
+  del values
+  total = _by_prompt(rewards, mask, samples_per_prompt)
+  apart = total - jnp.mean(total, 1, keepdims=True)
+  relative = apart / (jnp.std(total, 1, keepdims=True) + 1e-6)
+  advantages = jnp.where(mask, relative.reshape(-1, 1), 0.0)
+  return advantages, advantages
+
+
+def _by_prompt(rewards: jax.Array, mask: jax.Array, samples_per_prompt: int) -> jax.Array:
+  """The summed rewards of the samples of each prompt, f32[prompts, samples_per_prompt]."""
+  chex.assert_rank([rewards, mask], 2)
+  chex.assert_equal_shape([rewards, mask])
+  chex.assert_type([rewards, mask], [jnp.float32, bool])
+  if samples_per_prompt < 2:
+    raise ValueError(
+      'these advantages compare the samples of a prompt: rollout.samples_per_prompt must be 2 or '
+      'more'
+    )
+  return jnp.sum(jnp.where(mask, rewards, 0.0), -1).reshape(-1, samples_per_prompt)
+
+
 KL_ERROR_CLIP = 0.2  # the most that a KL counts as off its target, as a share (Ziegler et al. 2019)
 
 

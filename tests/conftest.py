@@ -53,6 +53,7 @@ LONG_FILES = (
   'test_sharding.py',
   'test_recipes.py',
   'test_rounds.py',
+  'test_studies.py',
 )
 
 
@@ -71,6 +72,7 @@ COMPILED_QUICKLY = {
   'test_preference',
   'test_recipes',
   'test_rounds',
+  'test_studies',
   'test_train',
   'test_weights',
 }

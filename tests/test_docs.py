@@ -32,7 +32,7 @@ import jax
 import ml_collections
 import pytest
 
-from alignjax import train
+from alignjax import studies, train
 from alignjax.commands import config_flags, label
 from alignjax.data import fields
 from alignjax.models.config import TransformerConfig
@@ -203,7 +203,7 @@ def run(words, folder, timeout=600):
 def flags(sub, more=False):
   """The flags that a subcommand's help names; more: those of the libraries that it takes too."""
   wanted = '--helpfull' if more else '--help'
-  actions = label.ACTIONS if sub == 'label' and not more else ()
+  actions = {'label': label.ACTIONS, 'study': studies.NAMES}.get(sub, ()) if not more else ()
   text = '\n'.join(run([sub, *action, wanted], ROOT)[1] for action in [(), *zip(actions)])
   return set(re.findall(r'--(?:\[no\])?([A-Za-z]\w*)', text))
 
@@ -224,7 +224,7 @@ def write_files_of_the_pages(folder):
       r'`([\w/]+\.py)`[^`\n]*:\n\n```python\n(.*?)^```', page.read_text(), re.M | re.S
     )
   ]
-  assert [path for path, _ in found] == ['mylab/losses.py', 'mine.py']
+  assert [path for path, _ in found] == ['mylab/losses.py', 'mylab/entries.py', 'mine.py']
   for path, source in found:
     (folder / path).parent.mkdir(exist_ok=True)
     (folder / path).write_text(source)

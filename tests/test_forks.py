@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import losses, optim, plugins, rollout, train
+from alignjax import losses, ops, optim, plugins, rollout, train
 from alignjax.commands import config_flags
 from alignjax.configs import base, dpo
 from alignjax.runtime import checkpoint, metrics
@@ -212,10 +212,10 @@ def test_rloo_with_a_rule_for_a_reward_trains():
       kl_target=None,
       kl_horizon=None,
       loss_fn=plugins.bind(
-        dict(fn='examples.fork_losses:policy_gradient', clip_eps=0.2), 'loss', given=('nets',)
+        dict(fn='alignjax.losses:policy_gradient', clip_eps=0.2), 'loss', given=('nets',)
       ),
       advantage_fn=plugins.bind(
-        dict(fn='examples.fork_losses:leave_one_out'), 'advantage', facts=dict(samples_per_prompt=4)
+        dict(fn='alignjax.ops:leave_one_out'), 'advantage', facts=dict(samples_per_prompt=4)
       ),
       rollout_fn=functools.partial(
         rollout.collect,
@@ -250,7 +250,7 @@ def test_policy_gradient_is_of_the_temperature_of_the_samples():
   logprobs = np.where(live, logprobs[:, -live.shape[1] :], 0)
   batch = batch.replace(rollout=batch.rollout.replace(logprobs=jnp.asarray(logprobs, jnp.float32)))
   loss = plugins.bind(
-    dict(fn='examples.fork_losses:policy_gradient'),
+    dict(fn='alignjax.losses:policy_gradient'),
     'loss',
     given=('nets',),
     facts=dict(samples_per_prompt=1, temperature=0.5),  # as the stage passes them
@@ -258,6 +258,52 @@ def test_policy_gradient_is_of_the_temperature_of_the_samples():
   found, _ = jax.jit(lambda p: loss({'policy': p}, batch, None, nets=nets))(policy)
   expected = -np.sum(np.asarray(batch.weights) * np.asarray(batch.advantages))
   assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_grpo_by_a_loop():
+  """Advantages of groups of two and three samples, and the loss with its KL term, in float64 and
+  one token after the other."""
+  rng = np.random.default_rng(3)
+  rewards = rng.standard_normal((6, 4)).astype(np.float32)
+  mask = np.arange(4) < rng.integers(1, 5, (6, 1))
+  for k in (2, 3):
+    found, returns = ops.group_relative(
+      jnp.asarray(rewards), jnp.asarray(rewards), jnp.asarray(mask), samples_per_prompt=k
+    )
+    total = [float(r[m].astype(np.float64).sum()) for r, m in zip(rewards, mask, strict=True)]
+    for i in range(6):
+      own = total[i // k * k : i // k * k + k]
+      expected = (total[i] - sum(own) / k) / np.std(own)
+      assert np.allclose(found[i], np.where(mask[i], expected, 0), rtol=1e-4)
+    assert (np.asarray(returns) == np.asarray(found)).all()
+  same, _ = ops.group_relative(
+    jnp.ones((2, 1)), jnp.ones((2, 1)), jnp.ones((2, 1), bool), samples_per_prompt=2
+  )
+  assert same.tolist() == [[0], [0]]
+
+  _, nets, policy, _ = model()
+  batch = ppo_batch(0)
+  tokens, whole = batch.rollout.sequences()
+  logprobs, _ = jax.jit(nets.logprobs)(policy, tokens, whole)
+  live = np.asarray(batch.rollout.mask)
+  new = np.asarray(logprobs, np.float64)[:, -live.shape[1] :]
+  old, ref, advantages, weights = (
+    np.asarray(x, np.float64)
+    for x in (batch.rollout.logprobs, batch.rollout.ref_logprobs, batch.advantages, batch.weights)
+  )
+  expected = 0.0
+  for at in zip(*np.nonzero(live), strict=True):
+    ratio = np.exp(new[at] - old[at])
+    term = min(advantages[at] * ratio, advantages[at] * min(max(ratio, 0.9), 1.1))
+    k3 = np.exp(ref[at] - new[at]) - 1 - (ref[at] - new[at])
+    expected += weights[at] * (0.3 * k3 - term)
+  found, metrics = jax.jit(
+    lambda p: losses.policy_gradient(
+      {'policy': p}, batch, None, nets=nets, clip_eps=0.1, kl_coef=0.3
+    )
+  )(policy)
+  assert found == pytest.approx(expected, rel=1e-4)
+  assert metrics['ppo/loss/total'] == found != metrics['ppo/loss/policy']
 
 
 def checked(tmp_path, **entries):
@@ -270,7 +316,7 @@ def checked(tmp_path, **entries):
 def test_rloo_takes_the_number_of_samples_from_the_stage(one_device, tmp_path):
   """Four of 32 episodes share a prompt: named once, in rollout."""
   c = base.get_config('tiny')
-  c.stages.ppo.advantage = dict(fn='examples.fork_losses:leave_one_out')
+  c.stages.ppo.advantage = dict(fn='alignjax.ops:leave_one_out')
   setup = make_setup(c, tmp_path)
   with pytest.raises(
     ValueError, match=r'stages.ppo.advantage: .*rollout.samples_per_prompt must be 2 or more'
@@ -287,7 +333,7 @@ def test_rloo_takes_the_number_of_samples_from_the_stage(one_device, tmp_path):
   assert bound(rewards, rewards, rewards > 0)[0][:, 0].tolist() == pytest.approx(
     [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]
   )
-  c.stages.ppo.advantage = dict(fn='examples.fork_losses:leave_one_out', samples_per_prompt=2)
+  c.stages.ppo.advantage = dict(fn='alignjax.ops:leave_one_out', samples_per_prompt=2)
   with pytest.raises(
     ValueError,
     match=r"stages.ppo.advantage.samples_per_prompt: the stage passes 'samples_per_prompt' "

@@ -38,7 +38,7 @@ ROOMS = (
   ('data',),
   ('setup',),
   ('inference',),
-  ('evals.stats', 'evals.items', 'evals.markdown', 'evals.table'),
+  ('evals.stats', 'evals.calibration', 'evals.items', 'evals.markdown', 'evals.table'),
   ('evals.safety',),
   ('evals.public',),
   ('evals.preference',),

@@ -102,7 +102,7 @@ def prepare(
       for d in texts
       if d['kind'] == kind
     ]
-    documents[kind] = _rows(rows, longest, template.pad)
+    documents[kind] = weighted_rows(rows, longest, template.pad)
   return Evaluation(
     world=world,
     labelers=labelers,
@@ -123,12 +123,12 @@ def prepare(
 
 
 def _items(items: list[dict], template: Template, length: int) -> tuple:
-  return _rows(
+  return weighted_rows(
     [(template.text(i['context']), template.bare(i['answer'])) for i in items], length, template.pad
   )
 
 
-def _rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tuple:
+def weighted_rows(pairs: list[tuple[list[int], list[int]]], length: int, pad: int) -> tuple:
   """Returns (tokens, mask, weights), with weight 1 on the second part of each pair."""
   tokens, mask = encode.right_pad([a + b for a, b in pairs], length, pad)
   weights = np.zeros(tokens.shape, np.float32)

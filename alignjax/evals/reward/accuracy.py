@@ -5,21 +5,74 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignjax.evals import calibration
 from alignjax.evals.stats import ANY, interval
 from alignjax.sandbox import Labelers
+
+
+class Judged(NamedTuple):
+  """The pairs of responses that the labelers of a pool did not tie, one after the other.
+
+  Attributes:
+    margins: f64[N], the score of the response that the labeler preferred less that of the other.
+    clusters: i[N], the number of the prompt.
+    agree: whether two labelers of the pool chose the same of two responses.
+    agree_clusters: the number of the prompt of these.
+  """
+
+  margins: np.ndarray
+  clusters: list[int]
+  agree: list[bool]
+  agree_clusters: list[int]
+
+
+def judged_pairs(
+  labelers: Labelers, comparisons: Any, score: Callable, seed: int
+) -> dict[str, Judged]:
+  """Returns the pairs of both pools, {'train': Judged, 'heldout': Judged}.
+
+  Every labeler ranks every prompt's responses afresh. Ties of labelers and identical responses are
+  left out. The arguments are those of by_pool.
+  """
+  rows = _rows(comparisons)
+  scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
+  number = {tuple(p): i for i, p in enumerate(comparisons.prompts)}
+  out = {}
+  for pool, ids in (('train', labelers.train), ('heldout', labelers.heldout)):
+    rng = np.random.default_rng([seed, 17])
+    margins, clusters, agree, agree_clusters = [], [], [], []
+    for i, (s, features) in enumerate(zip(scores, comparisons.features, strict=True)):
+      features, prompt = np.asarray(features), number[tuple(comparisons.prompts[i])]
+      ranks = np.stack([labelers.rank(features, labeler, rng) for labeler in ids])  # [labelers, K]
+      first, second = _pairs(comparisons.responses[i])
+      order = np.sign(ranks[:, second] - ranks[:, first])  # 1 where the first is better.
+      labeled = order != 0
+      clusters += [prompt] * int(labeled.sum())
+      margins += ((s[first] - s[second]) * order)[labeled].tolist()
+      one, other = order[0::2][: len(ids) // 2], order[1::2][: len(ids) // 2]
+      both = (one != 0) & (other != 0)
+      agree += (one == other)[both].tolist()
+      agree_clusters += [prompt] * int(both.sum())
+    out[pool] = Judged(np.array(margins, np.float64), clusters, agree, agree_clusters)
+  return out
+
+
+def _rows(comparisons: Any) -> list[list[int]]:
+  return [
+    [*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs
+  ]
 
 
 def by_pool(labelers: Labelers, comparisons: Any, score: Callable, seed: int) -> dict[str, Any]:
   """Returns the accuracy on the training and on the held-out labelers, and how often two labelers
   of a pool agree, which is the ceiling.
 
-  Every labeler of both pools ranks every prompt's responses afresh. Ties of labelers and identical
-  responses are left out, and a tie of the model counts one half. The intervals are by prompt,
-  because the pairs of a prompt are not independent.
+  A tie of the model counts one half. The intervals are by prompt, because the pairs of a prompt are
+  not independent.
 
   Args:
     labelers: the sandbox's labelers.
@@ -27,57 +80,28 @@ def by_pool(labelers: Labelers, comparisons: Any, score: Callable, seed: int) ->
     score: a function of token rows that returns f[N].
     seed: the seed of the rankings.
   """
-  rows = [
-    [*p, *r] for p, rs in zip(comparisons.prompts, comparisons.responses, strict=True) for r in rs
-  ]
-  scores = np.split(score(rows), np.cumsum([len(r) for r in comparisons.responses])[:-1])
-  number = {tuple(p): i for i, p in enumerate(comparisons.prompts)}
+  rows = _rows(comparisons)
+  scores = np.asarray(score(rows))
   out = {}
-  for pool, ids in (('train', labelers.train), ('heldout', labelers.heldout)):
-    rng = np.random.default_rng([seed, 17])
-    hits, clusters, agree, agree_clusters, probabilities, margins = [], [], [], [], [], []
-    for i, (s, features) in enumerate(zip(scores, comparisons.features, strict=True)):
-      features, prompt = np.asarray(features), number[tuple(comparisons.prompts[i])]
-      ranks = np.stack([labelers.rank(features, labeler, rng) for labeler in ids])  # [labelers, K]
-      first, second = _pairs(comparisons.responses[i])
-      order = np.sign(ranks[:, second] - ranks[:, first])  # 1 where the first is better.
-      predicted = np.sign(s[first] - s[second])
-      labeled = order != 0
-      hits += (0.5 + 0.5 * order * predicted)[labeled].tolist()
-      clusters += [prompt] * int(labeled.sum())
-      signed = ((s[first] - s[second]) * order)[labeled]  # Positive where the model agrees.
-      margins += signed.tolist()
-      probabilities += (1 / (1 + np.exp(-np.abs(signed)))).tolist()
-      one, other = order[0::2][: len(ids) // 2], order[1::2][: len(ids) // 2]
-      both = (one != 0) & (other != 0)
-      agree += (one == other)[both].tolist()
-      agree_clusters += [prompt] * int(both.sum())
-    out[f'accuracy_{pool}_labelers'] = interval(hits, clusters, (0, 1))
-    out[f'margin_{pool}_labelers'] = interval(margins, clusters, ANY)
+  for pool, found in judged_pairs(labelers, comparisons, lambda _: scores, seed).items():
+    hits = 0.5 + 0.5 * np.sign(found.margins)
+    out[f'accuracy_{pool}_labelers'] = interval(hits, found.clusters, (0, 1))
+    out[f'margin_{pool}_labelers'] = interval(found.margins, found.clusters, ANY)
     out[f'calibration_error_{pool}_labelers'] = calibration_error(
-      np.array(probabilities), np.array(hits, float)
+      1 / (1 + np.exp(-np.abs(found.margins))), hits
     )
-    out[f'agreement_{pool}_labelers'] = interval(agree, agree_clusters, (0, 1))
-  lengths, scores = np.array([len(r) for r in rows]), np.concatenate(scores)
+    out[f'agreement_{pool}_labelers'] = interval(found.agree, found.agree_clusters, (0, 1))
+  lengths = np.array([len(r) for r in rows])
   varied = lengths.std() > 0 and scores.std() > 0
   out['length_correlation'] = float(np.corrcoef(scores, lengths)[0, 1]) if varied else None
   return out
 
 
 def calibration_error(probabilities: np.ndarray, hits: np.ndarray, bins: int = 10) -> float:
-  """Returns the expected calibration error: the difference between the share of pairs that are
-  ordered correctly and the probability that the model gave to its own order (the score difference
-  is a log-odds, paper 3.5), averaged over equal bins of 0.5..1 that are weighted by their number of
-  pairs."""
-  if len(hits) == 0:
-    return float('nan')
-  which = np.minimum(((probabilities - 0.5) * 2 * bins).astype(int), bins - 1)
-  gaps = [
-    abs(hits[which == b].mean() - probabilities[which == b].mean()) * (which == b).mean()
-    for b in range(bins)
-    if (which == b).any()
-  ]
-  return float(sum(gaps))
+  """Returns the expected calibration error (evals/calibration.py) of the probabilities that the
+  model gave to its own order of a pair, f[N] in 0.5..1: the score difference is a log-odds (paper
+  3.5)."""
+  return calibration.error(probabilities, hits, bins, 0.5)
 
 
 def on_ranks(comparisons: Any, score: Callable) -> dict[str, Any]:
