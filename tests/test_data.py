@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from alignjax import losses, ops
-from alignjax.data import batches, cache, encode, rows, sources, text
+from alignjax.data import batches, cache, encode, sources, text
+from alignjax.data import rows as encoded_rows
 from alignjax.types import TokenBatch
 
 
@@ -213,7 +214,9 @@ def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
 def documents(texts, first):
   """Texts of digits as encoded records."""
   template = types.SimpleNamespace(document=lambda t: [first, *map(int, t)])
-  return cache.in_memory(rows.part([[dict(text=t)] for t in texts], 'pretrain', template, 0))
+  return cache.in_memory(
+    encoded_rows.part([[dict(text=t)] for t in texts], 'pretrain', template, 0)
+  )
 
 
 @pytest.mark.parametrize('pack', [False, True])

@@ -471,4 +471,4 @@ def test_ranks_begin_at_0_where_the_best_response_is_too_long(tmp_path):
   c.stages.rm.k_buckets = (4,)
   c.data.too_long = 'drop'
   made = comparisons.training(make_setup(c, tmp_path / 'run'), 'rm')
-  assert made.ranks == [[1, 0, 0], [0, 1]]
+  assert list(made.ranks) == [[1, 0, 0], [0, 1]]

@@ -29,9 +29,9 @@ def ordered(count: int, size: int, seed: Sequence[int]) -> Callable[[int], np.nd
 
   def indices(step):
     nonlocal held
-    start = step * size
+    start, known = step * size, held  # Several threads may ask.
     epochs = range(start // count, (start + size - 1) // count + 1)
-    orders = {epoch: held[epoch] if epoch in held else order(epoch) for epoch in epochs}
+    orders = {epoch: known[epoch] if epoch in known else order(epoch) for epoch in epochs}
     held = {epochs[-1]: orders[epochs[-1]]}
     offset = start - epochs[0] * count
     return np.concatenate(list(orders.values()))[offset : offset + size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -267,7 +267,7 @@ def pack(
 def packed(
   plan: Packing,
   numbers: Iterable[int],
-  part: Callable[[int, int, int], tuple[Sequence[int], Sequence[float]]],
+  part: Callable[[int, int, int], tuple[Any, Any]],
   length: int,
   pad: int,
 ) -> TokenBatch:

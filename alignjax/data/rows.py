@@ -36,9 +36,14 @@ def part(
       pieces += made
       counts.append(len(made))
     return dict(tokens=_flat(pieces), piece_ends=_lengths(pieces), row_ends=counts)
+  responses = dict(
+    demonstrations=lambda record: [record['response']],
+    comparisons=lambda record: record['responses'],
+    prompts=lambda record: [],
+  )[kind]
   ranks, texts, held, faults = [], [], [], {}
   for record in (record for raw in raws for record in raw):
-    prompt, said = record['prompt'], responses_of(record)
+    prompt, said = record['prompt'], responses(record)
     try:
       pairs = [template.row(prompt, response) for response in said]
       made = [template.prompt(prompt), *(tokens for _, tokens in pairs)]
@@ -63,11 +68,6 @@ def part(
   )
 
 
-def responses_of(record: Mapping[str, Any]) -> Sequence[str]:
-  """The responses of a record of any kind, as text."""
-  return [record['response']] if 'response' in record else record.get('responses', [])
-
-
 def _flat(pieces: list[list[int]]) -> np.ndarray:
   return np.array([token for piece in pieces for token in piece], np.int32)
 
@@ -84,52 +84,51 @@ class Limits(NamedTuple):
   too_long: str
 
 
-class Chosen(Sequence):
+class Chosen(Sequence[encode.Row]):
   """Records of a cache within the length limits, as (prompt, responses) in tokens.
 
   Args:
     rows: the records.
-    index: i[N], the number of each chosen one.
+    numbers: i[N], that of each chosen one.
     limits: those of every row.
     records: the records themselves, where they are at hand.
   """
 
   def __init__(
-    self, rows: cache.Rows, index: np.ndarray, limits: Limits, records: Sequence[dict] | None
+    self, rows: cache.Rows, numbers: np.ndarray, limits: Limits, records: Sequence[dict] | None
   ):
-    self.rows, self.index, self.limits, self._records = rows, index, limits, records
+    self.rows, self.numbers, self.limits, self._records = rows, numbers, limits, records
 
   def __len__(self) -> int:
-    return len(self.index)
+    return len(self.numbers)
 
   def __getitem__(self, i: int) -> encode.Row:  # pyright: ignore[reportIncompatibleMethodOverride]
-    prompt, *responses = self.rows.pieces(int(self.index[i]))
+    prompt, *responses = self.rows.pieces(int(self.numbers[i]))
     stay = [r[: self.limits.response] for r in responses if self._stays(r)]
     return prompt[-self.limits.prompt :], stay
 
   def ranks(self, i: int) -> list[int]:
     """The ranks of the responses of row i, from 0 on without a gap."""
-    number = int(self.index[i])
+    number = int(self.numbers[i])
     pairs = zip(self.rows.pieces(number)[1:], self.rows.ranks(number), strict=True)
     return fields.dense_ranks([rank for piece, rank in pairs if self._stays(piece)])
 
   def record(self, i: int) -> dict[str, Any]:
     """The record of row i, of which a cache knows the prompt alone."""
-    number = int(self.index[i])
+    number = int(self.numbers[i])
     return (
       dict(prompt=self.rows.text(number)[1]) if self._records is None else self._records[number]
     )
 
   def sizes(self) -> Sizes:
     """The sizes of all rows."""
-    made = [size for _, size in sizes(self.rows, self.index, self.limits)]
-    if not made:
-      return Sizes(*(np.zeros(0, np.int64) for _ in range(5)), np.zeros(0, bool))
-    return Sizes(*(np.concatenate(column) for column in zip(*made, strict=True)))
+    made = [size for _, size in sizes(self.rows, self.numbers, self.limits)]
+    none = [np.zeros(0, np.int64)] * 5 + [np.zeros(0, bool)]
+    return Sizes._make(map(np.concatenate, zip(none, *made, strict=True)))
 
   def take(self, keep: np.ndarray) -> Chosen:
     """The rows of these numbers."""
-    return Chosen(self.rows, self.index[keep], self.limits, self._records)
+    return Chosen(self.rows, self.numbers[keep], self.limits, self._records)
 
   def _stays(self, response: list[int]) -> bool:
     return self.limits.too_long != 'drop' or len(response) <= self.limits.response

@@ -39,6 +39,7 @@ import itertools
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,11 +86,16 @@ def read(
     itertools.islice((r for i in range(opened.count) for r in opened.records(i)), most)
   )
   if not records:
-    raise ValueError(
-      f'data.{kind}={source!r} has no records'
-      + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
-    )
+    raise no_records(source, kind, mapping)
   return records
+
+
+def no_records(source: str, kind: str, mapping: str | None) -> ValueError:
+  """Returns the error of a source without records."""
+  return ValueError(
+    f'data.{kind}={source!r} has no records'
+    + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
+  )
 
 
 def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
@@ -148,16 +154,16 @@ def blocks(source: str, kind: str, mapping: str | None = None) -> Iterator[Block
     _change(name, kind, change)  # A wrong name is an error before the file is read.
     path, empty, size = textfiles.place(rest, f'data.{kind}: '), True, 0
     for lines in textfiles.blocks(rest, f'data.{kind}: '):
-      size = size or (path.stat().length if files.is_bucket(path) else path.stat().st_size)
+      size = size or (path.stat().length if files.is_bucket(path) else os.stat(path).st_size)
       empty = empty and not lines.raw.removeprefix(b'\xef\xbb\xbf').strip(b' \t\r\n[]')
       yield Block(part, lines, 0, 0, lines.read / max(size, lines.read, 1))
     if empty:
       _open_one(name, kind, change)  # It says that there are none.
 
 
-def identity(source: str, kind: str) -> str | None:
-  """Returns what tells versions of data sets of a library apart, or None if they cannot be told
-  apart. It is '' for files, whose contents do that."""
+def identity(source: str, kind: str) -> str:
+  """Returns what tells versions of data sets of a library apart, which is never the same twice
+  where nothing does. It is '' for files, whose contents do that."""
   found = ''
   for name in split(source):
     form, _, rest = name.partition(':')
@@ -166,16 +172,13 @@ def identity(source: str, kind: str) -> str | None:
     where = f'data.{kind}={form}'
     folder = _folder(_name_and_split(rest, where)[0], f'{where}:{rest}')
     if folder is None:
-      version = _open_one(name, kind, '').version
-      if not version:
-        return None
-      found += f'{version};'
+      found += f'{_open_one(name, kind, "").version or uuid.uuid4().hex};'
   return found
 
 
 def reader(
   source: str, kind: str, mapping: str | None = None
-) -> Callable[[Block], list[list[Record]]]:
+) -> Callable[[Block], Sequence[Sequence[dict[str, Any]]]]:
   """Returns a function of a block that returns our checked records of each of its raw records."""
   parts = _parts(source, kind, mapping)
   opened: dict[int, Source] = {}

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import itertools
 import os
 import pathlib
 import sys
 import time
-import uuid
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from alignjax.data import batches, cache, mappings, rows, sources, text
+from alignjax.data import batches, cache, chat, mappings, rows, sources, text
 from alignjax.runtime import files, fingerprints
 from alignjax.runtime.versions import VERSIONS
 from alignjax.setup import encoders, inputs
@@ -33,78 +31,65 @@ from alignjax.setup.records import check_share, none_left, of_sandbox, say
 from alignjax.setup.records import records as records_of
 
 EVERY = 5.0  # seconds between two lines about the progress
-HELD = 4  # small sources that stay in memory, for the next stage that reads them
-_held: dict[str, cache.Rows] = {}
 
 
-class Records(NamedTuple):
-  """All records of a source.
+class Drawn(NamedTuple):
+  """Some of the encoded records of a source.
 
   Attributes:
-    rows: the records, encoded.
+    rows: all records, encoded.
+    numbers: i[N], those of the chosen ones, ascending.
     own: the records themselves, where the sandbox made them.
   """
 
   rows: cache.Rows
-  own: list[dict] | None = None
+  numbers: np.ndarray
+  own: Sequence[dict] | None = None
 
 
-def chosen(
-  setup: Setup, kind: str, count: int | None, split: str = 'train', none: bool = False
-) -> rows.Chosen:
-  """`count` records of data.<kind> within the lengths, encoded: those that records.records returns
-  and records.encoded encodes. data.too_long says what happens to longer ones.
+def chosen(setup: Setup, kind: str, count: int | None) -> rows.Chosen:
+  """`count` records of data.<kind> (see `drawn`) within the lengths; data.too_long says what
+  happens to longer ones.
+
+  Raises:
+    ValueError: with the source and the record.
+  """
+  return within(setup, kind, drawn(setup, kind, count))
+
+
+def drawn(setup: Setup, kind: str, count: int | None, split: str = 'train') -> Drawn:
+  """The records that records.records returns, encoded.
 
   Args:
     kind: 'demonstrations', 'comparisons' or 'prompts'.
     count: a number of records, drawn by the seed, or None for all.
     split: see records.records.
-    none: whether an empty result is allowed.
-
-  Raises:
-    ValueError: with the source and the record.
   """
-  found = every(setup, kind, count, split)
-  return within(setup, kind, found, choose(setup, kind, found, count, split), none)
-
-
-def every(setup: Setup, kind: str, count: int | None = None, split: str = 'train') -> Records:
-  """All records of data.<kind>; of the sandbox, `count` of a split."""
-  data = setup.config.data
   check_share(setup)
   if of_sandbox(setup, kind):
     made = records_of(setup, kind, count, split)
-    return Records(_in_memory(setup, kind, made), made)
-  setup.read.update(inputs.of_data(f'data.{kind}', data[kind], data.mapping[kind]))
-  return Records(_kept(setup, kind))
-
-
-def choose(
-  setup: Setup, kind: str, found: Records, count: int | None, split: str = 'train'
-) -> np.ndarray:
-  """The numbers of `count` records of a split, ascending; see records.records."""
-  if found.own is not None:
-    return np.arange(len(found.own))
-  share, held = setup.config.data.heldout.share, found.rows.columns['held']
-  own = [np.zeros(0, np.int32)]
+    return Drawn(_in_memory(setup, kind, made), np.arange(len(made)), made)
+  found, share = _kept(setup, kind), setup.config.data.heldout.share
+  held, own = found.columns['held'], [np.zeros(0, np.int32)]
   for start in range(0, len(held), rows.AT_ONCE):
     places = held.read(start, min(start + rows.AT_ONCE, len(held)))
     own.append((start + np.flatnonzero((places < share) == (split == 'test'))).astype(np.int32))
-  index = np.concatenate(own)
-  if not len(index) and split == 'train':
+  numbers = np.concatenate(own)
+  if not len(numbers) and split == 'train':
     raise none_left(setup, kind, len(held))
-  return index[batches.drawn(len(index), count, (setup.config.seed, seed_of(kind)))]
+  seed = (setup.config.seed, seed_of(kind))
+  return Drawn(found, numbers[batches.drawn(len(numbers), count, seed)])
 
 
-def within(
-  setup: Setup, kind: str, found: Records, index: np.ndarray, none: bool = False
-) -> rows.Chosen:
-  """The rows of these records that are within the lengths of the config; see `chosen`."""
+def within(setup: Setup, kind: str, found: Drawn, none: bool = False) -> rows.Chosen:
+  """The rows of these records that are within the lengths of the config; see `chosen`.
+
+  Args:
+    none: whether an empty result is allowed.
+  """
   data = setup.config.data
   limits = rows.Limits(setup.prompt_length, setup.response_length, data.too_long)
-  entry = f'data.{kind}'
-  what = entry if found.own is None else f'{entry}={data[kind]!r}'
-  made, note = rows.within(found.rows, index, limits, what, none, found.own)
+  made, note = rows.within(found.rows, found.numbers, limits, f'data.{kind}', none, found.own)
   if note:
     say(note)
   return made
@@ -117,8 +102,6 @@ def documents(setup: Setup, count: int | None) -> tuple[int, Callable]:
     found = _in_memory(setup, 'pretrain', records_of(setup, 'pretrain', count))
     numbers = np.arange(len(found))
   else:
-    data = setup.config.data
-    setup.read.update(inputs.of_data('data.pretrain', data.pretrain, data.mapping.pretrain))
     found = _kept(setup, 'pretrain')
     numbers = batches.drawn(len(found), count, (setup.config.seed, seed_of('pretrain')))
 
@@ -143,58 +126,56 @@ def _in_memory(setup: Setup, kind: str, records: Sequence[dict]) -> cache.Rows:
 def folder(setup: Setup) -> files.Folder:
   """The folder of the config's data_cache; by default that of the user's caches, because the runs
   of several seeds read the same source, and a workdir may be in a bucket."""
-  named = setup.config.get('data_cache')
-  if named:
+  if named := setup.config.get('data_cache'):
     return files.absolute(named)
   home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path('~/.cache').expanduser()
   return pathlib.Path(home) / 'alignjax'
 
 
 def _kept(setup: Setup, kind: str) -> cache.Rows:
-  """The rows of a source, from memory, from the folder, or made now."""
+  """The rows of a source, from the folder or made now, and kept there unless they are few."""
   data, place = setup.config.data, folder(setup)
+  entry, source, mapping = f'data.{kind}', data[kind], data.mapping[kind]
+  setup.read.update(inputs.of_data(entry, source, mapping))
   known = fingerprints.known(setup.workdir) | fingerprints.known(place)
-  version = sources.identity(data[kind], kind)
-  if version is None:  # Nothing says whether it is what it was, so that it is encoded anew.
-    version = uuid.uuid4().hex
+  version = sources.identity(source, kind)
   key = key_of(setup, kind, known, version)
-  if key in _held:
-    return _held[key]
-  entry, source = f'data.{kind}', data[kind]
-  config = dict(data=data.to_dict(), world=setup.config.world.to_dict())
-  task = encoders.Task(config, kind, data.heldout.seed)
 
   def make(large: Callable[[], bool]) -> Generator[cache.Part]:
-    blocks = sources.blocks(source, kind, data.mapping[kind])
-    tell, own = _Progress(entry), encoders.reader(task)
+    task = encoders.Task(dict(data=data.to_dict(), world=setup.config.world.to_dict()), kind)
+    blocks, count = sources.blocks(source, kind, mapping), 0
+    encode = encoders.encoder(task, setup.text.template)
     while not large() and (block := next(blocks, None)) is not None:
-      part = encoders.encode(task, block, own, setup.text.template)
-      tell.done(block, part, False)
+      part = encode(block)
+      count += len(part['row_ends'])
       yield part
     if large():
-      count = min(len(os.sched_getaffinity(0)), encoders.MOST)
-      for block, part in encoders.parts(task, blocks, count):
-        tell.done(block, part, True)
+      start = last = time.monotonic()
+      for block, part in encoders.parts(task, blocks):
+        count += len(part['row_ends'])
+        if (now := time.monotonic()) > last + EVERY:
+          last, which = now, f' of source {block.part + 1}' if block.part else ''
+          left = (now - start) * (1 - block.share) / max(block.share, 1e-9)
+          print(
+            f'{entry}: {count:,} records are encoded, {block.share:.0%}{which}, about '
+            f'{left / 60:.0f} min left',
+            file=sys.stderr,
+            flush=True,
+          )
         yield part
-    if not tell.records:
-      mapping = data.mapping[kind]
-      raise ValueError(
-        f'{entry}={source!r} has no records'
-        + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
-      )
+    if not count:
+      raise sources.no_records(source, kind, mapping)
     if key_of(setup, kind, known, version) != key:
       raise inputs.ChangedInput(
         f'{entry}={source!r} changed while it was read; the same command reads it again.'
       )
 
-  fingerprints.remember(place, known)
   token = np.uint16 if setup.text.vocabulary <= 2**16 else np.int32
-  found = cache.kept(place, key, entry, make, token)
-  if not found.on_disk:
-    for old in list(itertools.islice(_held, max(0, len(_held) + 1 - HELD))):
-      del _held[old]
-    _held[key] = found
-  return found
+  made = cache.kept(place, key, entry, make, token)
+  fingerprints.remember(place, known)
+  if jax.process_index() == 0:
+    fingerprints.remember(setup.workdir, known)
+  return made
 
 
 def key_of(setup: Setup, kind: str, known: dict[str, list], version: str) -> str:
@@ -206,55 +187,29 @@ def key_of(setup: Setup, kind: str, known: dict[str, list], version: str) -> str
       (fingerprints.of_files).
     version: what else tells versions of the source apart (sources.identity).
   """
-  data, before = setup.config.data, dict(known)
+  data = setup.config.data
   mapping = data.mapping[kind]
   read = inputs.of_data(f'data.{kind}', data[kind], mapping)
-  own = [
-    fingerprints.of_function(change)
-    for name in (mapping or '').split(';')
-    if (change := mappings.find(name.strip(), f'data.mapping.{kind}')) is not None
-  ]
   if data.tokenizer != 'sandbox:':
     read['data.tokenizer'] = ('tokenizer', data.tokenizer)
   prints = {
     entry: inputs.fingerprint(what, name, setup.workdir, known)
     for entry, (what, name) in read.items()
   }
-  if known != before:
-    fingerprints.remember(folder(setup), known)
-    if jax.process_index() == 0:
-      fingerprints.remember(setup.workdir, known)
-  day = data.get('template_date') or (
-    datetime.date.today().isoformat() if data.template == 'chat' else None
-  )
+  changes = [
+    fingerprints.of_function(change)
+    for name in (mapping or '').split(';')
+    if (change := mappings.find(name.strip(), f'data.mapping.{kind}')) is not None
+  ]
+  day = data.get('template_date')
+  if day is None and data.template == 'chat' and chat.dated(setup.text.tokenizer):
+    day = datetime.date.today().isoformat()
+  libraries = {n: importlib.metadata.version(n) for n in ('tokenizers', 'transformers', 'jinja2')}
   return fingerprints.of_value(
     [
       VERSIONS['alignjax.data.rows:part'],
-      {n: importlib.metadata.version(n) for n in ('tokenizers', 'transformers', 'jinja2')},
+      libraries,
       [kind, data[kind], mapping, data.tokenizer, data.template, day, data.heldout.seed],
-      [prints, own, version],
+      [prints, changes, version],
     ]
   )
-
-
-class _Progress:
-  """Says on standard error how far the encoding of a large source is."""
-
-  def __init__(self, what: str):
-    self._what, self.records = what, 0
-    self._start = self._last = time.monotonic()
-
-  def done(self, block: sources.Block, part: cache.Part, large: bool) -> None:
-    self.records += len(part['row_ends'])
-    now = time.monotonic()
-    if not large or now - self._last < EVERY:
-      return
-    self._last, rate = now, self.records / (now - self._start)
-    left = (now - self._start) * (1 - block.share) / max(block.share, 1e-9)
-    several = f' of source {block.part + 1}' if block.part else ''
-    print(
-      f'{self._what}: {self.records:,} records are encoded, {block.share:.0%}{several}, '
-      f'{rate:,.0f} records/s, about {left / 60:.0f} min left',
-      file=sys.stderr,
-      flush=True,
-    )

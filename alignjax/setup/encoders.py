@@ -1,29 +1,24 @@
-"""Processes of this host that encode blocks of a source beside this one.
-
-They are plain Python processes that talk through pipes. A fork of a process in which JAX runs could
-hang, and multiprocessing would import a user's main script once more.
-"""
+"""Processes of this host that encode blocks of a source beside this one."""
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
-import contextlib
+import multiprocessing
 import os
-import pickle
-import queue
-import subprocess
-import sys
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, process
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 
 from alignjax.data import cache, rows, sources
+from alignjax.data.templates import Template
 from alignjax.setup import texts
 
 MOST = 32  # processes of a host
-COMMAND = 'from alignjax.setup import encoders; encoders.serve()'
 
 
 class Task(NamedTuple):
@@ -32,125 +27,61 @@ class Task(NamedTuple):
   Attributes:
     config: the entries data and world of the config.
     kind: the kind of record.
-    seed: that of the held-out prompts.
   """
 
   config: dict[str, Any]
   kind: str
-  seed: int
 
 
-def encode(task: Task, block: sources.Block, reader: Any, template: Any) -> cache.Part:
-  """Returns a block as a part of a cache."""
-  return rows.part(reader(block), task.kind, template, task.seed)
-
-
-def reader(task: Task) -> Any:
-  """Returns the function that reads the blocks of a task."""
+def encoder(task: Task, template: Template) -> Callable[[sources.Block], cache.Part]:
+  """Returns the function that makes a block a part of a cache."""
   data = task.config['data']
-  return sources.reader(data[task.kind], task.kind, data['mapping'][task.kind])
+  read = sources.reader(data[task.kind], task.kind, data['mapping'][task.kind])
+  return lambda block: rows.part(read(block), task.kind, template, data['heldout']['seed'])
 
 
 def parts(
-  task: Task, blocks: Iterator[sources.Block], count: int
+  task: Task, blocks: Iterator[sources.Block]
 ) -> Iterator[tuple[sources.Block, cache.Part]]:
-  """Yields the blocks in order, each as a part of a cache, encoded by `count` processes."""
-  free: queue.Queue = queue.Queue()
-  with contextlib.ExitStack() as stack:
-    for _ in range(count):
-      worker = _Worker(task)
-      stack.callback(worker.close)
-      free.put(worker)
-    pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(count))
-
-    def ask(block):
-      worker = free.get()
-      try:
-        return worker.ask(block)
-      finally:
-        free.put(worker)
-
-    waiting: collections.deque = collections.deque()
+  """Yields the blocks in order, each as a part of a cache, encoded by a process for each core."""
+  count = min(len(os.sched_getaffinity(0)), MOST)
+  pool = ProcessPoolExecutor(
+    count,
+    multiprocessing.get_context('spawn'),  # A fork of a process in which JAX runs could hang.
+    _begin,
+    (task,),
+  )
+  waiting: collections.deque = collections.deque()
+  try:
     for block in blocks:
-      waiting.append((block, pool.submit(ask, block)))
+      waiting.append((block, pool.submit(_encode, block)))
       if len(waiting) >= 2 * count:
-        done, result = waiting.popleft()
-        yield done, result.result()
+        yield waiting[0][0], waiting.popleft()[1].result()
     while waiting:
-      done, result = waiting.popleft()
-      yield done, result.result()
+      yield waiting[0][0], waiting.popleft()[1].result()
+  except process.BrokenProcessPool as error:
+    raise RuntimeError(
+      'a process that encodes records ended. A machine without memory ends processes; and a script '
+      "of yours needs `if __name__ == '__main__':` around what it runs."
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
-class _Worker:
-  """A process that encodes blocks."""
-
-  def __init__(self, task: Task):
-    path = os.pathsep.join([os.path.abspath(p) for p in sys.path])
-    # One thread each; JAX is only imported there, and may not take an accelerator.
-    alone = dict(TOKENIZERS_PARALLELISM='false', JAX_PLATFORMS='cpu', PYTHONPATH=path)
-    self._process = subprocess.Popen(
-      [sys.executable, '-c', COMMAND],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      env={**os.environ, **alone},
-    )
-    self._send(task)
-
-  def ask(self, block: sources.Block) -> cache.Part:
-    """Returns the part that a block becomes, or raises what the process raised."""
-    self._send(block)
-    try:
-      answer = pickle.load(self._process.stdout)  # pyright: ignore[reportArgumentType] it is a pipe
-    except (EOFError, pickle.UnpicklingError):
-      raise self._ended() from None
-    if isinstance(answer, BaseException):
-      raise answer
-    return answer
-
-  def close(self) -> None:
-    with contextlib.suppress(OSError):
-      self._process.kill()
-    for pipe in (self._process.stdin, self._process.stdout):
-      with contextlib.suppress(OSError):
-        pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
-    self._process.wait()
-
-  def _send(self, value: Any) -> None:
-    try:
-      pickle.dump(value, self._process.stdin)  # pyright: ignore[reportArgumentType] it is a pipe
-      self._process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
-    except OSError:
-      raise self._ended() from None
-
-  def _ended(self) -> RuntimeError:
-    return RuntimeError(
-      f'a process that encodes records ended with status {self._process.wait()}; a negative one '
-      'is a signal, and -9 is what a machine without memory sends.'
-    )
+_own: dict[str, Any] = {}  # of a process that encodes
 
 
-def serve() -> None:
-  """Encodes the blocks that come through standard input until it ends."""
-  answers = os.fdopen(os.dup(1), 'wb')
-  os.dup2(2, 1)  # What a user's function prints is no answer.
-  task = pickle.load(sys.stdin.buffer)
-  template = read = None
-  while True:
-    try:
-      block = pickle.load(sys.stdin.buffer)
-    except EOFError:
-      return
-    try:
-      if read is None:
-        template = texts.of_config(ml_collections.ConfigDict(task.config)).template
-        read = reader(task)
-      answer: Any = encode(task, block, read, template)
-    except Exception as error:  # noqa: BLE001 raised again by the process that asked
-      answer = error
-      try:
-        pickle.loads(pickle.dumps(answer))
-      except Exception:  # noqa: BLE001 an exception with a constructor of its own
-        answer = ValueError(f'{type(error).__name__}: {error}')
-    pickle.dump(answer, answers)
-    answers.flush()
+def _begin(task: Task) -> None:
+  """Prepares a process, which ends with the one that started it, and by nothing else."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
+  jax.config.update('jax_platforms', 'cpu')  # The accelerator belongs to the other process.
+  _own['task'] = task
+
+
+def _encode(block: sources.Block) -> cache.Part:
+  if 'encode' not in _own:
+    config = ml_collections.ConfigDict(_own['task'].config)
+    _own['encode'] = encoder(_own['task'], texts.of_config(config).template)
+  return _own['encode'](block)

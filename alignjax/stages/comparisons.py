@@ -59,10 +59,7 @@ def training(setup: Setup, name: str) -> Comparisons:
     )
     count, ranked = len(made.prompts), without_ties(made)
   else:
-    found = encoded.every(setup, 'comparisons')
-    made = encoded.within(
-      setup, 'comparisons', found, encoded.choose(setup, 'comparisons', found, cfg.prompts)
-    )
+    made = encoded.chosen(setup, 'comparisons', cfg.prompts)
     count, ranked = len(made), _without_ties(made, max(cfg.k_buckets))
   if tied := count - len(ranked.prompts):
     say(
@@ -87,16 +84,15 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   cfg = setup.config.stages[name]
   if of_sandbox(setup, 'comparisons'):
     return sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
-  found = encoded.every(setup, 'comparisons')
-  index = encoded.choose(setup, 'comparisons', found, None, 'test')
-  names = [json.dumps(found.rows.text(i)[1], sort_keys=True) for i in index.tolist()]
+  found = encoded.drawn(setup, 'comparisons', None, 'test')
+  names = [json.dumps(found.rows.text(i)[1], sort_keys=True) for i in found.numbers.tolist()]
   chosen = set(
     batches.draw(
       sorted(set(names)), cfg.evaluation_prompts, (setup.config.seed, seed_of(f'{name}/held out'))
     )
   )
-  index = index[np.array([prompt in chosen for prompt in names], bool)]
-  rows = _without_ties(encoded.within(setup, 'comparisons', found, index, none=True))
+  own = found.numbers[np.array([prompt in chosen for prompt in names], bool)]
+  rows = _without_ties(encoded.within(setup, 'comparisons', found._replace(numbers=own), none=True))
   made = Comparisons(list(rows.prompts), list(rows.responses), list(rows.ranks))
   if not made.prompts and cfg.evaluation_prompts != 0:
     say(
@@ -112,7 +108,7 @@ def _without_ties(rows: Chosen, most: int | None = None) -> Comparisons:
   sizes = rows.sizes()
   for i in np.flatnonzero(sizes.stay > most)[:1].tolist() if most is not None else ():
     raise ValueError(
-      f'{rows.rows.text(int(rows.index[i]))[0]}: {sizes.stay[i]} responses, more than the {most} '
+      f'{rows.rows.text(int(rows.numbers[i]))[0]}: {sizes.stay[i]} responses, more than the {most} '
       "that the stage's k_buckets leave room for; add that number to them, or leave responses out."
     )
   rows = rows.take(~sizes.tied)

@@ -178,7 +178,7 @@ def build(setup: Setup, name: str) -> Stage:
   text_rows = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = text_mix(setup, cfg.ptx.documents, text_rows, (*seed, 1)) if text_rows else None
   indices = batches.ordered(len(prompts), prompts_per_step, seed)
-  prompts_by_tokens = ByTokens(prompts, batches.ordered(len(prompts), prompts_per_step, seed))
+  prompts_by_tokens = ByTokens(prompts, indices)
 
   def batch(i):
     prompts_by_tokens.note(i)
