@@ -149,7 +149,7 @@ def in_memory(part: Part) -> Rows:
 
 
 def kept(
-  folder: files.Folder,
+  folder: pathlib.Path,
   key: str,
   what: str,
   make: Callable[[Callable[[], bool]], Generator[Part]],
@@ -169,9 +169,7 @@ def kept(
   Raises:
     OSError: with the name of the file that cannot be written.
   """
-  if files.is_bucket(folder):
-    raise ValueError(f'data_cache={str(folder)!r} must be a folder on a disk.')
-  place = pathlib.Path(folder) / key
+  place = folder / key
   found = _open(place)
   if found is not None:
     return found
@@ -341,5 +339,5 @@ def _open(place: pathlib.Path) -> Rows | None:
       columns[name] = Column(dtype, path, size, array.array('I', sums))
     return Rows(columns, {int(i): text for i, text in found['faults']})
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    print(f'{place}: {error}: the records are encoded again', file=sys.stderr, flush=True)
+    print(f'{place / MARK}: {error}: the records are encoded again', file=sys.stderr, flush=True)
     return None

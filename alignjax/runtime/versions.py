@@ -10,7 +10,6 @@ its results: those stay valid. A new version is any other text, such as '2'.
 """
 
 VERSIONS = {
-  'alignjax.data.rows:part': '1',
   'alignjax.evals.preference.judges:reward_model': 'ade97de349edeb42',
   'alignjax.evals.preference.responses:respond': 'd9992537db3cb833',
   'alignjax.evals.public.nlp:cnn_dm': '7f499de6519ebf3e',

@@ -4,7 +4,7 @@ source, without what is held out and within the lengths.
 A source is encoded once, whole, and kept in memory if it is small and otherwise in the folder
 data_cache (data/cache.py). Its key is the fingerprint of everything that decides its tokens: the
 source with all of its files, the mapping, the tokenizer, the template and its day, the libraries
-that encode, and the version of this code. What a stage takes of it, by seed, number, held-out share
+that encode, and this code. What a stage takes of it, by seed, number, held-out share
 and lengths, is decided at each start from the lengths alone.
 """
 
@@ -24,7 +24,6 @@ import numpy as np
 
 from alignjax.data import batches, cache, chat, mappings, rows, sources, text
 from alignjax.runtime import files, fingerprints
-from alignjax.runtime.versions import VERSIONS
 from alignjax.setup import encoders, inputs
 from alignjax.setup.objects import Setup, seed_of
 from alignjax.setup.records import check_share, none_left, of_sandbox, say
@@ -123,11 +122,14 @@ def _in_memory(setup: Setup, kind: str, records: Sequence[dict]) -> cache.Rows:
   return cache.in_memory(rows.part([[r] for r in records], kind, setup.text.template, seed))
 
 
-def folder(setup: Setup) -> files.Folder:
+def folder(setup: Setup) -> pathlib.Path:
   """The folder of the config's data_cache; by default that of the user's caches, because the runs
   of several seeds read the same source, and a workdir may be in a bucket."""
   if named := setup.config.get('data_cache'):
-    return files.absolute(named)
+    place = files.absolute(named)
+    if files.is_bucket(place):
+      raise ValueError(f'data_cache={named!r} must be a folder on a disk.')
+    return pathlib.Path(place)
   home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path('~/.cache').expanduser()
   return pathlib.Path(home) / 'alignjax'
 
@@ -207,7 +209,7 @@ def key_of(setup: Setup, kind: str, known: dict[str, list], version: str) -> str
   libraries = {n: importlib.metadata.version(n) for n in ('tokenizers', 'transformers', 'jinja2')}
   return fingerprints.of_value(
     [
-      VERSIONS['alignjax.data.rows:part'],
+      fingerprints.of_function(encoders.encoder),
       libraries,
       [kind, data[kind], mapping, data.tokenizer, data.template, day, data.heldout.seed],
       [prints, changes, version],
