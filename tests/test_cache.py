@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -142,9 +143,9 @@ def test_rows_of_text_are_those_of_lists(setup, pack):
     texts = [r['text'] for r in lists.records(setup, 'pretrain', count) if r['text'].strip()]
     tokens = list(map(template.document, texts))
     expected = (
-      encode.pack([(t, [1.0] * len(t)) for t in tokens], 16, template.pad)
+      conftest.packed([(t, [1.0] * len(t)) for t in tokens], 16, template.pad)
       if pack
-      else encode.documents(tokens, 16)
+      else encode.full_rows(np.resize(np.concatenate(tokens), (len(sum(tokens, [])) // 16, 16)))
     )
     number, to_rows = encoded.documents(setup, count)
     made = to_rows(np.arange(number), None)
@@ -171,7 +172,7 @@ def test_what_is_wrong_is_the_same_error(setup, tmp_path):
 
 
 def test_other_processes_encode_the_same_and_name_the_line(setup, monkeypatch, tmp_path):
-  rows = [dict(prompt=f'{i}', responses=[word(9), word(9)], ranks=[i % 2, 1]) for i in range(90)]
+  rows = [dict(prompt=f'{i}', responses=[word(9), word(9)], ranks=[i % 2, 1]) for i in range(150)]
   source = write(tmp_path / 'bad.jsonl', [*rows, dict(prompt=3)])
   setup.config.data.comparisons = source
   task = encoders.Task(
@@ -187,7 +188,7 @@ def test_other_processes_encode_the_same_and_name_the_line(setup, monkeypatch, t
     assert block.share < 1 and part.keys() == wanted.keys()
     for name in part:
       np.testing.assert_array_equal(part[name], wanted[name])
-  with pytest.raises(ValueError, match='bad.jsonl, line 91.*field'):
+  with pytest.raises(ValueError, match='bad.jsonl, line 151.*field'):
     next(made)
   assert len(expected) > 3
 

@@ -5,6 +5,7 @@ import json
 import operator
 import types
 
+import conftest
 import fakes
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,14 @@ def test_item_3_demonstrations_weigh_the_response_and_its_end():
 
 
 def test_documents_fill_rows():
-  batch = encode.documents([[1, 2, 3], [1, 4, 5, 6]], 3)
+  found = documents(['23', '456'], 1)
+  rows = text.rows_of(found, np.arange(2), 3, 0, False)
+  batch = rows.take(np.arange(rows.count))
   assert (
     batch.tokens.tolist() == [[1, 2, 3], [1, 4, 5]] and batch.weights.tolist() == [[0, 1, 1]] * 2
   )
   with pytest.raises(ValueError, match='row_length=9'):
-    encode.documents([[1, 2, 3]], 9)
+    text.rows_of(found, np.arange(1), 9, 0, False)
 
 
 def test_comparisons_keep_absent_ones_apart():
@@ -67,14 +70,14 @@ def test_too_long_is_an_error():
 
 @pytest.mark.parametrize('count,size', [(10, 3), (7, 7), (5, 8), (64, 16)])
 def test_item_23_the_order_is_a_function_of_seed_and_step(count, size):
-  stream = np.concatenate([batches.indices(count, size, step, (0, 1)) for step in range(30)])
+  stream = np.concatenate([batches.ordered(count, size, (0, 1))(step) for step in range(30)])
   for epoch in range(len(stream) // count):  # every row once an epoch, across batch borders too
     assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
-  assert (batches.indices(count, size, 3, (0, 1)) == stream[3 * size : 4 * size]).all()
+  assert (batches.ordered(count, size, (0, 1))(3) == stream[3 * size : 4 * size]).all()
   if count > 8:
     assert (stream[:count] != stream[count : 2 * count]).any()
     assert (
-      batches.indices(count, size, 0, (0, 1)) != batches.indices(count, size, 0, (1, 1))
+      batches.ordered(count, size, (0, 1))(0) != batches.ordered(count, size, (1, 1))(0)
     ).any()
 
 
@@ -97,7 +100,7 @@ def test_a_short_batch_is_filled_with_weight_0():
   filled = batches.fill(encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 2, 1), 3)
   assert filled.weights.tolist() == [1, 0, 0] and filled.tokens.shape == (3, 2, 6)
   with pytest.raises(ValueError, match='no rows'):
-    batches.indices(0, 1, 0, (0,))
+    batches.ordered(0, 1, (0,))
 
 
 def test_a_draw_is_by_the_seed_and_keeps_the_order():
@@ -257,7 +260,7 @@ def test_text_rows_come_once_an_epoch_and_blank_documents_never():
 
 
 def test_packing_by_hand():
-  batch = encode.pack(
+  batch = conftest.packed(
     [([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 1]), ([4], [1]), ([1, 2, 3, 4, 5, 6, 7], [1] * 7)],
     6,
     pad=0,
@@ -271,7 +274,7 @@ def test_packing_by_hand():
     [0] * 6,
   ]
   with pytest.raises(ValueError, match='nothing to pack'):
-    encode.pack([], 6, 0)
+    conftest.packed([], 6, 0)
 
 
 @pytest.mark.sampled(3)
@@ -284,7 +287,7 @@ def test_packed_equals_unpacked_in_loss_and_gradients(family, seed):
     (rng.integers(1, fakes.VOCAB, n).tolist(), rng.uniform(0, 1, n).tolist())
     for n in rng.integers(1, 12, 12)
   ]
-  packed = encode.pack(rows, 24, 0)
+  packed = conftest.packed(rows, 24, 0)
   tokens, mask = encode.right_pad([r for r, _ in rows], 12, 0)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (_, w) in enumerate(rows):

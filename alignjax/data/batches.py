@@ -39,11 +39,6 @@ def ordered(count: int, size: int, seed: Sequence[int]) -> Callable[[int], np.nd
   return indices
 
 
-def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-  """Returns the rows of batch `step`; see `ordered`."""
-  return ordered(count, size, seed)(step)
-
-
 def bucketed(
   kinds: Sequence[tuple[int, ...]] | np.ndarray, size: int, seed: Sequence[int]
 ) -> list[tuple[tuple[int, ...], np.ndarray]]:

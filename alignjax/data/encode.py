@@ -170,33 +170,11 @@ def demonstrations(
   return TokenBatch(tokens, mask, weights)
 
 
-def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
-  """Returns pretraining rows: the documents (templates.Template.document) one after the other, cut
-  into full rows of `length` tokens.
-
-  Every token but the first of a row has weight 1. A last row that is not full is dropped.
-  """
-  stream: list[int] = []
-  for text in texts:
-    stream.extend(text)
-  rows = len(stream) // length
-  if rows == 0:
-    raise no_row(len(stream), length)
-  return full_rows(np.asarray(stream[: rows * length], np.int32).reshape(rows, length))
-
-
 def full_rows(tokens: np.ndarray) -> TokenBatch:
   """Returns rows of text, i32[N,T], in which every token but the first has weight 1."""
   weights = np.ones(tokens.shape, np.float32)
   weights[:, 0] = 0.0
   return TokenBatch(tokens, np.ones(tokens.shape, bool), weights)
-
-
-def no_row(tokens: int, length: int) -> ValueError:
-  """Returns the error of text that is shorter than a row."""
-  return ValueError(
-    f'{tokens} tokens of pretraining text do not fill one row of data.row_length={length}.'
-  )
 
 
 class Packing(NamedTuple):
@@ -216,7 +194,11 @@ class Packing(NamedTuple):
 
 
 def packing(lengths: Iterable[int], length: int) -> Packing:
-  """Returns where `pack` puts documents of these lengths in rows of `length` tokens."""
+  """Returns where documents of these lengths go in rows of `length` tokens.
+
+  A document goes into the first row that has room for it (first fit over the last 64 open rows, in
+  the given order). A document that is longer than `length` is cut into pieces.
+  """
   found, room = [array.array('q') for _ in range(4)], []
   closed = 0  # rows that take nothing more
   for document, whole in enumerate(lengths):
@@ -240,30 +222,6 @@ def packing(lengths: Iterable[int], length: int) -> Packing:
   return Packing(starts, *(column[order] for column in rest))
 
 
-def pack(
-  rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int
-) -> TokenBatch:
-  """Returns rows of several documents each. The mask is i32 and holds the number of each token's
-  document (types.TokenBatch).
-
-  A document goes into the first row that has room for it (first fit over the last 64 open rows, in
-  the given order). A document that is longer than `length` is cut into pieces. The first token of
-  each piece has weight 0, because it is predicted from nothing.
-
-  Args:
-    rows: (tokens, weights) of each document.
-    length: the number of tokens in a row.
-    pad: the id that fills rows.
-  """
-  rows = list(rows)
-  plan = packing((len(tokens) for tokens, _ in rows), length)
-
-  def part(document, first, end):
-    return tuple(values[first:end] for values in rows[document])
-
-  return packed(plan, range(len(plan.starts) - 1), part, length, pad)
-
-
 def packed(
   plan: Packing,
   numbers: Iterable[int],
@@ -271,8 +229,17 @@ def packed(
   length: int,
   pad: int,
 ) -> TokenBatch:
-  """Returns the rows of these numbers of a packing. part: (document, start, end) -> (tokens,
-  weights) of that part of it."""
+  """Returns rows of several documents each. The mask is i32 and holds the number of each token's
+  document (types.TokenBatch). The first token of each piece has weight 0, because it is predicted
+  from nothing.
+
+  Args:
+    plan: where the documents go.
+    numbers: the rows.
+    part: (document, start, end) -> (tokens, weights) of that part of a document.
+    length: the number of tokens in a row.
+    pad: the id that fills rows.
+  """
   numbers = list(numbers)
   tokens = np.full((len(numbers), length), pad, np.int32)
   mask, weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)

@@ -62,7 +62,9 @@ def rows_of(rows: cache.Rows, numbers: np.ndarray, length: int, pad: int, pack: 
   ends = np.cumsum(sizes, out=sizes)
   total = int(ends[-1]) if len(ends) else 0
   if total < length:
-    raise encode.no_row(total, length)
+    raise ValueError(
+      f'{total} tokens of pretraining text do not fill one row of data.row_length={length}.'
+    )
 
   def row(number):
     at, out = number * length, []

@@ -36,15 +36,17 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
       'prompts': sandbox.prompts,
     }[kind]
     return make(setup.text.world, count, split)
-  if kind == 'pretrain':
-    opened = open_documents(setup, count)
-    return [r for i in range(opened.count) for r in opened.records(i)]
   setup.read.update(inputs.of_data(f'data.{kind}', source, data.mapping[kind]))
+  order = (setup.config.seed, seed_of(kind))
+  if kind == 'pretrain':  # The choice is among raw records.
+    opened = sources.open_source(source, kind, data.mapping[kind])
+    numbers = batches.drawn(opened.count, count, order).tolist()
+    return [record for i in numbers for record in opened.records(i)]
   found = sources.read(source, kind, data.mapping[kind])
   made = [r for r in found if hygiene.held_out(r['prompt'], share, seed) == (split == 'test')]
   if not made and split == 'train':
     raise none_left(setup, kind, len(found))
-  return batches.draw(made, count, (setup.config.seed, seed_of(kind)))
+  return batches.draw(made, count, order)
 
 
 def check_share(setup: Setup) -> None:
@@ -81,21 +83,6 @@ def of_sandbox(setup: Setup, kind: str) -> bool:
       f'tokenizer.'
     )
   return own
-
-
-def open_documents(setup: Setup, count: int | None) -> sources.Source:
-  """`count` documents of data.pretrain, a random choice by the seed, to read by index (None:
-  all)."""
-  config = setup.config
-  if of_sandbox(setup, 'pretrain'):
-    made = records(setup, 'pretrain', count)
-    return sources.Source(len(made), lambda i: [made[i]])
-  setup.read.update(
-    inputs.of_data('data.pretrain', config.data.pretrain, config.data.mapping.pretrain)
-  )
-  opened = sources.open_source(config.data.pretrain, 'pretrain', config.data.mapping.pretrain)
-  chosen = batches.draw(range(opened.count), count, (config.seed, seed_of('pretrain')))
-  return sources.Source(len(chosen), lambda i: opened.records(chosen[i]))
 
 
 def encoded(
