@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alignjax.data import batches, cache, chat, mappings, rows, sources, text
+from alignjax.data import batches, cache, chat, rows, sources, text
 from alignjax.runtime import files, fingerprints
 from alignjax.setup import encoders, inputs
 from alignjax.setup.objects import Setup, seed_of
@@ -198,11 +198,6 @@ def key_of(setup: Setup, kind: str, known: dict[str, list], version: str) -> str
     entry: inputs.fingerprint(what, name, setup.workdir, known)
     for entry, (what, name) in read.items()
   }
-  changes = [
-    fingerprints.of_function(change)
-    for name in (mapping or '').split(';')
-    if (change := mappings.find(name.strip(), f'data.mapping.{kind}')) is not None
-  ]
   day = data.get('template_date')
   if day is None and data.template == 'chat' and chat.dated(setup.text.tokenizer):
     day = datetime.date.today().isoformat()
@@ -212,6 +207,6 @@ def key_of(setup: Setup, kind: str, known: dict[str, list], version: str) -> str
       fingerprints.of_function(encoders.encoder),
       libraries,
       [kind, data[kind], mapping, data.tokenizer, data.template, day, data.heldout.seed],
-      [prints, changes, version],
+      [prints, version],
     ]
   )
