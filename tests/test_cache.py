@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from alignjax import train
 from alignjax.configs import pythia_1b_hh
 from alignjax.data import batches, cache, encode, fields, mappings, sources
 from alignjax.runtime import fingerprints, textfiles
@@ -437,3 +438,19 @@ def test_a_killed_process_leaves_nothing_that_is_read(tmp_path):
   )
   assert maker(tmp_path).communicate()[0] == '0 True\n'
   assert fingerprints.known(tmp_path) == {}
+
+
+# ---- what a user sees
+
+
+def test_how_far_it_is_is_shown(setup, monkeypatch, capsys):
+  monkeypatch.setattr(encoded, 'EVERY', -1.0)
+  encoded.chosen(setup, 'prompts', None)
+  lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith('data.prompts: ')]
+  assert len(lines) > 3 and '300 records are encoded, 100%' in lines[-1]
+
+
+def test_where_the_cache_is_decides_no_number(setup):
+  before = train.identity(setup.config, 'sft')
+  setup.config.data_cache = None
+  assert train.identity(setup.config, 'sft') == before
