@@ -6,9 +6,9 @@
 
 Every method has the same budget: 12,000 rankings, and `iterations` of `episodes` samples where it
 samples. RLOO and GRPO draw four samples of a prompt, of a quarter of the prompts. The three reward
-models of ppo_ptx_ensemble have a third of the rankings each. PPO and PPO-ptx have the settings of
-base.py, which were chosen for them; beta, kl_coef and learning rates of dpo, rloo and grpo are the
-usual ones or those of PPO, and not tuned.
+models of ppo_ptx_ensemble have a third of the rankings each. PPO-ptx has the settings of the main
+job; learning rates, beta and kl_coef of the others are those with the highest gold score on
+development seed 1, of three to five settings each (docs/leaderboard.md).
 """
 
 from alignjax.configs import base, dpo
@@ -21,8 +21,10 @@ def get_config(size: str = 'default'):
   c = base.get_config(size)
   s = c.stages
   s.dpo = dpo.get_config(size).stages.dpo.copy_and_resolve_references()
+  s.dpo.loss.beta = 0.3
+  s.ppo.optimizer.policy.lr = 2e-4
   s.rloo = grouped(s.ppo, 'leave_one_out')
-  s.grpo = grouped(s.ppo, 'group_relative', kl_coef=0.1)
+  s.grpo = grouped(s.ppo, 'group_relative', kl_coef=0.3)
   s.grpo.kl.coef = 0.0
   for name in MEMBERS:
     s[name] = s.rm.copy_and_resolve_references()

@@ -3,4 +3,11 @@
 `study.py` says what a study is. NAMES are the studies that are included.
 """
 
-NAMES: tuple[str, ...] = ('leaderboard', 'calibration', 'overoptimization', 'biases')
+NAMES: tuple[str, ...] = (
+  'leaderboard',
+  'calibration',
+  'overoptimization',
+  'averages',
+  'ensembles',
+  'biases',
+)

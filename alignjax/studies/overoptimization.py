@@ -57,14 +57,14 @@ def run(trial: Trial, part: str) -> list[Row]:
   folder = trial.workdir / 'small_ppo' if part == 'small' else trial.workdir
   train.main(config, folder)
   rows = [] if part == 'ptx' else _best_of_n(trial, reward_model)
-  return [dict(row, arm=part) for row in [*rows, *_training(folder / f'ppo_{part}')]]
+  return [dict(row, arm=part) for row in [*rows, *training(folder / f'ppo_{part}')]]
 
 
 def _config(trial: Trial, part: str) -> Any:
   """The config of an arm: the sandbox's, with a reward model and a policy of its own."""
   c = base.get_config('tiny' if trial.tiny else 'default')
   c.seed = trial.seed
-  s, rm = c.stages, _stage(part)
+  s, rm = c.stages, stage_of(part)
   if rm not in s:
     s[rm] = s.rm.copy_and_resolve_references()
   if part.startswith('few'):
@@ -85,7 +85,7 @@ def _config(trial: Trial, part: str) -> Any:
   return c
 
 
-def _stage(part: str) -> str:
+def stage_of(part: str) -> str:
   """The stage of an arm's reward model."""
   return 'rm' if part in ('full', 'ptx', 'small') else f'rm_{part}'
 
@@ -102,7 +102,7 @@ def _reward_model(trial: Trial, part: str) -> files.Folder:
   folder. A smaller one is pretrained and fine-tuned like the policy, in a workdir of its own, and
   ranks the responses of policies of its size."""
   if part != 'small':
-    return trial.workdir / _stage(part)
+    return trial.workdir / stage_of(part)
   first = base.get_config('tiny' if trial.tiny else 'default')
   first.seed, first.stages_to_run = trial.seed, ('sft',)
   train.main(first, trial.workdir)
@@ -114,20 +114,31 @@ def _reward_model(trial: Trial, part: str) -> files.Folder:
 
 
 def _best_of_n(trial: Trial, reward_model: files.Folder) -> list[Row]:
-  """The points of best of n by a reward model, with SFT's samples of held-out prompts."""
+  """The points of best of n by a reward model."""
+  prompts, responses, gold = samples_of_sft(trial)
+  reward = loading.load(str(reward_model), 'scalar')
+  scores = samples.make_rewarder(reward, prompts)(reward.params, responses)
+  return points(scores, gold)
+
+
+def samples_of_sft(trial: Trial) -> tuple[list[Any], samples.Responses, np.ndarray]:
+  """(held-out prompts, SFT's samples of each, their gold rewards, f[prompts, samples])."""
   count, most = (16, 8) if trial.tiny else (PROMPTS, SAMPLES)
   world, labelers = sandbox.World(trial.seed), sandbox.Labelers(trial.seed)
   records = sandbox.prompts(world, count, 'test')
   prompts = [record['prompt'] for record in records]
   policy = loading.load(str(trial.workdir / 'sft'), 'lm')
-  reward = loading.load(str(reward_model), 'scalar')
   kept = trial.workdir / 'overoptimization' / f'{loading.fingerprint(policy)}-{count}-{most}.jsonl'
   respond = samples.make_responder(
     policy, prompts, count=most, max_tokens=base.get_config().data.response_length
   )
   responses = respond(policy.params, trial.seed, kept)
-  scores = samples.make_rewarder(reward, prompts)(reward.params, responses)
   gold = samples.gold(world, labelers, records, responses)['gold, training labelers']
+  return prompts, responses, gold
+
+
+def points(scores: np.ndarray, gold: np.ndarray) -> list[Row]:
+  """The points of best of n by scores, f[prompts, samples]."""
   return [
     dict(
       method='best_of_n',
@@ -137,11 +148,11 @@ def _best_of_n(trial: Trial, reward_model: files.Folder) -> list[Row]:
       gold=float(best_of_n.expected(scores, gold, n).mean()),
     )
     for n in NS
-    if n <= most
+    if n <= scores.shape[1]
   ]
 
 
-def _training(stage: files.Folder) -> list[Row]:
+def training(stage: files.Folder) -> list[Row]:
   """The points of a PPO run: what each iteration's samples were worth, on its training prompts."""
   log = metrics.read(stage / 'metrics.jsonl')
   return [

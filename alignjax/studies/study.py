@@ -220,6 +220,18 @@ def paired(rows: Sequence[Mapping[str, Any]], by: str, one: Any, other: Any, key
   return interval([found[one][seed] - found[other][seed] for seed in seeds], None, ANY)
 
 
+def where_reached(x: Sequence[float], y: Sequence[float], target: float) -> float | None:
+  """Returns the value of y where x, from its start on, first reaches the target: linear between two
+  points. None if it never does."""
+  for i, value in enumerate(x):
+    if value >= target:
+      if i == 0:
+        return float(y[0])
+      part = (target - x[i - 1]) / (value - x[i - 1])
+      return float(y[i - 1] + part * (y[i] - y[i - 1]))
+  return None
+
+
 def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
   return [row[key] for row in rows if row.get(key) is not None]
 
