@@ -70,11 +70,6 @@ class Column:
       self._file = os.open(data, os.O_RDONLY)
       weakref.finalize(self, os.close, self._file)
 
-  @property
-  def on_disk(self) -> bool:
-    """Whether the numbers are in a file."""
-    return self._sums is not None
-
   def __len__(self) -> int:
     return self._size // self.dtype.itemsize
 
@@ -113,11 +108,6 @@ class Rows:
 
   def __init__(self, columns: Mapping[str, Column], faults: Mapping[int, str]):
     self.columns, self.faults = columns, dict(faults)
-
-  @property
-  def on_disk(self) -> bool:
-    """Whether the rows are in a folder and not in memory."""
-    return self.columns['tokens'].on_disk
 
   def __len__(self) -> int:
     return len(self.columns['row_ends']) - 1

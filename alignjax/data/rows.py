@@ -267,10 +267,8 @@ def within(
     for number in own[wrong][:1].tolist():
       prompt, *responses = rows.pieces(number)
       encode.limit_lengths([(prompt, responses)], *limits, what, [place(number)])
-    long_prompts, long_responses = (
-      long_prompts + int(far.sum()),
-      long_responses + int(size.over.sum()),
-    )
+    long_prompts += int(far.sum())
+    long_responses += int(size.over.sum())
     fits = ~far & (size.stay >= np.minimum(size.responses, 2))
     kept.append(own[fits] if limits.too_long == 'drop' else own)
   index, count = np.concatenate(kept), len(index)

@@ -76,6 +76,7 @@ def _begin(task: Task) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # One thread for each process.
   jax.config.update('jax_platforms', 'cpu')  # The accelerator belongs to the other process.
   _own['task'] = task
 
