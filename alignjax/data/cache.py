@@ -33,7 +33,7 @@ import numpy as np
 
 from alignjax.runtime import files, fingerprints, lock
 
-SMALL = 32 << 20  # bytes
+SMALL = 8 << 20  # bytes
 BLOCK = 8192  # bytes
 MARK = 'rows.json'
 WAIT = 1.0  # seconds between two looks at a lock that another process holds
