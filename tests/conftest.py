@@ -78,6 +78,15 @@ COMPILED_QUICKLY = {
 }
 
 
+def packed(rows, length, pad):
+  """All rows of documents, (tokens, weights) of each, as TokenBatch (data/encode.py: packing)."""
+  from alignjax.data import encode
+
+  plan = encode.packing([len(tokens) for tokens, _ in rows], length)
+  part = lambda i, start, end: tuple(values[start:end] for values in rows[i])
+  return encode.packed(plan, range(len(plan.starts) - 1), part, length, pad)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def compile_quickly(request):
   """The programs of COMPILED_QUICKLY, also those of child processes, are not optimized."""

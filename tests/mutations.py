@@ -546,7 +546,7 @@ TESTS = {  # numeric file: the tests that touch it, the quick ones first
 # a survivor, by its file and its line as it would be: why no test can or need tell it from the code
 EQUIVALENT = {
   "stages/rm.py: tx = make_optimizer(cfg.optimizer, 11**6, f'stages.{name}')": 'a number of updates for shapes alone',
-  'data/batches.py: if count is None or count > len(items):': 'all items are drawn and sorted: in their order',
+  'data/batches.py: if count is None or count > length:': 'all items are drawn and sorted: in their order',
   'optim.py: after = optax.cosine_decay_schedule(lr, max(steps - warm, 2), alpha=final)': 'they differ '
   'after the last update only',
   'optim.py: t = state.count': 'a float to the power of an int32 is a float32',

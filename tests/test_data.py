@@ -5,6 +5,7 @@ import json
 import operator
 import types
 
+import conftest
 import fakes
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from alignjax import losses, ops
-from alignjax.data import batches, encode, sources, text
+from alignjax.data import batches, cache, encode, sources, text
+from alignjax.data import rows as encoded_rows
 from alignjax.types import TokenBatch
 
 
@@ -27,12 +29,14 @@ def test_item_3_demonstrations_weigh_the_response_and_its_end():
 
 
 def test_documents_fill_rows():
-  batch = encode.documents([[1, 2, 3], [1, 4, 5, 6]], 3)
+  found = documents(['23', '456'], 1)
+  rows = text.rows_of(found, np.arange(2), 3, 0, False)
+  batch = rows.take(np.arange(rows.count))
   assert (
     batch.tokens.tolist() == [[1, 2, 3], [1, 4, 5]] and batch.weights.tolist() == [[0, 1, 1]] * 2
   )
   with pytest.raises(ValueError, match='row_length=9'):
-    encode.documents([[1, 2, 3]], 9)
+    text.rows_of(found, np.arange(1), 9, 0, False)
 
 
 def test_comparisons_keep_absent_ones_apart():
@@ -66,14 +70,14 @@ def test_too_long_is_an_error():
 
 @pytest.mark.parametrize('count,size', [(10, 3), (7, 7), (5, 8), (64, 16)])
 def test_item_23_the_order_is_a_function_of_seed_and_step(count, size):
-  stream = np.concatenate([batches.indices(count, size, step, (0, 1)) for step in range(30)])
+  stream = np.concatenate([batches.ordered(count, size, (0, 1))(step) for step in range(30)])
   for epoch in range(len(stream) // count):  # every row once an epoch, across batch borders too
     assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
-  assert (batches.indices(count, size, 3, (0, 1)) == stream[3 * size : 4 * size]).all()
+  assert (batches.ordered(count, size, (0, 1))(3) == stream[3 * size : 4 * size]).all()
   if count > 8:
     assert (stream[:count] != stream[count : 2 * count]).any()
     assert (
-      batches.indices(count, size, 0, (0, 1)) != batches.indices(count, size, 0, (1, 1))
+      batches.ordered(count, size, (0, 1))(0) != batches.ordered(count, size, (1, 1))(0)
     ).any()
 
 
@@ -96,7 +100,7 @@ def test_a_short_batch_is_filled_with_weight_0():
   filled = batches.fill(encode.comparisons([[5]], [[[7], [2]]], [[1, 0]], 6, 2, 1), 3)
   assert filled.weights.tolist() == [1, 0, 0] and filled.tokens.shape == (3, 2, 6)
   with pytest.raises(ValueError, match='no rows'):
-    batches.indices(0, 1, 0, (0,))
+    batches.ordered(0, 1, (0,))
 
 
 def test_a_draw_is_by_the_seed_and_keeps_the_order():
@@ -210,16 +214,28 @@ def test_documents_are_dealt_to_a_power_of_two(documents, rows, expected):
   assert text.shards(documents, rows) == expected
 
 
+def documents(texts, first):
+  """Texts of digits as encoded records."""
+  template = types.SimpleNamespace(document=lambda t: [first, *map(int, t)])
+  return cache.in_memory(
+    encoded_rows.part([[dict(text=t)] for t in texts], 'pretrain', template, 0)
+  )
+
+
 @pytest.mark.parametrize('pack', [False, True])
 @pytest.mark.parametrize('count,processes', [(2048, 2), (2048, 4), (600, 2)])
 def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, count, processes):
   """Processes 0..P-1 together give the batch of one process, and no document is read by two of
   them. A shard has one position of the batch, or four."""
-  rows, read = 8, []
-  source = sources.Source(count, lambda i: read.append(i) or [{'text': str(1000 + i)}])
-  to_rows = lambda texts: text.rows_of(texts, lambda t: [10, *(int(c) for c in t)], 13, 0, pack)
-  make = lambda: text.mix(source, rows, to_rows, (3, 1))
-  whole, positions = make(), np.arange(rows)
+  size, read = 8, []
+  found = documents([str(1000 + i) for i in range(count)], 10)
+
+  def to_rows(numbers):
+    read.extend(numbers.tolist())
+    return text.rows_of(found, numbers, 13, 0, pack)
+
+  make = lambda: text.mix(count, size, to_rows, (3, 1))
+  whole, positions = make(), np.arange(size)
   expected = [whole(step, positions) for step in range(30)]
   assert sorted(read) == list(range(count))
   seen = []
@@ -234,9 +250,8 @@ def test_a_process_reads_its_share_of_the_text_and_the_batch_is_the_same(pack, c
 
 
 def test_text_rows_come_once_an_epoch_and_blank_documents_never():
-  source = sources.Source(6, lambda i: [{'text': ' ' if i == 2 else str(i) * 3}])
-  to_rows = lambda texts: text.rows_of(texts, lambda t: [9, *(int(c) for c in t)], 4, 0, False)
-  batch = text.mix(source, 1, to_rows, (0,))
+  found = documents([' ' if i == 2 else str(i) * 3 for i in range(6)], 9)
+  batch = text.mix(6, 1, lambda numbers: text.rows_of(found, numbers, 4, 0, False), (0,))
   epochs = [[batch(5 * e + i, np.arange(1)).tokens.tolist()[0] for i in range(5)] for e in range(3)]
   assert (
     all(sorted(e) == [[9, i, i, i] for i in (0, 1, 3, 4, 5)] for e in epochs)
@@ -245,7 +260,7 @@ def test_text_rows_come_once_an_epoch_and_blank_documents_never():
 
 
 def test_packing_by_hand():
-  batch = encode.pack(
+  batch = conftest.packed(
     [([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 1]), ([4], [1]), ([1, 2, 3, 4, 5, 6, 7], [1] * 7)],
     6,
     pad=0,
@@ -259,7 +274,7 @@ def test_packing_by_hand():
     [0] * 6,
   ]
   with pytest.raises(ValueError, match='nothing to pack'):
-    encode.pack([], 6, 0)
+    conftest.packed([], 6, 0)
 
 
 @pytest.mark.sampled(3)
@@ -272,7 +287,7 @@ def test_packed_equals_unpacked_in_loss_and_gradients(family, seed):
     (rng.integers(1, fakes.VOCAB, n).tolist(), rng.uniform(0, 1, n).tolist())
     for n in rng.integers(1, 12, 12)
   ]
-  packed = encode.pack(rows, 24, 0)
+  packed = conftest.packed(rows, 24, 0)
   tokens, mask = encode.right_pad([r for r, _ in rows], 12, 0)
   weights = np.zeros(tokens.shape, np.float32)
   for i, (_, w) in enumerate(rows):

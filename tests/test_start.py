@@ -12,7 +12,8 @@ import pytest
 
 from alignjax import rewards, sandbox, train
 from alignjax.configs import smollm2_135m
-from alignjax.data import encode, templates, text
+from alignjax.data import cache, encode, templates, text
+from alignjax.data import rows as encoded_rows
 from alignjax.evals.public import harness
 from alignjax.evals.safety import bias, prefixes
 from alignjax.inference import completions, loading, streaming
@@ -83,7 +84,10 @@ def test_rows_of_pretraining_text(with_bos, pack):
   rows = {}
   for folder in (with_bos, CHAT):
     template = templates.make(load_tokenizer(str(folder)), 'plain')
-    rows[folder] = text.rows_of(['ab', ' ', 'c', 'd'], template.document, 4, template.pad, pack)
+    records = [[dict(text=t)] for t in ('ab', ' ', 'c', 'd')]
+    found = cache.in_memory(encoded_rows.part(records, 'pretrain', template, 0))
+    made = text.rows_of(found, np.arange(4), 4, template.pad, pack)
+    rows[folder] = made.take(np.arange(made.count))
   a, b, c, d = letters('abcd')
   assert rows[with_bos].tokens.tolist()[:2] == [
     [BOS, a, b, EOS],

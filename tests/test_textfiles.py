@@ -79,8 +79,8 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
       textfiles.read(name)
   monkeypatch.setattr(
     pathlib.Path,
-    'read_bytes',
-    lambda self: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')),
+    'open',
+    lambda self, mode: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')),
   )
   with pytest.raises(ValueError, match='f cannot be read .Permission denied'):
     textfiles.read(tmp_path / 'f')

@@ -4,6 +4,7 @@ reward model's epoch, ties, what no stage is trained on."""
 import json
 import pathlib
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,9 @@ from alignjax.configs.selected import selection as selected
 from alignjax.data import encode, hygiene
 from alignjax.models import transformer
 from alignjax.runtime import checkpoint, metrics
+from alignjax.setup import encoded
 from alignjax.setup.objects import make_setup
-from alignjax.setup.records import open_documents, records
+from alignjax.setup.records import records
 from alignjax.setup.weights import initial_params
 from alignjax.stages import comparisons, rm, selection, sft
 from alignjax.stages.comparisons import Comparisons
@@ -41,8 +43,9 @@ def mixed_rows(packed: bool):
   demos = [([3, 4], [5, 6]), ([7], [8, 9, 10])]
   rows = encode.demonstrations(demos, 8, pad=0)
   if packed:
-    rows = encode.pack([(p + r, [0.0] * len(p) + [1.0] * len(r)) for p, r in demos * 2], 8, pad=0)
-  text = encode.documents([[1, *range(11, 26)]], 8)
+    documents = [(p + r, [0.0] * len(p) + [1.0] * len(r)) for p, r in demos * 2]
+    rows = conftest.packed(documents, 8, pad=0)
+  text = encode.full_rows(np.array([1, *range(11, 26)], np.int32).reshape(2, 8))
   text = text.replace(mask=text.mask.astype(rows.mask.dtype))
   made = jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)), rows, text)
   return made.replace(
@@ -417,10 +420,12 @@ def test_draws_of_a_sorted_file_are_by_the_seed(one_source, tmp_path):
       'cats' in hygiene.conversation(r['prompt']) for r in drawn
     ) == pytest.approx(50, abs=20)
     assert drawn == records(setup, kind, 100)
-  texts = open_documents(setup, 100)
-  chosen = [int(r['text']) for i in range(texts.count) for r in texts.records(i)]
+  chosen = [int(r['text']) for r in records(setup, 'pretrain', 100)]
   assert len(set(chosen)) == 100 and np.mean(chosen) == pytest.approx(500, abs=120)
-  assert [int(r['text']) for r in records(setup, 'pretrain', 100)] == chosen
+  number, to_rows = encoded.documents(setup, 100)
+  first = to_rows(np.arange(number), 8).take(np.arange(1)).tokens[0].tolist()
+  text = setup.text.template.document(str(chosen[0]))
+  assert number == 100 and first[: len(text)] == text
 
 
 def test_selection_on_a_source_of_training_takes_what_is_held_out(one_source, tmp_path):
@@ -471,4 +476,4 @@ def test_ranks_begin_at_0_where_the_best_response_is_too_long(tmp_path):
   c.stages.rm.k_buckets = (4,)
   c.data.too_long = 'drop'
   made = comparisons.training(make_setup(c, tmp_path / 'run'), 'rm')
-  assert made.ranks == [[1, 0, 0], [0, 1]]
+  assert list(made.ranks) == [[1, 0, 0], [0, 1]]

@@ -128,6 +128,8 @@ def get_config(size: str = 'default') -> ml_collections.ConfigDict:
   # 'none', 'wandb', 'trackio', 'mlflow' or 'module:function' (alignjax/runtime/trackers.py)
   c.tracker = 'none'
   c.tracker_project = 'alignjax'
+  # the folder of encoded sources that are large; None: alignjax in the user's folder of caches
+  c.data_cache = config_dict.placeholder(str)
   c.world = dict(seed=c.get_oneway_ref('seed'))
   # Two halves of a batch of these small networks, one on each core, take 0.8 to 0.95 of the time of
   # two cores that share every operation. None, or XLA_FLAGS: as jax decides.

@@ -8,28 +8,39 @@ batch (Sharder.local).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 
-def indices(count: int, size: int, step: int, seed: Sequence[int]) -> np.ndarray:
-  """Returns the rows of batch `step`, i64[size], out of `count` rows, one epoch after the other."""
+def ordered(count: int, size: int, seed: Sequence[int]) -> Callable[[int], np.ndarray]:
+  """Returns a function of a step that returns the rows of its batch, i[size], out of `count` rows,
+  one epoch after the other. It remembers the order of the last epoch, which is 4 bytes a row."""
   if count < 1:
     raise ValueError('there are no rows to make batches of.')
-  start = step * size
-  epochs = range(start // count, (start + size - 1) // count + 1)
-  order = np.concatenate(
-    [np.random.default_rng([*seed, epoch]).permutation(count) for epoch in epochs]
-  )
-  offset = start - epochs[0] * count
-  return order[offset : offset + size]
+  held: dict[int, np.ndarray] = {}
+
+  def order(epoch):
+    rows = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    np.random.default_rng([*seed, epoch]).shuffle(rows)
+    return rows
+
+  def indices(step):
+    nonlocal held
+    start, known = step * size, held  # Several threads may ask.
+    epochs = range(start // count, (start + size - 1) // count + 1)
+    orders = {epoch: known[epoch] if epoch in known else order(epoch) for epoch in epochs}
+    held = {epochs[-1]: orders[epochs[-1]]}
+    offset = start - epochs[0] * count
+    return np.concatenate(list(orders.values()))[offset : offset + size]
+
+  return indices
 
 
 def bucketed(
-  kinds: Sequence[tuple[int, ...]], size: int, seed: Sequence[int]
+  kinds: Sequence[tuple[int, ...]] | np.ndarray, size: int, seed: Sequence[int]
 ) -> list[tuple[tuple[int, ...], np.ndarray]]:
   """Returns one epoch of batches of `size` rows. The rows of a batch fit the same shape, so that
   few shapes are compiled and there is little padding.
@@ -46,14 +57,17 @@ def bucketed(
       0.
   """
   rng = np.random.default_rng(list(seed))
-  rows = {kind: [] for kind in sorted(set(kinds))}
-  for i in rng.permutation(len(kinds)).tolist():
-    rows[kinds[i]].append(i)
+  shapes, shape_of = np.unique(np.asarray(kinds), axis=0, return_inverse=True)
+  order = rng.permutation(len(shape_of))
+  by_shape = order[np.argsort(shape_of.reshape(-1)[order], kind='stable')]
+  edges = np.cumsum(np.bincount(shape_of.reshape(-1)))[:-1]
+  rows = dict(zip(map(tuple, shapes.tolist()), np.split(by_shape, edges), strict=True))
   out = []
   # In ascending order, a shape that has room for another one comes after it.
-  for kind, own in rows.items():
+  for kind in rows:
+    own = rows[kind]
     full = len(own) // size * size
-    out += [(kind, np.array(own[i : i + size])) for i in range(0, full, size)]
+    out += [(kind, own[i : i + size]) for i in range(0, full, size)]
     larger = next(
       (
         other
@@ -63,24 +77,24 @@ def bucketed(
       None,
     )
     if larger is not None:
-      rows[larger] += own[full:]
-    elif own[full:]:
-      out.append((kind, np.array(own[full:])))
+      rows[larger] = np.concatenate([rows[larger], own[full:]])
+    elif len(own) > full:
+      out.append((kind, own[full:]))
   return [out[i] for i in rng.permutation(len(out))]
 
 
+def drawn(length: int, count: int | None, seed: Sequence[int]) -> np.ndarray:
+  """Returns the numbers of `count` of `length` items, drawn at random by the seed, in their order,
+  and all numbers if `count` is None or exceeds them. It does not take the first ones, because a
+  file may be sorted."""
+  if count is None or count >= length:
+    return np.arange(length)
+  return np.sort(np.random.default_rng(list(seed)).choice(length, count, replace=False))
+
+
 def draw(items: Sequence[Any], count: int | None, seed: Sequence[int]) -> list[Any]:
-  """Returns `count` of the items, drawn at random by the seed, in their order. It returns all items
-  if `count` is None or exceeds their number. It does not take the first items, because a file may
-  be sorted."""
-  if count is None or count >= len(items):
-    return list(items)
-  return [
-    items[i]
-    for i in np.sort(
-      np.random.default_rng(list(seed)).choice(len(items), count, replace=False)
-    ).tolist()
-  ]
+  """Returns the items that are `drawn`."""
+  return [items[i] for i in drawn(len(items), count, seed).tolist()]
 
 
 def take(batch: Any, rows: np.ndarray) -> Any:

@@ -3,8 +3,9 @@ lengths, and travel with the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,19 +77,47 @@ def limit_lengths(
     out.append((prompt[-prompt_length:], [responses[j][:response_length] for j in stay]))
     index.append(i)
     kept.append(stay)
-  note = ''
-  if long_prompts or long_responses:
-    done = {'drop': 'dropped', 'truncate': 'truncated'}[too_long]
-    note = (
-      f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses '
-      f'over {response_length} {done}; {len(out)} of {len(rows)} records stay'
-    )
+  made = note(
+    what,
+    prompt_length,
+    response_length,
+    too_long,
+    long_prompts,
+    long_responses,
+    len(out),
+    len(rows),
+  )
   if not out and not none:
-    raise ValueError(
-      f'{note or what}: nothing is left. Raise data.prompt_length and data.response_length, or set '
-      "data.too_long='truncate'."
-    )
-  return LimitedRows(out, index, kept, note)
+    raise nothing_left(made or what)
+  return LimitedRows(out, index, kept, made)
+
+
+def note(
+  what: str,
+  prompt_length: int,
+  response_length: int,
+  too_long: str,
+  long_prompts: int,
+  long_responses: int,
+  stay: int,
+  count: int,
+) -> str:
+  """Returns what limit_lengths did, for the user, or ''."""
+  if not long_prompts and not long_responses:
+    return ''
+  done = {'drop': 'dropped', 'truncate': 'truncated'}[too_long]
+  return (
+    f'{what}: {long_prompts} prompts over {prompt_length} tokens and {long_responses} responses '
+    f'over {response_length} {done}; {stay} of {count} records stay'
+  )
+
+
+def nothing_left(note: str) -> ValueError:
+  """Returns the error of limits that leave no row. note: what they did."""
+  return ValueError(
+    f'{note}: nothing is left. Raise data.prompt_length and data.response_length, or set '
+    "data.too_long='truncate'."
+  )
 
 
 def left_pad(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,63 +170,86 @@ def demonstrations(
   return TokenBatch(tokens, mask, weights)
 
 
-def documents(texts: Iterable[Sequence[int]], length: int) -> TokenBatch:
-  """Returns pretraining rows: the documents (templates.Template.document) one after the other, cut
-  into full rows of `length` tokens.
-
-  Every token but the first of a row has weight 1. A last row that is not full is dropped.
-  """
-  stream: list[int] = []
-  for text in texts:
-    stream.extend(text)
-  rows = len(stream) // length
-  if rows == 0:
-    raise ValueError(
-      f'{len(stream)} tokens of pretraining text do not fill one row of data.row_length={length}.'
-    )
-  tokens = np.asarray(stream[: rows * length], np.int32).reshape(rows, length)
+def full_rows(tokens: np.ndarray) -> TokenBatch:
+  """Returns rows of text, i32[N,T], in which every token but the first has weight 1."""
   weights = np.ones(tokens.shape, np.float32)
   weights[:, 0] = 0.0
   return TokenBatch(tokens, np.ones(tokens.shape, bool), weights)
 
 
-def pack(
-  rows: Iterable[tuple[Sequence[int], Sequence[float]]], length: int, pad: int
-) -> TokenBatch:
-  """Returns rows of several documents each. The mask is i32 and holds the number of each token's
-  document (types.TokenBatch).
+class Packing(NamedTuple):
+  """Where pieces of documents go, in the order of the rows.
+
+  Attributes:
+    starts: i64[rows + 1], the first piece of each row, and the number of all pieces.
+    documents: i64[pieces], the document of each.
+    first: i64[pieces], where it begins in its document.
+    sizes: i64[pieces], the number of its tokens.
+  """
+
+  starts: np.ndarray
+  documents: np.ndarray
+  first: np.ndarray
+  sizes: np.ndarray
+
+
+def packing(lengths: Iterable[int], length: int) -> Packing:
+  """Returns where documents of these lengths go in rows of `length` tokens.
 
   A document goes into the first row that has room for it (first fit over the last 64 open rows, in
-  the given order). A document that is longer than `length` is cut into pieces. The first token of
-  each piece has weight 0, because it is predicted from nothing.
+  the given order). A document that is longer than `length` is cut into pieces.
+  """
+  found, room = [array.array('q') for _ in range(4)], []
+  closed = 0  # rows that take nothing more
+  for document, whole in enumerate(lengths):
+    for start in range(0, whole, length):
+      size = min(length, whole - start)
+      row = next((i for i, free in enumerate(room) if free >= size), None)
+      if row is None:
+        row = len(room)
+        room.append(length)
+      room[row] -= size
+      for column, value in zip(found, (closed + row, document, start, size), strict=True):
+        column.append(value)
+      if len(room) > 64:
+        del room[0]
+        closed += 1
+  if not found[0]:
+    raise ValueError('there is nothing to pack into rows.')
+  row, *rest = (np.frombuffer(column, np.int64) for column in found)
+  order = np.argsort(row, kind='stable')
+  starts = np.searchsorted(row[order], np.arange(closed + len(room) + 1))
+  return Packing(starts, *(column[order] for column in rest))
+
+
+def packed(
+  plan: Packing,
+  numbers: Iterable[int],
+  part: Callable[[int, int, int], tuple[Any, Any]],
+  length: int,
+  pad: int,
+) -> TokenBatch:
+  """Returns rows of several documents each. The mask is i32 and holds the number of each token's
+  document (types.TokenBatch). The first token of each piece has weight 0, because it is predicted
+  from nothing.
 
   Args:
-    rows: (tokens, weights) of each document.
+    plan: where the documents go.
+    numbers: the rows.
+    part: (document, start, end) -> (tokens, weights) of that part of a document.
     length: the number of tokens in a row.
     pad: the id that fills rows.
   """
-  packed: list[list[tuple[Sequence[int], Sequence[float]]]] = []
-  room: list[int] = []
-  for tokens, weights in rows:
-    for start in range(0, len(tokens), length):
-      piece = tokens[start : start + length], weights[start : start + length]
-      size = len(piece[0])
-      row = next((i for i in range(max(0, len(room) - 64), len(room)) if room[i] >= size), None)
-      if row is None:
-        packed.append([])
-        room.append(length)
-        row = len(room) - 1
-      packed[row].append(piece)
-      room[row] -= size
-  if not packed:
-    raise ValueError('there is nothing to pack into rows.')
-  tokens = np.full((len(packed), length), pad, np.int32)
+  numbers = list(numbers)
+  tokens = np.full((len(numbers), length), pad, np.int32)
   mask, weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
-  for i, pieces in enumerate(packed):
+  for i, row in enumerate(numbers):
     at = 0
-    for number, (ids, w) in enumerate(pieces, 1):
-      end = at + len(ids)
-      tokens[i, at:end], mask[i, at:end], weights[i, at:end] = ids, number, w
+    for number, piece in enumerate(range(plan.starts[row], plan.starts[row + 1]), 1):
+      first, size = int(plan.first[piece]), int(plan.sizes[piece])
+      end = at + size
+      tokens[i, at:end], weights[i, at:end] = part(int(plan.documents[piece]), first, first + size)
+      mask[i, at:end] = number
       weights[i, at] = 0.0
       at = end
   return TokenBatch(tokens, mask, weights)

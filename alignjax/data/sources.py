@@ -39,7 +39,8 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ from alignjax.data import fields, hub, mappings
 from alignjax.runtime import files, textfiles
 
 FORMS = 'jsonl:FILE, text:FILE, tfds:NAME[/CONFIG]:SPLIT, hf:NAME[/CONFIG]:SPLIT or sandbox:'
+
+RECORDS = 64  # of a block
 
 
 class Source(NamedTuple):
@@ -58,10 +61,12 @@ class Source(NamedTuple):
     records: a function of i that returns our checked records of the i-th raw record. It reads them
       when it is called, and only that record of an array_record file, so that a process reads only
       its share.
+    version: what its library calls this version of a data set, or ''.
   """
 
   count: int
   records: Callable[[int], Sequence[dict[str, Any]]]
+  version: str = ''
 
 
 def read(
@@ -81,26 +86,21 @@ def read(
     itertools.islice((r for i in range(opened.count) for r in opened.records(i)), most)
   )
   if not records:
-    raise ValueError(
-      f'data.{kind}={source!r} has no records'
-      + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
-    )
+    raise no_records(source, kind, mapping)
   return records
+
+
+def no_records(source: str, kind: str, mapping: str | None) -> ValueError:
+  """Returns the error of a source without records."""
+  return ValueError(
+    f'data.{kind}={source!r} has no records'
+    + (f' that data.mapping.{kind}={mapping!r} can use.' if mapping else '.')
+  )
 
 
 def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
   """Returns a source that can be read by index."""
-  if not isinstance(source, str):
-    raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
-  names, changes = split(source), [part.strip() for part in (mapping or '').split(';')]
-  if len(changes) not in (1, len(names)):
-    raise ValueError(
-      f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources '
-      f'of '
-      f'data.{kind}={source!r}; give one for all or one for each.'
-    )
-  changes = changes * len(names) if len(changes) == 1 else changes
-  parts = [_open_one(name, kind, change) for name, change in zip(names, changes, strict=True)]
+  parts = [_open_one(name, kind, change) for name, change in _parts(source, kind, mapping)]
   starts = list(itertools.accumulate((part.count for part in parts), initial=0))
 
   def records(i):
@@ -110,22 +110,115 @@ def open_source(source: str, kind: str, mapping: str | None = None) -> Source:
   return Source(starts[-1], records)
 
 
+def _parts(source: str, kind: str, mapping: str | None) -> list[tuple[str, str]]:
+  """The sources that an entry names, each with its mapping."""
+  if not isinstance(source, str):
+    raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
+  names, changes = split(source), [part.strip() for part in (mapping or '').split(';')]
+  if len(changes) not in (1, len(names)):
+    raise ValueError(
+      f'data.mapping.{kind}={mapping!r} has {len(changes)} mappings for the {len(names)} sources '
+      f'of '
+      f'data.{kind}={source!r}; give one for all or one for each.'
+    )
+  return list(zip(names, changes * len(names) if len(changes) == 1 else changes, strict=True))
+
+
+class Block(NamedTuple):
+  """Some raw records of a source that follow one another, for any process to read (`reader`).
+
+  Attributes:
+    part: which of the sources that the entry names.
+    lines: those of a file of JSON, or None.
+    start, end: the numbers of the raw records otherwise.
+    share: how much of its source has been read after it, from 0 to 1.
+  """
+
+  part: int
+  lines: textfiles.Block | None
+  start: int
+  end: int
+  share: float
+
+
+def blocks(source: str, kind: str, mapping: str | None = None) -> Iterator[Block]:
+  """The blocks of a source in order. A file of JSON lines is never whole in memory."""
+  for part, (name, change) in enumerate(_parts(source, kind, mapping)):
+    form, _, rest = name.partition(':')
+    if form != 'jsonl' or not rest:
+      count = _open_one(name, kind, change).count
+      for start in range(0, count, RECORDS):
+        end = min(start + RECORDS, count)
+        yield Block(part, None, start, end, end / count)
+      continue
+    _change(name, kind, change)  # A wrong name is an error before the file is read.
+    path, empty, size = textfiles.place(rest, f'data.{kind}: '), True, 0
+    for lines in textfiles.blocks(rest, f'data.{kind}: '):
+      size = size or (path.stat().length if files.is_bucket(path) else os.stat(path).st_size)
+      empty = empty and not lines.raw.removeprefix(b'\xef\xbb\xbf').strip(b' \t\r\n[]')
+      yield Block(part, lines, 0, 0, lines.read / max(size, lines.read, 1))
+    if empty:
+      _open_one(name, kind, change)  # It says that there are none.
+
+
+def identity(source: str, kind: str) -> str:
+  """Returns what tells versions of data sets of a library apart, which is never the same twice
+  where nothing does. It is '' for files, whose contents do that."""
+  found = ''
+  for name in split(source):
+    form, _, rest = name.partition(':')
+    if form not in ('tfds', 'hf') or not rest:
+      continue
+    where = f'data.{kind}={form}'
+    folder = _folder(_name_and_split(rest, where)[0], f'{where}:{rest}')
+    if folder is None:
+      found += f'{_open_one(name, kind, "").version or uuid.uuid4().hex};'
+  return found
+
+
+def reader(
+  source: str, kind: str, mapping: str | None = None
+) -> Callable[[Block], Sequence[Sequence[dict[str, Any]]]]:
+  """Returns a function of a block that returns our checked records of each of its raw records."""
+  parts = _parts(source, kind, mapping)
+  opened: dict[int, Source] = {}
+
+  def read_block(block):
+    name, change = parts[block.part]
+    if block.lines is None:
+      if block.part not in opened:
+        opened[block.part] = _open_one(name, kind, change)
+      return [opened[block.part].records(i) for i in range(block.start, block.end)]
+    path, function = name.partition(':')[2], _change(name, kind, change)
+    raws = textfiles.records(block.lines, path, f'data.{kind}: ')
+    return [convert(raw, kind, where, function) for where, raw in raws]
+
+  return read_block
+
+
 def split(source: str) -> list[str]:
   """Returns the sources that a config entry names."""
   parts = re.split(rf'(?<!\\);(?=\s*(?:{"|".join(READERS)}|sandbox):)', source)
   return [part.strip().replace('\\;', ';') for part in parts]
 
 
-def _open_one(source: str, kind: str, mapping: str) -> Source:
+def _change(source: str, kind: str, mapping: str) -> Callable | None:
+  """The function of a mapping, with the folder that it reads beside the source's file."""
   form, _, rest = source.partition(':')
-  if form not in READERS or not rest:
-    raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
   change = mappings.find(mapping, f'data.mapping.{kind}')
   if change is not None and 'beside' in inspect.signature(change).parameters:
     change = functools.partial(
       change, beside=(files.folder if form == 'jsonl' else pathlib.Path)(rest).parent
     )
-  count, get = READERS[form](rest, kind)
+  return change
+
+
+def _open_one(source: str, kind: str, mapping: str) -> Source:
+  form, _, rest = source.partition(':')
+  if form not in READERS or not rest:
+    raise ValueError(f'data.{kind}={source!r}: a source is {FORMS}.')
+  change = _change(source, kind, mapping)
+  count, get, version = READERS[form](rest, kind)
   if not count:  # One empty source of several is an error too.
     raise ValueError(f'data.{kind}={source!r} has no records.')
 
@@ -133,7 +226,7 @@ def _open_one(source: str, kind: str, mapping: str) -> Source:
     where, raw = get(i)
     return convert(raw, kind, where, change)
 
-  return Source(count, records)
+  return Source(count, records, version)
 
 
 def convert(raw: Any, kind: str, where: str, change: Callable | None = None) -> list[Record]:
@@ -164,12 +257,12 @@ def place(record: Mapping[str, Any], otherwise: str) -> str:
   return record.where if isinstance(record, Record) else otherwise
 
 
-Raw = tuple[int, Callable[[int], tuple[str, Any]]]  # (count, i -> (place, record))
+Raw = tuple[int, Callable[[int], tuple[str, Any]], str]  # (count, i -> (place, record), version)
 
 
 def _jsonl(path: str, kind: str) -> Raw:
   records = textfiles.Records(textfiles.read(path, f'data.{kind}: '), path)
-  return len(records), records.__getitem__
+  return len(records), records.__getitem__, ''
 
 
 def _text(pattern: str, kind: str) -> Raw:
@@ -185,7 +278,11 @@ def _text(pattern: str, kind: str) -> Raw:
     paths = sorted(p for p in glob.glob(str(folder)) if not pathlib.Path(p).is_dir())
   else:
     paths = [pattern]
-  return len(paths), lambda i: (paths[i], {'text': textfiles.read(paths[i], f'data.{kind}: ')})
+
+  def get(i):
+    return paths[i], {'text': textfiles.read(paths[i], f'data.{kind}: ')}
+
+  return len(paths), get, ''
 
 
 def _name_and_split(text: str, where: str) -> tuple[str, str]:
@@ -250,7 +347,7 @@ def _tfds(name: str, kind: str) -> Raw:
     with hub.reading(place):  # A damaged file is found when its records are read.
       return place, change(_plain(rows[i]))
 
-  return len(rows), get
+  return len(rows), get, getattr(builder.info, 'full_name', '')
 
 
 def _plain(x: Any) -> Any:
@@ -283,7 +380,7 @@ def _datasets(name: str, kind: str) -> Raw:
     with hub.reading(place):
       return place, rows[i]
 
-  return len(rows), get
+  return len(rows), get, getattr(rows, '_fingerprint', '')
 
 
 READERS = dict(jsonl=_jsonl, text=_text, tfds=_tfds, hf=_datasets)

@@ -5,6 +5,7 @@ result is served for another thing of the same name."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -97,13 +98,35 @@ def _of_file(path: files.Folder, known: dict[str, list]) -> bytes:
   if name in known and known[name][:-1] == state:
     return bytes.fromhex(known[name][-1])
   if files.is_bucket(path):
-    digest = hashlib.sha256(path.read_bytes()).digest()
+    hashed = hashlib.sha256()
+    with path.open('rb') as file:
+      while part := file.read(1 << 20):
+        hashed.update(part)
+    digest = hashed.digest()
   else:
     with open(name, 'rb') as file:
       digest = hashlib.file_digest(file, 'sha256').digest()
   if time.time() - changed > SETTLED_SECONDS:
     known[name] = [*state, digest.hex()]
   return digest
+
+
+def known(folder: files.Folder) -> dict[str, list]:
+  """FOLDER/hashed.json: the hashes of files that were read before (of_files), in a workdir or in
+  the cache of encoded records. It only saves time, so that a damaged one counts as empty."""
+  try:
+    found = json.loads((folder / 'hashed.json').read_bytes())
+    return {k: v for k, v in found.items() if isinstance(v, list)}
+  except (ValueError, OSError, AttributeError):
+    return {}
+
+
+def remember(folder: files.Folder, hashes: dict[str, list]) -> None:
+  """Adds hashes to FOLDER/hashed.json, if the folder exists."""
+  old = known(folder)
+  if any(old.get(path) != found for path, found in hashes.items()) and folder.exists():
+    with contextlib.suppress(OSError):  # Another process may write it at the same time.
+      files.write(folder / 'hashed.json', json.dumps(old | hashes))
 
 
 def of_function(function: Callable, named: str = '') -> str:

@@ -18,7 +18,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignjax.runtime import files
 
@@ -33,6 +33,7 @@ OTHERS = {
   b'\xfd7zXZ': 'compressed by xz',
   b'PAR1': 'Parquet',
 }
+PIECE = 1 << 20  # bytes that are read at a time
 SPACE = re.compile(r'[ \t\n\r]*')  # JSON's own
 SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
@@ -44,11 +45,31 @@ def read(path: str | os.PathLike, where: str = '') -> str:
     path: its name.
     where: stands before the name in errors, such as 'data.prompts: '.
   """
+  raw = b''.join(piece for piece, _ in _pieces(path, where))
+  return decode(raw, f'{where}{os.fspath(path)}')
+
+
+def _pieces(path: str | os.PathLike, where: str) -> Iterator[tuple[bytes, int]]:
+  """The bytes of a file in pieces, uncompressed, and how many bytes of the file were read so
+  far."""
   path, file = os.fspath(path), place(path, where)
   try:
     if file.is_dir():
       raise ValueError(f'{where}{path} is a folder; name the file in it.')
-    raw = file.read_bytes()
+    with file.open('rb') as raw:
+      head = raw.read(PIECE)
+      if head[:2] != b'\x1f\x8b':
+        while head:
+          yield head, raw.tell()
+          head = raw.read(PIECE)
+        return
+      raw.seek(0)
+      try:
+        with gzip.open(raw) as unpacked:
+          while piece := unpacked.read(PIECE):
+            yield piece, raw.tell()
+      except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f'{where}{path}: not a whole gzip file ({error}).') from error
   except FileNotFoundError:
     raise FileNotFoundError(f'{where}{path}: no such file.') from None
   except OSError as error:
@@ -57,12 +78,47 @@ def read(path: str | os.PathLike, where: str = '') -> str:
     if isinstance(error, ValueError) or not files.is_bucket(file):
       raise
     raise ValueError(f'{where}{path} cannot be read ({type(error).__name__}: {error}).') from error
-  if raw[:2] == b'\x1f\x8b':
-    try:
-      raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-      raise ValueError(f'{where}{path}: not a whole gzip file ({error}).') from error
-  return decode(raw, f'{where}{path}')
+
+
+class Block(NamedTuple):
+  """Whole lines of a file.
+
+  Attributes:
+    raw: their bytes.
+    line: the number of the first one, from 1.
+    at: the number of the bytes before them.
+    read: how many bytes of the file, which may be compressed, were read so far.
+  """
+
+  raw: bytes
+  line: int
+  at: int
+  read: int
+
+
+def blocks(path: str | os.PathLike, where: str = '') -> Iterator[Block]:
+  """The lines of a file in blocks, so that it is never whole in memory. A file that begins with a
+  '[' is one block, because it may be one array. For the arguments see `read`."""
+  rest, line, at, done = b'', 1, 0, 0
+  pieces = _pieces(path, where)
+  for piece, done in pieces:
+    rest += piece
+    if not at and rest[:1000].removeprefix(b'\xef\xbb\xbf').lstrip(b' \t\n\r')[:1] == b'[':
+      rest = b''.join([rest, *(more for more, done in pieces)])
+      break
+    end = rest.rfind(b'\n') + 1
+    if end:
+      yield Block(rest[:end], line, at, done)
+      line, at, rest = line + rest.count(b'\n', 0, end), at + end, rest[end:]
+  if rest:
+    yield Block(rest, line, at, done)
+
+
+def records(block: Block, path: str | os.PathLike, where: str = '') -> Sequence[tuple[str, Any]]:
+  """The records of a block, as those of a file (Records). For path and where see `read`."""
+  name = os.fspath(path)
+  text = decode(block.raw, f'{where}{name}', block.line, block.at)
+  return Records(text, path, block.line)
 
 
 def place(path: str | os.PathLike, where: str = '') -> files.Folder:
@@ -80,20 +136,23 @@ def suffix(path: str | os.PathLike) -> str:
   return os.path.basename(os.fspath(path)).lower().removesuffix('.gz').rpartition('.')[2]
 
 
-def decode(raw: bytes, where: str, first: int = 1) -> str:
+def decode(raw: bytes, where: str, first: int = 1, before: int = 0) -> str:
   """UTF-8 as text, without its byte order mark. Other bytes are an error that names the line and
-  what they look like. first: the number of the first line."""
+  what they look like. first: the number of the first line. before: the bytes of the file before
+  it."""
   other = next((name for start, name in OTHERS.items() if raw.startswith(start)), None)
-  if other or b'\x00' in raw[:4]:
+  if not before and (other or b'\x00' in raw[:4]):
     raise ValueError(
       f'{where}: {other or "UTF-16 or binary"}, not text in UTF-8; convert it first.'
     )
   try:
-    return raw.decode('utf-8-sig')
+    return raw.decode('utf-8' if before else 'utf-8-sig')
   except UnicodeDecodeError as error:
-    at = error.start + 3 * raw.startswith(b'\xef\xbb\xbf')
+    at = error.start + 3 * (not before and raw.startswith(b'\xef\xbb\xbf'))
     line = raw.count(b'\n', 0, at) + first
-    raise ValueError(f'{where}: not UTF-8 (byte {at}) in line {line}; convert it first.') from error
+    raise ValueError(
+      f'{where}: not UTF-8 (byte {before + at}) in line {line}; convert it first.'
+    ) from error
 
 
 def lines(text: str) -> list[str]:
@@ -110,14 +169,15 @@ class Records(Sequence):
   Args:
     text: of the whole file.
     path: its name, for the places and for errors.
+    first: the number of the first line, where the text is not the beginning of the file.
   """
 
-  def __init__(self, text: str, path: str | os.PathLike):
+  def __init__(self, text: str, path: str | os.PathLike, first: int = 1):
     self._path, found = os.fspath(path), None
-    if SPACE.sub('', text[:1000], count=1)[:1] == '[':
+    if first == 1 and SPACE.sub('', text[:1000], count=1)[:1] == '[':
       found = _elements(text, self._path)
     if found is None:
-      found = [(number, line) for number, line in enumerate(lines(text), 1) if line.strip()]
+      found = [(number, line) for number, line in enumerate(lines(text), first) if line.strip()]
     self._found = found  # (number of the line, JSON)
 
   def __len__(self) -> int:

@@ -205,12 +205,12 @@ def record(
   training that candidates and result belong to.
   """
   path = workdir / stage / 'inputs.json'
-  known = known_hashes(workdir)
+  known = fingerprints.known(workdir)
   made = {
     entry: dict(kind=kind, name=name, fingerprint=fingerprint(kind, name, workdir, known))
     for entry, (kind, name) in sorted(read.items())
   }
-  _remember(workdir, known)
+  fingerprints.remember(workdir, known)
   old = _load(path) if path.exists() else None
   inputs = old['inputs'] if old else {}
   if changed := [
@@ -365,7 +365,7 @@ def _changes(
 ) -> tuple[dict[str, str], list[str]]:
   """(entry -> present fingerprint, for inputs that have changed; the inputs that cannot be
   read)."""
-  known, changes, gone = known_hashes(workdir), {}, []
+  known, changes, gone = fingerprints.known(workdir), {}, []
   for entry, was in noted.items():
     if was['kind'] == 'weights' and not checkpoint.is_finished(
       weights_folder(workdir, was['name'])
@@ -383,7 +383,7 @@ def _changes(
       continue
     if now != was['fingerprint']:
       changes[entry] = now
-  _remember(workdir, known)
+  fingerprints.remember(workdir, known)
   return changes, gone
 
 
@@ -404,17 +404,3 @@ def _choose(folder: files.Folder, weights: bool = False) -> str:
     f'Choose: --on_changed_input=restart deletes {folder} and does the stage again. {keep} Or put '
     'back what was there, or use another --workdir.'
   )
-
-
-def known_hashes(workdir: files.Folder) -> dict[str, list]:
-  """WORKDIR/hashed.json. It only saves time, so that a damaged one counts as empty."""
-  try:
-    found = json.loads((workdir / 'hashed.json').read_bytes())
-    return {k: v for k, v in found.items() if isinstance(v, list)}
-  except (ValueError, OSError, AttributeError):
-    return {}
-
-
-def _remember(workdir: files.Folder, known: dict[str, list]) -> None:
-  if known and known != known_hashes(workdir):
-    files.write(workdir / 'hashed.json', json.dumps(known))

@@ -26,11 +26,7 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
   """
   data = setup.config.data
   source, share, seed = data[kind], data.heldout.share, data.heldout.seed
-  if not 0 <= share < 1:
-    raise ValueError(
-      f'data.heldout.share={share} must be from 0 to below 1: the share of prompts that no stage '
-      f'is trained on.'
-    )
+  check_share(setup)
   if of_sandbox(setup, kind):
     from alignjax import sandbox
 
@@ -40,18 +36,35 @@ def records(setup: Setup, kind: str, count: int | None, split: str = 'train') ->
       'prompts': sandbox.prompts,
     }[kind]
     return make(setup.text.world, count, split)
-  if kind == 'pretrain':
-    opened = open_documents(setup, count)
-    return [r for i in range(opened.count) for r in opened.records(i)]
   setup.read.update(inputs.of_data(f'data.{kind}', source, data.mapping[kind]))
+  order = (setup.config.seed, seed_of(kind))
+  if kind == 'pretrain':  # The choice is among raw records.
+    opened = sources.open_source(source, kind, data.mapping[kind])
+    numbers = batches.drawn(opened.count, count, order).tolist()
+    return [record for i in numbers for record in opened.records(i)]
   found = sources.read(source, kind, data.mapping[kind])
   made = [r for r in found if hygiene.held_out(r['prompt'], share, seed) == (split == 'test')]
   if not made and split == 'train':
+    raise none_left(setup, kind, len(found))
+  return batches.draw(made, count, order)
+
+
+def check_share(setup: Setup) -> None:
+  """Raises ValueError for a share of held-out prompts that cannot be."""
+  share = setup.config.data.heldout.share
+  if not 0 <= share < 1:
     raise ValueError(
-      f'data.heldout.share={share} holds out every prompt of the {len(found)} records of '
-      f'data.{kind}; lower it.'
+      f'data.heldout.share={share} must be from 0 to below 1: the share of prompts that no stage '
+      f'is trained on.'
     )
-  return batches.draw(made, count, (setup.config.seed, seed_of(kind)))
+
+
+def none_left(setup: Setup, kind: str, count: int) -> ValueError:
+  """The error of a share that holds out all `count` records."""
+  return ValueError(
+    f'data.heldout.share={setup.config.data.heldout.share} holds out every prompt of the {count} '
+    f'records of data.{kind}; lower it.'
+  )
 
 
 def of_sandbox(setup: Setup, kind: str) -> bool:
@@ -70,21 +83,6 @@ def of_sandbox(setup: Setup, kind: str) -> bool:
       f'tokenizer.'
     )
   return own
-
-
-def open_documents(setup: Setup, count: int | None) -> sources.Source:
-  """`count` documents of data.pretrain, a random choice by the seed, to read by index (None:
-  all)."""
-  config = setup.config
-  if of_sandbox(setup, 'pretrain'):
-    made = records(setup, 'pretrain', count)
-    return sources.Source(len(made), lambda i: [made[i]])
-  setup.read.update(
-    inputs.of_data('data.pretrain', config.data.pretrain, config.data.mapping.pretrain)
-  )
-  opened = sources.open_source(config.data.pretrain, 'pretrain', config.data.mapping.pretrain)
-  chosen = batches.draw(range(opened.count), count, (config.seed, seed_of('pretrain')))
-  return sources.Source(len(chosen), lambda i: opened.records(chosen[i]))
 
 
 def encoded(

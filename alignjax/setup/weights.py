@@ -11,7 +11,7 @@ from alignjax.models import config_json, hf, hub, lora, peft, quantized, transfo
 from alignjax.models.axes import as_used
 from alignjax.models.config import TransformerConfig
 from alignjax.models.families import FAMILIES
-from alignjax.runtime import checkpoint, files
+from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup import inputs
 from alignjax.setup.objects import Setup
 from alignjax.sharding import Sharder
@@ -169,7 +169,7 @@ def check_base(folder: files.Folder) -> None:
     if kind == 'weights' and not checkpoint.is_finished(inputs.weights_folder(workdir, name)):
       continue
     try:
-      now = inputs.fingerprint(kind, name, workdir, inputs.known_hashes(workdir))
+      now = inputs.fingerprint(kind, name, workdir, fingerprints.known(workdir))
       if now != was:  # A remembered hash is no proof of a change.
         now = inputs.fingerprint(kind, name, workdir, {})
     except checkpoint.Damaged:

@@ -5,16 +5,18 @@ stage, each of the same number of prompts."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.data import batches, fields, sources
+from alignjax.data import batches
+from alignjax.data.rows import Chosen
+from alignjax.setup import encoded
 from alignjax.setup.entries import check_counts, check_epochs
 from alignjax.setup.objects import Setup, seed_of, stage_dir
-from alignjax.setup.records import encoded, of_sandbox, records, say
+from alignjax.setup.records import of_sandbox, say
 from alignjax.stages import abstract
 from alignjax.stages.sampled_comparisons import (
   Comparisons,
@@ -24,6 +26,24 @@ from alignjax.stages.sampled_comparisons import (
   with_noise,
 )
 from alignjax.types import ComparisonBatch
+
+
+class _Field(Sequence):
+  """A field of comparisons, each of which is read when it is asked for.
+
+  Args:
+    rows: the comparisons.
+    get: a function of a row's number that returns its value.
+  """
+
+  def __init__(self, rows: Chosen, get: Callable[[int], Any]):
+    self.rows, self._get = rows, get
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, i: int) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    return self._get(range(len(self))[i])
 
 
 def training(setup: Setup, name: str) -> Comparisons:
@@ -37,17 +57,17 @@ def training(setup: Setup, name: str) -> Comparisons:
       made_from(setup, name),
       lambda: with_noise(setup, name, sampled(setup, name, cfg.policies, cfg.prompts, 'train')),
     )
+    count, ranked = len(made.prompts), without_ties(made)
   else:
-    made = _read(setup, records(setup, 'comparisons', cfg.prompts), max(cfg.k_buckets))
-  ranked = without_ties(made)
-  if tied := len(made.prompts) - len(ranked.prompts):
+    made = encoded.chosen(setup, 'comparisons', cfg.prompts)
+    count, ranked = len(made), _without_ties(made, max(cfg.k_buckets))
+  if tied := count - len(ranked.prompts):
     say(
-      f'{name}: {tied} of {len(made.prompts)} comparisons rank all of their responses the same '
-      f'and are left out'
+      f'{name}: {tied} of {count} comparisons rank all of their responses the same and are left out'
     )
   if not ranked.prompts:
     raise ValueError(
-      f'stages.{name}: none of the {len(made.prompts)} comparisons of data.comparisons='
+      f'stages.{name}: none of the {count} comparisons of data.comparisons='
       f'{setup.config.data.comparisons!r} ranks a response above another; there is nothing to '
       f'learn from ties.'
     )
@@ -64,15 +84,16 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   cfg = setup.config.stages[name]
   if of_sandbox(setup, 'comparisons'):
     return sampled(setup, name, cfg.policies[:1], cfg.evaluation_prompts, 'test')
-  rows = records(setup, 'comparisons', None, 'test')
-  names = [json.dumps(r['prompt'], sort_keys=True) for r in rows]
+  found = encoded.drawn(setup, 'comparisons', None, 'test')
+  names = [json.dumps(found.rows.text(i)[1], sort_keys=True) for i in found.numbers.tolist()]
   chosen = set(
     batches.draw(
       sorted(set(names)), cfg.evaluation_prompts, (setup.config.seed, seed_of(f'{name}/held out'))
     )
   )
-  rows = [r for r, prompt in zip(rows, names, strict=True) if prompt in chosen]
-  made = without_ties(_read(setup, rows, none=True))
+  own = found.numbers[np.array([prompt in chosen for prompt in names], bool)]
+  rows = _without_ties(encoded.within(setup, 'comparisons', found._replace(numbers=own), none=True))
+  made = Comparisons(list(rows.prompts), list(rows.responses), list(rows.ranks))
   if not made.prompts and cfg.evaluation_prompts != 0:
     say(
       f'{name}: no comparison without ties and within the lengths is held out (data.heldout.share='
@@ -81,26 +102,18 @@ def evaluation(setup: Setup, name: str) -> Comparisons:
   return made
 
 
-def _read(
-  setup: Setup, rows: list[dict], most: int | None = None, none: bool = False
-) -> Comparisons:
-  """Records as tokens, within the lengths of config.data. most: the most responses that a record
-  may have. none: whether an empty result is allowed."""
-  limited = encoded(setup, 'comparisons', rows, lambda r: r['responses'], none)
-  for i, kept in zip(limited.index, limited.kept, strict=True):
-    if most is not None and len(kept) > most:
-      raise ValueError(
-        f'{sources.place(rows[i], f"data.comparisons, record {i + 1}")}: {len(kept)} responses, '
-        f"more than the {most} that the stage's k_buckets leave room for; add that number to them, "
-        'or leave responses out.'
-      )
+def _without_ties(rows: Chosen, most: int | None = None) -> Comparisons:
+  """The rows that rank at least one response above another, as comparisons. most: the most
+  responses that a row may have."""
+  sizes = rows.sizes()
+  for i in np.flatnonzero(sizes.stay > most)[:1].tolist() if most is not None else ():
+    raise ValueError(
+      f'{rows.rows.text(int(rows.numbers[i]))[0]}: {sizes.stay[i]} responses, more than the {most} '
+      "that the stage's k_buckets leave room for; add that number to them, or leave responses out."
+    )
+  rows = rows.take(~sizes.tied)
   return Comparisons(
-    [prompt for prompt, _ in limited.rows],
-    [responses for _, responses in limited.rows],
-    [
-      fields.dense_ranks([rows[i]['ranks'][j] for j in kept])
-      for i, kept in zip(limited.index, limited.kept, strict=True)
-    ],
+    _Field(rows, lambda i: rows[i][0]), _Field(rows, lambda i: rows[i][1]), _Field(rows, rows.ranks)
   )
 
 
@@ -108,6 +121,25 @@ def without_ties(data: Comparisons) -> Comparisons:
   """The comparisons that rank at least one response above another."""
   keep = [i for i, ranks in enumerate(data.ranks) if len(set(ranks)) > 1]
   return Comparisons(*(field if field is None else [field[i] for i in keep] for field in data))
+
+
+def sizes_of(data: Comparisons) -> tuple[np.ndarray, np.ndarray]:
+  """Of each comparison, the number of responses, and the tokens of its prompt and its longest
+  response."""
+  if isinstance(data.prompts, _Field):
+    sizes = data.prompts.rows.sizes()
+    return sizes.stay, sizes.longest
+  longest = [
+    len(p) + max(map(len, responses))
+    for p, responses in zip(data.prompts, data.responses, strict=True)
+  ]
+  return np.array([len(r) for r in data.ranks], np.int64), np.array(longest, np.int64)
+
+
+def pairs(data: Comparisons) -> int:
+  """The number of pairs of responses to the same prompt."""
+  counts, _ = sizes_of(data)
+  return int((counts * (counts - 1) // 2).sum())
 
 
 class Updates(NamedTuple):
@@ -129,17 +161,12 @@ def updates(setup: Setup, name: str, data: Comparisons) -> Updates:
   """The updates of a stage: every prompt once per epoch, and prompts with similar K and length
   together, so that there is little padding."""
   cfg, length = setup.config.stages[name], setup.length
-  k_of = _bucket(np.array([len(r) for r in data.ranks]), cfg.k_buckets, f'stages.{name}.k_buckets')
-  longest = np.array(
-    [
-      len(p) + max(map(len, responses))
-      for p, responses in zip(data.prompts, data.responses, strict=True)
-    ]
-  )
+  counts, longest = sizes_of(data)
+  k_of = _bucket(counts, cfg.k_buckets, f'stages.{name}.k_buckets')
   t_of = _bucket(
     longest, [t for t in cfg.row_lengths if t < length] + [length], f'stages.{name}.row_lengths'
   )
-  kinds = list(zip(k_of.tolist(), t_of.tolist(), strict=True))
+  kinds = np.stack([k_of, t_of], axis=1)
   size = prompts_per_update(setup, name, max(k_of))
   rows = filled(setup, name, size)
   if rows > size:

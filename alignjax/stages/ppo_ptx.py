@@ -19,10 +19,11 @@ import optax
 
 from alignjax import ops, plugins, steps
 from alignjax.data import batches, encode
+from alignjax.data.rows import ByTokens, Chosen
 from alignjax.rollout import collect
-from alignjax.setup import adapters
+from alignjax.setup import adapters, encoded
 from alignjax.setup.objects import Setup, for_stage, seed_of, stage_key
-from alignjax.setup.records import encoded, of_sandbox, records
+from alignjax.setup.records import of_sandbox
 from alignjax.sharding import fetch
 from alignjax.stages import outside, ppo_ptx_plan
 from alignjax.stages.abstract import Plan
@@ -170,19 +171,19 @@ def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
   seed = (setup.config.seed, seed_of(name))
 
-  # 1. The data are prompts, which are encoded once, and rows of pretraining text. A batch is a pure
-  # function of the iteration's number, so that a resumed run reads what it would have read.
-  prompt_records, rows = read_data(setup, name)
-  prompts = encode.left_pad(rows, setup.prompt_length, setup.text.template.pad)
+  # 1. The data are prompts, which are read by index, and rows of pretraining text. A batch is a
+  # pure function of the iteration's number, so that a resumed run reads what it would have read.
+  prompts = read_data(setup, name)
   prompts_per_step = cfg.rollout.episodes // cfg.rollout.samples_per_prompt
   text_rows = cfg.rollout.episodes * cfg.ptx.rows_per_episode
   text = text_mix(setup, cfg.ptx.documents, text_rows, (*seed, 1)) if text_rows else None
-
-  def indices(i):
-    return batches.indices(len(prompt_records), prompts_per_step, i, seed)
+  indices = batches.ordered(len(prompts), prompts_per_step, seed)
+  prompts_by_tokens = ByTokens(prompts, indices)
 
   def batch(i):
-    chosen = batches.take(prompts, setup.sharder.local(indices(i)))
+    prompts_by_tokens.note(i)
+    own = [prompts[int(j)][0] for j in setup.sharder.local(indices(i))]
+    chosen = encode.left_pad(own, setup.prompt_length, setup.text.template.pad)
     if text is None:
       return (*setup.sharder.put(chosen), None)
     return setup.sharder.put((*chosen, text(i, setup.sharder.local(np.arange(text_rows)))))
@@ -202,11 +203,6 @@ def build(setup: Setup, name: str) -> Stage:
   # 3. The step is `iteration` with the functions and coefficients of the config bound to it. What a
   # reward function on the host reports as its failure ends the run (stages/loop.py).
   failures: list[str] = []
-  prompts_by_tokens = {
-    tuple(row): record['prompt']
-    # A prompt that occurs twice keeps its first record.
-    for row, record in zip(reversed(rows), reversed(prompt_records), strict=True)
-  }
   compiled = make_step(setup, name, tx, state, failures, prompts_by_tokens)
   engine = outside.sampler(setup, name, failures)
   key = jax.jit(lambda: stage_key(setup, name), out_shardings=setup.sharder.replicated)()
@@ -222,7 +218,7 @@ def build(setup: Setup, name: str) -> Stage:
 
   def observe(i, state, rollout):
     index = np.repeat(indices(i), cfg.rollout.samples_per_prompt)
-    return samples_and_gold(setup, [prompt_records[j] for j in index], rollout)
+    return samples_and_gold(setup, [prompts.record(int(j)) for j in index], rollout)
 
   return Stage(
     state=state,
@@ -239,11 +235,9 @@ def build(setup: Setup, name: str) -> Stage:
   )
 
 
-def read_data(setup: Setup, name: str) -> tuple[list[dict], list[list[int]]]:
-  """The records of prompts that are within the lengths, and their tokens."""
-  found = records(setup, 'prompts', setup.config.stages[name].prompts)
-  limited = encoded(setup, 'prompts', found)
-  return [found[i] for i in limited.index], [prompt for prompt, _ in limited.rows]
+def read_data(setup: Setup, name: str) -> Chosen:
+  """The prompts that are within the lengths, as tokens."""
+  return encoded.chosen(setup, 'prompts', setup.config.stages[name].prompts)
 
 
 def final_params(state: TrainState, keep: str) -> Params:

@@ -62,7 +62,7 @@ def build(setup: Setup, name: str) -> Stage:
   info = {
     'head': 'lm',
     'prompts': len(data.prompts),
-    'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
+    'pairs': comparisons.pairs(data),
   } | parts.info.get('policy', {})
   return Stage(
     state=state,

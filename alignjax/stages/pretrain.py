@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from alignjax.compiler import flops
 from alignjax.data import batches, text
-from alignjax.setup import adapters
+from alignjax.setup import adapters, encoded
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of
-from alignjax.setup.records import open_documents, records
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, token_rows
 from alignjax.stages.stage import Stage, make_optimizer, make_state, steps_per_epoch
@@ -21,8 +22,10 @@ def build(setup: Setup, name: str) -> Stage:
   cfg = setup.config.stages[name]
 
   # 1. Documents are joined and cut into full rows, of which every token is trained on.
-  rows = text_rows(setup, [r['text'] for r in records(setup, 'pretrain', cfg.documents)])
-  num_steps = steps_per_epoch(len(rows.tokens), cfg.batch_size, cfg.epochs)
+  documents, to_rows = encoded.documents(setup, cfg.documents)
+  rows = to_rows(np.arange(documents), None)
+  num_steps = steps_per_epoch(rows.count, cfg.batch_size, cfg.epochs)
+  order = batches.ordered(rows.count, cfg.batch_size, (setup.config.seed, seed_of(name)))
 
   # 2. A fresh (or given) language model and its optimizer.
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
@@ -33,8 +36,7 @@ def build(setup: Setup, name: str) -> Stage:
   compiled = supervised.stage_step(setup, name, tx, state)
 
   def batch(i):
-    index = batches.indices(len(rows.tokens), cfg.batch_size, i, (setup.config.seed, seed_of(name)))
-    return setup.sharder.put(batches.take(rows, setup.sharder.local(index)))
+    return setup.sharder.put(rows.take(setup.sharder.local(order(i))))
 
   return Stage(
     state=state,
@@ -43,10 +45,13 @@ def build(setup: Setup, name: str) -> Stage:
     num_steps=num_steps,
     finish=lambda state: (
       state.params['policy'],
-      {'head': 'lm', 'rows': len(rows.tokens)} | parts.info.get('policy', {}),
+      {'head': 'lm', 'rows': rows.count} | parts.info.get('policy', {}),
     ),
     work=lambda _: flops.training(
-      setup.policy_model, cfg.batch_size, rows.tokens.shape[1], adapters=adapters.used(setup, name)
+      setup.policy_model,
+      cfg.batch_size,
+      setup.config.data.row_length,
+      adapters=adapters.used(setup, name),
     ),
   )
 
@@ -63,22 +68,10 @@ def check(setup: Setup, name: str) -> None:
   supervised.check(setup, name, abstract_step)
 
 
-def text_rows(setup: Setup, texts: list[str], length: int | None = None):
-  """The rows of pretraining text (TokenBatch), of `length` tokens, by default data.row_length."""
-  return text.rows_of(
-    texts,
-    setup.text.template.document,
-    length or setup.config.data.row_length,
-    setup.text.template.pad,
-    setup.config.data.pack,
-  )
-
-
 def text_mix(
   setup: Setup, documents: int | None, rows: int, seed: tuple[int, ...], length: int | None = None
 ) -> Callable:
   """(step, positions) -> rows of pretraining text, for a stage that mixes `rows` of them into every
   step."""
-  return text.mix(
-    open_documents(setup, documents), rows, lambda texts: text_rows(setup, texts, length), seed
-  )
+  count, to_rows = encoded.documents(setup, documents)
+  return text.mix(count, rows, lambda numbers: to_rows(numbers, length), seed)

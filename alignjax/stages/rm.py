@@ -14,10 +14,10 @@ from alignjax.compiler import flops
 from alignjax.data import encode
 from alignjax.evals.reward import accuracy
 from alignjax.inference import bulk
-from alignjax.setup import adapters
+from alignjax.setup import adapters, encoded
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of, stage_key
-from alignjax.setup.records import encoded, of_sandbox, records
+from alignjax.setup.records import of_sandbox
 from alignjax.stages import abstract, comparisons
 from alignjax.stages.abstract import Plan, Work
 from alignjax.stages.comparisons import Comparisons, Updates
@@ -67,7 +67,7 @@ def build(setup: Setup, name: str) -> Stage:
       'head': 'scalar',
       'bias': -bias,
       'prompts': len(data.prompts),
-      'pairs': int(sum(len(r) * (len(r) - 1) // 2 for r in data.ranks)),
+      'pairs': comparisons.pairs(data),
     } | parts.info.get('reward', {})
     if held_out is None:
       made = comparisons.evaluation(setup, name)
@@ -107,9 +107,9 @@ def read_data(
   plan = comparisons.updates(setup, name, data)
   sampled = of_sandbox(setup, 'comparisons')
   held_out = None if sampled else comparisons.evaluation(setup, name)
-  demos = records(setup, 'demonstrations', setup.config.stages[name].bias_demonstrations)
-  limited = encoded(setup, 'demonstrations', demos, lambda r: [r['response']])
-  return data, plan, held_out, [prompt + responses[0] for prompt, responses in limited.rows]
+  count = setup.config.stages[name].bias_demonstrations
+  demos = encoded.chosen(setup, 'demonstrations', count)
+  return data, plan, held_out, [prompt + responses[0] for prompt, responses in demos]
 
 
 def make_step(

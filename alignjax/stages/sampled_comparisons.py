@@ -5,7 +5,7 @@ a restart reads them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,9 +30,9 @@ class Comparisons(NamedTuple):
     features: f[N_i,F] of each response where the sandbox's judge made the ranking, else None.
   """
 
-  prompts: list[list[int]]
-  responses: list[list[list[int]]]
-  ranks: list[list[int]]
+  prompts: Sequence[list[int]]
+  responses: Sequence[list[list[int]]]
+  ranks: Sequence[list[int]]
   features: list | None = None
 
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from alignjax.compiler import flops
 from alignjax.data import batches, encode
-from alignjax.setup import adapters
+from alignjax.data.rows import Chosen
+from alignjax.data.text import LazyRows
+from alignjax.setup import adapters, encoded
 from alignjax.setup.entries import check_counts
 from alignjax.setup.objects import Setup, seed_of
-from alignjax.setup.records import encoded, records
 from alignjax.stages import supervised
 from alignjax.stages.abstract import Plan, array, token_rows
 from alignjax.stages.pretrain import text_mix
@@ -32,21 +33,15 @@ def build(setup: Setup, name: str) -> Stage:
 
   # 1. Demonstrations: the response and its end token are trained on, and the prompt by choice.
   pairs = read_data(setup, name)
-  if setup.config.data.pack:
-    rows = encode.pack(
-      [(p + r, [cfg.prompt_weight] * len(p) + [1.0] * len(r)) for p, r in pairs],
-      setup.length,
-      setup.text.template.pad,
-    )
-  else:
-    rows = encode.demonstrations(pairs, setup.length, setup.text.template.pad, cfg.prompt_weight)
+  rows = demonstration_rows(setup, name, pairs)
 
   # 2. The pretraining mix is a share of the loss (types.TokenBatch.mix) and takes about the same
   # share of the rows of each batch.
   mixed = text_rows_of(cfg)
   demos = cfg.batch_size - mixed
   text = text_mix(setup, cfg.documents, mixed, (*seed, 1), setup.length) if mixed else None
-  num_steps = steps_per_epoch(len(rows.tokens), demos, cfg.epochs)
+  num_steps = steps_per_epoch(rows.count, demos, cfg.epochs)
+  order = batches.ordered(rows.count, demos, seed)
 
   # 3. The model to start from, its optimizer, and the cross-entropy.
   tx = make_optimizer(cfg.optimizer, num_steps, f'stages.{name}')
@@ -57,9 +52,7 @@ def build(setup: Setup, name: str) -> Stage:
   def batch(i):
     # The rows of a batch are demonstrations first and then text.
     own = setup.sharder.local(np.arange(cfg.batch_size))
-    parts = [
-      batches.take(rows, batches.indices(len(rows.tokens), demos, i, seed)[own[own < demos]])
-    ]
+    parts = [rows.take(order(i)[own[own < demos]])]
     if own[-1] >= demos:
       parts.append(text(i, own[own >= demos] - demos))
     made = jax.tree.map(lambda *x: np.concatenate(x), *parts)
@@ -82,11 +75,31 @@ def build(setup: Setup, name: str) -> Stage:
   )
 
 
-def read_data(setup: Setup, name: str) -> list[tuple[list[int], list[int]]]:
-  """(prompt, response) of each demonstration, as tokens."""
-  demonstrations = records(setup, 'demonstrations', setup.config.stages[name].demonstrations)
-  limited = encoded(setup, 'demonstrations', demonstrations, lambda r: [r['response']])
-  return [(prompt, responses[0]) for prompt, responses in limited.rows]
+def read_data(setup: Setup, name: str) -> Chosen:
+  """(prompt, [response]) of each demonstration, as tokens."""
+  return encoded.chosen(setup, 'demonstrations', setup.config.stages[name].demonstrations)
+
+
+def demonstration_rows(setup: Setup, name: str, pairs: Chosen) -> LazyRows:
+  """The rows of the demonstrations, of which data.pack puts several into one."""
+  weight, pad = setup.config.stages[name].prompt_weight, setup.text.template.pad
+
+  def take(which):
+    made = [(prompt, said[0]) for prompt, said in (pairs[int(i)] for i in which)]
+    return encode.demonstrations(made, setup.length, pad, weight)
+
+  if not setup.config.data.pack:
+    return LazyRows(len(pairs), take)
+  plan = encode.packing(pairs.sizes().longest.tolist(), setup.length)
+
+  def part(i, start, end):
+    prompt, (response, *_) = pairs[i]
+    weights = [weight] * len(prompt) + [1.0] * len(response)
+    return [*prompt, *response][start:end], weights[start:end]
+
+  return LazyRows(
+    len(plan.starts) - 1, lambda which: encode.packed(plan, which, part, setup.length, pad)
+  )
 
 
 def mix_of(cfg) -> tuple[tuple[str, float], ...]:
