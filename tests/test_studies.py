@@ -110,6 +110,10 @@ def test_figures_over_seeds_by_hand():
   # Two values, 1 apart from their mean: the standard error is 1, without skewness.
   reach = special.stdtrit(1, 0.975)
   assert np.allclose(found['x']['gold']['ci95'], [2 - reach, 2 + reach])
+  cut = study.over_seeds(
+    [dict(r, gold=(r['gold'] or 0) / 8) for r in rows[:4]], 'method', ['gold'], ['gold']
+  )
+  assert cut['x']['gold']['ci95'] == [0.0, 1.0] and cut['x']['gold']['mean'] == 0.25
   difference = study.paired(rows, 'method', 'y', 'x', 'gold')
   assert difference['mean'] == 2.5 and difference['n'] == 2
   assert study.paired(rows, 'method', 'y', 'z', 'gold')['mean'] is None

@@ -43,6 +43,7 @@ MEASURED = {
   'reading_comprehension': 'reading',
   'kl': 'KL to SFT',
 }
+SHARES_OF_ITEMS = ('win_rate_heldout_labelers', 'translation', 'reading_comprehension')
 TAXES = ('pretraining_loss', 'translation', 'reading_comprehension')
 
 
@@ -116,7 +117,7 @@ def at_equal_gold(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """All points, and the tax where the lines reach the same gold score."""
   points = [dict(row, point=(row['line'], row['share'])) for row in rows]
-  figures = study.over_seeds(points, 'point', MEASURED)
+  figures = study.over_seeds(points, 'point', MEASURED, SHARES_OF_ITEMS)
   seeds = len({row['seed'] for row in rows})
   taxes = []
   equal = at_equal_gold(rows)

@@ -194,7 +194,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   cells, differences = [], []
   for task, title in TASKS.items():
     own = _of_task(rows, task, 'figures')
-    figures = study.over_seeds(own, 'policy', FIGURES)
+    figures = study.over_seeds(own, 'policy', FIGURES, ('accuracy', 'confidence', 'ece'))
     cells += [
       [title, NAMES[name], *(show(found[key]) for key in FIGURES)]
       for name, found in figures.items()

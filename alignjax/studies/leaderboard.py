@@ -68,6 +68,7 @@ MEASURED = {
   'pretraining_loss': 'pretraining loss',
   'kl': 'KL to SFT',
 }
+SHARES = [key for key in MEASURED if key not in ('gold_train_labelers', 'pretraining_loss', 'kl')]
 SPENT = {
   'rankings': 'rankings',
   'sampled_tokens': 'sampled tokens',
@@ -163,7 +164,7 @@ def run(trial: Trial, part: str) -> list[Row]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """The table over seeds, best gold score first, and what each method spent."""
-  figures = study.over_seeds(rows, 'method', [*MEASURED, *SPENT])
+  figures = study.over_seeds(rows, 'method', [*MEASURED, *SPENT], SHARES)
   order = sorted(figures, key=lambda name: -figures[name]['gold_train_labelers']['mean'])
   names = [NAMES.get(name, name) for name in order]
   measured = [

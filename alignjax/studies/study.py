@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from alignjax import report, studies
 from alignjax.evals.stats import ANY, Figure, interval
@@ -204,17 +205,22 @@ def _json(value: Any) -> Any:
 
 
 def over_seeds(
-  rows: Sequence[Mapping[str, Any]], by: str, keys: Sequence[str]
+  rows: Sequence[Mapping[str, Any]], by: str, keys: Sequence[str], shares: Sequence[str] = ()
 ) -> dict[Any, dict[str, Figure]]:
   """Returns {value of the column `by`: {key: figure over seeds}} in the order of the rows. A seed
-  that lacks a number is left out of its figure; a figure without any is None's (stats.interval)."""
+  that lacks a number is left out of its figure; a figure without any is None's (stats.interval).
+  The intervals of the keys in `shares` end at 0 and 1."""
   groups: dict[Any, list[Mapping[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row[by], []).append(row)
-  return {
-    name: {key: interval(_numbers(own, key), None, ANY) for key in keys}
-    for name, own in groups.items()
-  }
+
+  def figure(own, key):
+    found = interval(_numbers(own, key), None, ANY)
+    if key in shares and found['ci95'][0] is not None:
+      found['ci95'] = np.clip(found['ci95'], 0.0, 1.0).tolist()
+    return found
+
+  return {name: {key: figure(own, key) for key in keys} for name, own in groups.items()}
 
 
 def paired(rows: Sequence[Mapping[str, Any]], by: str, one: Any, other: Any, key: str) -> Figure:
