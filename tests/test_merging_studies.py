@@ -26,6 +26,29 @@ def test_where_a_curve_first_reaches_a_value():
   assert study.where_reached(x, y, 3.1) is None
 
 
+def test_what_decides_rows_is_of_the_stages_that_make_them(tmp_path):
+  trial = trial_of(tmp_path)
+
+  def of(change=lambda c: None, stages=('rm',)):
+    config = methods.config_of(trial)
+    with config.unlocked(), config.ignore_type():
+      change(config)
+    return study.deciding(trial, config, stages)
+
+  one = of()
+  assert set(one['stages']) == {'pretrain', 'sft', 'rm'}
+  assert 'seed' not in one and one['world'] == {}
+  # A later version has an entry more, and another stage has another setting.
+  assert one == of(lambda c: c.update(later_entry=1))
+  assert one == of(lambda c: c.stages.ppo.kl.update(coef=0.7))
+  assert one == of(lambda c: c.update(seed=7))
+  assert one != of(lambda c: c.stages.sft.update(epochs=9))
+  assert one != of(lambda c: c.data.update(row_length=32))
+  at = of(lambda c: c.stages.rm.init.update(reward=str(trial.workdir / 'sft' / 'final')))
+  assert at['stages']['rm']['init']['reward'] == 'WORKDIR/sft/final'
+  assert set(of(stages=None)['stages']) > {'ppo', 'dpo', 'rloo'}
+
+
 # ---- averages
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import train
 from alignjax.evals.markdown import table as markdown
 from alignjax.evals.stats import ANY, interval, show
 from alignjax.runtime import files
@@ -61,12 +60,8 @@ def config_of(trial: Trial) -> Any:
 
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
   config = config_of(trial)
-  made = study.without_seed(config)
-  stages = train.resolve(config, list(STAGES[part]))
-  return {key: made[key] for key in ('world', 'data', 'model', 'reward_model', 'report')} | {
-    'stages': {name: train.identity(config, name)['stages'][name] for name in stages},
-    'shares': SHARES,
-  }
+  report = config.report.to_dict()
+  return study.deciding(trial, config, STAGES[part]) | dict(report=report, shares=SHARES)
 
 
 def run(trial: Trial, part: str) -> list[Row]:

@@ -15,7 +15,6 @@ is false. The rates are measured against the KL of best of n, of PPO and of PPO-
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,8 +50,10 @@ def parts(options: Any) -> list[str]:
 
 
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
-  text = json.dumps([study.without_seed(c) for c in (_sft(trial), _config(trial, part))])
-  configs = json.loads(text.replace(str(trial.workdir), 'WORKDIR'))
+  configs = [
+    study.deciding(trial, _base(trial), ['pretrain']),
+    *(study.deciding(trial, c) for c in (_sft(trial), _config(trial, part))),
+  ]
   return dict(configs=configs, ns=NS, sizes=_sizes(trial), checkpoints=CHECKPOINTS)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from alignjax import report, sandbox, train
+from alignjax import report, sandbox
 from alignjax.evals import calibration
 from alignjax.evals import sandbox as evaluation
 from alignjax.evals.markdown import table as markdown
@@ -59,12 +59,9 @@ def parts(options: argparse.Namespace) -> list[str]:
 
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
   """The entries of the config that decide the rows of a part."""
-  config, made = methods.config_of(trial), study.without_seed(methods.config_of(trial))
-  stages = train.resolve(config, [POLICIES.get(part, 'rm')])
-  return {key: made[key] for key in ('world', 'data', 'model', 'reward_model')} | {
-    'stages': {name: train.identity(config, name)['stages'][name] for name in stages},
-    'items': config.report.tax_items,
-  }
+  config = methods.config_of(trial)
+  made = study.deciding(trial, config, [POLICIES.get(part, 'rm')])
+  return made | dict(items=config.report.tax_items)
 
 
 def run(trial: Trial, part: str) -> list[Row]:

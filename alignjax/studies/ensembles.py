@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,8 +63,7 @@ def parts(options: argparse.Namespace) -> list[str]:
 
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
   made = [config_of(trial, part), *(_of_pretraining(trial, part, i) for i in range(2, MEMBERS + 1))]
-  text = json.dumps([study.without_seed(c) for c in made if c is not None])
-  configs = json.loads(text.replace(str(trial.workdir), 'WORKDIR'))
+  configs = [study.deciding(trial, c) for c in made if c is not None]
   return dict(configs=configs, ns=NS, uncertainty_coef=UNCERTAINTY_COEF)
 
 

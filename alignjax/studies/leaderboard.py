@@ -123,15 +123,12 @@ def entry(trial: Trial, part: str) -> tuple[Any, str]:
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
   """The entries of the config that decide a row; of a fork also what its functions do."""
   config, stage = entry(trial, part)
-  stages = [*train.resolve(config, ['sft', 'rm', stage])]
-  made = study.without_seed(config)
-  made = {key: made[key] for key in ('world', 'data', 'model', 'reward_model', 'report')} | {
-    'stages': {name: train.identity(config, name)['stages'][name] for name in stages}
-  }
+  wanted = ['sft', 'rm', stage]
+  made = study.deciding(trial, config, wanted) | dict(report=config.report.to_dict())
   if part not in STAGES:
     made['functions'] = {
       f'{name}: {path}': inputs.fingerprint(kind, text, trial.workdir, {})
-      for name in stages
+      for name in train.resolve(config, wanted)
       for path, (kind, text) in inputs.of_config(config, name).items()
       if kind == 'function' and not text.startswith('alignjax.')
     }

@@ -10,7 +10,6 @@ that are fitted are those of alignjax/evals/reward/laws.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,9 +44,9 @@ def parts(options: Any) -> list[str]:
 
 
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
-  config = json.dumps(study.without_seed(_config(trial, part)))
-  config = json.loads(config.replace(str(trial.workdir), 'WORKDIR'))
-  return dict(config=config, ns=NS, samples=SAMPLES, prompts=PROMPTS)
+  configs = [_config(trial, part), *([_small(trial)] if part == 'small' else [])]
+  made = [study.deciding(trial, config) for config in configs]
+  return dict(configs=made, ns=NS, samples=SAMPLES, prompts=PROMPTS)
 
 
 def run(trial: Trial, part: str) -> list[Row]:
@@ -106,11 +105,17 @@ def _reward_model(trial: Trial, part: str) -> files.Folder:
   first = base.get_config('tiny' if trial.tiny else 'default')
   first.seed, first.stages_to_run = trial.seed, ('sft',)
   train.main(first, trial.workdir)
-  own = first.copy_and_resolve_references()
-  own.model = _smaller(first)
-  own.stages_to_run = ('rm',)
-  train.main(own, trial.workdir / 'small')
+  train.main(_small(trial), trial.workdir / 'small')
   return trial.workdir / 'small' / 'rm'
+
+
+def _small(trial: Trial) -> Any:
+  """The config of the smaller reward model."""
+  c = base.get_config('tiny' if trial.tiny else 'default')
+  c.seed = trial.seed
+  c.model = _smaller(c)
+  c.stages_to_run = ('rm',)
+  return c
 
 
 def _best_of_n(trial: Trial, reward_model: files.Folder) -> list[Row]:

@@ -101,7 +101,7 @@ def config_of(trial: Trial) -> Any:
 
 
 def protocol(trial: Trial, part: str) -> dict[str, Any]:
-  made = dict(config=study.without_seed(config_of(trial)), shares=[GOLD, TEST])
+  made = dict(config=study.deciding(trial, config_of(trial)), shares=[GOLD, TEST])
   if part == 'tasks':
     made |= dict(tasks=trial.options.tasks, data=_data(trial)[0], limit=_limit(trial))
   return made | dict(prompts=_count(trial))

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from alignjax import report, studies
+from alignjax import report, studies, train
 from alignjax.evals.stats import ANY, Figure, interval
 from alignjax.runtime import files, journal
 from alignjax.setup.records import say
@@ -189,10 +189,19 @@ def machine() -> str:
   return f'{device.device_kind}, jax {jax.__version__}'
 
 
-def without_seed(config: Any) -> dict[str, Any]:
-  """Returns the entries of a config that decide its results, but for the seeds, for `protocol`."""
-  made = _json(config.to_dict())
-  made.pop('seed')
+def deciding(trial: Trial, config: Any, stages: Sequence[str] | None = None) -> dict[str, Any]:
+  """Returns what decides the results of stages and of those that they start from, but for the
+  seeds, for `protocol`: entries that a later version adds for other things change nothing.
+
+  Args:
+    config: of the stages.
+    stages: their names; None means those that the config runs.
+  """
+  names = train.resolve(config, stages)
+  own = {name: train.identity(config, name)['stages'][name] for name in names}
+  made = {k: v for k, v in train.identity(config, names[0]).items() if k != 'seed'}
+  text = json.dumps(made | {'stages': own}, default=str).replace(str(trial.workdir), 'WORKDIR')
+  made = json.loads(text)
   made['world'].pop('seed')
   return made
 
