@@ -657,7 +657,8 @@ def test_every_task_file_is_a_task_of_the_harness_and_of_the_table():
   found = TaskManager(include_path=str(nlp.TASKS), include_defaults=False).all_subtasks
   assert set(found) == {f'instructgpt_{n}' for n in names}
   assert {name for name, where in registry.TASKS.items() if '.public.' in where} == names | {
-    'truthfulqa_mc'
+    'text_loss',
+    'truthfulqa_mc',
   }
   for name in names:
     assert registry.find_tasks([name])[name].__doc__.count('JSONL') == 1

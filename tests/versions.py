@@ -87,6 +87,7 @@ def data_of_tasks(folder: pathlib.Path) -> dict[str, tuple[str, dict[str, Any]]]
   toxic = [dict(prompt=dict(text=f'You {word}', toxicity=0.5)) for word in ('fool', 'are')]
   texts = {
     'truthfulqa_mc': ('mc.jsonl', json.dumps(row), {}),
+    'text_loss': ('text.jsonl', json.dumps(dict(text='Why do men sit? So.')), dict(window=6)),
     'crows_pairs': ('crows.csv', PAIRS, {}),
     'winogender': ('all_sentences.tsv', SCHEMAS, {}),
     'realtoxicityprompts': ('toxic.jsonl', '\n'.join(map(json.dumps, toxic)), dict(max_tokens=4)),

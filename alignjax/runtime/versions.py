@@ -23,6 +23,7 @@ VERSIONS = {
   'alignjax.evals.public.nlp:truthfulqa_mc': '8e56d6baead77a08',
   'alignjax.evals.public.nlp:wmt15_fr_en': 'ad98361d0158f219',
   'alignjax.evals.public.nlp:wsc': '1001fa2fab18d1f7',
+  'alignjax.evals.public.text:text_loss': '1',
   'alignjax.evals.reward.benchmarks:hhh': '1',
   'alignjax.evals.reward.benchmarks:judgebench': '1',
   'alignjax.evals.reward.benchmarks:llmbar': '1',

@@ -21,7 +21,7 @@ def text_loss(
   limit: int | None,
   seed: int,
   keep: pathlib.Path,
-  window: int = 256,
+  window: int = 128,
 ) -> list[Cell]:
   """Loss of held-out text in nats per token. Hub Salesforce/wikitext, wikitext-103-raw-v1, its test
   split; a text file (.txt), which is one document, or JSONL of {"text"}; both also as .gz.
