@@ -202,5 +202,5 @@ def test_the_study_runs_from_a_checkpoint_and_files(tmp_path, monkeypatch):
   ]
   trained = (tmp_path / 'seed-1/real_data/proxy.jsonl').read_text()
   assert asked and not any(json.dumps(row['prompt']) in trained for row in asked)
-  found = json.loads((tmp_path / 'seed-1/real_gold/config.json').read_bytes())
+  found = json.loads((tmp_path / 'seed-1/real_gold/rm/checkpoints/config.json').read_bytes())
   assert found['data']['comparisons'].endswith('gold.jsonl')
