@@ -17,15 +17,16 @@ def get_config(size: str = 'default'):
   recipe.check_size(size, ('default', 'small', 'tiny'))
   c = smollm2_135m.get_config('default' if size == 'default' else 'cpu')
   c.data.update(
-    prompt_length=192,
-    response_length=96 if size == 'default' else 32,
+    prompt_length=256 if size == 'default' else 192,
+    response_length=128 if size == 'default' else 32,
     row_length=256 if size == 'default' else 64,
+    too_long='drop' if size == 'default' else 'truncate',
     heldout=dict(share=0.05, seed=0),
   )
   s = c.stages
   if size == 'default':
     s.sft.update(epochs=2, batch_size=32, microbatches=1)
-    s.rm.update(responses_per_batch=32, row_lengths=(160,))
+    s.rm.update(responses_per_batch=32, row_lengths=(192,))
     s.ppo_ptx.update(iterations=100, microbatches=1)
     s.ppo_ptx.rollout.episodes = 128
     s.ppo_ptx.optimizer.policy.update(lr=5e-6)
