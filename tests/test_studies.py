@@ -147,9 +147,13 @@ def test_the_command_runs_a_study_of_a_fork(capsys, tmp_path, monkeypatch):
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
   monkeypatch.setitem(sys.modules, 'mylab', types.ModuleType('mylab'))
   monkeypatch.setitem(sys.modules, 'mylab.toy', toy)
+  divided = []
+  monkeypatch.setattr(command, 'divide_cpu', divided.append)
   command.main(['mylab.toy', f'--workdir={tmp_path}', '--methods=a', '--tiny'])
+  toy.CPU_DEVICES = None
   assert [call[:2] for call in calls] == [(1, 'a'), (11, 'a')]
   command.main(['mylab.toy', f'--workdir={tmp_path}', '--methods=a', '--tiny', '--seeds=5'])
+  assert divided == [2, None]
   out = capsys.readouterr().out
   assert 'a 6.66' in out and ' seeds 1, 5, 11\n' in out and 'seed 5, a (1 of 1): done' in out
 

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
   default = study.DEVELOPMENT[:2] if options.tiny else study.SEEDS
   seeds = numbers(options.seeds) if options.seeds else list(default)
   logging.set_verbosity(logging.WARNING)
-  divide_cpu(base.get_config().cpu_devices)
+  divide_cpu(getattr(module, 'CPU_DEVICES', base.get_config().cpu_devices))
   try:
     folder = files.absolute(options.workdir)
   except ValueError as error:

@@ -34,6 +34,7 @@ from alignjax.setup.records import say
 from alignjax.studies import study
 from alignjax.studies.study import Row, Trial
 
+CPU_DEVICES = None  # As in the recipes: each would hold the weights once more.
 GOLD, TEST = 0.45, 0.1  # shares of the comparisons' prompts; the other ones are the reward model's
 PROMPTS = 256  # of the test
 POLICIES = ('pretrained', 'sft', 'ppo', 'ppo_ptx')

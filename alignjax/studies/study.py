@@ -9,6 +9,7 @@ A study is a module. Its docstring begins with its question in a sentence, and i
   table(rows) -> str                Markdown of the rows of all seeds
   plot(rows, path)                  their picture
   arguments(parser)                 further flags of the command; may be missing
+  CPU_DEVICES                       as config.cpu_devices; if missing, that of the sandbox
 
 `run_study` keeps the rows of each part as soon as there are any, so that a study that was stopped
 goes on, and one that has ended can be given further seeds or parts. A workdir holds
