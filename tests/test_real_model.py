@@ -110,6 +110,20 @@ def test_flags_name_kinds_and_tasks(tmp_path):
   assert one != real_model.protocol(trial(checkpoint='hf:other'), 'preference')
 
 
+def test_other_comparisons_are_divided_anew(tmp_path):
+  def prompts(text):
+    path = tmp_path / 'mine.jsonl'
+    rows = [dict(prompt=f'{text} {i}', responses=['a', 'b'], ranks=[0, 1]) for i in range(60)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    trial = study.Trial(1, tmp_path, True, options(data=[f'comparisons=jsonl:{path}']))
+    paths = real_model.prepare(trial, real_model.config_of(trial))
+    return {side: path.read_text() for side, path in paths.items()}
+
+  first = prompts('one')
+  assert first == prompts('one') and all('one ' in text for text in first.values())
+  assert not any('one ' in text for text in prompts('two').values())
+
+
 # ---- the table
 
 

@@ -29,7 +29,7 @@ from alignjax.evals import evaluation, stats
 from alignjax.evals.markdown import table as markdown
 from alignjax.evals.stats import ANY, interval, show
 from alignjax.inference import loading, samples
-from alignjax.runtime import checkpoint, files
+from alignjax.runtime import checkpoint, files, fingerprints
 from alignjax.setup.records import say
 from alignjax.studies import study
 from alignjax.studies.study import Row, Trial
@@ -141,19 +141,16 @@ def prepare(trial: Trial, config: Any) -> dict[str, files.Folder]:
   folder = trial.workdir / 'real_data'
   paths = {side: folder / f'{side}.jsonl' for side in ('gold', 'proxy', 'test')}
   data = config.data
-  if not all(path.exists() for path in paths.values()):
-    folder.mkdir(parents=True, exist_ok=True)
-    made = divide(
-      sources.read(data.comparisons, 'comparisons', data.mapping.comparisons), trial.seed
-    )
-    for side, records in made.items():
-      if not records:
-        raise ValueError(
-          f'data.comparisons={data.comparisons!r} has too few prompts or labelers: none is left '
-          f'for the {side} side.'
-        )
-      files.write(paths[side], ''.join(json.dumps(record) + '\n' for record in records))
-    say('real_model: ' + ', '.join(f'{len(r)} comparisons for {side}' for side, r in made.items()))
+  folder.mkdir(parents=True, exist_ok=True)
+  made = divide(sources.read(data.comparisons, 'comparisons', data.mapping.comparisons), trial.seed)
+  for side, records in made.items():
+    if not records:
+      raise ValueError(
+        f'data.comparisons={data.comparisons!r} has too few prompts or labelers: none is left '
+        f'for the {side} side.'
+      )
+    files.write(paths[side], ''.join(json.dumps(record) + '\n' for record in records))
+  say('real_model: ' + ', '.join(f'{len(r)} comparisons for {side}' for side, r in made.items()))
   return paths
 
 
@@ -212,8 +209,8 @@ def _preference(
   def measured(spec: str, template: str | None = None) -> dict[str, np.ndarray]:
     policy = loading.load(spec, 'lm', template)
     respond = samples.make_responder(policy, chosen, count=1, max_tokens=most)
-    kept = trial.workdir / 'real_data' / f'{loading.fingerprint(policy)}-{len(chosen)}.jsonl'
-    responses = respond(policy.params, trial.seed, kept)
+    key = fingerprints.of_value([loading.fingerprint(policy), chosen, most])
+    responses = respond(policy.params, trial.seed, trial.workdir / 'real_data' / f'{key}.jsonl')
     found = {n: scorers[n](rewards[n].params, responses)[:, 0] for n in scorers}
     found['kl'] = divergence(policy.params, sft.params, responses)[:, 0]
     return found | {'length': np.array([len(tokens[0]) for tokens in responses.tokens])}
